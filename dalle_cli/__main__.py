@@ -1,0 +1,5 @@
+"""``python -m dalle_cli`` is ``dalle``."""
+
+from dalle_cli.app import main
+
+main()

@@ -1,0 +1,83 @@
+"""The command line: a Typer app that lists the commands and imports nothing heavy."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from dalle_cli import __version__
+from dalle_cli.commands import (
+    encode_images,
+    eval_fid,
+    make_shapes,
+    report,
+    rerank,
+    sample,
+    show,
+    tokenize_text,
+    train_clip,
+    train_dvae,
+    train_prior,
+    train_tokenizer,
+)
+from dalle_cli.errors import UserError
+
+app = typer.Typer(
+    name="dalle",
+    help="Train and run a DALL-E from captioned pictures to scored samples: each command reads and writes plain "
+    "files, can be killed and run again, and is listed below in the order of the pipeline.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+PANELS = {
+    "1. Data": {"make-shapes": make_shapes.command},
+    "2. Text tokens": {"train-tokenizer": train_tokenizer.command, "tokenize-text": tokenize_text.command},
+    "3. Image tokens": {"train-dvae": train_dvae.command, "encode-images": encode_images.command},
+    "4. The prior": {"train-prior": train_prior.command, "sample": sample.command},
+    "5. Scores": {"train-clip": train_clip.command, "rerank": rerank.command, "eval-fid": eval_fid.command},
+    "Look": {"show": show.command, "report": report.command},
+}
+for panel, commands in PANELS.items():
+    for name, function in commands.items():
+        app.command(name, rich_help_panel=panel, no_args_is_help=True)(function)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dalle {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; may stand anywhere.")] = False,
+) -> None:
+    """Options of all commands; ``main`` reads --debug."""
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line on stderr and exit code 2."""
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    try:
+        app()
+    except UserError as error:
+        if debug:
+            raise
+        for line in str(error).splitlines():
+            print(f"dalle: {line}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("dalle: stopped; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our stdout went away, as `| head` does; that is no fault.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)

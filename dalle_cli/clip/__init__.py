@@ -1,0 +1,1 @@
+"""CLIP: training, and scoring pictures against captions."""

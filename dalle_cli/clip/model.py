@@ -1,0 +1,98 @@
+"""A small CLIP of open_clip's own classes that reads our BPE ids (Radford et al. 2021, arXiv 2103.00020)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from open_clip.loss import ClipLoss
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from torch import Tensor
+
+from dalle_cli.recipes.schema import ClipModel
+
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+"""Mean of red, green and blue, of pixels in [0, 1]: the figures that published CLIPs are trained with."""
+
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+"""Standard deviation of red, green and blue, of pixels in [0, 1]."""
+
+MAX_LOGIT_SCALE = math.log(100)
+"""Ceiling of the learned log-scale of similarities, as in CLIP's training."""
+
+PAD = 0
+
+
+def build_clip(
+    settings: ClipModel, image_size: int, text_length: int, text_vocab: int, *, seed: int = 0
+) -> CLIP:
+    """A randomly initialised CLIP for pictures of ``image_size`` a side and ``text_length`` tokens.
+
+    The vocabulary is the BPE's ``text_vocab`` ids and one end-of-text id, ``text_vocab``; the context is
+    ``text_length + 1``, see :func:`clip_text_ids`. A caption's feature is taken at its end-of-text token,
+    found as the highest id of its row. The text transformer is causal, so padding, which stands behind that
+    token, cannot reach the feature. Weights depend on ``seed`` alone; the global random state is left as it
+    was.
+    """
+    vision = CLIPVisionCfg(
+        layers=settings.vision_layers,
+        width=settings.vision_width,
+        head_width=settings.head_width,
+        patch_size=settings.patch_size,
+        image_size=image_size,
+    )
+    text = CLIPTextCfg(
+        context_length=text_length + 1,
+        vocab_size=text_vocab + 1,
+        width=settings.text_width,
+        heads=settings.text_width // settings.head_width,
+        layers=settings.text_layers,
+        pad_id=PAD,
+        eos_id=text_vocab,
+        pool_type="argmax",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return CLIP(settings.embed_dim, vision, text)
+
+
+def clip_text_ids(text: Tensor, length: Tensor, text_vocab: int) -> Tensor:
+    """Captions as the text transformer reads them: tokens, end-of-text, padding.
+
+    ``text`` (B, T) holds BPE ids below ``text_vocab`` in its first ``length`` (B,) columns; the rest is
+    ignored. Returns (B, T + 1) int64.
+    """
+    batch, positions = text.shape
+    if length.shape != (batch,):
+        raise ValueError(f"length has shape {tuple(length.shape)}, text {tuple(text.shape)}")
+    position = torch.arange(positions + 1, device=text.device)
+    end = length.to(torch.int64)[:, None]
+    ids = torch.nn.functional.pad(text.to(torch.int64), (0, 1), value=PAD)
+    ids = torch.where(position < end, ids, PAD)
+    return torch.where(position == end, text_vocab, ids)
+
+
+def pixels(x: Tensor) -> Tensor:
+    """Pictures (B, H, W, 3) uint8 as the vision transformer reads them: (B, 3, H, W) standardised floats."""
+    if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[-1] != 3:
+        raise TypeError(f"pictures are (B, H, W, 3) uint8, not {tuple(x.shape)} {x.dtype}")
+    mean = torch.tensor(PIXEL_MEAN, device=x.device)
+    std = torch.tensor(PIXEL_STD, device=x.device)
+    return ((x / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+
+
+def contrastive_loss(model: CLIP, images: Tensor, text_ids: Tensor) -> Tensor:
+    """Symmetric cross-entropy of a batch of pairs of images (:func:`pixels`) and ids (:func:`clip_text_ids`).
+
+    Equal captions in a batch count as mismatches of one another, as in CLIP, so the loss has a floor above
+    zero where captions repeat.
+    """
+    image_features, text_features, scale = model(images, text_ids)
+    loss: Tensor = ClipLoss()(image_features, text_features, scale)
+    return loss
+
+
+@torch.no_grad()
+def clamp_logit_scale(model: CLIP) -> None:
+    """Keep the learned scale of similarities within [1, 100]; call it after each update."""
+    model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)

@@ -1,0 +1,149 @@
+"""Training a small CLIP on the pictures and captions of the prior, so that the chain is whole without a download."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from open_clip.model import CLIP
+from torch import Tensor, nn
+
+from dalle_cli.clip.model import build_clip, clamp_logit_scale, clip_text_ids, contrastive_loss, pixels
+from dalle_cli.data.images import BadImage
+from dalle_cli.data.sources import BadSample, Source
+from dalle_cli.errors import UserError
+from dalle_cli.recipes.schema import Recipe
+from dalle_cli.stores.checkpoint import Checkpoint, Kind
+from dalle_cli.stores.tokens import TokenReader
+from dalle_cli.training.loop import Run
+from dalle_cli.training.order import split_holdout
+from dalle_cli.training.pictures import TrainingPictures, cut_picture
+
+
+@dataclass
+class ClipTask:
+    """The contrastive loss over batches of (picture, caption); pictures are cropped but never mirrored."""
+
+    recipe: Recipe
+    source: Source
+    reader: TokenReader
+    model: CLIP
+    kind: Kind = "clip"
+
+    def __post_init__(self) -> None:
+        usable = self.reader.usable()
+        if len(usable) == 0:
+            raise UserError(f"{self.reader.path}: holds no row with both a caption and a picture; see its skipped-*.jsonl")
+        self.training_rows, self.held_out = split_holdout(usable, self.recipe.data.holdout, self.recipe.seed)
+        self._vocab = self.recipe.tokenizer.vocab_size
+
+    def batches(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
+        training = self.recipe.clip.training
+        pictures = TrainingPictures(
+            self.source,
+            self.training_rows,
+            self.recipe.image_size,
+            self.recipe.data,
+            self.recipe.seed,
+            training.batch_size,
+            flip=False,
+            workers=training.workers,
+        )
+        for batch, rows, _ in pictures.batches(start, stop):
+            yield batch, self._text_ids(rows)
+
+    def micro_batches(self, batch: Any, size: int | None) -> list[tuple[Any, float]]:
+        if size is not None and size != len(batch[0]):
+            raise UserError("clip.training.micro_batch: the contrastive loss needs its whole batch at once; leave it out")
+        return [(batch, 1.0)]
+
+    def loss(self, batch: tuple[Tensor, Tensor], step: int) -> dict[str, Tensor]:
+        images, text_ids = batch
+        return {"loss": contrastive_loss(self.model, pixels(images.permute(0, 2, 3, 1)), text_ids)}
+
+    def validate(self, step: int) -> dict[str, float]:
+        if self.validation is None:
+            return {}
+        images, text_ids = self.validation
+        image_features, text_features, scale = self.model(pixels(images.permute(0, 2, 3, 1)), text_ids)
+        logits = scale * image_features @ text_features.T
+        labels = torch.arange(len(logits))
+        loss = (nn.functional.cross_entropy(logits, labels) + nn.functional.cross_entropy(logits.T, labels)) / 2
+        # An equal caption ranks as well as the picture's own, so ties count as right.
+        recall = (logits >= logits.diagonal()[:, None] + 1e-4).sum(dim=1).eq(0).float().mean()
+        return {"loss": float(loss), "caption_recall_at_1": float(recall)}
+
+    def decayed(self) -> set[str]:
+        return {name for name, p in self.model.named_parameters() if p.ndim > 1 and "embedding" not in name}
+
+    def after_update(self) -> None:
+        clamp_logit_scale(self.model)
+
+    @cached_property
+    def validation(self) -> tuple[Tensor, Tensor] | None:
+        pictures, rows = [], []
+        for row in self.held_out[: self.recipe.clip.training.validation_samples]:
+            try:
+                pictures.append(cut_picture(self.source, int(row), self.recipe.image_size, self.recipe.data))
+            except (BadSample, BadImage):
+                continue
+            rows.append(int(row))
+        if not rows:
+            return None
+        return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2), self._text_ids(np.array(rows))
+
+    def _text_ids(self, rows: np.ndarray) -> Tensor:
+        text = torch.from_numpy(self.reader.read("text", rows).astype(np.int64))
+        length = torch.from_numpy(self.reader.read("text_length", rows).astype(np.int64))
+        return clip_text_ids(text, length, self._vocab)
+
+
+def train_clip(recipe: Recipe, source: Source, store: Path, out: Path) -> Checkpoint:
+    """Train the recipe's CLIP on the source's pictures and the store's captions into the run's folder ``out``.
+
+    Raises:
+        UserError: see ``Run.train``; or the store was made from another source.
+    """
+    reader = TokenReader(store)
+    reader.require_complete()
+    text = reader.part("text")["identity"]
+    if text["source"] != source.name:
+        raise UserError(f"{store}: was made from {text['source']}, not from {source.name}; give the source it came from")
+    if text["text_length"] != recipe.tokenizer.text_length or text["vocab_size"] > recipe.tokenizer.vocab_size:
+        raise UserError(f"{store}: was made with another tokenizer.text_length or vocab_size than the recipe's")
+    task = ClipTask(recipe, source, reader, build_recipe_clip(recipe))
+    stage = recipe.clip
+    run = Run(
+        task,
+        recipe,
+        out,
+        stage.training,
+        stage.adam,
+        stage.learning_rate,
+        ("seed", "image_size", "data", "tokenizer", "clip"),
+        {"tokenizer": text["tokenizer"]},
+    )
+    return run.train()
+
+
+def build_recipe_clip(recipe: Recipe) -> CLIP:
+    """The recipe's CLIP with its initial weights."""
+    return build_clip(
+        recipe.clip.model,
+        recipe.image_size,
+        recipe.tokenizer.text_length,
+        recipe.tokenizer.vocab_size,
+        seed=recipe.seed,
+    )
+
+
+def load_clip(checkpoint: Checkpoint) -> CLIP:
+    """The CLIP of a checkpoint (its EMA weights), ready for scoring."""
+    model = build_recipe_clip(checkpoint.recipe())
+    model.load_state_dict(checkpoint.tensors("ema"))
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,36 @@
+"""``dalle show``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dalle_cli.commands.options import SetOption
+
+
+def command(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Recipe, store, checkpoint, run or tokenizer.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    set_: SetOption = None,
+) -> None:
+    """Say what a recipe, token store, sample store, checkpoint or tokenizer is.
+
+    Of a recipe: its sizes, counted on the models themselves. Of an artifact: what it holds and what it belongs to.
+
+    Example: [bold]dalle show recipes/12b.yaml[/bold]
+    """
+    import json
+
+    from dalle_cli.evaluation.describe import describe
+
+    found = describe(path, set_ or ())
+    if as_json:
+        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    from rich.console import Console
+
+    from dalle_cli.evaluation.tables import render
+
+    render(found, Console())

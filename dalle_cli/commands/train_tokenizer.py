@@ -1,0 +1,31 @@
+"""``dalle train-tokenizer``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dalle_cli.commands.options import DataOption, RecipeArgument, SetOption, folders, read_recipe, read_source
+
+
+def command(
+    recipe: RecipeArgument,
+    data: DataOption = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for tokenizer.json. [RUN/tokenizer]")] = None,
+    set_: SetOption = None,
+) -> None:
+    """Train the BPE tokenizer on a source's captions.
+
+    Example: [bold]dalle train-tokenizer recipes/quickstart.yaml --data runs/shapes/train[/bold]
+    """
+    from dalle_cli.progress import log
+    from dalle_cli.text.bpe import train_bpe
+    from dalle_cli.text.tokenize import source_captions
+
+    settings = read_recipe(recipe, set_, data)
+    source = read_source(settings)
+    tokenizer = train_bpe(source_captions(source), settings.tokenizer, out or folders(settings).tokenizer)
+    log(f"{tokenizer.name}: {tokenizer.vocab_size} tokens, sha256 {tokenizer.identity[:12]}")
+    typer.echo(tokenizer.name)

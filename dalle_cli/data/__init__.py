@@ -1,0 +1,1 @@
+"""Sources of captioned pictures, their preprocessing and the built-in shapes world."""

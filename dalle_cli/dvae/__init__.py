@@ -1,0 +1,1 @@
+"""The discrete VAE: model, likelihood, relaxations, training (paper, section 2.1)."""

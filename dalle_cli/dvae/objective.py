@@ -1,0 +1,151 @@
+"""The dVAE's loss and its metrics (Ramesh et al. 2021, arXiv 2102.12092, appendix A.2, A.3).
+
+Everything in ``DvaeLoss`` is in nats per value: log-likelihood and KL of a picture are sums, over its 3 H W
+values and over its (H / 8)(W / 8) positions, and both are divided by 3 H W. So the mean KL of a
+position has the weight beta / 192, as in the paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dalle_cli.dvae.likelihood import bounded_ln_b, logit_laplace_log_prob, phi, reconstruct
+from dalle_cli.dvae.model import DVAE
+from dalle_cli.dvae.relaxation import gumbel_softmax, kl_to_uniform, reinforce_surrogate, sample_tokens
+
+LN_B_FLOOR = -4.0
+"""Least ln b: see ``bounded_ln_b``."""
+
+LEAST_MSE = 1e-10
+"""A perfect reconstruction is given 100 dB, so that means stay finite."""
+
+
+@dataclass(frozen=True)
+class DvaeLoss:
+    """Scalars, means over the batch, nats per value (3 H W a picture). Only ``loss`` carries a gradient."""
+
+    loss: Tensor
+    """recon_nll + kl_weight * kl."""
+    recon_nll: Tensor
+    """-E_q[ln p(x|z)]."""
+    kl: Tensor
+    """KL(q(z|x) || uniform)."""
+    kl_per_position: Tensor
+    """The same KL in nats per token, between 0 and ln K."""
+
+    @property
+    def elbo(self) -> Tensor:
+        """The evidence lower bound proper (beta = 1)."""
+        return -(self.recon_nll + self.kl)
+
+
+def log_likelihood(x: Tensor, mu: Tensor, ln_b: Tensor) -> Tensor:
+    """Mean over a picture's values of the log-likelihood, in nats: (B, 3, H, W) each -> (B,)."""
+    return logit_laplace_log_prob(x, mu, bounded_ln_b(ln_b, LN_B_FLOOR)).mean(dim=(1, 2, 3))
+
+
+def dvae_loss(
+    model: DVAE,
+    pixels: Tensor,
+    *,
+    kl_weight: float,
+    temperature: float,
+    eps: float,
+    estimator: Literal["gumbel", "reinforce"],
+    reinforce_samples: int,
+    generator: torch.Generator,
+) -> DvaeLoss:
+    """The relaxed ELBO of ``pixels``, (B, 3, H, W) uint8, with the sign of a loss.
+
+    ``gumbel`` decodes one relaxed sample of the codes at ``temperature``. ``reinforce`` decodes
+    ``reinforce_samples`` hard ones: the decoder's gradient is exact for them, the encoder's is the score
+    function's with the log-likelihood as reward. The KL is exact in both, and its gradient too.
+    """
+    x = phi(pixels, eps)
+    logits: Tensor = model.encoder(x)
+    kl_per_position = kl_to_uniform(logits).mean()
+    kl = kl_per_position * (logits[0, 0].numel() / x[0].numel())
+    if estimator == "gumbel":
+        recon_nll = -log_likelihood(x, *model.decoder(gumbel_softmax(logits, temperature, generator))).mean()
+        loss = recon_nll + kl_weight * kl
+    else:
+        tokens = sample_tokens(logits, reinforce_samples, generator)
+        mu, ln_b = model.decode_tokens(tokens.flatten(0, 1))
+        reward = log_likelihood(x.repeat(reinforce_samples, 1, 1, 1), mu, ln_b).view(reinforce_samples, -1)
+        recon_nll = -reward.mean()
+        surrogate = reinforce_surrogate(logits, tokens, reward)
+        # The surrogate brings its gradient only: the loss keeps the ELBO's value.
+        loss = recon_nll + kl_weight * kl + (surrogate - surrogate.detach())
+    return DvaeLoss(loss, recon_nll.detach(), kl.detach(), kl_per_position.detach())
+
+
+@dataclass(frozen=True)
+class ValidationMetrics:
+    """Figures of pictures through their hard codes (argmax of the logits, one-hot decoding)."""
+
+    recon_nll: Tensor
+    """(B,) nats per value."""
+    mse: Tensor
+    """(B,) mean squared error of pixels on the scale 0..1, reconstructions not rounded."""
+    kl_per_position: Tensor
+    """(B,) nats per token, of the soft codes."""
+    counts: Tensor
+    """(K,) int64, how often each code was used."""
+
+    @property
+    def psnr(self) -> Tensor:
+        """(B,) peak signal-to-noise ratio, dB."""
+        return -10 * self.mse.clamp_min(LEAST_MSE).log10()
+
+    def summary(self) -> dict[str, float]:
+        """Means over the pictures, and the codebook's use."""
+        return {
+            "recon_nll": float(self.recon_nll.mean()),
+            "mse": float(self.mse.mean()),
+            "psnr": float(self.psnr.mean()),
+            "kl_per_position": float(self.kl_per_position.mean()),
+            "codebook_perplexity": codebook_perplexity(self.counts),
+            "dead_codes": dead_codes(self.counts),
+        }
+
+
+def merge_metrics(parts: Sequence[ValidationMetrics]) -> ValidationMetrics:
+    """The metrics of several batches as those of one."""
+    return ValidationMetrics(
+        recon_nll=torch.cat([part.recon_nll for part in parts]),
+        mse=torch.cat([part.mse for part in parts]),
+        kl_per_position=torch.cat([part.kl_per_position for part in parts]),
+        counts=torch.stack([part.counts for part in parts]).sum(dim=0),
+    )
+
+
+@torch.no_grad()
+def validation_metrics(model: DVAE, pixels: Tensor, eps: float) -> ValidationMetrics:
+    """The metrics of ``pixels``, (B, 3, H, W) uint8."""
+    x = phi(pixels, eps)
+    logits: Tensor = model.encoder(x)
+    tokens = logits.argmax(dim=1)
+    mu, ln_b = model.decode_tokens(tokens)
+    error = (reconstruct(mu, eps) - pixels.float()) / 255
+    return ValidationMetrics(
+        recon_nll=-log_likelihood(x, mu, ln_b),
+        mse=error.square().mean(dim=(1, 2, 3)),
+        kl_per_position=kl_to_uniform(logits).mean(dim=(1, 2)),
+        counts=torch.bincount(tokens.flatten(), minlength=logits.shape[1]),
+    )
+
+
+def codebook_perplexity(counts: Tensor) -> float:
+    """exp(entropy) of the codes' frequencies: so many codes, used equally, are as varied. 0 of no counts."""
+    p = counts.double() / counts.sum().clamp_min(1)
+    return float(torch.special.entr(p).sum().exp()) if counts.sum() > 0 else 0.0
+
+
+def dead_codes(counts: Tensor) -> int:
+    """How many codes were never used."""
+    return int((counts == 0).sum())

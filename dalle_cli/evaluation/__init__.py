@@ -1,0 +1,1 @@
+"""FID, IS, KID, oracle accuracy and the report."""

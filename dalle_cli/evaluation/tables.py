@@ -1,0 +1,234 @@
+"""``describe``'s values as tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+LONGEST_LIST = 12
+
+
+def render(found: dict[str, Any], console: Console) -> None:
+    """Print what ``describe`` found."""
+    show = {
+        "recipe": _recipe,
+        "token store": _token_store,
+        "sample store": _sample_store,
+        "checkpoint": _checkpoint,
+        "tokenizer": _tokenizer,
+    }
+    for table in show[found["what"]](found):
+        console.print(table)
+
+
+def number(value: float) -> str:
+    """A count for people: ``"2,359,296"``, and from a million on also ``"12,094,799,872 (12.09e9)"``."""
+    if value < 1_000_000:
+        return f"{value:,}"
+    return f"{value:,} ({value / 1e9:.2f}e9)" if value >= 1e8 else f"{value:,} ({value / 1e6:.1f}e6)"
+
+
+def size(value: float) -> str:
+    """Bytes in decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    raise AssertionError("unreachable")
+
+
+def _pairs(title: str, rows: Iterable[tuple[str, Any]]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        if value is not None and value != "":
+            table.add_row(name, Text(str(value)))
+    return table
+
+
+def _grid(title: str, columns: list[str], rows: Iterable[Iterable[Any]], right: Iterable[int] = ()) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None, padding=(0, 2))
+    for place, name in enumerate(columns):
+        table.add_column(name, justify="right" if place in set(right) else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    return table
+
+
+def _recipe(found: dict[str, Any]) -> list[Table]:
+    tokens, dvae, prior = found["tokens"], found["dvae"], found["prior"]
+    clip, sampling, weights = found["clip"], found["sampling"], prior["weight_bytes"]
+    counts = prior["parameters"]
+    powersgd, sharding = prior["powersgd"], prior["sharding"]
+    return [
+        _pairs(
+            f"Recipe {found['name']}",
+            [
+                ("description", found["description"]),
+                ("pictures", f"{found['image_size']} x {found['image_size']}, from {found['data']['train'] or '--data'}"),
+                ("grid", f"{found['grid']} x {found['grid']} image tokens"),
+                ("tokens a sample", f"{tokens['text']} text + {tokens['image']} image = {tokens['total']}"),
+                ("vocabularies", f"{found['tokenizer']['vocab_size']} text, {dvae['codebook_size']} image"),
+                ("run", found["run"]),
+            ],
+        ),
+        _pairs(
+            "dVAE",
+            [
+                ("parameters", number(dvae["parameters"]["total"])),
+                ("  encoder", number(dvae["parameters"]["encoder"])),
+                ("  decoder", number(dvae["parameters"]["decoder"])),
+                ("estimator", dvae["estimator"]),
+                *_learning(dvae),
+            ],
+        ),
+        _pairs(
+            "Prior",
+            [
+                ("parameters", number(counts["total"])),
+                ("  effective", f"{number(counts['effective'])}: matrices of the resblocks, 12 d^2 a layer"),
+                ("  other", f"{number(counts['other'])}: embeddings, unembeddings, biases, gains"),
+                ("layers", prior["layers"]),
+                ("d_model", f"{prior['heads']} heads x {prior['d_head']} = {prior['d_model']}"),
+                *((f"  {kind} attention", f"layers {layers}") for kind, layers in prior["attention"].items()),
+                (
+                    "weights",
+                    f"{size(weights['total'])}: {size(weights['resblock_matrices_16_bit'])} of matrices in 16 bit, "
+                    f"{size(weights['others_32_bit'])} of others in 32",
+                ),
+                ("precision", prior["precision"]),
+                ("sharding", f"ZeRO {sharding['zero']}, offload {sharding['offload']}" if sharding["zero"] else "none"),
+                (
+                    "PowerSGD",
+                    f"rank {powersgd['rank']}, compression {powersgd['compression']:.1%}" if powersgd["rank"] else "none",
+                ),
+                *_learning(prior),
+            ],
+        ),
+        _pairs(
+            "CLIP and sampling",
+            [
+                ("CLIP", f"patches of {clip['patch_size']}, {clip['embed_dim']}-d; "
+                         f"{clip['vision_layers']} + {clip['text_layers']} layers; "
+                         f"{clip['updates']:,} updates of {clip['batch_size']:,}"),
+                ("samples", f"{sampling['n']} a caption at temperature {sampling['temperature']:g}"),
+            ],
+        ),
+    ]  # fmt: skip
+
+
+def _learning(stage: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
+        ("optimiser", stage["optimizer"]),
+        ("learning rate", stage["schedule"]),
+        ("training", f"{stage['updates']:,} updates of {stage['batch_size']:,} samples"),
+    ]
+
+
+def _token_store(found: dict[str, Any]) -> list[Table]:
+    usable = found["usable_rows"]
+    parts = found["parts"].items()
+    skipped = [(part, reason, count) for part, counts in found["skipped"].items() for reason, count in counts.items()]
+    absent = [part for part in ("text", "image") if part not in found["parts"]]
+    source = found["source"]
+    return [
+        _pairs(
+            f"Token store {found['path']}",
+            [
+                ("rows", f"{found['rows']:,}"),
+                ("usable rows", f"{usable:,}" if usable is not None else f"unknown until there is a part {absent[0]}"),
+                ("complete", "yes" if found["complete"] else "no"),
+                *((f"  {part}", f"{s['rows']:,} rows{'' if s['complete'] else ', unfinished'}") for part, s in parts),
+                *((f"  {part}", "not begun") for part in absent),
+                ("source", ", ".join(source) if isinstance(source, list) else source),
+                ("tokenizer", found["tokenizer"]),
+                ("dVAE", found["dvae"]),
+                ("on disk", size(found["bytes"])),
+            ],
+        ),
+        _array_table(found["arrays"]),
+        *([_grid("Skipped", ["part", "reason", "rows"], skipped, right=[2])] if skipped else []),
+        *(
+            [
+                _grid(
+                    "First captions",
+                    ["row", "tokens", "caption"],
+                    [(c["row"], c["tokens"], c["caption"]) for c in found["captions"]],
+                    right=[0, 1],
+                )
+            ]
+            if found["captions"]
+            else []
+        ),
+    ]
+
+
+def _sample_store(found: dict[str, Any]) -> list[Table]:
+    prompts = found["prompts"]
+    settings = found["settings"]
+    shown = [(row, prompt) for row, prompt in enumerate(prompts[:LONGEST_LIST])]
+    more = [("...", f"and {len(prompts) - LONGEST_LIST} more")] if len(prompts) > LONGEST_LIST else []
+    return [
+        _pairs(
+            f"Sample store {found['path']}",
+            [
+                ("samples", f"{len(prompts):,} prompts x {found['samples_a_prompt']:,} = {found['rows']:,}"),
+                ("committed", f"{found['committed']:,}{'' if found['complete'] else ', unfinished'}"),
+                ("seed", found["seed"]),
+                ("settings", ", ".join(f"{key} {value}" for key, value in settings.items() if value is not None)),
+                ("prior", found["prior"]),
+            ],
+        ),
+        _array_table(found["arrays"]),
+        _grid("Prompts", ["", "caption"], [*shown, *more], right=[0]),
+    ]
+
+
+def _array_table(arrays: dict[str, dict[str, Any]]) -> Table:
+    rows = [
+        (name, " x ".join(str(side) for side in array["shape"]), array["dtype"], size(array["bytes"]))
+        for name, array in arrays.items()
+    ]
+    return _grid("Arrays", ["name", "shape", "type", "on disk"], rows, right=[3])
+
+
+def _checkpoint(found: dict[str, Any]) -> list[Table]:
+    parameters = found["parameters"]
+    files = [
+        (name, size(file["bytes"]) if file["bytes"] is not None else "missing", file["sha256"] or "")
+        for name, file in found["files"].items()
+    ]
+    metrics = [(name, f"{value:.6g}") for name, value in found["metrics"].items()]
+    return [
+        _pairs(
+            f"Checkpoint {found['path']}",
+            [
+                ("kind", found["kind"]),
+                ("step", f"{found['step']:,} of {found['updates']:,} updates"),
+                ("parameters", number(parameters) if parameters is not None else None),
+                ("recipe", found["recipe"]),
+                *((f"belongs to {role}", digest) for role, digest in found["belongs"].items()),
+                ("kept in its run", ", ".join(found["checkpoints_in_run"])),
+            ],
+        ),
+        _grid("Files", ["name", "size", "sha256"], files, right=[1]),
+        *([_grid("Validation", ["metric", "value"], metrics, right=[1])] if metrics else []),
+    ]
+
+
+def _tokenizer(found: dict[str, Any]) -> list[Table]:
+    return [
+        _pairs(
+            f"Tokenizer {found['path']}",
+            [
+                ("vocabulary", f"{found['vocab_size']:,} byte-level BPE tokens"),
+                ("sha256", found["sha256"]),
+            ],
+        ),
+        _grid("Some of its tokens", ["id", "token"], found["examples"].items(), right=[0]),
+    ]

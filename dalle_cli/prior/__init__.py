@@ -1,0 +1,1 @@
+"""The prior: a sparse transformer over text and image tokens (paper, section 2.2)."""

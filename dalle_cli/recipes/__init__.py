@@ -1,0 +1,1 @@
+"""Typed settings of a recipe and the YAML loader."""

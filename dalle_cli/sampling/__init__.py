@@ -1,0 +1,1 @@
+"""Drawing image tokens from the prior and decoding them to pictures."""

@@ -1,0 +1,1 @@
+"""What lies on disk: token stores and checkpoints."""

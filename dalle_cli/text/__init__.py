@@ -1,0 +1,1 @@
+"""BPE: training a tokenizer and encoding captions."""

@@ -1,0 +1,1 @@
+"""The training loop shared by the dVAE, the prior and CLIP."""

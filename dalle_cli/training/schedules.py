@@ -1,0 +1,54 @@
+"""Values that move with the number of updates done."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from dalle_cli.recipes.schema import LearningRate, Ramp
+
+
+def ramp(settings: Ramp, step: int) -> float:
+    """Value after ``step`` updates. A function of the step alone: nothing accumulates from call to call."""
+    if settings.updates == 0 or step >= settings.updates:
+        return settings.end
+    done = step / settings.updates
+    if settings.shape == "cosine":
+        done = (1 - math.cos(math.pi * done)) / 2
+    return settings.start + (settings.end - settings.start) * done
+
+
+def learning_rate(settings: LearningRate, step: int, updates: int, halvings: int = 0) -> float:
+    """Step size of the update that follows ``step`` updates, of ``updates`` in all."""
+    if step < settings.warmup_updates:
+        return settings.peak * (step + 1) / settings.warmup_updates
+    if settings.schedule == "cosine":
+        end = settings.decay_updates or updates
+        done = min((step - settings.warmup_updates) / max(end - settings.warmup_updates, 1), 1.0)
+        return settings.final + (settings.peak - settings.final) * (1 + math.cos(math.pi * done)) / 2
+    if settings.schedule == "plateau":
+        return max(settings.peak * 0.5**halvings, settings.final)
+    return settings.peak
+
+
+@dataclass
+class Plateau:
+    """Counts halvings of the step size: one each time the validation loss has not improved for a while."""
+
+    settings: LearningRate
+    state: dict[str, float] = field(default_factory=lambda: {"best": math.inf, "stale": 0, "halvings": 0})
+
+    @property
+    def halvings(self) -> int:
+        return int(self.state["halvings"])
+
+    def observe(self, loss: float) -> None:
+        """Take in one validation's loss."""
+        best = self.state["best"]
+        if loss < best - self.settings.plateau_threshold * abs(best) or math.isinf(best):
+            self.state["best"], self.state["stale"] = loss, 0
+            return
+        self.state["stale"] += 1
+        if self.state["stale"] >= self.settings.plateau_validations:
+            self.state["stale"] = 0
+            self.state["halvings"] += 1
