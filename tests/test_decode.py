@@ -34,7 +34,7 @@ def inputs(prior: Prior, captions: int, n: int) -> tuple[Tensor, Tensor]:
 
 
 def decoded(prior: Prior, cache: Cache, first: Tensor, images: Tensor, start: int = 0) -> Tensor:
-    """Logits (C, n, S - start, V) of positions start .. S - 1, from a cache that holds ``start`` positions."""
+    """Logits (C, n, S - start, V) from position start on, with a cache that holds ``start`` positions."""
     logits = [first]
     for position in range(start, prior.image_length - 1):
         logits.append(step(prior, cache, position, images[..., position]))

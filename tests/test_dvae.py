@@ -283,7 +283,7 @@ def test_validation_metrics_by_hand_and_merged() -> None:
     model = DVAE(SMALL)
     pixels = pictures(3)
     whole = validation_metrics(model, pixels, EPS)
-    rebuilt = reconstruct(model(phi(pixels, EPS))[0], EPS)
+    rebuilt = reconstruct(model(phi(pixels, EPS))[0], EPS).detach()
     for i in range(3):
         mse = float(((rebuilt[i] / 255 - pixels[i].float() / 255) ** 2).mean())
         assert float(whole.mse[i]) == pytest.approx(mse, rel=1e-4)

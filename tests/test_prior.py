@@ -102,7 +102,7 @@ def test_parts_of_a_batch_sum_to_the_whole() -> None:
     prior = small()
     text, length, image = batch(6)
     whole = prior.loss(text, length, image)
-    count = prior.text_counts(length).sum()
+    count = int(prior.text_counts(length).sum())
     text_mean, image_mean = 0.0, 0.0
     for rows in (slice(0, 1), slice(1, 3), slice(3, 6)):
         share = (rows.stop - rows.start) / 6

@@ -34,6 +34,7 @@ from dalle_cli.errors import UserError
 rows = st.tuples(st.integers(0, 2**40), st.sampled_from(SPLITS), st.integers(0, 2**40))
 
 
+@settings(max_examples=60, deadline=None)
 @given(rows, st.integers(0, 2**32))
 def test_captions_say_the_scenes_facts(row: tuple[int, str, int], caption_seed: int) -> None:
     this = scene(*row)
@@ -51,12 +52,17 @@ def test_parsing_by_hand() -> None:
     assert parse_caption("there is a large blue square above a small red star") == Claim(
         (square, star), "above"
     )
-    assert parse_caption("A  small red star\nto the right of a large blue square") == Claim(
-        (square, star), "left of"
-    )
+    turned = Claim((square, star), "left of")
+    assert parse_caption("A  small red star\nto the right of a large blue square") == turned
     assert parse_caption("one small red star") == Claim((star,), None)
-    for text in ("", "a red star", "a small red star above", "a small red star above a large blue square, twice",
-                 "a small pink star", "a small red star on a large blue square"):  # fmt: skip
+    for text in (
+        "",
+        "a red star",
+        "a small red star above",
+        "a small pink star",
+        "a small red star on a large blue square",
+        "a small red star above a large blue square, twice",
+    ):
         with pytest.raises(ValueError, match="not a caption"):
             parse_caption(text)
 
@@ -69,6 +75,7 @@ def test_every_phrasing_of_a_pair_is_different_and_both_sides_are_told() -> None
     assert {text.index(first) < len(text) / 2 for text in told} == {True, False}
 
 
+@settings(max_examples=60, deadline=None)
 @given(rows)
 def test_things_are_inside_apart_and_in_their_relation(row: tuple[int, str, int]) -> None:
     this = scene(*row)
@@ -76,8 +83,8 @@ def test_things_are_inside_apart_and_in_their_relation(row: tuple[int, str, int]
         low, high = SIZES[thing.size]
         assert low <= thing.radius <= high
         # 1.05 is the farthest any outline reaches (the star's points)
-        assert 0 < thing.x - 1.05 * thing.radius and thing.x + 1.05 * thing.radius < 1
-        assert 0 < thing.y - 1.05 * thing.radius and thing.y + 1.05 * thing.radius < 1
+        for centre in (thing.x, thing.y):
+            assert 1.05 * thing.radius < centre < 1 - 1.05 * thing.radius
     if this.relation is None:
         assert len(this.things) == 1
         return
@@ -90,6 +97,7 @@ def test_things_are_inside_apart_and_in_their_relation(row: tuple[int, str, int]
     assert abs(across) < along / 3
 
 
+@settings(max_examples=60, deadline=None)
 @given(rows)
 def test_held_out_pairs_stay_out(row: tuple[int, str, int]) -> None:
     held = [(thing.colour, thing.shape) in HELD_OUT for thing in scene(*row).things]
@@ -127,7 +135,8 @@ def test_rendered_areas_and_colours_are_those_of_the_geometry(size: int) -> None
         picture = render(this, size)
         assert picture.shape == (size, size, 3) and picture.dtype == np.uint8
         paper = np.array(BACKGROUNDS[this.background])
-        assert (picture[[0, -1]] == paper).all() and (picture[:, [0, -1]] == paper).all()
+        if size >= 64:  # a border of whole pixels is free
+            assert (picture[[0, -1]] == paper).all() and (picture[:, [0, -1]] == paper).all()
         covered = (picture != paper).any(axis=2)
         area = sum(unit[t.shape] * (t.radius * size) ** 2 for t in this.things)
         assert covered.sum() >= area
@@ -222,11 +231,7 @@ def test_other_settings_and_other_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "b/world.json").write_text("[1")
     with pytest.raises(UserError, match="not a world's settings"):
         make_shapes(tmp_path / "b", n=3, test_n=1, seed=1, size=32)
-    for wrong in ({"size": 60}, {"n": 0}, {"seed": -1}, {"shard_rows": 0}):
-        with pytest.raises(UserError, match=next(iter(wrong))):
-            make_shapes(tmp_path / "c", **{"n": 3, "test_n": 1, "seed": 1, "size": 32, **wrong})
+    for n, seed, size, named in ((0, 1, 32, "n 0"), (3, -1, 32, "seed -1"), (3, 1, 60, "size 60")):
+        with pytest.raises(UserError, match=named):
+            make_shapes(tmp_path / "c", n=n, test_n=1, seed=seed, size=size)
     assert not (tmp_path / "c").exists()
-
-
-settings.register_profile("shapes", max_examples=60, deadline=None)
-settings.load_profile("shapes")

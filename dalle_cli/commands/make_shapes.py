@@ -25,5 +25,12 @@ def command(
     from dalle_cli.progress import progress
 
     with progress("make-shapes", n + 2 * test_n, "pictures") as bar:
-        make_shapes(out, n, test_n, seed, size, progress=bar.advance)
+        made = 0
+
+        def advance(done: int, _: int) -> None:
+            nonlocal made
+            bar.advance(done - made)
+            made = done
+
+        make_shapes(out, n, test_n, seed, size, progress=advance)
     typer.echo(out)

@@ -13,6 +13,11 @@ def command(
     prior: Annotated[Path, typer.Argument(metavar="PRIOR", help="Prior checkpoint, or its run.")],
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="Captions to draw.")] = None,
     prompts_file: Annotated[Path | None, typer.Option("--prompts", help="File of captions, one a line; - is stdin.")] = None,
+    captions: Annotated[
+        list[str] | None, typer.Option(metavar="SOURCE", help="Draw the first captions of these sources; repeatable.")
+    ] = None,
+    held_out: Annotated[bool, typer.Option(help="Draw captions of the run's store that training left out.")] = False,
+    limit: Annotated[int, typer.Option(min=1, help="Captions of each source, or left out.")] = 50,
     n: Annotated[int | None, typer.Option("--n", min=1, help="Samples of each caption. [sampling.n]")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Decides every sample.")] = 0,
     temperature: Annotated[float | None, typer.Option(min=0.0, help="0 takes the likeliest token. [sampling]")] = None,
@@ -36,11 +41,17 @@ def command(
     from dalle_cli.recipes.folders import run_of
     from dalle_cli.stores.checkpoint import open_checkpoint
 
-    wanted = [*(prompts or []), *_read_prompts(prompts_file)]
-    if not wanted:
-        raise UserError("no captions to draw; give them as arguments, or --prompts FILE with one a line")
     checkpoint = open_checkpoint(prior, "prior")
     places = run_of(checkpoint.path)
+    wanted = [*(prompts or []), *_read_prompts(prompts_file)]
+    for source in captions or []:
+        wanted += _captions_of(source, limit)
+    if held_out:
+        from dalle_cli.stores.held_out import held_out_captions
+
+        wanted += held_out_captions(places.tokens, checkpoint.recipe(), limit)
+    if not wanted:
+        raise UserError("no captions to draw; give them as arguments, or --prompts FILE with one a line")
     given = {
         "n": n, "temperature": temperature, "top_k": top_k, "top_p": top_p, "batch_size": batch_size,
     }  # fmt: skip
@@ -62,6 +73,15 @@ def command(
             print(json.dumps(line, ensure_ascii=False), flush=True)
     if terminal:
         print(f"{count} samples of {len(wanted)} captions in {folder}")
+
+
+def _captions_of(spec: str, limit: int) -> list[str]:
+    from itertools import islice
+
+    from dalle_cli.data.sources import open_source
+    from dalle_cli.text.tokenize import source_captions
+
+    return list(islice(source_captions(open_source(spec)), limit))
 
 
 def _read_prompts(file: Path | None) -> list[str]:

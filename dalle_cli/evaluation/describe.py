@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,7 @@ UNDERSTOOD = (
 SAMPLE_STORE = "samples.zarr"
 CAPTIONS = 5
 TOKEN_EXAMPLES = 24
+BYTES = 256
 
 
 def describe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -74,7 +76,7 @@ def _describe_store(path: Path) -> dict[str, Any]:
     skipped = {part: state["skipped"] for part, state in parts.items()}
     identities = {part: state["identity"] for part, state in parts.items()}
     captions: list[dict[str, Any]] = []
-    if "text" in parts:
+    if "text" in parts and parts["text"]["rows"]:
         first = range(min(CAPTIONS, int(parts["text"]["rows"])))
         lengths = reader.read("text_length", np.array(first, dtype=np.int64))
         captions = [
@@ -124,13 +126,16 @@ def _describe_samples(path: Path) -> dict[str, Any]:
 
 
 def _arrays(path: Path, group: Any) -> dict[str, dict[str, Any]]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zarr wonders at the store's skipped-*.jsonl
+        arrays = sorted(group.arrays())
     return {
         name: {
             "shape": list(array.shape),
             "dtype": "string" if array.dtype.kind not in "biuf" else str(array.dtype),
             "bytes": sum(file.stat().st_size for file in (path / name).rglob("*") if file.is_file()),
         }
-        for name, array in sorted(group.arrays())
+        for name, array in arrays
     }
 
 
@@ -181,11 +186,12 @@ def _describe_tokenizer(path: Path) -> dict[str, Any]:
 
     tokenizer = Tokenizer.load(path)
     size = tokenizer.vocab_size
-    ids = sorted({round(i * (size - 1) / (TOKEN_EXAMPLES - 1)) for i in range(TOKEN_EXAMPLES)})
+    first = BYTES if size > BYTES + 1 else 0  # the bytes themselves come first and tell nothing
+    ids = sorted({round(first + i * (size - 1 - first) / (TOKEN_EXAMPLES - 1)) for i in range(TOKEN_EXAMPLES)})
     return {
         "what": "tokenizer",
         "path": tokenizer.name,
         "vocab_size": size,
         "sha256": tokenizer.identity,
-        "examples": {str(i): tokenizer.backend.id_to_token(i) for i in ids},
+        "examples": {str(i): tokenizer.decode([i]) for i in ids},
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ def compression(rank: int, d_model: int) -> float:
 
 def compact(numbers: list[int]) -> str:
     """Ascending layer numbers in few words: ``"2, 6, 10 ... 62"``, ``"1, 3-5, 7-9 ... 63"``, ``"64"``."""
-    steps = {b - a for a, b in zip(numbers, numbers[1:], strict=False)}
+    steps = {b - a for a, b in pairwise(numbers)}
     if len(steps) == 1 and steps != {1}:
         pieces = [str(number) for number in numbers]
     else:

@@ -51,17 +51,20 @@ class Judged:
 def pools(lines: Iterable[Line], name: str) -> list[Pool]:
     """Ranked lines gathered by caption, captions in their order, samples best first.
 
+    A caption that was asked for twice was drawn twice alike: its samples count once.
+
     Raises:
         UserError: a line has no score and rank.
     """
-    gathered: dict[str, list[Line]] = {}
+    gathered: dict[str, dict[Any, Line]] = {}
     for number, line in enumerate(lines, start=1):
         if not isinstance(line.get("score"), float | int) or not isinstance(line.get("rank"), int):
             raise UserError(f"{name}, sample {number}: has no score and rank; give the lines that dalle rerank prints")
-        gathered.setdefault(line["prompt"], []).append(line)
+        drawn_as = (line["store"], line["seed"], line["index"]) if {"store", "seed", "index"} <= line.keys() else number
+        gathered.setdefault(line["prompt"], {}).setdefault(drawn_as, line)
     # Ranks follow unrounded scores, so they part what rounding made equal.
     return [
-        Pool(prompt, tuple(sorted(own, key=lambda line: (-line["score"], line["rank"]))))
+        Pool(prompt, tuple(sorted(own.values(), key=lambda line: (-line["score"], line["rank"]))))
         for prompt, own in gathered.items()
     ]
 

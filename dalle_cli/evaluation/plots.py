@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from numpy.typing import NDArray
 
-from dalle_cli.evaluation.oracle_accuracy import Accuracy
+from dalle_cli.evaluation.oracle_accuracy import Accuracy, Share
 
 BLUE, GREEN, ORANGE, VIOLET, GREY = "#2563a8", "#0e8a68", "#c45410", "#7a4ea3", "#6b7280"
 _STYLE = {
@@ -68,10 +68,10 @@ def codebook_histogram(counts: NDArray[np.int64], perplexity: float) -> bytes:
         places = np.arange(1, len(used) + 1)
         axes.fill_between(places, used / counts.sum(), step="mid", color=BLUE, alpha=0.25, linewidth=0)
         axes.step(places, used / counts.sum(), where="mid", color=BLUE)
-        axes.axhline(1 / len(counts), color=GREY, linestyle=":", linewidth=1, label="all codes alike")
+        axes.axhline(1 / len(counts), color=GREY, linestyle=":", linewidth=1, label="all in equal use")
         axes.axvline(perplexity, color=ORANGE, linewidth=1, label=f"perplexity {perplexity:.0f}")
         if len(used) < len(counts):
-            axes.axvspan(len(used) + 0.5, len(counts) + 0.5, color="#f3e3da", linewidth=0,
+            axes.axvspan(len(used) + 0.5, len(counts) + 0.5, color="#f0d8ca", linewidth=0,
                          label=f"{len(counts) - len(used)} dead codes")  # fmt: skip
         axes.set_yscale("log")
         axes.set_xlim(0.5, len(counts) + 0.5)
@@ -86,7 +86,7 @@ def accuracy_bars(groups: Mapping[str, Accuracy]) -> bytes:
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots()
         pool = next(iter(groups.values())).pool_size
-        bars = [
+        bars: list[tuple[str, str, list[Share | None]]] = [
             ("single sample", GREY, [group.single for group in groups.values()]),
             (f"best of {pool} by CLIP", GREEN, [group.best for group in groups.values()]),
             (f"any of {pool} right", "#b7c9dd", [group.any_right for group in groups.values()]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,8 +22,51 @@ def render(found: dict[str, Any], console: Console) -> None:
         "checkpoint": _checkpoint,
         "tokenizer": _tokenizer,
     }
-    for table in show[found["what"]](found):
+    _print(console, show[found["what"]](found))
+
+
+def render_report(figures: dict[str, Any], console: Console) -> None:
+    """A report's main figures, in short."""
+
+    def share(value: dict[str, float] | None) -> str:
+        return "" if value is None else f"{100 * value['value']:.1f} ± {100 * value['error']:.1f} %"
+
+    if figures["oracle"] is not None:
+        groups = figures["oracle"]["groups"].items()
+        rows = [(n, g["prompts"], share(g["single"]), share(g["best"]), share(g["any_right"])) for n, g in groups]
+        pool = next(iter(groups))[1]["pool_size"]
+        columns = ["", "captions", "single sample", f"best of {pool} by CLIP", f"any of {pool}"]
+        _print(console, [_grid("Captions drawn right", columns, rows, right=range(1, 5))])
+    recon, codebook = figures["reconstructions"], figures["codebook"]
+    _print(
+        console,
+        [
+            _pairs(
+                f"Report of {figures['name']}",
+                [
+                    ("result", figures["result"]),
+                    *(("note", text) for text in (figures["oracle"] or {"warnings": []})["warnings"]),
+                    *((s["name"], f"update {s['step']:,} of {s['updates']:,}") for s in figures["stages"].values()),
+                    ("reconstructions", f"PSNR {recon['psnr_mean']:.1f} dB" if recon else None),
+                    (
+                        "codebook",
+                        f"perplexity {codebook['perplexity']:.1f} of {codebook['codes']}" if codebook else None,
+                    ),
+                    *((f"FID on {fid['features'].split()[0]}", f"{fid['fid']:.2f}") for fid in figures["fid"]),
+                    *(("missing", text) for text in figures["missing"]),
+                ],
+            )
+        ],
+    )
+
+
+def _print(console: Console, tables: Iterable[Table]) -> None:
+    for table in tables:
+        # A title of rich's own would be wrapped to the width of its table.
+        title, table.title = table.title, None
+        console.print(Text(str(title), style="bold"), soft_wrap=True)
         console.print(table)
+        console.print()
 
 
 def number(value: float) -> str:
@@ -42,7 +86,7 @@ def size(value: float) -> str:
 
 
 def _pairs(title: str, rows: Iterable[tuple[str, Any]]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2))
+    table = Table(title=title, show_header=False, box=None, padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
@@ -52,7 +96,7 @@ def _pairs(title: str, rows: Iterable[tuple[str, Any]]) -> Table:
 
 
 def _grid(title: str, columns: list[str], rows: Iterable[Iterable[Any]], right: Iterable[int] = ()) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None, padding=(0, 2))
+    table = Table(title=title, header_style="dim", box=None, padding=(0, 2))
     for place, name in enumerate(columns):
         table.add_column(name, justify="right" if place in set(right) else "left", overflow="fold")
     for row in rows:
@@ -63,14 +107,14 @@ def _grid(title: str, columns: list[str], rows: Iterable[Iterable[Any]], right: 
 def _recipe(found: dict[str, Any]) -> list[Table]:
     tokens, dvae, prior = found["tokens"], found["dvae"], found["prior"]
     clip, sampling, weights = found["clip"], found["sampling"], prior["weight_bytes"]
-    counts = prior["parameters"]
-    powersgd, sharding = prior["powersgd"], prior["sharding"]
+    counts, side = prior["parameters"], found["image_size"]
+    sharding = prior["sharding"]
     return [
         _pairs(
             f"Recipe {found['name']}",
             [
                 ("description", found["description"]),
-                ("pictures", f"{found['image_size']} x {found['image_size']}, from {found['data']['train'] or '--data'}"),
+                ("pictures", f"{side} x {side}, from {found['data']['train'] or '--data'}"),
                 ("grid", f"{found['grid']} x {found['grid']} image tokens"),
                 ("tokens a sample", f"{tokens['text']} text + {tokens['image']} image = {tokens['total']}"),
                 ("vocabularies", f"{found['tokenizer']['vocab_size']} text, {dvae['codebook_size']} image"),
@@ -103,10 +147,7 @@ def _recipe(found: dict[str, Any]) -> list[Table]:
                 ),
                 ("precision", prior["precision"]),
                 ("sharding", f"ZeRO {sharding['zero']}, offload {sharding['offload']}" if sharding["zero"] else "none"),
-                (
-                    "PowerSGD",
-                    f"rank {powersgd['rank']}, compression {powersgd['compression']:.1%}" if powersgd["rank"] else "none",
-                ),
+                ("PowerSGD", _compression(prior["powersgd"])),
                 *_learning(prior),
             ],
         ),
@@ -120,6 +161,10 @@ def _recipe(found: dict[str, Any]) -> list[Table]:
             ],
         ),
     ]  # fmt: skip
+
+
+def _compression(powersgd: dict[str, Any]) -> str:
+    return f"rank {powersgd['rank']}, compression {powersgd['compression']:.1%}" if powersgd["rank"] else "none"
 
 
 def _learning(stage: dict[str, Any]) -> list[tuple[str, str]]:
@@ -228,7 +273,10 @@ def _tokenizer(found: dict[str, Any]) -> list[Table]:
             [
                 ("vocabulary", f"{found['vocab_size']:,} byte-level BPE tokens"),
                 ("sha256", found["sha256"]),
+                (
+                    "some of its tokens",
+                    "  ".join(json.dumps(t, ensure_ascii=False) for t in found["examples"].values()),
+                ),
             ],
-        ),
-        _grid("Some of its tokens", ["id", "token"], found["examples"].items(), right=[0]),
+        )
     ]

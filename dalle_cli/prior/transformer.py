@@ -216,7 +216,7 @@ class Prior(nn.Module):
         return text_length.long().clamp(max=self.text_length - 1)
 
     def loss(
-        self, text: Tensor, text_length: Tensor, image: Tensor, text_count: Tensor | int | None = None
+        self, text: Tensor, text_length: Tensor, image: Tensor, text_count: Tensor | float | None = None
     ) -> PriorLoss:
         """Mean cross-entropies of a batch.
 

@@ -1,0 +1,260 @@
+"""The report of a run: every figure in report.json, the same for people in report.html, and the contact sheet."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from dalle_cli.clip.rerank import read_manifest
+from dalle_cli.errors import UserError
+from dalle_cli.evaluation import plots
+from dalle_cli.evaluation.chain import NAMES, Chain, read_chain
+from dalle_cli.evaluation.exhibits import (
+    choose_captions,
+    codebook_use,
+    reconstructions,
+    samples_sheet,
+    true_pictures,
+)
+from dalle_cli.evaluation.oracle_accuracy import GROUPS, Accuracy, Judged, Pool, Share, accuracy, judge, pools
+from dalle_cli.evaluation.page import features_badge, page
+from dalle_cli.progress import progress
+from dalle_cli.recipes.load import dump_recipe
+from dalle_cli.recipes.schema import Recipe
+from dalle_cli.stores.files import write_atomically, write_json
+
+_CURVES: dict[str, tuple[str, list[plots.Curve], str]] = {
+    "loss_dvae": (
+        "dvae",
+        [("recon_nll", "training", plots.BLUE), ("val_recon_nll", "validation", plots.ORANGE)],
+        "-ln p(x|z), nats a value",
+    ),
+    "kl_dvae": (
+        "dvae",
+        [("kl_per_position", "training", plots.BLUE), ("val_kl_per_position", "validation", plots.ORANGE)],
+        "KL, nats a token",
+    ),
+    "loss_prior": (
+        "prior",
+        [
+            ("image", "image", plots.BLUE),
+            ("val_image", "image, validation", plots.BLUE),
+            ("text", "text", plots.ORANGE),
+            ("val_text", "text, validation", plots.ORANGE),
+        ],
+        "nats a token",
+    ),
+    "loss_clip": (
+        "clip",
+        [("loss", "training", plots.BLUE), ("val_loss", "validation", plots.ORANGE)],
+        "nats a picture",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """Where the report lies, and its figures as report.json holds them."""
+
+    html: Path
+    figures: dict[str, Any]
+
+
+def write_report(recipe: Recipe, ranked: Path | None, fids: Sequence[Path], out: Path) -> Report:
+    """Write ``out/report.html``, ``report.json`` and, with ranked samples, ``contact-sheet.png``.
+
+    ``ranked`` holds lines of ``dalle rerank``, ``fids`` are JSON files of ``dalle eval-fid``. Stages that the run
+    lacks are named in the report.
+
+    Raises:
+        UserError: there is nothing at all to report on, or a file given is not what it should be.
+    """
+    chain = read_chain(recipe)
+    if chain.empty and ranked is None and not fids:
+        raise UserError(
+            f"{chain.places.root}: no stage has run yet; start with dalle train-dvae, or give --ranked FILE"
+        )
+    samples = _read_ranked(ranked) if ranked is not None else []
+    stores = sorted({Path(line["store"]) for pool in samples for line in pool.lines if "store" in line})
+    pngs: dict[str, bytes] = {}
+    oracle = _oracle(samples, pngs)
+    figures: dict[str, Any] = {
+        "name": recipe.name,
+        "description": recipe.description,
+        "oracle": oracle,
+        "contact_sheet": _contact_sheet(chain, samples, oracle is not None, pngs),
+        "reconstructions": _reconstructions(chain, pngs),
+        "codebook": _codebook(chain, pngs),
+        "stages": _stages(chain, pngs),
+        "fid": [_read_fid(file) for file in fids],
+        "artifacts": chain.artifacts(stores),
+    }
+    figures["missing"] = chain.missing
+    figures["result"] = result_line(figures)
+    if "contact_sheet" in pngs:
+        write_atomically(out / "contact-sheet.png", pngs["contact_sheet"])
+    write_json(out / "report.json", figures)
+    write_atomically(out / "report.html", page(figures, pngs, dump_recipe(recipe)))
+    return Report(out / "report.html", figures)
+
+
+def result_line(figures: dict[str, Any]) -> str:
+    """What came out, in one line, from the best there is to tell."""
+    if figures["oracle"] is not None:
+        groups = figures["oracle"]["groups"]
+        first = next(iter(groups.values()))
+        best = " and ".join(_told(name, group["best"]) for name, group in groups.items())
+        line = f"The best of {first['pool_size']} samples by CLIP is right for {best}"
+        if all(group["single"] is not None for group in groups.values()):
+            singles = " and ".join(f"{100 * group['single']['value']:.0f} %" for group in groups.values())
+            line += f"; a single sample for {singles}"
+        return f"{line}."
+    for fid in figures["fid"]:
+        badge, _ = features_badge(fid["features"])
+        return f"FID {fid['fid']:.2f} on {badge}, {fid['n_generated']:,} pictures against {fid['n_reference']:,}."
+    if figures["contact_sheet"] is not None:
+        sheet = figures["contact_sheet"]
+        return f"{sheet['captions_in_all']} captions drawn, ranked by {sheet['scorer']}."
+    if figures["stages"]:
+        told = [f"{s['name']} at update {s['step']:,} of {s['updates']:,}" for s in figures["stages"].values()]
+        return f"No samples yet: {', '.join(told)}."
+    return "No samples yet, and no stage trained."
+
+
+def _told(group: str, share: dict[str, float]) -> str:
+    return f"{100 * share['value']:.0f} ± {100 * share['error']:.0f} % of captions with {group}"
+
+
+def _read_ranked(file: Path) -> list[Pool]:
+    try:
+        with file.open(encoding="utf-8") as stream:
+            found = pools(read_manifest(stream, str(file)), str(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); name a file of dalle rerank's lines") from None
+    if not found:
+        raise UserError(f"{file}: holds no sample; write dalle rerank's lines into it")
+    return found
+
+
+def _read_fid(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read as JSON ({error}); name a file of dalle eval-fid --out") from None
+    needed = ("features", "fid", "kid_mean", "n_generated", "n_reference")
+    if not isinstance(found, dict) or any(key not in found for key in needed):
+        raise UserError(f"{file}: is not a file of dalle eval-fid --out (it needs {', '.join(needed)})")
+    return {**found, "file": str(file)}
+
+
+def _oracle(samples: list[Pool], pngs: dict[str, bytes]) -> dict[str, Any] | None:
+    with progress("report", len(samples), "captions judged") as bar:
+        judged = judge(samples, bar.advance)
+    if not judged:
+        return None
+    groups: dict[str, Accuracy] = {}
+    for name in GROUPS:
+        if own := [item for item in judged if item.group == name]:
+            groups[name] = accuracy(own)
+    pngs["bars"] = plots.accuracy_bars(groups)
+    if (curve := plots.accuracy_by_pool_size(groups)) is not None:
+        pngs["pool_size"] = curve
+    return {"groups": {name: _figures(group) for name, group in groups.items()}, "warnings": _warnings(samples, judged)}
+
+
+def _warnings(samples: list[Pool], judged: list[Judged]) -> list[str]:
+    warnings = []
+    if len(judged) < len(samples):
+        warnings.append(f"{len(samples) - len(judged)} captions are not of the shapes world and are not judged")
+    if not all(item.pool.whole for item in judged):
+        warnings.append("these lines hold only the best of each caption; rerank without --top to judge single samples")
+    elif len({len(item.right) for item in judged}) > 1:
+        warnings.append("captions have pools of different sizes; the best of a caption is the best of its own pool")
+    return warnings
+
+
+def _figures(found: Accuracy) -> dict[str, Any]:
+    def share(value: Share | None) -> dict[str, float] | None:
+        return None if value is None else {"value": round(value.value, 6), "error": round(value.error, 6)}
+
+    return {
+        "prompts": found.prompts,
+        "samples": found.samples,
+        "pool_size": found.pool_size,
+        "single": share(found.single),
+        "best": share(found.best),
+        "any_right": share(found.any_right),
+        "by_pool_size": {str(size): share(value) for size, value in found.by_pool_size.items()},
+    }
+
+
+def _contact_sheet(chain: Chain, samples: list[Pool], judged: bool, pngs: dict[str, bytes]) -> dict[str, Any] | None:
+    if not samples:
+        return None
+    chosen = choose_captions(samples)
+    true = {}
+    # Where the oracle judges, a true picture would say nothing more.
+    if chain.reader is not None and chain.source is not None and not judged:
+        prompts, recipe = [pool.prompt for pool in chosen], chain.recipe
+        true = true_pictures(prompts, chain.reader, chain.source, recipe.image_size, recipe.data.max_pixels)
+    pngs["contact_sheet"] = _png(samples_sheet(chosen, true, chain.recipe.name))
+    return {
+        "captions": [pool.prompt for pool in chosen],
+        "captions_in_all": len(samples),
+        "scorer": str(samples[0].lines[0].get("scorer", "CLIP")),
+        "with_true_pictures": sorted(true),
+    }
+
+
+def _reconstructions(chain: Chain, pngs: dict[str, bytes]) -> dict[str, Any] | None:
+    if "dvae" not in chain.checkpoints or chain.source is None:
+        return None
+    found = reconstructions(chain.checkpoints["dvae"], chain.source)
+    if found is None:
+        return None
+    pngs["reconstructions"] = _png(found.sheet)
+    mean = round(sum(found.psnr) / len(found.psnr), 2)
+    return {"psnr": found.psnr, "psnr_mean": mean, "held_out": found.held_out}
+
+
+def _codebook(chain: Chain, pngs: dict[str, bytes]) -> dict[str, Any] | None:
+    found = codebook_use(chain.reader) if chain.reader is not None else None
+    if found is None:
+        return None
+    pngs["codebook"] = plots.codebook_histogram(found.counts, found.perplexity)
+    return {
+        "codes": len(found.counts),
+        "rows": found.rows,
+        "tokens": int(found.counts.sum()),
+        "dead": found.dead,
+        "perplexity": round(found.perplexity, 3),
+    }
+
+
+def _stages(chain: Chain, pngs: dict[str, bytes]) -> dict[str, Any]:
+    for name, (kind, curves, unit) in _CURVES.items():
+        drawn = plots.loss_curves(chain.metrics(kind), curves, unit) if kind in chain.checkpoints else None
+        if drawn is not None:
+            pngs[name] = drawn
+    return {
+        kind: {
+            "name": NAMES[kind],
+            "step": checkpoint.step,
+            "updates": getattr(checkpoint.recipe(), kind).training.updates,
+            "validation": checkpoint.metrics,
+            "last": next(iter(reversed([line for line in chain.metrics(kind) if "loss" in line])), None),
+        }
+        for kind, checkpoint in chain.checkpoints.items()
+    }
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
