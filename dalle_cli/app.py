@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Annotated
 
@@ -45,7 +44,11 @@ PANELS = {
 }
 for panel, commands in PANELS.items():
     for name, function in commands.items():
-        app.command(name, rich_help_panel=panel, no_args_is_help=True)(function)
+        # rerank reads stdin when it is given nothing.
+        app.command(name, rich_help_panel=panel, no_args_is_help=name != "rerank")(function)
+
+INTERRUPTED = 130
+"""Typer's exit code for ctrl-C."""
 
 
 def _version(wanted: bool) -> None:
@@ -74,10 +77,7 @@ def main() -> None:
         for line in str(error).splitlines():
             print(f"dalle: {line}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("dalle: stopped; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        # The reader of our stdout went away, as `| head` does; that is no fault.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            print("dalle: stopped; run the same command again to go on", file=sys.stderr)
+        raise

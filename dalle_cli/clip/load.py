@@ -12,6 +12,7 @@ from dalle_cli.errors import UserError
 from dalle_cli.recipes.folders import run_of
 from dalle_cli.stores.checkpoint import check_belongs, open_checkpoint
 from dalle_cli.text.bpe import Tokenizer
+from dalle_cli.training.loop import limit_threads
 
 
 def load_scorer(clip: str | None, pretrained: str | None, tokenizer: Path | None, beside: Path) -> Scorer:
@@ -33,6 +34,7 @@ def load_scorer(clip: str | None, pretrained: str | None, tokenizer: Path | None
     bpe = Tokenizer.load(tokenizer or run_of(checkpoint.path).tokenizer)
     check_belongs(checkpoint, "tokenizer", bpe.identity, bpe.name)
     recipe = checkpoint.recipe()
+    limit_threads(recipe)
     length = recipe.tokenizer.text_length
 
     def tokenize(captions: list[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from dalle_cli.clip.scoring import Scorer, similarities
+from dalle_cli.data.images import BadImage, decode_image
+from dalle_cli.data.samples import is_unicode
 from dalle_cli.errors import UserError
 
 Line = dict[str, Any]
@@ -22,16 +23,25 @@ def read_manifest(lines: Iterable[str], name: str) -> Iterator[Line]:
     Raises:
         UserError: a line is no JSON object with ``prompt`` and ``png``, named by its number.
     """
-    for number, text in enumerate(lines, start=1):
+    for number, text in enumerate(_texts(lines, name), start=1):
         if not text.strip():
             continue
         try:
             line = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{name}, line {number}: not JSON ({error.msg}); give the lines of dalle sample") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{name}, line {number}: not JSON ({error}); give the lines of dalle sample") from None
         if not isinstance(line, dict) or not isinstance(line.get("prompt"), str) or not isinstance(line.get("png"), str):
             raise UserError(f"{name}, line {number}: has no 'prompt' and 'png'; give the lines of dalle sample")
+        if not is_unicode(line["prompt"]):
+            raise UserError(f"{name}, line {number}: its prompt is not valid Unicode; give the lines of dalle sample")
         yield line
+
+
+def _texts(lines: Iterable[str], name: str) -> Iterator[str]:
+    try:
+        yield from lines
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: not text ({error.reason}); give the lines of dalle sample") from None
 
 
 def rerank(lines: Iterable[Line], scorer: Scorer, top: int | None, batch: int = 64) -> Iterator[Line]:
@@ -74,9 +84,8 @@ def _chunks(lines: Iterator[Line], size: int) -> Iterator[list[Line]]:
 def _read_png(line: Line) -> np.ndarray:
     path = Path(line["png"])
     try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
+        return np.asarray(decode_image(path.read_bytes()))
     except FileNotFoundError:
         raise UserError(f"{path}: the sample's picture is missing; draw it again with dalle sample") from None
-    except OSError as error:
+    except (OSError, BadImage) as error:
         raise UserError(f"{path}: cannot be read as a picture ({error})") from None

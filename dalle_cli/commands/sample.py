@@ -52,6 +52,8 @@ def command(
         wanted += held_out_captions(places.tokens, checkpoint.recipe(), limit)
     if not wanted:
         raise UserError("no captions to draw; give them as arguments, or --prompts FILE with one a line")
+    if top_p == 0:
+        raise UserError("--top-p 0 leaves no token to draw; give a share above 0, or --temperature 0 for the likeliest")
     given = {
         "n": n, "temperature": temperature, "top_k": top_k, "top_p": top_p, "batch_size": batch_size,
     }  # fmt: skip

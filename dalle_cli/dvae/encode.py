@@ -16,6 +16,7 @@ from dalle_cli.progress import progress
 from dalle_cli.recipes.schema import Recipe
 from dalle_cli.stores.checkpoint import Checkpoint
 from dalle_cli.stores.tokens import ROWS_PER_SHARD, PartWriter
+from dalle_cli.training.loop import limit_threads
 from dalle_cli.training.pictures import consecutive_pictures
 
 BLOCK = 64
@@ -50,7 +51,9 @@ def encode_source(recipe: Recipe, source: Source, checkpoint: Checkpoint, out: P
         "codebook_size": made_by.dvae.model.codebook_size,
     }
     writer = PartWriter(out, "image", identity)
+    writer.check_source(len(source))
     if not writer.complete:
+        limit_threads(recipe)
         model = load_dvae(checkpoint)
         blocks = consecutive_pictures(
             source,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dalle_cli.dvae.likelihood import bounded_ln_b, logit_laplace_log_prob, phi, reconstruct
 from dalle_cli.dvae.model import DVAE
-from dalle_cli.dvae.relaxation import gumbel_softmax, kl_to_uniform, reinforce_surrogate, sample_tokens
+from dalle_cli.dvae.relaxation import Generators, gumbel_softmax, kl_to_uniform, reinforce_surrogate, sample_tokens
 
 LN_B_FLOOR = -4.0
 """Least ln b: see ``bounded_ln_b``."""
@@ -58,7 +58,7 @@ def dvae_loss(
     eps: float,
     estimator: Literal["gumbel", "reinforce"],
     reinforce_samples: int,
-    generator: torch.Generator,
+    generator: Generators,
 ) -> DvaeLoss:
     """The relaxed ELBO of ``pixels``, (B, 3, H, W) uint8, with the sign of a loss.
 

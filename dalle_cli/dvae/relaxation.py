@@ -7,18 +7,27 @@ variance, and the score function (REINFORCE) with a leave-one-out baseline, unbi
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+Generators = torch.Generator | Sequence[torch.Generator]
+"""One for a batch, or one for each of its pictures: their noise then does not depend on how a batch is split."""
 
-def gumbel_noise(like: Tensor, generator: torch.Generator) -> Tensor:
+
+def gumbel_noise(like: Tensor, generator: Generators) -> Tensor:
     """Standard Gumbel noise of the shape of ``like``, float32, drawn on the generator's device."""
-    exponential = torch.empty(like.shape, device=generator.device).exponential_(generator=generator)
+    if isinstance(generator, torch.Generator):
+        exponential = torch.empty(like.shape, device=generator.device).exponential_(generator=generator)
+    else:
+        exponential = torch.empty(like.shape, device=generator[0].device)
+        for picture, own in zip(exponential, generator, strict=True):
+            picture.exponential_(generator=own)
     return -exponential.clamp_min(torch.finfo(torch.float32).tiny).log().to(like.device)
 
 
-def gumbel_softmax(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+def gumbel_softmax(logits: Tensor, temperature: float, generator: Generators) -> Tensor:
     """A relaxed sample of the codes: softmax over dim 1 of (logits + Gumbel noise) / temperature.
 
     (B, K, h, w) -> the same shape, sums of 1 over K. The lower the temperature, the closer to one-hot samples
@@ -27,7 +36,7 @@ def gumbel_softmax(logits: Tensor, temperature: float, generator: torch.Generato
     return torch.softmax((logits + gumbel_noise(logits, generator)) / temperature, dim=1)
 
 
-def sample_tokens(logits: Tensor, samples: int, generator: torch.Generator) -> Tensor:
+def sample_tokens(logits: Tensor, samples: int, generator: Generators) -> Tensor:
     """``samples`` independent draws of softmax(logits) over dim 1: (B, K, h, w) -> (S, B, h, w) int64."""
     with torch.no_grad():
         return torch.stack([(logits + gumbel_noise(logits, generator)).argmax(dim=1) for _ in range(samples)])

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dalle_cli.data.images import BadImage
 from dalle_cli.data.sources import BadSample, Source
@@ -58,10 +58,10 @@ class DvaeTask:
 
     def micro_batches(self, batch: Tensor, size: int | None) -> list[tuple[Any, float]]:
         parts = batch.split(size or len(batch))
-        return [((i, part), len(part) / len(batch)) for i, part in enumerate(parts)]
+        return [((i * len(parts[0]), part), len(part) / len(batch)) for i, part in enumerate(parts)]
 
     def loss(self, batch: tuple[int, Tensor], step: int) -> dict[str, Tensor]:
-        part, pictures = batch
+        first, pictures = batch
         objective = self.recipe.dvae.objective
         kl_weight, temperature = ramp(objective.kl_weight, step), ramp(objective.temperature, step)
         found = dvae_loss(
@@ -72,7 +72,9 @@ class DvaeTask:
             eps=objective.logit_laplace_eps,
             estimator=objective.estimator,
             reinforce_samples=objective.reinforce_samples,
-            generator=torch_generator(self.recipe.seed, "dvae", step, part),
+            generator=[
+                torch_generator(self.recipe.seed, "dvae", step, first + i) for i in range(len(pictures))
+            ],
         )
         return {
             "loss": found.loss,
@@ -142,4 +144,4 @@ def _refuse_unreadable(source: Source, recipe: Recipe) -> None:
             reason = reason or f"{source.key(row)}: {error}"
         else:
             return
-    raise UserError(f"{source.name}: none of the first pictures can be read ({reason}); run it through dalle show")
+    raise UserError(f"{source.name}: none of the first pictures can be read ({reason}); name a source of whole pictures")

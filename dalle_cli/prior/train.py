@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dalle_cli.errors import UserError
 from dalle_cli.prior.transformer import Prior
@@ -78,10 +78,14 @@ class PriorTask:
             yield read_tokens(self.reader, rows, epochs % dropped if dropped else None)
 
     def micro_batches(self, batch: TokenBatch, size: int | None) -> list[tuple[Any, float]]:
-        return [(part, len(part) / len(batch)) for part in batch.split(size or len(batch))]
+        # The text's mean is over tokens, and captions differ in length: parts divide by the whole batch's count.
+        count = float(self.model.text_counts(batch.length).sum().clamp(min=1))
+        shares = [(part, len(part) / len(batch)) for part in batch.split(size or len(batch))]
+        return [((part, count * share), share) for part, share in shares]
 
-    def loss(self, batch: TokenBatch, step: int) -> dict[str, Tensor]:
-        found = self.model.loss(batch.text, batch.length, batch.image)
+    def loss(self, batch: tuple[TokenBatch, float], step: int) -> dict[str, Tensor]:
+        tokens, text_count = batch
+        found = self.model.loss(tokens.text, tokens.length, tokens.image, text_count)
         weight = self.recipe.prior.objective.text_weight
         return {"loss": weight * found.text + (1 - weight) * found.image, "text": found.text, "image": found.image}
 
@@ -89,9 +93,9 @@ class PriorTask:
         if self.validation is None:
             return {}
         totals: dict[str, float] = {}
-        for part in self.validation.split(VALIDATION_BATCH):
+        for part, share in self.micro_batches(self.validation, VALIDATION_BATCH):
             for name, value in self.loss(part, step).items():
-                totals[name] = totals.get(name, 0.0) + float(value) * len(part) / len(self.validation)
+                totals[name] = totals.get(name, 0.0) + float(value) * share
         return totals
 
     def decayed(self) -> set[str]:

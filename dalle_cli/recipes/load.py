@@ -93,8 +93,11 @@ def _plain(node: yaml.MappingNode, prefix: Key, path: Path, places: dict[Key, st
         if isinstance(value_node, yaml.MappingNode):
             values[name] = _plain(value_node, key, path, places)
         else:
-            constructor = yaml.SafeLoader("")
-            values[name] = constructor.construct_object(value_node, deep=True)
+            try:
+                values[name] = yaml.SafeLoader("").construct_object(value_node, deep=True)
+            except (yaml.YAMLError, ValueError) as error:
+                problem = getattr(error, "problem", None) or str(error)
+                raise UserError(f"{place}: {'.'.join(key)}: not a plain value: {problem}") from None
     return values
 
 
@@ -137,8 +140,9 @@ def _explain(item: Any, tree: _Tree, path: Path) -> str:
     message = str(item["msg"]).removeprefix("Value error, ")
     given = item.get("input")
     shown = f", not {given!r}" if not isinstance(given, dict | list | BaseModel) else ""
-    if item["type"] == "value_error":
-        return f"{place}: {name}: {message}"
+    if item["type"] == "value_error":  # of a block as a whole; its message begins with the key it is about
+        about = (*map(str, item["loc"]), *message.split()[0].split("."))
+        return f"{tree.places.get(about, place)}: {name}: {message}"
     return f"{place}: {name}: {message[0].lower()}{message[1:]}{shown}"
 
 

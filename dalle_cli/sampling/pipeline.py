@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dalle_cli.data.samples import BadSample, clean_caption
 from dalle_cli.dvae.encode import decode_pictures
 from dalle_cli.dvae.train import load_dvae
 from dalle_cli.errors import UserError
@@ -28,6 +29,7 @@ from dalle_cli.sampling.draw import sample_images
 from dalle_cli.stores.checkpoint import Checkpoint, check_belongs
 from dalle_cli.stores.files import explain_os_errors, new_directory
 from dalle_cli.text.bpe import Tokenizer
+from dalle_cli.training.loop import limit_threads
 from dalle_cli.training.randomness import numpy_generator
 
 STORE = "samples.zarr"
@@ -79,6 +81,7 @@ class Sampler:
         yield from _lines(request, out, 0, store["log_likelihood"][:committed])
         if committed == total:
             return
+        limit_threads(recipe)
         prior, dvae = load_prior(self.prior_checkpoint), load_dvae(self.dvae_checkpoint)
         eps = self.dvae_checkpoint.recipe().dvae.objective.logit_laplace_eps
         text_ids = prior.with_padding(*text_tensors(text, recipe.tokenizer.text_length))
@@ -108,10 +111,13 @@ class Sampler:
 
     def _text_ids(self, request: SampleRequest) -> list[list[int]]:
         length = self.prior_checkpoint.recipe().tokenizer.text_length
+        for number, prompt in enumerate(request.prompts, start=1):
+            try:
+                clean_caption(prompt)
+            except BadSample as error:
+                raise UserError(f"prompt {number}: {error}; write what the picture shows") from None
         encoded = self.tokenizer.encode(request.prompts)
         for number, (prompt, ids) in enumerate(zip(request.prompts, encoded, strict=True), start=1):
-            if not ids:
-                raise UserError(f"prompt {number} is empty; write what the picture shows")
             if len(ids) > length:
                 raise UserError(
                     f"prompt {number} ({prompt[:40]!r}...) has {len(ids)} tokens, the prior reads {length}; shorten it"

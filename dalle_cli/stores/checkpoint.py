@@ -50,13 +50,20 @@ class Checkpoint:
         return load_recipe(self.path / "recipe.yaml")
 
     def tensors(self, weights: Weights = "ema") -> dict[str, torch.Tensor]:
-        """Weights by name, on the CPU. Raises UserError when the file is damaged."""
-        return _load_tensors(self.path / _FILES[weights])
+        """Weights by name, on the CPU. Raises UserError when the file is damaged or not the manifest's."""
+        file = self.path / _FILES[weights]
+        if file.is_file() and sha256_file(file) != self.files.get(file.name):
+            raise UserError(f"{file}: damaged: its sha256 is not the manifest's; restore it or use an older checkpoint")
+        return _load_tensors(file)
 
     def trainer(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Optimizer tensors by name and the rest of the trainer's state."""
         folder = self.path / "trainer"
-        return _load_tensors(folder / "optimizer.safetensors"), json.loads((folder / "state.json").read_text())
+        state = folder / "state.json"
+        try:
+            return _load_tensors(folder / "optimizer.safetensors"), json.loads(state.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{state}: missing or damaged ({error}); restore it or use an older checkpoint") from None
 
 
 def save_checkpoint(
@@ -120,9 +127,10 @@ def step_folder(run: Path, step: int) -> Path:
 
 
 def prune(run: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` checkpoints."""
-    for old in steps_in(run)[:-keep]:
-        (old / "manifest.json").unlink()
+    """Delete all but the newest ``keep`` checkpoints, and what a killed run had begun to delete."""
+    kept = steps_in(run)[-keep:]
+    for old in set(run.glob("step-*")) - set(kept):
+        (old / "manifest.json").unlink(missing_ok=True)
         shutil.rmtree(old)
 
 
@@ -146,7 +154,7 @@ def open_checkpoint(path: Path, kind: Kind | None = None) -> Checkpoint:
         found = Checkpoint(
             folder, manifest["kind"], manifest["step"], manifest["belongs"], manifest["metrics"], manifest["files"]
         )
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{manifest_path}: damaged or not a checkpoint's manifest ({error!r})") from None
     if version > FORMAT_VERSION:
         raise UserError(f"{manifest_path}: format version {version} is newer than this dalle reads; upgrade dalle")

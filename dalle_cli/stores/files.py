@@ -23,7 +23,7 @@ def sha256_file(path: Path) -> str:
 
 @contextmanager
 def explain_os_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk or a missing permission at ``path`` into one clear line."""
+    """Turn a full disk, a missing permission or a file in the way at ``path`` into one clear line."""
     try:
         yield
     except OSError as error:
@@ -33,6 +33,8 @@ def explain_os_errors(path: Path) -> Iterator[None]:
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise UserError(f"{path}: may not be written ({error.strerror}); choose another place") from error
+        if error.errno in (errno.EEXIST, errno.ENOTDIR):
+            raise UserError(f"{path}: a file is in the way of a folder; choose another place") from error
         raise
 
 

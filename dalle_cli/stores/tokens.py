@@ -47,16 +47,18 @@ class PartWriter:
     """
 
     def __init__(self, path: Path, part: Part, identity: Mapping[str, Any]) -> None:
-        if path.exists() and any(path.iterdir()) and not (path / "zarr.json").is_file():
-            raise UserError(f"{path}: exists and is no token store; choose another --out")
         self.path, self.part = path, part
         with explain_os_errors(path):
+            if path.exists() and any(path.iterdir()) and not (path / "zarr.json").is_file():
+                raise UserError(f"{path}: exists and is no token store; choose another --tokens")
             self.group = _group(path, "a")
+            for left in path.rglob("*.partial"):  # what a killed run was writing
+                left.unlink()
             attributes = dict(self.group.attrs)
             if not attributes:
                 self.group.attrs.update({"format": "dalle-tokens", "version": FORMAT_VERSION})
             elif attributes.get("format") != "dalle-tokens":
-                raise UserError(f"{path}: is a Zarr group, but no token store; choose another --out")
+                raise UserError(f"{path}: is a Zarr group, but no token store; choose another --tokens")
             state = attributes.get(part)
             wanted = json.loads(json.dumps(dict(identity)))
             if state is None:
@@ -66,7 +68,7 @@ class PartWriter:
             if state["identity"].get(name) != value:
                 raise UserError(
                     f"{path}: its {part} part was made with {name} {state['identity'].get(name)!r}, "
-                    f"now {value!r}; choose another --out, or delete the store to begin again"
+                    f"now {value!r}; choose another --tokens, or delete the store to begin again"
                 )
         self.state: dict[str, Any] = state
         other: Part = "image" if part == "text" else "text"
@@ -85,6 +87,14 @@ class PartWriter:
     @property
     def complete(self) -> bool:
         return bool(self.state["complete"])
+
+    def check_source(self, samples: int) -> None:
+        """Refuse to go on, or to call it done, when the source has changed its size since the first run."""
+        if self.rows > samples or (self.complete and self.rows != samples):
+            raise UserError(
+                f"{self.path}: its {self.part} part has {self.rows} rows, the source now {samples} samples; "
+                "choose another --tokens, or delete the store to begin again"
+            )
 
     def append(self, keys: list[str], arrays: Mapping[str, np.ndarray], skipped: Mapping[str, str]) -> None:
         """Write and commit one block of rows: a whole shard, or the last.

@@ -41,6 +41,7 @@ def tokenize_source(recipe: Recipe, source: Source, tokenizer: Tokenizer, out: P
         "seed": recipe.seed,
     }
     writer = PartWriter(out, "text", identity)
+    writer.check_source(len(source))
     if not writer.complete:
         with progress("tokenize-text", len(source), "captions", writer.rows) as bar:
             while writer.rows < len(source):

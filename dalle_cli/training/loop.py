@@ -21,13 +21,11 @@ from dalle_cli.errors import UserError
 from dalle_cli.progress import Progress, log, progress
 from dalle_cli.recipes.schema import Adam, LearningRate, Recipe, Training
 from dalle_cli.stores.checkpoint import Checkpoint, Kind, open_checkpoint, prune, save_checkpoint, step_folder, steps_in
+from dalle_cli.stores.files import explain_os_errors, write_atomically
 from dalle_cli.training.schedules import Plateau, learning_rate
 
-# What may change between a checkpoint and the run that resumes it: nothing here touches the mathematics.
-_FREE_KEYS = {
-    "name", "description", "run", "threads", "log_every", "validate_every", "validation_samples", "save_every", "keep",
-    "workers", "micro_batch",
-}  # fmt: skip
+# What may change in a stage's training block when a run goes on: nothing here touches the mathematics.
+_FREE_KEYS = ("log_every", "validate_every", "validation_samples", "save_every", "keep", "workers", "micro_batch")
 EMA_WARMUP = 10
 """The EMA's decay after t updates is min(decay, (1 + t) / (EMA_WARMUP + t)), so that early weights do not linger."""
 
@@ -78,19 +76,20 @@ class Run:
         Raises:
             UserError: ``out`` holds a run of other settings or inputs, the loss is no longer finite, the disk is full.
         """
-        self.out.mkdir(parents=True, exist_ok=True)
-        _limit_threads(self.recipe)
+        with explain_os_errors(self.out):
+            self.out.mkdir(parents=True, exist_ok=True)
+        limit_threads(self.recipe)
         model, updates = self.task.model, self.training.updates
         optimizer = _build_optimizer(self.task, self.adam)
         parameters = [p for p in model.parameters() if p.requires_grad]
         ema = [p.detach().clone() for p in parameters]
         plateau = Plateau(self.learning_rate)
-        start = self._resume(optimizer, ema, plateau)
+        resumed = self._resume(optimizer, ema, plateau)
+        start, validated = (resumed.step, dict(resumed.metrics)) if resumed else (0, {})
         if start >= updates:
             log(f"{self.out}: already trained, {start} of {updates} {self.unit}")
             return open_checkpoint(self.out, self.task.kind)
         metrics = _MetricsFile(self.out / "metrics.jsonl", start)
-        validated: dict[str, float] = {}
         began = time.monotonic()
         with progress(f"train-{self.task.kind}", updates, self.unit, start) as bar:
             for step, batch in zip(range(start, updates), self.task.batches(start, updates), strict=True):
@@ -174,9 +173,9 @@ class Run:
         )
         prune(self.out, self.training.keep)
 
-    def _resume(self, optimizer: torch.optim.Optimizer, ema: list[Tensor], plateau: Plateau) -> int:
+    def _resume(self, optimizer: torch.optim.Optimizer, ema: list[Tensor], plateau: Plateau) -> Checkpoint | None:
         if not steps_in(self.out):
-            return 0
+            return None
         found = open_checkpoint(self.out, self.task.kind)
         self._refuse_other_settings(found)
         model = self.task.model
@@ -192,7 +191,7 @@ class Run:
                 optimizer.state[parameter] = {key: moments[f"{key}.{name}"] for key in keys}
         plateau.state = dict(state["plateau"])
         log(f"{self.out}: goes on from {found.path.name}")
-        return found.step
+        return found
 
     def _refuse_other_settings(self, found: Checkpoint) -> None:
         for role, value in self.belongs.items():
@@ -202,12 +201,13 @@ class Run:
                     "choose another --out, or delete the folder to begin again"
                 )
         then, now = found.recipe().model_dump(), self.recipe.model_dump()
-        free = set(_FREE_KEYS)
+        training = f"{self.task.kind}.training"
+        free = {f"{training}.{key}" for key in _FREE_KEYS}
         if self.learning_rate.schedule != "cosine" or self.learning_rate.decay_updates:
-            free.add("updates")
+            free.add(f"{training}.updates")
         for key in self.stage_keys:
             for name, old, new in _differences(key, then[key], now[key]):
-                if name.rpartition(".")[2] not in free:
+                if name not in free:
                     raise UserError(
                         f"{self.out}: was begun with {name} = {old!r}, the recipe now says {new!r}; "
                         "set it back, choose another --out, or delete the folder to begin again"
@@ -216,7 +216,7 @@ class Run:
 
 def _differences(name: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-        for key in old.keys() | new.keys():
+        for key in {**old, **new}:
             yield from _differences(f"{name}.{key}", old.get(key), new.get(key))
     elif old != new:
         yield name, old, new
@@ -272,13 +272,14 @@ class _MetricsFile:
                     kept.append(line + "\n")
             except (json.JSONDecodeError, KeyError):
                 continue
-        path.write_text("".join(kept))
+        write_atomically(path, "".join(kept))
 
     def write(self, values: dict[str, Any]) -> None:
-        with self.path.open("a") as file:
+        with explain_os_errors(self.path), self.path.open("a") as file:
             file.write(json.dumps(values) + "\n")
 
 
-def _limit_threads(recipe: Recipe) -> None:
+def limit_threads(recipe: Recipe) -> None:
+    """Let torch use the recipe's number of CPU threads, if it names one."""
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)

@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from dalle_cli.errors import UserError
 from dalle_cli.training.randomness import numpy_generator
 
 WINDOW = 2**18
@@ -42,8 +43,11 @@ def split_holdout(rows: np.ndarray, share: float, seed: int) -> tuple[np.ndarray
     """(training rows, held-out rows): whether a row is held out depends on (seed, row) alone, not on the set's size.
 
     At least one row is held out when ``share`` > 0 and there are two rows.
+
+    Raises:
+        UserError: no row is left to train on.
     """
-    x = rows.astype(np.uint64) + np.uint64(seed % 2**32) * np.uint64(0x9E3779B97F4A7C15)
+    x = rows.astype(np.uint64) + np.uint64(seed % 2**32 * 0x9E3779B97F4A7C15 % 2**64)
     # The finaliser of splitmix64 (Steele et al. 2014): a bijection whose high bits are as good as random.
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -52,4 +56,6 @@ def split_holdout(rows: np.ndarray, share: float, seed: int) -> tuple[np.ndarray
     held = rank < share
     if share > 0 and len(rows) > 1 and not held.any():
         held[int(rank.argmin())] = True
+    if len(rows) > 0 and held.all():
+        raise UserError(f"data.holdout: {share} leaves none of {len(rows)} samples to train on; lower it")
     return rows[~held], rows[held]

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dalle_cli.data.images import BadImage, decode_image, eval_crop, train_crop
 from dalle_cli.data.sources import BadSample, Source
+from dalle_cli.errors import UserError
 from dalle_cli.recipes.schema import DataSettings
 from dalle_cli.training.order import BatchOrder
 from dalle_cli.training.randomness import numpy_generator
@@ -56,7 +57,10 @@ class TrainingPictures:
             collate_fn=_stack,
             worker_init_fn=_one_thread,
         )
-        yield from loader
+        try:
+            yield from loader
+        except BadSample as error:  # from a worker, its message is a traceback that ends with the reason
+            raise UserError(str(error).strip().splitlines()[-1].rpartition("BadSample: ")[2]) from None
 
     def picture(self, row: int, epoch: int) -> tuple[np.ndarray, int]:
         """One augmented picture and the row it is of, which is ``row`` unless that cannot be read."""
@@ -69,7 +73,9 @@ class TrainingPictures:
             except (BadSample, BadImage):
                 continue
             return train_crop(image, self.image_size, rng, flip=self.flip, crop=self.data.crop), candidate
-        raise BadSample(f"{self.source.name}: 100 samples in a row from {self.source.key(row)} cannot be read")
+        raise BadSample(
+            f"{self.source.name}: {attempt + 1} samples in a row from {self.source.key(row)} on cannot be read"
+        )
 
 
 class _Items(Dataset[tuple[np.ndarray, int, int]]):

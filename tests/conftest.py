@@ -1,0 +1,57 @@
+"""Fixtures of the tests of the commands: one chain made by hand, and a quick way to run a command."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+import pytest
+from running import Chain, Done, run, smallest_recipe, write_recipe
+
+from dalle_cli.app import main
+
+# Before torch is imported: tiny tensors on many threads spend their time waiting for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+Call = Callable[..., Done]
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
+    """The entry point in this process, which spares importing torch anew. What is no user's mistake is raised."""
+
+    def call(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["dalle", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        found = capsys.readouterr()
+        return Done(code, found.out, found.err)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def by_hand(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    """Every stage as its own command, with plain files between them."""
+    root = tmp_path_factory.mktemp("by-hand")
+    chain = Chain(root, write_recipe(root, smallest_recipe(root / "unused", None)))
+    recipe, data = chain.recipe, ("--data", chain.train)
+    commands: dict[str, tuple[object, ...]] = {
+        "make-shapes": (root / "shapes", "--n", 48, "--test-n", 4, "--size", 32),
+        "train-tokenizer": (recipe, *data, "--out", chain.tokenizer),
+        "tokenize-text": (recipe, *data, "--tokenizer", chain.tokenizer, "--tokens", chain.tokens),
+        "train-dvae": (recipe, *data, "--out", chain.dvae),
+        "encode-images": (recipe, *data, "--dvae", chain.dvae, "--tokens", chain.tokens),
+        "train-prior": (recipe, "--tokens", chain.tokens, "--out", chain.prior),
+        "train-clip": (recipe, *data, "--tokens", chain.tokens, "--out", chain.clip),
+    }
+    for name, arguments in commands.items():
+        done = run(name, *arguments)
+        assert done.code == 0, f"{name}: {done.err}"
+        chain.stages[name] = done
+    return chain

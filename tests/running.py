@@ -1,0 +1,112 @@
+"""What the tests of the commands share: running one in a process of its own, and the smallest recipe."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+DALLE = str(Path(sys.executable).with_name("dalle"))
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "TERM": "dumb"}
+
+
+@dataclass(frozen=True)
+class Done:
+    """A command that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """stdout, as JSON lines and nothing else."""
+        return [json.loads(line) for line in self.out.splitlines()]
+
+    def mistake(self) -> str:
+        """stderr's one line of a user's mistake: exit code 2, no traceback."""
+        assert self.code == 2, self.err
+        assert "Traceback" not in self.err
+        lines = [line for line in self.err.splitlines() if line.startswith("dalle: ")]
+        assert len(lines) == 1, self.err
+        assert self.err.rstrip().endswith(lines[0])
+        return lines[0]
+
+
+def run(*arguments: object, stdin: str | None = None) -> Done:
+    """The real command in its own process."""
+    done = subprocess.run(
+        [DALLE, *map(str, arguments)], input=stdin or "", capture_output=True, text=True, env=ENVIRONMENT, timeout=120
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def smallest_recipe(run_folder: Path, train: Path | None) -> dict[str, Any]:
+    """A chain whose every stage takes a second: 32-pixel pictures, 4 x 4 tokens of 16, a dozen updates."""
+    training = {"updates": 12, "batch_size": 4, "workers": 0, "log_every": 1, "save_every": 4, "validation_samples": 8}
+    return {
+        "name": "smallest",
+        "run": str(run_folder),
+        "threads": 1,
+        "image_size": 32,
+        "data": {"train": None if train is None else str(train), "holdout": 0.2},
+        "tokenizer": {"vocab_size": 400, "text_length": 48},
+        "dvae": {"model": {"n_hid": 8, "n_init": 4, "codebook_size": 16}, "training": training},
+        "prior": {
+            "model": {"layers": 3, "heads": 2, "d_head": 8, "d_model": 16, "grid": 4},
+            "training": training,
+        },
+        "clip": {
+            "model": {"embed_dim": 8, "patch_size": 8, "vision_width": 8, "vision_layers": 1, "text_width": 8,
+                      "text_layers": 1, "head_width": 8},
+            "training": training,
+        },
+        "sampling": {"n": 4},
+    }  # fmt: skip
+
+
+def write_recipe(folder: Path, settings: dict[str, Any], name: str = "smallest.yaml") -> Path:
+    """``settings`` as a recipe file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / name
+    file.write_text(yaml.safe_dump(settings))
+    return file
+
+
+@dataclass
+class Chain:
+    """Outputs of every stage, each in a place that was named on the command line."""
+
+    root: Path
+    recipe: Path
+    stages: dict[str, Done] = field(default_factory=dict)
+
+    @property
+    def train(self) -> Path:
+        return self.root / "shapes" / "train"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.root / "made" / "tokenizer"
+
+    @property
+    def dvae(self) -> Path:
+        return self.root / "made" / "dvae"
+
+    @property
+    def tokens(self) -> Path:
+        return self.root / "made" / "tokens.zarr"
+
+    @property
+    def prior(self) -> Path:
+        return self.root / "made" / "prior"
+
+    @property
+    def clip(self) -> Path:
+        return self.root / "made" / "clip"
