@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from dalle_cli.dvae.likelihood import bounded_ln_b, logit_laplace_log_prob, phi, reconstruct
 from dalle_cli.dvae.model import DVAE, Conv2d, Resblock
 from dalle_cli.dvae.objective import (
-    LN_B_FLOOR,
     DvaeLoss,
     codebook_perplexity,
     dead_codes,
@@ -25,6 +24,7 @@ from dalle_cli.training.randomness import torch_generator
 
 SMALL = DvaeModel(n_hid=8, n_init=6, blocks_per_group=1, codebook_size=16)
 EPS = 0.1
+FLOOR = -4.0
 
 
 def pictures(n: int, side: int = 16) -> Tensor:
@@ -35,6 +35,8 @@ def pictures(n: int, side: int = 16) -> Tensor:
 def loss_of(model: DVAE, pixels: Tensor, **changes: object) -> DvaeLoss:
     settings = {
         "kl_weight": 1.0,
+        "marginal_kl_weight": 0.0,
+        "ln_b_floor": FLOOR,
         "temperature": 1.0,
         "eps": EPS,
         "estimator": "gumbel",
@@ -227,9 +229,9 @@ def test_loss_is_nll_and_weighted_kl_per_value(estimator: str) -> None:
     with torch.no_grad():
         model.encoder.get_submodule("blocks.output.conv").w.mul_(1e5)
     pixels = pictures(2, 24)
-    x = phi(pixels, EPS)
+    x = phi(pixels, EPS, FLOOR)
     mu, ln_b = (output.detach() for output in model(x))
-    nll = -logit_laplace_log_prob(x, mu, bounded_ln_b(ln_b, LN_B_FLOOR)).sum() / (2 * 3 * 24 * 24)
+    nll = -logit_laplace_log_prob(x, mu, bounded_ln_b(ln_b, FLOOR)).sum() / (2 * 3 * 24 * 24)
     kl = 2 * 9 * math.log(16) / (2 * 3 * 24 * 24)
     parts = loss_of(model, pixels, estimator=estimator, kl_weight=6.6, temperature=0.1)
     assert float(parts.recon_nll) == pytest.approx(float(nll), rel=1e-4)
@@ -259,7 +261,7 @@ def test_a_few_updates_fit_two_flat_pictures(estimator: str) -> None:
     pixels = torch.stack([torch.full((3, 8, 8), 30), torch.full((3, 8, 8), 220)]).to(torch.uint8)
     model = DVAE(SMALL)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    before = validation_metrics(model, pixels, EPS).summary()
+    before = validation_metrics(model, pixels, EPS, FLOOR).summary()
     for update in range(200):
         optimizer.zero_grad()
         parts = loss_of(
@@ -273,7 +275,7 @@ def test_a_few_updates_fit_two_flat_pictures(estimator: str) -> None:
         )
         parts.loss.backward()
         optimizer.step()
-    after = validation_metrics(model, pixels, EPS).summary()
+    after = validation_metrics(model, pixels, EPS, FLOOR).summary()
     assert after["recon_nll"] < before["recon_nll"] - 1
     assert after["psnr"] > 20  # one code for both pictures could not pass 8.6 dB
     assert after["codebook_perplexity"] == pytest.approx(2)
@@ -282,15 +284,15 @@ def test_a_few_updates_fit_two_flat_pictures(estimator: str) -> None:
 def test_validation_metrics_by_hand_and_merged() -> None:
     model = DVAE(SMALL)
     pixels = pictures(3)
-    whole = validation_metrics(model, pixels, EPS)
-    rebuilt = reconstruct(model(phi(pixels, EPS))[0], EPS).detach()
+    whole = validation_metrics(model, pixels, EPS, FLOOR)
+    rebuilt = reconstruct(model(phi(pixels, EPS, FLOOR))[0], EPS).detach()
     for i in range(3):
         mse = float(((rebuilt[i] / 255 - pixels[i].float() / 255) ** 2).mean())
         assert float(whole.mse[i]) == pytest.approx(mse, rel=1e-4)
         assert float(whole.psnr[i]) == pytest.approx(10 * math.log10(1 / mse), rel=1e-4)
     assert int(whole.counts.sum()) == 3 * 4
     assert whole.counts.shape == (16,)
-    parts = merge_metrics([validation_metrics(model, part, EPS) for part in (pixels[:1], pixels[1:])])
+    parts = merge_metrics([validation_metrics(model, part, EPS, FLOOR) for part in (pixels[:1], pixels[1:])])
     assert parts.summary() == pytest.approx(whole.summary(), rel=1e-4)
 
 

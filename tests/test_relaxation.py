@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-from dalle_cli.dvae.relaxation import gumbel_softmax, kl_to_uniform, reinforce_surrogate, sample_tokens
+from dalle_cli.dvae.relaxation import gumbel_softmax, kl_to_uniform, marginal_kl, reinforce_surrogate, sample_tokens
 from dalle_cli.training.randomness import numpy_generator, stream_seed, torch_generator
 
 PROBABILITIES = [0.05, 0.4, 0.25, 0.3]
@@ -118,3 +119,13 @@ def test_streams_are_apart_repeatable_and_of_63_bits() -> None:
 def test_a_stream_is_named_by_str_and_int_only(part: object) -> None:
     with pytest.raises(TypeError, match="str and int"):
         stream_seed(0, part)  # type: ignore[arg-type]
+
+
+def test_marginal_kl_is_the_entropy_gap_of_the_mean_posterior() -> None:
+    logits = torch.randn(3, 5, 2, 4, generator=torch_generator(0, "marginal")).double()
+    mean = logits.softmax(dim=1).mean(dim=(0, 2, 3)).numpy()
+    assert float(marginal_kl(logits)) == pytest.approx(float(stats.entropy(mean, np.full(5, 0.2))), rel=1e-6)
+    # Posteriors that are certain, and use each code equally often, leave none of it.
+    even = 100 * torch.eye(4).double()[:, :, None, None]
+    assert float(marginal_kl(even)) == pytest.approx(0.0, abs=1e-9)
+    assert float(kl_to_uniform(even).mean()) == pytest.approx(math.log(4))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dalle_cli.data.shapes import (
-    BACKGROUNDS,
+    BACKGROUND,
     COLOURS,
     HELD_OUT,
     SHAPES,
@@ -80,8 +80,7 @@ def test_every_phrasing_of_a_pair_is_different_and_both_sides_are_told() -> None
 def test_things_are_inside_apart_and_in_their_relation(row: tuple[int, str, int]) -> None:
     this = scene(*row)
     for thing in this.things:
-        low, high = SIZES[thing.size]
-        assert low <= thing.radius <= high
+        assert thing.radius == SIZES[thing.size]
         # 1.05 is the farthest any outline reaches (the star's points)
         for centre in (thing.x, thing.y):
             assert 1.05 * thing.radius < centre < 1 - 1.05 * thing.radius
@@ -106,7 +105,7 @@ def test_held_out_pairs_stay_out(row: tuple[int, str, int]) -> None:
 
 def test_held_out_pairs_are_spread() -> None:
     assert sorted(colour for colour, _ in HELD_OUT) == sorted(COLOURS)
-    assert {shape for _, shape in HELD_OUT} == set(SHAPES)
+    assert len({shape for _, shape in HELD_OUT}) == len(HELD_OUT)
 
 
 def test_the_world_is_varied_and_its_splits_are_different_streams() -> None:
@@ -114,9 +113,9 @@ def test_the_world_is_varied_and_its_splits_are_different_streams() -> None:
     assert 0.77 < sum(s.relation is not None for s in many) / 2000 < 0.83
     free = len(COLOURS) * len(SHAPES) - len(HELD_OUT)
     assert len({(t.colour, t.shape) for s in many for t in s.things}) == free
-    assert set(Counter(s.background for s in many)) == set(BACKGROUNDS)
     assert min(Counter(s.relation for s in many).values()) > 300
-    assert len(set(many) | {scene(0, "seen", i) for i in range(2000)}) == 4000
+    # The lattice is finite, so a few scenes come twice, mostly those of a single thing.
+    assert len(set(many) | {scene(0, "seen", i) for i in range(2000)}) > 3600
     assert scene(0, "train", 1) != scene(1, "train", 1)
 
 
@@ -134,7 +133,7 @@ def test_rendered_areas_and_colours_are_those_of_the_geometry(size: int) -> None
         this = scene(4, "heldout", index)
         picture = render(this, size)
         assert picture.shape == (size, size, 3) and picture.dtype == np.uint8
-        paper = np.array(BACKGROUNDS[this.background])
+        paper = np.array(BACKGROUND)
         if size >= 64:  # a border of whole pixels is free
             assert (picture[[0, -1]] == paper).all() and (picture[:, [0, -1]] == paper).all()
         covered = (picture != paper).any(axis=2)

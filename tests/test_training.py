@@ -272,7 +272,8 @@ def test_the_kl_is_in_the_loss_with_its_weight_and_scale() -> None:
 
     def loss(beta: Any) -> Any:
         return dvae_loss(
-            model, pictures, kl_weight=beta, temperature=0.7, eps=0.1, estimator="gumbel", reinforce_samples=2,
+            model, pictures, kl_weight=beta, marginal_kl_weight=0.0, temperature=0.7, eps=0.1,
+            ln_b_floor=-4.0, estimator="gumbel", reinforce_samples=2,
             generator=torch_generator(0, "noise"),
         )  # fmt: skip
 

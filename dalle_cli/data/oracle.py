@@ -25,7 +25,7 @@ _DISTANCE = (
     80.0  # RGB distance from the background at which a pixel is part of a thing (palette: at least 198)
 )
 _SPECK = 0.006  # of the picture's area: the smallest thing, a small star, covers 0.015
-_SIZE_BORDER = (SIZES["small"][1] + SIZES["large"][0]) / 2
+_SIZE_BORDER = (SIZES["small"] + SIZES["large"]) / 2
 _HALO = 2  # pixels around a patch that still belong to its soft edge
 _LEVEL = 1.3  # a relation needs the distance along its axis to be this many times the distance across it
 _BLURS = (0.6, 1.3)  # sigmas, pixels, of the templates a silhouette is compared with

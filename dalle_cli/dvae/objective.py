@@ -16,10 +16,14 @@ from torch import Tensor
 
 from dalle_cli.dvae.likelihood import bounded_ln_b, logit_laplace_log_prob, phi, reconstruct
 from dalle_cli.dvae.model import DVAE
-from dalle_cli.dvae.relaxation import Generators, gumbel_softmax, kl_to_uniform, reinforce_surrogate, sample_tokens
-
-LN_B_FLOOR = -4.0
-"""Least ln b: see ``bounded_ln_b``."""
+from dalle_cli.dvae.relaxation import (
+    Generators,
+    gumbel_softmax,
+    kl_to_uniform,
+    marginal_kl,
+    reinforce_surrogate,
+    sample_tokens,
+)
 
 LEAST_MSE = 1e-10
 """A perfect reconstruction is given 100 dB, so that means stay finite."""
@@ -30,7 +34,7 @@ class DvaeLoss:
     """Scalars, means over the batch, nats per value (3 H W a picture). Only ``loss`` carries a gradient."""
 
     loss: Tensor
-    """recon_nll + kl_weight * kl."""
+    """recon_nll + kl_weight * kl, and the marginal's KL if it has a weight."""
     recon_nll: Tensor
     """-E_q[ln p(x|z)]."""
     kl: Tensor
@@ -44,9 +48,9 @@ class DvaeLoss:
         return -(self.recon_nll + self.kl)
 
 
-def log_likelihood(x: Tensor, mu: Tensor, ln_b: Tensor) -> Tensor:
+def log_likelihood(x: Tensor, mu: Tensor, ln_b: Tensor, ln_b_floor: float) -> Tensor:
     """Mean over a picture's values of the log-likelihood, in nats: (B, 3, H, W) each -> (B,)."""
-    return logit_laplace_log_prob(x, mu, bounded_ln_b(ln_b, LN_B_FLOOR)).mean(dim=(1, 2, 3))
+    return logit_laplace_log_prob(x, mu, bounded_ln_b(ln_b, ln_b_floor)).mean(dim=(1, 2, 3))
 
 
 def dvae_loss(
@@ -54,8 +58,10 @@ def dvae_loss(
     pixels: Tensor,
     *,
     kl_weight: float,
+    marginal_kl_weight: float,
     temperature: float,
     eps: float,
+    ln_b_floor: float,
     estimator: Literal["gumbel", "reinforce"],
     reinforce_samples: int,
     generator: Generators,
@@ -65,22 +71,29 @@ def dvae_loss(
     ``gumbel`` decodes one relaxed sample of the codes at ``temperature``. ``reinforce`` decodes
     ``reinforce_samples`` hard ones: the decoder's gradient is exact for them, the encoder's is the score
     function's with the log-likelihood as reward. The KL is exact in both, and its gradient too.
+
+    ``marginal_kl_weight`` adds that much more of the KL between the batch's mean posterior and uniform, which keeps
+    codes in use where a run is too short to win them back; 0 is the paper's ELBO.
     """
     x = phi(pixels, eps)
     logits: Tensor = model.encoder(x)
     kl_per_position = kl_to_uniform(logits).mean()
-    kl = kl_per_position * (logits[0, 0].numel() / x[0].numel())
+    positions_per_value = logits[0, 0].numel() / x[0].numel()
+    kl = kl_per_position * positions_per_value
+    penalty = kl_weight * kl
+    if marginal_kl_weight:
+        penalty = penalty + marginal_kl_weight * marginal_kl(logits) * positions_per_value
     if estimator == "gumbel":
-        recon_nll = -log_likelihood(x, *model.decoder(gumbel_softmax(logits, temperature, generator))).mean()
-        loss = recon_nll + kl_weight * kl
+        recon_nll = -log_likelihood(x, *model.decoder(gumbel_softmax(logits, temperature, generator)), ln_b_floor).mean()
+        loss = recon_nll + penalty
     else:
         tokens = sample_tokens(logits, reinforce_samples, generator)
         mu, ln_b = model.decode_tokens(tokens.flatten(0, 1))
-        reward = log_likelihood(x.repeat(reinforce_samples, 1, 1, 1), mu, ln_b).view(reinforce_samples, -1)
+        reward = log_likelihood(x.repeat(reinforce_samples, 1, 1, 1), mu, ln_b, ln_b_floor).view(reinforce_samples, -1)
         recon_nll = -reward.mean()
         surrogate = reinforce_surrogate(logits, tokens, reward)
         # The surrogate brings its gradient only: the loss keeps the ELBO's value.
-        loss = recon_nll + kl_weight * kl + (surrogate - surrogate.detach())
+        loss = recon_nll + penalty + (surrogate - surrogate.detach())
     return DvaeLoss(loss, recon_nll.detach(), kl.detach(), kl_per_position.detach())
 
 
@@ -125,7 +138,7 @@ def merge_metrics(parts: Sequence[ValidationMetrics]) -> ValidationMetrics:
 
 
 @torch.no_grad()
-def validation_metrics(model: DVAE, pixels: Tensor, eps: float) -> ValidationMetrics:
+def validation_metrics(model: DVAE, pixels: Tensor, eps: float, ln_b_floor: float) -> ValidationMetrics:
     """The metrics of ``pixels``, (B, 3, H, W) uint8."""
     x = phi(pixels, eps)
     logits: Tensor = model.encoder(x)
@@ -133,7 +146,7 @@ def validation_metrics(model: DVAE, pixels: Tensor, eps: float) -> ValidationMet
     mu, ln_b = model.decode_tokens(tokens)
     error = (reconstruct(mu, eps) - pixels.float()) / 255
     return ValidationMetrics(
-        recon_nll=-log_likelihood(x, mu, ln_b),
+        recon_nll=-log_likelihood(x, mu, ln_b, ln_b_floor),
         mse=error.square().mean(dim=(1, 2, 3)),
         kl_per_position=kl_to_uniform(logits).mean(dim=(1, 2)),
         counts=torch.bincount(tokens.flatten(), minlength=logits.shape[1]),

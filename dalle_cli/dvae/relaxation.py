@@ -48,6 +48,16 @@ def kl_to_uniform(logits: Tensor) -> Tensor:
     return (log_q.exp() * log_q).sum(dim=1) + math.log(logits.shape[1])
 
 
+def marginal_kl(logits: Tensor) -> Tensor:
+    """KL(mean of softmax(logits) over batch and positions || uniform over K) in nats: (B, K, h, w) -> scalar.
+
+    It is the part of the mean ``kl_to_uniform`` that says how unevenly codes are used; the rest is the information
+    that codes carry of the picture (Hoffman and Johnson 2016, "ELBO surgery").
+    """
+    marginal = torch.softmax(logits, dim=1).mean(dim=(0, 2, 3))
+    return math.log(logits.shape[1]) - torch.special.entr(marginal).sum()
+
+
 def reinforce_surrogate(logits: Tensor, tokens: Tensor, reward: Tensor) -> Tensor:
     """A scalar whose gradient in ``logits`` is the score-function estimate of the gradient of -E[reward].
 

@@ -68,8 +68,10 @@ class DvaeTask:
             self.model,
             pictures,
             kl_weight=kl_weight,
+            marginal_kl_weight=objective.marginal_kl_weight,
             temperature=temperature,
             eps=objective.logit_laplace_eps,
+            ln_b_floor=objective.ln_b_floor,
             estimator=objective.estimator,
             reinforce_samples=objective.reinforce_samples,
             generator=[
@@ -89,8 +91,11 @@ class DvaeTask:
     def validate(self, step: int) -> dict[str, float]:
         if self.validation_pictures is None:
             return {}
-        eps = self.recipe.dvae.objective.logit_laplace_eps
-        parts = [validation_metrics(self.model, part, eps) for part in self.validation_pictures.split(VALIDATION_BATCH)]
+        objective = self.recipe.dvae.objective
+        parts = [
+            validation_metrics(self.model, part, objective.logit_laplace_eps, objective.ln_b_floor)
+            for part in self.validation_pictures.split(VALIDATION_BATCH)
+        ]
         summary = merge_metrics(parts).summary()
         return {"loss": summary["recon_nll"], **summary}
 
@@ -119,7 +124,8 @@ def train_dvae(recipe: Recipe, source: Source, out: Path) -> Checkpoint:
         UserError: see ``Run.train``; or the first pictures cannot be read.
     """
     _refuse_unreadable(source, recipe)
-    task = DvaeTask(recipe, source, DVAE(recipe.dvae.model, seed=recipe.seed))
+    model = DVAE(recipe.dvae.model, seed=recipe.seed).to(memory_format=torch.channels_last)
+    task = DvaeTask(recipe, source, model)
     stage = recipe.dvae
     run = Run(
         task, recipe, out, stage.training, stage.adam, stage.learning_rate, ("seed", "image_size", "data", "dvae")
@@ -131,6 +137,7 @@ def load_dvae(checkpoint: Checkpoint) -> DVAE:
     """The dVAE of a checkpoint (its EMA weights), ready for encoding and decoding."""
     model = DVAE(checkpoint.recipe().dvae.model)
     model.load_state_dict(checkpoint.tensors("ema"))
+    model.to(memory_format=torch.channels_last)
     return model.eval().requires_grad_(False)
 
 

@@ -115,10 +115,11 @@ def reconstructions(checkpoint: Checkpoint, source: Source) -> Reconstructions |
             break
     if not pictures:
         return None
-    model, eps = load_dvae(checkpoint), recipe.dvae.objective.logit_laplace_eps
+    objective = checkpoint.recipe().dvae.objective
+    model, eps = load_dvae(checkpoint), objective.logit_laplace_eps
     originals = torch.from_numpy(np.stack(pictures))
     copies = decode_pictures(model, encode_pictures(model, originals, eps), eps).numpy()
-    psnr = validation_metrics(model, originals.permute(0, 3, 1, 2), eps).psnr
+    psnr = validation_metrics(model, originals.permute(0, 3, 1, 2), eps, objective.ln_b_floor).psnr
     sheet = side_by_side(pictures, list(copies), cell=CELL)
     return Reconstructions(sheet, [round(float(value), 2) for value in psnr], bool(len(held_out)))
 

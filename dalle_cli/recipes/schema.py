@@ -73,7 +73,13 @@ class DvaeObjective(Settings):
     estimator: Literal["gumbel", "reinforce"] = Field("gumbel", description="how gradients pass the discrete codes")
     reinforce_samples: Annotated[int, Field(ge=2)] = Field(2, description="samples a picture, for leave-one-out")
     kl_weight: Ramp = Field(Ramp(start=0.0, end=6.6, updates=5000), description="beta of the ELBO")
+    marginal_kl_weight: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="extra weight of the KL of a batch's mean posterior: keeps all codes in use; 0 in the paper"
+    )
     temperature: Ramp = Field(Ramp(start=1.0, end=1 / 16, updates=150_000), description="tau of the Gumbel-softmax")
+    ln_b_floor: float = Field(
+        -4.0, description="least ln b of the likelihood: on flat pictures b would shrink and gradients grow without end"
+    )
     logit_laplace_eps: Annotated[float, Field(gt=0, lt=0.5)] = Field(0.1, description="pixels live in (eps, 1 - eps)")
 
 

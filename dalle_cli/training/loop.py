@@ -188,7 +188,7 @@ class Run:
         for name, parameter in model.named_parameters():
             keys = {key.partition(".")[0] for key in moments if key.partition(".")[2] == name}
             if keys:
-                optimizer.state[parameter] = {key: moments[f"{key}.{name}"] for key in keys}
+                optimizer.state[parameter] = {key: _laid_out_like(parameter, moments[f"{key}.{name}"]) for key in keys}
         plateau.state = dict(state["plateau"])
         log(f"{self.out}: goes on from {found.path.name}")
         return found
@@ -236,6 +236,11 @@ def _build_optimizer(task: Task, adam: Adam) -> torch.optim.Optimizer:
         eps=adam.eps,
         fused=True,
     )
+
+
+def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:
+    """``value`` with the strides of ``parameter`` (channels last, for instance), as the optimizer made it."""
+    return torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
 
 
 @torch.no_grad()
