@@ -129,3 +129,6 @@ def test_marginal_kl_is_the_entropy_gap_of_the_mean_posterior() -> None:
     even = 100 * torch.eye(4).double()[:, :, None, None]
     assert float(marginal_kl(even)) == pytest.approx(0.0, abs=1e-9)
     assert float(kl_to_uniform(even).mean()) == pytest.approx(math.log(4))
+    dead = torch.tensor([0.0, 0.0, -1e4]).view(1, 3, 1, 1).requires_grad_()
+    marginal_kl(dead).backward()  # type: ignore[no-untyped-call]
+    assert dead.grad is not None and bool(dead.grad.isfinite().all())

@@ -83,7 +83,8 @@ def _captions_of(spec: str, limit: int) -> list[str]:
     from dalle_cli.data.sources import open_source
     from dalle_cli.text.tokenize import source_captions
 
-    return list(islice(source_captions(open_source(spec)), limit))
+    distinct = dict.fromkeys(source_captions(open_source(spec)))
+    return list(islice(distinct, limit))
 
 
 def _read_prompts(file: Path | None) -> list[str]:

@@ -55,7 +55,8 @@ def marginal_kl(logits: Tensor) -> Tensor:
     that codes carry of the picture (Hoffman and Johnson 2016, "ELBO surgery").
     """
     marginal = torch.softmax(logits, dim=1).mean(dim=(0, 2, 3))
-    return math.log(logits.shape[1]) - torch.special.entr(marginal).sum()
+    # A code whose probability underflows everywhere would have an infinite slope.
+    return math.log(logits.shape[1]) + (marginal * marginal.clamp_min(1e-12).log()).sum()
 
 
 def reinforce_surrogate(logits: Tensor, tokens: Tensor, reward: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dalle_cli.clip.rerank import read_manifest
 from dalle_cli.data.images import BadImage, decode_image, eval_crop
 from dalle_cli.data.sources import BadSample, Source, open_source
 from dalle_cli.errors import UserError
@@ -80,11 +81,15 @@ class SourcePictures(Dataset[Tensor]):
 def open_pictures(
     spec: str, image_size: int, *, max_pixels: int = MAX_PIXELS
 ) -> FilePictures | SourcePictures:
-    """The pictures of a folder (at any depth, in the order of their paths) or else of a source, such as tars.
+    """The pictures of a folder (at any depth, in the order of their paths), of a file of ``dalle sample``'s or
+    ``dalle rerank``'s lines (.jsonl), or else of a source, such as tars.
 
     Raises UserError where there is nothing of the kind.
     """
     folder = Path(spec)
+    if folder.suffix == ".jsonl" and folder.is_file():
+        with folder.open(encoding="utf-8") as lines:
+            return FilePictures([Path(line["png"]) for line in read_manifest(lines, spec)], image_size)
     if folder.is_dir():
         paths = sorted(
             path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
