@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -34,7 +35,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-PANELS = {
+PANELS: dict[str, dict[str, Callable[..., None]]] = {
     "1. Data": {"make-shapes": make_shapes.command},
     "2. Text tokens": {"train-tokenizer": train_tokenizer.command, "tokenize-text": tokenize_text.command},
     "3. Image tokens": {"train-dvae": train_dvae.command, "encode-images": encode_images.command},

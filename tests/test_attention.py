@@ -37,13 +37,9 @@ def may_look(kind: AttentionKind, text: int, grid: int, kernel: int, i: int, j: 
     return True
 
 
-def reference(
-    kind: AttentionKind, q: Tensor, k: Tensor, v: Tensor, text: int, grid: int, kernel: int
-) -> Tensor:
+def reference(kind: AttentionKind, q: Tensor, k: Tensor, v: Tensor, text: int, grid: int, kernel: int) -> Tensor:
     length = text + grid * grid
-    mask = torch.tensor(
-        [[may_look(kind, text, grid, kernel, i, j) for j in range(length)] for i in range(length)]
-    )
+    mask = torch.tensor([[may_look(kind, text, grid, kernel, i, j) for j in range(length)] for i in range(length)])
     scores = (q @ k.transpose(-1, -2)) / math.sqrt(q.shape[-1])
     return scores.masked_fill(~mask, -math.inf).softmax(-1) @ v
 

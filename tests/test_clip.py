@@ -115,9 +115,7 @@ def test_loss_is_the_symmetric_cross_entropy() -> None:
     model = build_clip(TINY, SIZE, LENGTH, VOCAB).eval()
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(5, 3, SIZE, SIZE, generator=generator)
-    ids = clip_text_ids(
-        torch.randint(0, VOCAB, (5, LENGTH), generator=generator), torch.tensor([1, 2, 3, 4, 7]), VOCAB
-    )
+    ids = clip_text_ids(torch.randint(0, VOCAB, (5, LENGTH), generator=generator), torch.tensor([1, 2, 3, 4, 7]), VOCAB)
     with torch.no_grad():
         loss = contrastive_loss(model, images, ids).item()
         a, b = (f.double().numpy() for f in (model.encode_image(images), model.encode_text(ids)))

@@ -62,9 +62,7 @@ def naive_filter(logits: list[float], temperature: float, top_k: int | None, top
     top_k=st.sampled_from([None, 1, 2, 5, 100]),
     top_p=st.sampled_from([0.011, 0.303, 0.877, 1.0]),
 )
-def test_filter_is_the_naive_one(
-    logits: np.ndarray, temperature: float, top_k: int | None, top_p: float
-) -> None:
+def test_filter_is_the_naive_one(logits: np.ndarray, temperature: float, top_k: int | None, top_p: float) -> None:
     found = filter_logits(torch.from_numpy(logits)[None], temperature, top_k, top_p).softmax(-1)[0]
     assert np.allclose(found, naive_filter(logits.tolist(), temperature, top_k, top_p), atol=1e-12)
 
@@ -176,6 +174,4 @@ def test_wrong_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="uniforms"):
         sample_images(prior, ids, 2, uniforms(2, 2, 3), SamplingSettings())
     with pytest.raises(ValueError, match="prefix"):
-        sample_images(
-            prior, ids, 2, uniforms(2, 2, 4), SamplingSettings(), torch.zeros(2, 5, dtype=torch.long)
-        )
+        sample_images(prior, ids, 2, uniforms(2, 2, 4), SamplingSettings(), torch.zeros(2, 5, dtype=torch.long))

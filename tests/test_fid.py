@@ -78,9 +78,7 @@ def test_kid_is_the_unbiased_cubic_mmd() -> None:
     def kernel(u: np.ndarray, v: np.ndarray) -> float:
         return float((u @ v / 5 + 1) ** 3)
 
-    within = sum(kernel(z[i], z[j]) for z in (x, y) for i in range(40) for j in range(40) if i != j) / (
-        40 * 39
-    )
+    within = sum(kernel(z[i], z[j]) for z in (x, y) for i in range(40) for j in range(40) if i != j) / (40 * 39)
     across = sum(kernel(u, v) for u in x for v in y) / 40**2
     figures = kernel_distance(a, b)
     assert figures["kid_mean"] == pytest.approx(within - 2 * across, rel=1e-9)
@@ -223,9 +221,7 @@ def test_inception_measures_with_the_file_that_is_given(weights: Path) -> None:
 
 
 def test_inception_files_that_will_not_do_are_named(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"absent.pth do not exist.*weights-inception-2015-12-05-6726825d.pth"
-    ):
+    with pytest.raises(UserError, match=r"absent.pth do not exist.*weights-inception-2015-12-05-6726825d.pth"):
         inception(tmp_path / "absent.pth")
     torch.save({"fc.bias": torch.zeros(3)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match="does not fit"):
@@ -237,9 +233,7 @@ def test_inception_files_that_will_not_do_are_named(tmp_path: Path) -> None:
     assert not sprung.exists()
 
 
-def test_without_a_network_the_inception_file_is_named(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_without_a_network_the_inception_file_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def fails(*_: object, **__: object) -> None:
         raise OSError("no route to host")
 

@@ -73,9 +73,7 @@ def test_transparency_is_laid_on_white() -> None:
     palette.putdata([0, 1])
     for kind in ("PNG", "GIF"):
         assert pixels(encoded(palette, kind, transparency=1))[0].tolist() == [[10, 20, 30], [255, 255, 255]]
-    assert pixels(encoded(Image.new("RGB", (1, 1), (1, 2, 3)), transparency=(1, 2, 3))).tolist() == [
-        [[255] * 3]
-    ]
+    assert pixels(encoded(Image.new("RGB", (1, 1), (1, 2, 3)), transparency=(1, 2, 3))).tolist() == [[[255] * 3]]
 
 
 def test_other_modes() -> None:
@@ -132,9 +130,7 @@ def test_bombs_are_refused_from_the_header() -> None:
 
     def bomb(width: int, height: int) -> bytes:
         header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-        return (
-            b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
-        )
+        return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
 
     for width, height in ((12_000, 10_000), (100_000, 100_000)):
         with pytest.raises(BadImage, match="too many pixels"):

@@ -74,9 +74,7 @@ def test_long_captions_and_tags_stay_in_their_column_and_row(caption: str) -> No
 
 @given(st.text(max_size=200), st.integers(20, 300), st.integers(1, 5))
 @settings(max_examples=40, deadline=None)
-def test_wrapping_keeps_to_its_width_and_loses_nothing_but_the_tail(
-    text: str, width: int, lines: int
-) -> None:
+def test_wrapping_keeps_to_its_width_and_loses_nothing_but_the_tail(text: str, width: int, lines: int) -> None:
     font = ImageFont.load_default(15)
     assert isinstance(font, ImageFont.FreeTypeFont)
     result = wrapped(text, font, width, lines)
@@ -99,9 +97,7 @@ def test_side_by_side_puts_each_reconstruction_under_its_original() -> None:
         assert (above[0], above[2] - above[0], above[3] - above[1]) == (below[0], 96, 96)
         assert 0 < below[1] - above[3] < 8
     first, fourth = box(sheet, (10, 0, 0)), box(sheet, (13, 0, 0))
-    assert (
-        first is not None and fourth is not None and fourth[0] == first[0] and fourth[1] > first[1] + 2 * 96
-    )
+    assert first is not None and fourth is not None and fourth[0] == first[0] and fourth[1] > first[1] + 2 * 96
     with pytest.raises(ValueError, match="no pairs"):
         side_by_side(originals, copies[:2])
 

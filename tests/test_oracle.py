@@ -21,9 +21,7 @@ def noise(picture: Picture, rng: np.random.Generator, sigma: float = 12) -> Pict
 
 
 def blur(picture: Picture, rng: np.random.Generator, sigma: float = 1) -> Picture:
-    return np.asarray(np.rint(ndimage.gaussian_filter(picture.astype(float), (sigma, sigma, 0)))).astype(
-        np.uint8
-    )
+    return np.asarray(np.rint(ndimage.gaussian_filter(picture.astype(float), (sigma, sigma, 0)))).astype(np.uint8)
 
 
 def jpeg(picture: Picture, rng: np.random.Generator) -> Picture:
@@ -110,10 +108,7 @@ def test_holding_and_partly_holding() -> None:
         assert not holds(claim, reading)
         assert partial(claim, reading) == 7 / 8
     extra = found("green", "cross", "small", 0.1, 0.1)
-    assert (
-        not holds(claim, Reading((SQUARE, STAR, extra)))
-        and partial(claim, Reading((SQUARE, STAR, extra))) == 7 / 8
-    )
+    assert not holds(claim, Reading((SQUARE, STAR, extra))) and partial(claim, Reading((SQUARE, STAR, extra))) == 7 / 8
     assert partial(claim, Reading((SQUARE,))) == 3 / 8
     assert partial(claim, Reading(())) == 0
     alone = Claim((Fact("small", "red", "star"),), None)

@@ -38,9 +38,7 @@ def test_paddings_are_their_positions_own() -> None:
     text = torch.tensor([[1, 2, 3, 4, 5], [1, 2, 3, 4, 5], [1, 2, 3, 4, 5]])
     padded = prior.with_padding(text, torch.tensor([5, 2, 0]))
     assert padded.tolist() == [[1, 2, 3, 4, 5], [1, 2, 13, 14, 15], [11, 12, 13, 14, 15]]
-    assert prior.with_padding(text.to(torch.uint16), torch.tensor([5, 2, 0], dtype=torch.uint16)).equal(
-        padded
-    )
+    assert prior.with_padding(text.to(torch.uint16), torch.tensor([5, 2, 0], dtype=torch.uint16)).equal(padded)
     with pytest.raises(ValueError, match="4 positions"):
         prior.with_padding(text[:, :4], torch.tensor([1, 1, 1]))
 
@@ -204,9 +202,7 @@ def test_nothing_is_held_beside_the_parameters() -> None:
 
 
 def test_overfits_a_batch() -> None:
-    prior = Prior(
-        PriorModel(layers=3, heads=2, d_head=16, d_model=32, grid=GRID), TEXT, TEXT_VOCAB, IMAGE_VOCAB
-    )
+    prior = Prior(PriorModel(layers=3, heads=2, d_head=16, d_model=32, grid=GRID), TEXT, TEXT_VOCAB, IMAGE_VOCAB)
     text, length, image = batch(4)
     length = length.clamp(min=1)
     text[:, 0] = torch.arange(4)  # the first token is given: it tells the captions apart

@@ -124,9 +124,7 @@ def test_another_models_weights_are_refused(published: tuple[Any, Path], tmp_pat
         OpenClipScorer(NAME, str(tmp_path / "less.pt"))
 
 
-def test_without_a_network_the_file_to_provide_is_named(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_without_a_network_the_file_to_provide_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def no_address(*_: object) -> None:
         raise OSError("no such host")
 
@@ -165,9 +163,7 @@ def test_own_scorer_is_the_model_on_its_own_tokens_and_sizes() -> None:
     captions = ["a bb ccc", "dddd"] * 100
     ids, length = tokenize(captions)
     with torch.no_grad():
-        text = model.encode_text(
-            clip_text_ids(torch.tensor(ids.astype(int)), torch.tensor(length.astype(int)), 40)
-        )
+        text = model.encode_text(clip_text_ids(torch.tensor(ids.astype(int)), torch.tensor(length.astype(int)), 40))
         image = model.encode_image(pixels(torch.from_numpy(batch)))
     torch.testing.assert_close(scorer.text_features(captions), text / text.norm(dim=1, keepdim=True))
     torch.testing.assert_close(scorer.image_features(batch), image / image.norm(dim=1, keepdim=True))

@@ -49,9 +49,7 @@ def test_parsing_by_hand() -> None:
     assert parse_caption("a small red star above a large blue square") == above
     assert parse_caption("a large blue square is below a small red star") == above
     assert parse_caption("below a small red star is a large blue square") == above
-    assert parse_caption("there is a large blue square above a small red star") == Claim(
-        (square, star), "above"
-    )
+    assert parse_caption("there is a large blue square above a small red star") == Claim((square, star), "above")
     turned = Claim((square, star), "left of")
     assert parse_caption("A  small red star\nto the right of a large blue square") == turned
     assert parse_caption("one small red star") == Claim((star,), None)
@@ -211,9 +209,7 @@ def test_making_goes_on_where_it_was(tmp_path: Path) -> None:
     lost.unlink()
     (tmp_path / "train/.shapes-00001.tar.partial").write_bytes(half)  # what a killed run leaves
     seen: list[tuple[int, int]] = []
-    made = make_shapes(
-        tmp_path, 30, 5, 1, 32, shard_rows=10, progress=lambda done, total: seen.append((done, total))
-    )
+    made = make_shapes(tmp_path, 30, 5, 1, 32, shard_rows=10, progress=lambda done, total: seen.append((done, total)))
     assert (made.written, made.kept) == (10, 30)
     assert seen == [(30, 40), (40, 40)]
     assert digest(tmp_path) == whole

@@ -106,9 +106,7 @@ def test_shards_of_the_same_name_in_two_folders(tmp_path: Path) -> None:
 
 
 def test_names_in_two_folders_of_a_shard_stay_apart(tmp_path: Path) -> None:
-    path = write_tar(
-        tmp_path / "s.tar", ("x/1.png", b"X"), ("x/1.txt", b"x"), ("y/1.png", b"Y"), ("y/1.txt", b"y")
-    )
+    path = write_tar(tmp_path / "s.tar", ("x/1.png", b"X"), ("x/1.txt", b"x"), ("y/1.png", b"Y"), ("y/1.txt", b"y"))
     assert contents(open_source(path)) == {"x/1": (b"X", "x"), "y/1": (b"Y", "y")}
 
 
@@ -148,9 +146,7 @@ def test_a_damaged_header_is_told(tmp_path: Path) -> None:
     path.write_bytes(data)
     source = open_source(path)
     assert [source.key(i) for i in range(len(source))] == ["a"]
-    assert source.skipped == [
-        ("s", "the archive is cut short or damaged at byte 1024; what precedes is used")
-    ]
+    assert source.skipped == [("s", "the archive is cut short or damaged at byte 1024; what precedes is used")]
 
 
 def test_unsafe_and_odd_members_are_left_out(tmp_path: Path) -> None:
@@ -259,12 +255,8 @@ names = st.text(st.characters(codec="utf-8", exclude_characters="/\\\0."), min_s
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    st.dictionaries(names, st.tuples(st.binary(max_size=600), st.text(max_size=30)), min_size=1, max_size=6)
-)
-def test_what_is_packed_is_read(
-    tmp_path_factory: pytest.TempPathFactory, rows: dict[str, tuple[bytes, str]]
-) -> None:
+@given(st.dictionaries(names, st.tuples(st.binary(max_size=600), st.text(max_size=30)), min_size=1, max_size=6))
+def test_what_is_packed_is_read(tmp_path_factory: pytest.TempPathFactory, rows: dict[str, tuple[bytes, str]]) -> None:
     members = []
     for key, (image, caption) in rows.items():
         members += [(f"d/{key}.txt", caption.encode("utf-8", "surrogatepass")), (f"d/{key}.jpg", image)]
@@ -282,9 +274,7 @@ def test_the_shapes_world_is_a_source(tmp_path: Path) -> None:
     make_shapes(tmp_path, n=12, test_n=3, seed=5, size=32, shard_rows=5)
     source = open_source(tmp_path / "train")
     assert [source.key(i) for i in (0, 11)] == ["shapes-00000/00000000", "shapes-00002/00000011"]
-    assert [parse_caption(source.caption(i)) for i in range(12)] == [
-        scene(5, "train", i).claim for i in range(12)
-    ]
+    assert [parse_caption(source.caption(i)) for i in range(12)] == [scene(5, "train", i).claim for i in range(12)]
     with pytest.raises(UserError, match="in its folders heldout, seen, train"):
         open_source(tmp_path)
 
@@ -357,9 +347,7 @@ def test_refusals_name_the_path_and_what_was_looked_for(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.zip: not a known kind of source"):
         open_source(tmp_path / "a.zip")
     path = write_tar(tmp_path / "t" / "captions.tar", ("a.txt", b"a"))
-    with pytest.raises(
-        UserError, match=r"captions\.tar: no samples found \(looked for .*a caption without an image"
-    ):
+    with pytest.raises(UserError, match=r"captions\.tar: no samples found \(looked for .*a caption without an image"):
         open_source(path)
     (tmp_path / "t" / "a.png").write_bytes(b"A")
     with pytest.raises(UserError, match="both shards"):

@@ -23,9 +23,7 @@ MAX_LOGIT_SCALE = math.log(100)
 PAD = 0
 
 
-def build_clip(
-    settings: ClipModel, image_size: int, text_length: int, text_vocab: int, *, seed: int = 0
-) -> CLIP:
+def build_clip(settings: ClipModel, image_size: int, text_length: int, text_vocab: int, *, seed: int = 0) -> CLIP:
     """A randomly initialised CLIP for pictures of ``image_size`` a side and ``text_length`` tokens.
 
     The vocabulary is the BPE's ``text_vocab`` ids and one end-of-text id, ``text_vocab``; the context is

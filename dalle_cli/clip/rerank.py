@@ -30,7 +30,11 @@ def read_manifest(lines: Iterable[str], name: str) -> Iterator[Line]:
             line = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{name}, line {number}: not JSON ({error}); give the lines of dalle sample") from None
-        if not isinstance(line, dict) or not isinstance(line.get("prompt"), str) or not isinstance(line.get("png"), str):
+        if (
+            not isinstance(line, dict)
+            or not isinstance(line.get("prompt"), str)
+            or not isinstance(line.get("png"), str)
+        ):
             raise UserError(f"{name}, line {number}: has no 'prompt' and 'png'; give the lines of dalle sample")
         if not is_unicode(line["prompt"]):
             raise UserError(f"{name}, line {number}: its prompt is not valid Unicode; give the lines of dalle sample")

@@ -116,9 +116,7 @@ class OpenClipScorer:
     an unknown name or tag, a missing or unfit file, and for weights that cannot be fetched.
     """
 
-    def __init__(
-        self, model_name: str, pretrained: str, *, device: str = "cpu", cache_dir: str | None = None
-    ) -> None:
+    def __init__(self, model_name: str, pretrained: str, *, device: str = "cpu", cache_dir: str | None = None) -> None:
         if pretrained.startswith(_SCHEMAS):
             model_name = pretrained
         options: dict[str, Any] = {}
@@ -212,9 +210,7 @@ def _check_names(model_name: str, pretrained: str) -> None:
         raise UserError(f"weights file {pretrained} does not exist; give the path of {model_name}'s weights")
     tags = open_clip.list_pretrained_tags_by_model(model_name)
     if not tags:
-        raise UserError(
-            f"open_clip lists no weights for {model_name}, nor {pretrained!r}; give a weights file's path"
-        )
+        raise UserError(f"open_clip lists no weights for {model_name}, nor {pretrained!r}; give a weights file's path")
     raise UserError(f"open_clip model {model_name} has no weights {pretrained!r}{_near(pretrained, tags)}")
 
 

@@ -38,7 +38,9 @@ class ClipTask:
     def __post_init__(self) -> None:
         usable = self.reader.usable()
         if len(usable) == 0:
-            raise UserError(f"{self.reader.path}: holds no row with both a caption and a picture; see its skipped-*.jsonl")
+            raise UserError(
+                f"{self.reader.path}: holds no row with both a caption and a picture; see its skipped-*.jsonl"
+            )
         self.training_rows, self.held_out = split_holdout(usable, self.recipe.data.holdout, self.recipe.seed)
         self._vocab = self.recipe.tokenizer.vocab_size
 
@@ -59,7 +61,9 @@ class ClipTask:
 
     def micro_batches(self, batch: Any, size: int | None) -> list[tuple[Any, float]]:
         if size is not None and size != len(batch[0]):
-            raise UserError("clip.training.micro_batch: the contrastive loss needs its whole batch at once; leave it out")
+            raise UserError(
+                "clip.training.micro_batch: the contrastive loss needs its whole batch at once; leave it out"
+            )
         return [(batch, 1.0)]
 
     def loss(self, batch: tuple[Tensor, Tensor], step: int) -> dict[str, Tensor]:
@@ -113,7 +117,9 @@ def train_clip(recipe: Recipe, source: Source, store: Path, out: Path) -> Checkp
     reader.require_complete()
     text = reader.part("text")["identity"]
     if text["source"] != source.name:
-        raise UserError(f"{store}: was made from {text['source']}, not from {source.name}; give the source it came from")
+        raise UserError(
+            f"{store}: was made from {text['source']}, not from {source.name}; give the source it came from"
+        )
     if text["text_length"] != recipe.tokenizer.text_length or text["vocab_size"] > recipe.tokenizer.vocab_size:
         raise UserError(f"{store}: was made with another tokenizer.text_length or vocab_size than the recipe's")
     task = ClipTask(recipe, source, reader, build_recipe_clip(recipe))

@@ -36,7 +36,7 @@ def command(
 
     if inception_weights is not None and clip is not None:
         raise UserError("--inception-weights and --clip exclude each other; choose the features to measure by")
-    pairs = [open_pictures(spec, size) for spec in (generated, reference)]
+    pictures, real = open_pictures(generated, size), open_pictures(reference, size)
 
     from dalle_cli.evaluation.features import clip_features, inception
     from dalle_cli.evaluation.fid import evaluate
@@ -48,7 +48,9 @@ def command(
         features = clip_features(load_scorer(clip, pretrained, None, beside=Path(clip)))
     else:
         features = inception(inception_weights)
-    figures = {"generated": generated, "reference": reference, "size": size} | evaluate(*pairs, features, seed=seed)
+    figures = {"generated": generated, "reference": reference, "size": size} | evaluate(
+        pictures, real, features, seed=seed
+    )
     if out is not None:
         write_json(out, figures)
     typer.echo(json.dumps(figures, indent=2))

@@ -12,7 +12,9 @@ import typer
 def command(
     prior: Annotated[Path, typer.Argument(metavar="PRIOR", help="Prior checkpoint, or its run.")],
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="Captions to draw.")] = None,
-    prompts_file: Annotated[Path | None, typer.Option("--prompts", help="File of captions, one a line; - is stdin.")] = None,
+    prompts_file: Annotated[
+        Path | None, typer.Option("--prompts", help="File of captions, one a line; - is stdin.")
+    ] = None,
     captions: Annotated[
         list[str] | None, typer.Option(metavar="SOURCE", help="Draw the first captions of these sources; repeatable.")
     ] = None,

@@ -21,9 +21,7 @@ Floats = NDArray[np.float32]
 _WORKING_SIDE = 64  # larger pictures are shrunk to about this
 _PALETTE = np.array(list(COLOURS.values()), dtype=np.float32)
 _SMOOTHING = 0.4  # sigma, pixels: takes the edge off noise before anything is measured
-_DISTANCE = (
-    80.0  # RGB distance from the background at which a pixel is part of a thing (palette: at least 198)
-)
+_DISTANCE = 80.0  # RGB distance from the background at which a pixel is part of a thing (palette: at least 198)
 _SPECK = 0.006  # of the picture's area: the smallest thing, a small star, covers 0.015
 _SIZE_BORDER = (SIZES["small"] + SIZES["large"]) / 2
 _HALO = 2  # pixels around a patch that still belong to its soft edge

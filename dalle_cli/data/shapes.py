@@ -55,7 +55,9 @@ _FREE = tuple(pair for pair in _PAIRS if pair not in HELD_OUT)
 SPLITS = ("train", "seen", "heldout")
 
 _SINGLE_SHARE = 0.2
-_LATTICE = 16  # centres lie on a lattice of this many steps a side, so that a small model can learn the world in minutes
+_LATTICE = (
+    16  # centres lie on a lattice of this many steps a side, so that a small model can learn the world in minutes
+)
 _MARGIN = 0.015  # from the picture's edge
 _GAP = 0.03  # between two things, along the relation's axis, at least
 _SLANT = 0.3  # offset across the axis, at most this part of the distance along it
@@ -206,9 +208,7 @@ def _turned(point: tuple[float, float], quarters: int) -> tuple[float, float]:
 OUTLINES = _unit_outlines()
 
 
-def draw_shape(
-    draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float, fill: object
-) -> None:
+def draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float, fill: object) -> None:
     """Fill a silhouette; `x`, `y`, `radius` in canvas pixels, where a pixel's centre is its index + 0.5."""
     points = OUTLINES[shape] * radius + np.array([x - 0.5, y - 0.5])
     draw.polygon(points.ravel().tolist(), fill=fill)  # type: ignore[arg-type]
@@ -397,9 +397,7 @@ def _claim_folder(out: Path, settings: dict[str, object]) -> None:
             )
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(
-            f"{out} is there and holds no shapes world (no world.json): give a new or empty folder"
-        )
+        raise UserError(f"{out} is there and holds no shapes world (no world.json): give a new or empty folder")
     out.mkdir(parents=True, exist_ok=True)
     _write_then_rename(world, (json.dumps(settings, indent=2) + "\n").encode())
 

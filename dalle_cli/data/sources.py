@@ -31,14 +31,10 @@ def open_source(spec: str | Path) -> Source:
     if path.is_file():
         if path.suffix.lower() == ".tar":
             return WebDatasetSource(name, [path])
-        raise UserError(
-            f"{name}: not a known kind of source (a .tar shard, or a folder of shards or of images)"
-        )
+        raise UserError(f"{name}: not a known kind of source (a .tar shard, or a folder of shards or of images)")
     if _BRACES.search(name):
         return WebDatasetSource(name, _shards_of_pattern(name))
-    raise UserError(
-        f"{name}: no such file or folder (looked for a .tar shard, or a folder of shards or of images)"
-    )
+    raise UserError(f"{name}: no such file or folder (looked for a .tar shard, or a folder of shards or of images)")
 
 
 def _open_folder(path: Path, name: str) -> Source:
@@ -46,16 +42,12 @@ def _open_folder(path: Path, name: str) -> Source:
     shards = [entry for entry in entries if entry.suffix == ".tar" and entry.is_file()]
     images = [entry for entry in entries if entry.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS]
     if shards and images:
-        raise UserError(
-            f"{name}: holds both shards ({shards[0].name}) and images ({images[0].name}): separate them"
-        )
+        raise UserError(f"{name}: holds both shards ({shards[0].name}) and images ({images[0].name}): separate them")
     if shards:
         return WebDatasetSource(name, shards)
     below = [entry.name for entry in entries if entry.is_dir() and any(entry.glob("*.tar"))]
     if below:
-        raise UserError(
-            f"{name}: no .tar shards in it, but in its folders {', '.join(below)}: name one of them"
-        )
+        raise UserError(f"{name}: no .tar shards in it, but in its folders {', '.join(below)}: name one of them")
     return FolderSource(path)
 
 

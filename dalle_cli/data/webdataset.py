@@ -76,9 +76,7 @@ class WebDatasetSource:
         if not samples:
             why = f"; left out: {self.skipped[0][0]}: {self.skipped[0][1]}" if self.skipped else ""
             kinds = ", ".join(sorted(IMAGE_EXTENSIONS))
-            raise UserError(
-                f"{name}: no samples found (looked for members ending in {kinds} in .tar shards){why}"
-            )
+            raise UserError(f"{name}: no samples found (looked for members ending in {kinds} in .tar shards){why}")
         samples.sort(key=lambda sample: sample.key)
         self._samples: list[_Sample] = []
         for sample in samples:
@@ -156,14 +154,10 @@ def _index(path: Path, number: int, prefix: str, label: str, skipped: list[tuple
         kept = _without_duplicates(members)
         if len(kept) < len(members):
             names = ", ".join(sorted({member.name for member in members if member not in kept}))
-            skipped.append(
-                (prefix + key, f"the key comes again: its first sample is used, not the later {names}")
-            )
+            skipped.append((prefix + key, f"the key comes again: its first sample is used, not the later {names}"))
         by_role = {member.role: member.span for member in kept}
         if "image" in by_role:
-            samples.append(
-                _Sample(prefix + key, number, by_role["image"], by_role.get("text"), by_role.get("json"))
-            )
+            samples.append(_Sample(prefix + key, number, by_role["image"], by_role.get("text"), by_role.get("json")))
         else:
             skipped.append((prefix + key, "a caption without an image"))
     return samples

@@ -84,7 +84,8 @@ def dvae_loss(
     if marginal_kl_weight:
         penalty = penalty + marginal_kl_weight * marginal_kl(logits) * positions_per_value
     if estimator == "gumbel":
-        recon_nll = -log_likelihood(x, *model.decoder(gumbel_softmax(logits, temperature, generator)), ln_b_floor).mean()
+        mu, ln_b = model.decoder(gumbel_softmax(logits, temperature, generator))
+        recon_nll = -log_likelihood(x, mu, ln_b, ln_b_floor).mean()
         loss = recon_nll + penalty
     else:
         tokens = sample_tokens(logits, reinforce_samples, generator)

@@ -74,9 +74,7 @@ class DvaeTask:
             ln_b_floor=objective.ln_b_floor,
             estimator=objective.estimator,
             reinforce_samples=objective.reinforce_samples,
-            generator=[
-                torch_generator(self.recipe.seed, "dvae", step, first + i) for i in range(len(pictures))
-            ],
+            generator=[torch_generator(self.recipe.seed, "dvae", step, first + i) for i in range(len(pictures))],
         )
         return {
             "loss": found.loss,
@@ -151,4 +149,6 @@ def _refuse_unreadable(source: Source, recipe: Recipe) -> None:
             reason = reason or f"{source.key(row)}: {error}"
         else:
             return
-    raise UserError(f"{source.name}: none of the first pictures can be read ({reason}); name a source of whole pictures")
+    raise UserError(
+        f"{source.name}: none of the first pictures can be read ({reason}); name a source of whole pictures"
+    )

@@ -198,9 +198,7 @@ def _fetched_inception() -> Path:
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(
-            URL_INCEPTION_V3, str(path), hash_prefix=INCEPTION_SHA256, progress=False
-        )
+        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=INCEPTION_SHA256, progress=False)
     except Exception as error:
         raise UserError(
             f"Inception-v3's weights cannot be fetched ({error}); provide the file {INCEPTION_FILE} of "
@@ -216,9 +214,7 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
             "torch-fidelity's release v0.2.0 and give its path with --inception-weights"
         )
     try:
-        state = (
-            load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-        )
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:
         raise UserError(f"{path} cannot be read as tensors; provide the file {INCEPTION_FILE}") from error
     if not isinstance(state, dict):

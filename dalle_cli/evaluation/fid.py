@@ -43,9 +43,7 @@ def evaluate(
     )
 
 
-def compare(
-    generated: Extracted, reference: Extracted, features: Features, *, seed: int = 0
-) -> dict[str, Any]:
+def compare(generated: Extracted, reference: Extracted, features: Features, *, seed: int = 0) -> dict[str, Any]:
     """FID, KID and, where the features have class logits, the inception score of ``generated``.
 
     Takes features already extracted, so that many subsets can be compared with one reference. Keys:
@@ -72,9 +70,7 @@ def compare(
         mean, std, splits = inception_score(generated.logits, seed=seed)
         result |= {key: mean, f"{key}_std": std, f"{key}_splits": splits}
         if len(generated) < PICTURES_A_SPLIT:
-            warnings.append(
-                f"{key} of {len(generated)} pictures is biased downwards; it grows with the count"
-            )
+            warnings.append(f"{key} of {len(generated)} pictures is biased downwards; it grows with the count")
     return result | {
         "n_generated": len(generated),
         "n_reference": len(reference),

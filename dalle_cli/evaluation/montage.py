@@ -77,9 +77,7 @@ def contact_sheet(
         y = top + index * pitch
         draw.line([(MARGIN, y - GAP), (width - MARGIN - 1, y - GAP)], fill=RULE)
         _caption(draw, (MARGIN, y), row, cell + 2 * FRAME)
-        draw.rectangle(
-            [best_x, y, best_x + cell + 2 * FRAME - 1, y + cell + 2 * FRAME - 1], outline=BEST, width=FRAME
-        )
+        draw.rectangle([best_x, y, best_x + cell + 2 * FRAME - 1, y + cell + 2 * FRAME - 1], outline=BEST, width=FRAME)
         sheet.paste(_scaled(row.best, cell), (best_x + FRAME, y + FRAME))
         for place, picture in enumerate(row.others):
             _mounted(sheet, picture, (others_x + place * (cell + GAP), y + FRAME), cell)

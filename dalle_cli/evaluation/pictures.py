@@ -49,9 +49,7 @@ class FilePictures(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         path = self.paths[index]
         try:
-            return _channels_first(
-                eval_crop(decode_image(path.read_bytes(), self.max_pixels), self.image_size)
-            )
+            return _channels_first(eval_crop(decode_image(path.read_bytes(), self.max_pixels), self.image_size))
         except (OSError, BadImage) as error:
             raise UserError(f"{path}: {error}; remove or replace it") from error
 
@@ -73,14 +71,10 @@ class SourcePictures(Dataset[Tensor]):
                 eval_crop(decode_image(self.source.image_bytes(index), self.max_pixels), self.image_size)
             )
         except (BadSample, BadImage) as error:
-            raise UserError(
-                f"{self.source.name}: {self.source.key(index)}: {error}; remove or replace it"
-            ) from error
+            raise UserError(f"{self.source.name}: {self.source.key(index)}: {error}; remove or replace it") from error
 
 
-def open_pictures(
-    spec: str, image_size: int, *, max_pixels: int = MAX_PIXELS
-) -> FilePictures | SourcePictures:
+def open_pictures(spec: str, image_size: int, *, max_pixels: int = MAX_PIXELS) -> FilePictures | SourcePictures:
     """The pictures of a folder (at any depth, in the order of their paths), of a file of ``dalle sample``'s or
     ``dalle rerank``'s lines (.jsonl), or else of a source, such as tars.
 
@@ -91,9 +85,7 @@ def open_pictures(
         with folder.open(encoding="utf-8") as lines:
             return FilePictures([Path(line["png"]) for line in read_manifest(lines, spec)], image_size)
     if folder.is_dir():
-        paths = sorted(
-            path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
-        )
+        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
         if paths:
             return FilePictures(paths, image_size, max_pixels=max_pixels)
     return SourcePictures(open_source(spec), image_size, max_pixels=max_pixels)

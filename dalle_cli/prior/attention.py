@@ -53,15 +53,11 @@ def attend(
     no copy.
     """
     if q.shape[2] != text_length + grid * grid:
-        raise ValueError(
-            f"stream of {q.shape[2]} positions is not {text_length} text + {grid} x {grid} image"
-        )
+        raise ValueError(f"stream of {q.shape[2]} positions is not {text_length} text + {grid} x {grid} image")
     if kind == "full":
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     sizes = [text_length, grid * grid]
-    (text_q, image_q), (text_k, image_k), (text_v, image_v) = (
-        torch.split(x, sizes, dim=2) for x in (q, k, v)
-    )
+    (text_q, image_q), (text_k, image_k), (text_v, image_v) = (torch.split(x, sizes, dim=2) for x in (q, k, v))
     text = F.scaled_dot_product_attention(text_q, text_k, text_v, is_causal=True)
     if kind == "column":
         image_q, image_k, image_v = (_transposed(x, grid) for x in (image_q, image_k, image_v))

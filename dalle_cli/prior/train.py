@@ -67,7 +67,9 @@ class PriorTask:
     def __post_init__(self) -> None:
         usable = self.reader.usable()
         if len(usable) == 0:
-            raise UserError(f"{self.reader.path}: holds no row with both a caption and a picture; see its skipped-*.jsonl")
+            raise UserError(
+                f"{self.reader.path}: holds no row with both a caption and a picture; see its skipped-*.jsonl"
+            )
         self.training_rows, self.held_out = split_holdout(usable, self.recipe.data.holdout, self.recipe.seed)
 
     def batches(self, start: int, stop: int) -> Iterator[TokenBatch]:

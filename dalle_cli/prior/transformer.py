@@ -106,14 +106,10 @@ class Prior(nn.Module):
     ``resblocks`` alternates attention and perceptron, two a layer.
     """
 
-    def __init__(
-        self, model: PriorModel, text_length: int, text_vocab: int, image_vocab: int, seed: int = 0
-    ) -> None:
+    def __init__(self, model: PriorModel, text_length: int, text_vocab: int, image_vocab: int, seed: int = 0) -> None:
         super().__init__()
         if text_length < 1:
-            raise ValueError(
-                f"text_length {text_length} is below 1: the last text position predicts the first token"
-            )
+            raise ValueError(f"text_length {text_length} is below 1: the last text position predicts the first token")
         self.model = model
         self.text_length, self.text_vocab, self.image_vocab = text_length, text_vocab, image_vocab
         self.image_length = model.grid**2
@@ -236,9 +232,7 @@ class Prior(nn.Module):
         hidden = self(text_ids, image)
         position = torch.arange(1, self.text_length, device=text.device)
         targets = (
-            text_ids[:, 1:]
-            .clamp(max=self.text_vocab)
-            .masked_fill(position > text_length[:, None].long(), UNCOUNTED)
+            text_ids[:, 1:].clamp(max=self.text_vocab).masked_fill(position > text_length[:, None].long(), UNCOUNTED)
         )
         logits = self.text_logits(hidden).flatten(0, 1)
         text_sum = F.cross_entropy(logits, targets.flatten(), ignore_index=UNCOUNTED, reduction="sum")

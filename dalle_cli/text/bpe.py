@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,7 +80,7 @@ class Tokenizer:
             kept = rng.random(len(symbols) - 1) >= dropout
             candidates = [
                 (rank, i)
-                for i, pair in enumerate(zip(symbols, symbols[1:], strict=False))
+                for i, pair in enumerate(pairwise(symbols))
                 if kept[i] and (rank := self._ranks.get(pair)) is not None
             ]
             if not candidates:

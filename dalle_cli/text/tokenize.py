@@ -63,7 +63,8 @@ def tokenize_source(recipe: Recipe, source: Source, tokenizer: Tokenizer, out: P
 
 
 def _read(source: Source, rows: range) -> tuple[list[str], list[str | None]]:
-    captions, reasons = [], []
+    captions: list[str] = []
+    reasons: list[str | None] = []
     for row in rows:
         try:
             captions.append(source.caption(row))

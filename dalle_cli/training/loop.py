@@ -34,7 +34,10 @@ class Task(Protocol):
     """What is being trained."""
 
     kind: Kind
-    model: nn.Module
+
+    @property
+    def model(self) -> nn.Module:
+        """What is trained."""
 
     def batches(self, start: int, stop: int) -> Iterator[Any]:
         """One batch for each update from ``start`` up to ``stop``."""
@@ -46,7 +49,10 @@ class Task(Protocol):
         """Scalars to log; ``"loss"`` is minimised."""
 
     def validate(self, step: int) -> dict[str, float]:
-        """Scalars of ``model`` as it is on held-out samples; ``"loss"`` steers the plateau schedule. Empty when nothing is held out."""
+        """Scalars of ``model`` as it is on held-out samples, none where nothing is held out.
+
+        ``"loss"`` steers the plateau schedule.
+        """
 
     def decayed(self) -> set[str]:
         """Names of the parameters that weight decay applies to."""
@@ -151,7 +157,12 @@ class Run:
         return {**values, "raw_loss": raw["loss"]}
 
     def _save(
-        self, step: int, optimizer: torch.optim.Optimizer, ema: list[Tensor], plateau: Plateau, metrics: dict[str, float]
+        self,
+        step: int,
+        optimizer: torch.optim.Optimizer,
+        ema: list[Tensor],
+        plateau: Plateau,
+        metrics: dict[str, float],
     ) -> None:
         model = self.task.model
         names = [name for name, p in model.named_parameters() if p.requires_grad]
