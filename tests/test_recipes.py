@@ -157,7 +157,6 @@ def test_misplaced_dots(layout: str) -> None:
         ("name: a\nimage_size: [1]\n", "{file}:2: image_size: input should be a valid integer"),
         ("dvae:\n  training:\n    updates: 0\n    batch_size: 1\n", "{file}:3: dvae.training.updates: "),
         ("data: here\n", "{file}:1: data: "),
-        ("prior:\n  training: {updates: 5}\n", "{file}:2: prior.training.batch_size: required here and missing"),
         ("dvae:\n  objective:\n    estimator: guess\n", "{file}:3: dvae.objective.estimator: "),
         ("seed: 1\nname: a\nseed: 2\n", "{file}:3: seed: written twice"),
         ("prior:\n  model:\n    layers: 1\n    layers: 2\n", "{file}:4: prior.model.layers: written twice"),
@@ -256,3 +255,13 @@ words = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"]), max_
 def test_a_dumped_recipe_is_read_back_whatever_is_in_it(values: dict[str, Any]) -> None:
     recipe = Recipe.model_validate(values)
     assert Recipe.model_validate(yaml.safe_load(dump_recipe(recipe))) == recipe
+
+
+def test_a_block_written_in_part_keeps_the_stage_s_other_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "part.yaml"
+    path.write_text("prior: {adam: {clip_norm: 1.0}, learning_rate: {warmup_updates: 7}}\n")
+    found = load_recipe(path, ["dvae.objective.temperature.end=0.5"])
+    whole = Recipe()
+    assert found.prior.adam == whole.prior.adam.model_copy(update={"clip_norm": 1.0})
+    assert found.prior.learning_rate == whole.prior.learning_rate.model_copy(update={"warmup_updates": 7})
+    assert found.dvae.objective.temperature == whole.dvae.objective.temperature.model_copy(update={"end": 0.5})

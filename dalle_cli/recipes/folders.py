@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
+_HEIGHT = 4
+"""How far above an artifact its run's folder is looked for: RUN/samples/<request>/<picture> is three."""
+
+
 @dataclass(frozen=True)
 class RunFolders:
     """The folder of one chain, ``run:`` in its recipe."""
@@ -42,7 +46,7 @@ def run_of(artifact: Path) -> RunFolders:
 
     It is the nearest folder above that holds the outputs of two stages or more, and else the artifact's own parent.
     """
-    for parent in artifact.resolve().parents:
+    for parent in list(artifact.resolve().parents)[:_HEIGHT]:
         folders = RunFolders(parent)
         if sum(p.exists() for p in (folders.tokenizer, folders.dvae, folders.prior, folders.clip)) >= 2:
             return folders

@@ -34,8 +34,11 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     tree = _read(path, seen=())
     for override in overrides:
         _override(tree, override)
+    # A block that is written in part keeps the stage's other defaults, not those of the block's class.
+    values = Recipe().model_dump()
+    _merge(values, tree.values)
     try:
-        return Recipe.model_validate(tree.values)
+        return Recipe.model_validate(values)
     except ValidationError as error:
         lines = [_explain(item, tree, path) for item in error.errors()]
         raise UserError("\n".join(dict.fromkeys(lines))) from None
@@ -135,8 +138,6 @@ def _explain(item: Any, tree: _Tree, path: Path) -> str:
     name = ".".join(str(part) for part in item["loc"]) or "recipe"
     if item["type"] == "extra_forbidden":
         return f"{place}: {name}: unknown key{_suggest(tuple(item['loc']))}"
-    if item["type"] == "missing":
-        return f"{place}: {name}: required here and missing; add it"
     message = str(item["msg"]).removeprefix("Value error, ")
     given = item.get("input")
     shown = f", not {given!r}" if not isinstance(given, dict | list | BaseModel) else ""

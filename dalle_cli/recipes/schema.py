@@ -131,7 +131,7 @@ class Training(Settings):
 class DvaeSettings(Settings):
     model: DvaeModel = DvaeModel()
     objective: DvaeObjective = DvaeObjective()
-    learning_rate: LearningRate = LearningRate(peak=1e-4, final=1.25e-6, decay_updates=1_200_000)
+    learning_rate: LearningRate = LearningRate(peak=1e-4, final=1.25e-6)
     adam: Adam = Adam()
     training: Training = Training(updates=3_000_000, batch_size=512, save_every=5000, validate_every=5000)
 
