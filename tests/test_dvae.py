@@ -229,7 +229,7 @@ def test_loss_is_nll_and_weighted_kl_per_value(estimator: str) -> None:
     with torch.no_grad():
         model.encoder.get_submodule("blocks.output.conv").w.mul_(1e5)
     pixels = pictures(2, 24)
-    x = phi(pixels, EPS, FLOOR)
+    x = phi(pixels, EPS)
     mu, ln_b = (output.detach() for output in model(x))
     nll = -logit_laplace_log_prob(x, mu, bounded_ln_b(ln_b, FLOOR)).sum() / (2 * 3 * 24 * 24)
     kl = 2 * 9 * math.log(16) / (2 * 3 * 24 * 24)
@@ -285,7 +285,7 @@ def test_validation_metrics_by_hand_and_merged() -> None:
     model = DVAE(SMALL)
     pixels = pictures(3)
     whole = validation_metrics(model, pixels, EPS, FLOOR)
-    rebuilt = reconstruct(model(phi(pixels, EPS, FLOOR))[0], EPS).detach()
+    rebuilt = reconstruct(model(phi(pixels, EPS))[0], EPS).detach()
     for i in range(3):
         mse = float(((rebuilt[i] / 255 - pixels[i].float() / 255) ** 2).mean())
         assert float(whole.mse[i]) == pytest.approx(mse, rel=1e-4)

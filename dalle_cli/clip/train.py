@@ -20,8 +20,8 @@ from dalle_cli.errors import UserError
 from dalle_cli.recipes.schema import Recipe
 from dalle_cli.stores.checkpoint import Checkpoint, Kind
 from dalle_cli.stores.tokens import TokenReader
+from dalle_cli.training.held_out import split_store
 from dalle_cli.training.loop import Run
-from dalle_cli.training.order import split_holdout
 from dalle_cli.training.pictures import TrainingPictures, cut_picture
 
 
@@ -36,12 +36,7 @@ class ClipTask:
     kind: Kind = "clip"
 
     def __post_init__(self) -> None:
-        usable = self.reader.usable()
-        if len(usable) == 0:
-            raise UserError(
-                f"{self.reader.path}: holds no row with both a caption and a picture; see its skipped-*.jsonl"
-            )
-        self.training_rows, self.held_out = split_holdout(usable, self.recipe.data.holdout, self.recipe.seed)
+        self.training_rows, self.held_out = split_store(self.reader, self.recipe)
         self._vocab = self.recipe.tokenizer.vocab_size
 
     def batches(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -49,7 +49,7 @@ def command(
     for source in captions or []:
         wanted += _captions_of(source, limit)
     if held_out:
-        from dalle_cli.stores.held_out import held_out_captions
+        from dalle_cli.training.held_out import held_out_captions
 
         wanted += held_out_captions(places.tokens, checkpoint.recipe(), limit)
     if not wanted:

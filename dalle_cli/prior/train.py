@@ -17,8 +17,9 @@ from dalle_cli.prior.transformer import Prior
 from dalle_cli.recipes.schema import Recipe
 from dalle_cli.stores.checkpoint import Checkpoint, Kind
 from dalle_cli.stores.tokens import TokenReader
+from dalle_cli.training.held_out import split_store
 from dalle_cli.training.loop import Run
-from dalle_cli.training.order import BatchOrder, split_holdout
+from dalle_cli.training.order import BatchOrder
 
 VALIDATION_BATCH = 64
 
@@ -65,12 +66,7 @@ class PriorTask:
     kind: Kind = "prior"
 
     def __post_init__(self) -> None:
-        usable = self.reader.usable()
-        if len(usable) == 0:
-            raise UserError(
-                f"{self.reader.path}: holds no row with both a caption and a picture; see its skipped-*.jsonl"
-            )
-        self.training_rows, self.held_out = split_holdout(usable, self.recipe.data.holdout, self.recipe.seed)
+        self.training_rows, self.held_out = split_store(self.reader, self.recipe)
 
     def batches(self, start: int, stop: int) -> Iterator[TokenBatch]:
         order = BatchOrder(self.training_rows, self.recipe.prior.training.batch_size, self.recipe.seed)

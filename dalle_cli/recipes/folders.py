@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-
 _HEIGHT = 4
 """How far above an artifact its run's folder is looked for: RUN/samples/<request>/<picture> is three."""
 
