@@ -55,9 +55,8 @@ _FREE = tuple(pair for pair in _PAIRS if pair not in HELD_OUT)
 SPLITS = ("train", "seen", "heldout")
 
 _SINGLE_SHARE = 0.2
-_LATTICE = (
-    16  # centres lie on a lattice of this many steps a side, so that a small model can learn the world in minutes
-)
+# Centres lie on a lattice of this many steps a side, so that a small model can learn the world in minutes.
+_LATTICE = 16
 _MARGIN = 0.015  # from the picture's edge
 _GAP = 0.03  # between two things, along the relation's axis, at least
 _SLANT = 0.3  # offset across the axis, at most this part of the distance along it
