@@ -265,3 +265,10 @@ def test_a_block_written_in_part_keeps_the_stage_s_other_defaults(tmp_path: Path
     assert found.prior.adam == whole.prior.adam.model_copy(update={"clip_norm": 1.0})
     assert found.prior.learning_rate == whole.prior.learning_rate.model_copy(update={"warmup_updates": 7})
     assert found.dvae.objective.temperature == whole.dvae.objective.temperature.model_copy(update={"end": 0.5})
+
+
+def test_a_marginal_over_parts_of_a_batch_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "parts.yaml"
+    path.write_text("dvae:\n  objective: {marginal_kl_weight: 1.0}\n  training: {batch_size: 4, micro_batch: 2}\n")
+    with pytest.raises(UserError, match="looks at the whole batch"):
+        load_recipe(path)

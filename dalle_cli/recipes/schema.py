@@ -135,6 +135,15 @@ class DvaeSettings(Settings):
     adam: Adam = Adam()
     training: Training = Training(updates=3_000_000, batch_size=512, save_every=5000, validate_every=5000)
 
+    @model_validator(mode="after")
+    def _marginal_needs_the_batch(self) -> DvaeSettings:
+        if self.objective.marginal_kl_weight and self.training.micro_batch is not None:
+            raise ValueError(
+                "objective.marginal_kl_weight looks at the whole batch, training.micro_batch cuts it in parts; "
+                "set one of them to 0 or null"
+            )
+        return self
+
 
 class PriorModel(Settings):
     """The sparse transformer's sizes and layout (paper, section 2.2 and appendix B.1)."""
