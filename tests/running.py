@@ -57,7 +57,11 @@ def smallest_recipe(run_folder: Path, train: Path | None) -> dict[str, Any]:
         "image_size": 32,
         "data": {"train": None if train is None else str(train), "holdout": 0.2},
         "tokenizer": {"vocab_size": 400, "text_length": 48},
-        "dvae": {"model": {"n_hid": 8, "n_init": 4, "codebook_size": 16}, "training": training},
+        "dvae": {
+            "model": {"n_hid": 8, "n_init": 4, "codebook_size": 16},
+            "learning_rate": {"decay_updates": 1_200_000},  # so that a run may be made longer
+            "training": training,
+        },
         "prior": {
             "model": {"layers": 3, "heads": 2, "d_head": 8, "d_model": 16, "grid": 4},
             "training": training,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -197,7 +198,14 @@ def test_debug_shows_the_traceback(by_hand: Chain) -> None:
 def test_ctrl_c_says_how_to_go_on(by_hand: Chain, tmp_path: Path) -> None:
     command = [DALLE, "train-prior", by_hand.recipe, "--tokens", by_hand.tokens, "--out", tmp_path / "prior"]
     command += ["--set", "prior.training.updates=100000"]
-    process = subprocess.Popen([*map(str, command)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*map(str, command)],
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A job that was started in the background ignores ctrl-C, and hands that down.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     deadline = time.monotonic() + 60
     while not (tmp_path / "prior" / "step-00000004").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
