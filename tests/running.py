@@ -59,7 +59,8 @@ def smallest_recipe(run_folder: Path, train: Path | None) -> dict[str, Any]:
         "tokenizer": {"vocab_size": 400, "text_length": 48},
         "dvae": {
             "model": {"n_hid": 8, "n_init": 4, "codebook_size": 16},
-            "learning_rate": {"peak": 1e-4, "final": 1.25e-6, "decay_updates": 1_200_000},  # so that a run may be made longer
+            # The cosine's end is named, so that a run may be made longer.
+            "learning_rate": {"peak": 1e-4, "final": 1.25e-6, "decay_updates": 1_200_000},
             "training": training,
         },
         "prior": {
