@@ -110,15 +110,13 @@ class PriorTask:
 
 def build_prior(recipe: Recipe) -> Prior:
     """The recipe's prior with its initial weights, or without storage inside ``torch.device("meta")``."""
-    prior = Prior(
+    return Prior(
         recipe.prior.model,
         text_length=recipe.tokenizer.text_length,
         text_vocab=recipe.tokenizer.vocab_size,
         image_vocab=recipe.dvae.model.codebook_size,
+        seed=recipe.seed,
     )
-    if not prior.text_embedding.is_meta:
-        prior.initialize(recipe.seed)
-    return prior
 
 
 def train_prior(recipe: Recipe, store: Path, out: Path) -> Checkpoint:
