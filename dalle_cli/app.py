@@ -12,10 +12,16 @@ from dalle_cli import __version__
 from dalle_cli.commands import (
     encode_images,
     eval_fid,
+    human_study,
+    import_dvae,
     make_shapes,
+    merge,
+    overlap,
+    reconstruct,
     report,
     rerank,
     sample,
+    scan,
     show,
     tokenize_text,
     train_clip,
@@ -36,9 +42,15 @@ app = typer.Typer(
 )
 
 PANELS: dict[str, dict[str, Callable[..., None]]] = {
-    "1. Data": {"make-shapes": make_shapes.command},
+    "1. Data": {"make-shapes": make_shapes.command, "scan": scan.command, "overlap": overlap.command},
     "2. Text tokens": {"train-tokenizer": train_tokenizer.command, "tokenize-text": tokenize_text.command},
-    "3. Image tokens": {"train-dvae": train_dvae.command, "encode-images": encode_images.command},
+    "3. Image tokens": {
+        "train-dvae": train_dvae.command,
+        "import-dvae": import_dvae.command,
+        "reconstruct": reconstruct.command,
+        "encode-images": encode_images.command,
+        "merge": merge.command,
+    },
     "4. The prior": {"train-prior": train_prior.command, "sample": sample.command},
     "5. Scores": {"train-clip": train_clip.command, "rerank": rerank.command, "eval-fid": eval_fid.command},
     "Look": {"show": show.command, "report": report.command},
@@ -47,6 +59,7 @@ for panel, commands in PANELS.items():
     for name, function in commands.items():
         # rerank reads stdin when it is given nothing.
         app.command(name, rich_help_panel=panel, no_args_is_help=name != "rerank")(function)
+app.add_typer(human_study.app, name="human-study", rich_help_panel="5. Scores")
 
 INTERRUPTED = 130
 """Typer's exit code for ctrl-C."""

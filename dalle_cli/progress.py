@@ -13,11 +13,19 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 SECONDS_BETWEEN_LINES = 10.0
+_silent = False
+
+
+def silence() -> None:
+    """Say nothing from now on: of processes that do the same work together, one speaks."""
+    global _silent
+    _silent = True
 
 
 def log(message: str) -> None:
     """One line on stderr."""
-    print(message, file=sys.stderr, flush=True)
+    if not _silent:
+        print(message, file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -65,7 +73,7 @@ class Progress:
 @contextmanager
 def progress(what: str, total: int | None, unit: str, start: int = 0) -> Iterator[Progress]:
     """``with progress("encode-images", 20_000, "images") as p: p.advance(64)``."""
-    if not sys.stderr.isatty():
+    if _silent or not sys.stderr.isatty():
         yield Progress(what, total, unit, start, None)
         return
     from rich.console import Console

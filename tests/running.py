@@ -39,10 +39,10 @@ class Done:
         return lines[0]
 
 
-def run(*arguments: object, stdin: str | None = None) -> Done:
+def run(*arguments: object, stdin: str | None = None, timeout: float = 120) -> Done:
     """The real command in its own process."""
     done = subprocess.run(
-        [DALLE, *map(str, arguments)], input=stdin or "", capture_output=True, text=True, env=ENVIRONMENT, timeout=120
+        [DALLE, *map(str, arguments)], input=stdin or "", capture_output=True, text=True, env=ENVIRONMENT, timeout=timeout
     )
     return Done(done.returncode, done.stdout, done.stderr)
 

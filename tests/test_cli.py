@@ -58,7 +58,7 @@ def test_the_chain_by_hand(by_hand: Chain) -> None:
     source, reader = open_source(str(by_hand.train)), TokenReader(by_hand.tokens)
     rows = np.arange(len(source))
     assert reader.strings("key", rows) == [source.key(row) for row in rows]
-    assert reader.strings("caption", rows) == [source.caption(row) for row in rows]
+    assert reader.strings("caption", rows) == [source.captions(row)[0] for row in rows]
     dvae, prior, clip = (open_checkpoint(p) for p in (by_hand.dvae, by_hand.prior, by_hand.clip))
     tokenizer = Tokenizer.load(by_hand.tokenizer)
     assert prior.belongs == {"tokenizer": tokenizer.identity, "dvae": dvae.identity}
@@ -149,7 +149,7 @@ def test_prompts_of_a_file_of_a_source_and_left_out(by_hand: Chain, call: Call, 
     assert [line["prompt"] for line in done.lines] == ["a red star", "a blue circle"]
     done = call("sample", by_hand.prior, "--captions", by_hand.train, "--limit", 2, "--n", 1, "--out", tmp_path / "b")
     source = open_source(str(by_hand.train))
-    assert [line["prompt"] for line in done.lines] == [source.caption(0), source.caption(1)]
+    assert [line["prompt"] for line in done.lines] == [source.captions(0)[0], source.captions(1)[0]]
     done = call("sample", by_hand.prior, "--held-out", "--limit", 2, "--n", 1, "--out", tmp_path / "c")
     assert len(done.lines) == 2
 

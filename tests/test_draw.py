@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,9 +17,10 @@ from hypothesis.extra import numpy as hnp
 from scipy import stats
 from torch import Tensor
 
+from dalle_cli.prior.decode import Decoder
 from dalle_cli.prior.transformer import Prior
 from dalle_cli.recipes.schema import PriorModel, SamplingSettings
-from dalle_cli.sampling.draw import draw_tokens, filter_logits, sample_images
+from dalle_cli.sampling.draw import BELOW_ONE, SUMMED_AT_ONCE, draw_tokens, filter_logits, sample_images
 
 TEXT, TEXT_VOCAB = 3, 5
 
@@ -89,9 +93,24 @@ def test_draws_are_where_the_uniform_falls(probabilities: np.ndarray, uniform: f
     assert share[:drawn].sum() <= uniform + 1e-12 and uniform <= share[: drawn + 1].sum() + 1e-12
 
 
-def test_edges_of_the_uniform() -> None:
+@given(total=st.floats(1e-300, 1e300), below=st.integers(1, 2**20))
+def test_edges_of_the_uniform(total: float, below: int) -> None:
     logits = torch.tensor([-math.inf, 0.0, 0.0, -math.inf])
-    assert draw_tokens(logits.expand(2, 4), torch.tensor([0.0, 1 - 2.0**-53])).tolist() == [1, 2]
+    last = 1 - 2.0**-53
+    assert draw_tokens(logits.expand(2, 4), torch.tensor([0.0, last], dtype=torch.float64)).tolist() == [1, 2]
+    assert last * BELOW_ONE * total < total and (1 - below * 2.0**-53) * BELOW_ONE * total < total
+
+
+def test_draws_in_parts_are_those_of_the_whole() -> None:
+    generator = torch.Generator().manual_seed(5)
+    logits = 3 * torch.randn(5, 7, 8192, generator=generator)
+    assert logits.numel() > 2 * SUMMED_AT_ONCE
+    u = uniforms(5, 7)
+    found = draw_tokens(logits, u)
+    cumulative = np.cumsum(logits.double().softmax(-1).numpy(), axis=-1)
+    for c, n in itertools.product(range(5), range(7)):
+        at, number = int(found[c, n]), float(u[c, n])
+        assert cumulative[c, n, at] > number - 1e-6 and (at == 0 or cumulative[c, n, at - 1] < number + 1e-6)
 
 
 @pytest.mark.parametrize(("vocab", "temperature"), [(2, 1.0), (3, 1.0), (3, 0.7)])
@@ -100,7 +119,7 @@ def test_frequencies_are_the_models_probabilities(vocab: int, temperature: float
     ids = captions(prior, 2)
     images = torch.tensor(list(itertools.product(range(vocab), repeat=4)))
     settings_ = SamplingSettings(temperature=temperature, batch_size=2000)
-    tokens, log_likelihood = sample_images(prior, ids, n, uniforms(2, n, 4), settings_)
+    tokens, log_likelihood = sample_images(Decoder(prior), ids, n, uniforms(2, n, 4), settings_)
     for c in range(2):
         repeated = ids[c].expand(len(images), -1)
         whole = prior.log_likelihood(repeated, images).exp()
@@ -125,11 +144,11 @@ def test_frequencies_are_the_models_probabilities(vocab: int, temperature: float
 def test_nothing_depends_on_the_batch_size() -> None:
     prior, count, n = tiny(7, 3), 3, 5
     ids, u = captions(prior, count), uniforms(count, n, 9)
-    runs = [sample_images(prior, ids, n, u, SamplingSettings(batch_size=size)) for size in (1, 2, 5, 10, 64)]
+    runs = [sample_images(Decoder(prior), ids, n, u, SamplingSettings(batch_size=size)) for size in (1, 2, 5, 10, 64)]
     for tokens, log_likelihood in runs:
         assert tokens.equal(runs[0][0])
         assert torch.allclose(log_likelihood, runs[0][1], atol=1e-5)
-    alone = sample_images(prior, ids[1:2], 2, u[1:2, 1:3], SamplingSettings())[0]
+    alone = sample_images(Decoder(prior), ids[1:2], 2, u[1:2, 1:3], SamplingSettings())[0]
     assert alone.equal(runs[0][0][1:2, 1:3])
 
 
@@ -138,7 +157,7 @@ def test_prefix_is_kept_and_not_scored(given: int) -> None:
     prior, n = tiny(7, 3), 3
     ids, u = captions(prior, 2), uniforms(2, n, 9)
     prefix = torch.randint(7, (2, given), generator=torch.Generator().manual_seed(9))
-    tokens, log_likelihood = sample_images(prior, ids, n, u, SamplingSettings(batch_size=2), prefix)
+    tokens, log_likelihood = sample_images(Decoder(prior), ids, n, u, SamplingSettings(batch_size=2), prefix)
     assert tokens[..., :given].equal(prefix[:, None].expand(-1, n, -1))
     with torch.no_grad():
         logits = prior.image_logits(prior(ids.repeat_interleave(n, 0), tokens.flatten(0, 1))).double()
@@ -148,10 +167,57 @@ def test_prefix_is_kept_and_not_scored(given: int) -> None:
     assert tokens[..., given:].equal(wanted[..., given:])
 
 
+def test_prefixes_of_different_length_go_together() -> None:
+    prior, n, given = tiny(7, 3), 2, [0, 4, 9, 5, 8]
+    count = len(given)
+    ids, u, decoder = captions(prior, count), uniforms(count, n, 9), Decoder(prior)
+    prefix = torch.randint(7, (count, 9), generator=torch.Generator().manual_seed(9))
+    alone = [
+        sample_images(decoder, ids[c : c + 1], n, u[c : c + 1], SamplingSettings(), prefix[c : c + 1, : given[c]])
+        for c in range(count)
+    ]
+    for size in (1, 4, 64):
+        settings_ = SamplingSettings(batch_size=size)
+        tokens, log_likelihood = sample_images(decoder, ids, n, u, settings_, prefix, torch.tensor(given))
+        assert tokens.equal(torch.cat([one[0] for one in alone]))
+        assert torch.allclose(log_likelihood, torch.cat([one[1] for one in alone]), atol=1e-5)
+    assert tokens[2].equal(prefix[2].expand(n, -1)) and log_likelihood[2].tolist() == [0.0] * n
+
+
+MEMORY = """
+import sys, torch
+from pathlib import Path
+from dalle_cli.prior.decode import Decoder
+from dalle_cli.prior.transformer import Prior
+from dalle_cli.recipes.schema import PriorModel, SamplingSettings
+from dalle_cli.sampling.draw import sample_images
+
+n = int(sys.argv[1])
+prior = Prior(PriorModel(layers=8, heads=4, d_head=32, d_model=128, grid=8, layout="column ..."), 16, 32, 64)
+uniforms = torch.rand(1, n, 64, dtype=torch.float64)
+ids = prior.with_padding(torch.zeros(1, 16), torch.tensor([9]))
+sample_images(Decoder(prior), ids, n, uniforms, SamplingSettings(batch_size=int(sys.argv[2])))
+print(next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
+def test_more_samples_of_a_caption_need_no_more_memory() -> None:
+    def peak(n: int, batch_size: int) -> int:
+        """Kilobytes."""
+        command = [sys.executable, "-c", MEMORY, str(n), str(batch_size)]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    # The caches of 64 samples take 32 MB, those of 512 would take 256.
+    fewer = peak(64, 64)
+    assert peak(512, 64) - fewer < 16 * 1024
+    assert peak(192, 192) - fewer > 32 * 1024  # the measure sees what it is for
+
+
 def test_temperature_0_takes_the_likeliest() -> None:
     prior = tiny(7, 3)
     ids = captions(prior, 2)
-    tokens, log_likelihood = sample_images(prior, ids, 2, uniforms(2, 2, 9), SamplingSettings(temperature=0))
+    tokens, log_likelihood = sample_images(Decoder(prior), ids, 2, uniforms(2, 2, 9), SamplingSettings(temperature=0))
     with torch.no_grad():
         likeliest = prior.image_logits(prior(ids, tokens[:, 0])).argmax(-1)
     assert tokens[:, 0].equal(likeliest) and tokens[:, 1].equal(likeliest)
@@ -161,7 +227,7 @@ def test_temperature_0_takes_the_likeliest() -> None:
 def test_filters_reach_the_samples() -> None:
     prior = tiny(7, 3)
     ids, u = captions(prior, 1), uniforms(1, 40, 9)
-    tokens, _ = sample_images(prior, ids, 40, u, SamplingSettings(top_k=2))
+    tokens, _ = sample_images(Decoder(prior), ids, 40, u, SamplingSettings(top_k=2))
     with torch.no_grad():
         logits = prior.image_logits(prior(ids.expand(40, -1), tokens[0]))
     rank = (logits > logits.gather(-1, tokens[0][..., None])).sum(-1)
@@ -172,6 +238,11 @@ def test_wrong_shapes_are_refused() -> None:
     prior = tiny()
     ids = captions(prior, 2)
     with pytest.raises(ValueError, match="uniforms"):
-        sample_images(prior, ids, 2, uniforms(2, 2, 3), SamplingSettings())
+        sample_images(Decoder(prior), ids, 2, uniforms(2, 2, 3), SamplingSettings())
     with pytest.raises(ValueError, match="prefix"):
-        sample_images(prior, ids, 2, uniforms(2, 2, 4), SamplingSettings(), torch.zeros(2, 5, dtype=torch.long))
+        sample_images(
+            Decoder(prior), ids, 2, uniforms(2, 2, 4), SamplingSettings(), torch.zeros(2, 5, dtype=torch.long)
+        )
+    with pytest.raises(ValueError, match="prefix_lengths"):
+        prefix = torch.zeros(2, 3, dtype=torch.long)
+        sample_images(Decoder(prior), ids, 2, uniforms(2, 2, 4), SamplingSettings(), prefix, torch.tensor([1, 4]))

@@ -13,13 +13,15 @@ from dalle_cli.dvae.likelihood import bounded_ln_b, logit_laplace_log_prob, phi,
 from dalle_cli.dvae.model import DVAE, Conv2d, Resblock
 from dalle_cli.dvae.objective import (
     DvaeLoss,
+    ValidationMetrics,
     codebook_perplexity,
     dead_codes,
     dvae_loss,
     merge_metrics,
     validation_metrics,
 )
-from dalle_cli.recipes.schema import DvaeModel
+from dalle_cli.dvae.train import DvaeTask
+from dalle_cli.recipes.schema import DvaeModel, Recipe
 from dalle_cli.training.randomness import torch_generator
 
 SMALL = DvaeModel(n_hid=8, n_init=6, blocks_per_group=1, codebook_size=16)
@@ -44,6 +46,11 @@ def loss_of(model: DVAE, pixels: Tensor, **changes: object) -> DvaeLoss:
         "generator": torch_generator(0, "loss"),
     }
     return dvae_loss(model, pixels, **{**settings, **changes})  # type: ignore[arg-type]
+
+
+def metrics_of(model: DVAE, pixels: Tensor, first: int = 0) -> ValidationMetrics:
+    noise = [torch_generator(0, "validation", first + i) for i in range(len(pixels))]
+    return validation_metrics(model, pixels, EPS, FLOOR, noise)
 
 
 def conv_parameters(n_in: int, n_out: int, kernel: int) -> int:
@@ -261,7 +268,7 @@ def test_a_few_updates_fit_two_flat_pictures(estimator: str) -> None:
     pixels = torch.stack([torch.full((3, 8, 8), 30), torch.full((3, 8, 8), 220)]).to(torch.uint8)
     model = DVAE(SMALL)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    before = validation_metrics(model, pixels, EPS, FLOOR).summary()
+    before = metrics_of(model, pixels).summary()
     for update in range(200):
         optimizer.zero_grad()
         parts = loss_of(
@@ -275,7 +282,7 @@ def test_a_few_updates_fit_two_flat_pictures(estimator: str) -> None:
         )
         parts.loss.backward()
         optimizer.step()
-    after = validation_metrics(model, pixels, EPS, FLOOR).summary()
+    after = metrics_of(model, pixels).summary()
     assert after["recon_nll"] < before["recon_nll"] - 1
     assert after["psnr"] > 20  # one code for both pictures could not pass 8.6 dB
     assert after["codebook_perplexity"] == pytest.approx(2)
@@ -284,7 +291,7 @@ def test_a_few_updates_fit_two_flat_pictures(estimator: str) -> None:
 def test_validation_metrics_by_hand_and_merged() -> None:
     model = DVAE(SMALL)
     pixels = pictures(3)
-    whole = validation_metrics(model, pixels, EPS, FLOOR)
+    whole = metrics_of(model, pixels)
     rebuilt = reconstruct(model(phi(pixels, EPS))[0], EPS).detach()
     for i in range(3):
         mse = float(((rebuilt[i] / 255 - pixels[i].float() / 255) ** 2).mean())
@@ -292,7 +299,7 @@ def test_validation_metrics_by_hand_and_merged() -> None:
         assert float(whole.psnr[i]) == pytest.approx(10 * math.log10(1 / mse), rel=1e-4)
     assert int(whole.counts.sum()) == 3 * 4
     assert whole.counts.shape == (16,)
-    parts = merge_metrics([validation_metrics(model, part, EPS, FLOOR) for part in (pixels[:1], pixels[1:])])
+    parts = merge_metrics([metrics_of(model, pixels[:1]), metrics_of(model, pixels[1:], first=1)])
     assert parts.summary() == pytest.approx(whole.summary(), rel=1e-4)
 
 
@@ -302,3 +309,102 @@ def test_perplexity_and_dead_codes() -> None:
     assert codebook_perplexity(torch.tensor([1, 3])) == pytest.approx(4 / 3**0.75)
     assert codebook_perplexity(torch.zeros(4, dtype=torch.long)) == 0
     assert dead_codes(torch.tensor([5, 0, 0, 1])) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recomputed_resblocks_give_the_same_bits_and_keep_less(dtype: torch.dtype) -> None:
+    kept, losses, gradients = [], [], []
+    for recomputed in (False, True):
+        model = DVAE(SMALL.model_copy(update={"checkpoint_resblocks": recomputed, "blocks_per_group": 2}))
+        saved: dict[int, torch.UntypedStorage] = {}
+
+        def keep(tensor: Tensor, saved: dict[int, torch.UntypedStorage] = saved) -> Tensor:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
+        ):
+            loss = loss_of(model, pictures(2, 32)).loss
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        kept.append(sum(storage.nbytes() for place, storage in saved.items() if place not in weights))
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert torch.equal(*losses)
+    assert len(gradients[0]) == len(list(DVAE(SMALL.model_copy(update={"blocks_per_group": 2})).parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert kept[1] < 0.7 * kept[0]
+
+
+def test_bf16_is_the_convolutions_alone() -> None:
+    """Under the training's autocast: what each convolution gives, and that all else is what it is in 32 bit."""
+    recipe = Recipe.model_validate(
+        {
+            "image_size": 32,
+            "dvae": {"precision": "bf16", "model": SMALL.model_dump(), "training": {"updates": 1, "batch_size": 2}},
+            "prior": {"model": {"grid": 4}},
+        }
+    )
+    model = DVAE(SMALL)
+    task = DvaeTask(recipe, _Nothing(), model)
+    types: dict[str, set[torch.dtype]] = {"float32": set(), "free": set()}
+    outputs: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Conv2d):
+
+            def seen(module: torch.nn.Module, _: object, output: Tensor, name: str = name) -> None:
+                types["float32" if module.float32 else "free"].add(output.dtype)
+                outputs[name] = output.detach()
+
+            module.register_forward_hook(seen)
+    pixels = pictures(2, 32)
+    values = task.loss((0, pixels), 7)
+    assert types == {"float32": {torch.float32}, "free": {torch.bfloat16}}
+    assert {value.dtype for value in values.values()} == {torch.float32}
+    values["loss"].backward()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+    # From the outputs on, in 32 bit and by other means.
+    mu, ln_b = outputs["decoder.blocks.output.conv"].chunk(2, dim=1)
+    nll = -logit_laplace_log_prob(phi(pixels, EPS), mu, bounded_ln_b(ln_b, FLOOR)).mean()
+    assert float(values["recon_nll"]) == pytest.approx(float(nll), rel=1e-6)
+    q = outputs["encoder.blocks.output.conv"].softmax(dim=1)
+    kl = (q * (q * 16).log()).sum(dim=1).mean()
+    assert float(values["kl_per_position"]) == pytest.approx(float(kl), rel=1e-4)
+    whole = DvaeTask(recipe.model_copy(update={"dvae": recipe.dvae.model_copy(update={"precision": "fp32"})}),
+                     _Nothing(), model).loss((0, pixels), 7)  # fmt: skip
+    assert values["loss"].item() != whole["loss"].item()
+    assert values["loss"].item() == pytest.approx(whole["loss"].item(), rel=0.02)
+
+
+def test_exhibits_are_originals_beside_what_their_codes_decode_to() -> None:
+    blocks = {
+        "dvae": {"model": SMALL.model_dump()},
+        "prior": {"model": {"grid": 2}},
+        "clip": {"model": {"patch_size": 8}},
+    }
+    recipe = Recipe.model_validate({"image_size": 16, **blocks})
+    task = DvaeTask(recipe, _Nothing(), DVAE(SMALL))
+    task.validation_pictures = pictures(3)
+    with torch.no_grad():
+        (grid,) = task.exhibits().values()
+        rebuilt = reconstruct(task.model(phi(pictures(3), EPS))[0], EPS)
+    assert grid.dtype == torch.uint8 and grid.shape == (3, 2 * 18 + 2, 4 * 18 + 2)
+    for place, (original, copy) in enumerate(zip(pictures(3), rebuilt, strict=True)):
+        top, left = 2 + place // 2 * 18, 2 + place % 2 * 36
+        assert torch.equal(grid[:, top : top + 16, left : left + 16], original)
+        right = grid[:, top : top + 16, left + 18 : left + 34].float()
+        assert float((right - copy).abs().max()) <= 0.5
+    task.validation_pictures = None
+    assert task.exhibits() == {}
+
+
+class _Nothing:
+    """A source that is never read."""
+
+    name, format, skipped = "nothing", "none", []  # type: ignore[var-annotated]
+
+    def __len__(self) -> int:
+        return 10

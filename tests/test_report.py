@@ -206,7 +206,7 @@ def test_the_report_of_a_whole_chain(chain: TinyChain, tmp_path: Path) -> None:
     assert "the smallest <chain>" in page.text and "g <x>" in page.text and "few <pictures>" in page.text
     assert "CLIP features" in page.text and "Inception features" in page.text
     assert "never with published FID" in page.text and page.text.count("✓") == 6 and "✗" not in page.text
-    assert len(page.images) == 2 + 2 + 1 + 4
+    assert len(page.images) == 2 + 2 + 1 + 6
 
     figures = json.loads((tmp_path / "out" / "report.json").read_text())
     assert figures == json.loads(json.dumps(report.figures))
@@ -237,6 +237,8 @@ def test_the_codebooks_use_and_psnr_are_those_of_the_files(chain: TinyChain, tmp
     validation = figures["stages"]["dvae"]["validation"]["psnr"]
     assert figures["reconstructions"]["held_out"]
     assert float(np.mean(figures["reconstructions"]["psnr"][:8])) == pytest.approx(validation, abs=0.01)
+    similarity = figures["stages"]["dvae"]["validation"]["ssim"]
+    assert float(np.mean(figures["reconstructions"]["ssim"][:8])) == pytest.approx(similarity, abs=1e-4)
 
 
 def test_the_same_run_gives_the_same_bytes(chain: TinyChain, tmp_path: Path) -> None:

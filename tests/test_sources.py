@@ -5,15 +5,18 @@ import json
 import os
 import pickle
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dalle_cli.data.folder import FolderSource
 from dalle_cli.data.samples import split_extension
 from dalle_cli.data.shapes import make_shapes, parse_caption, scene
 from dalle_cli.data.sources import BadSample, Source, expand_braces, open_source
+from dalle_cli.data.webdataset import WebDatasetSource
 from dalle_cli.errors import UserError
 
 
@@ -37,11 +40,11 @@ def link(name: str, kind: bytes) -> tarfile.TarInfo:
 
 
 def contents(source: Source) -> dict[str, tuple[bytes, str]]:
-    """key -> (image bytes, caption, or the reason why there is none)."""
+    """key -> (image bytes, captions joined by "|", or the reason why there is none)."""
     found = {}
     for i in range(len(source)):
         try:
-            caption = source.caption(i)
+            caption = "|".join(source.captions(i))
         except BadSample as error:
             caption = f"BAD {error}"
         found[source.key(i)] = (source.image_bytes(i), caption)
@@ -62,7 +65,7 @@ def test_one_shard(tmp_path: Path) -> None:
         ("c.webp", b"C"),
         ("c.cls", b"7"),
         ("both.json", b'{"caption": "json"}'),
-        ("both.txt", b"txt"),
+        ("both.txt", b"txt\r\n\n second line"),
         ("both.gif", b"D"),
         ("._b.jpg", b"junk of a Mac"),
         ("lone.txt", b"no image"),
@@ -71,7 +74,7 @@ def test_one_shard(tmp_path: Path) -> None:
     assert contents(source) == {
         "a/x.y": (b"A", "from json"),
         "b": (b"B", "ein schöner Hund"),
-        "both": (b"D", "txt"),
+        "both": (b"D", "txt|second line"),
         "c": (b"C", "BAD no caption (no .txt or .json member beside the image)"),
     }
     assert source.skipped == [("lone", "a caption without an image")]
@@ -215,18 +218,77 @@ def test_images_first_and_captions_after_belong_together(tmp_path: Path) -> None
         ("a.json", b'["caption"]', "no text"),
         ("a.json", b'{"caption": 3, "name": null}', "no text"),
         ("a.json", b'{"caption": "\\ud800"}', "surrogate"),
+        ("a.json", b'{"captions": [" ", 3]}', "empty"),
+        ("a.json", b'{"captions": [3, {"caption": "x"}]}', "no text"),
+        ("a.txt", "zwei".encode("utf-16"), r"not UTF-8 \(byte 0\)"),
+        ("a.txt", "zwei".encode("utf-16-le"), "holds a NUL"),
     ],
 )
 def test_bad_captions(tmp_path: Path, name: str, body: bytes, reason: str) -> None:
     source = open_source(write_tar(tmp_path / "s.tar", ("a.png", b"A"), (name, body)))
     with pytest.raises(BadSample, match=reason):
-        source.caption(0)
+        source.captions(0)
     assert source.image_bytes(0) == b"A"
+
+
+@pytest.mark.parametrize(
+    ("fields", "captions"),
+    [
+        ({"captions": ["one", " two "], "caption": "no"}, ["one", "two"]),
+        ({"captions": None, "caption": ["one", "", "two"]}, ["one", "two"]),
+        ({"captions": [], "text": "one\ntwo", "name": "no"}, ["one\ntwo"]),
+        ({"name": "smiling face"}, ["smiling face"]),
+    ],
+)
+def test_captions_of_a_json(tmp_path: Path, fields: dict[str, object], captions: list[str]) -> None:
+    source = open_source(write_tar(tmp_path / "s.tar", ("a.png", b"A"), ("a.json", json.dumps(fields).encode())))
+    assert source.captions(0) == captions
+
+
+def test_one_bad_line_among_good_ones_is_left_out(tmp_path: Path) -> None:
+    source = open_source(write_tar(tmp_path / "s.tar", ("a.png", b"A"), ("a.txt", b"one\ncaf\xe9\n\0\nfour")))
+    assert source.captions(0) == ["one", "four"]
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+def test_a_header_of_absurd_size_takes_no_memory(tmp_path: Path, kind: bytes) -> None:
+    header = tarfile.TarInfo("long")
+    header.type, header.size = kind, 1 << 32
+    with (tmp_path / "s.tar").open("wb") as file:
+        with tarfile.open(fileobj=file, mode="w") as tar:
+            good = tarfile.TarInfo("a.png")
+            good.size = 1
+            tar.addfile(good, io.BytesIO(b"A"))
+        file.seek(1024)
+        file.write(header.tobuf(tarfile.USTAR_FORMAT))
+        file.truncate(1 << 33)  # sparse: no disk is used
+    tracemalloc.start()
+    source = open_source(tmp_path / "s.tar")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert contents(source) == {"a": (b"A", "BAD no caption (no .txt or .json member beside the image)")}
+    assert source.skipped == [
+        ("s", "the archive is cut short or damaged (a header of absurd size); what precedes is used")
+    ]
+    assert peak < 10_000_000
+
+
+def test_an_image_of_absurd_size_is_refused_unread(tmp_path: Path) -> None:
+    header = tarfile.TarInfo("a.png")
+    header.size = 1 << 32
+    with (tmp_path / "s.tar").open("wb") as file:
+        file.write(header.tobuf(tarfile.USTAR_FORMAT))
+        file.truncate((1 << 32) + 4096)
+    with (tmp_path / "b.png").open("wb") as file:
+        file.truncate(1 << 32)
+    for source in (WebDatasetSource("s", [tmp_path / "s.tar"]), FolderSource(tmp_path)):
+        with pytest.raises(BadSample, match="the image is larger than 512 MiB"):
+            source.image_bytes(0)
 
 
 def test_a_byte_order_mark_is_no_part_of_the_caption(tmp_path: Path) -> None:
     source = open_source(write_tar(tmp_path / "s.tar", ("a.png", b"A"), ("a.txt", b"\xef\xbb\xbfhello")))
-    assert source.caption(0) == "hello"
+    assert source.captions(0) == ["hello"]
 
 
 def test_a_shard_that_changed_since_is_told(tmp_path: Path) -> None:
@@ -265,8 +327,10 @@ def test_what_is_packed_is_read(tmp_path_factory: pytest.TempPathFactory, rows: 
     for i in range(len(source)):
         image, caption = rows[source.key(i).removeprefix("d/")]
         assert source.image_bytes(i) == image
-        if caption.strip().lstrip("\ufeff").strip():
-            assert source.caption(i) == caption.removeprefix("\ufeff").strip()
+        lines = caption.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").split("\n")
+        expected = [line.strip() for line in lines if line.strip() and "\0" not in line.strip()]
+        if expected:
+            assert source.captions(i) == expected
     assert len(source) == len(rows)
 
 
@@ -274,7 +338,7 @@ def test_the_shapes_world_is_a_source(tmp_path: Path) -> None:
     make_shapes(tmp_path, n=12, test_n=3, seed=5, size=32, shard_rows=5)
     source = open_source(tmp_path / "train")
     assert [source.key(i) for i in (0, 11)] == ["shapes-00000/00000000", "shapes-00002/00000011"]
-    assert [parse_caption(source.caption(i)) for i in range(12)] == [scene(5, "train", i).claim for i in range(12)]
+    assert [parse_caption(*source.captions(i)) for i in range(12)] == [scene(5, "train", i).claim for i in range(12)]
     with pytest.raises(UserError, match="in its folders heldout, seen, train"):
         open_source(tmp_path)
 
@@ -287,7 +351,7 @@ def test_a_folder_of_images(tmp_path: Path) -> None:
         "b.jpg": b"B",
         "b.txt": "naïve".encode(),
         "x/1.png": b"X",
-        "x/1.txt": b"of x",
+        "x/1.txt": b"of x\n\nonce more\n",
         "y/1.PNG": b"Y",
         "y/1.txt": b"of y",
         "y/no.caption.gif": b"N",
@@ -304,13 +368,13 @@ def test_a_folder_of_images(tmp_path: Path) -> None:
     source = open_source(tmp_path)
     assert contents(source) == {
         "b": (b"B", "naïve"),
-        "x/1": (b"X", "of x"),
+        "x/1": (b"X", "of x|once more"),
         "y/1": (b"Y", "of y"),
         "y/latin": (b"L", "BAD the caption is not UTF-8 (byte 3)"),
         "y/no.caption": (b"N", "BAD no caption (no .txt file beside the image)"),
     }
     assert source.skipped == [("alone", "a caption without an image")]
-    assert source.describe() == f"folder {tmp_path}: 5 samples, 1 left out"
+    assert source.describe() == f"folder {tmp_path}: 5 samples, 1 left out, 1 without a caption"
     assert contents(pickle.loads(pickle.dumps(source))) == contents(source)
 
 

@@ -22,12 +22,13 @@ from dalle_cli.dvae.objective import dvae_loss
 from dalle_cli.dvae.train import DvaeTask
 from dalle_cli.errors import UserError
 from dalle_cli.prior.train import PriorTask, TokenBatch, build_prior
-from dalle_cli.recipes.schema import LearningRate, Ramp, Recipe
-from dalle_cli.training.loop import Run, Task, _build_optimizer, _update_ema
+from dalle_cli.recipes.schema import Adam, LearningRate, Ramp, Recipe
+from dalle_cli.training.loop import Run, Task
 from dalle_cli.training.order import BatchOrder, split_holdout
 from dalle_cli.training.pictures import TrainingPictures
 from dalle_cli.training.randomness import numpy_generator, torch_generator
 from dalle_cli.training.schedules import Plateau, learning_rate, ramp
+from dalle_cli.training.state import TrainingState
 
 number = st.floats(-100, 100)
 
@@ -186,9 +187,10 @@ def gradients(task: Task, batch: Any, micro_batch: int | None) -> tuple[dict[str
     recipe = task.recipe  # type: ignore[attr-defined]
     stage = getattr(recipe, task.kind)
     training = stage.training.model_copy(update={"micro_batch": micro_batch})
-    run = Run(task, recipe, Path("unused"), training, stage.adam, stage.learning_rate, ())
-    run.adam = stage.adam.model_copy(update={"clip_norm": None})
-    values = run._update(_build_optimizer(task, run.adam), list(task.model.parameters()), batch, step=4, rate=0.0)
+    adam = stage.adam.model_copy(update={"clip_norm": None})
+    run = Run(task, recipe, Path("unused"), training, adam, stage.learning_rate, ())
+    state = TrainingState(task.model, task.decayed(), adam, stage.learning_rate)
+    values = run._update(state, batch, step=4, rate=0.0)
     found = {name: p.grad.clone() for name, p in task.model.named_parameters() if p.grad is not None}
     assert len(found) > 5
     return found, {name: float(value) for name, value in values.items()}
@@ -253,7 +255,6 @@ class _Reader:
     """A store whose tokens are never read."""
 
     path = Path("unused")
-    dropped_versions = 0
 
     def usable(self) -> np.ndarray:
         return np.arange(10)
@@ -304,22 +305,25 @@ def test_the_kl_is_in_the_loss_with_its_weight_and_scale() -> None:
 def test_the_ema_is_a_naive_loop(steps: int, decay: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     parameters = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((2, 3), (4,))]
-    ema = [p.detach().clone() for p in parameters]
+    state = TrainingState(torch.nn.ParameterList(parameters), set(), Adam(), LearningRate(peak=1.0))
     naive = [p.detach().double() for p in parameters]
     for step in range(steps):
         for parameter in parameters:
             parameter.data.add_(torch.randn(parameter.shape, generator=generator))
-        _update_ema(ema, parameters, decay, step)
+        state.average(decay, step)
         kept = min(decay, (1 + step) / (10 + step))
         naive = [kept * mean + (1 - kept) * p.detach().double() for mean, p in zip(naive, parameters, strict=True)]
-    for mean, expected in zip(ema, naive, strict=True):
-        torch.testing.assert_close(mean.double(), expected, rtol=1e-5, atol=1e-5)
+    raw = [p.detach().clone() for p in parameters]
+    with state.averaged():
+        for mean, expected in zip(parameters, naive, strict=True):
+            torch.testing.assert_close(mean.detach().double(), expected, rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(p, value) for p, value in zip(parameters, raw, strict=True))
 
 
 def test_decay_touches_matrices_only() -> None:
     recipe = recipe_with("prior")
     task = PriorTask(recipe, _Reader(), build_prior(recipe))  # type: ignore[arg-type]
-    optimizer = _build_optimizer(task, recipe.prior.adam)
+    optimizer = TrainingState(task.model, task.decayed(), recipe.prior.adam, recipe.prior.learning_rate).optimizer
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     names = {name for name, p in task.model.named_parameters() if id(p) in decayed}
     assert names and all("resblocks" in name and name.endswith("weight") and "norm" not in name for name in names)

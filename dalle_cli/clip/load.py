@@ -12,7 +12,7 @@ from dalle_cli.errors import UserError
 from dalle_cli.recipes.folders import run_of
 from dalle_cli.stores.checkpoint import check_belongs, open_checkpoint
 from dalle_cli.text.bpe import Tokenizer
-from dalle_cli.training.loop import limit_threads
+from dalle_cli.training.device import limit_threads
 
 
 def load_scorer(clip: str | None, pretrained: str | None, tokenizer: Path | None, beside: Path) -> Scorer:

@@ -20,8 +20,11 @@ from dalle_cli.errors import UserError
 from dalle_cli.recipes.schema import Recipe
 from dalle_cli.stores.checkpoint import Checkpoint, Kind
 from dalle_cli.stores.tokens import TokenReader
+from dalle_cli.training.device import choose_device
 from dalle_cli.training.held_out import split_store
+from dalle_cli.training.launch import read_launch
 from dalle_cli.training.loop import Run
+from dalle_cli.training.parallel import ALONE, Group
 from dalle_cli.training.pictures import TrainingPictures, cut_picture
 
 
@@ -33,7 +36,9 @@ class ClipTask:
     source: Source
     reader: TokenReader
     model: CLIP
+    group: Group = ALONE
     kind: Kind = "clip"
+    less_memory: str = "lower clip.training.batch_size"
 
     def __post_init__(self) -> None:
         self.training_rows, self.held_out = split_store(self.reader, self.recipe)
@@ -51,8 +56,8 @@ class ClipTask:
             flip=False,
             workers=training.workers,
         )
-        for batch, rows, _ in pictures.batches(start, stop):
-            yield batch, self._text_ids(rows)
+        for batch, rows, epochs in pictures.batches(start, stop):
+            yield batch, self._text_ids(*self.reader.epoch_text(rows, epochs))
 
     def micro_batches(self, batch: Any, size: int | None) -> list[tuple[Any, float]]:
         if size is not None and size != len(batch[0]):
@@ -62,20 +67,23 @@ class ClipTask:
         return [(batch, 1.0)]
 
     def loss(self, batch: tuple[Tensor, Tensor], step: int) -> dict[str, Tensor]:
-        images, text_ids = batch
+        images, text_ids = (part.to(self.group.device) for part in batch)
         return {"loss": contrastive_loss(self.model, pixels(images.permute(0, 2, 3, 1)), text_ids)}
 
     def validate(self, step: int) -> dict[str, float]:
         if self.validation is None:
             return {}
-        images, text_ids = self.validation
+        images, text_ids = (part.to(self.group.device) for part in self.validation)
         image_features, text_features, scale = self.model(pixels(images.permute(0, 2, 3, 1)), text_ids)
         logits = scale * image_features @ text_features.T
-        labels = torch.arange(len(logits))
+        labels = torch.arange(len(logits), device=logits.device)
         loss = (nn.functional.cross_entropy(logits, labels) + nn.functional.cross_entropy(logits.T, labels)) / 2
         # An equal caption ranks as well as the picture's own, so ties count as right.
         recall = (logits >= logits.diagonal()[:, None] + 1e-4).sum(dim=1).eq(0).float().mean()
         return {"loss": float(loss), "caption_recall_at_1": float(recall)}
+
+    def exhibits(self) -> dict[str, Tensor]:
+        return {}
 
     def decayed(self) -> set[str]:
         return {name for name, p in self.model.named_parameters() if p.ndim > 1 and "embedding" not in name}
@@ -94,20 +102,26 @@ class ClipTask:
             rows.append(int(row))
         if not rows:
             return None
-        return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2), self._text_ids(np.array(rows))
+        return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2), self._text_ids(
+            self.reader.read("text", np.array(rows)), self.reader.read("text_length", np.array(rows))
+        )
 
-    def _text_ids(self, rows: np.ndarray) -> Tensor:
-        text = torch.from_numpy(self.reader.read("text", rows).astype(np.int64))
-        length = torch.from_numpy(self.reader.read("text_length", rows).astype(np.int64))
-        return clip_text_ids(text, length, self._vocab)
+    def _text_ids(self, text: np.ndarray, length: np.ndarray) -> Tensor:
+        text_tensor, length_tensor = (torch.from_numpy(values.astype(np.int64)) for values in (text, length))
+        return clip_text_ids(text_tensor, length_tensor, self._vocab)
 
 
 def train_clip(recipe: Recipe, source: Source, store: Path, out: Path) -> Checkpoint:
     """Train the recipe's CLIP on the source's pictures and the store's captions into the run's folder ``out``.
 
     Raises:
-        UserError: see ``Run.train``; or the store was made from another source.
+        UserError: see ``Run.train``; or the store was made from another source, or there are several processes.
     """
+    if (processes := read_launch().size) > 1:
+        raise UserError(
+            f"train-clip: the contrastive loss compares a whole batch with itself and runs in one process for now, "
+            f"not in {processes}; start it without torchrun"
+        )
     reader = TokenReader(store)
     reader.require_complete()
     text = reader.part("text")["identity"]
@@ -117,7 +131,8 @@ def train_clip(recipe: Recipe, source: Source, store: Path, out: Path) -> Checkp
         )
     if text["text_length"] != recipe.tokenizer.text_length or text["vocab_size"] > recipe.tokenizer.vocab_size:
         raise UserError(f"{store}: was made with another tokenizer.text_length or vocab_size than the recipe's")
-    task = ClipTask(recipe, source, reader, build_recipe_clip(recipe))
+    device = choose_device()
+    task = ClipTask(recipe, source, reader, build_recipe_clip(recipe).to(device), Group(device=device))
     stage = recipe.clip
     run = Run(
         task,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -26,6 +26,7 @@ def command(
     top_k: Annotated[int | None, typer.Option(min=1, help="Draw among the k likeliest tokens. [sampling]")] = None,
     top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Draw among this mass. [sampling]")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Samples drawn at once. [sampling]")] = None,
+    precision: Annotated[Literal["fp32", "bf16"] | None, typer.Option(help="bf16 is faster. [sampling]")] = None,
     dvae: Annotated[Path | None, typer.Option(help="dVAE checkpoint. [beside the prior's run]")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json. [beside the prior's run]")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the samples. [RUN/samples/...]")] = None,
@@ -58,6 +59,7 @@ def command(
         raise UserError("--top-p 0 leaves no token to draw; give a share above 0, or --temperature 0 for the likeliest")
     given = {
         "n": n, "temperature": temperature, "top_k": top_k, "top_p": top_p, "batch_size": batch_size,
+        "precision": precision,
     }  # fmt: skip
     recipe = checkpoint.recipe()
     settings = recipe.sampling.model_copy(update={key: value for key, value in given.items() if value is not None})

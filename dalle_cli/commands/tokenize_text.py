@@ -11,6 +11,7 @@ from dalle_cli.commands.options import (
     DataOption,
     RecipeArgument,
     SetOption,
+    ShardOption,
     TokensOption,
     folders,
     read_recipe,
@@ -23,21 +24,32 @@ def command(
     data: DataOption = None,
     tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json or its folder. [RUN/tokenizer]")] = None,
     tokens: TokensOption = None,
+    shard: ShardOption = "1/1",
     set_: SetOption = None,
 ) -> None:
     """Turn a source's captions into text tokens, into a Zarr token store.
 
-    Killed, it goes on at the last committed row when run again.
+    All captions of a picture are kept; training draws one of them in each epoch. What is skipped is listed with its
+    reason in STORE/skipped-text.jsonl. Killed, it goes on at the last committed row when run again.
+
+    With --shard 3/8 it makes the third of eight shares, in STORE.parts, as encode-images does; then
+    [bold]dalle merge STORE[/bold].
 
     Example: [bold]dalle tokenize-text recipes/quickstart.yaml --data runs/shapes/train[/bold]
     """
     from dalle_cli.progress import log
+    from dalle_cli.stores.shards import parse_shard
     from dalle_cli.text.bpe import Tokenizer
     from dalle_cli.text.tokenize import tokenize_source
 
+    share = parse_shard(shard)
     settings = read_recipe(recipe, set_, data)
     places = folders(settings)
-    out = tokens or places.tokens
-    found = tokenize_source(settings, read_source(settings), Tokenizer.load(tokenizer or places.tokenizer), out)
-    log(f"{out}: {found['rows']} captions, {found['skipped']} skipped")
-    typer.echo(out)
+    words = Tokenizer.load(tokenizer or places.tokenizer)
+    made = tokenize_source(settings, read_source(settings), words, tokens or places.tokens, share)
+    limit, done = settings.tokenizer.text_length, {"truncate": "cut", "refuse": "refused"}[settings.tokenizer.overlong]
+    log(
+        f"{made.path}: {made.rows} pictures, {made.captions} captions, {made.skipped} pictures skipped, "
+        f"{made.overlong} captions of more than {limit} tokens {done}"
+    )
+    typer.echo(made.path)

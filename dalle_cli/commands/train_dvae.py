@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dalle_cli.commands.options import DataOption, RecipeArgument, SetOption, folders, read_recipe, read_source
+from dalle_cli.commands.options import DataOption, RecipeArgument, SetOption, folders, read_recipe, read_source, speaks
 
 
 def command(
@@ -18,13 +18,17 @@ def command(
 ) -> None:
     """Train the discrete VAE, which turns a picture into a grid of image tokens and back.
 
-    Killed, it goes on from the newest checkpoint when run again, and ends with the same bytes.
+    Killed, it goes on from the newest checkpoint when run again, and ends with the same bytes. Runs on a GPU where
+    there is one, and in several processes under torchrun, each on its part of every batch.
 
     Example: [bold]dalle train-dvae recipes/quickstart.yaml --data runs/shapes/train[/bold]
     """
+    leads = speaks()
     settings = read_recipe(recipe, set_, data)
     source = read_source(settings)
 
     from dalle_cli.dvae.train import train_dvae
 
-    typer.echo(train_dvae(settings, source, out or folders(settings).dvae).path)
+    checkpoint = train_dvae(settings, source, out or folders(settings).dvae)
+    if leads:
+        typer.echo(checkpoint.path)

@@ -16,16 +16,16 @@ def command(
     out: Annotated[Path | None, typer.Option(help="Folder for tokenizer.json. [RUN/tokenizer]")] = None,
     set_: SetOption = None,
 ) -> None:
-    """Train the BPE tokenizer on a source's captions.
+    """Train the BPE tokenizer on a source's captions, all those of a picture that has several.
+
+    They are read once and counted by word, so memory grows with the number of different words only.
 
     Example: [bold]dalle train-tokenizer recipes/quickstart.yaml --data runs/shapes/train[/bold]
     """
     from dalle_cli.progress import log
-    from dalle_cli.text.bpe import train_bpe
-    from dalle_cli.text.tokenize import source_captions
+    from dalle_cli.text.tokenize import train_tokenizer
 
     settings = read_recipe(recipe, set_, data)
-    source = read_source(settings)
-    tokenizer = train_bpe(source_captions(source), settings.tokenizer, out or folders(settings).tokenizer)
+    tokenizer = train_tokenizer(settings, read_source(settings), out or folders(settings).tokenizer)
     log(f"{tokenizer.name}: {tokenizer.vocab_size} tokens, sha256 {tokenizer.identity[:12]}")
     typer.echo(tokenizer.name)

@@ -1,24 +1,30 @@
-"""A folder of images, at any depth, each with its caption in a .txt file beside it."""
+"""A folder of images, at any depth, each with its captions in a .txt file beside it, one caption a line."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+import numpy as np
+
+from dalle_cli.data.compact import Strings, sort_order
 from dalle_cli.data.samples import (
     IMAGE_EXTENSIONS,
-    MAX_CAPTION_BYTES,
     BadSample,
     describe,
     is_unicode,
+    printable,
+    read_caption_file,
+    read_image_file,
     split_extension,
-    text_caption,
 )
 from dalle_cli.errors import UserError
 
+_WANTED = IMAGE_EXTENSIONS | {"txt"}
+
 
 class FolderSource:
-    """Images under `root`; a key is the path below it without the extension: "cats/0001" for cats/0001.jpg.
+    """Images under `root`, sorted by key: the path below it without the extension, "cats/0001" for cats/0001.jpg.
 
     Hidden files and folders are passed over; links to files are followed, links to folders are not.
     """
@@ -29,67 +35,82 @@ class FolderSource:
         self.name = str(root)
         self.skipped: list[tuple[str, str]] = []
         self._root = Path(root)
-        found: dict[str, dict[str, str]] = {"image": {}, "caption": {}}  # kind -> key -> path
-        for path in _files(self._root, self.skipped):
-            key, extension = split_extension(path)
-            kind = "image" if extension in IMAGE_EXTENSIONS else {"txt": "caption"}.get(extension)
-            if kind is None:
-                continue
-            if not is_unicode(path):
-                self.skipped.append((_printable(path), "the file's name is not UTF-8"))
-            elif not (self._root / path).is_file():
-                self.skipped.append((path, "not a file, or a broken link"))
-            elif (first := found[kind].setdefault(key, path)) != path:
-                self.skipped.append((key, f"a second {kind} for this key: {first} is used, not {path}"))
-        images, captions = found["image"], found["caption"]
-        self.skipped += [(key, "a caption without an image") for key in captions if key not in images]
-        self._samples = [(key, path, captions.get(key)) for key, path in sorted(images.items())]
-        if not images:
-            kinds = ", ".join(sorted(IMAGE_EXTENSIONS))
-            raise UserError(f"{root}: no images found (looked for {kinds} in the folder and those below it)")
+        keys: list[str] = []
+        kinds: dict[tuple[str, str], int] = {}  # (image's extension, caption's extension or "") -> its number
+        kind_of: list[int] = []
+        folders = [""]
+        while folders:
+            below = folders.pop()
+            for stem, (image, caption) in self._pairs(below, folders).items():
+                if image:
+                    keys.append(below + stem)
+                    kind_of.append(kinds.setdefault((image, caption), len(kinds)))
+                else:
+                    self._skip(below + stem, "a caption without an image")
+        if not keys:
+            looked = ", ".join(sorted(IMAGE_EXTENSIONS))
+            why = f"; left out: {self.skipped[0][0]}: {self.skipped[0][1]}" if self.skipped else ""
+            raise UserError(f"{root}: no images found (looked for {looked} in the folder and those below it){why}")
+        order = sort_order(keys)
+        self.skipped.sort()
+        self._keys = Strings(keys[i] for i in order)
+        self._kinds = list(kinds)
+        self._kind_of = np.array(kind_of, np.int32)[order]
+        self._silent = sum(not self._kinds[kind][1] for kind in kind_of)
 
     def describe(self) -> str:
-        return describe(self)
+        return describe(self) + (f", {self._silent} without a caption" if self._silent else "")
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return len(self._keys)
 
     def key(self, i: int) -> str:
-        return self._samples[i][0]
+        return self._keys[i]
 
-    def caption(self, i: int) -> str:
-        path = self._samples[i][2]
-        if path is None:
+    def captions(self, i: int) -> list[str]:
+        extension = self._kinds[self._kind_of[i]][1]
+        if not extension:
             raise BadSample("no caption (no .txt file beside the image)")
-        try:
-            with (self._root / path).open("rb") as file:
-                data = file.read(MAX_CAPTION_BYTES + 1)
-        except OSError as error:
-            raise BadSample(f"the caption cannot be read: {error.strerror}") from error
-        if len(data) > MAX_CAPTION_BYTES:
-            raise BadSample("the caption is larger than 1 MiB")
-        return text_caption(data)
+        return read_caption_file(self._root / f"{self._keys[i]}.{extension}")
 
     def image_bytes(self, i: int) -> bytes:
+        return read_image_file(self._root / f"{self._keys[i]}.{self._kinds[self._kind_of[i]][0]}")
+
+    def _pairs(self, below: str, folders: list[str]) -> dict[str, list[str]]:
+        """stem -> [image's extension, caption's extension], "" for none, of one folder; its folders go to `folders`."""
+        pairs: dict[str, list[str]] = {}
+        for name in sorted(self._files(below, folders)):
+            stem, extension = split_extension(name)
+            kind = 1 if extension == "txt" else 0
+            pair = pairs.setdefault(stem, ["", ""])
+            if pair[kind]:
+                what = ("image", "caption")[kind]
+                used = f"{stem}.{pair[kind]}"
+                self._skip(below + stem, f"a second {what} for this key: {below}{used} is used, not {below}{name}")
+            else:
+                pair[kind] = name[len(stem) + 1 :]
+        return pairs
+
+    def _files(self, below: str, folders: list[str]) -> list[str]:
+        """The images and captions directly in a folder; the folders in it go to `folders`."""
+        found: list[str] = []
         try:
-            return (self._root / self._samples[i][1]).read_bytes()
+            with os.scandir(self._root / below) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(f"{below}{entry.name}/")
+                    elif split_extension(entry.name)[1] in _WANTED:
+                        if not is_unicode(below + entry.name):
+                            self._skip(printable(below + entry.name), "the file's name is not UTF-8")
+                        elif not entry.is_file():
+                            self._skip(below + entry.name, "not a file, or a broken link")
+                        else:
+                            found.append(entry.name)
         except OSError as error:
-            raise BadSample(f"the image cannot be read: {error.strerror}") from error
+            self._skip(printable(below) or ".", f"the folder cannot be read: {error.strerror}")
+        return found
 
-
-def _files(root: Path, skipped: list[tuple[str, str]]) -> list[str]:
-    """Every file's path below `root`, with forward slashes, sorted; unreadable folders go to `skipped`."""
-    found = []
-
-    def unreadable(error: OSError) -> None:
-        skipped.append((_printable(str(error.filename)), f"the folder cannot be read: {error.strerror}"))
-
-    for folder, folders, files in os.walk(root, onerror=unreadable):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        below = Path(folder).relative_to(root)
-        found += [(below / name).as_posix() for name in files if not name.startswith(".")]
-    return sorted(found)
-
-
-def _printable(path: str) -> str:
-    return path.encode("utf-8", "backslashreplace").decode("utf-8")
+    def _skip(self, what: str, reason: str) -> None:
+        self.skipped.append((what, reason))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zlib
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,8 +46,7 @@ def decode_image(data: bytes, max_pixels: int = 100_000_000) -> Image.Image:
 def _decode(data: bytes, max_pixels: int) -> Image.Image:
     image = _open(data, max_pixels)
     if image.format == "PNG":
-        image.verify()  # checksums of every chunk; it uses the image up
-        image = _open(data, max_pixels)
+        _check_chunks(data)
     orientation = _orientation(image)
     image.load()
     rgb = _to_rgb(image)
@@ -65,6 +65,19 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     if image.width * image.height > max_pixels:
         raise BadImage(f"too many pixels ({image.width} x {image.height}, at most {max_pixels})")
     return image
+
+
+def _check_chunks(data: bytes) -> None:
+    """Refuse a PNG with a chunk that is cut short or fails its checksum, as Pillow's ``verify`` would, which uses up
+    the image and so has it opened twice."""
+    at = 8  # behind the signature
+    while (kind := data[at + 4 : at + 8]) != b"IEND":
+        end = at + 8 + int.from_bytes(data[at : at + 4], "big")
+        if end + 4 > len(data):
+            raise BadImage("damaged image: truncated PNG file")
+        if zlib.crc32(memoryview(data)[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+            raise BadImage(f"damaged image: wrong checksum of a PNG's {kind.decode('latin-1')!r} chunk")
+        at = end + 4
 
 
 def _orientation(image: Image.Image) -> int:

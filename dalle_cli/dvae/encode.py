@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dalle_cli.data.filters import picture_identity
 from dalle_cli.data.sources import Source
 from dalle_cli.dvae.likelihood import phi, reconstruct
 from dalle_cli.dvae.model import DVAE
@@ -15,18 +17,25 @@ from dalle_cli.dvae.train import load_dvae
 from dalle_cli.progress import progress
 from dalle_cli.recipes.schema import Recipe
 from dalle_cli.stores.checkpoint import Checkpoint
+from dalle_cli.stores.shards import WHOLE, Shard
 from dalle_cli.stores.tokens import ROWS_PER_SHARD, PartWriter
-from dalle_cli.training.loop import limit_threads
-from dalle_cli.training.pictures import consecutive_pictures
+from dalle_cli.training.device import choose_device, limit_threads
+from dalle_cli.training.pictures import Block, consecutive_pictures
 
 BLOCK = 64
-"""Pictures encoded at once. Fixed, so that rounding, and with it the tokens, depends on nothing else."""
+"""Pictures read and encoded together. Fixed, so that rounding, and with it the tokens, depends on nothing else."""
+MOST_ACTIVATIONS = 2**27
+"""Values of the first group's output held at once: fewer pictures than BLOCK where they are large (8 of the paper's,
+which then take 3 GB)."""
 
 
 @torch.no_grad()
 def encode_pictures(model: DVAE, pictures: Tensor, eps: float) -> Tensor:
     """(B, S, S, 3) uint8 -> tokens (B, S / 8, S / 8) int64, the likeliest code at each place."""
-    return model.encode_tokens(phi(pictures.permute(0, 3, 1, 2), eps))
+    _, height, width, _ = pictures.shape
+    at_once = max(1, MOST_ACTIVATIONS // (height * width * model.settings.n_hid))
+    parts = [model.encode_tokens(phi(part.permute(0, 3, 1, 2), eps)) for part in pictures.split(at_once)]
+    return torch.cat(parts)
 
 
 @torch.no_grad()
@@ -36,8 +45,32 @@ def decode_pictures(model: DVAE, tokens: Tensor, eps: float) -> Tensor:
     return reconstruct(mu, eps).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
-def encode_source(recipe: Recipe, source: Source, checkpoint: Checkpoint, out: Path) -> dict[str, int]:
-    """Write the image part of the store ``out``; goes on at the last committed row. Returns rows and skipped rows.
+def encode_blocks(model: DVAE, blocks: Iterable[Block], eps: float) -> Iterator[tuple[Block, np.ndarray]]:
+    """Each block with its pictures' tokens, (n, S / 8, S / 8) uint16.
+
+    A block is handed out when the next one is queued, so that a GPU goes on while this process fetches and writes.
+    """
+    device = next(model.parameters()).device
+    queued: tuple[Block, Tensor] | None = None
+    for block in blocks:
+        tokens = encode_pictures(model, block.pictures.to(device, non_blocking=True), eps)
+        if queued is not None:
+            yield queued[0], _as_stored(queued[1])
+        queued = block, tokens
+    if queued is not None:
+        yield queued[0], _as_stored(queued[1])
+
+
+def _as_stored(tokens: Tensor) -> np.ndarray:
+    return tokens.cpu().numpy().astype(np.uint16)
+
+
+def encode_source(
+    recipe: Recipe, source: Source, checkpoint: Checkpoint, out: Path, shard: Shard = WHOLE
+) -> dict[str, int]:
+    """Write the image part of the store ``out``, or a shard of it beside; goes on at the last committed row.
+
+    Returns rows and skipped rows.
 
     Raises:
         UserError: the store was made from another source or dVAE, or the disk is full.
@@ -49,33 +82,42 @@ def encode_source(recipe: Recipe, source: Source, checkpoint: Checkpoint, out: P
         "dvae": checkpoint.identity,
         "grid": made_by.grid,
         "codebook_size": made_by.dvae.model.codebook_size,
+        "filters": picture_identity(recipe.data.filters),
     }
-    writer = PartWriter(out, "image", identity)
-    writer.check_source(len(source))
+    writer = PartWriter(out, "image", identity, shard)
+    todo = writer.check_source(len(source))
     if not writer.complete:
         limit_threads(recipe)
-        model = load_dvae(checkpoint)
+        device = choose_device()
+        model = load_dvae(checkpoint).to(device)
         blocks = consecutive_pictures(
             source,
-            writer.rows,
+            todo,
             block=BLOCK,
             image_size=made_by.image_size,
             data=recipe.data,
             workers=recipe.dvae.training.workers,
+            pinned=device.type == "cuda",
         )
-        keys: list[str] = []
-        tokens: list[np.ndarray] = []
-        reasons: dict[str, str] = {}
-        with progress("encode-images", len(source), "images", writer.rows) as bar:
-            for block in blocks:
-                keys += block.keys
-                tokens.append(encode_pictures(model, block.pictures, eps).numpy().astype(np.uint16))
-                reasons |= block.reasons
-                if len(keys) == ROWS_PER_SHARD or writer.rows + len(keys) == len(source):
-                    ok = np.array([key not in reasons for key in keys], dtype=np.uint8)
-                    image = np.concatenate(tokens) * ok[:, None, None]
-                    writer.append(keys, {"image": image, "image_ok": ok}, reasons)
-                    keys, tokens, reasons = [], [], {}
-                bar.advance(len(block.keys))
+        encode_into(writer, model, blocks, eps, len(todo))
         writer.finish()
     return {"rows": writer.rows, "skipped": sum(writer.state["skipped"].values())}
+
+
+def encode_into(writer: PartWriter, model: DVAE, blocks: Iterable[Block], eps: float, left: int) -> None:
+    """Append the tokens of ``blocks``, which hold ``left`` samples, by whole shards."""
+    keys: list[str] = []
+    tokens: list[np.ndarray] = []
+    reasons: dict[str, str] = {}
+    with progress("encode-images", writer.rows + left, "images", writer.rows) as bar:
+        for block, found in encode_blocks(model, blocks, eps):
+            keys += block.keys
+            tokens.append(found)
+            reasons |= block.reasons
+            left -= len(block.keys)
+            if len(keys) == ROWS_PER_SHARD or left == 0:
+                ok = np.array([key not in reasons for key in keys], dtype=np.uint8)
+                image = np.concatenate(tokens) * ok[:, None, None]
+                writer.append(keys, {"image": image, "image_ok": ok}, reasons)
+                keys, tokens, reasons = [], [], {}
+            bar.advance(len(block.keys))

@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from dalle_cli.recipes.schema import DOWNSAMPLING, DvaeModel
 from dalle_cli.training.randomness import torch_generator
@@ -46,10 +47,14 @@ class Resblock(nn.Module):
 
     ``kernels`` are the sides of its four convolutions, ``n_layers`` the number of resblocks of the whole
     network: with post_gain = 1 / n_layers^2 a network at its initialisation is close to its identity path.
+    ``recomputed``: what is inside is not kept for the backward pass but computed again there, to the same bits.
     """
 
-    def __init__(self, n_in: int, n_out: int, kernels: tuple[int, int, int, int], n_layers: int) -> None:
+    def __init__(
+        self, n_in: int, n_out: int, kernels: tuple[int, int, int, int], n_layers: int, *, recomputed: bool = False
+    ) -> None:
         super().__init__()
+        self.recomputed = recomputed
         self.post_gain = 1 / n_layers**2
         self.id_path: nn.Module = Conv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
         self.res_path = nn.Sequential()
@@ -59,15 +64,21 @@ class Resblock(nn.Module):
             self.res_path.add_module(f"conv_{i + 1}", Conv2d(widths[i], widths[i + 1], kernel))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.recomputed and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, use_reentrant=False, preserve_rng_state=False)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         residual: Tensor = self.res_path(x)
         identity: Tensor = self.id_path(x)
         return identity + self.post_gain * residual
 
 
-def _group(n_in: int, n_out: int, kernels: tuple[int, int, int, int], blocks: int) -> nn.Sequential:
-    group = nn.Sequential()
+def _group(settings: DvaeModel, n_in: int, n_out: int, kernels: tuple[int, int, int, int]) -> nn.Sequential:
+    group, blocks = nn.Sequential(), settings.blocks_per_group
     for i in range(blocks):
-        block = Resblock(n_in if i == 0 else n_out, n_out, kernels, n_layers=GROUPS * blocks)
+        first = n_in if i == 0 else n_out
+        block = Resblock(first, n_out, kernels, GROUPS * blocks, recomputed=settings.checkpoint_resblocks)
         group.add_module(f"block_{i + 1}", block)
     return group
 
@@ -103,7 +114,7 @@ class Encoder(nn.Module):
         self.blocks = nn.Sequential()
         self.blocks.add_module("input", Conv2d(CHANNELS, width, 7))
         for k in range(GROUPS):
-            group = _group(width * 2 ** max(0, k - 1), width * 2**k, (3, 3, 3, 1), settings.blocks_per_group)
+            group = _group(settings, width * 2 ** max(0, k - 1), width * 2**k, (3, 3, 3, 1))
             if k < GROUPS - 1:
                 group.add_module("pool", nn.MaxPool2d(2))
             self.blocks.add_module(f"group_{k + 1}", group)
@@ -135,7 +146,7 @@ class Decoder(nn.Module):
         n_in = settings.n_init
         for k in range(GROUPS):
             n_out = width * 2 ** (GROUPS - 1 - k)
-            group = _group(n_in, n_out, (1, 3, 3, 3), settings.blocks_per_group)
+            group = _group(settings, n_in, n_out, (1, 3, 3, 3))
             if k < GROUPS - 1:
                 group.add_module("upsample", nn.Upsample(scale_factor=2, mode="nearest"))
             self.blocks.add_module(f"group_{k + 1}", group)

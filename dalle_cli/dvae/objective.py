@@ -7,7 +7,7 @@ position has the weight beta / 192, as in the paper.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +24,7 @@ from dalle_cli.dvae.relaxation import (
     reinforce_surrogate,
     sample_tokens,
 )
+from dalle_cli.dvae.ssim import ssim
 
 LEAST_MSE = 1e-10
 """A perfect reconstruction is given 100 dB, so that means stay finite."""
@@ -65,6 +66,7 @@ def dvae_loss(
     estimator: Literal["gumbel", "reinforce"],
     reinforce_samples: int,
     generator: Generators,
+    batch_mean: Callable[[Tensor], Tensor] | None = None,
 ) -> DvaeLoss:
     """The relaxed ELBO of ``pixels``, (B, 3, H, W) uint8, with the sign of a loss.
 
@@ -73,7 +75,8 @@ def dvae_loss(
     function's with the log-likelihood as reward. The KL is exact in both, and its gradient too.
 
     ``marginal_kl_weight`` adds that much more of the KL between the batch's mean posterior and uniform, which keeps
-    codes in use where a run is too short to win them back; 0 is the paper's ELBO.
+    codes in use where a run is too short to win them back; 0 is the paper's ELBO. For ``batch_mean``, see
+    ``marginal_kl``; all else is a mean over pictures.
     """
     x = phi(pixels, eps)
     logits: Tensor = model.encoder(x)
@@ -82,7 +85,7 @@ def dvae_loss(
     kl = kl_per_position * positions_per_value
     penalty = kl_weight * kl
     if marginal_kl_weight:
-        penalty = penalty + marginal_kl_weight * marginal_kl(logits) * positions_per_value
+        penalty = penalty + marginal_kl_weight * marginal_kl(logits, batch_mean) * positions_per_value
     if estimator == "gumbel":
         mu, ln_b = model.decoder(gumbel_softmax(logits, temperature, generator))
         recon_nll = -log_likelihood(x, mu, ln_b, ln_b_floor).mean()
@@ -100,12 +103,16 @@ def dvae_loss(
 
 @dataclass(frozen=True)
 class ValidationMetrics:
-    """Figures of pictures through their hard codes (argmax of the logits, one-hot decoding)."""
+    """Figures of pictures: all but the ELBO through their likeliest codes (argmax of the logits)."""
 
+    elbo: Tensor
+    """(B,) nats per value: of codes drawn once from the posterior, with the exact KL at weight 1."""
     recon_nll: Tensor
     """(B,) nats per value."""
     mse: Tensor
     """(B,) mean squared error of pixels on the scale 0..1, reconstructions not rounded."""
+    ssim: Tensor
+    """(B,) structural similarity of the same."""
     kl_per_position: Tensor
     """(B,) nats per token, of the soft codes."""
     counts: Tensor
@@ -119,9 +126,11 @@ class ValidationMetrics:
     def summary(self) -> dict[str, float]:
         """Means over the pictures, and the codebook's use."""
         return {
+            "elbo": float(self.elbo.mean()),
             "recon_nll": float(self.recon_nll.mean()),
             "mse": float(self.mse.mean()),
             "psnr": float(self.psnr.mean()),
+            "ssim": float(self.ssim.mean()),
             "kl_per_position": float(self.kl_per_position.mean()),
             "codebook_perplexity": codebook_perplexity(self.counts),
             "dead_codes": dead_codes(self.counts),
@@ -131,25 +140,34 @@ class ValidationMetrics:
 def merge_metrics(parts: Sequence[ValidationMetrics]) -> ValidationMetrics:
     """The metrics of several batches as those of one."""
     return ValidationMetrics(
+        elbo=torch.cat([part.elbo for part in parts]),
         recon_nll=torch.cat([part.recon_nll for part in parts]),
         mse=torch.cat([part.mse for part in parts]),
+        ssim=torch.cat([part.ssim for part in parts]),
         kl_per_position=torch.cat([part.kl_per_position for part in parts]),
         counts=torch.stack([part.counts for part in parts]).sum(dim=0),
     )
 
 
 @torch.no_grad()
-def validation_metrics(model: DVAE, pixels: Tensor, eps: float, ln_b_floor: float) -> ValidationMetrics:
-    """The metrics of ``pixels``, (B, 3, H, W) uint8."""
+def validation_metrics(
+    model: DVAE, pixels: Tensor, eps: float, ln_b_floor: float, generator: Generators
+) -> ValidationMetrics:
+    """The metrics of ``pixels``, (B, 3, H, W) uint8; ``generator`` draws the ELBO's codes."""
     x = phi(pixels, eps)
     logits: Tensor = model.encoder(x)
+    kl_per_position = kl_to_uniform(logits).mean(dim=(1, 2))
+    drawn = model.decode_tokens(sample_tokens(logits, 1, generator)[0])
+    elbo = log_likelihood(x, *drawn, ln_b_floor) - kl_per_position * (logits[0, 0].numel() / x[0].numel())
     tokens = logits.argmax(dim=1)
     mu, ln_b = model.decode_tokens(tokens)
-    error = (reconstruct(mu, eps) - pixels.float()) / 255
+    rebuilt, original = reconstruct(mu, eps) / 255, pixels.float() / 255
     return ValidationMetrics(
+        elbo=elbo,
         recon_nll=-log_likelihood(x, mu, ln_b, ln_b_floor),
-        mse=error.square().mean(dim=(1, 2, 3)),
-        kl_per_position=kl_to_uniform(logits).mean(dim=(1, 2)),
+        mse=(rebuilt - original).square().mean(dim=(1, 2, 3)),
+        ssim=ssim(rebuilt, original),
+        kl_per_position=kl_per_position,
         counts=torch.bincount(tokens.flatten(), minlength=logits.shape[1]),
     )
 

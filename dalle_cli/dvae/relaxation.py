@@ -7,7 +7,7 @@ variance, and the score function (REINFORCE) with a leave-one-out baseline, unbi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -48,13 +48,19 @@ def kl_to_uniform(logits: Tensor) -> Tensor:
     return (log_q.exp() * log_q).sum(dim=1) + math.log(logits.shape[1])
 
 
-def marginal_kl(logits: Tensor) -> Tensor:
+def marginal_kl(logits: Tensor, batch_mean: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """KL(mean of softmax(logits) over batch and positions || uniform over K) in nats: (B, K, h, w) -> scalar.
 
     It is the part of the mean ``kl_to_uniform`` that says how unevenly codes are used; the rest is the information
     that codes carry of the picture (Hoffman and Johnson 2016, "ELBO surgery").
+
+    ``batch_mean`` takes the mean over this part of a batch (K,) to the mean over the whole of it, where other
+    processes hold the rest. The gradients of the parts, weighted by their shares, then sum to the whole's.
     """
     marginal = torch.softmax(logits, dim=1).mean(dim=(0, 2, 3))
+    if batch_mean is not None:
+        # The whole's value; a gradient through this part alone.
+        marginal = marginal + (batch_mean(marginal.detach()) - marginal.detach())
     # A code whose probability underflows everywhere would have an infinite slope.
     return math.log(logits.shape[1]) + (marginal * marginal.clamp_min(1e-12).log()).sum()
 

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.utils import make_grid
 
 from dalle_cli.data.images import BadImage
 from dalle_cli.data.sources import BadSample, Source
+from dalle_cli.dvae.likelihood import phi, reconstruct
 from dalle_cli.dvae.model import DVAE
 from dalle_cli.dvae.objective import dvae_loss, merge_metrics, validation_metrics
 from dalle_cli.errors import UserError
@@ -21,21 +23,26 @@ from dalle_cli.recipes.schema import Recipe
 from dalle_cli.stores.checkpoint import Checkpoint, Kind
 from dalle_cli.training.loop import Run
 from dalle_cli.training.order import split_holdout
+from dalle_cli.training.parallel import ALONE, Group, join_group
 from dalle_cli.training.pictures import TrainingPictures, cut_picture
 from dalle_cli.training.randomness import torch_generator
 from dalle_cli.training.schedules import ramp
 
 VALIDATION_BATCH = 64
+EXHIBITS = 8
+"""Held-out pictures shown in TensorBoard."""
 
 
 @dataclass
 class DvaeTask:
-    """The relaxed ELBO on random crops; validation by hard codes on held-out pictures."""
+    """The relaxed ELBO on random crops; validation by hard codes, in 32 bit, on held-out pictures."""
 
     recipe: Recipe
     source: Source
     model: DVAE
+    group: Group = ALONE
     kind: Kind = "dvae"
+    less_memory: str = "lower dvae.training.micro_batch, or set dvae.model.checkpoint_resblocks to true"
 
     def __post_init__(self) -> None:
         rows = np.arange(len(self.source))
@@ -52,30 +59,36 @@ class DvaeTask:
             training.batch_size,
             flip=self.recipe.data.flip,
             workers=training.workers,
+            part=self.group.part(training.batch_size),
         )
         for batch, _, _ in pictures.batches(start, stop):
             yield batch
 
     def micro_batches(self, batch: Tensor, size: int | None) -> list[tuple[Any, float]]:
-        parts = batch.split(size or len(batch))
-        return [((i * len(parts[0]), part), len(part) / len(batch)) for i, part in enumerate(parts)]
+        whole = self.recipe.dvae.training.batch_size
+        first, parts = self.group.part(whole).start, batch.split(size or len(batch))
+        return [((first + i * len(parts[0]), part), len(part) / whole) for i, part in enumerate(parts)]
 
     def loss(self, batch: tuple[int, Tensor], step: int) -> dict[str, Tensor]:
         first, pictures = batch
-        objective = self.recipe.dvae.objective
+        objective, device = self.recipe.dvae.objective, self.group.device
         kl_weight, temperature = ramp(objective.kl_weight, step), ramp(objective.temperature, step)
-        found = dvae_loss(
-            self.model,
-            pictures,
-            kl_weight=kl_weight,
-            marginal_kl_weight=objective.marginal_kl_weight,
-            temperature=temperature,
-            eps=objective.logit_laplace_eps,
-            ln_b_floor=objective.ln_b_floor,
-            estimator=objective.estimator,
-            reinforce_samples=objective.reinforce_samples,
-            generator=[torch_generator(self.recipe.seed, "dvae", step, first + i) for i in range(len(pictures))],
-        )
+        places = range(first, first + len(pictures))
+        # Autocast turns convolutions to bf16, but for those that give logits or the likelihood's parameters.
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.dvae.precision == "bf16"):
+            found = dvae_loss(
+                self.model,
+                pictures.to(device),
+                kl_weight=kl_weight,
+                marginal_kl_weight=objective.marginal_kl_weight,
+                temperature=temperature,
+                eps=objective.logit_laplace_eps,
+                ln_b_floor=objective.ln_b_floor,
+                estimator=objective.estimator,
+                reinforce_samples=objective.reinforce_samples,
+                generator=[torch_generator(self.recipe.seed, "dvae", step, place, device=device) for place in places],
+                batch_mean=self._batch_mean if self.group.size > 1 else None,
+            )
         return {
             "loss": found.loss,
             "recon_nll": found.recon_nll,
@@ -89,19 +102,41 @@ class DvaeTask:
     def validate(self, step: int) -> dict[str, float]:
         if self.validation_pictures is None:
             return {}
-        objective = self.recipe.dvae.objective
-        parts = [
-            validation_metrics(self.model, part, objective.logit_laplace_eps, objective.ln_b_floor)
-            for part in self.validation_pictures.split(VALIDATION_BATCH)
-        ]
-        summary = merge_metrics(parts).summary()
+        objective, seed, device = self.recipe.dvae.objective, self.recipe.seed, self.group.device
+        size = self.recipe.dvae.training.micro_batch or VALIDATION_BATCH
+        metrics = []
+        for first in range(0, len(self.validation_pictures), size):
+            part = self.validation_pictures[first : first + size].to(device)
+            places = range(first, first + len(part))
+            noise = [torch_generator(seed, "dvae validation", place, device=device) for place in places]
+            metrics.append(
+                validation_metrics(self.model, part, objective.logit_laplace_eps, objective.ln_b_floor, noise)
+            )
+        summary = merge_metrics(metrics).summary()
         return {"loss": summary["recon_nll"], **summary}
+
+    def exhibits(self) -> dict[str, Tensor]:
+        """Originals, each with its reconstruction to the right, two pairs a line."""
+        if self.validation_pictures is None:
+            return {}
+        eps = self.recipe.dvae.objective.logit_laplace_eps
+        originals = self.validation_pictures[:EXHIBITS]
+        mu, _ = self.model(phi(originals.to(self.group.device), eps))
+        rebuilt = reconstruct(mu, eps).round().to(torch.uint8).cpu()
+        pairs = torch.stack([originals, rebuilt], dim=1).flatten(0, 1)
+        return {"reconstructions": make_grid(pairs, nrow=4, pad_value=255)}
 
     def decayed(self) -> set[str]:
         return {name for name, parameter in self.model.named_parameters() if parameter.ndim > 1}
 
     def after_update(self) -> None:
         """The dVAE's weights are unconstrained."""
+
+    def _batch_mean(self, own: Tensor) -> Tensor:
+        """The mean over all processes' parts of a batch, of this process's mean over its own."""
+        whole = self.recipe.dvae.training.batch_size
+        part = self.group.part(whole)
+        return self.group.sum(own * ((part.stop - part.start) / whole))
 
     @cached_property
     def validation_pictures(self) -> Tensor | None:
@@ -122,13 +157,14 @@ def train_dvae(recipe: Recipe, source: Source, out: Path) -> Checkpoint:
         UserError: see ``Run.train``; or the first pictures cannot be read.
     """
     _refuse_unreadable(source, recipe)
-    model = DVAE(recipe.dvae.model, seed=recipe.seed).to(memory_format=torch.channels_last)
-    task = DvaeTask(recipe, source, model)
-    stage = recipe.dvae
-    run = Run(
-        task, recipe, out, stage.training, stage.adam, stage.learning_rate, ("seed", "image_size", "data", "dvae")
-    )
-    return run.train()
+    with join_group() as group:
+        model = DVAE(recipe.dvae.model, seed=recipe.seed).to(memory_format=torch.channels_last).to(group.device)
+        task = DvaeTask(recipe, source, model, group)
+        stage = recipe.dvae
+        run = Run(
+            task, recipe, out, stage.training, stage.adam, stage.learning_rate, ("seed", "image_size", "data", "dvae")
+        )
+        return run.train()
 
 
 def load_dvae(checkpoint: Checkpoint) -> DVAE:
@@ -142,7 +178,7 @@ def load_dvae(checkpoint: Checkpoint) -> DVAE:
 def _refuse_unreadable(source: Source, recipe: Recipe) -> None:
     """Say at once when nothing can be read, rather than from inside a worker."""
     reason = ""
-    for row in range(min(len(source), 100)):
+    for row in range(0, len(source), max(1, len(source) // 100)):  # spread: the first may all be filtered
         try:
             cut_picture(source, row, recipe.image_size, recipe.data)
         except (BadSample, BadImage) as error:
@@ -150,5 +186,5 @@ def _refuse_unreadable(source: Source, recipe: Recipe) -> None:
         else:
             return
     raise UserError(
-        f"{source.name}: none of the first pictures can be read ({reason}); name a source of whole pictures"
+        f"{source.name}: none of the pictures tried can be used ({reason}); name a source of whole pictures"
     )

@@ -48,6 +48,7 @@ def _dvae(recipe: Recipe) -> dict[str, Any]:
         **stage.model.model_dump(),
         "parameters": {"encoder": encoder, "decoder": decoder, "total": encoder + decoder},
         "estimator": stage.objective.estimator,
+        "precision": stage.precision,
         "optimizer": _optimizer(stage.adam),
         "schedule": _schedule(stage.learning_rate),
         **_training(stage.training),

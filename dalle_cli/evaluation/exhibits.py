@@ -22,6 +22,7 @@ from dalle_cli.stores.checkpoint import Checkpoint
 from dalle_cli.stores.tokens import ROWS_PER_SHARD, TokenReader
 from dalle_cli.training.order import split_holdout
 from dalle_cli.training.pictures import cut_picture
+from dalle_cli.training.randomness import torch_generator
 
 CAPTIONS = 12
 OTHERS = 7
@@ -93,10 +94,11 @@ def _plain(caption: str) -> str:
 
 @dataclass(frozen=True)
 class Reconstructions:
-    """Pictures beside what the dVAE makes of their codes; ``psnr`` (n,) in dB."""
+    """Pictures beside what the dVAE makes of their codes; ``psnr`` in dB and ``ssim``, both (n,)."""
 
     sheet: Image.Image
     psnr: list[float]
+    ssim: list[float]
     held_out: bool
     """Whether training never saw these pictures."""
 
@@ -119,9 +121,11 @@ def reconstructions(checkpoint: Checkpoint, source: Source) -> Reconstructions |
     model, eps = load_dvae(checkpoint), objective.logit_laplace_eps
     originals = torch.from_numpy(np.stack(pictures))
     copies = decode_pictures(model, encode_pictures(model, originals, eps), eps).numpy()
-    psnr = validation_metrics(model, originals.permute(0, 3, 1, 2), eps, objective.ln_b_floor).psnr
+    noise = torch_generator(recipe.seed, "report")
+    found = validation_metrics(model, originals.permute(0, 3, 1, 2), eps, objective.ln_b_floor, noise)
+    psnr, ssim = [round(float(value), 2) for value in found.psnr], [round(float(value), 4) for value in found.ssim]
     sheet = side_by_side(pictures, list(copies), cell=CELL)
-    return Reconstructions(sheet, [round(float(value), 2) for value in psnr], bool(len(held_out)))
+    return Reconstructions(sheet, psnr, ssim, bool(len(held_out)))
 
 
 @dataclass(frozen=True)

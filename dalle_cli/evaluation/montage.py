@@ -120,6 +120,30 @@ def side_by_side(
     return sheet
 
 
+def captioned_grid(
+    pictures: Sequence[tuple[Picture, str]], *, title: str | None = None, columns: int = 5, cell: int = 176
+) -> Image.Image:
+    """Each picture above its caption, ``columns`` a line; a long caption is cut with an ellipsis."""
+    if not pictures:
+        raise ValueError("a grid needs at least one picture")
+    lines = -(-len(pictures) // columns)
+    font, line_height = _font(SMALL_SIZE), SMALL_SIZE + 4
+    pitch = cell + CAPTION_LINES * line_height + 3 * GAP
+    title_height = TITLE_SIZE + 2 * GAP if title else 0
+    width = 2 * MARGIN + min(columns, len(pictures)) * (cell + 2 * GAP) - 2 * GAP
+    sheet = Image.new("RGB", (width, 2 * MARGIN + title_height + lines * pitch - GAP), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    if title:
+        _line(draw, (MARGIN, MARGIN), title, _font(TITLE_SIZE), INK, width - 2 * MARGIN)
+    for index, (picture, caption) in enumerate(pictures):
+        line, column = divmod(index, columns)
+        x, y = MARGIN + column * (cell + 2 * GAP), MARGIN + title_height + line * pitch
+        _mounted(sheet, picture, (x, y), cell)
+        for place, text in enumerate(wrapped(caption, font, cell, CAPTION_LINES)):
+            draw.text((x, y + cell + GAP + place * line_height), text, fill=INK, font=font)
+    return sheet
+
+
 def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
     """``text`` in at most ``lines`` lines of at most ``width`` px; what does not fit becomes an ellipsis."""
     words = " ".join(text.split()).split(" ")

@@ -9,6 +9,8 @@ from importlib.resources import files
 from typing import Any
 
 Pngs = Mapping[str, bytes]
+MOST_REASONS = 20
+"""Reasons of a part that are shown; report.json has all."""
 
 
 def page(figures: Mapping[str, Any], pngs: Pngs, recipe_yaml: str) -> str:
@@ -23,6 +25,7 @@ def page(figures: Mapping[str, Any], pngs: Pngs, recipe_yaml: str) -> str:
         _codebook(figures, pngs),
         _losses(figures, pngs),
         _fid(figures["fid"]),
+        _data(figures["data"]),
         _artifacts(figures["artifacts"], figures["missing"], recipe_yaml),
     ]
     body = "\n".join(section for section in sections if section)
@@ -160,7 +163,8 @@ def _reconstructions(figures: Mapping[str, Any], pngs: Pngs) -> str:
         "dVAE reconstructions",
         _note(
             f"The first {len(found['psnr'])} {what}, above what the dVAE decodes from their tokens. PSNR "
-            f"{found['psnr_mean']:.1f} dB on average, {min(found['psnr']):.1f} to {max(found['psnr']):.1f}."
+            f"{found['psnr_mean']:.1f} dB on average, {min(found['psnr']):.1f} to {max(found['psnr']):.1f}; SSIM "
+            f"{found['ssim_mean']:.3f} on average."
         ),
         f'<div class="wide">{_image(pngs["reconstructions"], "pictures and their reconstructions")}</div>',
     )
@@ -197,6 +201,8 @@ def _losses(figures: Mapping[str, Any], pngs: Pngs) -> str:
         pngs,
         [
             ("loss_dvae", "dVAE: reconstruction"),
+            ("elbo_dvae", "dVAE: ELBO"),
+            ("psnr_dvae", "dVAE: PSNR of reconstructions"),
             ("kl_dvae", "dVAE: KL to the uniform prior"),
             ("loss_prior", "Prior: cross-entropy"),
             ("loss_clip", "CLIP: contrastive loss"),
@@ -237,6 +243,22 @@ def _fid(fids: Sequence[Mapping[str, Any]]) -> str:
             ["features", "FID", "KID x 1000", "score", "generated / reference", "pictures"], rows, numbers=[1, 2, 3, 4]
         ),
         *(f'<p class="warning">{escape(note)}</p>' for note in dict.fromkeys(notes)),
+    )
+
+
+def _data(data: Mapping[str, Any] | None) -> str:
+    if data is None:
+        return ""
+    usable = f"; {data['usable']:,} of them hold a caption and a picture" if data["usable"] is not None else ""
+    rows = [
+        [escape(part), escape(reason), f"{count:,}"]
+        for part, counts in data["skipped"].items()
+        for reason, count in list(counts.items())[:MOST_REASONS]
+    ]
+    return _section(
+        "Data",
+        _note(f"{data['rows']:,} samples{usable}.{' What was left out:' if rows else ''}"),
+        _table(["part", "reason", "samples"], rows, numbers=[2]) if rows else "",
     )
 
 

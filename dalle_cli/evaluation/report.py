@@ -35,6 +35,12 @@ _CURVES: dict[str, tuple[str, list[plots.Curve], str]] = {
         [("recon_nll", "training", plots.BLUE), ("val_recon_nll", "validation", plots.ORANGE)],
         "-ln p(x|z), nats a value",
     ),
+    "elbo_dvae": (
+        "dvae",
+        [("elbo", "training", plots.BLUE), ("val_elbo", "validation", plots.ORANGE)],
+        "ELBO, nats a value",
+    ),
+    "psnr_dvae": ("dvae", [("val_psnr", "validation", plots.ORANGE)], "PSNR, dB"),
     "kl_dvae": (
         "dvae",
         [("kl_per_position", "training", plots.BLUE), ("val_kl_per_position", "validation", plots.ORANGE)],
@@ -90,6 +96,7 @@ def write_report(recipe: Recipe, ranked: Path | None, fids: Sequence[Path], out:
         "oracle": oracle,
         "contact_sheet": _contact_sheet(chain, samples, oracle is not None, pngs),
         "reconstructions": _reconstructions(chain, pngs),
+        "data": _data(chain),
         "codebook": _codebook(chain, pngs),
         "stages": _stages(chain, pngs),
         "fid": [_read_fid(file) for file in fids],
@@ -219,8 +226,28 @@ def _reconstructions(chain: Chain, pngs: dict[str, bytes]) -> dict[str, Any] | N
     if found is None:
         return None
     pngs["reconstructions"] = _png(found.sheet)
-    mean = round(sum(found.psnr) / len(found.psnr), 2)
-    return {"psnr": found.psnr, "psnr_mean": mean, "held_out": found.held_out}
+    return {
+        "psnr": found.psnr,
+        "psnr_mean": round(sum(found.psnr) / len(found.psnr), 2),
+        "ssim": found.ssim,
+        "ssim_mean": round(sum(found.ssim) / len(found.ssim), 4),
+        "held_out": found.held_out,
+    }
+
+
+def _data(chain: Chain) -> dict[str, Any] | None:
+    """Rows of the token store, and what each part leaves out and why, the most frequent reason first."""
+    if chain.reader is None:
+        return None
+    parts = {part: chain.reader.attributes[part] for part in ("text", "image") if part in chain.reader.attributes}
+    return {
+        "rows": max((int(state["rows"]) for state in parts.values()), default=0),
+        "usable": len(chain.reader.usable()) if len(parts) == 2 else None,
+        "skipped": {
+            part: dict(sorted(state["skipped"].items(), key=lambda item: (-item[1], item[0])))
+            for part, state in parts.items()
+        },
+    }
 
 
 def _codebook(chain: Chain, pngs: dict[str, bytes]) -> dict[str, Any] | None:

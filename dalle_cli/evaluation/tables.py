@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 LONGEST_LIST = 12
+SHOWN_QUANTILES = ("0%", "5%", "50%", "95%", "100%")
 
 
 def render(found: dict[str, Any], console: Console) -> None:
@@ -47,7 +48,10 @@ def render_report(figures: dict[str, Any], console: Console) -> None:
                     ("result", figures["result"]),
                     *(("note", text) for text in (figures["oracle"] or {"warnings": []})["warnings"]),
                     *((s["name"], f"update {s['step']:,} of {s['updates']:,}") for s in figures["stages"].values()),
-                    ("reconstructions", f"PSNR {recon['psnr_mean']:.1f} dB" if recon else None),
+                    (
+                        "reconstructions",
+                        f"PSNR {recon['psnr_mean']:.1f} dB, SSIM {recon['ssim_mean']:.3f}" if recon else None,
+                    ),
                     (
                         "codebook",
                         f"perplexity {codebook['perplexity']:.1f} of {codebook['codes']}" if codebook else None,
@@ -58,6 +62,53 @@ def render_report(figures: dict[str, Any], console: Console) -> None:
             )
         ],
     )
+
+
+def render_scan(found: dict[str, Any], console: Console) -> None:
+    """What ``scan`` found."""
+    captions = found["captions"] / max(found["samples"], 1)
+    broken, filters = found["broken"], found["filters"]
+    formats = ", ".join(f"{name} {count:,}" for name, count in found["picture_formats"].items())
+    tables = [
+        _pairs(
+            f"Source {found['source']}",
+            [
+                ("format", found["format"]),
+                ("samples", f"{found['samples']:,}"),
+                ("usable", f"{found['usable']:,} with a caption and a whole picture"),
+                ("kept", f"{found['kept']:,} of them by the filters that are on"),
+                ("captions", f"{found['captions']:,}, {captions:.2f} a sample"),
+                ("pictures", formats),
+            ],
+        ),
+        _grid(
+            "Shares of samples at or below",
+            ["", *SHOWN_QUANTILES],
+            [
+                [name, *(f"{values[share]:,.6g}" for share in SHOWN_QUANTILES)]
+                for name, values in found["measures"].items()
+            ],
+            right=range(1, len(SHOWN_QUANTILES) + 1),
+        ),
+    ]
+    if found["languages"] is not None:
+        languages = list(found["languages"].items())[:LONGEST_LIST]
+        rows = [(name, f"{count:,}", f"{count / found['captions']:.1%}") for name, count in languages]
+        tables.append(_grid("Languages, guessed", ["", "captions", "share"], rows, right=[1, 2]))
+    reasons = [*broken["by_reason"].items(), *broken["left_out_by_the_index"].items()]
+    if reasons:
+        named = [*broken["first"], *broken["first_left_out_by_the_index"]][:LONGEST_LIST]
+        tables.append(_grid("Broken", ["reason", "count"], reasons[:LONGEST_LIST], right=[1]))
+        tables.append(_grid("The first of them", ["key", "reason"], [(line["key"], line["reason"]) for line in named]))
+    shown = [
+        [name, f"{filter_['value']:g}", "on" if filter_["on"] else "", f"{filter_['drops']:,}",
+         f"{filter_['drops'] / max(found['samples'], 1):.1%}",
+         " | ".join(f"{example['key']}: {example['shown']}" for example in filter_["examples"])]
+        for name, filter_ in filters.items()
+    ]  # fmt: skip
+    columns = ["data.filters", "value", "", "drops", "share", "examples"]
+    tables.append(_grid("What each filter would drop by itself", columns, shown, right=[1, 3, 4]))
+    _print(console, tables)
 
 
 def _print(console: Console, tables: Iterable[Table]) -> None:
@@ -128,6 +179,7 @@ def _recipe(found: dict[str, Any]) -> list[Table]:
                 ("  encoder", number(dvae["parameters"]["encoder"])),
                 ("  decoder", number(dvae["parameters"]["decoder"])),
                 ("estimator", dvae["estimator"]),
+                ("precision", dvae["precision"]),
                 *_learning(dvae),
             ],
         ),

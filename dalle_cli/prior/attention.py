@@ -9,23 +9,31 @@ set of allowed raster offsets d = (its own index) - (the other's index):
 * ``conv``: a causal k x k window, wrapping around rows as ``row`` does;
 * ``full``: everything before it.
 
-Offsets make the sparse kinds block-sparse: the image is cut into blocks of consecutive tokens, and a block of
-queries meets a window of keys that ends with its own block. One softmax runs over [text | window].
+The sparse kinds cost what they look at: all queries meet the text, blocks of image queries meet their windows, both
+in dense products, and one softmax runs over [text | window].
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from dalle_cli.prior.windows import Windows, window_bias
 from dalle_cli.recipes.layout import AttentionKind
 
 SMALL_IMAGE = 64
-"""Up to this many image tokens one block is as fast as many: small products are bound by their number."""
+"""Up to this many image tokens one block is as fast as many: small products are bound by their number. It is also where
+``full`` attention is left to PyTorch."""
+CHUNK = 2**20
+"""About so many weights are worked on at a time on a CPU, so that they stay in its cache."""
 
 
 @lru_cache(maxsize=256)
@@ -44,116 +52,172 @@ def raster_offsets(kind: AttentionKind, grid: int, conv_kernel: int) -> tuple[in
     return tuple(sorted(d for d in offsets if 0 <= d < image))
 
 
-def attend(
-    kind: AttentionKind, q: Tensor, k: Tensor, v: Tensor, text_length: int, grid: int, conv_kernel: int
-) -> Tensor:
-    """Attention of one layer: q, k, v and the result are (B, H, T + S, D), T = ``text_length``, S = grid^2.
+def attend(kind: AttentionKind, qkv: Tensor, text_length: int, grid: int, conv_kernel: int) -> Tensor:
+    """Attention of one layer: queries, keys and values (B, T + S, 3, H, D) -> (B, T + S, H, D).
 
-    The result is a transposed view of contiguous (B, T + S, H, D) for the sparse kinds: joining heads costs
-    no copy.
+    T = ``text_length``, S = grid^2.
+
+    Raises:
+        ValueError: the stream has another length.
     """
-    if q.shape[2] != text_length + grid * grid:
-        raise ValueError(f"stream of {q.shape[2]} positions is not {text_length} text + {grid} x {grid} image")
-    if kind == "full":
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    sizes = [text_length, grid * grid]
-    (text_q, image_q), (text_k, image_k), (text_v, image_v) = (torch.split(x, sizes, dim=2) for x in (q, k, v))
-    text = F.scaled_dot_product_attention(text_q, text_k, text_v, is_causal=True)
+    if qkv.shape[1] != text_length + grid * grid:
+        raise ValueError(f"stream of {qkv.shape[1]} positions is not {text_length} text + {grid} x {grid} image")
+    if kind == "full" and grid * grid > SMALL_IMAGE:
+        q, k, v = qkv.transpose(1, 3).unbind(2)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    pattern = Pattern(text_length, windows_of(kind, grid, conv_kernel), by_column=kind == "column")
+    return SparseAttention.apply(qkv, pattern)  # type: ignore[no-any-return]
+
+
+@lru_cache(maxsize=256)
+def windows_of(kind: AttentionKind, grid: int, conv_kernel: int) -> Windows:
+    """The blocks of one ``kind``. Those of ``column`` are of the transposed image, where a column is a row."""
     if kind == "column":
-        image_q, image_k, image_v = (_transposed(x, grid) for x in (image_q, image_k, image_v))
-        # On the transposed image a column is a block of consecutive tokens, with causal attention within it.
-        offsets, block, lags = tuple(range(grid)), grid, 0
-    else:
-        offsets = raster_offsets(kind, grid, conv_kernel)
-        block = block_size(grid, offsets)
-        lags = window_lags(grid, block, offsets)
-    image = blockwise(image_q, image_k, image_v, text_k, text_v, offsets, block, lags)
-    if kind == "column":
-        image = _transposed(image, grid)
-    return torch.cat([text.transpose(1, 2), image.transpose(1, 2)], dim=1).transpose(1, 2)
+        return Windows(grid, rows=1, above=0, offsets=tuple(range(grid)))
+    offsets = raster_offsets(kind, grid, conv_kernel)
+    above = -(-offsets[-1] // grid)
+    if grid * grid <= SMALL_IMAGE or above >= grid - 1:
+        return Windows(grid, rows=grid, above=0, offsets=offsets)
+    # A window of many rows is better shared by two rows of queries.
+    return Windows(grid, 2 if above > 1 and grid % 2 == 0 else 1, above, offsets)
 
 
-def block_size(grid: int, offsets: tuple[int, ...]) -> int:
-    """Tokens of a block: a row, or the whole image where it is small or the window covers it anyway."""
-    image = grid * grid
-    return image if image <= SMALL_IMAGE or offsets[-1] > image - 2 * grid else grid
+class Weights(NamedTuple):
+    """Scores, weights or their gradients, of n streams: (n, T + S, T) of the text, (n * blocks, queries, keys) of the
+    windows."""
+
+    text: Tensor
+    window: Tensor
 
 
-def window_lags(grid: int, block: int, offsets: tuple[int, ...]) -> int:
-    """Blocks before its own that a query's window takes in."""
-    return min(-(-offsets[-1] // block), grid * grid // block - 1)
+@dataclass(frozen=True)
+class Pattern:
+    """Sparse attention as products of q, k and v (n, T + S, D) of n streams, whose images are in the windows' order."""
+
+    text_length: int
+    windows: Windows
+    by_column: bool
+
+    def load(self, x: Tensor) -> Tensor:
+        """(B, T + S, H, D) -> B * H contiguous streams (B * H, T + S, D)."""
+        streams = x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3])
+        for to, of in zip(self._parts(streams.transpose(1, 2), False), self._parts(x, self.by_column), strict=True):
+            to.copy_(of)
+        return streams.flatten(0, 1)
+
+    def store(self, streams: Tensor, x: Tensor) -> None:
+        """Write ``streams`` (B * H, T + S, D) to ``x`` (B, T + S, H, D)."""
+        streams = streams.unflatten(0, (x.shape[0], x.shape[2]))
+        for to, of in zip(self._parts(x, self.by_column), self._parts(streams.transpose(1, 2), False), strict=True):
+            to.copy_(of)
+
+    def _parts(self, x: Tensor, by_column: bool) -> tuple[Tensor, Tensor]:
+        """Views of the text (B, H, T, D) and the image (B, H, grid, grid, D) of x (B, T + S, H, D)."""
+        text, image = x.transpose(1, 2).tensor_split([self.text_length], 2)
+        image = image.unflatten(2, (self.windows.grid, self.windows.grid))
+        return text, image.transpose(2, 3) if by_column else image
+
+    def scores(self, q: Tensor, k: Tensor) -> Weights:
+        """q k^T."""
+        to_text = torch.bmm(q, k[:, : self.text_length].mT)
+        to_window = torch.bmm(self._blocks(q), self.windows.cut(k[:, self.text_length :]).mT)
+        return Weights(to_text, to_window)
+
+    def softmax_(self, scores: Weights) -> Weights:
+        """Turn scores into weights, in place. Sums of 16-bit numbers run in 32 bit."""
+        text, image = scores.text.tensor_split([self.text_length], 1)
+        text.copy_((text + _causal_bias(self.text_length, text.dtype, text.device)).softmax(-1))
+        window = scores.window.view(len(image), -1, self.windows.keys)
+        window.unflatten(1, (self.windows.blocks, -1)).add_(window_bias(self.windows, image.dtype, image.device))
+        joint = torch.cat([image, window], dim=-1)
+        torch.softmax(joint, dim=-1, out=joint)
+        image.copy_(joint[..., : self.text_length])
+        window.copy_(joint[..., self.text_length :])
+        return scores
+
+    def softmax_backward_(self, weights: Weights, d_weights: Weights, inner: Tensor) -> Weights:
+        """The gradient of the scores, w (dw - sum w dw), in the place of ``d_weights``.
+
+        ``inner`` (n, T + S, 1) are the sums, which are also the products of attention's result and its gradient.
+        """
+        d_weights.text.sub_(inner).mul_(weights.text)
+        d_weights.window.sub_(self._blocks(inner)).mul_(weights.window)
+        return d_weights
+
+    def mix(self, weights: Weights, v: Tensor) -> Tensor:
+        """Sums of v (n, T + S, D) by the weights of each query."""
+        mixed = torch.bmm(weights.text, v[:, : self.text_length])
+        image = torch.bmm(weights.window, self.windows.cut(v[:, self.text_length :]))
+        mixed[:, self.text_length :] += image.view(len(v), -1, v.shape[-1])
+        return mixed
+
+    def spread(self, weights: Weights, q: Tensor) -> Tensor:
+        """The adjoint of ``mix``: sums of q (n, T + S, D) by the weights of each key."""
+        text = torch.bmm(weights.text.mT, q)
+        image = self.windows.join(torch.bmm(weights.window.mT, self._blocks(q)))
+        return torch.cat([text, image], dim=1)
+
+    def _blocks(self, q: Tensor) -> Tensor:
+        return q[:, self.text_length :].reshape(-1, self.windows.queries, q.shape[-1])
 
 
-def blockwise(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    text_k: Tensor,
-    text_v: Tensor,
-    offsets: tuple[int, ...],
-    block: int,
-    lags: int,
-) -> Tensor:
-    """Attention of image queries to [all text | the allowed offsets within the last ``lags + 1`` blocks].
+class SparseAttention(torch.autograd.Function):
+    """softmax(q k^T / sqrt(D) + mask) v, forward and backward a few streams at a time; see ``attend``.
 
-    q, k, v: (B, H, S, D) with S a multiple of ``block``; text_k, text_v: (B, H, T, D). Returns (B, H, S, D).
+    Written out, because the derived gradients of slices and overlapping windows are large tensors of mostly zeros.
     """
-    batch, heads, image, width = q.shape
-    text, streams, blocks, window = text_k.shape[2], batch * heads, image // block, (lags + 1) * block
-    scale = 1 / math.sqrt(width)
-    q, k, v = (x.contiguous().view(streams * blocks, block, width) for x in (q, k, v))
-    text_k, text_v = (x.contiguous().view(streams, text, width) for x in (text_k, text_v))
 
-    to_text = _scaled_product(q.view(streams, image, width), text_k, scale).view(streams, blocks, block, text)
-    to_window = _scaled_product(q, _windows(k, lags), scale).view(streams, blocks, block, window)
-    to_window = to_window + _window_bias(offsets, block, lags, blocks, q.dtype, q.device)
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, pattern: Pattern) -> Tensor:
+        out = torch.empty_like(qkv[:, :, 0])
+        kept: list[Tensor] = []
+        for part in _chunks(qkv, pattern):
+            q, k, v = (pattern.load(x) for x in qkv[part].unbind(2))
+            weights = pattern.softmax_(pattern.scores(q.mul_(_scale(q)), k))
+            pattern.store(pattern.mix(weights, v), out[part])
+            if ctx.needs_input_grad[0]:
+                kept += (q, k, v, *weights)
+        ctx.pattern = pattern
+        ctx.save_for_backward(out, *kept)
+        return out
 
-    text_weights, window_weights = _joint_softmax(to_text, to_window)
-    mixed = torch.bmm(text_weights.flatten(1, 2), text_v).view(streams * blocks, block, width)
-    mixed = torch.baddbmm(mixed, window_weights.flatten(0, 1), _windows(v, lags))
-    return mixed.view(batch, heads, image, width)
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None]:
+        pattern: Pattern = ctx.pattern
+        out, *kept = ctx.saved_tensors
+        d_qkv = out.new_empty(*out.shape[:2], 3, *out.shape[2:])
+        inner = torch.linalg.vecdot(d_out, out)[..., None]
+        for at, part in enumerate(_chunks(d_qkv, pattern)):
+            q, k, v, *weights = kept[5 * at : 5 * at + 5]
+            d_q, d_k, d_v = d_qkv[part].unbind(2)
+            d_mixed, of_inner = pattern.load(d_out[part]), pattern.load(inner[part])
+            pattern.store(pattern.spread(Weights(*weights), d_mixed), d_v)
+            d_scores = pattern.softmax_backward_(Weights(*weights), pattern.scores(d_mixed, v), of_inner)
+            pattern.store(pattern.mix(d_scores, k).mul_(_scale(q)), d_q)
+            pattern.store(pattern.spread(d_scores, q), d_k)
+        return d_qkv, None
 
 
-def _joint_softmax(to_text: Tensor, to_local: Tensor) -> tuple[Tensor, Tensor]:
-    """One softmax over [text | local] scores (..., T) and (..., L), summed in 32 bit for 16-bit scores."""
-    weights = torch.cat([to_text, to_local], dim=-1).softmax(dim=-1)
-    text, local = torch.split(weights, [to_text.shape[-1], to_local.shape[-1]], dim=-1)
-    return text, local
+def _chunks(qkv: Tensor, pattern: Pattern) -> Iterator[tuple[Any, ...]]:
+    """Indices of (B, ..., H, D) that together take all streams, some at a time."""
+    batch, length, _, heads, _ = qkv.shape
+    count = batch * heads
+    if qkv.device.type == "cpu":
+        weights = length * pattern.text_length + pattern.windows.grid**2 * pattern.windows.keys
+        count = max(1, min(count, CHUNK // weights))
+    samples, heads_each = max(1, count // heads), min(count, heads)
+    for b in range(0, batch, samples):
+        for h in range(0, heads, heads_each):
+            yield slice(b, b + samples), ..., slice(h, h + heads_each), slice(None)
 
 
-def _scaled_product(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """scale * q k^T of (N, Q, D) and (N, K, D), the scale within the matrix product."""
-    ignored = q.new_zeros(()).expand(q.shape[0], q.shape[1], k.shape[1])
-    return torch.baddbmm(ignored, q, k.transpose(1, 2), beta=0, alpha=scale)
-
-
-def _windows(blocks: Tensor, lags: int) -> Tensor:
-    """(N, block, D), the blocks of all streams end to end -> (N, (lags + 1) * block, D) overlapping views.
-
-    A window that starts before its stream reaches into the stream before, or into the zeros before the first
-    one; the bias gives those places no weight. So windows need one padded copy and no gathering.
-    """
-    if lags == 0:
-        return blocks
-    count, block, width = blocks.shape
-    padded = F.pad(blocks.reshape(count * block, width), (0, 0, lags * block, 0))
-    return padded.unfold(0, (lags + 1) * block, block).transpose(1, 2)
+def _scale(q: Tensor) -> float:
+    return 1 / math.sqrt(q.shape[-1])
 
 
 @lru_cache(maxsize=64)
-def _window_bias(
-    offsets: tuple[int, ...], block: int, lags: int, blocks: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """(blocks, block, window): 0 where a query may look, -inf elsewhere and before the first block."""
+def _causal_bias(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(length, length): 0 up to the diagonal, -inf behind it."""
     with torch.inference_mode(False):  # the cached tensor must serve training too
-        query = torch.arange(block)[:, None] + lags * block
-        key = torch.arange((lags + 1) * block)[None, :]
-        allowed = torch.isin(query - key, torch.tensor(offsets))
-        within = key // block - lags + torch.arange(blocks)[:, None] >= 0
-        bias = torch.zeros(blocks, block, (lags + 1) * block, dtype=dtype)
-        return bias.masked_fill_(~(allowed[None] & within[:, None, :]), -math.inf).to(device)
-
-
-def _transposed(image: Tensor, grid: int) -> Tensor:
-    """Raster order to column order and back: (B, H, S, D) of an image's transpose."""
-    return torch.unflatten(image, 2, (grid, grid)).transpose(2, 3).flatten(2, 3)
+        return torch.full((length, length), -math.inf, dtype=dtype, device=device).triu_(1)

@@ -1,23 +1,28 @@
 """Decoding token by token with caches that hold only what each attention can still read.
 
-The text is run once for each caption; its keys and values serve all samples of the caption without a copy.
-Image keys and values live in slots: a ring for ``row`` (grid + 1) and ``conv`` (largest offset + 1), a slot
-for each position, grouped by column, for ``column``, and in order for ``full``.
+The text, and the image tokens that are given, run once for each caption; the text's keys and values serve all samples
+of the caption without a copy. Image keys and values live in slots: a ring for ``row`` (grid + 1) and ``conv`` (largest
+offset + 1), a slot for each position, grouped by column, for ``column``, and in order for ``full``. A step reads
+slots as they lie, never a copy: for ``conv``, whose window is in pieces, all of its ring, with a bias.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dalle_cli.prior.attention import raster_offsets
+from dalle_cli.prior.attention import attend, raster_offsets
+from dalle_cli.prior.packed import DTYPES, PackedLinear, Precision
 from dalle_cli.prior.transformer import AttentionResblock, MlpResblock, Prior
 from dalle_cli.recipes.layout import AttentionKind
+
+READ_AT_ONCE = 2**13
+"""Positions of all captions that run together in ``prefill``: enough for any product, and little memory beside the
+caches."""
 
 
 @dataclass(frozen=True)
@@ -42,110 +47,204 @@ class Slots:
             return column * self.grid + row
         return position % self.count
 
-    def read(self, position: int) -> slice | list[int]:
-        """The slots that ``position`` attends to, itself included."""
+    def read(self, position: int) -> slice:
+        """Where the slots lie that ``position`` attends to, itself included; of ``conv``, see ``bias``."""
         if self.kind == "column":
             row, column = divmod(position, self.grid)
             return slice(column * self.grid, column * self.grid + row + 1)
-        if self.kind == "conv":
-            offsets = raster_offsets(self.kind, self.grid, self.conv_kernel)
-            return [(position - d) % self.count for d in offsets if d <= position]
         return slice(0, min(position + 1, self.count))
 
-
-@dataclass
-class LayerCache:
-    """Keys and values of one layer: text (C, H, T, D), and image (C, n, H, slots, D)."""
-
-    slots: Slots
-    text_k: Tensor
-    text_v: Tensor
-    image_k: Tensor
-    image_v: Tensor
+    def bias(self) -> Tensor | None:
+        """For ``conv`` (S, count): 0 where a position attends to a slot, -inf where not; None: to all it reads."""
+        if self.kind != "conv":
+            return None
+        offsets = torch.tensor(raster_offsets(self.kind, self.grid, self.conv_kernel))
+        position = torch.arange(self.grid**2)[:, None]
+        age = (position - torch.arange(self.count)) % self.count
+        allowed = torch.isin(age, offsets) & (age <= position)
+        return torch.zeros(allowed.shape).masked_fill_(~allowed, -math.inf)
 
 
 @dataclass
 class Cache:
-    """C captions with n samples each.
+    """n samples of each of C captions: keys and values of each layer.
 
-    ``logits`` (C, V_image) are those of the first image token; ``layers`` are first layer first.
+    ``text`` (2, C, H, T, D) is shared by a caption's samples, ``image`` (2, C, H, n, slots, D) is their own.
+    """
+
+    text: list[Tensor]
+    image: list[Tensor]
+
+
+@dataclass
+class Prefix:
+    """C captions, read up to image position P = ``positions``: what their samples have in common.
+
+    ``logits`` (C, V_image) are those of position P. Of each layer: ``text`` keys and values (2, C, H, T, D), those of
+    the last ``given`` (2, C, H, G, D) image tokens, as many as its ``slots`` keep.
     """
 
     logits: Tensor
-    layers: list[LayerCache]
+    text: list[Tensor]
+    given: list[Tensor]
+    positions: int
+    slots: list[Slots]
+
+    def of(self, captions: slice) -> Prefix:
+        """A view of some of the captions."""
+        text, given = ([layer[:, captions] for layer in layers] for layers in (self.text, self.given))
+        return Prefix(self.logits[captions], text, given, self.positions, self.slots)
 
     def fork(self, n: int) -> Cache:
-        """n samples a caption that go on from the one sample here; text is shared, image slots are copied.
+        """n samples a caption that go on from here; text is shared, image slots are their own."""
+        image = []
+        for given, slots in zip(self.given, self.slots, strict=True):
+            both, captions, heads, kept, width = given.shape
+            held = given.new_empty(both, captions, heads, n, slots.count, width)
+            held[..., [slots.write(p) for p in range(self.positions - kept, self.positions)], :] = given[:, :, :, None]
+            image.append(held)
+        return Cache(self.text, image)
+
+
+class Layer:
+    """One layer of the prior, its matrices packed: attention of one kind, then the perceptron."""
+
+    def __init__(self, attention: AttentionResblock, mlp: MlpResblock, dtype: torch.dtype) -> None:
+        self.slots = Slots(attention.kind, attention.grid, attention.conv_kernel)
+        bias = self.slots.bias()
+        self.bias = None if bias is None else bias.to(attention.qkv.weight.device, dtype)
+        self.heads = attention.heads
+        self.attention_norm, self.mlp_norm = attention.norm, mlp.norm
+        self.qkv, self.out = PackedLinear(attention.qkv, dtype), PackedLinear(attention.out, dtype)
+        self.up, self.down = PackedLinear(mlp.up, dtype, gelu=True), PackedLinear(mlp.out, dtype)
+
+    def heads_of(self, x: Tensor) -> Tensor:
+        """Queries, keys and values (C, A, 3, H, D) of the stream (C, A, d)."""
+        return self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1))  # type: ignore[no-any-return]
+
+    def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """The stream (C, A, d) and attention's result (C, A, H, D) -> the stream behind the layer."""
+        x = x + self.out(mixed.flatten(2))
+        return x + self.down(self.up(self.mlp_norm(x)))
+
+
+class Decoder:
+    """A prior with its weights laid out for decoding.
+
+    It keeps copies of the prior's matrices and refers to the rest of its parameters: where the prior itself is not
+    needed any more, drop it.
+
+    Args:
+        precision: of the resblocks' matrices and the caches. Residual stream, norms, softmax sums and logits have
+            32 bit either way.
+    """
+
+    def __init__(self, prior: Prior, precision: Precision = "fp32") -> None:
+        self.text_length, self.image_length, self.grid = prior.text_length, prior.image_length, prior.model.grid
+        self.text_embedding, self.text_position = prior.text_embedding.detach(), prior.text_position.detach()
+        self.image_embedding = prior.image_embedding.detach()
+        self.image_position = (prior.image_row[:, None] + prior.image_column).flatten(0, 1).detach()
+        blocks = list(prior.resblocks)
+        self.layers = []
+        for attention, mlp in zip(blocks[::2], blocks[1::2], strict=True):
+            if not isinstance(attention, AttentionResblock) or not isinstance(mlp, MlpResblock):
+                raise TypeError("resblocks must alternate attention and perceptron")
+            self.layers.append(Layer(attention, mlp, DTYPES[precision]))
+        self.norm, self.head = prior.norm, PackedLinear(prior.image_head, torch.float32)
+        self.dtype, self.device = DTYPES[precision], self.image_embedding.device
+
+    @torch.inference_mode()
+    def prefill(self, text_ids: Tensor, given: Tensor | None = None) -> Prefix:
+        """Read text ids (C, T), with paddings, and the first image tokens ``given`` (C, P) in one pass.
 
         Raises:
-            ValueError: there is more than one sample a caption already.
+            ValueError: the text has not T positions, or P is above S - 1.
         """
-        if any(layer.image_k.shape[1] != 1 for layer in self.layers):
-            raise ValueError("a cache can be forked only while it holds one sample a caption")
-        layers = [
-            LayerCache(
-                layer.slots,
-                layer.text_k,
-                layer.text_v,
-                layer.image_k.repeat(1, n, 1, 1, 1),
-                layer.image_v.repeat(1, n, 1, 1, 1),
-            )
-            for layer in self.layers
-        ]
-        return Cache(self.logits, layers)
+        if text_ids.shape[-1] != self.text_length:
+            raise ValueError(f"text has {text_ids.shape[-1]} positions, the prior {self.text_length}")
+        if given is None:
+            given = text_ids[:, :0]
+        captions, positions = given.shape
+        if positions >= self.image_length:
+            raise ValueError(f"{positions} given tokens leave nothing to draw of {self.image_length}")
+        prefix = self._unread(captions, positions)
+        together = max(1, READ_AT_ONCE // (self.text_length + (self.image_length if positions else 0)))
+        for first in range(0, captions, together):
+            some = slice(first, first + together)
+            self._read(text_ids[some], given[some], prefix.of(some))
+        return prefix
+
+    def _unread(self, captions: int, positions: int) -> Prefix:
+        """A prefix of ``captions`` captions and ``positions`` image tokens, with nothing in it."""
+        vocabulary, d_model = self.image_embedding.shape
+        heads = self.layers[0].heads
+        slots = [layer.slots for layer in self.layers]
+
+        def empty(length: int) -> Tensor:
+            shape = (2, captions, heads, length, d_model // heads)
+            return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+        return Prefix(
+            torch.empty(captions, vocabulary, device=self.device),
+            [empty(self.text_length) for _ in slots],
+            [empty(min(positions, kept.count)) for kept in slots],
+            positions,
+            slots,
+        )
+
+    def _read(self, text_ids: Tensor, given: Tensor, into: Prefix) -> None:
+        text, positions = self.text_length, given.shape[1]
+        x = F.embedding(text_ids, self.text_embedding) + self.text_position
+        if positions:
+            # Attention is causal: what stands behind the given tokens moves nothing before.
+            image = F.pad(given, (0, self.image_length - positions))
+            x = torch.cat([x, F.embedding(image, self.image_embedding) + self.image_position], dim=1)
+        for layer, text_kv, given_kv in zip(self.layers, into.text, into.given, strict=True):
+            qkv = layer.heads_of(x)
+            q, k, v = kv = qkv.permute(2, 0, 3, 1, 4)
+            text_kv.copy_(kv[1:, ..., :text, :])
+            given_kv.copy_(kv[1:, ..., text + positions - given_kv.shape[3] : text + positions, :])
+            if positions:
+                mixed = attend(layer.slots.kind, qkv, text, self.grid, layer.slots.conv_kernel)
+            else:
+                mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+            x = layer.finish(x, mixed)
+        into.logits.copy_(self.head(self.norm(x[:, text + positions - 1])))
+
+    @torch.inference_mode()
+    def step(self, cache: Cache, position: int, token: Tensor) -> Tensor:
+        """Put ``token`` (C, n) at image position ``position``; returns logits (C, n, V_image) of the next.
+
+        Positions must come in order, from the first that is not given; ``position`` is at most S - 2.
+        """
+        if not 0 <= position < self.image_length - 1:
+            raise ValueError(f"position {position} has no successor in an image of {self.image_length} tokens")
+        x = F.embedding(token, self.image_embedding) + self.image_position[position]
+        for layer, text, image in zip(self.layers, cache.text, cache.image, strict=True):
+            q, _, _ = kv = layer.heads_of(x).permute(2, 0, 3, 1, 4)
+            readable = layer.slots.read(position)
+            image[..., layer.slots.write(position), :] = kv[1:]
+            bias = None if layer.bias is None else layer.bias[position, readable]
+            x = layer.finish(x, _attend_slots(q, text, image[..., readable, :], bias))
+        return self.head(self.norm(x))
 
 
-def _layers(prior: Prior) -> Iterator[tuple[AttentionResblock, MlpResblock]]:
-    blocks = list(prior.resblocks)
-    for attention, mlp in zip(blocks[::2], blocks[1::2], strict=True):
-        if not isinstance(attention, AttentionResblock) or not isinstance(mlp, MlpResblock):
-            raise TypeError("resblocks must alternate attention and perceptron")
-        yield attention, mlp
+def _attend_slots(q: Tensor, text: Tensor, image: Tensor, bias: Tensor | None) -> Tensor:
+    """Queries (C, H, n, D) to keys and values of text (2, C, H, T, D) and image (2, C, H, n, L, D): (C, n, H, D).
 
-
-@torch.no_grad()
-def prefill(prior: Prior, text_ids: Tensor) -> Cache:
-    """Run the text ids (C, T), with paddings, once. The cache holds one sample a caption: see ``fork``."""
-    if text_ids.shape[-1] != prior.text_length:
-        raise ValueError(f"text has {text_ids.shape[-1]} positions, the prior {prior.text_length}")
-    x = prior.embed_text(text_ids)
-    layers = []
-    for attention, mlp in _layers(prior):
-        q, k, v = attention.heads_of(x)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = mlp(x + attention.out(mixed.transpose(1, 2).flatten(2)))
-        slots = Slots(attention.kind, attention.grid, attention.conv_kernel)
-        captions, heads, _, width = k.shape
-        image_k, image_v = (k.new_zeros(captions, 1, heads, slots.count, width) for _ in range(2))
-        layers.append(LayerCache(slots, k.contiguous(), v.contiguous(), image_k, image_v))
-    return Cache(prior.image_head(prior.norm(x[:, -1])), layers)
-
-
-@torch.no_grad()
-def step(prior: Prior, cache: Cache, position: int, token: Tensor) -> Tensor:
-    """Put ``token`` (C, n) at image position ``position``; returns logits (C, n, V_image) of the next.
-
-    Positions must come in order, from 0; ``position`` is at most S - 2.
+    ``bias`` (L,) is added to the image's scores.
     """
-    if not 0 <= position < prior.image_length - 1:
-        raise ValueError(f"position {position} has no successor in an image of {prior.image_length} tokens")
-    x = prior.embed_image_token(token, position)
-    for (attention, mlp), layer in zip(_layers(prior), cache.layers, strict=True):
-        q, k, v = (y.squeeze(-2) for y in attention.heads_of(x[..., None, :]))
-        slot = layer.slots.write(position)
-        layer.image_k[..., slot, :] = k
-        layer.image_v[..., slot, :] = v
-        x = mlp(x + attention.out(_attend_slots(q, layer, layer.slots.read(position)).flatten(-2)))
-    return prior.image_head(prior.norm(x))  # type: ignore[no-any-return]
-
-
-def _attend_slots(q: Tensor, layer: LayerCache, readable: slice | list[int]) -> Tensor:
-    """Queries (C, n, H, D) to [text | readable slots]; returns (C, n, H, D)."""
-    image_k, image_v = layer.image_k[..., readable, :], layer.image_v[..., readable, :]
-    q = q / math.sqrt(q.shape[-1])
-    to_text = (q.transpose(1, 2) @ layer.text_k.transpose(-1, -2)).transpose(1, 2)
-    to_image = (image_k @ q[..., None])[..., 0]
-    text = to_text.shape[-1]
+    captions, heads, n, width = q.shape
+    streams = captions * heads
+    text_k, text_v = text.flatten(1, 2)
+    image_k, image_v = image.flatten(1, 3)
+    q = (q * (1 / math.sqrt(width))).contiguous()
+    to_text = torch.bmm(q.view(streams, n, width), text_k.transpose(1, 2))
+    to_image = torch.bmm(q.view(streams * n, 1, width), image_k.transpose(1, 2)).view(streams, n, -1)
+    if bias is not None:
+        to_image += bias
     weights = torch.cat([to_text, to_image], dim=-1).softmax(-1)
-    from_text = (weights[..., :text].transpose(1, 2) @ layer.text_v).transpose(1, 2)
-    return from_text + (weights[..., None, text:] @ image_v)[..., 0, :]
+    from_text = torch.bmm(weights[..., : text_k.shape[1]], text_v).view(streams * n, 1, width)
+    for_image = weights[..., text_k.shape[1] :].flatten(0, 1)[:, None]
+    mixed = torch.baddbmm(from_text, for_image, image_v)
+    return mixed.view(captions, heads, n, width).transpose(1, 2)

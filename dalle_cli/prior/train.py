@@ -17,11 +17,16 @@ from dalle_cli.prior.transformer import Prior
 from dalle_cli.recipes.schema import Recipe
 from dalle_cli.stores.checkpoint import Checkpoint, Kind
 from dalle_cli.stores.tokens import TokenReader
+from dalle_cli.training.ahead import ahead
 from dalle_cli.training.held_out import split_store
 from dalle_cli.training.loop import Run
-from dalle_cli.training.order import BatchOrder
+from dalle_cli.training.matmul import fast_matmul
+from dalle_cli.training.order import WINDOW, BatchOrder
+from dalle_cli.training.parallel import ALONE, Group, join_group
 
 VALIDATION_BATCH = 64
+READ_AHEAD = 8
+"""Batches that are read while the model works on earlier ones."""
 
 
 @dataclass(frozen=True)
@@ -41,18 +46,16 @@ class TokenBatch:
         return len(self.text)
 
 
-def read_tokens(reader: TokenReader, rows: np.ndarray, versions: np.ndarray | None) -> TokenBatch:
-    """Tokens at ``rows``; ``versions`` (B,) choose among the BPE-dropped captions, None takes the captions whole."""
+def read_tokens(reader: TokenReader, rows: np.ndarray, epochs: np.ndarray | None) -> TokenBatch:
+    """Tokens at ``rows`` with the captions of ``epochs`` (B,); None takes each picture's first caption, undropped."""
 
     def tensor(values: np.ndarray) -> Tensor:
         return torch.from_numpy(values.astype(np.int64))
 
     image = tensor(reader.read("image", rows)).flatten(1)
-    if versions is None:
+    if epochs is None:
         return TokenBatch(tensor(reader.read("text", rows)), tensor(reader.read("text_length", rows)), image)
-    at = np.arange(len(rows))
-    text = reader.read("text_dropped", rows)[at, versions]
-    length = reader.read("text_dropped_length", rows)[at, versions]
+    text, length = reader.epoch_text(rows, epochs)
     return TokenBatch(tensor(text), tensor(length), image)
 
 
@@ -63,27 +66,32 @@ class PriorTask:
     recipe: Recipe
     reader: TokenReader
     model: Prior
+    group: Group = ALONE
     kind: Kind = "prior"
+    less_memory: str = "lower prior.training.micro_batch, or set prior.model.checkpoint_resblocks to true"
 
     def __post_init__(self) -> None:
         self.training_rows, self.held_out = split_store(self.reader, self.recipe)
 
     def batches(self, start: int, stop: int) -> Iterator[TokenBatch]:
-        order = BatchOrder(self.training_rows, self.recipe.prior.training.batch_size, self.recipe.seed)
-        dropped = self.reader.dropped_versions
+        return ahead(self._read(start, stop), READ_AHEAD)
+
+    def _read(self, start: int, stop: int) -> Iterator[TokenBatch]:
+        size = self.recipe.prior.training.batch_size
+        order = BatchOrder(self.training_rows, size, self.recipe.seed, self.group.part(size))
         for step in range(start, stop):
             rows, epochs = order.batch(step)
-            yield read_tokens(self.reader, rows, epochs % dropped if dropped else None)
+            yield read_tokens(self.reader, rows, epochs)
 
     def micro_batches(self, batch: TokenBatch, size: int | None) -> list[tuple[Any, float]]:
         # The text's mean is over tokens, and captions differ in length: parts divide by the whole batch's count.
-        count = float(self.model.text_counts(batch.length).sum().clamp(min=1))
-        shares = [(part, len(part) / len(batch)) for part in batch.split(size or len(batch))]
-        return [((part, count * share), share) for part, share in shares]
+        count = self.group.sum(self.model.text_counts(batch.length).sum())
+        return self._parts(batch, size, float(count.clamp(min=1)), self.recipe.prior.training.batch_size)
 
     def loss(self, batch: tuple[TokenBatch, float], step: int) -> dict[str, Tensor]:
         tokens, text_count = batch
-        found = self.model.loss(tokens.text, tokens.length, tokens.image, text_count)
+        text, length, image = (part.to(self.group.device) for part in (tokens.text, tokens.length, tokens.image))
+        found = self.model.loss(text, length, image, text_count)
         weight = self.recipe.prior.objective.text_weight
         return {"loss": weight * found.text + (1 - weight) * found.image, "text": found.text, "image": found.image}
 
@@ -91,16 +99,28 @@ class PriorTask:
         if self.validation is None:
             return {}
         totals: dict[str, float] = {}
-        for part, share in self.micro_batches(self.validation, VALIDATION_BATCH):
+        count = float(self.model.text_counts(self.validation.length).sum().clamp(min=1))
+        for part, share in self._parts(self.validation, VALIDATION_BATCH, count, len(self.validation)):
             for name, value in self.loss(part, step).items():
                 totals[name] = totals.get(name, 0.0) + float(value) * share
         return totals
+
+    def exhibits(self) -> dict[str, Tensor]:
+        return {}
 
     def decayed(self) -> set[str]:
         return set(self.model.decayed_parameters())
 
     def after_update(self) -> None:
         """The prior's weights are unconstrained."""
+
+    @staticmethod
+    def _parts(
+        batch: TokenBatch, size: int | None, text_count: float, rows: int
+    ) -> list[tuple[tuple[TokenBatch, float], float]]:
+        """``batch`` in parts of ``size``, each with its share of a whole of ``rows`` and ``text_count`` tokens."""
+        shares = [(part, len(part) / rows) for part in batch.split(size or len(batch))]
+        return [((part, text_count * share), share) for part, share in shares]
 
     @cached_property
     def validation(self) -> TokenBatch | None:
@@ -126,21 +146,22 @@ def train_prior(recipe: Recipe, store: Path, out: Path) -> Checkpoint:
         UserError: see ``Run.train``; or the store is unfinished or of other sizes than the recipe.
     """
     refuse_unbuilt(recipe)
-    reader = TokenReader(store)
+    reader = TokenReader(store, cached_rows=WINDOW)
     reader.require_complete()
     belongs = _check_sizes(recipe, reader)
     stage = recipe.prior
-    run = Run(
-        PriorTask(recipe, reader, build_prior(recipe)),
-        recipe,
-        out,
-        stage.training,
-        stage.adam,
-        stage.learning_rate,
-        ("seed", "image_size", "data", "tokenizer", "prior"),
-        belongs,
-    )
-    return run.train()
+    with join_group() as group, fast_matmul():
+        run = Run(
+            PriorTask(recipe, reader, build_prior(recipe).to(group.device), group),
+            recipe,
+            out,
+            stage.training,
+            stage.adam,
+            stage.learning_rate,
+            ("seed", "image_size", "data", "tokenizer", "prior"),
+            belongs,
+        )
+        return run.train()
 
 
 def load_prior(checkpoint: Checkpoint) -> Prior:

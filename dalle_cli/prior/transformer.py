@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from dalle_cli.precision.resblock import scaled_residual
 from dalle_cli.prior.attention import attend
+from dalle_cli.prior.head_loss import head_loss
 from dalle_cli.recipes.layout import AttentionKind
 from dalle_cli.recipes.schema import PriorModel
 
 INIT_STD = 0.02
-UNCOUNTED = -100
 
 
 class PriorLoss(NamedTuple):
@@ -45,18 +46,32 @@ class Linear(nn.Module):
         return F.linear(x.to(kind), self.weight, self.bias.to(kind))
 
 
+class Head(Linear):
+    """Logits over a vocabulary; given ``targets`` instead the sum of the cross-entropies against them."""
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        return super().forward(x) if targets is None else head_loss(x, self.weight, self.bias, targets)
+
+
 class Resblock(nn.Module):
-    """x + branch(x), both (B, A, d); the branch begins with the layer norm, and subclasses give it."""
+    """x + branch(x), both (B, A, d); the branch begins with the layer norm, and subclasses give it.
+
+    With a ``gradient_scale`` the backward pass runs through the branch with gradients multiplied by it, see
+    ``precision/resblock.py``.
+    """
 
     def __init__(self, d_model: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(d_model)
+        self.gradient_scale: float | None = None
 
     def branch(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.branch(x)
+        if self.gradient_scale is None:
+            return x + self.branch(x)
+        return scaled_residual(self.branch, x, self.gradient_scale)
 
 
 class AttentionResblock(Resblock):
@@ -70,15 +85,10 @@ class AttentionResblock(Resblock):
         self.qkv = Linear(model.d_model, 3 * model.d_model)
         self.out = Linear(model.d_model, model.d_model)
 
-    def heads_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of the normed stream (..., A, d), each (..., H, A, D)."""
-        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).transpose(-4, -2).unbind(-3)
-        return q, k, v
-
     def branch(self, x: Tensor) -> Tensor:
-        q, k, v = self.heads_of(x)
-        mixed = attend(self.kind, q, k, v, self.text_length, self.grid, self.conv_kernel)
-        return self.out(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        qkv = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1))
+        mixed = attend(self.kind, qkv, self.text_length, self.grid, self.conv_kernel)
+        return self.out(mixed.flatten(2))  # type: ignore[no-any-return]
 
 
 class MlpResblock(Resblock):
@@ -124,8 +134,8 @@ class Prior(nn.Module):
             self.resblocks.append(AttentionResblock(model, kind, text_length))
             self.resblocks.append(MlpResblock(d))
         self.norm = nn.LayerNorm(d)
-        self.text_head = Linear(d, text_vocab + 1)
-        self.image_head = Linear(d, image_vocab)
+        self.text_head = Head(d, text_vocab + 1)
+        self.image_head = Head(d, image_vocab)
         if not self.text_embedding.is_meta:
             self.initialize(seed)
 
@@ -183,11 +193,6 @@ class Prior(nn.Module):
         places = (self.image_row[:, None] + self.image_column).flatten(0, 1)
         return F.embedding(image, self.image_embedding) + places
 
-    def embed_image_token(self, token: Tensor, position: int) -> Tensor:
-        """Tokens (...) that all stand at image position ``position`` -> (..., d)."""
-        row, column = divmod(position, self.model.grid)
-        return F.embedding(token, self.image_embedding) + self.image_row[row] + self.image_column[column]
-
     def forward(self, text_ids: Tensor, image: Tensor) -> Tensor:
         """Text ids (B, T) with paddings, image tokens (B, S) -> normed hidden states (B, T + S, d)."""
         x = torch.cat([self.embed_text(text_ids), self.embed_image(image)], dim=1)
@@ -231,14 +236,12 @@ class Prior(nn.Module):
         text_ids = self.with_padding(text, text_length)
         hidden = self(text_ids, image)
         position = torch.arange(1, self.text_length, device=text.device)
-        targets = (
-            text_ids[:, 1:].clamp(max=self.text_vocab).masked_fill(position > text_length[:, None].long(), UNCOUNTED)
-        )
-        logits = self.text_logits(hidden).flatten(0, 1)
-        text_sum = F.cross_entropy(logits, targets.flatten(), ignore_index=UNCOUNTED, reduction="sum")
+        counted = position <= text_length[:, None].long()
+        text_targets = text_ids[:, 1:].clamp(max=self.text_vocab)[counted]
+        text_sum = self.text_head(hidden[:, : self.text_length - 1][counted], text_targets)
+        image_sum = self.image_head(hidden[:, self.text_length - 1 : -1].flatten(0, 1), image.flatten())
         count = self.text_counts(text_length).sum().clamp(min=1) if text_count is None else text_count
-        image_logits = self.image_logits(hidden).flatten(0, 1)
-        return PriorLoss(text_sum / count, F.cross_entropy(image_logits, image.flatten()))
+        return PriorLoss(text_sum / count, image_sum / image.numel())
 
     def log_likelihood(self, text_ids: Tensor, image: Tensor) -> Tensor:
         """ln p(image | text) in nats, (B,) float64, for text ids (B, T) with paddings and image (B, S)."""

@@ -7,6 +7,7 @@ what it changes. Every key is documented here and nowhere else: ``dalle show REC
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -26,14 +27,54 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Filters(Settings):
+    """Samples that are left out, each counted under its filter's name; null turns a filter off.
+
+    The paper (appendix C) drops captions that are too short, not English or mostly boilerplate, and pictures whose
+    aspect ratio is outside [1/2, 2]. That ratio is the one figure it gives, so it alone is on by default; for the
+    others ``dalle scan`` says what a customary value would drop from the data at hand.
+    """
+
+    min_words: Positive | None = Field(None, description="least words of a caption, as white space parts them")
+    max_words: Positive | None = Field(None, description="most words of a caption")
+    min_characters: Positive | None = Field(None, description="least characters of a caption")
+    max_characters: Positive | None = Field(None, description="most characters of a caption")
+    max_word_run: Positive | None = Field(None, description="most times that one word stands in a row")
+    min_unique_words: Share | None = Field(None, description="least share of different words among a caption's words")
+    max_upper_case: Share | None = Field(None, description="largest share of capitals among a caption's cased letters")
+    max_boilerplate: Share | None = Field(
+        None, description="largest share of a caption's letters and digits in dates, URLs, file names, stock phrases"
+    )
+    boilerplate: tuple[str, ...] = Field((), description="regular expressions that max_boilerplate counts besides")
+    min_ascii_letters: Share | None = Field(
+        None, description="least share of a to z among a caption's letters: tells scripts apart, not languages"
+    )
+    max_aspect_ratio: Annotated[float, Field(ge=1)] | None = Field(2.0, description="largest longer side / shorter")
+    min_side: Positive | None = Field(None, description="least pixels of a picture's shorter side")
+    min_contrast: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="least standard deviation of a picture's grey levels (of 255) at 64 x 64"
+    )
+
+    @model_validator(mode="after")
+    def _patterns_compile(self) -> Filters:
+        for pattern in self.boilerplate:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"boilerplate {pattern!r} is no regular expression: {error}") from None
+        return self
+
+
 class DataSettings(Settings):
     """Where the captioned pictures come from and how they are cut to size (paper, appendix A.2)."""
 
-    train: str | None = Field(None, description="source of the training pictures: a folder, a tar, tars by braces")
+    train: str | None = Field(None, description="source of the training pictures: a folder, tars, a manifest, COCO ...")
     holdout: Share = Field(0.0, description="share of the samples left out of training, chosen by a hash of the key")
     crop: bool = Field(True, description="random crops in training; off: centre crop only")
     flip: bool = Field(True, description="random horizontal flips, for the dVAE only (text in pictures)")
     max_pixels: Positive = Field(100_000_000, description="a picture that claims more pixels is refused unread")
+    exclude: str | None = Field(None, description="file of keys left out: lines of dalle overlap, or a key a line")
+    filters: Filters = Filters()
 
 
 class TokenizerSettings(Settings):
@@ -43,7 +84,7 @@ class TokenizerSettings(Settings):
     text_length: Positive = Field(256, description="text positions of the stream; a shorter caption is padded")
     dropout: Share = Field(0.1, description="BPE dropout in training: chance of skipping a merge")
     dropout_epochs: Annotated[int, Field(ge=0)] = Field(
-        1, description="BPE-dropped versions of each caption kept in the store; training epochs take them in turn"
+        1, description="BPE-dropped versions of each picture's captions in the store, at least one a caption; 0: none"
     )
     min_frequency: Positive = Field(2, description="a pair seen less often is not merged")
     overlong: Literal["truncate", "refuse"] = Field("truncate", description="captions of more than text_length tokens")
@@ -56,6 +97,7 @@ class DvaeModel(Settings):
     n_init: Positive = Field(128, description="width of the codebook's vectors, the decoder's input")
     blocks_per_group: Positive = Field(2, description="resblocks in each of the 4 groups")
     codebook_size: Annotated[int, Field(gt=1, le=65535)] = Field(8192, description="image tokens")
+    checkpoint_resblocks: bool = Field(False, description="recompute activations in the backward pass, block by block")
 
 
 class Ramp(Settings):
@@ -134,6 +176,9 @@ class DvaeSettings(Settings):
     learning_rate: LearningRate = LearningRate(peak=1e-4, final=1.25e-6)
     adam: Adam = Adam()
     training: Training = Training(updates=3_000_000, batch_size=512, save_every=5000, validate_every=5000)
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of the convolutions in training; weights, likelihood, KL and sampling stay in 32 bit"
+    )
 
     @model_validator(mode="after")
     def _marginal_needs_the_batch(self) -> DvaeSettings:
@@ -251,6 +296,9 @@ class SamplingSettings(Settings):
     top_k: Positive | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     batch_size: Positive = Field(64, description="samples drawn at once")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of the resblocks' matrices, keys and values; bf16 is faster and draws other samples"
+    )
 
 
 class Recipe(Settings):

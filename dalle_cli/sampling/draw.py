@@ -1,7 +1,7 @@
 """Drawing image tokens from the prior (paper, section 2.6).
 
 Each (caption, sample, position) has its own uniform number, and a token is where that number falls in the
-cumulative distribution, in float64. So neither the batch's size nor its other members move a draw, up to the
+cumulative distribution, summed in float64. So neither the batch's size nor its other members move a draw, up to the
 rounding of the logits themselves.
 """
 
@@ -12,9 +12,14 @@ import math
 import torch
 from torch import Tensor
 
-from dalle_cli.prior.decode import Cache, prefill, step
-from dalle_cli.prior.transformer import Prior
+from dalle_cli.prior.decode import Decoder, Prefix
 from dalle_cli.recipes.schema import SamplingSettings
+
+SUMMED_AT_ONCE = 2**17
+"""Probabilities whose running sums are held at once: 1 MB of them, which the CPU's allocator gives again and again,
+where a larger piece would be fetched from the system, and cleared, at each step."""
+BELOW_ONE = 1 - 2.0**-52
+"""The largest uniform number times this, times any sum, rounds to less than the sum."""
 
 
 def filter_logits(logits: Tensor, temperature: float, top_k: int | None, top_p: float) -> Tensor:
@@ -26,18 +31,26 @@ def filter_logits(logits: Tensor, temperature: float, top_k: int | None, top_p: 
     if temperature < 0 or not 0 < top_p <= 1 or (top_k is not None and top_k < 1):
         raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: out of range")
     if temperature == 0:
-        temperature, top_k = 1.0, 1
-    logits = logits / temperature
-    if top_k is None and top_p == 1:
-        return logits
-    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-    if top_k is not None:
-        ordered[..., top_k:] = -math.inf
+        likeliest = logits.argmax(-1, keepdim=True)
+        return torch.full_like(logits, -math.inf).scatter_(-1, likeliest, 0.0)
+    if temperature != 1:
+        logits = logits / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        logits = _likeliest(logits, top_k)
     if top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
         probabilities = ordered.double().softmax(-1)
         before = probabilities.cumsum(-1) - probabilities
-        ordered = ordered.masked_fill(before >= top_p, -math.inf)
-    return torch.empty_like(ordered).scatter_(-1, order, ordered)
+        logits = torch.empty_like(logits).scatter_(-1, order, ordered.masked_fill_(before >= top_p, -math.inf))
+    return logits
+
+
+def _likeliest(logits: Tensor, k: int) -> Tensor:
+    """-inf for all but the k largest of (..., V), the lower ids of equals."""
+    least = logits.topk(k, sorted=False).values.amin(-1, keepdim=True)
+    above, equal = logits > least, logits == least
+    kept = above | (equal & (equal.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
+    return logits.masked_fill(~kept, -math.inf)
 
 
 def draw_tokens(logits: Tensor, uniforms: Tensor) -> Tensor:
@@ -45,21 +58,27 @@ def draw_tokens(logits: Tensor, uniforms: Tensor) -> Tensor:
 
     A token of probability 0 is never drawn.
     """
-    cumulative = logits.double().softmax(-1).cumsum(-1)
-    total = cumulative[..., -1:]
-    # Below the total even where the product rounds up to it: the draw must fall on a token.
-    threshold = torch.minimum(uniforms.double()[..., None] * total, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, threshold, right=True)[..., 0]
+    classes = logits.shape[-1]
+    rows = max(1, SUMMED_AT_ONCE // classes)
+    parts = zip(logits.reshape(-1, classes).split(rows), uniforms.reshape(-1, 1).split(rows), strict=True)
+    return torch.cat([_inverse_cdf(*part) for part in parts]).view(uniforms.shape)
 
 
-@torch.no_grad()
+def _inverse_cdf(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Tokens (B, 1) of distributions (B, V) at uniform numbers (B, 1)."""
+    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+    return torch.searchsorted(cumulative, uniforms.double() * BELOW_ONE * cumulative[:, -1:], right=True)
+
+
+@torch.inference_mode()
 def sample_images(
-    prior: Prior,
+    decoder: Decoder,
     text_ids: Tensor,
     n: int,
     uniforms: Tensor,
     settings: SamplingSettings,
     prefix: Tensor | None = None,
+    prefix_lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw ``n`` images for each of C captions.
 
@@ -68,57 +87,69 @@ def sample_images(
         uniforms: (C, n, S) float64 in [0, 1), one for each token.
         settings: temperature, top_k, top_p, and batch_size, the samples drawn at once.
         prefix: (C, P) first image tokens, given rather than drawn (image-to-image); P may be 0 to S.
+        prefix_lengths: (C,) how many of them are given for each caption; all P by default. What stands behind is
+            ignored.
 
     Returns:
         tokens (C, n, S) int64 with the prefix, and the log-likelihood (C, n) float64, in nats, of the drawn
         tokens under the model itself: temperature 1, nothing filtered.
     """
-    captions, length = text_ids.shape[0], prior.image_length
+    captions, length = text_ids.shape[0], decoder.image_length
     if uniforms.shape != (captions, n, length):
         raise ValueError(f"uniforms have shape {tuple(uniforms.shape)}, not {(captions, n, length)}")
     if prefix is None:
         prefix = text_ids.new_zeros(captions, 0)
     if prefix.shape[0] != captions or prefix.shape[1] > length:
         raise ValueError(f"prefix has shape {tuple(prefix.shape)}, not ({captions}, at most {length})")
+    given = [prefix.shape[1]] * captions if prefix_lengths is None else prefix_lengths.tolist()
+    if len(given) != captions or not all(0 <= some <= prefix.shape[1] for some in given):
+        raise ValueError(f"prefix_lengths {given}: not {captions} numbers from 0 to {prefix.shape[1]}")
     tokens = prefix.new_empty(captions, n, length)
     log_likelihood = torch.empty(captions, n, dtype=torch.float64, device=text_ids.device)
     together = max(1, settings.batch_size // n)
     for first in range(0, captions, together):
         some = slice(first, first + together)
-        cache, logits = _primed(prior, text_ids[some], prefix[some])
-        for start in range(0, n, settings.batch_size):
-            part = slice(start, min(start + settings.batch_size, n))
-            tokens[some, part], log_likelihood[some, part] = _continue(
-                prior, cache.fork(part.stop - start), logits, prefix[some], uniforms[some, part], settings
+        start = min(*given[some], length - 1)
+        begun = decoder.prefill(text_ids[some], prefix[some, :start])
+        for begin in range(0, n, settings.batch_size):
+            part = slice(begin, min(begin + settings.batch_size, n))
+            tokens[some, part, :start] = prefix[some, None, :start]
+            log_likelihood[some, part] = _continue(
+                decoder,
+                begun,
+                tokens[some, part],
+                prefix[some],
+                given[some],
+                uniforms[some, part],
+                settings,
             )
     return tokens, log_likelihood
 
 
-def _primed(prior: Prior, text_ids: Tensor, prefix: Tensor) -> tuple[Cache, Tensor]:
-    """A cache of one sample a caption that has read text and prefix, and the logits (C, V) that follow."""
-    cache = prefill(prior, text_ids)
-    logits = cache.logits
-    for position in range(min(prefix.shape[1], prior.image_length - 1)):
-        logits = step(prior, cache, position, prefix[:, position, None])[:, 0]
-    return cache, logits
-
-
 def _continue(
-    prior: Prior, cache: Cache, logits: Tensor, prefix: Tensor, uniforms: Tensor, settings: SamplingSettings
-) -> tuple[Tensor, Tensor]:
-    """Draw what follows the prefix (C, P): tokens (C, n, S), log-likelihood (C, n) of the drawn ones."""
+    decoder: Decoder,
+    begun: Prefix,
+    tokens: Tensor,
+    prefix: Tensor,
+    given: list[int],
+    uniforms: Tensor,
+    settings: SamplingSettings,
+) -> Tensor:
+    """Fill ``tokens`` (C, n, S) behind what is read; returns the log-likelihood (C, n) of the drawn ones."""
     captions, n, length = uniforms.shape
-    tokens = prefix.new_empty(captions, n, length)
-    tokens[..., : prefix.shape[1]] = prefix[:, None]
-    log_likelihood = torch.zeros(captions, n, dtype=torch.float64, device=prefix.device)
-    logits = logits[:, None].expand(-1, n, -1)
-    for position in range(prefix.shape[1], length):
-        drawn = draw_tokens(
-            filter_logits(logits, settings.temperature, settings.top_k, settings.top_p),
-            uniforms[..., position],
-        )
-        tokens[..., position] = drawn
-        log_likelihood += logits.double().log_softmax(-1).gather(-1, drawn[..., None])[..., 0]
+    log_likelihood = torch.zeros(captions, n, dtype=torch.float64, device=tokens.device)
+    lengths = torch.tensor(given, device=tokens.device)[:, None]
+    cache, logits = begun.fork(n), begun.logits[:, None].expand(-1, n, -1)
+    for position in range(begun.positions, length):
+        filtered = filter_logits(logits, settings.temperature, settings.top_k, settings.top_p)
+        token = draw_tokens(filtered, uniforms[..., position])
+        score = logits.log_softmax(-1).gather(-1, token[..., None])[..., 0]
+        if position < max(given):
+            forced = position < lengths
+            token = torch.where(forced, prefix[:, position, None], token)
+            score = score.masked_fill(forced, 0.0)
+        tokens[..., position] = token
+        log_likelihood += score
         if position + 1 < length:
-            logits = step(prior, cache, position, drawn)
-    return tokens, log_likelihood
+            logits = decoder.step(cache, position, token)
+    return log_likelihood

@@ -22,6 +22,7 @@ from dalle_cli.data.samples import BadSample, clean_caption
 from dalle_cli.dvae.encode import decode_pictures
 from dalle_cli.dvae.train import load_dvae
 from dalle_cli.errors import UserError
+from dalle_cli.prior.decode import Decoder
 from dalle_cli.prior.train import load_prior
 from dalle_cli.progress import progress
 from dalle_cli.recipes.schema import SamplingSettings
@@ -29,7 +30,7 @@ from dalle_cli.sampling.draw import sample_images
 from dalle_cli.stores.checkpoint import Checkpoint, check_belongs
 from dalle_cli.stores.files import explain_os_errors, new_directory
 from dalle_cli.text.bpe import Tokenizer
-from dalle_cli.training.loop import limit_threads
+from dalle_cli.training.device import choose_device, explain_out_of_memory, limit_threads
 from dalle_cli.training.randomness import numpy_generator
 
 STORE = "samples.zarr"
@@ -82,32 +83,37 @@ class Sampler:
         if committed == total:
             return
         limit_threads(recipe)
-        prior, dvae = load_prior(self.prior_checkpoint), load_dvae(self.dvae_checkpoint)
+        device = choose_device()
+        prior, dvae = load_prior(self.prior_checkpoint).to(device), load_dvae(self.dvae_checkpoint).to(device)
         eps = self.dvae_checkpoint.recipe().dvae.objective.logit_laplace_eps
-        text_ids = prior.with_padding(*text_tensors(text, recipe.tokenizer.text_length))
-        with progress("sample", total, "samples", committed) as bar:
+        text_ids = prior.with_padding(*(part.to(device) for part in text_tensors(text, recipe.tokenizer.text_length)))
+        decoder = Decoder(prior, request.settings.precision)
+        del prior  # the decoder has its own copy of the matrices
+        mend = "lower sampling.batch_size (--batch-size)"
+        with progress("sample", total, "samples", committed) as bar, explain_out_of_memory(out, mend):
             while committed < total:
-                prompt, first = divmod(committed, n)
-                last = min(first + request.settings.batch_size, n)
+                prompts, samples = _next_batch(request, committed)
+                uniforms = torch.cat([sample_uniforms(request, p, samples, recipe.grid**2) for p in prompts])
                 tokens, scores = sample_images(
-                    prior,
-                    text_ids[prompt : prompt + 1],
-                    last - first,
-                    sample_uniforms(request, prompt, range(first, last), recipe.grid**2),
+                    decoder,
+                    text_ids[prompts.start : prompts.stop],
+                    len(samples),
+                    uniforms.to(device),
                     request.settings,
                 )
-                grid_tokens = tokens[0].unflatten(-1, (recipe.grid, recipe.grid))
-                pictures = decode_pictures(dvae, grid_tokens, eps).numpy()
-                rows = slice(committed, committed + last - first)
+                grid_tokens = tokens.flatten(0, 1).unflatten(-1, (recipe.grid, recipe.grid))
+                log_likelihood = scores.flatten().cpu().numpy()
+                pictures = decode_pictures(dvae, grid_tokens, eps).cpu().numpy()
+                rows = slice(committed, committed + len(pictures))
                 with explain_os_errors(out):
-                    for index, picture in zip(range(first, last), pictures, strict=True):
-                        Image.fromarray(picture).save(out / png_name(prompt, index))
-                    store["tokens"][rows] = grid_tokens.numpy().astype(np.uint16)
-                    store["log_likelihood"][rows] = scores[0].numpy()
-                    store.attrs["rows"] = committed + last - first
-                yield from _lines(request, out, committed, scores[0].numpy())
-                committed += last - first
-                bar.advance(last - first)
+                    for row, picture in enumerate(pictures, start=committed):
+                        Image.fromarray(picture).save(out / png_name(*divmod(row, n)))
+                    store["tokens"][rows] = grid_tokens.cpu().numpy().astype(np.uint16)
+                    store["log_likelihood"][rows] = log_likelihood
+                    store.attrs["rows"] = rows.stop
+                yield from _lines(request, out, committed, log_likelihood)
+                committed = rows.stop
+                bar.advance(len(pictures))
 
     def _text_ids(self, request: SampleRequest) -> list[list[int]]:
         length = self.prior_checkpoint.recipe().tokenizer.text_length
@@ -123,6 +129,15 @@ class Sampler:
                     f"prompt {number} ({prompt[:40]!r}...) has {len(ids)} tokens, the prior reads {length}; shorten it"
                 )
         return encoded
+
+
+def _next_batch(request: SampleRequest, row: int) -> tuple[range, range]:
+    """The prompts and the indices of the samples to draw together from ``row`` on: some of one prompt's, or all of
+    several prompts'."""
+    n, size = request.settings.n, request.settings.batch_size
+    prompt, first = divmod(row, n)
+    together = 1 if first else max(1, size // n)
+    return range(prompt, min(prompt + together, len(request.prompts))), range(first, min(first + size, n))
 
 
 def sample_uniforms(request: SampleRequest, prompt: int, indices: range, positions: int) -> Tensor:

@@ -1,22 +1,25 @@
-"""BPE captions: training with the ``tokenizers`` library, encoding, and reproducible BPE dropout."""
+"""BPE of captions with the ``tokenizers`` library: training and encoding."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
+from itertools import chain
+from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from dalle_cli.errors import UserError
 from dalle_cli.recipes.schema import TokenizerSettings
 from dalle_cli.stores.files import write_atomically
-from dalle_cli.training.randomness import numpy_generator
+from dalle_cli.text.dropout import BpeDropout
+from dalle_cli.text.ragged import Ragged
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding
     from tokenizers import Tokenizer as HFTokenizer
 
 
@@ -27,9 +30,10 @@ class Tokenizer:
         self.backend, self.name = backend, name
         # One canonical serialisation, so that the hash does not depend on how the file was laid out.
         self.identity = hashlib.sha256(backend.to_str().encode()).hexdigest()
-        model = json.loads(backend.to_str())["model"]
-        self._vocab: dict[str, int] = model["vocab"]
-        self._ranks = {tuple(pair): rank for rank, pair in enumerate(model["merges"])}
+        # A file may carry settings of its own.
+        backend.model.dropout = None
+        backend.no_truncation()
+        backend.no_padding()
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
@@ -58,36 +62,32 @@ class Tokenizer:
 
     def encode(self, captions: list[str]) -> list[list[int]]:
         """Token ids of each caption, as many as it takes."""
-        return [list(e.ids) for e in self.backend.encode_batch(captions, add_special_tokens=False)]
+        return [list(e.ids) for e in self.backend.encode_batch_fast(captions, add_special_tokens=False)]
+
+    def encode_block(self, captions: list[str]) -> Ragged:
+        """Token ids of each caption, as many as it takes, int32."""
+        return _flat(self.backend.encode_batch_fast(captions, add_special_tokens=False), "ids")
+
+    def encode_words(self, captions: list[str]) -> tuple[Ragged, np.ndarray]:
+        """Token ids as of ``encode_block``, and of each token the number of its word in the caption (total,)."""
+        encodings = self.backend.encode_batch(captions, add_special_tokens=False)
+        return _flat(encodings, "ids"), _flat(encodings, "word_ids").values
 
     def decode(self, ids: Iterable[int]) -> str:
         """The caption that ``ids`` spell."""
         return str(self.backend.decode(list(ids)))
 
-    def encode_dropped(self, caption: str, dropout: float, rng: np.random.Generator) -> list[int]:
-        """Token ids with BPE dropout (Provilkov et al. 2020): each possible merge is skipped with chance ``dropout``.
+    def dropout(self, p: float) -> BpeDropout:
+        """Its merges, each skipped with chance ``p``."""
+        model = json.loads(self.backend.to_str())["model"]
+        prefix = model.get("continuing_subword_prefix") or ""
+        return BpeDropout(self.backend.get_vocab(), model["merges"], p, prefix)
 
-        Written here because the library draws its dropout from a generator that cannot be seeded.
-        """
-        text = self.backend.normalizer.normalize_str(caption)
-        ids: list[int] = []
-        for word, _ in self.backend.pre_tokenizer.pre_tokenize_str(text):
-            ids += self._merge(list(word), dropout, rng)
-        return ids
 
-    def _merge(self, symbols: list[str], dropout: float, rng: np.random.Generator) -> list[int]:
-        while len(symbols) > 1:
-            kept = rng.random(len(symbols) - 1) >= dropout
-            candidates = [
-                (rank, i)
-                for i, pair in enumerate(pairwise(symbols))
-                if kept[i] and (rank := self._ranks.get(pair)) is not None
-            ]
-            if not candidates:
-                break
-            _, i = min(candidates)
-            symbols[i : i + 2] = [symbols[i] + symbols[i + 1]]
-        return [self._vocab[symbol] for symbol in symbols]
+def _flat(encodings: list[Encoding], name: Literal["ids", "word_ids"]) -> Ragged:
+    counts = np.fromiter(map(len, encodings), np.int64, len(encodings))
+    values = chain.from_iterable(map(attrgetter(name), encodings))
+    return Ragged(np.fromiter(values, np.int32, int(counts.sum())), counts)
 
 
 def train_bpe(captions: Iterable[str], settings: TokenizerSettings, out: Path) -> Tokenizer:
@@ -122,42 +122,3 @@ def train_bpe(captions: Iterable[str], settings: TokenizerSettings, out: Path) -
         raise UserError(f"{out}: there is no caption to train a tokenizer on; look at the source's captions")
     write_atomically(out / "tokenizer.json", backend.to_str(pretty=True))
     return Tokenizer.load(out)
-
-
-def caption_rows(
-    tokenizer: Tokenizer, captions: list[str], settings: TokenizerSettings, seed: int, first_row: int
-) -> tuple[dict[str, np.ndarray], list[str | None]]:
-    """Arrays of the text part for consecutive rows, and for each row why it was skipped, if it was.
-
-    Returns ``text`` (n, T) and ``text_length`` (n,) uint16, and with dropout ``text_dropped`` (n, E, T) and
-    ``text_dropped_length`` (n, E). An empty caption and, if so set, one of more than T tokens are skipped: length 0.
-    The dropout of a row depends on (seed, version, row) alone.
-    """
-    n, length = len(captions), settings.text_length
-    versions = settings.dropout_epochs if settings.dropout > 0 else 0
-    text, lengths = np.zeros((n, length), np.uint16), np.zeros(n, np.uint16)
-    dropped = np.zeros((n, versions, length), np.uint16)
-    dropped_lengths = np.zeros((n, versions), np.uint16)
-    reasons: list[str | None] = [None] * n
-    for i, ids in enumerate(tokenizer.encode(captions)):
-        if not ids:
-            reasons[i] = "empty caption"
-            continue
-        if len(ids) > length and settings.overlong == "refuse":
-            reasons[i] = f"caption of more than {length} tokens"
-            continue
-        lengths[i] = _fill(text[i], ids)
-        for version in range(versions):
-            rng = numpy_generator(seed, "bpe-dropout", version, first_row + i)
-            ids = tokenizer.encode_dropped(captions[i], settings.dropout, rng)
-            dropped_lengths[i, version] = _fill(dropped[i, version], ids)
-    arrays = {"text": text, "text_length": lengths}
-    if versions:
-        arrays |= {"text_dropped": dropped, "text_dropped_length": dropped_lengths}
-    return arrays, reasons
-
-
-def _fill(row: np.ndarray, ids: list[int]) -> int:
-    ids = ids[: len(row)]
-    row[: len(ids)] = ids
-    return len(ids)

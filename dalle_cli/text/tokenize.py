@@ -2,34 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from queue import Queue
+from threading import Thread
+from typing import TypeVar
 
-import numpy as np
-
+from dalle_cli.data.filters import caption_identity, keep_captions
 from dalle_cli.data.sources import BadSample, Source
+from dalle_cli.errors import UserError
 from dalle_cli.progress import progress
-from dalle_cli.recipes.schema import Recipe
+from dalle_cli.recipes.schema import Filters, Recipe
+from dalle_cli.stores.shards import WHOLE, Shard
 from dalle_cli.stores.tokens import ROWS_PER_SHARD, PartWriter
-from dalle_cli.text.bpe import Tokenizer, caption_rows
+from dalle_cli.text.bpe import Tokenizer, train_bpe
+from dalle_cli.text.rows import CaptionEncoder, TextRows
+
+T = TypeVar("T")
 
 
-def source_captions(source: Source) -> Iterator[str]:
-    """The captions that can be read, in order."""
-    for row in range(len(source)):
-        try:
-            yield source.caption(row)
-        except BadSample:
-            continue
+@dataclass(frozen=True)
+class Tokenized:
+    """What ``tokenize_source`` made."""
+
+    path: Path
+    rows: int
+    skipped: int
+    captions: int
+    overlong: int
 
 
-def tokenize_source(recipe: Recipe, source: Source, tokenizer: Tokenizer, out: Path) -> dict[str, int]:
-    """Write the text part of the store ``out``; goes on at the last committed row. Returns rows and skipped rows.
+def train_tokenizer(recipe: Recipe, source: Source, out: Path) -> Tokenizer:
+    """Train the recipe's tokenizer on the source's captions, in one pass, and write ``out/tokenizer.json``.
+
+    Raises:
+        UserError: there is no caption to train on.
+    """
+    with progress("train-tokenizer", len(source), "samples") as bar:
+
+        def captions() -> Iterator[str]:
+            for block in _ahead(_read(source, range(len(source)), recipe.data.filters)):
+                yield from chain.from_iterable(block.captions)
+                bar.advance(len(block.keys))
+            bar.say("train-tokenizer: all captions read; merging")
+
+        return train_bpe(captions(), recipe.tokenizer, out)
+
+
+def tokenize_source(recipe: Recipe, source: Source, tokenizer: Tokenizer, out: Path, shard: Shard = WHOLE) -> Tokenized:
+    """Write the text part of the store ``out``, or one share of it; goes on at the last committed row.
 
     Raises:
         UserError: the store was made from another source, tokenizer or settings, or the disk is full.
     """
     settings = recipe.tokenizer
+    if tokenizer.vocab_size > settings.vocab_size:
+        raise UserError(
+            f"{tokenizer.name}: has {tokenizer.vocab_size} tokens, tokenizer.vocab_size is {settings.vocab_size}; "
+            "make them agree"
+        )
     identity = {
         "source": source.name,
         "tokenizer": tokenizer.identity,
@@ -38,38 +71,90 @@ def tokenize_source(recipe: Recipe, source: Source, tokenizer: Tokenizer, out: P
         "overlong": settings.overlong,
         "dropout": settings.dropout,
         "dropout_epochs": settings.dropout_epochs if settings.dropout else 0,
+        "filters": caption_identity(recipe.data.filters),
         "seed": recipe.seed,
     }
-    writer = PartWriter(out, "text", identity)
-    writer.check_source(len(source))
+    writer = PartWriter(out, "text", identity, shard)
+    todo = writer.check_source(len(source))
     if not writer.complete:
-        with progress("tokenize-text", len(source), "captions", writer.rows) as bar:
-            while writer.rows < len(source):
-                first = writer.rows
-                rows = range(first, min(first + ROWS_PER_SHARD, len(source)))
-                captions, reasons = _read(source, rows)
-                arrays, found = caption_rows(tokenizer, captions, settings, recipe.seed, first)
-                keys = [source.key(row) for row in rows]
-                skipped = {
-                    key: reason
-                    for key, *both in zip(keys, reasons, found, strict=True)
-                    if (reason := both[0] or both[1]) is not None
-                }
-                arrays["caption"] = np.array(captions, dtype=object)
-                writer.append(keys, arrays, skipped)
-                bar.advance(len(rows))
+        encoder = CaptionEncoder(tokenizer, settings, recipe.seed)
+        # While a block is written, the next is encoded and the one after it read.
+        blocks = _ahead(_encode(encoder, _ahead(_read(source, todo, recipe.data.filters))))
+        with progress("tokenize-text", writer.rows + len(todo), "pictures", writer.rows) as bar:
+            for block, found in blocks:
+                both = zip(block.keys, block.reasons, found.reasons, strict=True)
+                skipped = {key: reason for key, read, encoded in both if (reason := read or encoded) is not None}
+                writer.append(block.keys, found.arrays, skipped, found.counts)
+                bar.advance(len(block.keys))
         writer.finish()
-    return {"rows": writer.rows, "skipped": sum(writer.state["skipped"].values())}
+    counts = writer.state.get("counts", {})
+    return Tokenized(
+        writer.path,
+        writer.rows,
+        sum(writer.state["skipped"].values()),
+        counts.get("captions", 0),
+        counts.get("overlong", 0),
+    )
 
 
-def _read(source: Source, rows: range) -> tuple[list[str], list[str | None]]:
-    captions: list[str] = []
-    reasons: list[str | None] = []
-    for row in rows:
+def source_captions(source: Source) -> Iterator[str]:
+    """All captions that can be read, in order."""
+    for row in range(len(source)):
         try:
-            captions.append(source.caption(row))
-            reasons.append(None)
-        except BadSample as error:
-            captions.append("")
-            reasons.append(str(error))
-    return captions, reasons
+            yield from source.captions(row)
+        except BadSample:
+            continue
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Consecutive samples: keys, kept captions, and for those without a caption why."""
+
+    first_row: int
+    keys: list[str]
+    captions: list[list[str]]
+    reasons: list[str | None]
+
+
+def _read(source: Source, rows: range, filters: Filters) -> Iterator[_Block]:
+    filtered = caption_identity(filters) is not None
+    for start in rows[::ROWS_PER_SHARD]:
+        block = _Block(start, [], [], [])
+        for row in range(start, min(start + ROWS_PER_SHARD, rows.stop)):
+            captions: list[str] = []
+            reason = None
+            try:
+                captions = source.captions(row)
+            except BadSample as error:
+                reason = str(error)
+            else:
+                if filtered:
+                    captions, reason = keep_captions(captions, filters)
+            block.keys.append(source.key(row))
+            block.captions.append(captions)
+            block.reasons.append(reason)
+        yield block
+
+
+def _encode(encoder: CaptionEncoder, blocks: Iterable[_Block]) -> Iterator[tuple[_Block, TextRows]]:
+    for block in blocks:
+        yield block, encoder.rows(block.captions, block.first_row)
+
+
+def _ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items, made by a thread while earlier ones are in use. It ends with the program, come what may."""
+    made: Queue[T | BaseException | None] = Queue(1)
+
+    def make() -> None:
+        try:
+            for item in items:
+                made.put(item)
+            made.put(None)
+        except BaseException as error:
+            made.put(error)
+
+    Thread(target=make, daemon=True).start()
+    while (item := made.get()) is not None:
+        if isinstance(item, BaseException):
+            raise item
+        yield item

@@ -7,27 +7,30 @@ from functools import lru_cache
 import numpy as np
 
 from dalle_cli.errors import UserError
-from dalle_cli.training.randomness import numpy_generator
+from dalle_cli.training.randomness import numpy_generator, splitmix64
 
 WINDOW = 2**18
-"""Rows are shuffled within windows of consecutive rows and windows among themselves, so that a store larger than
-memory is still read in few large reads. A set of one window is shuffled whole."""
+"""Rows are shuffled within windows of so many consecutive rows of the source and windows among themselves, so that a
+store larger than memory is still read in few large reads. A source of one window is shuffled whole."""
 
 
 class BatchOrder:
-    """Endless epochs over ``rows``; batches run on across the border of epochs, so no row is dropped."""
+    """Endless epochs over ``rows``, ascending; batches run on across the border of epochs, so no row is dropped.
 
-    def __init__(self, rows: np.ndarray, batch_size: int, seed: int) -> None:
+    ``part`` of each batch is wanted here; other processes take the rest.
+    """
+
+    def __init__(self, rows: np.ndarray, batch_size: int, seed: int, part: slice = slice(None)) -> None:
         if len(rows) == 0:
             raise ValueError("no rows to draw batches from")
-        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+        self.rows, self.batch_size, self.seed, self.part = rows, batch_size, seed, part
         self._epoch = lru_cache(maxsize=2)(self._permutation)
 
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows (batch,) and the epoch (batch,) that each belongs to, for the update after ``step`` updates."""
-        places = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        """Rows (n,) of the part and the epoch (n,) that each belongs to, for the update after ``step`` updates."""
+        places = np.arange(step * self.batch_size, (step + 1) * self.batch_size)[self.part]
         epochs, at = np.divmod(places, len(self.rows))
-        rows = np.empty(self.batch_size, dtype=np.int64)
+        rows = np.empty(len(places), dtype=np.int64)
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
             rows[chosen] = self._epoch(int(epoch))[at[chosen]]
@@ -35,7 +38,8 @@ class BatchOrder:
 
     def _permutation(self, epoch: int) -> np.ndarray:
         rng = numpy_generator(self.seed, "epoch", epoch)
-        windows = [self.rows[start : start + WINDOW] for start in range(0, len(self.rows), WINDOW)]
+        borders = np.searchsorted(self.rows, np.arange(WINDOW, self.rows[-1] + 1, WINDOW))
+        windows = [window for window in np.split(self.rows, borders) if len(window)]
         return np.concatenate([rng.permutation(windows[i]) for i in rng.permutation(len(windows))])
 
 
@@ -48,11 +52,7 @@ def split_holdout(rows: np.ndarray, share: float, seed: int) -> tuple[np.ndarray
         UserError: no row is left to train on.
     """
     x = rows.astype(np.uint64) + np.uint64(seed % 2**32 * 0x9E3779B97F4A7C15 % 2**64)
-    # The finaliser of splitmix64 (Steele et al. 2014): a bijection whose high bits are as good as random.
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    x = x ^ (x >> np.uint64(31))
-    rank = (x >> np.uint64(11)).astype(np.float64) / 2.0**53
+    rank = (splitmix64(x) >> np.uint64(11)).astype(np.float64) / 2.0**53
     held = rank < share
     if share > 0 and len(rows) > 1 and not held.any():
         held[int(rank.argmin())] = True

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dalle_cli.data.filters import picture_refusal
 from dalle_cli.data.images import BadImage, decode_image, eval_crop, train_crop
 from dalle_cli.data.sources import BadSample, Source
 from dalle_cli.errors import UserError
@@ -19,22 +21,32 @@ from dalle_cli.training.randomness import numpy_generator
 
 PREFETCH = 4
 """Batches that each worker prepares ahead."""
+MOST_REPLACEMENTS = 100
+"""Samples tried for one place of a batch."""
 
 
 def cut_picture(source: Source, row: int, image_size: int, data: DataSettings) -> np.ndarray:
     """Sample ``row`` as evaluation and encoding see it: (image_size, image_size, 3) uint8.
 
     Raises:
-        BadSample, BadImage: it cannot be read, with the reason.
+        BadSample, BadImage: it cannot be read or a filter refuses it, with the reason.
     """
-    return eval_crop(decode_image(source.image_bytes(row), data.max_pixels), image_size)
+    return eval_crop(_whole_picture(source, row, data), image_size)
+
+
+def _whole_picture(source: Source, row: int, data: DataSettings) -> Image.Image:
+    image = decode_image(source.image_bytes(row), data.max_pixels)
+    if (refusal := picture_refusal(image, data.filters)) is not None:
+        raise BadImage(refusal)
+    return image
 
 
 @dataclass
 class TrainingPictures:
     """Random batches of training pictures, the same for the same (seed, step) whatever the number of workers.
 
-    A sample that cannot be read is replaced by the next one of ``rows``, so that a few broken files do not end a run.
+    A sample that cannot be read or is filtered is replaced by another one drawn from ``rows``, so that neither broken
+    files end a run nor a sample beside a long run of filtered ones is seen more often than others.
     """
 
     source: Source
@@ -45,10 +57,12 @@ class TrainingPictures:
     batch_size: int
     flip: bool
     workers: int
+    part: slice = field(default_factory=lambda: slice(None))
+    """What of each batch is wanted here; other processes take the rest."""
 
     def batches(self, start: int, stop: int) -> Iterator[tuple[Tensor, np.ndarray, np.ndarray]]:
         """For each update: pictures (B, 3, S, S) uint8, their rows (B,) and epochs (B,)."""
-        order = BatchOrder(self.rows, self.batch_size, self.seed)
+        order = BatchOrder(self.rows, self.batch_size, self.seed, self.part)
         loader = DataLoader(
             _Items(self),
             batch_sampler=_Steps(order, start, stop),
@@ -64,17 +78,18 @@ class TrainingPictures:
 
     def picture(self, row: int, epoch: int) -> tuple[np.ndarray, int]:
         """One augmented picture and the row it is of, which is ``row`` unless that cannot be read."""
-        place = int(np.searchsorted(self.rows, row))
-        for attempt in range(min(len(self.rows), 100)):
-            candidate = int(self.rows[(place + attempt) % len(self.rows)])
-            rng = numpy_generator(self.seed, "crop", epoch, row)
+        rng = numpy_generator(self.seed, "crop", epoch, row)
+        candidate = row
+        for _ in range(MOST_REPLACEMENTS):
             try:
-                image = decode_image(self.source.image_bytes(candidate), self.data.max_pixels)
+                image = _whole_picture(self.source, candidate, self.data)
             except (BadSample, BadImage):
+                candidate = int(self.rows[rng.integers(len(self.rows))])
                 continue
             return train_crop(image, self.image_size, rng, flip=self.flip, crop=self.data.crop), candidate
         raise BadSample(
-            f"{self.source.name}: {attempt + 1} samples in a row from {self.source.key(row)} on cannot be read"
+            f"{self.source.name}: {MOST_REPLACEMENTS} samples in a row from {self.source.key(row)} on cannot be read or "
+            "are filtered; look at dalle scan"
         )
 
 
@@ -114,43 +129,58 @@ class Block:
 
     keys: list[str]
     pictures: Tensor
-    """(n, S, S, 3) uint8; zeros where a sample cannot be read."""
+    """(n, S, S, 3) uint8; zeros where a sample cannot be read. Good until the next block but one is taken."""
     reasons: dict[str, str]
     """Why, by key."""
 
 
-class _Blocks(Dataset[Block]):
-    def __init__(self, source: Source, start: int, size: int, image_size: int, data: DataSettings) -> None:
-        self.source, self.image_size, self.data = source, image_size, data
-        self.ranges = [range(at, min(at + size, len(source))) for at in range(start, len(source), size)]
+class _Decoder(Dataset[tuple[list[str], dict[str, str]]]):
+    """Decodes a range of rows into its place of ``room``, which every process sees: little is left to send."""
+
+    def __init__(self, source: Source, ranges: list[range], room: Tensor, data: DataSettings) -> None:
+        self.source, self.ranges, self.room, self.data = source, ranges, room, data
 
     def __len__(self) -> int:
         return len(self.ranges)
 
-    def __getitem__(self, index: int) -> Block:
+    def __getitem__(self, index: int) -> tuple[list[str], dict[str, str]]:
         rows = self.ranges[index]
         keys = [self.source.key(row) for row in rows]
-        pictures = np.zeros((len(rows), self.image_size, self.image_size, 3), np.uint8)
+        pictures = self.room[index % len(self.room)].numpy()
         reasons: dict[str, str] = {}
         for i, row in enumerate(rows):
             try:
-                pictures[i] = cut_picture(self.source, row, self.image_size, self.data)
+                pictures[i] = cut_picture(self.source, row, pictures.shape[1], self.data)
             except (BadSample, BadImage) as error:
+                pictures[i] = 0
                 reasons[keys[i]] = str(error)
-        return Block(keys, torch.from_numpy(pictures), reasons)
+        return keys, reasons
 
 
 def consecutive_pictures(
-    source: Source, start: int, *, block: int, image_size: int, data: DataSettings, workers: int
+    source: Source, rows: range, *, block: int, image_size: int, data: DataSettings, workers: int, pinned: bool = False
 ) -> Iterator[Block]:
-    """Blocks of ``block`` samples from ``start`` to the source's end, in order, decoded by ``workers`` processes."""
-    yield from DataLoader(
-        _Blocks(source, start, block, image_size, data),
+    """``rows`` of the source in blocks of ``block``, in order, decoded by ``workers`` processes ahead of their use.
+
+    ``pinned``: in page-locked memory, from which a copy to a GPU need not be waited for.
+    """
+    ranges = [rows[at : at + block] for at in range(0, len(rows), block)]
+    # Those that workers are ahead, the one being taken and the two before it, which the caller may still use.
+    places = min(PREFETCH * workers + 3, len(ranges))
+    room = torch.empty(places, block, image_size, image_size, 3, dtype=torch.uint8)
+    if workers:
+        room.share_memory_()
+    loader = DataLoader(
+        _Decoder(source, ranges, room, data),
         batch_size=None,
         num_workers=workers,
         prefetch_factor=PREFETCH if workers else None,
+        collate_fn=tuple,
         worker_init_fn=_one_thread,
     )
+    for number, (keys, reasons) in enumerate(loader):
+        pictures = room[number % places, : len(keys)]
+        yield Block(keys, pictures.pin_memory() if pinned else pictures, reasons)
 
 
 def _one_thread(_: int) -> None:

@@ -14,6 +14,8 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
+SPLITMIX_STEP = np.uint64(0x9E3779B97F4A7C15)
+
 
 def stream_seed(seed: int, *what: str | int) -> int:
     """A 63-bit seed of the stream named by ``what``, e.g. ``stream_seed(0, "dvae", "gumbel", update)``.
@@ -41,3 +43,12 @@ def torch_generator(seed: int, *what: str | int, device: str | torch.device = "c
 def numpy_generator(seed: int, *what: str | int) -> np.random.Generator:
     """A numpy generator (Philox) at the start of the stream named by ``what``."""
     return np.random.Generator(np.random.Philox(key=stream_seed(seed, *what)))
+
+
+def splitmix64(x: np.ndarray) -> np.ndarray:
+    """uint64 -> uint64, elementwise: the finaliser of splitmix64 (Steele et al. 2014), a bijection whose bits are as
+    good as random. ``splitmix64(seed + i * SPLITMIX_STEP)``, i = 1, 2, ..., is that generator's i-th draw."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    result: np.ndarray = x ^ (x >> np.uint64(31))
+    return result

@@ -1,0 +1,56 @@
+"""``dalle scan``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dalle_cli.commands.options import SetOption, read_source, recipe_for
+
+
+def command(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Captioned pictures: folder, tars, manifest ...")],
+    recipe: Annotated[Path | None, typer.Option(help="Its filters are tried as it sets them.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for scan.json and a sheet of 25 examples.")] = None,
+    languages: Annotated[bool, typer.Option("--languages", help="Guess each caption's language.")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes that read. [all cores]")] = None,
+    set_: SetOption = None,
+) -> None:
+    """Look at a source before training: sizes, captions, broken files, and what each filter would drop.
+
+    Every picture is decoded. A filter that is off is tried at a customary value; those of [bold]data.filters[/bold]
+    in the recipe that are on are marked.
+
+    Example: [bold]dalle scan runs/shapes/train --recipe recipes/own-data.yaml --out runs/scan[/bold]
+    """
+    import json
+
+    from dalle_cli.data.languages import Detector
+    from dalle_cli.data.scan import scan
+    from dalle_cli.data.workers import cores
+
+    settings = recipe_for(source, recipe, set_)
+    detector = Detector() if languages else None
+    opened = read_source(settings)
+    found = scan(opened, settings.data, settings.image_size, workers=workers or cores(), detector=detector)
+    if out is not None:
+        from dalle_cli.evaluation.source_sheets import examples_sheet
+        from dalle_cli.stores.files import write_atomically, write_json
+
+        write_json(out / "scan.json", found)
+        sheet = examples_sheet(opened, settings.data.max_pixels)
+        if sheet is not None:
+            write_atomically(out / "examples.png", sheet)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    from rich.console import Console
+
+    from dalle_cli.evaluation.tables import render_scan
+
+    render_scan(found, Console(stderr=True))
+    if out is not None:
+        typer.echo(out)

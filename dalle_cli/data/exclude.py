@@ -1,0 +1,77 @@
+"""A source less the samples that a file names, such as the duplicates that ``dalle overlap`` found."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+from dalle_cli.data.samples import BadSample, Source
+from dalle_cli.errors import UserError
+
+
+class WithoutExcluded:
+    """``source`` with some of its samples out of use: they keep their places, and reading them raises BadSample.
+
+    Its name tells the exclusion, so that what was made with one is not continued with another.
+    """
+
+    def __init__(self, source: Source, file: Path) -> None:
+        """Raises UserError if ``file`` cannot be read, or holds keys and none of them is in ``source``."""
+        keys, digest = read_keys(file)
+        self.source, self.format, self.skipped = source, source.format, source.skipped
+        self.name = f"{source.name} without {file.name} ({digest[:12]})"
+        self._file, self._reason = file, f"excluded: {file.name}"
+        self._excluded = np.fromiter((source.key(i) in keys for i in range(len(source))), bool, len(source))
+        self.count = int(self._excluded.sum())
+        if keys and not self.count:
+            raise UserError(f"{file}: none of its {len(keys)} keys is in {source.name}; name the file made for it")
+
+    def describe(self) -> str:
+        return f"{self.source.describe()}, {self.count} excluded by {self._file}"
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def key(self, i: int) -> str:
+        return self.source.key(i)
+
+    def captions(self, i: int) -> list[str]:
+        self._refuse(i)
+        return self.source.captions(i)
+
+    def image_bytes(self, i: int) -> bytes:
+        self._refuse(i)
+        return self.source.image_bytes(i)
+
+    def _refuse(self, i: int) -> None:
+        if self._excluded[i]:
+            raise BadSample(self._reason)
+
+
+def read_keys(file: Path) -> tuple[set[str], str]:
+    """The keys in ``file`` and its SHA-256: of a .jsonl each line's "key", of any other file a key a line.
+
+    Raises:
+        UserError: it cannot be read, or a line of it is no object with a "key".
+    """
+    try:
+        data = file.read_bytes()
+        lines = [line for line in data.decode().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.exclude: {file}: cannot be read: {error}") from None
+    if file.suffix == ".jsonl":
+        lines = [_key(line, file, number) for number, line in enumerate(lines, 1)]
+    return set(lines), hashlib.sha256(data).hexdigest()
+
+
+def _key(line: str, file: Path, number: int) -> str:
+    try:
+        key = json.loads(line)["key"]
+    except (ValueError, TypeError, KeyError):
+        key = None
+    if not isinstance(key, str):
+        raise UserError(f'{file}:{number}: is no object with a "key"; give lines of dalle overlap, or a .txt of keys')
+    return key

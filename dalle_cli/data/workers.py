@@ -1,0 +1,80 @@
+"""Work on blocks of a source's rows by several processes, its results in order."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from threadpoolctl import ThreadpoolController, threadpool_limits
+
+from dalle_cli.errors import UserError
+
+T = TypeVar("T")
+
+_AHEAD = 4
+"""Blocks a process that are begun before their results are wanted; bounds memory."""
+_function: Callable[[Any], Any]
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_order(function: Callable[[range], T], blocks: Sequence[range], workers: int) -> Iterator[T]:
+    """``function`` of each of ``blocks``, by ``workers`` processes, or in this one where that is one.
+
+    ``function`` reaches a process once, when it starts: it may hold a large index. It has one thread for matrices:
+    small ones take far longer by several, which wait for one another and keep the other processes' cores busy.
+
+    Raises:
+        UserError: a process was killed, as for want of memory.
+    """
+    workers = min(workers, len(blocks))
+    if workers < 2:
+        threads = ThreadpoolController()
+        for block in blocks:
+            with threads.limit(limits=1):
+                done = function(block)
+            yield done
+        return
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+    with ProcessPoolExecutor(
+        workers, multiprocessing.get_context(method), initializer=_start, initargs=(function,)
+    ) as pool:
+        try:
+            waiting: deque[Future[T]] = deque()
+            for block in blocks:
+                if len(waiting) == workers * _AHEAD:
+                    yield waiting.popleft().result()
+                waiting.append(pool.submit(_call, block))
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise UserError(
+                f"a worker process was killed, perhaps for want of memory; give less than --workers {workers}"
+            ) from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def blocks_of(rows: range, size: int) -> list[range]:
+    """``rows`` in blocks of ``size``, the last one shorter."""
+    return [rows[at : at + size] for at in range(0, len(rows), size)]
+
+
+def _start(function: Callable[[Any], Any]) -> None:
+    global _function
+    _function = function
+    threadpool_limits(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C is the first process's to answer
+
+
+def _call(block: range) -> Any:
+    return _function(block)

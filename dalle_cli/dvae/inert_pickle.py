@@ -1,0 +1,213 @@
+"""Pickles read as inert data: what a pickle names is never imported, constructed or called.
+
+The opcodes are interpreted here, and only those that ``torch.save`` writes by default (protocol 2). A class stands in
+the result as its name beside its attributes, a function is one of ours or the pickle is refused.
+"""
+
+from __future__ import annotations
+
+import pickletools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import IO, Any, Final
+
+MOST_OPCODES = 1_000_000
+"""The modules that are read here take some 10,000. A bound, as an opcode of one byte can make an object of 60."""
+
+
+class BadPickle(ValueError):
+    """A pickle that is damaged, or holds what is not admitted; the message is a short reason."""
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """A global that the pickle names, as "module name"."""
+
+    name: str
+
+
+@dataclass(eq=False)
+class Instance:
+    """An object of the class ``kind`` ("module name"), its attributes as pickled, None before they are set."""
+
+    kind: str
+    state: dict[str, object] | None = None
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """What a pickle may name, each as "module name", and what is made of it."""
+
+    classes: frozenset[str]
+    """Classes, whose objects become an ``Instance``."""
+    functions: Mapping[str, Callable[..., object]]
+    """Ours, called in their place. They check what they are given and raise BadPickle."""
+    symbols: frozenset[str]
+    """Globals that stand for themselves."""
+    persistent: Callable[[object], object]
+    """Makes an object of a persistent id. Raises BadPickle."""
+
+
+_MARK: Final = object()
+_VALUES: Final = frozenset({"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"})
+_TUPLES: Final = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
+
+def read_pickle(stream: IO[bytes], admitted: Admitted) -> object:
+    """The object of the pickle that begins where ``stream`` stands, which is left behind the pickle's end.
+
+    It is made of None, bool, int, float, str, tuples, lists, dictionaries with text as keys, ``Instance``,
+    ``Symbol`` and what the functions of ``admitted`` return. It may contain itself, and be nested to any depth.
+
+    Raises:
+        BadPickle: damaged, too large, or something is not admitted; what it is is named.
+    """
+    machine = _Machine(admitted)
+    try:
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+            if count == MOST_OPCODES:
+                raise BadPickle(f"its pickle has more than {MOST_OPCODES} opcodes")
+            machine.step(opcode.name, argument)
+    except BadPickle:
+        raise
+    except (ValueError, OverflowError) as error:  # of genops: unknown opcode, cut short, no UTF-8
+        raise BadPickle(f"damaged, or no pickle ({' '.join(str(error).split())[:100]})") from error
+    return machine.result
+
+
+class _Machine:
+    def __init__(self, admitted: Admitted) -> None:
+        self.admitted = admitted
+        self.stack: list[object] = []
+        self.memo: dict[int, object] = {}
+        self.result: object = None
+
+    def step(self, name: str, argument: Any) -> None:
+        """Do as one opcode says."""
+        match name:
+            case "PROTO":
+                if argument != 2:
+                    raise BadPickle(f"pickle protocol {argument}; torch.save writes protocol 2")
+            case "NONE":
+                self.stack.append(None)
+            case "NEWTRUE" | "NEWFALSE":
+                self.stack.append(name == "NEWTRUE")
+            case "EMPTY_LIST":
+                self.stack.append([])
+            case "EMPTY_DICT":
+                self.stack.append({})
+            case "MARK":
+                self.stack.append(_MARK)
+            case "BINPUT" | "LONG_BINPUT":
+                self.memo[argument] = self.top()
+            case "BINGET" | "LONG_BINGET":
+                if argument not in self.memo:
+                    raise BadPickle("damaged: it refers to what it does not hold")
+                self.stack.append(self.memo[argument])
+            case "TUPLE":
+                self.stack.append(tuple(self.pop_to_mark()))
+            case "APPEND":
+                self.extend([self.pop()])
+            case "APPENDS":
+                self.extend(self.pop_to_mark())
+            case "SETITEM":
+                value = self.pop()
+                self.update([self.pop(), value])
+            case "SETITEMS":
+                self.update(self.pop_to_mark())
+            case "GLOBAL":
+                self.stack.append(self.symbol(argument))
+            case "NEWOBJ":
+                arguments = self.pop()
+                self.stack.append(self.new(self.pop(), arguments))
+            case "REDUCE":
+                arguments = self.pop()
+                self.stack.append(self.call(self.pop(), arguments))
+            case "BUILD":
+                self.build(self.pop())
+            case "BINPERSID":
+                self.stack.append(self.admitted.persistent(self.pop()))
+            case "STOP":
+                self.result = self.pop()
+            case _ if name in _VALUES:
+                self.stack.append(argument)
+            case _ if name in _TUPLES:
+                items = [self.pop() for _ in range(_TUPLES[name])]
+                self.stack.append(tuple(reversed(items)))
+            case _:
+                raise BadPickle(f"it has the pickle opcode {name}, which torch.save does not write by default")
+
+    def top(self) -> object:
+        if not self.stack or self.stack[-1] is _MARK:
+            raise BadPickle("damaged: its pickle takes what is not there")
+        return self.stack[-1]
+
+    def pop(self) -> object:
+        self.top()
+        return self.stack.pop()
+
+    def pop_to_mark(self) -> list[object]:
+        for place in range(len(self.stack) - 1, -1, -1):
+            if self.stack[place] is _MARK:
+                items = self.stack[place + 1 :]
+                del self.stack[place:]
+                return items
+        raise BadPickle("damaged: its pickle takes what is not there")
+
+    def extend(self, items: list[object]) -> None:
+        target = self.top()
+        if type(target) is not list:
+            raise BadPickle("it appends to what is no list")
+        target.extend(items)
+
+    def update(self, items: list[object]) -> None:
+        target = self.top()
+        if type(target) is not dict or len(items) % 2:
+            raise BadPickle("it sets items of what is no dictionary")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            if type(key) is not str:  # hashing a tuple that is nested deeply enough ends the process
+                raise BadPickle("it has a dictionary whose keys are not text")
+            target[key] = value
+
+    def symbol(self, name: str) -> Symbol:
+        admitted = self.admitted
+        if name not in admitted.classes and name not in admitted.functions and name not in admitted.symbols:
+            raise BadPickle(f"it names {dotted(name)!r}, which is not admitted; nothing of it was run")
+        return Symbol(name)
+
+    def new(self, symbol: object, arguments: object) -> Instance:
+        if not isinstance(symbol, Symbol) or symbol.name not in self.admitted.classes:
+            raise BadPickle(f"it makes an object of {shown(symbol)}, which is no admitted class")
+        if type(arguments) is not tuple or arguments:
+            raise BadPickle(f"it makes an object of {dotted(symbol.name)!r} with arguments")
+        return Instance(symbol.name)
+
+    def call(self, symbol: object, arguments: object) -> object:
+        function = self.admitted.functions.get(symbol.name) if isinstance(symbol, Symbol) else None
+        if function is None:
+            raise BadPickle(f"it calls {shown(symbol)}, which is no admitted function; nothing of it was run")
+        if type(arguments) is not tuple:
+            raise BadPickle(f"it calls {shown(symbol)} with what are no arguments")
+        return function(*arguments)
+
+    def build(self, state: object) -> None:
+        target = self.top()
+        if not isinstance(target, Instance) or target.state is not None or type(state) is not dict:
+            raise BadPickle(f"it sets the attributes of {shown(target)} in a way that torch.save does not")
+        target.state = state
+
+
+def dotted(name: str) -> str:
+    """ "module name" as Python writes it."""
+    return name.replace(" ", ".")
+
+
+def shown(value: object) -> str:
+    """A value of a pickle in a message: short, on one line, and safe however deeply it is nested."""
+    if isinstance(value, Symbol):
+        return repr(dotted(value.name))
+    if isinstance(value, Instance):
+        return f"an object of {dotted(value.kind)!r}"
+    if value is None or isinstance(value, bool | int | float | str):
+        return repr(value)[:80] if not isinstance(value, int) or abs(value) < 1 << 64 else "a huge number"
+    return f"a {type(value).__name__}"

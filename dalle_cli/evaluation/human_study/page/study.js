@@ -1,0 +1,170 @@
+"use strict";
+// The page holds no state that matters: what is asked next is what the server says, and an answer counts when the
+// server has acknowledged it.
+
+const SEEN_MS = 200; // the chosen picture is marked this long
+const REST_MS = 300; // a double tap does not answer the next question too
+const REMEMBERED = "dalle-human-study-annotator";
+const $ = (id) => document.getElementById(id);
+const choices = [...document.querySelectorAll(".choice")];
+const wait = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
+
+let annotator = null;
+let task = null; // the pair that is shown, with the questions still to be asked about it
+let ready = false; // whether an answer is taken now
+
+function remember(name) {
+  try {
+    if (name === null) localStorage.removeItem(REMEMBERED);
+    else localStorage.setItem(REMEMBERED, name);
+  } catch { /* a private window asks for the name again */ }
+}
+
+function remembered() {
+  try { return localStorage.getItem(REMEMBERED); } catch { return null; }
+}
+
+function show(id) {
+  for (const main of document.querySelectorAll("main")) main.hidden = main.id !== id;
+}
+
+function trouble(text) {
+  $("trouble").hidden = text === null;
+  $("trouble").textContent = text ?? "";
+}
+
+function setReady(value) {
+  ready = value;
+  $("judge").dataset.ready = String(value);
+}
+
+// The answer of the server, asked until it is there: a server that is started again is found again.
+async function call(url, options, waiting) {
+  for (let pause = 500; ; pause = Math.min(2 * pause, 5000)) {
+    try {
+      const response = await fetch(url, options);
+      if (response.status < 500) {
+        trouble(null);
+        return { status: response.status, body: await response.json() };
+      }
+    } catch { /* not reachable */ }
+    trouble(waiting);
+    await wait(pause);
+  }
+}
+
+async function next() {
+  setReady(false);
+  const me = annotator;
+  const { status, body } = await call(
+    `/api/next?annotator=${encodeURIComponent(me)}`, { cache: "no-store" }, "The study is not reachable. Trying again …");
+  if (me !== annotator) return;
+  if (status !== 200) {
+    leave();
+    trouble(body.error);
+    return;
+  }
+  $("bar").max = Math.max(body.total, 1);
+  $("bar").value = body.done;
+  $("count").textContent = `${body.done} of ${body.total} done`;
+  $("who").textContent = annotator;
+  if (body.tasks.length === 0) {
+    $("summary").textContent = body.done === 1 ? "You judged 1 pair." : `You judged ${body.done} pairs.`;
+    show("end");
+    document.querySelector("#end h1").focus();
+    return;
+  }
+  task = body.tasks[0];
+  show("judge");
+  await showPictures();
+  if (me !== annotator) return;
+  showQuestion();
+  for (const side of body.tasks[1] ? ["left", "right"] : []) new Image().src = body.tasks[1][side];
+}
+
+async function showPictures() {
+  $("judge").dataset.loading = "true";
+  document.querySelector("#caption q").textContent = task.caption;
+  for (;;) {
+    try {
+      await Promise.all(choices.map((choice) => {
+        const image = choice.querySelector("img");
+        image.src = task[choice.dataset.side];
+        return image.decode();
+      }));
+      break;
+    } catch {
+      trouble("The pictures do not load. Trying again …");
+      await wait(1000);
+      for (const choice of choices) choice.querySelector("img").removeAttribute("src");
+    }
+  }
+  trouble(null);
+  $("judge").dataset.loading = "false";
+}
+
+async function showQuestion() {
+  const question = task.questions[0];
+  $("judge").dataset.question = question.id;
+  $("question").textContent = question.wording;
+  let past = true;
+  for (const step of document.querySelectorAll(".steps li")) {
+    const now = step.dataset.step === question.id;
+    if (now) past = false;
+    step.className = now ? "now" : past ? "past" : "";
+  }
+  for (const choice of choices) choice.classList.remove("chosen", "other");
+  const shown = task;
+  await wait(REST_MS);
+  if (task === shown) setReady(true);
+}
+
+async function choose(side) {
+  if (!ready) return;
+  setReady(false);
+  for (const choice of choices) choice.classList.add(choice.dataset.side === side ? "chosen" : "other");
+  const vote = { annotator, item: task.item, question: task.questions[0].id, answer: side };
+  const options = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(vote) };
+  const [{ status }] = await Promise.all([
+    call("/api/vote", options, "Your answer is not kept yet. Trying again …"), wait(SEEN_MS)]);
+  if (vote.annotator !== annotator) return;
+  task.questions.shift();
+  // 409: answered before, in another window or before a lost reply, or no longer wanted. The server knows what is next.
+  if (status === 200 && task.questions.length > 0) await showQuestion();
+  else await next();
+}
+
+function join(name) {
+  annotator = name;
+  remember(name);
+  next();
+}
+
+function leave() {
+  annotator = task = null;
+  setReady(false);
+  remember(null);
+  trouble(null);
+  show("welcome");
+  $("name").value = "";
+  $("name").focus();
+}
+
+$("join").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const name = $("name").value.trim();
+  if (name) join(name);
+});
+for (const button of document.querySelectorAll(".leave")) button.addEventListener("click", leave);
+for (const choice of choices) choice.addEventListener("click", () => choose(choice.dataset.side));
+document.addEventListener("keydown", (event) => {
+  if ($("judge").hidden || event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
+  const side = { 1: "left", ArrowLeft: "left", 2: "right", ArrowRight: "right" }[event.key];
+  if (side) {
+    event.preventDefault();
+    choose(side);
+  }
+});
+
+if (remembered()) join(remembered());
+else show("welcome");

@@ -1,0 +1,135 @@
+"""AdamW whose moments, and whose parameters, may take 16 bits each (paper, 2.4 and appendices B.2 and D).
+
+Parameters in float16 or bfloat16 have no 32-bit copy: an update is computed in 32 bit and rounded stochastically. The
+nearest number would not do: late in training most updates are below half the distance between neighbouring 16-bit
+numbers, and rounding to nearest would lose every one of them, stochastic rounding none on average. The moments are
+rounded the same way, so that they follow slow averages (beta2 = 0.999 moves less than a mantissa's last bit) too.
+The noise is a function of (seed, the parameter's place among the groups, the update).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dalle_cli.precision.formats import MEAN, VARIANCE, round_stochastically
+from dalle_cli.training.randomness import torch_generator
+
+MAX_VARIANCE = 5.0
+"""The running variance is clipped here before it is used (paper, appendix B.2)."""
+CHUNK = 2**22
+"""Values updated at once, which bounds the 32-bit intermediates."""
+
+
+class Adam16(torch.optim.Optimizer):
+    """Adam with decoupled weight decay.
+
+    A parameter takes 2 bytes of moments' memory for each moment where its group says ``packed=True`` (the formats
+    1-6-9 and 0-6-10), else 4. Moments are those of the gradients divided by their scales.
+
+    Args:
+        params: contiguous parameters in float32, float16 or bfloat16, or groups of them, as for every optimizer.
+        lr: step size.
+        betas: decays of the running mean and variance; the paper's by default.
+        eps: added to the root of the variance.
+        weight_decay: a parameter shrinks by ``lr * weight_decay`` of itself in an update.
+        packed: whether moments are kept in 16 bit.
+        seed: of the rounding's noise.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.96),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        packed: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "packed": packed})
+        self.seed = seed
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None, *, factors: Mapping[Tensor, float] | None = None
+    ) -> float | None:
+        """Update the parameters that have gradients.
+
+        Args:
+            closure: computes the loss anew, with gradients.
+            factors: what a parameter's gradient is multiplied by in 32 bit before it is used; 1 by default.
+
+        Returns:
+            The closure's loss.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for place, group in enumerate(self.param_groups):
+            for index, parameter in enumerate(group["params"]):
+                if parameter.grad is not None:
+                    factor = 1.0 if factors is None else factors.get(parameter, 1.0)
+                    self._update(parameter, parameter.grad, factor, group, (place, index))
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As every optimizer's, but moments keep their types: the base class would cast them to the parameters'."""
+        super().load_state_dict(state_dict)
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for parameter, key in zip(group["params"], saved["params"], strict=True):
+                if key in state_dict["state"]:
+                    state = state_dict["state"][key]
+                    self.state[parameter] = {name: value.to(parameter.device) for name, value in state.items()}
+
+    def _update(
+        self, parameter: Tensor, gradient: Tensor, factor: float, group: dict[str, Any], place: tuple[int, int]
+    ) -> None:
+        state, kind = self.state[parameter], torch.uint16 if group["packed"] else torch.float32
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.zeros(parameter.shape, dtype=kind, device=parameter.device)
+        step = int(state["step"]) + 1
+        state["step"] = torch.tensor(float(step))
+        generator = torch_generator(self.seed, "adam", *place, step, device=parameter.device)
+        tensors = (parameter.view(-1), gradient.reshape(-1), state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1))
+        for w, g, m, v in zip(*(tensor.split(CHUNK) for tensor in tensors), strict=True):
+            _advance(w, g, m, v, group, factor, step, generator)
+
+
+def _advance(
+    parameter: Tensor,
+    gradient: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    group: dict[str, Any],
+    factor: float,
+    step: int,
+    generator: torch.Generator,
+) -> None:
+    """One update of flat tensors, in place."""
+    (beta1, beta2), rate = group["betas"], group["lr"]
+
+    def noise() -> Tensor:
+        return torch.empty(len(parameter), dtype=torch.int32, device=parameter.device).random_(generator=generator)
+
+    g = gradient.float() * factor
+    m = MEAN.decode(mean) if group["packed"] else mean
+    v = VARIANCE.decode(variance) if group["packed"] else variance
+    m.lerp_(g, 1 - beta1)
+    v.mul_(beta2).addcmul_(g, g, value=1 - beta2).clamp_(max=MAX_VARIANCE)
+    if group["packed"]:
+        mean.copy_(MEAN.encode(m, noise()))
+        variance.copy_(VARIANCE.encode(v, noise()))
+    w = parameter.float()
+    w.mul_(1 - rate * group["weight_decay"])
+    root = v.sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
+    w.addcdiv_(m, root, value=-rate / (1 - beta1**step))
+    if parameter.dtype != torch.float32:
+        parameter.copy_(round_stochastically(w, parameter.dtype, noise()))

@@ -1,0 +1,70 @@
+"""The cross-entropy of a vocabulary head without its logits: a slice of rows becomes loss and gradients at once.
+
+Whole logits are the largest tensors of a training step (1024 x 8192 for the image tokens of one sample), and derived
+gradients hold three of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+CHUNK = 2**22
+"""About so many logits exist at a time."""
+
+
+def head_loss(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+    """Sum over N rows of the cross-entropy, in nats, of softmax(weight x + bias) against ``targets``.
+
+    Products run in the type of ``weight``, or autocast's; softmax and sums in at least 32 bit. ``backward`` runs once.
+
+    Args:
+        x: (N, d).
+        weight: (V, d), with ``bias`` (V,).
+        targets: (N,) int64, in 0 .. V - 1.
+    """
+    device = x.device.type
+    kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    with torch.autocast(device, enabled=False):
+        return _HeadLoss.apply(x.to(kind), weight.to(kind), bias, targets)  # type: ignore[no-any-return]
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Gradients are made in the forward pass, where the softmax is at hand; the backward pass scales them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+        loss = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        wanted = any(ctx.needs_input_grad)
+        d_x, d_weight, d_bias = (
+            (torch.zeros_like(value) for value in (x, weight, bias)) if wanted else (x, weight, bias)
+        )
+        rows = max(1, CHUNK // len(weight))
+        for start in range(0, len(x), rows):
+            part = slice(start, start + rows)
+            target = targets[part, None]
+            logits = F.linear(x[part], weight).to(loss.dtype).add_(bias)
+            peak, chosen = logits.amax(-1, keepdim=True), logits.gather(-1, target)
+            probabilities = torch.softmax(logits, dim=-1, out=logits)
+            # The greatest probability is 1 / sum exp(logit - peak).
+            log_sum = peak - probabilities.amax(-1, keepdim=True).log()
+            loss += (log_sum - chosen).sum()
+            if wanted:
+                d_logits = probabilities.scatter_add_(-1, target, torch.full_like(chosen, -1)).to(x.dtype)
+                d_x[part] = d_logits @ weight
+                d_weight.addmm_(d_logits.T, x[part])
+                d_bias += d_logits.sum(0)
+        ctx.gradients = (d_x, d_weight, d_bias) if wanted else None
+        return loss
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("backward through a head's loss runs once: it scales its gradients in place")
+        return *(gradient.mul_(d_loss) for gradient in gradients), None

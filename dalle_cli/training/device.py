@@ -1,0 +1,67 @@
+"""The device that a model runs on, its threads, and what to say when its memory is full."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from dalle_cli.errors import UserError
+from dalle_cli.recipes.schema import Recipe
+
+
+def choose_device(local_rank: int = 0) -> torch.device:
+    """The GPU of this process, the ``local_rank``-th of its machine, where there is CUDA; else the CPU.
+
+    Raises:
+        UserError: the machine has fewer GPUs than processes.
+    """
+    if not torch.cuda.is_available():
+        keep_freed_memory()
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise UserError(
+            f"LOCAL_RANK {local_rank}: this machine shows {count} GPUs (numbered from 0); "
+            f"start at most {count} processes here: torchrun --nproc-per-node {count}"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    # The fastest convolution is not always one that adds in the same order twice.
+    torch.backends.cudnn.deterministic = True
+    return device
+
+
+def keep_freed_memory() -> None:
+    """Have glibc's malloc keep what is freed rather than give it back to the system at every operation.
+
+    By default an activation of more than 32 MB is mapped anew each time, and the system then clears its pages one by
+    one: half of the time of a forward pass of a dVAE on the CPU. Other allocators are left alone.
+    """
+    mmap_threshold, trim_threshold, mmap_max = -3, -1, -4  # M_MMAP_THRESHOLD and so on, of glibc's malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(trim_threshold, 2**31 - 1)
+    if not mallopt(mmap_threshold, 2**30):  # older versions take at most 32 MB
+        mallopt(mmap_max, 0)
+
+
+def limit_threads(recipe: Recipe) -> None:
+    """Let torch use the recipe's number of CPU threads, if it names one."""
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+
+
+@contextmanager
+def explain_out_of_memory(out: Path, mend: str) -> Iterator[None]:
+    """Turn a full GPU into one line that ends with ``mend``, what to set in the recipe."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition(". ")[0]
+        raise UserError(f"{out}: {reason}; {mend}, and run again: nothing saved is lost") from error

@@ -1,0 +1,151 @@
+"""Data parallelism: processes that each take a part of every batch and add up their gradients.
+
+The loop and the tasks know the other processes through ``Group`` alone. Every process holds the whole model; their
+weights stay equal because they start equal and take the same updates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dalle_cli.errors import UserError
+from dalle_cli.training.device import choose_device
+from dalle_cli.training.launch import read_launch
+
+TIMEOUT = timedelta(minutes=30)
+"""A process waits so long for the others: longer than a validation or the saving of a checkpoint takes."""
+BUCKET = 32 * 2**20
+"""Bytes of gradients that travel at once."""
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes that train one model, as process ``rank`` of ``size`` sees them; by default it is alone.
+
+    All must call the same methods in the same order. Alone, they return at once what they were given.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = _CPU
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the one that logs, validates and writes."""
+        return self.rank == 0
+
+    def part(self, count: int) -> slice:
+        """Which of ``count`` samples are this process's: consecutive ones, as many as the others' or one more."""
+        return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of the processes' ``value``, the same bytes on each."""
+        if self.size == 1:
+            return value
+        return self._all_reduce(value.detach().to(self.device, copy=True))
+
+    def sum_scalars(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``sum`` of each of the same named scalars, in one message."""
+        if self.size == 1:
+            return values
+        stacked = self.sum(torch.stack([value.to(self.device, torch.float32) for value in values.values()]))
+        return dict(zip(values, stacked, strict=True))
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replace each parameter's gradient by the sum of the processes'."""
+        if self.size == 1:
+            return
+        for bucket in _buckets([p.grad for p in parameters if p.grad is not None]):
+            total = self._all_reduce(torch.cat([gradient.flatten() for gradient in bucket]))
+            for gradient, part in zip(bucket, total.split([g.numel() for g in bucket]), strict=True):
+                gradient.copy_(part.view(gradient.shape))
+
+    def from_leader(self, value: float) -> float:
+        """The leader's ``value``."""
+        return float(self.sum(torch.tensor(value if self.leads else 0.0, dtype=torch.float64)))
+
+    def require_same(self, what: str, value: str) -> None:
+        """Refuse to go on with processes that do not agree on ``value``.
+
+        Raises:
+            UserError: on every process, naming ``what`` and the ones that differ from the leader.
+        """
+        digest = int.from_bytes(hashlib.sha256(value.encode()).digest()[:7], "big")
+        digests = torch.zeros(self.size, dtype=torch.int64)
+        digests[self.rank] = digest
+        digests = self.sum(digests)
+        others = [str(rank) for rank in range(self.size) if digests[rank] != digests[0]]
+        if others:
+            raise UserError(
+                f"process {', '.join(others)} of {self.size}: not the {what} of process 0; start all with the same "
+                "command, and give an --out that all of them see"
+            )
+
+    def wait(self) -> None:
+        """Return when every process has come here."""
+        self.sum(torch.zeros(()))
+
+    def _all_reduce(self, total: Tensor) -> Tensor:
+        with self._explained():
+            dist.all_reduce(total)
+        return total
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn a process that ended, hangs or never came into one line."""
+        try:
+            yield
+        except RuntimeError as error:
+            reason = re.sub(r"^\[[^]]*\] *", "", str(error).splitlines()[0])
+            raise UserError(
+                f"process {self.rank} of {self.size}: lost the others ({reason}); one of them ended or hangs, see what "
+                "it said; end them all and start again: training goes on from the last checkpoint"
+            ) from error
+
+
+ALONE = Group()
+
+
+@contextmanager
+def join_group() -> Iterator[Group]:
+    """This process's group as the launcher's environment describes it, and its device.
+
+    Raises:
+        UserError: the environment contradicts itself or this machine, or the others do not come within TIMEOUT.
+    """
+    launch = read_launch()
+    group = Group(launch.rank, launch.size, choose_device(launch.local_rank))
+    if group.size == 1:
+        yield group
+        return
+    on_gpu = group.device.type == "cuda"
+    with group._explained():
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=group.device if on_gpu else None
+        )
+    yield group
+    # Not after an error: the others may never answer, and the process ends anyway.
+    dist.destroy_process_group()
+
+
+def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
+    """``gradients`` in their order, cut into lists of one type of at most BUCKET bytes (or of one gradient)."""
+    bucket: list[Tensor] = []
+    for gradient in gradients:
+        full = sum(g.nbytes for g in bucket) + gradient.nbytes > BUCKET
+        if bucket and (full or gradient.dtype != bucket[0].dtype):
+            yield bucket
+            bucket = []
+        bucket.append(gradient)
+    if bucket:
+        yield bucket
