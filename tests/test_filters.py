@@ -121,7 +121,7 @@ def test_descriptions_are_no_boilerplate(caption: str) -> None:
 def test_a_recipe_may_add_boilerplate() -> None:
     filters = OFF.model_copy(update={"max_boilerplate": 0.5})
     assert keep_captions(["ACME catalogue item"], filters)[1] is None
-    more = filters.model_copy(update={"boilerplate": ("acme catalogue",)})
+    more = filters.model_copy(update={"boilerplate": ["acme catalogue"]})
     assert keep_captions(["ACME catalogue item"], more) == ([], "filtered: max_boilerplate")
 
 
@@ -194,8 +194,8 @@ def test_an_identity_holds_what_changes_its_part_only() -> None:
     assert caption_identity(Filters()) is None and picture_identity(OFF) is None
     assert picture_identity(Filters(min_words=3)) == {"max_aspect_ratio": 2.0}
     assert caption_identity(Filters(min_words=3, min_side=8)) == {"min_words": 3}
-    assert caption_identity(Filters(boilerplate=("x",))) is None
-    assert caption_identity(Filters(max_boilerplate=0.5, boilerplate=("x",))) == {
+    assert caption_identity(Filters(boilerplate=["x"])) is None
+    assert caption_identity(Filters(max_boilerplate=0.5, boilerplate=["x"])) == {
         "max_boilerplate": 0.5,
         "boilerplate": ["x"],
     }
@@ -224,7 +224,7 @@ def test_filters_survive_being_dumped(tmp_path: Path) -> None:
     recipe = load_recipe(file)
     file.write_text(dump_recipe(recipe))
     assert load_recipe(file) == recipe
-    assert recipe.data.filters == Filters(min_words=3, max_aspect_ratio=None, boilerplate=("acme",))
+    assert recipe.data.filters == Filters(min_words=3, max_aspect_ratio=None, boilerplate=["acme"])
 
 
 # --- Exclusion

@@ -61,13 +61,15 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def start(commands: list[list[Any]], *own: list[str], timeout: float = 60) -> list[subprocess.Popen[str]]:
-    """Two processes that run ``commands`` together; ``own`` are further arguments of the first and the second."""
+def start(commands: list[list[Any]], timeout: float = 60) -> list[subprocess.Popen[str]]:
+    """Two processes that run ``commands`` together; RANK in a command is each one's own."""
     ports = free_ports(len(commands))
     processes = []
     for rank in range(2):
-        more = own[rank] if own else []
-        told = [[port, *map(str, command), *more] for port, command in zip(ports, commands, strict=True)]
+        told = [
+            [port, *(str(word).replace("RANK", str(rank)) for word in command)]
+            for port, command in zip(ports, commands, strict=True)
+        ]
         place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
         processes.append(
             subprocess.Popen(
@@ -232,7 +234,10 @@ def command(chain: Chain, stage: str, out: Path, changes: dict[str, Any]) -> lis
 
 @pytest.fixture(scope="module")
 def together(by_hand: Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The cases' runs by two processes; a run begun by one process and gone on with by two, and one begun by two."""
+    """The cases' runs by two processes; a run begun by one process and gone on with by two, and one begun by two.
+
+    And one that they were told different things of.
+    """
     root = tmp_path_factory.mktemp("together")
     commands = [command(by_hand, stage, root / name, changes) for name, (stage, changes) in CASES.items()]
     stage, changes = CASES["gumbel"]
@@ -240,13 +245,19 @@ def together(by_hand: Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run([DALLE, *map(str, begun)], env=ENVIRONMENT, check=True, capture_output=True)
     commands.append(command(by_hand, stage, root / "one then two", changes))
     commands.append(command(by_hand, stage, root / "two then one", {**changes, "training.updates": HALF}))
+    commands.append([*command(by_hand, "dvae", root / "different", {}), "--set", "seed=RANK"])
     processes = start(commands)
     told = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], told[0][1] + told[1][1]
-    # One speaks and one is silent, on both streams.
-    assert told[0][0].splitlines()[0] == str(root / "gumbel" / f"step-{WHOLE:08d}")
+    # The last ones differ, and are refused by both; of the others one process tells, and the other is silent.
+    refused = "dalle: process 1 of 2: not the recipe or checkpoint of process 0; start all with the same command"
+    assert [process.returncode for process in processes] == [2, 2], told[0][1] + told[1][1]
+    assert told[0][0].splitlines() == [str(root / name / f"step-{WHOLE:08d}") for name in [*CASES, "one then two"]] + [
+        str(root / "two then one" / f"step-{HALF:08d}")
+    ]
     assert told[0][1].count("validation after") == 4 * WHOLE // 2 + 2 + 2
-    assert told[1] == ("", "")
+    assert told[0][1].splitlines()[-1].startswith(refused)
+    assert told[1][0] == "" and told[1][1].startswith(refused) and len(told[1][1].splitlines()) == 1
+    assert not list((root / "different").iterdir())
     return root
 
 
@@ -290,18 +301,7 @@ def test_a_run_goes_on_with_other_processes(by_hand: Chain, together: Path, tmp_
         assert_same_run(together / name, tmp_path / "calm", 1e-6)
 
 
-def test_processes_that_were_told_different_things(
-    by_hand: Chain, tmp_path: Path, ended: list[subprocess.Popen[str]]
-) -> None:
-    told = command(by_hand, "dvae", tmp_path / "out", {})
-    ended += start([told], ["--set", "seed=1"], ["--set", "seed=2"])
-    for process in ended:
-        _, error = process.communicate(timeout=60)
-        assert process.returncode == 2 and "process 1 of 2: not the recipe or checkpoint of process 0" in error
-    assert not list((tmp_path / "out").iterdir())
-
-
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_a_process_that_ends_or_hangs_ends_the_other(
     how: signal.Signals, by_hand: Chain, tmp_path: Path, ended: list[subprocess.Popen[str]]
 ) -> None:

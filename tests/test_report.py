@@ -201,7 +201,7 @@ def test_the_report_of_a_whole_chain(chain: TinyChain, tmp_path: Path) -> None:
     assert page.links == [] and not re.search(r"url\(|@import|<script", text)
     assert page.headings == [
         "Captions drawn right", "Samples", "Accuracy and reranking", "dVAE reconstructions", "Use of the codebook",
-        "Training", "FID", "Artifacts",
+        "Training", "FID", "Data", "Artifacts",
     ]  # fmt: skip
     assert "the smallest <chain>" in page.text and "g <x>" in page.text and "few <pictures>" in page.text
     assert "CLIP features" in page.text and "Inception features" in page.text

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
-import random
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,7 +48,7 @@ def key(row: int) -> str:
 
 
 def arrays(part: Part, rows: range) -> tuple[dict[str, np.ndarray], dict[str, str], dict[str, int]]:
-    """Values, skips and counts of ``rows``, a function of each row's number; some rows are skipped, some files empty."""
+    """Values, skips and counts of ``rows``, a function of their numbers; some are skipped, some files are empty."""
     skipped = {key(row): f"reason {row % 3}" for row in rows if row % 5 == 2}
     counts = {"captions": len(rows), "odd": sum(row % 2 for row in rows)}
     ok = np.array([row % 5 != 2 for row in rows])
@@ -98,7 +99,7 @@ def files(store: Path) -> dict[str, bytes]:
 def test_shards_part_the_rows(samples: int, multiple: int, of: int) -> None:
     shares = [Shard(number, of).rows(samples, multiple) for number in range(1, of + 1)]
     assert shares[0].start == 0 and shares[-1].stop == samples
-    assert all(one.stop == two.start for one, two in zip(shares, shares[1:], strict=False))
+    assert all(one.stop == two.start for one, two in itertools.pairwise(shares))
     assert all(share.start % multiple == 0 or share.start == samples for share in shares)
     whole_files = [-(-len(share) // multiple) for share in shares]
     assert max(whole_files) - min(whole_files) <= 1
@@ -125,7 +126,7 @@ def test_shards_are_counted_from_one() -> None:
     kills=st.lists(st.integers(0, 60), max_size=3),
     links=st.booleans(),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_a_merged_store_is_the_unsharded_one(
     samples: int, text: int, image: int, text_first: bool, kills: list[int], links: bool
 ) -> None:
@@ -166,12 +167,9 @@ def merge_and_die(store: Path, when: int) -> None:
         mock.patch.object(merge, "_write", step(merge._write)),
         mock.patch.object(PartWriter, "commit", step(PartWriter.commit)),
         mock.patch.object(PartWriter, "finish", step(PartWriter.finish)),
+        contextlib.suppress(Killed),
     ):
-        try:
-            merge_store(store)
-        except Killed:
-            rows = [TokenReader(store).attributes[part]["rows"] for part in TokenReader(store).attributes if part in ("text", "image")]  # fmt: skip
-            assert rows
+        merge_store(store)
 
 
 def test_nothing_is_copied_and_the_shares_stay_whole(tmp_path: Path) -> None:
@@ -295,7 +293,6 @@ def test_the_command_prints_the_store(tmp_path: Path, call: Call) -> None:
 
 
 def test_the_report_of_skips_is_only_ever_appended_to(tmp_path: Path) -> None:
-    random.seed(0)
     with small_files():
         writer = PartWriter(tmp_path / "t", "image", IDENTITY)
         report = writer.path / "skipped-image.jsonl"

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 app = typer.Typer(
-    help="Compare two systems' pictures by people's votes: make a blinded study, serve it, report the votes.\n\n"
+    help="Compare two systems' pictures by people's votes: a blinded study, its web page, its figures.\n\n"
     'Example: [bold]dalle human-study make study --system gan=dm-gan --system "ours=best.jsonl" --captions captions.txt'
     "[/bold]",
     no_args_is_help=True,

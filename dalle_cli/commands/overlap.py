@@ -13,15 +13,17 @@ from dalle_cli.commands.options import SetOption, read_source, recipe_for
 def command(
     train: Annotated[str, typer.Argument(metavar="TRAIN", help="Captioned pictures: folder, tars, manifest ...")],
     evaluation: Annotated[
-        str | None, typer.Argument(metavar="[EVAL]", help="Others to compare with; TRAIN itself if left out.")
+        str | None, typer.Argument(metavar="EVAL", help="Others to compare with; TRAIN itself if left out.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="File for the lines, such as duplicates.jsonl. [stdout]")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File for the lines, such as duplicates.jsonl; stdout by default.")
+    ] = None,
     sheet: Annotated[Path | None, typer.Option(help="PNG file for examples, the least similar first.")] = None,
     cache: Annotated[
         Path | None, typer.Option(help="Folder that keeps thumbnails (3 kB a picture), to go on and to use again.")
     ] = None,
     similarity: Annotated[float, typer.Option(min=0.5, max=1, help="Of near-duplicates, at least; 1: equal.")] = 0.8,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes. [all cores]")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; as many as cores by default.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="For data.max_pixels and data.exclude, of TRAIN.")] = None,
     set_: SetOption = None,
 ) -> None:

@@ -16,7 +16,9 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for scan.json and a sheet of 25 examples.")] = None,
     languages: Annotated[bool, typer.Option("--languages", help="Guess each caption's language.")] = False,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes that read. [all cores]")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that read; as many as cores by default.")
+    ] = None,
     set_: SetOption = None,
 ) -> None:
     """Look at a source before training: sizes, captions, broken files, and what each filter would drop.

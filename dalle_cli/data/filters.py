@@ -95,7 +95,7 @@ def _boilerplate(caption: str, filters: Filters) -> float:
     total = sum(character.isalnum() for character in caption)
     covered = sum(
         sum(character.isalnum() for character in match.group())
-        for match in _boilerplate_pattern(filters.boilerplate).finditer(caption)
+        for match in _boilerplate_pattern(tuple(filters.boilerplate)).finditer(caption)
     )
     return covered / total if total else 0.0
 
@@ -154,7 +154,7 @@ def picture_refusals(image: Image.Image, filters: Filters) -> Iterator[str]:
 def caption_identity(filters: Filters) -> dict[str, Any] | None:
     """The caption filters that are on, for a token store's identity; None if all are off."""
     on = _on(CAPTION_MEASURES, filters)
-    return on | ({"boilerplate": list(filters.boilerplate)} if "max_boilerplate" in on else {}) or None
+    return on | ({"boilerplate": filters.boilerplate} if "max_boilerplate" in on else {}) or None
 
 
 def picture_identity(filters: Filters) -> dict[str, Any] | None:

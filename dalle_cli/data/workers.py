@@ -5,10 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from threading import Thread
 from typing import Any, TypeVar
 
 from threadpoolctl import ThreadpoolController, threadpool_limits
@@ -46,7 +48,7 @@ def in_order(function: Callable[[range], T], blocks: Sequence[range], workers: i
         return
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
     with ProcessPoolExecutor(
-        workers, multiprocessing.get_context(method), initializer=_start, initargs=(function,)
+        workers, multiprocessing.get_context(method), initializer=_start, initargs=(function, os.getpid())
     ) as pool:
         try:
             waiting: deque[Future[T]] = deque()
@@ -69,11 +71,19 @@ def blocks_of(rows: range, size: int) -> list[range]:
     return [rows[at : at + size] for at in range(0, len(rows), size)]
 
 
-def _start(function: Callable[[Any], Any]) -> None:
+def _start(function: Callable[[Any], Any], parent: int) -> None:
     global _function
     _function = function
     threadpool_limits(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C is the first process's to answer
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ctrl-C ends it at once; what to say is the first process's to know
+    Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """A process that was killed cannot tell its workers to end."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _call(block: range) -> Any:

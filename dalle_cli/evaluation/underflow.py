@@ -52,8 +52,8 @@ class Study:
     ``replicas``, M, is how many data-parallel replicas there seem to be: as in the paper the loss is divided by M in
     each (its gradients come out M times smaller) and their gradients are summed, as if all had the same batch.
 
-    ``growth`` above 1 makes the untrained prior's residual stream grow by that factor from resblock to resblock, which
-    makes gradients fall by as much: a strained start, with what huge priors come to in training.
+    ``growth`` above 1 strains the start: the untrained prior's stream grows by that factor from resblock to resblock,
+    and so gradients fall about as much.
     """
 
     layers: int = 48
@@ -113,7 +113,8 @@ def stretch(prior: Prior, growth: float, tokens: Tokens) -> None:
 
 def synthetic_tokens(study: Study, step: int) -> Tokens:
     """The batch of an update. Captions are random; each image's first token is its caption's first, and the others
-    follow a fixed permutation of the codebook nine times in ten: a prior that learns it goes from ln V to 0.7 nats."""
+    follow a fixed permutation of the codebook nine times in ten: learning it brings an image token of 64 from 4.16 to
+    0.73 nats."""
     permutation = numpy_generator(study.seed, "underflow", "permutation").permutation(study.image_vocab)
     rng = numpy_generator(study.seed, "underflow", "batch", step)
     text = rng.integers(study.text_vocab, size=(study.batch_size, study.text_length))
@@ -377,11 +378,13 @@ def _figure(losses: Mapping[str, Sequence[float]], rows: Sequence[Mapping[str, A
             2, 2, figsize=(9, 6.4), dpi=160, constrained_layout=True
         )
         for name, colour in VARIANTS.items():
-            training.plot(range(1, len(losses[name]) + 1), losses[name], color=colour, label=name, linewidth=1)
+            # The last one is dashed: where curves are the same, the one below it shows.
+            look = {"color": colour, "linestyle": "--" if name == "scale per resblock" else "-", "linewidth": 1.2}
+            training.plot(range(1, len(losses[name]) + 1), losses[name], label=name, **look)
             if name != "fp32":
-                lost.plot(of(name, "lost"), color=colour, label=name)
-                errors.plot(of(name, "matrix_error"), color=colour, label=name)
-                exponents.plot(of(name, "log2_scale"), color=colour, label=f"log2 of scale: {name}")
+                lost.plot(of(name, "lost"), label=name, **look)
+                errors.plot(of(name, "matrix_error"), label=name, **look)
+                exponents.plot(of(name, "log2_scale"), label=f"log2 of scale: {name}", **look)
         blocks = range(len(of("fp32", "lost")))
         exponents.fill_between(blocks, of("fp32", "entering_log2_p05"), of("fp32", "entering_log2_p95"),
                                color=GREY, alpha=0.25, linewidth=0, label="5% to 95% of gradients")  # fmt: skip

@@ -41,7 +41,8 @@ class GradientScaling:
             Without any, only non-finite gradients are skipped and norms clipped, which suits bfloat16.
         scales: as many as blocks, or one.
         skip: what a non-finite gradient in a resblock keeps from being updated: the resblock, or everything. (The
-            paper skips the whole update, appendix E.2; with one common scale that is a must.)
+            paper skips the whole update, appendix E.2; with one common scale that is a must.) One outside the
+            resblocks, which no scale would mend, keeps everything from it.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class GradientScaling:
         """Sums of squares of ``gradients``, each given with the index of its scale: (len(scales) + 1,) float64.
 
         Where gradients are sharded, each process gives its own parts, and the processes' results are to be summed:
-        then all come to the same verdict. A sum is finite if and only if all its values are (below 1e19).
+        then all come to the same verdict. A sum is finite if and only if all its gradients are (and below 1e19).
         """
         indices, norms = [], []
         for index, gradient in gradients:

@@ -6,14 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dalle_cli.errors import UserError
-from dalle_cli.prior.transformer import Prior
+from dalle_cli.precision.scales import GradientScales
+from dalle_cli.precision.scaling import GradientScaling
+from dalle_cli.prior.transformer import Prior, Resblock
 from dalle_cli.recipes.schema import Recipe
 from dalle_cli.stores.checkpoint import Checkpoint, Kind
 from dalle_cli.stores.tokens import TokenReader
@@ -151,8 +153,11 @@ def train_prior(recipe: Recipe, store: Path, out: Path) -> Checkpoint:
     belongs = _check_sizes(recipe, reader)
     stage = recipe.prior
     with join_group() as group, fast_matmul():
+        prior = build_prior(recipe)
+        scaling = in_16_bit(prior, stage.precision, group.size)
+        prior.to(group.device)
         run = Run(
-            PriorTask(recipe, reader, build_prior(recipe).to(group.device), group),
+            PriorTask(recipe, reader, prior, group),
             recipe,
             out,
             stage.training,
@@ -160,8 +165,24 @@ def train_prior(recipe: Recipe, store: Path, out: Path) -> Checkpoint:
             stage.learning_rate,
             ("seed", "image_size", "data", "tokenizer", "prior"),
             belongs,
+            scaling=scaling,
         )
         return run.train()
+
+
+def in_16_bit(prior: Prior, precision: Literal["fp32", "bf16", "fp16"], replicas: int) -> GradientScaling | None:
+    """Put the resblocks' matrices into 16 bit, and scale their gradients where they could underflow.
+
+    bfloat16 has float32's exponents and needs no scales.
+    """
+    if precision == "fp32":
+        return None
+    if precision == "bf16":
+        prior.cast_resblocks(torch.bfloat16)
+        return GradientScaling([], GradientScales(0))
+    prior.cast_resblocks(torch.float16)
+    blocks = cast(list[Resblock], list(prior.resblocks))
+    return GradientScaling(blocks, GradientScales(len(blocks), replicas))
 
 
 def load_prior(checkpoint: Checkpoint) -> Prior:
@@ -175,8 +196,6 @@ def load_prior(checkpoint: Checkpoint) -> Prior:
 def refuse_unbuilt(recipe: Recipe) -> None:
     """Refuse what a recipe can say and this version cannot do yet, before anything is allocated."""
     stage = recipe.prior
-    if stage.precision != "fp32":
-        raise UserError(f"prior.precision: {stage.precision} training is not built yet; --set prior.precision=fp32")
     if stage.sharding.zero or stage.sharding.offload != "none":
         raise UserError("prior.sharding: ZeRO is not built yet; --set prior.sharding.zero=0 trains in one process")
     if stage.powersgd.rank:

@@ -45,7 +45,7 @@ class Filters(Settings):
     max_boilerplate: Share | None = Field(
         None, description="largest share of a caption's letters and digits in dates, URLs, file names, stock phrases"
     )
-    boilerplate: tuple[str, ...] = Field((), description="regular expressions that max_boilerplate counts besides")
+    boilerplate: list[str] = Field([], description="regular expressions that max_boilerplate counts besides")
     min_ascii_letters: Share | None = Field(
         None, description="least share of a to z among a caption's letters: tells scripts apart, not languages"
     )

@@ -24,6 +24,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -97,11 +98,9 @@ class PartWriter:
                 raise UserError(f"{path}: is a Zarr group, but no token store; choose another --tokens")
             else:
                 _check_version(path, attributes)
-            state = attributes.get(part)
-            wanted = json.loads(json.dumps(dict(identity)))
-            if state is None:
-                state = {"rows": 0, "complete": False, "identity": wanted, "skipped": {}}
-                self.group.attrs[part] = state
+        wanted = json.loads(json.dumps(dict(identity)))
+        begun = part in attributes
+        state = attributes.get(part, {"rows": 0, "complete": False, "identity": wanted, "skipped": {}})
         for name, value in wanted.items():
             if state["identity"].get(name) != value:
                 raise UserError(
@@ -115,6 +114,8 @@ class PartWriter:
         if self.keys_from_other and not attributes[other]["complete"]:
             raise UserError(f"{path}: its {other} part is unfinished; finish that command first, then run this one")
         with explain_os_errors(path):
+            if not begun:
+                self.group.attrs[part] = state
             if "keys_by" not in attributes:
                 self.group.attrs["keys_by"] = part
             self._cut_report()
@@ -335,21 +336,15 @@ class TokenReader:
     def read(self, name: str, rows: np.ndarray, version: int | None = None) -> np.ndarray:
         """Values of the array ``name`` at ``rows`` (any order), shape (len(rows), ...); of an array by version, of
         one of them."""
+        array = self._arrays[name]
+        out = np.empty((len(rows), *array.shape[1 if version is None else 2 :]), array.dtype)
         shards, places = np.divmod(rows, ROWS_PER_SHARD)
         order = np.argsort(shards, kind="stable")
-        numbers, starts = np.unique(shards[order], return_index=True)
-        stops = [*starts[1:].tolist(), len(order)]
-        groups = [(n, order[i:j]) for n, i, j in zip(numbers.tolist(), starts.tolist(), stops, strict=True)]
-        out: np.ndarray | None = None
+        borders = np.flatnonzero(np.diff(shards[order])) + 1
+        groups = [order[i:j] for i, j in pairwise([0, *borders.tolist(), len(order)]) if i < j]
         # Those at hand first, before a new one takes their place.
-        for shard, at in sorted(groups, key=lambda group: (name, group[0], version) not in self._cache):
-            values = self._shard(name, shard, version)[places[at]]
-            if out is None:
-                out = np.empty((len(rows), *values.shape[1:]), values.dtype)
-            out[at] = values
-        if out is None:
-            array = self._arrays[name]
-            return np.empty((0, *array.shape[1:]), array.dtype)
+        for at in sorted(groups, key=lambda at: (name, int(shards[at[0]]), version) not in self._cache):
+            out[at] = self._shard(name, int(shards[at[0]]), version)[places[at]]
         return out
 
     def strings(self, name: Literal["key", "caption"], rows: Iterable[int]) -> list[str]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dalle_cli.errors import UserError
+from dalle_cli.precision.scaling import GradientScaling
 from dalle_cli.progress import Progress, log, progress
 from dalle_cli.recipes.load import dump_recipe
 from dalle_cli.recipes.schema import Adam, LearningRate, Recipe, Training
@@ -82,6 +83,8 @@ class Run:
     """Blocks of the recipe that must be the same when a run goes on."""
     belongs: dict[str, str] = field(default_factory=dict)
     unit: str = "updates"
+    scaling: GradientScaling | None = None
+    """Of the gradients in 16-bit training."""
 
     def train(self) -> Checkpoint:
         """Train to the recipe's last update, from the newest checkpoint in ``out`` if there is one.
@@ -100,7 +103,9 @@ class Run:
             self.out.mkdir(parents=True, exist_ok=True)
         limit_threads(self.recipe)
         with explain_out_of_memory(self.out, task.less_memory):
-            state = TrainingState(task.model, task.decayed(), self.adam, self.learning_rate)
+            state = TrainingState(
+                task.model, task.decayed(), self.adam, self.learning_rate, self.scaling, self.recipe.seed
+            )
             resumed = self._resume(state)
             start, metrics = (resumed.step, dict(resumed.metrics)) if resumed else (0, {})
             group.require_same("recipe or checkpoint", f"{start} {dump_recipe(self.recipe)}")
@@ -155,11 +160,7 @@ class Run:
                 f"lower {task.kind}.learning_rate.peak and start again from the last checkpoint"
             )
         group.sum_gradients(state.parameters)
-        if self.adam.clip_norm is not None:
-            totals["grad_norm"] = nn.utils.clip_grad_norm_(state.parameters, self.adam.clip_norm)
-        for parameters in state.optimizer.param_groups:
-            parameters["lr"] = rate
-        state.optimizer.step()
+        totals |= state.update(rate, self.adam.clip_norm)
         task.after_update()
         return totals
 

@@ -88,8 +88,8 @@ class TrainingPictures:
                 continue
             return train_crop(image, self.image_size, rng, flip=self.flip, crop=self.data.crop), candidate
         raise BadSample(
-            f"{self.source.name}: {MOST_REPLACEMENTS} samples in a row from {self.source.key(row)} on cannot be read or "
-            "are filtered; look at dalle scan"
+            f"{self.source.name}: {MOST_REPLACEMENTS} samples in a row from {self.source.key(row)} on cannot be read "
+            "or are filtered; look at dalle scan"
         )
 
 

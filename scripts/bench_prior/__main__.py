@@ -1,0 +1,68 @@
+"""Runs the parts and writes what they found; see scripts/bench-prior."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench_prior import attention, quickstart, sampling, sampling_memory, step, step_memory
+from bench_prior.machine import describe_machine
+from bench_prior.peer import load_peer
+from bench_prior.report import render
+from dalle_cli.training.device import keep_freed_memory
+
+ON_CPU_ONLY = ("step-memory", "quickstart", "sampling", "sampling-memory")
+
+
+def log(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def parts(device: str, with_peer: bool) -> dict[str, Callable[[], dict[str, Any]]]:
+    """What can be measured, by name."""
+    peer = load_peer() if with_peer else None
+    return {
+        "attention": lambda: attention.measure(attention.Sizes(), device, log),
+        "step": lambda: step.measure(step.Sizes(), peer, device, log),
+        "step-memory": lambda: step_memory.measure(step.Sizes(), log),
+        "quickstart": lambda: quickstart.measure(log),
+        "sampling": lambda: sampling.measure(sampling.Sizes(), peer, log),
+        "sampling-memory": lambda: {"rows": sampling_memory.measure(sampling.Sizes(), log), "ratios": []},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="scripts/bench-prior", description=__doc__)
+    parser.add_argument("parts", nargs="*", help="attention, step, step-memory, quickstart, sampling, sampling-memory")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, help="CPU threads [all]")
+    parser.add_argument("--no-peer", action="store_true", help="leave dalle-pytorch out")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks"), help="folder of the results [benchmarks]")
+    given = parser.parse_args()
+    if given.threads is not None:
+        torch.set_num_threads(given.threads)
+    if given.device == "cpu":
+        keep_freed_memory()  # as ``dalle`` does on a CPU; it helps all contenders alike
+    known = parts(given.device, not given.no_peer)
+    wanted = given.parts or [name for name in known if given.device == "cpu" or name not in ON_CPU_ONLY]
+    for name in wanted:
+        if name not in known or (given.device == "cuda" and name in ON_CPU_ONLY):
+            parser.error(f"{name}: no such part on {given.device}; there are {', '.join(known)}")
+    given.out.mkdir(parents=True, exist_ok=True)
+    path = given.out / ("prior.json" if given.device == "cpu" else "prior-gpu.json")
+    results = json.loads(path.read_text()) if path.is_file() else {}
+    for name in wanted:
+        results[name] = {"machine": describe_machine(given.device), **known[name]()}
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        path.with_suffix(".md").write_text(render(results))
+    print(render({name: results[name] for name in wanted}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Each attention pattern, forward and backward, against dense attention with a mask and without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from bench_prior.naive import mask_of
+from bench_prior.timing import Contender, libraries, race
+from dalle_cli.prior.attention import attend
+from dalle_cli.recipes.layout import AttentionKind
+
+Log = Callable[[str], None]
+KINDS: tuple[AttentionKind, ...] = ("row", "column", "conv")
+GOALS = {
+    ("row", "mask"): 4.0,
+    ("column", "mask"): 4.0,
+    ("conv", "mask"): 2.5,
+    ("row", "causal"): 2.5,
+    ("column", "causal"): 2.5,
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    heads: int = 8
+    d_head: int = 64
+    grid: int = 32
+    text_length: int = 256
+    conv_kernel: int = 11
+    batches: tuple[int, ...] = (1, 4)
+    rounds: int = 9
+
+
+def measure(sizes: Sizes, device: str, log: Log) -> dict[str, Any]:
+    """Rows with milliseconds of each contender, and our speed-ups."""
+    rows: list[dict[str, Any]] = []
+    ratios: list[dict[str, Any]] = []
+    names = libraries() if device == "cpu" else ("GPU",)
+    for batch in sizes.batches:
+        taken = race(_contenders(sizes, batch, device, names), sizes.rounds, device)
+        for name, seconds in taken.items():
+            rows.append({"batch": batch, "name": name, "ms": seconds * 1e3})
+            log(f"attention  batch {batch}  {name:<34} {seconds * 1e3:8.1f} ms")
+        for kind in KINDS:
+            for library in names:
+                for dense, other in (("mask", f"{kind} mask, SDPA"), ("causal", "causal, SDPA")):
+                    ours, theirs = f"{kind}, dalle, {names[0]}", f"{other}, {library}"
+                    ratio = {"batch": batch, "ours": ours, "peer": theirs, "ratio": taken[theirs] / taken[ours]}
+                    # The goals are for batch 1, and against PyTorch as it runs by itself.
+                    if batch == 1 and library == names[-1] and (kind, dense) in GOALS:
+                        ratio["goal"] = GOALS[kind, dense]
+                    ratios.append(ratio)
+    return {"sizes": asdict(sizes), "rows": rows, "ratios": ratios}
+
+
+def _contenders(sizes: Sizes, batch: int, device: str, names: tuple[str, ...]) -> dict[str, Contender]:
+    length = sizes.text_length + sizes.grid**2
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    shape = (batch, length, sizes.heads, sizes.d_head)
+    joint = torch.randn(batch, length, 3, *shape[2:], device=device, dtype=dtype, requires_grad=True)
+    q, k, v = (x.detach().transpose(1, 2).contiguous().requires_grad_() for x in joint.unbind(2))
+    gradient = torch.randn(shape, device=device, dtype=dtype)
+
+    def ours(kind: AttentionKind) -> Callable[[], object]:
+        def work() -> object:
+            out = attend(kind, joint, sizes.text_length, sizes.grid, sizes.conv_kernel)
+            return torch.autograd.grad(out, joint, gradient)
+
+        return work
+
+    def dense(kind: AttentionKind | None) -> Callable[[], object]:
+        mask = None if kind is None else mask_of(kind, sizes.text_length, sizes.grid, sizes.conv_kernel).to(device)
+
+        def work() -> object:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+            return torch.autograd.grad(out, (q, k, v), gradient.transpose(1, 2))
+
+        return work
+
+    found: dict[str, Contender] = {}
+    for library in names:
+        fast = library == names[0]
+        for kind in KINDS:
+            found[f"{kind}, dalle, {library}"] = Contender(ours(kind), fast)
+            found[f"{kind} mask, SDPA, {library}"] = Contender(dense(kind), fast)
+        found[f"causal, SDPA, {library}"] = Contender(dense(None), fast)
+    return found

@@ -1,0 +1,53 @@
+"""The prior as one writes it first: a mask over dense attention, and whole logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dalle_cli.prior.attention import raster_offsets
+from dalle_cli.prior.transformer import AttentionResblock, Prior
+from dalle_cli.recipes.layout import AttentionKind
+
+
+def mask_of(kind: AttentionKind, text: int, grid: int, kernel: int) -> Tensor:
+    """(T + S, T + S): where a position (row) may look."""
+    length = text + grid**2
+    mask = torch.ones(length, length, dtype=torch.bool).tril()
+    position = torch.arange(grid**2)
+    offsets = torch.tensor(raster_offsets(kind, grid, kernel))
+    mask[text:, text:] = torch.isin(position[:, None] - position, offsets)
+    return mask
+
+
+def make_naive(prior: Prior) -> Prior:
+    """``prior``, in place, with masked dense attention written out."""
+    for block in prior.resblocks:
+        if isinstance(block, AttentionResblock):
+            mask = mask_of(block.kind, block.text_length, block.grid, block.conv_kernel)
+            block.branch = _branch(block, mask.to(block.qkv.weight.device))  # type: ignore[method-assign]
+    return prior
+
+
+def naive_loss(prior: Prior, text: Tensor, image: Tensor) -> Tensor:
+    """The loss of captions (B, T) that fill their places, and images (B, S), 1/8 and 7/8."""
+    hidden = prior(text, image)
+    text_logits, image_logits = prior.text_logits(hidden), prior.image_logits(hidden)
+    return (
+        F.cross_entropy(text_logits.flatten(0, 1), text[:, 1:].flatten()) / 8
+        + F.cross_entropy(image_logits.flatten(0, 1), image.flatten()) * 7 / 8
+    )
+
+
+def _branch(block: AttentionResblock, mask: Tensor) -> Callable[[Tensor], Tensor]:
+    def branch(x: Tensor) -> Tensor:
+        q, k, v = block.heads_of(x)
+        scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~mask, -math.inf)
+        mixed: Tensor = scores.softmax(-1) @ v
+        return block.out(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    return branch

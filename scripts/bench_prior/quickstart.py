@@ -1,0 +1,90 @@
+"""The quickstart's training of the prior: an update as a whole, its peak's share, and how long it waits for tokens."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench_prior.timing import SIDE, Contender, race, square_product
+from dalle_cli.prior.train import PriorTask, build_prior
+from dalle_cli.recipes.load import load_recipe
+from dalle_cli.recipes.schema import Recipe
+from dalle_cli.stores.tokens import ROWS_PER_SHARD, PartWriter, TokenReader
+from dalle_cli.training.loop import Run
+from dalle_cli.training.matmul import fast_matmul
+from dalle_cli.training.state import TrainingState
+
+Log = Callable[[str], None]
+RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
+ROWS, UPDATES = 20_000, 200
+WAIT_GOAL = 0.01
+
+
+def measure(log: Log) -> dict[str, Any]:
+    """Medians over ``UPDATES`` updates of the training loop's own code, on a store of random tokens."""
+    recipe = load_recipe(RECIPE)
+    stage = recipe.prior
+    peak = race({"peak": Contender(square_product(torch.float32, "cpu"))}, 5)["peak"]
+    with tempfile.TemporaryDirectory() as folder, fast_matmul() as library:
+        task = PriorTask(recipe, _write_tokens(Path(folder) / "tokens", recipe), build_prior(recipe))
+        run = Run(task, recipe, Path(folder), stage.training, stage.adam, stage.learning_rate, ())
+        state = TrainingState(task.model, task.decayed(), stage.adam, stage.learning_rate)
+        waits, updates, flops = [], [], 0
+        batches = task.batches(0, UPDATES)
+        for step in range(UPDATES):
+            began = time.perf_counter()
+            batch = next(batches)
+            waited = time.perf_counter()
+            if step == 0:
+                with FlopCounterMode(display=False) as counter:
+                    run._update(state, batch, step, 1e-4)
+                flops = counter.get_total_flops()
+                continue
+            run._update(state, batch, step, 1e-4)
+            state.average(stage.training.ema_decay, step)
+            waits.append(waited - began)
+            updates.append(time.perf_counter() - waited)
+    update, wait = statistics.median(updates), statistics.median(waits)
+    row = {
+        "name": f"update, {library}",
+        "ms": update * 1e3,
+        "wait_ms": wait * 1e3,
+        "wait_share": sum(waits) / (sum(updates) + sum(waits)),
+        "gflops": flops / update / 1e9,
+        "share_of_peak": flops / update / (2 * SIDE**3 / peak),
+    }
+    log(f"quickstart  {row['ms']:.1f} ms an update, of which waiting {row['wait_share']:.3%}")
+    return {"sizes": stage.model.model_dump(), "wait_goal": WAIT_GOAL, "rows": [row], "ratios": []}
+
+
+def _write_tokens(path: Path, recipe: Recipe) -> TokenReader:
+    """A store of random tokens that is as large as the quickstart's."""
+    rng = np.random.default_rng(0)
+    length, vocab, codes = recipe.tokenizer.text_length, recipe.tokenizer.vocab_size, recipe.dvae.model.codebook_size
+    text = PartWriter(path, "text", {"text_length": length, "vocab_size": vocab, "tokenizer": ""})
+    blocks = [range(start, min(start + ROWS_PER_SHARD, ROWS)) for start in range(0, ROWS, ROWS_PER_SHARD)]
+    for rows in blocks:
+        keys, n = [f"{row:09d}" for row in rows], len(rows)
+        arrays = {
+            "text": rng.integers(vocab, size=(n, length)).astype(np.uint16),
+            "text_length": rng.integers(4, length + 1, size=n).astype(np.uint16),
+            "caption": np.array([""] * n, dtype=object),
+        }
+        text.append(keys, arrays, {})
+    text.finish()
+    image = PartWriter(path, "image", {"grid": recipe.grid, "codebook_size": codes, "dvae": ""})
+    for rows in blocks:
+        keys, n = [f"{row:09d}" for row in rows], len(rows)
+        shape = (n, recipe.grid, recipe.grid)
+        arrays = {"image": rng.integers(codes, size=shape).astype(np.uint16), "image_ok": np.ones(n, np.uint8)}
+        image.append(keys, arrays, {})
+    image.finish()
+    return TokenReader(path)

@@ -1,0 +1,175 @@
+"""The training step: forward, backward, clipping and AdamW, against the peer's, and as a share of the matmul peak."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench_prior.naive import make_naive, naive_loss
+from bench_prior.timing import SIDE, Contender, libraries, race, square_product
+from dalle_cli.prior.transformer import Prior
+from dalle_cli.recipes.schema import PriorModel
+
+Log = Callable[[str], None]
+GOALS = {1: 2.6, 4: 3.0}
+SHARE_GOAL = 0.8
+PEER = "dalle-pytorch"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The model, the same for all, and what is timed. Captions fill all their places."""
+
+    layers: int = 4
+    heads: int = 8
+    d_head: int = 64
+    grid: int = 32
+    text_length: int = 256
+    text_vocab: int = 16384
+    image_vocab: int = 8192
+    batches: tuple[int, ...] = (1, 4)
+    rounds: int = 5
+
+    @property
+    def tokens(self) -> int:
+        return self.text_length + self.grid**2
+
+
+def measure(sizes: Sizes, peer: Any | None, device: str, log: Log) -> dict[str, Any]:
+    """Rows with milliseconds, tokens a second and the share of the peak, and our speed-ups."""
+    rows: list[dict[str, Any]] = []
+    ratios: list[dict[str, Any]] = []
+    names = libraries() if device == "cpu" else ("GPU",)
+    for batch in sizes.batches:
+        contenders, flops, peaks = _contenders(sizes, batch, peer, device, names)
+        taken = race(contenders, sizes.rounds, device)
+        rates = {name: 2 * SIDE**3 / taken[name] for name in peaks}
+        for name in rates:
+            rows.append({"batch": batch, "name": name, "ms": taken[name] * 1e3, "gflops": rates[name] / 1e9})
+        for name in flops:
+            rate = flops[name] / taken[name]
+            row = {
+                "batch": batch,
+                "name": name,
+                "ms": taken[name] * 1e3,
+                "tokens_per_second": batch * sizes.tokens / taken[name],
+                "gflops": rate / 1e9,
+            }
+            for peak in rates:
+                if peak.startswith("bf16") == ("bf16" in name):
+                    row[f"share of {peak}"] = rate / rates[peak]
+            rows.append(row)
+        for row in rows[-len(rates) - len(flops) :]:
+            log("step  " + "  ".join(f"{k} {v:.3g}" if isinstance(v, float) else str(v) for k, v in row.items()))
+        if peer is not None:
+            for name in flops:
+                if name.startswith("dalle "):
+                    ratio = {"batch": batch, "ours": name, "peer": PEER, "ratio": taken[PEER] / taken[name]}
+                    if name == f"dalle fp32, {names[0]}":
+                        ratio["goal"] = GOALS.get(batch)
+                    ratios.append(ratio)
+    return {"sizes": asdict(sizes), "share_goal": SHARE_GOAL, "rows": rows, "ratios": ratios}
+
+
+def build_prior(sizes: Sizes, **settings: object) -> Prior:
+    """The prior with row and column attention by turns, as the peer has them."""
+    model = PriorModel(
+        layers=sizes.layers,
+        heads=sizes.heads,
+        d_head=sizes.d_head,
+        d_model=sizes.heads * sizes.d_head,
+        grid=sizes.grid,
+        layout="row, column ...",
+        **settings,
+    )
+    return Prior(model, sizes.text_length, sizes.text_vocab, sizes.image_vocab)
+
+
+def build_peer(sizes: Sizes, peer: Any) -> nn.Module:
+    """The peer at our sizes. Its row attention fails without rotary embeddings; tokens are not shifted, as ours."""
+    vae = peer.DiscreteVAE(
+        image_size=8 * sizes.grid, num_layers=3, num_tokens=sizes.image_vocab, codebook_dim=8, hidden_dim=8
+    )
+    model: nn.Module = peer.DALLE(
+        dim=sizes.heads * sizes.d_head,
+        vae=vae,
+        num_text_tokens=sizes.text_vocab,
+        text_seq_len=sizes.text_length,
+        depth=sizes.layers,
+        heads=sizes.heads,
+        dim_head=sizes.d_head,
+        attn_types=("axial_row", "axial_col"),
+        shift_tokens=False,
+    )
+    return model
+
+
+def draw_batch(sizes: Sizes, batch: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Captions (B, T), lengths (B,), images (B, S)."""
+    text = torch.randint(1, sizes.text_vocab, (batch, sizes.text_length), device=device)
+    image = torch.randint(sizes.image_vocab, (batch, sizes.grid**2), device=device)
+    return text, torch.full((batch,), sizes.text_length, device=device), image
+
+
+def ours(prior: Prior, text: Tensor, length: Tensor, image: Tensor) -> Callable[[], Tensor]:
+    """The prior's loss as training takes it."""
+
+    def loss() -> Tensor:
+        found = prior.loss(text, length, image)
+        return found.text / 8 + found.image * 7 / 8
+
+    return loss
+
+
+def step_of(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], object]:
+    """One update of ``model``."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, betas=(0.9, 0.96), weight_decay=4.5e-2, fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss().backward()
+        nn.utils.clip_grad_norm_(parameters, 4.0)
+        optimizer.step()
+
+    return step
+
+
+def _contenders(
+    sizes: Sizes, batch: int, peer: Any | None, device: str, names: tuple[str, ...]
+) -> tuple[dict[str, Contender], dict[str, float], list[str]]:
+    """Contenders, the floating-point operations of the steps among them, and the names of the peaks among them."""
+    text, length, image = draw_batch(sizes, batch, device)
+    prior = build_prior(sizes).to(device)
+    loss = ours(prior, text, length, image)
+
+    def in_16_bit() -> Tensor:
+        with torch.autocast(device, torch.bfloat16):
+            return loss()
+
+    step = step_of(prior, loss)
+    steps = {f"dalle fp32, {name}": Contender(step, fast=name == names[0]) for name in names}
+    steps["dalle bf16 autocast"] = Contender(step_of(prior, in_16_bit))
+    naive = make_naive(build_prior(sizes)).to(device)
+    steps["mask and whole logits"] = Contender(step_of(naive, lambda: naive_loss(naive, text, image)))
+    if peer is not None:
+        model = build_peer(sizes, peer).to(device)
+        steps[PEER] = Contender(step_of(model, lambda: model(text, image, return_loss=True)), fast=False)
+    flops = {name: _flops(contender) for name, contender in steps.items()}
+    peaks = {
+        f"fp32 product, {name}": Contender(square_product(torch.float32, device), fast=name == names[0])
+        for name in names
+    }
+    peaks["bf16 product"] = Contender(square_product(torch.bfloat16, device))
+    return peaks | steps, flops, list(peaks)
+
+
+def _flops(contender: Contender) -> float:
+    with FlopCounterMode(display=False) as counter:
+        contender.work()
+    return float(counter.get_total_flops())

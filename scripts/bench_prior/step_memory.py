@@ -1,0 +1,56 @@
+"""Peak memory of a training step on a CPU, each case in a process of its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from bench_prior import memory
+from bench_prior.naive import make_naive, naive_loss
+from bench_prior.peer import load_peer
+from bench_prior.step import PEER, Sizes, build_peer, build_prior, draw_batch, ours, step_of
+from dalle_cli.training.matmul import fast_matmul
+
+Log = Callable[[str], None]
+CASES = ("dalle", "dalle, resblocks recomputed", "mask and whole logits", PEER)
+
+
+def measure(sizes: Sizes, log: Log) -> dict[str, Any]:
+    """Rows with the megabytes that two steps take beyond what the process held with its model and a batch."""
+    rows: list[dict[str, Any]] = []
+    for batch in sizes.batches:
+        for case in CASES:
+            if case == PEER and load_peer() is None:
+                continue
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                held, peak = pool.apply(_peak, (sizes, batch, case))
+            rows.append({"batch": batch, "name": case, "model_mb": held, "step_mb": peak - held})
+            log(f"memory  batch {batch}  {case:<30} {peak - held:8.0f} MB beside {held:.0f} MB with the model")
+    ratios = [
+        {"batch": row["batch"], "ours": "dalle", "peer": row["name"], "ratio": row["step_mb"] / first["step_mb"]}
+        for row in rows
+        for first in rows
+        if first["batch"] == row["batch"] and first["name"] == "dalle" and row["name"] in CASES[2:]
+    ]
+    return {"sizes": asdict(sizes), "rows": rows, "ratios": ratios}
+
+
+def _peak(sizes: Sizes, batch: int, case: str) -> tuple[float, float]:
+    text, length, image = draw_batch(sizes, batch, "cpu")
+    if case == PEER:
+        model: Any = build_peer(sizes, load_peer())
+        step = step_of(model, lambda: model(text, image, return_loss=True))
+    else:
+        model = build_prior(sizes, checkpoint_resblocks="recomputed" in case)
+        if case.startswith("dalle"):
+            step = step_of(model, ours(model, text, length, image))
+        else:
+            make_naive(model)
+            step = step_of(model, lambda: naive_loss(model, text, image))
+    held = memory.held()
+    with fast_matmul():
+        step()
+        step()
+    return held, memory.peak()
