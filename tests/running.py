@@ -42,7 +42,12 @@ class Done:
 def run(*arguments: object, stdin: str | None = None, timeout: float = 120) -> Done:
     """The real command in its own process."""
     done = subprocess.run(
-        [DALLE, *map(str, arguments)], input=stdin or "", capture_output=True, text=True, env=ENVIRONMENT, timeout=timeout
+        [DALLE, *map(str, arguments)],
+        input=stdin or "",
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=timeout,
     )
     return Done(done.returncode, done.stdout, done.stderr)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from dalle_cli.prior.decode import Decoder
 from dalle_cli.prior.transformer import Prior
 from dalle_cli.recipes.schema import PriorModel, SamplingSettings
-from dalle_cli.sampling.draw import BELOW_ONE, SUMMED_AT_ONCE, draw_tokens, filter_logits, sample_images
+from dalle_cli.sampling.draw import BELOW_ONE, draw_tokens, filter_logits, sample_images
 
 TEXT, TEXT_VOCAB = 3, 5
 
@@ -101,10 +101,9 @@ def test_edges_of_the_uniform(total: float, below: int) -> None:
     assert last * BELOW_ONE * total < total and (1 - below * 2.0**-53) * BELOW_ONE * total < total
 
 
-def test_draws_in_parts_are_those_of_the_whole() -> None:
+def test_draws_from_a_large_vocabulary() -> None:
     generator = torch.Generator().manual_seed(5)
     logits = 3 * torch.randn(5, 7, 8192, generator=generator)
-    assert logits.numel() > 2 * SUMMED_AT_ONCE
     u = uniforms(5, 7)
     found = draw_tokens(logits, u)
     cumulative = np.cumsum(logits.double().softmax(-1).numpy(), axis=-1)

@@ -72,7 +72,7 @@ def _run_on(folder: Path, samples: int) -> dict[str, float]:
     """Tokenize and encode faulty shards; returns the peak memory of each command in MiB."""
     faulty = write_faulty_shards(folder / "data", samples, 0.05)
     settings = smallest_recipe(folder / "run", folder / "data")
-    settings["data"]["filters"] = {"min_side": {"pixels": 8}}
+    settings["data"]["filters"] = {"min_side": 8}
     settings["dvae"]["training"]["workers"] = 1
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(settings))

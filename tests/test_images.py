@@ -217,3 +217,36 @@ def test_the_same_random_numbers_give_the_same_crop() -> None:
     assert (first == again).all()
     with pytest.raises(ValueError, match="RGB"):
         eval_crop(image.convert("L"), 32)
+
+
+def _verified_by_pillow(data: bytes) -> bool:
+    try:
+        Image.open(io.BytesIO(data)).verify()
+    except Exception:
+        return False
+    return True
+
+
+@given(
+    mode=st.sampled_from(["RGB", "RGBA", "L", "P"]),
+    flips=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 7)), max_size=3),
+    cut=st.integers(0, 60),
+    more=st.binary(max_size=12),
+)
+@settings(max_examples=300, deadline=None)
+def test_a_png_is_whole_where_pillow_verifies_it(
+    mode: str, flips: list[tuple[int, int]], cut: int, more: bytes
+) -> None:
+    data = bytearray(encoded(noise_image(7, 5).convert(mode)))
+    for place, bit in flips:
+        data[place % len(data)] ^= 1 << bit
+    damaged = bytes(data[: len(data) - cut]) + more
+    try:
+        decode_image(damaged)
+        whole = True
+    except BadImage:
+        whole = False
+    if not _verified_by_pillow(damaged):
+        assert not whole
+    elif damaged[:8] == b"\x89PNG\r\n\x1a\n":
+        assert whole

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +114,45 @@ def test_blocks_come_in_order_and_errors_come_through() -> None:
         assert list(in_order(_Fails(), blocks, workers)) == [sum(block) for block in blocks]
         with pytest.raises(UserError, match="here"):
             list(in_order(_Fails(), blocks_of(range(90), 3), workers))
+
+
+class _Dies:
+    def __call__(self, block: range) -> int:
+        if block.start == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return sum(block)
+
+
+def test_a_worker_that_is_killed_is_one_line() -> None:
+    with pytest.raises(UserError, match="a worker process was killed"):
+        list(in_order(_Dies(), blocks_of(range(12), 3), 2))
+
+
+def _runs(process: int) -> bool:
+    """Whether it is there and no zombie, which only waits for whoever adopted it."""
+    done = subprocess.run(["ps", "-o", "stat=", "-p", str(process)], capture_output=True, text=True)
+    return not done.stdout.strip().startswith("Z") and bool(done.stdout.strip())
+
+
+def test_a_killed_run_leaves_no_worker() -> None:
+    code = (
+        "import os, time\n"
+        "from dalle_cli.data.workers import blocks_of, in_order\n"
+        "def slow(block):\n"
+        "    print(os.getpid(), flush=True)\n"
+        "    time.sleep(60)\n"
+        "list(in_order(slow, blocks_of(range(4), 1), 2))\n"
+    )
+    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    workers = [int(run.stdout.readline()) for _ in range(2)]
+    run.kill()
+    run.wait()
+    for _ in range(100):
+        time.sleep(0.1)
+        if not any(_runs(worker) for worker in workers):
+            return
+    raise AssertionError(f"still running: {workers}")
 
 
 # --- The command

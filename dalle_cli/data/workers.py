@@ -62,8 +62,9 @@ def in_order(function: Callable[[range], T], blocks: Sequence[range], workers: i
             raise UserError(
                 f"a worker process was killed, perhaps for want of memory; give less than --workers {workers}"
             ) from None
-        finally:
+        except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def blocks_of(rows: range, size: int) -> list[range]:
@@ -75,7 +76,8 @@ def _start(function: Callable[[Any], Any], parent: int) -> None:
     global _function
     _function = function
     threadpool_limits(1)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ctrl-C ends it at once; what to say is the first process's to know
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ctrl-C ends it at once; the first process says so
     Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 

@@ -15,9 +15,6 @@ from torch import Tensor
 from dalle_cli.prior.decode import Decoder, Prefix
 from dalle_cli.recipes.schema import SamplingSettings
 
-SUMMED_AT_ONCE = 2**17
-"""Probabilities whose running sums are held at once: 1 MB of them, which the CPU's allocator gives again and again,
-where a larger piece would be fetched from the system, and cleared, at each step."""
 BELOW_ONE = 1 - 2.0**-52
 """The largest uniform number times this, times any sum, rounds to less than the sum."""
 
@@ -58,16 +55,9 @@ def draw_tokens(logits: Tensor, uniforms: Tensor) -> Tensor:
 
     A token of probability 0 is never drawn.
     """
-    classes = logits.shape[-1]
-    rows = max(1, SUMMED_AT_ONCE // classes)
-    parts = zip(logits.reshape(-1, classes).split(rows), uniforms.reshape(-1, 1).split(rows), strict=True)
-    return torch.cat([_inverse_cdf(*part) for part in parts]).view(uniforms.shape)
-
-
-def _inverse_cdf(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """Tokens (B, 1) of distributions (B, V) at uniform numbers (B, 1)."""
     cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
-    return torch.searchsorted(cumulative, uniforms.double() * BELOW_ONE * cumulative[:, -1:], right=True)
+    threshold = uniforms.double()[..., None] * BELOW_ONE * cumulative[..., -1:]
+    return torch.searchsorted(cumulative, threshold, right=True)[..., 0]
 
 
 @torch.inference_mode()

@@ -187,7 +187,8 @@ class PartWriter:
         lines = []
         for key, reason in skipped:
             lines.append(json.dumps({"key": key, "reason": reason}) + "\n")
-            kind = reason if reason in counts or len(counts) < MOST_REASONS else OTHER_REASONS
+            kind = reason.partition(" (")[0]  # what stands in brackets is of this sample alone
+            kind = kind if kind in counts or len(counts) < MOST_REASONS else OTHER_REASONS
             counts[kind] = counts.get(kind, 0) + 1
         with explain_os_errors(self.path):
             if lines:

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,20 @@ def log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def parts(device: str, with_peer: bool) -> dict[str, Callable[[], dict[str, Any]]]:
+def parts(device: str, with_peer: bool, quick: bool) -> dict[str, Callable[[], dict[str, Any]]]:
     """What can be measured, by name."""
     peer = load_peer() if with_peer else None
+    attention_sizes, step_sizes = attention.Sizes(), step.Sizes()
+    if quick:
+        attention_sizes = replace(attention_sizes, batches=(1,), rounds=2)
+        step_sizes = replace(step_sizes, batches=(1,), rounds=1)
     return {
-        "attention": lambda: attention.measure(attention.Sizes(), device, log),
-        "step": lambda: step.measure(step.Sizes(), peer, device, log),
-        "step-memory": lambda: step_memory.measure(step.Sizes(), log),
+        "attention": lambda: attention.measure(attention_sizes, device, log),
+        "step": lambda: step.measure(step_sizes, peer, device, log),
+        "step-memory": lambda: step_memory.measure(step_sizes, log),
         "quickstart": lambda: quickstart.measure(log),
         "sampling": lambda: sampling.measure(sampling.Sizes(), peer, log),
-        "sampling-memory": lambda: {"rows": sampling_memory.measure(sampling.Sizes(), log), "ratios": []},
+        "sampling-memory": lambda: sampling_memory.measure(sampling.Sizes(), log),
     }
 
 
@@ -43,13 +48,14 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="CPU threads [all]")
     parser.add_argument("--no-peer", action="store_true", help="leave dalle-pytorch out")
+    parser.add_argument("--quick", action="store_true", help="attention and step at batch 1, to see that they run")
     parser.add_argument("--out", type=Path, default=Path("benchmarks"), help="folder of the results [benchmarks]")
     given = parser.parse_args()
     if given.threads is not None:
         torch.set_num_threads(given.threads)
     if given.device == "cpu":
         keep_freed_memory()  # as ``dalle`` does on a CPU; it helps all contenders alike
-    known = parts(given.device, not given.no_peer)
+    known = parts(given.device, not given.no_peer, given.quick)
     wanted = given.parts or [name for name in known if given.device == "cpu" or name not in ON_CPU_ONLY]
     for name in wanted:
         if name not in known or (given.device == "cuda" and name in ON_CPU_ONLY):

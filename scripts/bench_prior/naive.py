@@ -29,7 +29,7 @@ def make_naive(prior: Prior) -> Prior:
     for block in prior.resblocks:
         if isinstance(block, AttentionResblock):
             mask = mask_of(block.kind, block.text_length, block.grid, block.conv_kernel)
-            block.branch = _branch(block, mask.to(block.qkv.weight.device))  # type: ignore[method-assign]
+            setattr(block, "branch", _branch(block, mask.to(block.qkv.weight.device)))  # noqa: B010
     return prior
 
 
@@ -44,10 +44,11 @@ def naive_loss(prior: Prior, text: Tensor, image: Tensor) -> Tensor:
 
 
 def _branch(block: AttentionResblock, mask: Tensor) -> Callable[[Tensor], Tensor]:
+    norm, qkv, out = block.norm, block.qkv, block.out
+
     def branch(x: Tensor) -> Tensor:
-        q, k, v = block.heads_of(x)
+        q, k, v = qkv(norm(x)).unflatten(-1, (3, block.heads, -1)).transpose(1, 3).unbind(2)
         scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~mask, -math.inf)
-        mixed: Tensor = scores.softmax(-1) @ v
-        return block.out(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        return out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
     return branch

@@ -6,34 +6,42 @@ The last tokens of an image are drawn behind a prefix of all others: then the ca
 from __future__ import annotations
 
 import multiprocessing
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
+from bench_prior import memory
 from bench_prior.sampling import Log, Sizes, build_prior
 from dalle_cli.prior.decode import Decoder
 from dalle_cli.prior.packed import Precision
 from dalle_cli.recipes.schema import SamplingSettings
 from dalle_cli.sampling.draw import draw_tokens, sample_images
 
+ANEW = "stream computed anew"
 LAST = 3
 """Tokens drawn."""
 
 
-def measure(sizes: Sizes, log: Log) -> list[dict[str, Any]]:
-    """Megabytes beyond what the process held with its model ready, and of the model."""
-    rows = []
+def measure(sizes: Sizes, log: Log) -> dict[str, Any]:
+    """Rows with the megabytes that sampling takes beyond what the process held with its model ready."""
+    rows: list[dict[str, Any]] = []
     for batch in (8, 64):
         for precision in ("fp32", "bf16", None):
             if precision is None and batch > 8:
                 continue  # 64 streams computed anew do not fit an ordinary machine's memory
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 held, peak = pool.apply(_peak, (sizes, precision, batch))
-            name = f"dalle {precision}, caches" if precision else "stream computed anew"
+            name = f"dalle {precision}, caches" if precision else ANEW
             rows.append({"name": name, "batch": batch, "model_mb": held, "sampling_mb": peak - held})
             log(f"memory    batch {batch:>2}  {name:<42} {peak - held:>9.0f} MB beside {held:.0f} MB with the model")
-    return rows
+    anew = next(row["sampling_mb"] for row in rows if row["name"] == ANEW)
+    ratios = [
+        {"batch": row["batch"], "ours": row["name"], "peer": ANEW, "ratio": anew / row["sampling_mb"]}
+        for row in rows
+        if row["name"] != ANEW and row["batch"] == 8
+    ]
+    return {"sizes": asdict(sizes), "rows": rows, "ratios": ratios}
 
 
 def _peak(sizes: Sizes, precision: Precision | None, batch: int) -> tuple[float, float]:
@@ -42,7 +50,7 @@ def _peak(sizes: Sizes, precision: Precision | None, batch: int) -> tuple[float,
     prefix = torch.zeros(1, sizes.image_length - LAST, dtype=torch.int64)
     uniforms = torch.rand(1, batch, sizes.image_length, dtype=torch.float64)
     if precision is None:
-        held = _held()
+        held = memory.held()
         image = torch.zeros(batch, sizes.image_length, dtype=torch.int64)
         with torch.inference_mode():
             for position in range(sizes.image_length - LAST, sizes.image_length):
@@ -51,18 +59,6 @@ def _peak(sizes: Sizes, precision: Precision | None, batch: int) -> tuple[float,
     else:
         decoder = Decoder(prior, precision)
         del prior
-        held = _held()
+        held = memory.held()
         sample_images(decoder, text_ids, batch, uniforms, SamplingSettings(batch_size=batch), prefix)
-    return held, _status("VmHWM")
-
-
-def _held() -> float:
-    """Megabytes held now; the peak is counted anew from here."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def _status(field: str) -> float:
-    """Megabytes, of this process, as Linux counts them."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+    return held, memory.peak()
