@@ -121,6 +121,11 @@ def test_paper_windows() -> None:
     assert (conv_windows.blocks, conv_windows.queries, conv_windows.keys) == (16, 64, 256)
 
 
+def test_descriptions() -> None:
+    assert attention.describe_attention("row", 256, 32, 11) == "blocks of 32 queries x (256 text + 64 image)"
+    assert attention.describe_attention("full", 256, 32, 11) == "dense, by scaled_dot_product_attention"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_is_close(kind: AttentionKind, dtype: torch.dtype) -> None:
@@ -172,7 +177,7 @@ class Shapes(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_is_quadratic_in_the_stream(kind: AttentionKind) -> None:
-    text, grid, kernel = 7, 9, 3
+    text, grid, kernel = 7, 17 if kind == "full" else 9, 3
     stream, image = text + grid * grid, grid * grid
     window_bias.cache_clear()
     with Shapes() as shapes:

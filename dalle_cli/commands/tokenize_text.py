@@ -44,9 +44,9 @@ def command(
 
     share = parse_shard(shard)
     settings = read_recipe(recipe, set_, data)
-    places = folders(settings)
+    places, source = folders(settings), read_source(settings)
     words = Tokenizer.load(tokenizer or places.tokenizer)
-    made = tokenize_source(settings, read_source(settings), words, tokens or places.tokens, share)
+    made = tokenize_source(settings, source, words, tokens or places.tokens, share)
     limit, done = settings.tokenizer.text_length, {"truncate": "cut", "refuse": "refused"}[settings.tokenizer.overlong]
     log(
         f"{made.path}: {made.rows} pictures, {made.captions} captions, {made.skipped} pictures skipped, "

@@ -96,7 +96,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:
@@ -152,4 +152,6 @@ def _resized_square(image: Image.Image, left: int, top: int, side: int) -> NDArr
     box = (left, top, left + short, top + short)
     if image.mode != "RGB":
         raise ValueError(f"an RGB image is wanted, not {image.mode}")
+    if image.size == (side, side):  # what Pillow would copy
+        return np.asarray(image)
     return np.asarray(image.resize((side, side), method, box=box))

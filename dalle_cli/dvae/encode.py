@@ -15,7 +15,7 @@ from dalle_cli.dvae.likelihood import phi, reconstruct
 from dalle_cli.dvae.model import DVAE
 from dalle_cli.dvae.train import load_dvae
 from dalle_cli.progress import progress
-from dalle_cli.recipes.schema import Recipe
+from dalle_cli.recipes.schema import DOWNSAMPLING, Recipe
 from dalle_cli.stores.checkpoint import Checkpoint
 from dalle_cli.stores.shards import WHOLE, Shard
 from dalle_cli.stores.tokens import ROWS_PER_SHARD, PartWriter
@@ -33,16 +33,21 @@ which then take 3 GB)."""
 def encode_pictures(model: DVAE, pictures: Tensor, eps: float) -> Tensor:
     """(B, S, S, 3) uint8 -> tokens (B, S / 8, S / 8) int64, the likeliest code at each place."""
     _, height, width, _ = pictures.shape
-    at_once = max(1, MOST_ACTIVATIONS // (height * width * model.settings.n_hid))
-    parts = [model.encode_tokens(phi(part.permute(0, 3, 1, 2), eps)) for part in pictures.split(at_once)]
-    return torch.cat(parts)
+    together = _at_once(model, height, width)
+    return torch.cat([model.encode_tokens(phi(part.permute(0, 3, 1, 2), eps)) for part in pictures.split(together)])
 
 
 @torch.no_grad()
 def decode_pictures(model: DVAE, tokens: Tensor, eps: float) -> Tensor:
     """Tokens (B, h, w) int64 -> pictures (B, 8 h, 8 w, 3) uint8: the likelihood's median, phi^-1(sigmoid(mu))."""
-    mu, _ = model.decode_tokens(tokens)
-    return reconstruct(mu, eps).round().to(torch.uint8).permute(0, 2, 3, 1)
+    _, rows, columns = tokens.shape
+    parts = tokens.split(_at_once(model, DOWNSAMPLING * rows, DOWNSAMPLING * columns))
+    pictures = [reconstruct(model.decode_tokens(part)[0], eps).round().to(torch.uint8) for part in parts]
+    return torch.cat(pictures).permute(0, 2, 3, 1)
+
+
+def _at_once(model: DVAE, height: int, width: int) -> int:
+    return max(1, MOST_ACTIVATIONS // (height * width * model.settings.n_hid))
 
 
 def encode_blocks(model: DVAE, blocks: Iterable[Block], eps: float) -> Iterator[tuple[Block, np.ndarray]]:

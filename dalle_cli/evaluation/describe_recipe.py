@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from dalle_cli.dvae.model import DVAE
+from dalle_cli.prior.attention import describe_attention
 from dalle_cli.prior.transformer import Prior
 from dalle_cli.recipes.layout import KINDS
 from dalle_cli.recipes.schema import Adam, LearningRate, Recipe, Training
+from dalle_cli.training.matmul import fast_matmul
 
 BYTES_16, BYTES_32 = 2, 4
 _PIECES = 4
@@ -65,6 +67,8 @@ def _prior(recipe: Recipe) -> dict[str, Any]:
     kinds = model.attention_kinds()
     layers = {kind: [i for i, own in enumerate(kinds, start=1) if own == kind] for kind in KINDS}
     rank = stage.powersgd.rank
+    with fast_matmul() as library:
+        pass
     return {
         "parameters": {"total": total, "effective": matrices, "other": total - matrices},
         "layers": model.layers,
@@ -73,6 +77,12 @@ def _prior(recipe: Recipe) -> dict[str, Any]:
         "d_model": model.d_model,
         "attention": {kind: compact(numbers) for kind, numbers in layers.items() if numbers},
         "attention_of_each_layer": list(kinds),
+        "attention_as": {
+            kind: describe_attention(kind, recipe.tokenizer.text_length, model.grid, model.conv_kernel)
+            for kind, numbers in layers.items()
+            if numbers
+        },
+        "cpu_matmul": library,
         "weight_bytes": {
             "resblock_matrices_16_bit": matrices * BYTES_16,
             "others_32_bit": (total - matrices) * BYTES_32,

@@ -191,7 +191,11 @@ def _recipe(found: dict[str, Any]) -> list[Table]:
                 ("  other", f"{number(counts['other'])}: embeddings, unembeddings, biases, gains"),
                 ("layers", prior["layers"]),
                 ("d_model", f"{prior['heads']} heads x {prior['d_head']} = {prior['d_model']}"),
-                *((f"  {kind} attention", f"layers {layers}") for kind, layers in prior["attention"].items()),
+                *(
+                    (f"  {kind} attention", f"layers {layers}: {prior['attention_as'][kind]}")
+                    for kind, layers in prior["attention"].items()
+                ),
+                ("matmul on this CPU", f"{prior['cpu_matmul']}, in 32 bit"),
                 (
                     "weights",
                     f"{size(weights['total'])}: {size(weights['resblock_matrices_16_bit'])} of matrices in 16 bit, "

@@ -30,8 +30,9 @@ from dalle_cli.prior.windows import Windows, window_bias
 from dalle_cli.recipes.layout import AttentionKind
 
 SMALL_IMAGE = 64
-"""Up to this many image tokens one block is as fast as many: small products are bound by their number. It is also where
-``full`` attention is left to PyTorch."""
+"""Up to this many image tokens one block is as fast as many: small products are bound by their number."""
+DENSE_IMAGE = 256
+"""Up to this many, one block is also faster than PyTorch's dense attention for ``full``."""
 CHUNK = 2**20
 """About so many weights are worked on at a time on a CPU, so that they stay in its cache."""
 
@@ -62,11 +63,19 @@ def attend(kind: AttentionKind, qkv: Tensor, text_length: int, grid: int, conv_k
     """
     if qkv.shape[1] != text_length + grid * grid:
         raise ValueError(f"stream of {qkv.shape[1]} positions is not {text_length} text + {grid} x {grid} image")
-    if kind == "full" and grid * grid > SMALL_IMAGE:
+    if kind == "full" and grid * grid > DENSE_IMAGE:
         q, k, v = qkv.transpose(1, 3).unbind(2)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
     pattern = Pattern(text_length, windows_of(kind, grid, conv_kernel), by_column=kind == "column")
     return SparseAttention.apply(qkv, pattern)  # type: ignore[no-any-return]
+
+
+def describe_attention(kind: AttentionKind, text_length: int, grid: int, conv_kernel: int) -> str:
+    """How ``attend`` computes one kind, in words."""
+    if kind == "full" and grid * grid > DENSE_IMAGE:
+        return "dense, by scaled_dot_product_attention"
+    windows = windows_of(kind, grid, conv_kernel)
+    return f"blocks of {windows.queries} queries x ({text_length} text + {windows.keys} image)"
 
 
 @lru_cache(maxsize=256)

@@ -6,9 +6,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from queue import Queue
-from threading import Thread
-from typing import TypeVar
 
 from dalle_cli.data.filters import caption_identity, keep_captions
 from dalle_cli.data.sources import BadSample, Source
@@ -19,8 +16,7 @@ from dalle_cli.stores.shards import WHOLE, Shard
 from dalle_cli.stores.tokens import ROWS_PER_SHARD, PartWriter
 from dalle_cli.text.bpe import Tokenizer, train_bpe
 from dalle_cli.text.rows import CaptionEncoder, TextRows
-
-T = TypeVar("T")
+from dalle_cli.training.ahead import ahead
 
 
 @dataclass(frozen=True)
@@ -43,7 +39,7 @@ def train_tokenizer(recipe: Recipe, source: Source, out: Path) -> Tokenizer:
     with progress("train-tokenizer", len(source), "samples") as bar:
 
         def captions() -> Iterator[str]:
-            for block in _ahead(_read(source, range(len(source)), recipe.data.filters)):
+            for block in ahead(_read(source, range(len(source)), recipe.data.filters), 1):
                 yield from chain.from_iterable(block.captions)
                 bar.advance(len(block.keys))
             bar.say("train-tokenizer: all captions read; merging")
@@ -79,7 +75,7 @@ def tokenize_source(recipe: Recipe, source: Source, tokenizer: Tokenizer, out: P
     if not writer.complete:
         encoder = CaptionEncoder(tokenizer, settings, recipe.seed)
         # While a block is written, the next is encoded and the one after it read.
-        blocks = _ahead(_encode(encoder, _ahead(_read(source, todo, recipe.data.filters))))
+        blocks = ahead(_encode(encoder, ahead(_read(source, todo, recipe.data.filters), 1)), 1)
         with progress("tokenize-text", writer.rows + len(todo), "pictures", writer.rows) as bar:
             for block, found in blocks:
                 both = zip(block.keys, block.reasons, found.reasons, strict=True)
@@ -139,22 +135,3 @@ def _read(source: Source, rows: range, filters: Filters) -> Iterator[_Block]:
 def _encode(encoder: CaptionEncoder, blocks: Iterable[_Block]) -> Iterator[tuple[_Block, TextRows]]:
     for block in blocks:
         yield block, encoder.rows(block.captions, block.first_row)
-
-
-def _ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items, made by a thread while earlier ones are in use. It ends with the program, come what may."""
-    made: Queue[T | BaseException | None] = Queue(1)
-
-    def make() -> None:
-        try:
-            for item in items:
-                made.put(item)
-            made.put(None)
-        except BaseException as error:
-            made.put(error)
-
-    Thread(target=make, daemon=True).start()
-    while (item := made.get()) is not None:
-        if isinstance(item, BaseException):
-            raise item
-        yield item
