@@ -108,11 +108,11 @@ class Pattern:
     by_column: bool
 
     def load(self, x: Tensor) -> Tensor:
-        """(B, T + S, H, D) -> B * H contiguous streams (B * H, T + S, D)."""
-        streams = x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3])
-        for to, of in zip(self._parts(streams.transpose(1, 2), False), self._parts(x, self.by_column), strict=True):
+        """(..., B, T + S, H, D) -> contiguous streams (..., B * H, T + S, D)."""
+        streams = x.new_empty(x.transpose(-3, -2).shape)
+        for to, of in zip(self._parts(streams.transpose(-3, -2), False), self._parts(x, self.by_column), strict=True):
             to.copy_(of)
-        return streams.flatten(0, 1)
+        return streams.flatten(-4, -3)
 
     def store(self, streams: Tensor, x: Tensor) -> None:
         """Write ``streams`` (B * H, T + S, D) to ``x`` (B, T + S, H, D)."""
@@ -121,10 +121,10 @@ class Pattern:
             to.copy_(of)
 
     def _parts(self, x: Tensor, by_column: bool) -> tuple[Tensor, Tensor]:
-        """Views of the text (B, H, T, D) and the image (B, H, grid, grid, D) of x (B, T + S, H, D)."""
-        text, image = x.transpose(1, 2).tensor_split([self.text_length], 2)
-        image = image.unflatten(2, (self.windows.grid, self.windows.grid))
-        return text, image.transpose(2, 3) if by_column else image
+        """Views of the text (..., H, T, D) and the image (..., H, grid, grid, D) of x (..., T + S, H, D)."""
+        text, image = x.transpose(-3, -2).tensor_split([self.text_length], -2)
+        image = image.unflatten(-2, (self.windows.grid, self.windows.grid))
+        return text, image.transpose(-3, -2) if by_column else image
 
     def scores(self, q: Tensor, k: Tensor) -> Weights:
         """q k^T."""
@@ -181,7 +181,7 @@ class SparseAttention(torch.autograd.Function):
         out = torch.empty_like(qkv[:, :, 0])
         kept: list[Tensor] = []
         for part in _chunks(qkv, pattern):
-            q, k, v = (pattern.load(x) for x in qkv[part].unbind(2))
+            q, k, v = pattern.load(qkv[part].movedim(2, 0))
             weights = pattern.softmax_(pattern.scores(q.mul_(_scale(q)), k))
             pattern.store(pattern.mix(weights, v), out[part])
             if ctx.needs_input_grad[0]:

@@ -48,9 +48,10 @@ class Windows:
             return image.reshape(-1, self.keys, image.shape[-1])
         n, _, width = image.shape
         rows = image.unflatten(1, (self.grid, self.grid))
-        windows = image.new_zeros(n, self.blocks, self.above + self.rows, self.grid, width)
+        windows = image.new_empty(n, self.blocks, self.above + self.rows, self.grid, width)
         windows[:, :, self.above :] = rows.unflatten(1, (self.blocks, self.rows))
         for place, blocks, seen in self._rows_above():
+            windows[:, : blocks.start, place] = 0
             windows[:, blocks, place] = rows[:, seen]
         return windows.view(n * self.blocks, self.keys, width)
 
