@@ -108,6 +108,7 @@ class PartWriter:
                     f"now {value!r}; choose another --tokens, or delete the store to begin again"
                 )
         self.state: dict[str, Any] = state
+        self._opened: dict[str, Any] = {}
         other: Part = "image" if part == "text" else "text"
         self._other_rows = int(attributes.get(other, {}).get("rows", 0))
         self.keys_from_other = attributes.get("keys_by", part) != part
@@ -215,11 +216,11 @@ class PartWriter:
         import zarr
 
         rows = self.rows + len(values)
-        # To look for empty chunks takes as long as to write them; only versions have many.
-        with zarr.config.set({"array.write_empty_chunks": name not in BY_VERSION}):
-            if name not in self.group:
-                return self._new_array(name, values)
-            array = self.group[name]
+        if name not in self._opened:
+            # To look for empty chunks takes as long as to write them; only versions have many.
+            with zarr.config.set({"array.write_empty_chunks": name not in BY_VERSION}):
+                self._opened[name] = self.group[name] if name in self.group else self._new_array(name, values)
+        array = self._opened[name]
         shape = (rows, *map(max, array.shape[1:], values.shape[1:]))
         if array.shape != shape:
             array.resize(shape)
