@@ -21,8 +21,8 @@ from dalle_cli.dvae.objective import (
     validation_metrics,
 )
 from dalle_cli.dvae.train import DvaeTask
+from dalle_cli.randomness import torch_generator
 from dalle_cli.recipes.schema import DvaeModel, Recipe
-from dalle_cli.training.randomness import torch_generator
 
 SMALL = DvaeModel(n_hid=8, n_init=6, blocks_per_group=1, codebook_size=16)
 EPS = 0.1

@@ -14,8 +14,8 @@ from dalle_cli.dvae.likelihood import phi
 from dalle_cli.dvae.model import DVAE
 from dalle_cli.dvae.objective import dvae_loss, log_likelihood, validation_metrics
 from dalle_cli.dvae.relaxation import kl_to_uniform
+from dalle_cli.randomness import torch_generator
 from dalle_cli.recipes.schema import DvaeModel
-from dalle_cli.training.randomness import torch_generator
 
 EPS, FLOOR, BETA = 0.1, -2.0, 1.7
 POSITIONS = 2

@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 
 from dalle_cli.dvae.relaxation import gumbel_softmax, kl_to_uniform, marginal_kl, reinforce_surrogate, sample_tokens
-from dalle_cli.training.randomness import numpy_generator, stream_seed, torch_generator
+from dalle_cli.randomness import numpy_generator, stream_seed, torch_generator
 
 PROBABILITIES = [0.05, 0.4, 0.25, 0.3]
 

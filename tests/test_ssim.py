@@ -10,7 +10,7 @@ import torch
 from scipy import ndimage
 
 from dalle_cli.dvae.ssim import ssim
-from dalle_cli.training.randomness import numpy_generator
+from dalle_cli.randomness import numpy_generator
 
 
 def naive(a: np.ndarray, b: np.ndarray) -> float:

@@ -38,6 +38,7 @@ from dalle_cli.data.shapes import make_shapes
 from dalle_cli.data.sources import open_source
 from dalle_cli.errors import UserError
 from dalle_cli.prior.train import PriorTask
+from dalle_cli.randomness import stream_seed
 from dalle_cli.recipes.load import load_recipe
 from dalle_cli.recipes.schema import DataSettings, Filters, Recipe, TokenizerSettings
 from dalle_cli.stores.merge import merge_store
@@ -49,7 +50,6 @@ from dalle_cli.text.ragged import Ragged
 from dalle_cli.text.rows import CaptionEncoder
 from dalle_cli.text.tokenize import tokenize_source, train_tokenizer
 from dalle_cli.training.order import BatchOrder
-from dalle_cli.training.randomness import stream_seed
 
 MASK = 2**64 - 1
 

@@ -22,11 +22,11 @@ from dalle_cli.dvae.objective import dvae_loss
 from dalle_cli.dvae.train import DvaeTask
 from dalle_cli.errors import UserError
 from dalle_cli.prior.train import PriorTask, TokenBatch, build_prior
+from dalle_cli.randomness import numpy_generator, torch_generator
 from dalle_cli.recipes.schema import Adam, LearningRate, Ramp, Recipe
 from dalle_cli.training.loop import Run, Task
 from dalle_cli.training.order import BatchOrder, split_holdout
 from dalle_cli.training.pictures import TrainingPictures
-from dalle_cli.training.randomness import numpy_generator, torch_generator
 from dalle_cli.training.schedules import Plateau, learning_rate, ramp
 from dalle_cli.training.state import TrainingState
 

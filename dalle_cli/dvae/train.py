@@ -19,13 +19,13 @@ from dalle_cli.dvae.likelihood import phi, reconstruct
 from dalle_cli.dvae.model import DVAE
 from dalle_cli.dvae.objective import dvae_loss, merge_metrics, validation_metrics
 from dalle_cli.errors import UserError
+from dalle_cli.randomness import torch_generator
 from dalle_cli.recipes.schema import Recipe
 from dalle_cli.stores.checkpoint import Checkpoint, Kind
 from dalle_cli.training.loop import Run
 from dalle_cli.training.order import split_holdout
 from dalle_cli.training.parallel import ALONE, Group, join_group
 from dalle_cli.training.pictures import TrainingPictures, cut_picture
-from dalle_cli.training.randomness import torch_generator
 from dalle_cli.training.schedules import ramp
 
 VALIDATION_BATCH = 64

@@ -17,12 +17,12 @@ from dalle_cli.dvae.objective import codebook_perplexity, dead_codes, validation
 from dalle_cli.dvae.train import load_dvae
 from dalle_cli.evaluation.montage import Picture, Row, contact_sheet, side_by_side
 from dalle_cli.evaluation.oracle_accuracy import Pool, claim_of, group_of, load_picture
+from dalle_cli.randomness import torch_generator
 from dalle_cli.recipes.schema import Recipe
 from dalle_cli.stores.checkpoint import Checkpoint
 from dalle_cli.stores.tokens import ROWS_PER_SHARD, TokenReader
 from dalle_cli.training.order import split_holdout
 from dalle_cli.training.pictures import cut_picture
-from dalle_cli.training.randomness import torch_generator
 
 CAPTIONS = 12
 OTHERS = 7

@@ -31,10 +31,10 @@ from dalle_cli.precision.scaling import GradientScaling
 from dalle_cli.prior.train import read_tokens
 from dalle_cli.prior.transformer import Prior, Resblock
 from dalle_cli.progress import log, progress
+from dalle_cli.randomness import numpy_generator
 from dalle_cli.recipes.schema import PriorModel, PriorObjective, PriorSettings
 from dalle_cli.stores.files import write_atomically, write_json
 from dalle_cli.stores.tokens import TokenReader
-from dalle_cli.training.randomness import numpy_generator
 
 ALL_HALF = "all fp16, one scale"
 VARIANTS = {"fp32": GREY, "plain fp16": ORANGE, ALL_HALF: VIOLET, "one scale": BLUE, "scale per resblock": GREEN}

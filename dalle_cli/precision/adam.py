@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dalle_cli.precision.formats import MEAN, VARIANCE, round_stochastically
-from dalle_cli.training.randomness import torch_generator
+from dalle_cli.randomness import torch_generator
 
 MAX_VARIANCE = 5.0
 """The running variance is clipped here before it is used (paper, appendix B.2)."""

@@ -25,13 +25,13 @@ from dalle_cli.errors import UserError
 from dalle_cli.prior.decode import Decoder
 from dalle_cli.prior.train import load_prior
 from dalle_cli.progress import progress
+from dalle_cli.randomness import numpy_generator
 from dalle_cli.recipes.schema import SamplingSettings
 from dalle_cli.sampling.draw import sample_images
 from dalle_cli.stores.checkpoint import Checkpoint, check_belongs
 from dalle_cli.stores.files import explain_os_errors, new_directory
 from dalle_cli.text.bpe import Tokenizer
 from dalle_cli.training.device import choose_device, explain_out_of_memory, limit_threads
-from dalle_cli.training.randomness import numpy_generator
 
 STORE = "samples.zarr"
 

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from dalle_cli.randomness import SPLITMIX_STEP, splitmix64
 from dalle_cli.text.ragged import Ragged, running_total, spans
-from dalle_cli.training.randomness import SPLITMIX_STEP, splitmix64
 
 NEVER = np.int32(2**20)
 """Rank of a pair of symbols that is never merged; a vocabulary has fewer merges."""

@@ -10,11 +10,11 @@ from itertools import chain
 
 import numpy as np
 
+from dalle_cli.randomness import SPLITMIX_STEP, splitmix64, stream_seed
 from dalle_cli.recipes.schema import TokenizerSettings
 from dalle_cli.text.bpe import Tokenizer
 from dalle_cli.text.dropout import BpeDropout
 from dalle_cli.text.ragged import Ragged, running_total, spans
-from dalle_cli.training.randomness import SPLITMIX_STEP, splitmix64, stream_seed
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from functools import lru_cache
 import numpy as np
 
 from dalle_cli.errors import UserError
-from dalle_cli.training.randomness import numpy_generator, splitmix64
+from dalle_cli.randomness import numpy_generator, splitmix64
 
 WINDOW = 2**18
 """Rows are shuffled within windows of so many consecutive rows of the source and windows among themselves, so that a

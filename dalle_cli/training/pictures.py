@@ -15,9 +15,9 @@ from dalle_cli.data.filters import picture_refusal
 from dalle_cli.data.images import BadImage, decode_image, eval_crop, train_crop
 from dalle_cli.data.sources import BadSample, Source
 from dalle_cli.errors import UserError
+from dalle_cli.randomness import numpy_generator
 from dalle_cli.recipes.schema import DataSettings
 from dalle_cli.training.order import BatchOrder
-from dalle_cli.training.randomness import numpy_generator
 
 PREFETCH = 4
 """Batches that each worker prepares ahead."""

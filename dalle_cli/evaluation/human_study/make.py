@@ -18,8 +18,8 @@ from dalle_cli.evaluation.human_study.captions import read_captions
 from dalle_cli.evaluation.human_study.study import KEY, PICTURES, SIDES, STUDY, Item, Key, KeyItem, Side, Study
 from dalle_cli.evaluation.human_study.systems import System, check_same_captions, read_system
 from dalle_cli.progress import log, progress
+from dalle_cli.randomness import numpy_generator, stream_seed
 from dalle_cli.stores.files import new_directory, write_atomically
-from dalle_cli.training.randomness import numpy_generator, stream_seed
 
 PAIRS_PER_CHECK, LEAST_CHECKS = 10, 4
 

@@ -18,7 +18,7 @@ from types import TracebackType
 
 from dalle_cli.errors import UserError
 from dalle_cli.evaluation.human_study.study import QUESTIONS, VOTES, Item, Question, Side, Study
-from dalle_cli.training.randomness import numpy_generator
+from dalle_cli.randomness import numpy_generator
 
 LONGEST_NAME = 64
 _TABLES = """
