@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from dalle_cli.evaluation.oracle_accuracy import Accuracy, Share
 
 BLUE, GREEN, ORANGE, VIOLET, GREY = "#2563a8", "#0e8a68", "#c45410", "#7a4ea3", "#6b7280"
-_STYLE = {
+STYLE = {
     "figure.figsize": (4.8, 3.0),
     "figure.dpi": 200,
     "figure.constrained_layout.use": True,
@@ -41,7 +41,7 @@ Curve = tuple[str, str, str]
 
 def loss_curves(metrics: Sequence[Mapping[str, Any]], curves: Sequence[Curve], unit: str) -> bytes | None:
     """Metrics over updates; None where the run has none of these."""
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots()
         for name, label, colour in curves:
             points = [(line["step"], line[name]) for line in metrics if name in line and math.isfinite(line[name])]
@@ -57,13 +57,13 @@ def loss_curves(metrics: Sequence[Mapping[str, Any]], curves: Sequence[Curve], u
         axes.set_xlabel("updates")
         axes.set_ylabel(unit)
         axes.legend()
-        return _png(figure)
+        return figure_png(figure)
 
 
 def codebook_histogram(counts: NDArray[np.int64], perplexity: float) -> bytes:
     """Share of each code among all tokens, most used first, on a log scale; ``counts`` (K,)."""
     used = np.sort(counts[counts > 0])[::-1]
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots()
         places = np.arange(1, len(used) + 1)
         axes.fill_between(places, used / counts.sum(), step="mid", color=BLUE, alpha=0.25, linewidth=0)
@@ -78,12 +78,12 @@ def codebook_histogram(counts: NDArray[np.int64], perplexity: float) -> bytes:
         axes.set_xlabel("codes, most used first")
         axes.set_ylabel("share of tokens")
         axes.legend()
-        return _png(figure)
+        return figure_png(figure)
 
 
 def accuracy_bars(groups: Mapping[str, Accuracy]) -> bytes:
     """Single sample, best by CLIP and any right, for each group, with standard errors."""
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots()
         pool = next(iter(groups.values())).pool_size
         bars: list[tuple[str, str, list[Share | None]]] = [
@@ -112,12 +112,12 @@ def accuracy_bars(groups: Mapping[str, Accuracy]) -> bytes:
         axes.set_ylabel("captions drawn right, %")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, columnspacing=1,
                       handlelength=1)  # fmt: skip
-        return _png(figure)
+        return figure_png(figure)
 
 
 def accuracy_by_pool_size(groups: Mapping[str, Accuracy]) -> bytes | None:
     """Accuracy of the best by CLIP against the pool's size; None where pools were cut to their best."""
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots()
         sizes: set[int] = set()
         for (name, group), colour in zip(groups.items(), (BLUE, ORANGE, VIOLET), strict=False):
@@ -139,10 +139,11 @@ def accuracy_by_pool_size(groups: Mapping[str, Accuracy]) -> bytes | None:
         axes.set_xlabel("samples that CLIP chooses among")
         axes.set_ylabel("captions drawn right, %")
         axes.legend(loc="lower right")
-        return _png(figure)
+        return figure_png(figure)
 
 
-def _png(figure: Any) -> bytes:
+def figure_png(figure: Any) -> bytes:
+    """The figure as PNG, which closes it; the same bytes whatever version of matplotlib writes its name."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     plt.close(figure)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from dalle_cli.clip.rerank import read_manifest
 from dalle_cli.errors import UserError
@@ -22,6 +19,7 @@ from dalle_cli.evaluation.exhibits import (
     samples_sheet,
     true_pictures,
 )
+from dalle_cli.evaluation.montage import png_bytes
 from dalle_cli.evaluation.oracle_accuracy import GROUPS, Accuracy, Judged, Pool, Share, accuracy, judge, pools
 from dalle_cli.evaluation.page import features_badge, page
 from dalle_cli.progress import progress
@@ -210,7 +208,7 @@ def _contact_sheet(chain: Chain, samples: list[Pool], judged: bool, pngs: dict[s
     if chain.reader is not None and chain.source is not None and not judged:
         prompts, recipe = [pool.prompt for pool in chosen], chain.recipe
         true = true_pictures(prompts, chain.reader, chain.source, recipe.image_size, recipe.data.max_pixels)
-    pngs["contact_sheet"] = _png(samples_sheet(chosen, true, chain.recipe.name))
+    pngs["contact_sheet"] = png_bytes(samples_sheet(chosen, true, chain.recipe.name))
     return {
         "captions": [pool.prompt for pool in chosen],
         "captions_in_all": len(samples),
@@ -225,7 +223,7 @@ def _reconstructions(chain: Chain, pngs: dict[str, bytes]) -> dict[str, Any] | N
     found = reconstructions(chain.checkpoints["dvae"], chain.source)
     if found is None:
         return None
-    pngs["reconstructions"] = _png(found.sheet)
+    pngs["reconstructions"] = png_bytes(found.sheet)
     return {
         "psnr": found.psnr,
         "psnr_mean": round(sum(found.psnr) / len(found.psnr), 2),
@@ -279,9 +277,3 @@ def _stages(chain: Chain, pngs: dict[str, bytes]) -> dict[str, Any]:
         }
         for kind, checkpoint in chain.checkpoints.items()
     }
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 from PIL import Image
 
@@ -11,7 +9,7 @@ from dalle_cli.data.images import BadImage, decode_image
 from dalle_cli.data.overlap import Overlap
 from dalle_cli.data.samples import BadSample, Source
 from dalle_cli.data.scan import examples
-from dalle_cli.evaluation.montage import Picture, captioned_grid, side_by_side
+from dalle_cli.evaluation.montage import Picture, captioned_grid, png_bytes, side_by_side
 
 EXAMPLES = 25
 PAIRS = 32
@@ -21,7 +19,7 @@ CELL = 176
 def examples_sheet(source: Source, max_pixels: int) -> bytes | None:
     """PNG of whole pictures, spread evenly over the source, with their first captions; None when none can be read."""
     shown = [(_fitted(image), caption) for image, caption in examples(source, EXAMPLES, max_pixels)]
-    return _png(captioned_grid(shown, title=source.name, cell=CELL)) if shown else None
+    return png_bytes(captioned_grid(shown, title=source.name, cell=CELL)) if shown else None
 
 
 def pairs_sheet(found: Overlap, max_pixels: int) -> bytes | None:
@@ -41,13 +39,9 @@ def pairs_sheet(found: Overlap, max_pixels: int) -> bytes | None:
     if not above:
         return None
     labels = ("repeats", "earlier") if found.source is found.other else ("TRAIN", "EVAL")
-    return _png(side_by_side(above, below, labels=labels, title="near-duplicates, the least similar first", cell=CELL))
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
+    return png_bytes(
+        side_by_side(above, below, labels=labels, title="near-duplicates, the least similar first", cell=CELL)
+    )
 
 
 def _fitted(image: Image.Image) -> Picture:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dalle_cli.evaluation.plots import BLUE, GREEN, GREY, ORANGE, VIOLET
+from dalle_cli.evaluation.plots import BLUE, GREEN, GREY, ORANGE, VIOLET, figure_png
 from dalle_cli.precision.adam import Adam16
 from dalle_cli.precision.scales import HIGHEST, LOWEST, GradientScales
 from dalle_cli.precision.scaling import GradientScaling
@@ -398,7 +398,4 @@ def _figure(losses: Mapping[str, Sequence[float]], rows: Sequence[Mapping[str, A
         errors.set(title="error of the matrices' gradients", xlabel="resblock", yscale="log")
         for axes in (training, exponents, lost, errors):
             axes.legend(fontsize=6.5)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", metadata={"Software": None})
-        plt.close(figure)
-        return buffer.getvalue()
+        return figure_png(figure)

@@ -247,10 +247,3 @@ class Prior(nn.Module):
         """ln p(image | text) in nats, (B,) float64, for text ids (B, T) with paddings and image (B, S)."""
         log_probabilities = self.image_logits(self(text_ids, image)).double().log_softmax(-1)
         return log_probabilities.gather(-1, image[..., None])[..., 0].sum(-1)
-
-
-def count_parameters(model: PriorModel, text_length: int, text_vocab: int, image_vocab: int) -> int:
-    """Parameters of a prior, counted without its memory."""
-    with torch.device("meta"):
-        prior = Prior(model, text_length, text_vocab, image_vocab)
-    return sum(parameter.numel() for parameter in prior.parameters())

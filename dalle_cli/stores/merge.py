@@ -16,10 +16,8 @@ from typing import Any
 from dalle_cli.errors import UserError
 from dalle_cli.progress import progress
 from dalle_cli.stores.files import explain_os_errors
-from dalle_cli.stores.shards import Part, Shard, parts_folder, parts_of
+from dalle_cli.stores.shards import COMMANDS, Part, Shard, parts_folder, parts_of
 from dalle_cli.stores.tokens import BY_VERSION, ROWS_PER_SHARD, PartWriter, TokenReader
-
-COMMANDS: dict[Part, str] = {"text": "tokenize-text", "image": "encode-images"}
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from typing import Literal
 from dalle_cli.errors import UserError
 
 Part = Literal["text", "image"]
+COMMANDS: dict[Part, str] = {"text": "tokenize-text", "image": "encode-images"}
+"""What makes each part of a store."""
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ import numpy as np
 
 from dalle_cli.errors import UserError
 from dalle_cli.stores.files import explain_os_errors
-from dalle_cli.stores.shards import WHOLE, Part, Shard
+from dalle_cli.stores.shards import COMMANDS, WHOLE, Part, Shard
 
 FORMAT_VERSION = 2
 """1 knew one caption a picture and kept its dropped versions in one array, read whole."""
@@ -293,9 +293,8 @@ class TokenReader:
         Raises:
             UserError: the store has no such part yet.
         """
-        command = {"text": "tokenize-text", "image": "encode-images"}[part]
         if part not in self.attributes:
-            raise UserError(f"{self.path}: has no {part} part yet; run dalle {command} on it first")
+            raise UserError(f"{self.path}: has no {part} part yet; run dalle {COMMANDS[part]} on it first")
         state: dict[str, Any] = self.attributes[part]
         return state
 
@@ -305,10 +304,10 @@ class TokenReader:
 
     def require_complete(self) -> None:
         """Refuse a store that a command is still writing or left unfinished."""
-        for part, command in (("text", "tokenize-text"), ("image", "encode-images")):
-            if not self.part(part)["complete"]:  # type: ignore[arg-type]
+        for part, command in COMMANDS.items():
+            if not self.part(part)["complete"]:
                 raise UserError(
-                    f"{self.path}: its {part} part stops at row {self.part(part)['rows']}; "  # type: ignore[arg-type]
+                    f"{self.path}: its {part} part stops at row {self.part(part)['rows']}; "
                     f"run dalle {command} again to finish it"
                 )
 

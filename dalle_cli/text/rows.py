@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
 
+from dalle_cli.data.workers import cores
 from dalle_cli.randomness import SPLITMIX_STEP, splitmix64, stream_seed
 from dalle_cli.recipes.schema import TokenizerSettings
 from dalle_cli.text.bpe import Tokenizer
@@ -120,7 +120,7 @@ class CaptionEncoder:
             tokens[rows, version] = ids.padded(length)
             lengths[rows, version] = np.minimum(ids.counts, length)
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(cores()) as pool:
             list(pool.map(fill, range(most)))
         return {
             "text_epochs": tokens,

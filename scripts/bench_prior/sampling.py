@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench_prior.model import ModelSizes, build_prior
 from dalle_cli.prior.decode import Decoder
 from dalle_cli.prior.packed import Precision
-from dalle_cli.prior.transformer import Prior
-from dalle_cli.recipes.schema import PriorModel, SamplingSettings
+from dalle_cli.recipes.schema import SamplingSettings
 from dalle_cli.sampling.draw import sample_images
 
 Turn = Callable[[], Tensor]
@@ -29,16 +29,10 @@ Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Sizes(ModelSizes):
     """The model, the same for both sides, and what is timed."""
 
     layers: int = 12
-    heads: int = 8
-    d_head: int = 64
-    grid: int = 32
-    text_length: int = 256
-    text_vocab: int = 16384
-    image_vocab: int = 8192
     batches: tuple[int, ...] = (1, 8, 64)
     repeats: int = 3
 
@@ -77,18 +71,6 @@ def describe(row: dict[str, Any]) -> str:
     )
 
 
-def build_prior(sizes: Sizes) -> Prior:
-    """Initial weights are as fast as trained ones."""
-    model = PriorModel(
-        layers=sizes.layers,
-        heads=sizes.heads,
-        d_head=sizes.d_head,
-        d_model=sizes.heads * sizes.d_head,
-        grid=sizes.grid,
-    )
-    return Prior(model, sizes.text_length, sizes.text_vocab, sizes.image_vocab).eval().requires_grad_(False)
-
-
 def draw_ours(decoder: Decoder, batch: int, captions: int) -> float:
     """Seconds that ``batch`` images take, of ``captions`` captions."""
     text_ids = torch.arange(captions * decoder.text_length).view(captions, -1) % 100
@@ -99,7 +81,7 @@ def draw_ours(decoder: Decoder, batch: int, captions: int) -> float:
 
 
 def _ours(sizes: Sizes, precision: Precision, batch: int, captions: int) -> dict[str, Any]:
-    decoder = Decoder(build_prior(sizes), precision)
+    decoder = Decoder(build_prior(sizes).eval().requires_grad_(False), precision)
     # The first image is the warm-up; 64 at once are many steps already.
     taken = [draw_ours(decoder, batch, captions) for _ in range(sizes.repeats + 1 if batch <= 8 else 2)][1:]
     seconds = statistics.median(taken)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from bench_prior import memory
-from bench_prior.sampling import Log, Sizes, build_prior
+from bench_prior.model import build_prior
+from bench_prior.sampling import Log, Sizes
 from dalle_cli.prior.decode import Decoder
 from dalle_cli.prior.packed import Precision
 from dalle_cli.recipes.schema import SamplingSettings
@@ -45,7 +46,7 @@ def measure(sizes: Sizes, log: Log) -> dict[str, Any]:
 
 
 def _peak(sizes: Sizes, precision: Precision | None, batch: int) -> tuple[float, float]:
-    prior = build_prior(sizes)
+    prior = build_prior(sizes).eval().requires_grad_(False)
     text_ids = torch.arange(sizes.text_length)[None] % 100
     prefix = torch.zeros(1, sizes.image_length - LAST, dtype=torch.int64)
     uniforms = torch.rand(1, batch, sizes.image_length, dtype=torch.float64)

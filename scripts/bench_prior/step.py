@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench_prior.model import ModelSizes, build_prior
 from bench_prior.naive import make_naive, naive_loss
 from bench_prior.timing import SIDE, Contender, libraries, race, square_product
 from dalle_cli.prior.transformer import Prior
-from dalle_cli.recipes.schema import PriorModel
 
 Log = Callable[[str], None]
 GOALS = {1: 2.6, 4: 3.0}
@@ -22,16 +22,10 @@ PEER = "dalle-pytorch"
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Sizes(ModelSizes):
     """The model, the same for all, and what is timed. Captions fill all their places."""
 
     layers: int = 4
-    heads: int = 8
-    d_head: int = 64
-    grid: int = 32
-    text_length: int = 256
-    text_vocab: int = 16384
-    image_vocab: int = 8192
     batches: tuple[int, ...] = (1, 4)
     rounds: int = 5
 
@@ -76,18 +70,9 @@ def measure(sizes: Sizes, peer: Any | None, device: str, log: Log) -> dict[str, 
     return {"sizes": asdict(sizes), "share_goal": SHARE_GOAL, "rows": rows, "ratios": ratios}
 
 
-def build_prior(sizes: Sizes, **settings: object) -> Prior:
+def build_ours(sizes: Sizes, **settings: object) -> Prior:
     """The prior with row and column attention by turns, as the peer has them."""
-    model = PriorModel(
-        layers=sizes.layers,
-        heads=sizes.heads,
-        d_head=sizes.d_head,
-        d_model=sizes.heads * sizes.d_head,
-        grid=sizes.grid,
-        layout="row, column ...",
-        **settings,
-    )
-    return Prior(model, sizes.text_length, sizes.text_vocab, sizes.image_vocab)
+    return build_prior(sizes, layout="row, column ...", **settings)
 
 
 def build_peer(sizes: Sizes, peer: Any) -> nn.Module:
@@ -145,7 +130,7 @@ def _contenders(
 ) -> tuple[dict[str, Contender], dict[str, float], list[str]]:
     """Contenders, the floating-point operations of the steps among them, and the names of the peaks among them."""
     text, length, image = draw_batch(sizes, batch, device)
-    prior = build_prior(sizes).to(device)
+    prior = build_ours(sizes).to(device)
     loss = ours(prior, text, length, image)
 
     def in_16_bit() -> Tensor:
@@ -155,7 +140,7 @@ def _contenders(
     step = step_of(prior, loss)
     steps = {f"dalle fp32, {name}": Contender(step, fast=name == names[0]) for name in names}
     steps["dalle bf16 autocast"] = Contender(step_of(prior, in_16_bit))
-    naive = make_naive(build_prior(sizes)).to(device)
+    naive = make_naive(build_ours(sizes)).to(device)
     steps["mask and whole logits"] = Contender(step_of(naive, lambda: naive_loss(naive, text, image)))
     if peer is not None:
         model = build_peer(sizes, peer).to(device)

@@ -10,7 +10,7 @@ from typing import Any
 from bench_prior import memory
 from bench_prior.naive import make_naive, naive_loss
 from bench_prior.peer import load_peer
-from bench_prior.step import PEER, Sizes, build_peer, build_prior, draw_batch, ours, step_of
+from bench_prior.step import PEER, Sizes, build_ours, build_peer, draw_batch, ours, step_of
 from dalle_cli.training.matmul import fast_matmul
 
 Log = Callable[[str], None]
@@ -54,7 +54,7 @@ def _peak(sizes: Sizes, batch: int, case: str) -> tuple[float, float, float]:
         model: Any = build_peer(sizes, load_peer())
         step = step_of(model, lambda: model(text, image, return_loss=True))
     else:
-        model = build_prior(sizes, checkpoint_resblocks="recomputed" in case)
+        model = build_ours(sizes, checkpoint_resblocks="recomputed" in case)
         if case.startswith("dalle"):
             step = step_of(model, ours(model, text, length, image))
         else:

@@ -5,35 +5,22 @@ from __future__ import annotations
 import io
 from typing import Any, Literal
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from dalle_cli.evaluation.human_study.agreement import wilson
 from dalle_cli.evaluation.human_study.results import Results
 from dalle_cli.evaluation.human_study.study import QUESTIONS, Question
+from dalle_cli.evaluation.plots import BLUE, ORANGE, STYLE
 
-COLOURS = ("#2563a8", "#c45410")
+COLOURS = (BLUE, ORANGE)
 SHORT: dict[Question, str] = {"realistic": "more realistic", "caption": "matches the\ncaption better"}
 WIDTH = 0.38
 _STYLE = {
-    "figure.dpi": 200,
-    "figure.constrained_layout.use": True,
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#c4c8d0",
-    "axes.labelcolor": "#4b5160",
+    **STYLE,
     "axes.titlesize": 9,
     "axes.titlecolor": "#4b5160",
-    "axes.grid": True,
     "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "grid.color": "#eceef2",
-    "xtick.color": "#4b5160",
-    "ytick.color": "#4b5160",
-    "legend.frameon": False,
+    "legend.fontsize": "medium",
     "svg.fonttype": "path",
     "svg.hashsalt": "dalle human-study",
 }

@@ -1,0 +1,34 @@
+"""The prior that is measured, and its sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dalle_cli.prior.transformer import Prior
+from dalle_cli.recipes.schema import PriorModel
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """The same for both sides of a comparison."""
+
+    layers: int
+    heads: int = 8
+    d_head: int = 64
+    grid: int = 32
+    text_length: int = 256
+    text_vocab: int = 16384
+    image_vocab: int = 8192
+
+
+def build_prior(sizes: ModelSizes, **settings: object) -> Prior:
+    """Untrained: initial weights are as fast as trained ones. ``settings`` are further ones of the model."""
+    model = PriorModel(
+        layers=sizes.layers,
+        heads=sizes.heads,
+        d_head=sizes.d_head,
+        d_model=sizes.heads * sizes.d_head,
+        grid=sizes.grid,
+        **settings,
+    )
+    return Prior(model, sizes.text_length, sizes.text_vocab, sizes.image_vocab)
