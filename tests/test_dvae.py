@@ -198,7 +198,8 @@ def test_initial_weights_have_variance_one_over_fan_in_and_follow_the_seed() -> 
     model, same, other = DVAE(settings, seed=1), DVAE(settings, seed=1), DVAE(settings, seed=2)
     for name, module in model.named_modules():
         if isinstance(module, Conv2d):
-            fan_in = math.prod(module.w.shape[1:])
+            # The codebook's input is one-hot: one of its K columns makes the output, and they are drawn half as large.
+            fan_in = 4 if module is model.decoder.codebook else math.prod(module.w.shape[1:])
             spread = 5 / math.sqrt(2 * module.w.numel())
             assert float(module.w.detach().std()) * math.sqrt(fan_in) == pytest.approx(1, abs=spread), name
             assert not module.b.any()
@@ -269,7 +270,7 @@ def test_a_few_updates_fit_two_flat_pictures(estimator: str) -> None:
     model = DVAE(SMALL)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     before = metrics_of(model, pixels).summary()
-    for update in range(200):
+    for update in range(400):
         optimizer.zero_grad()
         parts = loss_of(
             model,
@@ -277,7 +278,7 @@ def test_a_few_updates_fit_two_flat_pictures(estimator: str) -> None:
             estimator=estimator,
             kl_weight=0.0,
             reinforce_samples=8,
-            temperature=max(1 - update / 150, 0.1),
+            temperature=max(1 - update / 300, 0.1),
             generator=torch_generator(0, "fit", update),
         )
         parts.loss.backward()
@@ -376,7 +377,7 @@ def test_bf16_is_the_convolutions_alone() -> None:
     whole = DvaeTask(recipe.model_copy(update={"dvae": recipe.dvae.model_copy(update={"precision": "fp32"})}),
                      _Nothing(), model).loss((0, pixels), 7)  # fmt: skip
     assert values["loss"].item() != whole["loss"].item()
-    assert values["loss"].item() == pytest.approx(whole["loss"].item(), rel=0.02)
+    assert values["loss"].item() == pytest.approx(whole["loss"].item(), abs=0.02)
 
 
 def test_exhibits_are_originals_beside_what_their_codes_decode_to() -> None:

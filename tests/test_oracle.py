@@ -100,14 +100,14 @@ def test_holding_and_partly_holding() -> None:
     # One fact wrong of eight: two things, six attributes, a relation and their number.
     for wrong in (
         found("green", "star", "small", 0.5, 0.2),
-        found("red", "circle", "small", 0.5, 0.2),
+        found("red", "tee", "small", 0.5, 0.2),
         found("red", "star", "large", 0.5, 0.2),
         found("red", "star", "small", 0.5, 0.9),
     ):
         reading = Reading((SQUARE, wrong))
         assert not holds(claim, reading)
         assert partial(claim, reading) == 7 / 8
-    extra = found("green", "cross", "small", 0.1, 0.1)
+    extra = found("green", "ell", "small", 0.1, 0.1)
     assert not holds(claim, Reading((SQUARE, STAR, extra))) and partial(claim, Reading((SQUARE, STAR, extra))) == 7 / 8
     assert partial(claim, Reading((SQUARE,))) == 3 / 8
     assert partial(claim, Reading(())) == 0

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
 from dalle_cli.clip.load import load_scorer
-from dalle_cli.clip.rerank import rerank
+from dalle_cli.clip.rerank import printed, rerank
 from dalle_cli.clip.train import train_clip
 from dalle_cli.data.shapes import make_shapes
 from dalle_cli.data.sources import open_source
@@ -19,12 +18,13 @@ from dalle_cli.prior.train import train_prior
 from dalle_cli.recipes.folders import RunFolders
 from dalle_cli.recipes.load import load_recipe
 from dalle_cli.recipes.schema import Recipe
-from dalle_cli.sampling.pipeline import Sampler, SampleRequest
+from dalle_cli.sampling.pipeline import Sampler
+from dalle_cli.sampling.request import SampleRequest
 from dalle_cli.stores.checkpoint import open_checkpoint
 from dalle_cli.text.bpe import train_bpe
 from dalle_cli.text.tokenize import source_captions, tokenize_source
 
-SEEN, HELD_OUT = "a large red circle above a small blue square", "a large red cross"
+SEEN, HELD_OUT = "a large red tee above a small blue square", "a large red ell"
 ROWS, SAMPLES = 40, 4
 
 
@@ -78,5 +78,5 @@ def build_chain(folder: Path) -> TinyChain:
     lines = list(Sampler(prior, open_checkpoint(places.dvae), tokenizer).run(request, places.samples / "one"))
     scorer = load_scorer(None, None, None, beside=Path(lines[0]["png"]))
     ranked = places.root / "ranked.jsonl"
-    ranked.write_text("".join(json.dumps(line) + "\n" for line in rerank(lines, scorer, None)))
+    ranked.write_text("".join(f"{printed(line)}\n" for pool in rerank(lines, scorer) for line in pool))
     return TinyChain(file, recipe, places, ranked)

@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from dalle_cli.data.shapes import COLOURS, OUTLINES, SHAPES, SIZES, Claim, Fact, draw_shape
+from dalle_cli.data.shapes import COLOURS, OUTLINES, SHAPES, SIZES, Claim, Fact
 
 Floats = NDArray[np.float32]
 
 _WORKING_SIDE = 64  # larger pictures are shrunk to about this
 _PALETTE = np.array(list(COLOURS.values()), dtype=np.float32)
 _SMOOTHING = 0.4  # sigma, pixels: takes the edge off noise before anything is measured
-_DISTANCE = 80.0  # RGB distance from the background at which a pixel is part of a thing (palette: at least 198)
-_SPECK = 0.006  # of the picture's area: the smallest thing, a small star, covers 0.015
+_DISTANCE = 80.0  # RGB distance from the background at which a pixel is part of a thing (palette: at least 177)
+_SPECK = 0.006  # of the picture's area: the smallest thing, a small star, covers 0.019
 _SIZE_BORDER = (SIZES["small"] + SIZES["large"]) / 2
 _HALO = 2  # pixels around a patch that still belong to its soft edge
 _LEVEL = 1.3  # a relation needs the distance along its axis to be this many times the distance across it
@@ -78,7 +78,7 @@ def read(picture: NDArray[np.uint8]) -> Reading:
 
 
 def _background(pixels: Floats) -> Floats:
-    """The border's colour, (3,): nothing of the world touches the border, so a median finds it."""
+    """The border's colour, (3,): things of the world cover less than half of the border, so a median finds it."""
     border = np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
     return np.asarray(np.median(border, axis=0), dtype=np.float32)
 
@@ -117,7 +117,8 @@ def _fit(
     x, y = (centroid - radius * unit_centroid).tolist()
     height, width = silhouette.shape
     canvas = Image.new("L", (width * 4, height * 4))
-    draw_shape(ImageDraw.Draw(canvas), shape, x * 4, y * 4, radius * 4, 255)
+    points = (OUTLINES[shape] * radius + np.array([x, y])) * 4 - 0.5
+    ImageDraw.Draw(canvas).polygon(points.ravel().tolist(), fill=255)
     template = np.asarray(canvas.reduce(4), dtype=np.float32) / 255
     overlap = 0.0
     for sigma in _BLURS:

@@ -6,45 +6,43 @@ Nothing has to be downloaded, everything a caption claims can be checked on the 
 
 from __future__ import annotations
 
-import io
-import json
 import math
-import multiprocessing
-import os
 import re
-import tarfile
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
 
-from dalle_cli.errors import UserError
+from dalle_cli.data.worlds import MadeWorld, Row, World, write_world
 
-FORMAT_VERSION = 1  # of the world: raise it when the same seed gives other bytes
+FORMAT_VERSION = 2  # of the world: raise it when the same seed gives other bytes
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (215, 35, 40),
     "green": (35, 150, 65),
     "blue": (35, 75, 215),
     "yellow": (245, 210, 25),
+    "purple": (130, 40, 150),
+    "orange": (245, 120, 10),
 }
 BACKGROUND = (255, 255, 255)
-SHAPES = ("circle", "square", "triangle", "star", "cross")
+SHAPES = ("square", "star", "tee", "ell", "bar", "post")
 # Radii as fractions of the picture's side, far apart so that a size is never a matter of taste.
-SIZES = {"small": 0.145, "large": 0.22}
+SIZES = {"small": 1 / 8, "large": 1 / 4}
 INVERSE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
 RELATIONS = tuple(INVERSE)
 
-# Pairs that never appear in training: each colour once.
+# Pairs that never appear in training. Their outlines are made of pieces that other shapes of the colour have too, so
+# that a picture of them can be put together from tokens that a prior has met.
 HELD_OUT: frozenset[tuple[str, str]] = frozenset(
     {
-        ("red", "cross"),
-        ("green", "star"),
-        ("blue", "triangle"),
+        ("red", "ell"),
+        ("green", "bar"),
+        ("blue", "post"),
         ("yellow", "square"),
     }
 )
@@ -55,9 +53,10 @@ _FREE = tuple(pair for pair in _PAIRS if pair not in HELD_OUT)
 SPLITS = ("train", "seen", "heldout")
 
 _SINGLE_SHARE = 0.2
-# Centres lie on a lattice of this many steps a side, so that a small model can learn the world in minutes.
-_LATTICE = 16
-_MARGIN = 0.015  # from the picture's edge
+# Centres lie on a lattice of this many steps a side, so that a small model can learn the world in minutes. At 64 pixels
+# a step is a token of the dVAE.
+_LATTICE = 8
+_ROOM = 0.5  # the radii's sum stays below it: two large things have no place beside each other
 _GAP = 0.03  # between two things, along the relation's axis, at least
 _SLANT = 0.3  # offset across the axis, at most this part of the distance along it
 _SUPERSAMPLE = 4
@@ -127,7 +126,8 @@ def scene(seed: int, split: str, index: int) -> Scene:
         raise ValueError(f"unknown split {split!r}: one of {', '.join(SPLITS)}")
     rng = counter_rng(seed, "scene", split, index)
     pairs = _draw_pairs(rng, count=1 if rng.random() < _SINGLE_SHARE else 2, heldout=split == "heldout")
-    sizes = [tuple(SIZES)[rng.integers(len(SIZES))] for _ in pairs]
+    together = [sizes for sizes in product(SIZES, repeat=len(pairs)) if sum(SIZES[size] for size in sizes) < _ROOM]
+    sizes = together[rng.integers(len(together))]
     radii = [SIZES[size] for size in sizes]
     if len(pairs) == 1:
         relation = None
@@ -155,7 +155,7 @@ def _draw_pairs(rng: np.random.Generator, count: int, heldout: bool) -> list[tup
 
 def _lattice(radius: float) -> range:
     """Lattice steps at which a thing lies wholly inside the picture."""
-    first = math.ceil((_MARGIN + radius) * _LATTICE)
+    first = math.ceil(radius * _LATTICE)
     return range(first, _LATTICE - first + 1)
 
 
@@ -184,45 +184,61 @@ def _unit_outlines() -> dict[str, NDArray[np.float64]]:
         points *= np.array(radii)[:, None]
         return points
 
-    side, arm = 0.88, 0.34
-    quarter = [(arm, -1), (arm, -arm), (1, -arm)]
-    cross = [point for turn in range(4) for point in (_turned(p, turn) for p in quarter)]
     return {
-        "circle": ring([1.0] * 48, 0.0),
-        "square": np.array([(-side, -side), (side, -side), (side, side), (-side, side)]),
-        "triangle": np.array([(0.0, -0.95), (1.0, 0.85), (-1.0, 0.85)]),
-        "star": ring([1.05, 0.40] * 5, -math.pi / 2),
-        "cross": np.array(cross),
+        "square": np.array([(-1.0, -1.0), (1.0, -1.0), (1.0, 1.0), (-1.0, 1.0)]),
+        "star": ring([1.0, 0.42] * 5, -math.pi / 2),
+        "tee": np.array(
+            [(-1.0, -1.0), (1.0, -1.0), (1.0, 0.0), (0.5, 0.0), (0.5, 1.0), (-0.5, 1.0), (-0.5, 0.0), (-1.0, 0.0)]
+        ),
+        "ell": np.array([(-1.0, -1.0), (0.0, -1.0), (0.0, 0.0), (1.0, 0.0), (1.0, 1.0), (-1.0, 1.0)]),
+        "bar": np.array([(-1.0, 0.0), (1.0, 0.0), (1.0, 1.0), (-1.0, 1.0)]),
+        "post": np.array([(-1.0, -1.0), (0.0, -1.0), (0.0, 1.0), (-1.0, 1.0)]),
     }
 
 
-def _turned(point: tuple[float, float], quarters: int) -> tuple[float, float]:
-    x, y = point
-    for _ in range(quarters):
-        x, y = -y, x
-    return x, y
-
-
-# Corner points of each shape at radius 1 around (0, 0), y downwards, each (points, 2).
+# Corner points of each shape at radius 1 around (0, 0), y downwards, each (points, 2); a bar is the lower half of a
+# square and a post the left one.
 OUTLINES = _unit_outlines()
 
 
-def draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float, fill: object) -> None:
-    """Fill a silhouette; `x`, `y`, `radius` in canvas pixels, where a pixel's centre is its index + 0.5."""
-    points = OUTLINES[shape] * radius + np.array([x - 0.5, y - 0.5])
-    draw.polygon(points.ravel().tolist(), fill=fill)  # type: ignore[arg-type]
+@lru_cache(maxsize=4096)
+def coverage(shape: str, x: float, y: float, radius: float, side: int) -> NDArray[np.float64]:
+    """The share of each pixel that a silhouette covers, (side, side); `x`, `y`, `radius` in pixels.
+
+    Counted at 4 x 4 points a pixel, by the even-odd rule; read-only, as calls of the same arguments share it.
+    """
+    points = OUTLINES[shape] * radius + np.array([x, y])
+    centres = (np.arange(side * _SUPERSAMPLE) + 0.5) / _SUPERSAMPLE
+    inside = np.zeros((len(centres), len(centres)), dtype=bool)
+    for (xa, ya), (xb, yb) in zip(points, np.roll(points, -1, axis=0), strict=True):
+        rows = (ya > centres) != (yb > centres)
+        if rows.any():
+            edge = xa + (centres[rows] - ya) * (xb - xa) / (yb - ya)
+            inside[rows] ^= centres < edge[:, None]
+    share: NDArray[np.float64] = inside.reshape(side, _SUPERSAMPLE, side, _SUPERSAMPLE).mean(axis=(1, 3))
+    share.flags.writeable = False
+    return share
+
+
+def paint(picture: NDArray[np.float64], shape: str, x: float, y: float, radius: float, colour: str) -> None:
+    """Lay a silhouette over `picture` (height, width, 3), in place; `x`, `y`, `radius` in pixels."""
+    reach = math.ceil(radius) + 1
+    left, top = math.floor(x) - reach, math.floor(y) - reach
+    share = coverage(shape, x - left, y - top, radius, 2 * reach + 1)
+    height, width, _ = picture.shape
+    rows, columns = (slice(max(a, 0), min(a + 2 * reach + 1, n)) for a, n in ((top, height), (left, width)))
+    share = share[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left, None]
+    picture[rows, columns] += share * (np.array(COLOURS[colour]) - picture[rows, columns])
 
 
 def render(scene: Scene, size: int = 64) -> NDArray[np.uint8]:
     """The scene as an anti-aliased picture, (size, size, 3) uint8; `size` is a multiple of 8, at least 32."""
     if size < 32 or size % 8:
         raise ValueError(f"size {size}: a picture's side is a multiple of 8 and at least 32")
-    big = size * _SUPERSAMPLE
-    canvas = Image.new("RGB", (big, big), BACKGROUND)
-    draw = ImageDraw.Draw(canvas)
+    picture = np.full((size, size, 3), BACKGROUND, dtype=np.float64)
     for thing in scene.things:
-        draw_shape(draw, thing.shape, thing.x * big, thing.y * big, thing.radius * big, COLOURS[thing.colour])
-    return np.asarray(canvas.reduce(_SUPERSAMPLE))
+        paint(picture, thing.shape, thing.x * size, thing.y * size, thing.radius * size, thing.colour)
+    return np.rint(picture).astype(np.uint8)
 
 
 # --- captions -------------------------------------------------------------------------------------
@@ -281,25 +297,6 @@ def parse_caption(text: str) -> Claim:
 # --- writing the world as shards ------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Shard:
-    path: str
-    seed: int
-    split: str
-    start: int
-    stop: int
-    size: int
-
-
-@dataclass(frozen=True)
-class MadeShapes:
-    """What `make_shapes` did: pictures written now, and pictures in shards that were already in place."""
-
-    out: Path
-    written: int
-    kept: int
-
-
 def make_shapes(
     out: str | Path,
     n: int,
@@ -309,125 +306,25 @@ def make_shapes(
     shard_rows: int = 1000,
     progress: Callable[[int, int], None] | None = None,
     workers: int = 1,
-) -> MadeShapes:
-    """Write `n` training and 2 x `test_n` test pictures: OUT/SPLIT/shapes-00000.tar, ..., OUT/world.json.
+) -> MadeWorld:
+    """Write `n` training and 2 x `test_n` test pictures, see `worlds.write_world`; KEY.json has the scene's facts.
 
-    A row is KEY.png, KEY.txt (the caption) and KEY.json (the scene's facts); its content depends on (seed,
-    split, row) only, never on `n`. A shard appears under its name only when whole, so a killed run goes on
-    where it was. `progress(done, total)` is called with picture counts after each shard; `workers` processes
-    share the shards. UserError for impossible settings and for a folder that holds anything else.
+    UserError for impossible settings and for a folder that holds anything else.
     """
-    _check(n, test_n, seed, size, shard_rows, workers)
-    out = Path(out)
-    _claim_folder(
-        out,
-        {
-            "kind": "shapes",
-            "version": FORMAT_VERSION,
-            "seed": seed,
-            "size": size,
-            "rows": {"train": n, "seen": test_n, "heldout": test_n},
-            "shard_rows": shard_rows,
-            "held_out": sorted(list(pair) for pair in HELD_OUT),
-        },
+    return write_world(
+        Path(out),
+        World("shapes", FORMAT_VERSION, _row, multiple=8),
+        {"train": n, "seen": test_n, "heldout": test_n},
+        {"held_out": sorted(list(pair) for pair in HELD_OUT)},
+        seed=seed,
+        size=size,
+        shard_rows=shard_rows,
+        progress=progress,
+        workers=workers,
     )
-    shards = [
-        _Shard(
-            str(out / split / f"shapes-{number:05d}.tar"),
-            seed,
-            split,
-            start,
-            min(start + shard_rows, rows),
-            size,
-        )
-        for split, rows in (("train", n), ("seen", test_n), ("heldout", test_n))
-        for number, start in enumerate(range(0, rows, shard_rows))
-    ]
-    todo = [shard for shard in shards if not Path(shard.path).exists()]
-    total = sum(shard.stop - shard.start for shard in shards)
-    kept = done = total - sum(shard.stop - shard.start for shard in todo)
-    if progress is not None:
-        progress(done, total)
-    if workers == 1 or len(todo) < 2:
-        for shard in todo:
-            done += _write_shard(shard)
-            if progress is not None:
-                progress(done, total)
-    else:
-        # Fresh processes rather than forks: the caller may hold threads (torch) that a fork would break.
-        with ProcessPoolExecutor(min(workers, len(todo)), multiprocessing.get_context("spawn")) as pool:
-            for future in as_completed([pool.submit(_write_shard, shard) for shard in todo]):
-                done += future.result()
-                if progress is not None:
-                    progress(done, total)
-    return MadeShapes(out, written=total - kept, kept=kept)
 
 
-def _check(n: int, test_n: int, seed: int, size: int, shard_rows: int, workers: int) -> None:
-    if size < 32 or size % 8:
-        raise UserError(f"size {size}: the pictures' side must be a multiple of 8 and at least 32")
-    for name, value, least in (
-        ("n", n, 1),
-        ("test_n", test_n, 0),
-        ("seed", seed, 0),
-        ("shard_rows", shard_rows, 1),
-        ("workers", workers, 1),
-    ):
-        if value < least:
-            raise UserError(f"{name} {value}: must be at least {least}")
-
-
-def _claim_folder(out: Path, settings: dict[str, object]) -> None:
-    """Put world.json into `out`, or check that the one there says the same."""
-    world = out / "world.json"
-    if world.exists():
-        try:
-            found = json.loads(world.read_text(encoding="utf-8"))
-        except ValueError:
-            found = None
-        if not isinstance(found, dict):
-            raise UserError(f"{world} is not a world's settings: give another folder, or delete this one")
-        different = [key for key in sorted({*settings, *found}) if settings.get(key) != found.get(key)]
-        if different:
-            key = different[0]
-            raise UserError(
-                f"{out} holds another shapes world (its {key} is {found.get(key)!r}, asked for is "
-                f"{settings.get(key)!r}): give another folder, or delete this one"
-            )
-        return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is there and holds no shapes world (no world.json): give a new or empty folder")
-    out.mkdir(parents=True, exist_ok=True)
-    _write_then_rename(world, (json.dumps(settings, indent=2) + "\n").encode())
-
-
-def _write_then_rename(path: Path, data: bytes) -> None:
-    beside = path.with_name(f".{path.name}.partial")
-    with beside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-
-
-def _write_shard(shard: _Shard) -> int:
-    """Write one shard whole; returns its number of pictures."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for index in range(shard.start, shard.stop):
-            for suffix, data in _row(shard, index):
-                header = tarfile.TarInfo(f"{index:08d}.{suffix}")  # its mtime, uid and gid are 0
-                header.size = len(data)
-                tar.addfile(header, io.BytesIO(data))
-    path = Path(shard.path)
-    path.parent.mkdir(exist_ok=True)
-    _write_then_rename(path, buffer.getvalue())
-    return shard.stop - shard.start
-
-
-def _row(shard: _Shard, index: int) -> list[tuple[str, bytes]]:
-    this = scene(shard.seed, shard.split, index)
-    text = captions(this, counter_rng(shard.seed, "caption", shard.split, index))
-    png = io.BytesIO()
-    Image.fromarray(render(this, shard.size)).save(png, "PNG", compress_level=1)
-    return [("json", json.dumps(asdict(this)).encode()), ("png", png.getvalue()), ("txt", text.encode())]
+def _row(seed: int, split: str, index: int, size: int) -> Row:
+    this = scene(seed, split, index)
+    text = captions(this, counter_rng(seed, "caption", split, index))
+    return Row(asdict(this), render(this, size), text)

@@ -153,6 +153,10 @@ class Decoder(nn.Module):
             n_in = n_out
         self.blocks.add_module("output", _output(width, 2 * CHANNELS))
         initialise(self, seed, "dvae decoder")
+        with torch.no_grad():
+            # Its input is one code of K, so a single column makes the output: by the rule above columns lie so close
+            # together that a short run never tells most codes apart; sqrt(K) times it, small models fall to one code.
+            self.codebook.w.mul_(math.sqrt(settings.codebook_size) / 2)
 
     @property
     def codebook(self) -> Conv2d:
