@@ -12,11 +12,13 @@ from dalle_cli import __version__
 from dalle_cli.commands import (
     encode_images,
     eval_fid,
+    export,
     human_study,
     import_dvae,
     make_shapes,
     merge,
     overlap,
+    plan,
     reconstruct,
     report,
     rerank,
@@ -30,6 +32,7 @@ from dalle_cli.commands import (
     train_tokenizer,
 )
 from dalle_cli.errors import UserError
+from dalle_cli.training.stopping import RESUMABLE, Stopped
 
 app = typer.Typer(
     name="dalle",
@@ -51,7 +54,12 @@ PANELS: dict[str, dict[str, Callable[..., None]]] = {
         "encode-images": encode_images.command,
         "merge": merge.command,
     },
-    "4. The prior": {"train-prior": train_prior.command, "sample": sample.command},
+    "4. The prior": {
+        "plan": plan.command,
+        "train-prior": train_prior.command,
+        "export": export.command,
+        "sample": sample.command,
+    },
     "5. Scores": {"train-clip": train_clip.command, "rerank": rerank.command, "eval-fid": eval_fid.command},
     "Look": {"show": show.command, "report": report.command},
 }
@@ -80,7 +88,7 @@ def options(
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one line on stderr and exit code 2."""
+    """Entry point: a user's mistake is one line on stderr and exit code 2, a run that a signal ended RESUMABLE."""
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
@@ -91,6 +99,8 @@ def main() -> None:
         for line in str(error).splitlines():
             print(f"dalle: {line}", file=sys.stderr)
         sys.exit(2)
+    except Stopped:
+        sys.exit(RESUMABLE)
     except SystemExit as end:
         if end.code == INTERRUPTED:
             print("dalle: stopped; run the same command again to go on", file=sys.stderr)

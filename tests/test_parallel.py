@@ -22,15 +22,16 @@ from hypothesis import strategies as st
 from running import DALLE, ENVIRONMENT, Chain, smallest_recipe
 
 from dalle_cli.data.sources import Source, open_source
+from dalle_cli.distributed.topology import Launch, read_launch
 from dalle_cli.dvae.model import DVAE
 from dalle_cli.dvae.train import DvaeTask
 from dalle_cli.errors import UserError
 from dalle_cli.recipes.schema import Recipe
 from dalle_cli.stores.checkpoint import open_checkpoint
-from dalle_cli.training.launch import Launch, read_launch
+from dalle_cli.training.journal import TIMED
 from dalle_cli.training.loop import Run
 from dalle_cli.training.order import BatchOrder
-from dalle_cli.training.parallel import Group, _buckets
+from dalle_cli.training.parallel import Group, buckets
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
@@ -61,16 +62,17 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def start(commands: list[list[Any]], timeout: float = 60) -> list[subprocess.Popen[str]]:
-    """Two processes that run ``commands`` together; RANK in a command is each one's own."""
+def start(commands: list[list[Any]], timeout: float = 60, count: int = 2) -> list[subprocess.Popen[str]]:
+    """``count`` processes that run ``commands`` together; RANK in a command is each one's own."""
     ports = free_ports(len(commands))
     processes = []
-    for rank in range(2):
+    for rank in range(count):
         told = [
             [port, *(str(word).replace("RANK", str(rank)) for word in command)]
             for port, command in zip(ports, commands, strict=True)
         ]
-        place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+        place = {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+        place["LOCAL_WORLD_SIZE"] = str(count)
         processes.append(
             subprocess.Popen(
                 [sys.executable, "-c", PROGRAM, str(timeout), json.dumps(told)],
@@ -97,7 +99,7 @@ def ended() -> Iterator[list[subprocess.Popen[str]]]:
 
 
 def test_the_environment_of_torchrun() -> None:
-    assert read_launch(TORCHRUN) == Launch(rank=1, size=4, local_rank=1)
+    assert read_launch(TORCHRUN) == Launch(rank=1, size=4, local_rank=1, local_size=None)
     assert not read_launch(TORCHRUN).leads and read_launch({**TORCHRUN, "RANK": "0", "LOCAL_RANK": "0"}).leads
     assert read_launch({}) == read_launch({"MASTER_ADDR": "somewhere", "LOCAL_RANK": "3"}) == Launch(0, 1, 0)
 
@@ -147,12 +149,12 @@ def test_buckets_keep_order_types_and_their_size(sizes: list[int], halves: list[
     gradients = [torch.zeros(n, dtype=dtype) for n, dtype in zip(sizes, types, strict=False)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dalle_cli.training.parallel.BUCKET", 20)
-        buckets = list(_buckets(gradients))
-    assert [id(g) for bucket in buckets for g in bucket] == [id(g) for g in gradients]
-    for bucket in buckets:
+        found = list(buckets(gradients))
+    assert [id(g) for bucket in found for g in bucket] == [id(g) for g in gradients]
+    for bucket in found:
         assert len({g.dtype for g in bucket}) == 1
         assert len(bucket) == 1 or sum(g.nbytes for g in bucket) <= 20
-    for one, two in itertools.pairwise(buckets):  # none could have been left out
+    for one, two in itertools.pairwise(found):  # none could have been left out
         assert one[0].dtype != two[0].dtype or sum(g.nbytes for g in [*one, two[0]]) > 20
 
 
@@ -276,7 +278,7 @@ def assert_same_run(found: Path, expected: Path, tolerance: float) -> None:
     lines = [(run / "metrics.jsonl").read_text().splitlines() for run in (expected, found)]
     for ours, theirs in zip(*(map(json.loads, own) for own in lines), strict=True):
         assert ours.keys() == theirs.keys()
-        for key in ours.keys() - {"seconds", "grad_norm"}:
+        for key in ours.keys() - TIMED - {"grad_norm", "bytes_communicated"}:
             assert theirs[key] == pytest.approx(ours[key], rel=1e-5, abs=1e-6), key
 
 

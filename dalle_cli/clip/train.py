@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from dalle_cli.clip.model import build_clip, clamp_logit_scale, clip_text_ids, contrastive_loss, pixels
 from dalle_cli.data.images import BadImage
 from dalle_cli.data.sources import BadSample, Source
+from dalle_cli.distributed.topology import read_launch
 from dalle_cli.errors import UserError
 from dalle_cli.recipes.schema import Recipe
 from dalle_cli.stores.checkpoint import Checkpoint, Kind
 from dalle_cli.stores.tokens import TokenReader
 from dalle_cli.training.device import choose_device
 from dalle_cli.training.held_out import split_store
-from dalle_cli.training.launch import read_launch
 from dalle_cli.training.loop import Run
+from dalle_cli.training.pace import SampleWork, training_flops
 from dalle_cli.training.parallel import ALONE, Group
 from dalle_cli.training.pictures import TrainingPictures, cut_picture
 
@@ -43,6 +44,14 @@ class ClipTask:
     def __post_init__(self) -> None:
         self.training_rows, self.held_out = split_store(self.reader, self.recipe)
         self._vocab = self.recipe.tokenizer.vocab_size
+
+    def work(self) -> SampleWork:
+        side, length = self.recipe.image_size, self.recipe.tokenizer.text_length
+        with torch.device("meta"):
+            model = build_recipe_clip(self.recipe)
+            images, text = torch.empty(1, 3, side, side), torch.zeros(1, model.context_length, dtype=torch.long)
+        patches = (side // self.recipe.clip.model.patch_size) ** 2
+        return SampleWork(patches + length, training_flops(lambda: model(images, text)))
 
     def batches(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
         training = self.recipe.clip.training

@@ -45,6 +45,7 @@ def command(
     from dalle_cli.dvae.encode import encode_source
     from dalle_cli.progress import log
     from dalle_cli.stores.checkpoint import open_checkpoint
+    from dalle_cli.stores.provenance import record_command
     from dalle_cli.stores.shards import parse_shard
 
     share = parse_shard(shard)
@@ -52,4 +53,5 @@ def command(
     found = encode_source(settings, read_source(settings), checkpoint, out, share)
     made = share.store(out, "image")
     log(f"{made}: {found['rows']} pictures, {found['skipped']} skipped")
+    record_command(made)
     typer.echo(made)

@@ -21,5 +21,8 @@ def command(
     Example: [bold]dalle import-dvae encoder.pkl decoder.pkl runs/openai/dvae[/bold]
     """
     from dalle_cli.dvae.openai import import_dvae
+    from dalle_cli.stores.provenance import record_command
 
-    typer.echo(import_dvae(encoder, decoder, out, image_size).path)
+    checkpoint = import_dvae(encoder, decoder, out, image_size)
+    record_command(checkpoint.path, checkpoint.identity)
+    typer.echo(checkpoint.path)

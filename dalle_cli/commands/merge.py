@@ -21,9 +21,11 @@ def command(
     """
     from dalle_cli.progress import log
     from dalle_cli.stores.merge import merge_store
+    from dalle_cli.stores.provenance import record_command
     from dalle_cli.stores.shards import parts_folder
 
     found = merge_store(store)
     joined = " and ".join(f"{rows} rows of {part}" for part, rows in found.items())
     log(f"{store}: {joined}; {parts_folder(store)} is no longer needed")
+    record_command(store)
     typer.echo(store)

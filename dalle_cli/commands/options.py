@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,24 +21,45 @@ SetOption = Annotated[
 ]
 DataOption = Annotated[
     str | None,
-    typer.Option("--data", metavar="SOURCE", help="Captioned pictures: folder, tars, manifest, COCO ... [data.train]"),
+    typer.Option(
+        "--data", metavar="SOURCE", help="Captioned pictures: folder, tars, manifest, COCO ... \\[data.train]"
+    ),
 ]
 TokensOption = Annotated[
     Path | None, typer.Option("--tokens", metavar="STORE", help="Token store. [RUN/tokens.zarr]", show_default=False)
 ]
-
+GpusOption = Annotated[
+    int | None,
+    typer.Option(
+        "--gpus",
+        metavar="N",
+        min=1,
+        show_default=False,
+        help="Start N processes on this machine, a GPU each; where it has none they share its cores. \\[one process]",
+    ),
+]
 ShardOption = Annotated[
     str,
     typer.Option("--shard", metavar="I/N", help="Make the I-th of N shares, I from 1; [bold]dalle merge[/bold] joins."),
 ]
 
+WandbOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PROJECT", help="Show the run in Weights & Biases too. \\[monitoring.wandb]", show_default=False
+    ),
+]
 
-def read_recipe(path: Path, overrides: list[str] | None, data: str | None = None) -> Recipe:
-    """The recipe with ``--set`` and ``--data`` applied."""
+
+def read_recipe(path: Path, overrides: list[str] | None, data: str | None = None, wandb: str | None = None) -> Recipe:
+    """The recipe with ``--set``, ``--data`` and ``--wandb`` applied."""
+    import json
+
     from dalle_cli.recipes.load import load_recipe
 
     data_override = [f"data.train={data}"] if data is not None else []
-    return load_recipe(path, [*(overrides or []), *data_override])
+    wandb_override = [f"monitoring.wandb={json.dumps(wandb)}"] if wandb is not None else []
+    return load_recipe(path, [*(overrides or []), *data_override, *wandb_override])
 
 
 def recipe_for(source: str, path: Path | None, overrides: list[str] | None) -> Recipe:
@@ -74,14 +96,40 @@ def read_source(recipe: Recipe) -> Source:
     return source
 
 
+def starts_processes(gpus: int | None) -> bool:
+    """Run this very command in ``gpus`` processes, if a number is given; whether that was done.
+
+    Raises:
+        UserError: a launcher started this process already, or one of the processes failed.
+    """
+    if gpus is None:
+        return False
+    from dalle_cli.distributed.local import is_started, start_processes
+
+    if is_started():
+        raise UserError("--gpus starts processes, but a launcher started this one: give up one of the two")
+    start_processes(gpus, _without_gpus(sys.argv[1:]))
+    return True
+
+
+def _without_gpus(arguments: list[str]) -> list[str]:
+    kept, words = [], iter(arguments)
+    for word in words:
+        if word == "--gpus":
+            next(words, None)
+        elif not word.startswith("--gpus="):
+            kept.append(word)
+    return kept
+
+
 def speaks() -> bool:
     """Whether this process may print its result: false, and its progress silent, beside the first of several.
 
     Raises:
         UserError: a launcher's environment contradicts itself.
     """
+    from dalle_cli.distributed.topology import read_launch
     from dalle_cli.progress import silence
-    from dalle_cli.training.launch import read_launch
 
     leads = read_launch().leads
     if not leads:

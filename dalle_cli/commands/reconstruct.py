@@ -32,6 +32,7 @@ def command(
     from dalle_cli.dvae.reconstruct import list_pictures, mean_figures, reconstruct_pictures
     from dalle_cli.progress import log
     from dalle_cli.stores.checkpoint import open_checkpoint
+    from dalle_cli.stores.provenance import record_command
 
     checkpoint = open_checkpoint(dvae, "dvae")
     terminal = sys.stdout.isatty()
@@ -41,6 +42,7 @@ def command(
         if not terminal:
             print(json.dumps(figures, ensure_ascii=False), flush=True)
     means = mean_figures(done)
+    record_command(out)
     if terminal:
         _table(done, means, out)
     else:

@@ -3,51 +3,129 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 
 def command(
-    manifest: Annotated[
-        Path | None, typer.Argument(metavar="[MANIFEST]", help="Lines of dalle sample; stdin if left out.")
+    manifests: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[MANIFEST...]", help="Lines of dalle sample, or sample stores; stdin if left out."),
     ] = None,
     clip: Annotated[
         str | None,
-        typer.Option(help="Run of train-clip, open_clip model name, or hf-hub:name. [the clip of the samples' run]"),
+        typer.Option(
+            help="Run of train-clip, open_clip model name, hf-hub:name, or local-dir:folder. \\[the samples' run's]"
+        ),
     ] = None,
     pretrained: Annotated[
         str | None, typer.Option(help="Tag or weights file of an open_clip model.", show_default=False)
     ] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="Of our own CLIP. [beside its run]")] = None,
-    top: Annotated[int | None, typer.Option(min=1, help="Keep the best of each caption. [all]")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Of our own CLIP. \\[beside its run]")] = None,
+    top: Annotated[int | None, typer.Option(min=1, help="Keep the best of each caption, or of all. \\[all]")] = None,
+    per_prompt: Annotated[
+        bool, typer.Option("--per-prompt/--overall", help="Rank within each caption, or all samples together.")
+    ] = True,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures measured at once, of one or several captions.")] = 64,
+    sheet: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Draw a contact sheet of the first captions.")
+    ] = None,
+    write: Annotated[bool, typer.Option("--write/--no-write", help="Keep the scores in the samples' store.")] = True,
 ) -> None:
     """Score samples against their captions with CLIP and print them best first.
 
-    Prints the lines it reads with score, rank and scorer added.
+    Prints the lines it reads with score, rank and scorer added, a caption's as soon as the next caption's samples come
+    in. The samples of a caption in several files are ranked together.
 
-    Example: [bold]dalle sample runs/quickstart/prior "a large green circle" --n 32 | dalle rerank --top 1[/bold]
+    Example: [bold]dalle sample runs/quickstart/prior "a large green star" --n 32 | dalle rerank --top 1[/bold]
     """
-    import json
     from itertools import chain
 
     from dalle_cli.errors import UserError
 
-    if manifest is None and sys.stdin.isatty():
+    if not manifests and sys.stdin.isatty():
         raise UserError("nothing to rerank; pipe dalle sample into this command, or name a file of its lines")
-    try:
-        stream = sys.stdin if manifest is None else manifest.open(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{manifest}: cannot be read ({error.strerror}); name a file of dalle sample's lines") from None
-
-    from dalle_cli.clip.load import load_scorer
-    from dalle_cli.clip.rerank import read_manifest, rerank
-
-    lines = read_manifest(stream, str(manifest or "stdin"))
+    named = ", ".join(map(str, manifests)) if manifests else "stdin"
+    lines = _lines(manifests or [])
     first = next(lines, None)
     if first is None:
-        raise UserError(f"{manifest or 'stdin'}: holds no sample; look at what dalle sample said on stderr")
-    scorer = load_scorer(clip, pretrained, tokenizer, beside=Path(first["png"]))
-    for line in rerank(chain([first], lines), scorer, top):
-        print(json.dumps(line, ensure_ascii=False), flush=True)
+        raise UserError(f"{named}: holds no sample; look at what dalle sample said on stderr")
+
+    from dalle_cli.clip.load import load_scorer
+    from dalle_cli.clip.rerank import best_of_all, printed, rerank
+    from dalle_cli.training.device import choose_device
+
+    scorer = load_scorer(clip, pretrained, tokenizer, beside=Path(first["png"]), device=choose_device())
+    scores: dict[Path, dict[int, float]] = {}
+    shown: list[list[dict[str, Any]]] = []
+
+    def pools() -> Iterator[list[dict[str, Any]]]:
+        several = len(manifests or []) > 1
+        for pool in rerank(chain([first], lines), scorer, batch=batch_size, gather=several):
+            for line in pool if write else []:
+                if isinstance(line.get("store"), str) and isinstance(line.get("row"), int):
+                    scores.setdefault(Path(line["store"]), {})[line["row"]] = line["score"]
+            if sheet is not None and len(shown) < SHEET_CAPTIONS:
+                shown.append(pool)
+            yield pool
+
+    for pool in pools() if per_prompt else [best_of_all(pools(), top)]:
+        for line in pool[:top]:
+            print(printed(line), flush=True)
+    if sheet is not None:
+        _draw_sheet(shown, sheet)
+    for store, found in scores.items():
+        _write(store, found, scorer.name)
+
+
+SHEET_CAPTIONS = 24
+
+
+def _lines(manifests: list[Path]) -> Iterator[dict[str, Any]]:
+    from dalle_cli.clip.rerank import read_manifest
+    from dalle_cli.errors import UserError
+    from dalle_cli.sampling.scores import sample_stores, store_lines
+
+    if not manifests:
+        # Not sys.stdin itself, which Python closes when it ends: a thread may wait for it then.
+        with open(sys.stdin.fileno(), encoding="utf-8", closefd=False) as stream:
+            yield from read_manifest(stream, "stdin")
+    for manifest in manifests:
+        if manifest.is_dir() and (stores := sample_stores(manifest)):
+            for store in stores:
+                yield from store_lines(store)
+            continue
+        try:
+            with manifest.open(encoding="utf-8") as stream:
+                yield from read_manifest(stream, str(manifest))
+        except OSError as error:
+            raise UserError(
+                f"{manifest}: cannot be read ({error.strerror}); name a file of dalle sample's lines"
+            ) from None
+
+
+def _draw_sheet(shown: list[list[dict[str, Any]]], sheet: Path) -> None:
+    from dalle_cli.evaluation.exhibits import samples_sheet
+    from dalle_cli.evaluation.montage import png_bytes
+    from dalle_cli.evaluation.oracle_accuracy import Pool
+    from dalle_cli.stores.files import write_atomically
+
+    rows = [Pool(pool[0]["prompt"], tuple(pool)) for pool in shown]
+    write_atomically(sheet, png_bytes(samples_sheet(rows, {}, "Best by CLIP")))
+
+
+def _write(store: Path, scores: dict[int, float], scorer: str) -> None:
+    """The lines are out already, so a store that cannot be written is only told of."""
+    from dalle_cli.errors import UserError
+    from dalle_cli.progress import log
+    from dalle_cli.sampling.scores import write_scores
+    from dalle_cli.stores.provenance import record_command
+
+    try:
+        write_scores(store, scores, scorer)
+        record_command(store.parent)
+    except (UserError, OSError) as error:
+        log(f"rerank: scores are not kept: {error}")

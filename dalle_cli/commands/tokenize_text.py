@@ -38,6 +38,7 @@ def command(
     Example: [bold]dalle tokenize-text recipes/quickstart.yaml --data runs/shapes/train[/bold]
     """
     from dalle_cli.progress import log
+    from dalle_cli.stores.provenance import record_command
     from dalle_cli.stores.shards import parse_shard
     from dalle_cli.text.bpe import Tokenizer
     from dalle_cli.text.tokenize import tokenize_source
@@ -52,4 +53,5 @@ def command(
         f"{made.path}: {made.rows} pictures, {made.captions} captions, {made.skipped} pictures skipped, "
         f"{made.overlong} captions of more than {limit} tokens {done}"
     )
+    record_command(made.path)
     typer.echo(made.path)

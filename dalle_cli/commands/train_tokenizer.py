@@ -23,9 +23,11 @@ def command(
     Example: [bold]dalle train-tokenizer recipes/quickstart.yaml --data runs/shapes/train[/bold]
     """
     from dalle_cli.progress import log
+    from dalle_cli.stores.provenance import record_command
     from dalle_cli.text.tokenize import train_tokenizer
 
     settings = read_recipe(recipe, set_, data)
     tokenizer = train_tokenizer(settings, read_source(settings), out or folders(settings).tokenizer)
     log(f"{tokenizer.name}: {tokenizer.vocab_size} tokens, sha256 {tokenizer.identity[:12]}")
+    record_command(Path(tokenizer.name), tokenizer.identity)
     typer.echo(tokenizer.name)

@@ -33,7 +33,7 @@ which then take 3 GB)."""
 def encode_pictures(model: DVAE, pictures: Tensor, eps: float) -> Tensor:
     """(B, S, S, 3) uint8 -> tokens (B, S / 8, S / 8) int64, the likeliest code at each place."""
     _, height, width, _ = pictures.shape
-    together = _at_once(model, height, width)
+    together = pictures_at_once(model, height, width)
     return torch.cat([model.encode_tokens(phi(part.permute(0, 3, 1, 2), eps)) for part in pictures.split(together)])
 
 
@@ -41,12 +41,13 @@ def encode_pictures(model: DVAE, pictures: Tensor, eps: float) -> Tensor:
 def decode_pictures(model: DVAE, tokens: Tensor, eps: float) -> Tensor:
     """Tokens (B, h, w) int64 -> pictures (B, 8 h, 8 w, 3) uint8: the likelihood's median, phi^-1(sigmoid(mu))."""
     _, rows, columns = tokens.shape
-    parts = tokens.split(_at_once(model, DOWNSAMPLING * rows, DOWNSAMPLING * columns))
+    parts = tokens.split(pictures_at_once(model, DOWNSAMPLING * rows, DOWNSAMPLING * columns))
     pictures = [reconstruct(model.decode_tokens(part)[0], eps).round().to(torch.uint8) for part in parts]
     return torch.cat(pictures).permute(0, 2, 3, 1)
 
 
-def _at_once(model: DVAE, height: int, width: int) -> int:
+def pictures_at_once(model: DVAE, height: int, width: int) -> int:
+    """How many pictures of this size are encoded or decoded together."""
     return max(1, MOST_ACTIVATIONS // (height * width * model.settings.n_hid))
 
 

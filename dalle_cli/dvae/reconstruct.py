@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dalle_cli.data.images import BadImage, decode_image, eval_crop
-from dalle_cli.data.samples import IMAGE_EXTENSIONS, split_extension
+from dalle_cli.data.samples import IMAGE_EXTENSIONS, read_image_file, split_extension
 from dalle_cli.data.sources import BadSample, open_source
 from dalle_cli.dvae.encode import decode_pictures, encode_pictures
 from dalle_cli.dvae.objective import LEAST_MSE
@@ -54,7 +54,7 @@ def list_pictures(specs: Sequence[str]) -> list[Picture]:
     for spec in specs:
         path = Path(spec)
         if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS and not path.is_dir():
-            pictures.append(Picture(spec, partial(_read_file, path)))
+            pictures.append(Picture(spec, partial(read_image_file, path)))
             continue
         source = open_source(spec)
         log(source.describe())
@@ -127,10 +127,3 @@ def _file_name(key: str) -> str:
     stem, extension = split_extension(key.rpartition("/")[2])
     name = stem if extension in IMAGE_EXTENSIONS else f"{stem}.{extension}".rstrip(".")
     return re.sub(r"[^A-Za-z0-9._-]+", "_", name)[-80:]
-
-
-def _read_file(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise BadSample(f"cannot be read: {error.strerror}") from error

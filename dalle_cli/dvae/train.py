@@ -20,10 +20,11 @@ from dalle_cli.dvae.model import DVAE
 from dalle_cli.dvae.objective import dvae_loss, merge_metrics, validation_metrics
 from dalle_cli.errors import UserError
 from dalle_cli.randomness import torch_generator
-from dalle_cli.recipes.schema import Recipe
+from dalle_cli.recipes.schema import DOWNSAMPLING, Recipe
 from dalle_cli.stores.checkpoint import Checkpoint, Kind
 from dalle_cli.training.loop import Run
 from dalle_cli.training.order import split_holdout
+from dalle_cli.training.pace import SampleWork, training_flops
 from dalle_cli.training.parallel import ALONE, Group, join_group
 from dalle_cli.training.pictures import TrainingPictures, cut_picture
 from dalle_cli.training.schedules import ramp
@@ -47,6 +48,13 @@ class DvaeTask:
     def __post_init__(self) -> None:
         rows = np.arange(len(self.source))
         self.training_rows, self.held_out = split_holdout(rows, self.recipe.data.holdout, self.recipe.seed)
+
+    def work(self) -> SampleWork:
+        # Counted for one code: autocast knows no model without storage, and convolutions cost the same everywhere.
+        pixels, codes = torch.zeros(1, 3, DOWNSAMPLING, DOWNSAMPLING, device=self.group.device), self.recipe.grid**2
+        flops = training_flops(lambda: self.model.decoder(self.model.encoder(pixels).softmax(1)))
+        dtype = torch.bfloat16 if self.recipe.dvae.precision == "bf16" else torch.float32
+        return SampleWork(codes, codes * flops, dtype)
 
     def batches(self, start: int, stop: int) -> Iterator[Tensor]:
         training = self.recipe.dvae.training

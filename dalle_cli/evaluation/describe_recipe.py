@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dalle_cli.distributed.compression import paper_compression
 from dalle_cli.dvae.model import DVAE
 from dalle_cli.prior.attention import describe_attention
 from dalle_cli.prior.transformer import Prior
@@ -91,16 +92,11 @@ def _prior(recipe: Recipe) -> dict[str, Any]:
         },
         "precision": stage.precision,
         "sharding": stage.sharding.model_dump(),
-        "powersgd": {"rank": rank, "compression": compression(rank, model.d_model) if rank else None},
+        "powersgd": {"rank": rank, "compression": paper_compression(model.d_model, rank) if rank else None},
         "optimizer": _optimizer(stage.adam),
         "schedule": _schedule(stage.learning_rate),
         **_training(stage.training),
     }
-
-
-def compression(rank: int, d_model: int) -> float:
-    """Share of the gradients' bytes that PowerSGD saves: 1 - 5 r / (8 d) (paper, section 2.4, table 1)."""
-    return 1 - 5 * rank / (8 * d_model)
 
 
 def compact(numbers: list[int]) -> str:

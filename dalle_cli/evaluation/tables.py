@@ -23,7 +23,7 @@ def render(found: dict[str, Any], console: Console) -> None:
         "checkpoint": _checkpoint,
         "tokenizer": _tokenizer,
     }
-    _print(console, show[found["what"]](found))
+    print_tables(console, show[found["what"]](found))
 
 
 def render_report(figures: dict[str, Any], console: Console) -> None:
@@ -37,12 +37,12 @@ def render_report(figures: dict[str, Any], console: Console) -> None:
         rows = [(n, g["prompts"], share(g["single"]), share(g["best"]), share(g["any_right"])) for n, g in groups]
         pool = next(iter(groups))[1]["pool_size"]
         columns = ["", "captions", "single sample", f"best of {pool} by CLIP", f"any of {pool}"]
-        _print(console, [_grid("Captions drawn right", columns, rows, right=range(1, 5))])
+        print_tables(console, [grid_table("Captions drawn right", columns, rows, right=range(1, 5))])
     recon, codebook = figures["reconstructions"], figures["codebook"]
-    _print(
+    print_tables(
         console,
         [
-            _pairs(
+            pairs_table(
                 f"Report of {figures['name']}",
                 [
                     ("result", figures["result"]),
@@ -70,7 +70,7 @@ def render_scan(found: dict[str, Any], console: Console) -> None:
     broken, filters = found["broken"], found["filters"]
     formats = ", ".join(f"{name} {count:,}" for name, count in found["picture_formats"].items())
     tables = [
-        _pairs(
+        pairs_table(
             f"Source {found['source']}",
             [
                 ("format", found["format"]),
@@ -81,7 +81,7 @@ def render_scan(found: dict[str, Any], console: Console) -> None:
                 ("pictures", formats),
             ],
         ),
-        _grid(
+        grid_table(
             "Shares of samples at or below",
             ["", *SHOWN_QUANTILES],
             [
@@ -94,12 +94,14 @@ def render_scan(found: dict[str, Any], console: Console) -> None:
     if found["languages"] is not None:
         languages = list(found["languages"].items())[:LONGEST_LIST]
         rows = [(name, f"{count:,}", f"{count / found['captions']:.1%}") for name, count in languages]
-        tables.append(_grid("Languages, guessed", ["", "captions", "share"], rows, right=[1, 2]))
+        tables.append(grid_table("Languages, guessed", ["", "captions", "share"], rows, right=[1, 2]))
     reasons = [*broken["by_reason"].items(), *broken["left_out_by_the_index"].items()]
     if reasons:
         named = [*broken["first"], *broken["first_left_out_by_the_index"]][:LONGEST_LIST]
-        tables.append(_grid("Broken", ["reason", "count"], reasons[:LONGEST_LIST], right=[1]))
-        tables.append(_grid("The first of them", ["key", "reason"], [(line["key"], line["reason"]) for line in named]))
+        tables.append(grid_table("Broken", ["reason", "count"], reasons[:LONGEST_LIST], right=[1]))
+        tables.append(
+            grid_table("The first of them", ["key", "reason"], [(line["key"], line["reason"]) for line in named])
+        )
     shown = [
         [name, f"{filter_['value']:g}", "on" if filter_["on"] else "", f"{filter_['drops']:,}",
          f"{filter_['drops'] / max(found['samples'], 1):.1%}",
@@ -107,11 +109,12 @@ def render_scan(found: dict[str, Any], console: Console) -> None:
         for name, filter_ in filters.items()
     ]  # fmt: skip
     columns = ["data.filters", "value", "", "drops", "share", "examples"]
-    tables.append(_grid("What each filter would drop by itself", columns, shown, right=[1, 3, 4]))
-    _print(console, tables)
+    tables.append(grid_table("What each filter would drop by itself", columns, shown, right=[1, 3, 4]))
+    print_tables(console, tables)
 
 
-def _print(console: Console, tables: Iterable[Table]) -> None:
+def print_tables(console: Console, tables: Iterable[Table]) -> None:
+    """Each table under its title, in bold."""
     for table in tables:
         # A title of rich's own would be wrapped to the width of its table.
         title, table.title = table.title, None
@@ -136,7 +139,8 @@ def size(value: float) -> str:
     raise AssertionError("unreachable")
 
 
-def _pairs(title: str, rows: Iterable[tuple[str, Any]]) -> Table:
+def pairs_table(title: str, rows: Iterable[tuple[str, Any]]) -> Table:
+    """Names and values; a row without a value is left out."""
     table = Table(title=title, show_header=False, box=None, padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -146,7 +150,8 @@ def _pairs(title: str, rows: Iterable[tuple[str, Any]]) -> Table:
     return table
 
 
-def _grid(title: str, columns: list[str], rows: Iterable[Iterable[Any]], right: Iterable[int] = ()) -> Table:
+def grid_table(title: str, columns: list[str], rows: Iterable[Iterable[Any]], right: Iterable[int] = ()) -> Table:
+    """A table with a head; columns numbered in ``right`` are set right."""
     table = Table(title=title, header_style="dim", box=None, padding=(0, 2))
     for place, name in enumerate(columns):
         table.add_column(name, justify="right" if place in set(right) else "left", overflow="fold")
@@ -161,7 +166,7 @@ def _recipe(found: dict[str, Any]) -> list[Table]:
     counts, side = prior["parameters"], found["image_size"]
     sharding = prior["sharding"]
     return [
-        _pairs(
+        pairs_table(
             f"Recipe {found['name']}",
             [
                 ("description", found["description"]),
@@ -172,7 +177,7 @@ def _recipe(found: dict[str, Any]) -> list[Table]:
                 ("run", found["run"]),
             ],
         ),
-        _pairs(
+        pairs_table(
             "dVAE",
             [
                 ("parameters", number(dvae["parameters"]["total"])),
@@ -183,7 +188,7 @@ def _recipe(found: dict[str, Any]) -> list[Table]:
                 *_learning(dvae),
             ],
         ),
-        _pairs(
+        pairs_table(
             "Prior",
             [
                 ("parameters", number(counts["total"])),
@@ -207,7 +212,7 @@ def _recipe(found: dict[str, Any]) -> list[Table]:
                 *_learning(prior),
             ],
         ),
-        _pairs(
+        pairs_table(
             "CLIP and sampling",
             [
                 ("CLIP", f"patches of {clip['patch_size']}, {clip['embed_dim']}-d; "
@@ -238,7 +243,7 @@ def _token_store(found: dict[str, Any]) -> list[Table]:
     absent = [part for part in ("text", "image") if part not in found["parts"]]
     source = found["source"]
     return [
-        _pairs(
+        pairs_table(
             f"Token store {found['path']}",
             [
                 ("rows", f"{found['rows']:,}"),
@@ -253,10 +258,10 @@ def _token_store(found: dict[str, Any]) -> list[Table]:
             ],
         ),
         _array_table(found["arrays"]),
-        *([_grid("Skipped", ["part", "reason", "rows"], skipped, right=[2])] if skipped else []),
+        *([grid_table("Skipped", ["part", "reason", "rows"], skipped, right=[2])] if skipped else []),
         *(
             [
-                _grid(
+                grid_table(
                     "First captions",
                     ["row", "tokens", "caption"],
                     [(c["row"], c["tokens"], c["caption"]) for c in found["captions"]],
@@ -275,7 +280,7 @@ def _sample_store(found: dict[str, Any]) -> list[Table]:
     shown = [(row, prompt) for row, prompt in enumerate(prompts[:LONGEST_LIST])]
     more = [("...", f"and {len(prompts) - LONGEST_LIST} more")] if len(prompts) > LONGEST_LIST else []
     return [
-        _pairs(
+        pairs_table(
             f"Sample store {found['path']}",
             [
                 ("samples", f"{len(prompts):,} prompts x {found['samples_a_prompt']:,} = {found['rows']:,}"),
@@ -286,7 +291,7 @@ def _sample_store(found: dict[str, Any]) -> list[Table]:
             ],
         ),
         _array_table(found["arrays"]),
-        _grid("Prompts", ["", "caption"], [*shown, *more], right=[0]),
+        grid_table("Prompts", ["", "caption"], [*shown, *more], right=[0]),
     ]
 
 
@@ -295,7 +300,7 @@ def _array_table(arrays: dict[str, dict[str, Any]]) -> Table:
         (name, " x ".join(str(side) for side in array["shape"]), array["dtype"], size(array["bytes"]))
         for name, array in arrays.items()
     ]
-    return _grid("Arrays", ["name", "shape", "type", "on disk"], rows, right=[3])
+    return grid_table("Arrays", ["name", "shape", "type", "on disk"], rows, right=[3])
 
 
 def _checkpoint(found: dict[str, Any]) -> list[Table]:
@@ -306,7 +311,7 @@ def _checkpoint(found: dict[str, Any]) -> list[Table]:
     ]
     metrics = [(name, f"{value:.6g}") for name, value in found["metrics"].items()]
     return [
-        _pairs(
+        pairs_table(
             f"Checkpoint {found['path']}",
             [
                 ("kind", found["kind"]),
@@ -317,14 +322,14 @@ def _checkpoint(found: dict[str, Any]) -> list[Table]:
                 ("kept in its run", ", ".join(found["checkpoints_in_run"])),
             ],
         ),
-        _grid("Files", ["name", "size", "sha256"], files, right=[1]),
-        *([_grid("Validation", ["metric", "value"], metrics, right=[1])] if metrics else []),
+        grid_table("Files", ["name", "size", "sha256"], files, right=[1]),
+        *([grid_table("Validation", ["metric", "value"], metrics, right=[1])] if metrics else []),
     ]
 
 
 def _tokenizer(found: dict[str, Any]) -> list[Table]:
     return [
-        _pairs(
+        pairs_table(
             f"Tokenizer {found['path']}",
             [
                 ("vocabulary", f"{found['vocab_size']:,} byte-level BPE tokens"),

@@ -65,6 +65,10 @@ class GradientScaling:
         """The gradients of ``parameters`` that have one, each with the index of its scale."""
         return ((self.scale_index(p), p.grad) for p in parameters if p.grad is not None)
 
+    def values(self) -> list[float]:
+        """The scales as they are, and last the 1 of gradients under none."""
+        return [*(self.scales[i] for i in range(len(self.scales))), 1.0]
+
     def squares(self, gradients: Iterable[tuple[int, Tensor]]) -> Tensor:
         """Sums of squares of ``gradients``, each given with the index of its scale: (len(scales) + 1,) float64.
 
@@ -77,7 +81,8 @@ class GradientScaling:
             norms.append(torch.linalg.vector_norm(gradient, dtype=torch.float32))
         sums = torch.zeros(len(self.scales) + 1, dtype=torch.float64)
         if norms:
-            sums.index_add_(0, torch.tensor(indices), torch.stack(norms).double().cpu().square())
+            stacked = torch.stack([norm.to(norms[0].device) for norm in norms])
+            sums.index_add_(0, torch.tensor(indices), stacked.double().cpu().square())
         return sums
 
     def judge(self, squares: Tensor, clip_norm: float | None) -> Verdict:
@@ -89,7 +94,7 @@ class GradientScaling:
         finite = used[:-1]
         if not used[-1] or (self.skip == "update" and not all(used)):
             used = [False] * len(used)
-        scales = [*(self.scales[i] for i in range(len(self.scales))), 1.0]
+        scales = self.values()
         terms = zip(squares.tolist(), scales, used, strict=True)
         norm = math.sqrt(sum(square / scale**2 for square, scale, use in terms if use))
         clip = 1.0 if clip_norm is None else min(1.0, clip_norm / (norm + 1e-6))
@@ -111,8 +116,13 @@ class GradientScaling:
         total, used = (sum(p.numel() for p in parameters) for parameters in (held, factors))
         return 1 - used / total if total else 0.0
 
-    def step(self, optimizer: Adam16, clip_norm: float | None) -> dict[str, float]:
-        """An update from the gradients that parameters hold, where none is sharded: squares, judge and apply.
+    def step(self, optimizer: Adam16, clip_norm: float | None, squares: Tensor | None = None) -> dict[str, float]:
+        """An update from the gradients that parameters hold: squares, judge and apply.
+
+        Args:
+            optimizer: of the parameters, or of this process's parts of them.
+            clip_norm: see ``judge``.
+            squares: of the gradients, where parts of them are elsewhere; by default those at hand.
 
         Returns:
             To be logged: the gradients' norm, the share of the parameters that was skipped, and where there are
@@ -122,8 +132,9 @@ class GradientScaling:
         if scales := [self.scales[i] for i in range(len(self.scales))]:
             found["log2_scale_min"], found["log2_scale_max"] = math.log2(min(scales)), math.log2(max(scales))
             found["scales_at_bounds"] = float(self.scales.at_bounds())
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        verdict = self.judge(self.squares(self.held(parameters)), clip_norm)
+        if squares is None:
+            squares = self.squares(self.held(p for group in optimizer.param_groups for p in group["params"]))
+        verdict = self.judge(squares, clip_norm)
         return {"grad_norm": verdict.norm, "skipped": self.apply(optimizer, verdict), **found}
 
     def hand_out(self) -> None:

@@ -63,16 +63,21 @@ def attend(kind: AttentionKind, qkv: Tensor, text_length: int, grid: int, conv_k
     """
     if qkv.shape[1] != text_length + grid * grid:
         raise ValueError(f"stream of {qkv.shape[1]} positions is not {text_length} text + {grid} x {grid} image")
-    if kind == "full" and grid * grid > DENSE_IMAGE:
+    if is_dense(kind, grid):
         q, k, v = qkv.transpose(1, 3).unbind(2)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
     pattern = Pattern(text_length, windows_of(kind, grid, conv_kernel), by_column=kind == "column")
     return SparseAttention.apply(qkv, pattern)  # type: ignore[no-any-return]
 
 
+def is_dense(kind: AttentionKind, grid: int) -> bool:
+    """Whether ``attend`` leaves ``kind`` to PyTorch's own attention."""
+    return kind == "full" and grid * grid > DENSE_IMAGE
+
+
 def describe_attention(kind: AttentionKind, text_length: int, grid: int, conv_kernel: int) -> str:
     """How ``attend`` computes one kind, in words."""
-    if kind == "full" and grid * grid > DENSE_IMAGE:
+    if is_dense(kind, grid):
         return "dense, by scaled_dot_product_attention"
     windows = windows_of(kind, grid, conv_kernel)
     return f"blocks of {windows.queries} queries x ({text_length} text + {windows.keys} image)"
@@ -211,14 +216,19 @@ class SparseAttention(torch.autograd.Function):
 def _chunks(qkv: Tensor, pattern: Pattern) -> Iterator[tuple[Any, ...]]:
     """Indices of (B, ..., H, D) that together take all streams, some at a time."""
     batch, length, _, heads, _ = qkv.shape
-    count = batch * heads
+    samples, heads_each = batch, heads
     if qkv.device.type == "cpu":
         weights = length * pattern.text_length + pattern.windows.grid**2 * pattern.windows.keys
-        count = max(1, min(count, CHUNK // weights))
-    samples, heads_each = max(1, count // heads), min(count, heads)
+        samples, heads_each = chunk_on_cpu(batch, heads, weights)
     for b in range(0, batch, samples):
         for h in range(0, heads, heads_each):
             yield slice(b, b + samples), ..., slice(h, h + heads_each), slice(None)
+
+
+def chunk_on_cpu(batch: int, heads: int, weights: int) -> tuple[int, int]:
+    """How many samples and heads of them are worked on at a time, where each stream has so many ``weights``."""
+    count = max(1, min(batch * heads, CHUNK // weights))
+    return max(1, count // heads), min(count, heads)
 
 
 def _scale(q: Tensor) -> float:

@@ -29,6 +29,8 @@ def head_loss(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tenso
     """
     device = x.device.type
     kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    if not torch.is_grad_enabled():  # a function's inputs would be said to need gradients all the same
+        weight, bias = weight.detach(), bias.detach()
     with torch.autocast(device, enabled=False):
         return _HeadLoss.apply(x.to(kind), weight.to(kind), bias, targets)  # type: ignore[no-any-return]
 

@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dalle_cli.distributed.this_machine import refuse_what_cannot_fit
 from dalle_cli.errors import UserError
 from dalle_cli.precision.scales import GradientScales
-from dalle_cli.precision.scaling import GradientScaling
-from dalle_cli.prior.transformer import Prior, Resblock
-from dalle_cli.recipes.schema import Recipe
+from dalle_cli.precision.scaling import GradientScaling, ScaledBlock
+from dalle_cli.prior.transformer import Prior, PriorLoss, Resblock
+from dalle_cli.progress import log
+from dalle_cli.randomness import SPLITMIX_STEP, splitmix64, stream_seed
+from dalle_cli.recipes.schema import PowerSgd, Recipe, Sharding
 from dalle_cli.stores.checkpoint import Checkpoint, Kind
 from dalle_cli.stores.tokens import TokenReader
 from dalle_cli.training.ahead import ahead
-from dalle_cli.training.held_out import split_store
+from dalle_cli.training.held_out import VALIDATION_BATCH, split_store
 from dalle_cli.training.loop import Run
 from dalle_cli.training.matmul import fast_matmul
 from dalle_cli.training.order import WINDOW, BatchOrder
+from dalle_cli.training.pace import SampleWork, training_flops
 from dalle_cli.training.parallel import ALONE, Group, join_group
 
-VALIDATION_BATCH = 64
+if TYPE_CHECKING:
+    from dalle_cli.distributed.engine import Sharded
+
+Precision = Literal["fp32", "bf16", "fp16"]
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 READ_AHEAD = 8
 """Batches that are read while the model works on earlier ones."""
 
@@ -61,6 +69,15 @@ def read_tokens(reader: TokenReader, rows: np.ndarray, epochs: np.ndarray | None
     return TokenBatch(tensor(text), tensor(length), image)
 
 
+def empty_captions(seed: int, step: int, places: np.ndarray, share: float) -> np.ndarray:
+    """Which ``places`` of an update's batch learn without their captions, bool: each with chance ``share``, a function
+    of (seed, step, place) alone."""
+    stream = np.uint64(stream_seed(seed, "caption-dropout", step))
+    drawn = splitmix64(stream + (places.astype(np.uint64) + np.uint64(1)) * SPLITMIX_STEP)
+    below: np.ndarray = (drawn >> np.uint64(11)).astype(np.float64) / 2.0**53 < share
+    return below
+
+
 @dataclass
 class PriorTask:
     """Cross-entropies of text and image, weighted 1/8 and 7/8; validation on held-out rows, captions whole."""
@@ -71,19 +88,29 @@ class PriorTask:
     group: Group = ALONE
     kind: Kind = "prior"
     less_memory: str = "lower prior.training.micro_batch, or set prior.model.checkpoint_resblocks to true"
+    forward: Callable[[Tensor, Tensor, Tensor, float], PriorLoss] | None = None
+    """Computes ``model.loss`` where the model is in parts."""
 
     def __post_init__(self) -> None:
         self.training_rows, self.held_out = split_store(self.reader, self.recipe)
+
+    def work(self) -> SampleWork:
+        return sample_work(self.recipe)
 
     def batches(self, start: int, stop: int) -> Iterator[TokenBatch]:
         return ahead(self._read(start, stop), READ_AHEAD)
 
     def _read(self, start: int, stop: int) -> Iterator[TokenBatch]:
-        size = self.recipe.prior.training.batch_size
-        order = BatchOrder(self.training_rows, size, self.recipe.seed, self.group.part(size))
+        seed, size, share = self.recipe.seed, self.recipe.prior.training.batch_size, self.recipe.prior.caption_dropout
+        part = self.group.part(size)
+        order = BatchOrder(self.training_rows, size, seed, part)
         for step in range(start, stop):
             rows, epochs = order.batch(step)
-            yield read_tokens(self.reader, rows, epochs)
+            batch = read_tokens(self.reader, rows, epochs)
+            if share:
+                empty = torch.from_numpy(empty_captions(seed, step, np.arange(size)[part], share))
+                batch = replace(batch, length=batch.length.masked_fill(empty, 0))
+            yield batch
 
     def micro_batches(self, batch: TokenBatch, size: int | None) -> list[tuple[Any, float]]:
         # The text's mean is over tokens, and captions differ in length: parts divide by the whole batch's count.
@@ -93,7 +120,7 @@ class PriorTask:
     def loss(self, batch: tuple[TokenBatch, float], step: int) -> dict[str, Tensor]:
         tokens, text_count = batch
         text, length, image = (part.to(self.group.device) for part in (tokens.text, tokens.length, tokens.image))
-        found = self.model.loss(text, length, image, text_count)
+        found = (self.forward or self.model.loss)(text, length, image, text_count)
         weight = self.recipe.prior.objective.text_weight
         return {"loss": weight * found.text + (1 - weight) * found.image, "text": found.text, "image": found.image}
 
@@ -102,7 +129,8 @@ class PriorTask:
             return {}
         totals: dict[str, float] = {}
         count = float(self.model.text_counts(self.validation.length).sum().clamp(min=1))
-        for part, share in self._parts(self.validation, VALIDATION_BATCH, count, len(self.validation)):
+        size = self.recipe.prior.training.micro_batch or VALIDATION_BATCH
+        for part, share in self._parts(self.validation, size, count, len(self.validation)):
             for name, value in self.loss(part, step).items():
                 totals[name] = totals.get(name, 0.0) + float(value) * share
         return totals
@@ -141,23 +169,45 @@ def build_prior(recipe: Recipe) -> Prior:
     )
 
 
+def sample_work(recipe: Recipe) -> SampleWork:
+    """What a training sample of the recipe's prior takes."""
+    with torch.device("meta"):
+        prior = build_prior(recipe)
+        text, image = (torch.zeros(1, n, dtype=torch.long) for n in (prior.text_length, prior.image_length))
+
+    def forward() -> None:
+        hidden = prior(text, image)
+        prior.text_logits(hidden)
+        prior.image_logits(hidden)
+
+    tokens = prior.text_length + prior.image_length
+    return SampleWork(tokens, training_flops(forward), DTYPES[recipe.prior.precision])
+
+
 def train_prior(recipe: Recipe, store: Path, out: Path) -> Checkpoint:
     """Train the recipe's prior on the token store into the run's folder ``out``; goes on where an earlier run stopped.
 
     Raises:
-        UserError: see ``Run.train``; or the store is unfinished or of other sizes than the recipe.
+        UserError: see ``Run.train``; or the machine has too little memory for the recipe, the store is unfinished or of
+            other sizes than the recipe.
     """
-    refuse_unbuilt(recipe)
+    refuse_what_cannot_fit(recipe)
     reader = TokenReader(store, cached_rows=WINDOW)
     reader.require_complete()
-    belongs = _check_sizes(recipe, reader)
+    belongs = check_sizes(recipe, reader)
     stage = recipe.prior
     with join_group() as group, fast_matmul():
-        prior = build_prior(recipe)
-        scaling = in_16_bit(prior, stage.precision, group.size)
-        prior.to(group.device)
+        refuse_unbuilt(stage.sharding, stage.powersgd, group)
+        sharded = None
+        if stage.sharding.zero and group.size > 1:
+            sharded = sharded_prior(recipe, group)
+            prior, scaling = sharded.prior, scaling_of(sharded.blocks, stage.precision, group.size)
+        else:
+            prior = build_prior(recipe)
+            scaling = in_16_bit(prior, stage.precision, group.size)
+            prior.to(group.device)
         run = Run(
-            PriorTask(recipe, reader, prior, group),
+            PriorTask(recipe, reader, prior, group, forward=None if sharded is None else sharded.loss),
             recipe,
             out,
             stage.training,
@@ -166,22 +216,40 @@ def train_prior(recipe: Recipe, store: Path, out: Path) -> Checkpoint:
             ("seed", "image_size", "data", "tokenizer", "prior"),
             belongs,
             scaling=scaling,
+            engine=sharded,
+            counters={} if sharded is None else sharded.counters(),
         )
         return run.train()
 
 
-def in_16_bit(prior: Prior, precision: Literal["fp32", "bf16", "fp16"], replicas: int) -> GradientScaling | None:
-    """Put the resblocks' matrices into 16 bit, and scale their gradients where they could underflow.
+def sharded_prior(recipe: Recipe, group: Group) -> Sharded:
+    """The recipe's prior in parts, one for each process of a node; nowhere is it whole."""
+    from dalle_cli.distributed.engine import Sharded
+    from dalle_cli.distributed.nodes import form_nodes
 
-    bfloat16 has float32's exponents and needs no scales.
-    """
+    stage = recipe.prior
+    with torch.device("meta"):
+        prior = build_prior(recipe)
+        if stage.precision != "fp32":
+            prior.cast_resblocks(DTYPES[stage.precision])
+    nodes = form_nodes(group, stage.sharding.node_size)
+    log(f"train-prior: ZeRO stage {stage.sharding.zero} on {nodes.across.size} x {nodes.inside.size} processes")
+    return Sharded(prior, recipe.seed, group, nodes, stage.sharding, stage.powersgd)
+
+
+def in_16_bit(prior: Prior, precision: Precision, replicas: int) -> GradientScaling | None:
+    """Put the resblocks' matrices into 16 bit, and scale their gradients where they could underflow."""
+    if precision != "fp32":
+        prior.cast_resblocks(DTYPES[precision])
+    return scaling_of(cast(list[Resblock], list(prior.resblocks)), precision, replicas)
+
+
+def scaling_of(blocks: Sequence[ScaledBlock], precision: Precision, replicas: int) -> GradientScaling | None:
+    """How the gradients of ``blocks`` are scaled: bfloat16 has float32's exponents and needs no scales."""
     if precision == "fp32":
         return None
     if precision == "bf16":
-        prior.cast_resblocks(torch.bfloat16)
         return GradientScaling([], GradientScales(0))
-    prior.cast_resblocks(torch.float16)
-    blocks = cast(list[Resblock], list(prior.resblocks))
     return GradientScaling(blocks, GradientScales(len(blocks), replicas))
 
 
@@ -193,16 +261,32 @@ def load_prior(checkpoint: Checkpoint) -> Prior:
     return model.eval().requires_grad_(False)
 
 
-def refuse_unbuilt(recipe: Recipe) -> None:
-    """Refuse what a recipe can say and this version cannot do yet, before anything is allocated."""
-    stage = recipe.prior
-    if stage.sharding.zero or stage.sharding.offload != "none":
-        raise UserError("prior.sharding: ZeRO is not built yet; --set prior.sharding.zero=0 trains in one process")
-    if stage.powersgd.rank:
-        raise UserError("prior.powersgd: PowerSGD is not built yet; --set prior.powersgd.rank=0 trains in one process")
+def refuse_unbuilt(sharding: Sharding, powersgd: PowerSgd, group: Group) -> None:
+    """Refuse what a recipe can say and this version cannot do, before anything is allocated.
+
+    Raises:
+        UserError: naming the key and the mend.
+    """
+    if sharding.offload == "nvme":
+        raise UserError("prior.sharding.offload: nvme is not built; set it to cpu, or to none")
+    if sharding.offload == "cpu" and group.device.type != "cpu" and (group.size == 1 or not sharding.zero):
+        raise UserError(
+            "prior.sharding.offload: cpu is for several processes with prior.sharding.zero of 1 to 3; set it to none, "
+            "or start more processes (--gpus)"
+        )
+    if powersgd.rank and group.size > 1 and not sharding.zero:
+        raise UserError(
+            "prior.powersgd: compresses the gradients of shards; --set prior.sharding.zero=1 (2, 3) shards them, "
+            "--set prior.powersgd.rank=0 sends them whole"
+        )
 
 
-def _check_sizes(recipe: Recipe, reader: TokenReader) -> dict[str, str]:
+def check_sizes(recipe: Recipe, reader: TokenReader) -> dict[str, str]:
+    """The hashes of the tokenizer and the dVAE that the store was made with.
+
+    Raises:
+        UserError: it was made for other sizes than the recipe's.
+    """
     text, image = reader.part("text")["identity"], reader.part("image")["identity"]
     facts = [
         ("prior.model.grid", recipe.prior.model.grid, image["grid"]),

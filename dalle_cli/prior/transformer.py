@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -141,19 +142,26 @@ class Prior(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Draw all weights anew, each parameter from (seed, its name): normal with std 0.02, a resblock's
-        output matrix with 0.02 / sqrt(resblocks); biases 0, gains 1."""
+        """Give all parameters their ``initial_values`` of ``seed``."""
+        for (_, parameter), (_, value) in zip(self.named_parameters(), self.initial_values(seed), strict=True):
+            parameter.copy_(value)
+
+    def initial_values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """Each parameter's name and its initial value (float32), one after another, drawn from (seed, its name).
+
+        Normal with std 0.02, a resblock's output matrix with 0.02 / sqrt(resblocks); biases 0, gains 1.
+        """
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
-                parameter.zero_()
+                yield name, torch.zeros(parameter.shape)
             elif name.endswith("norm.weight"):
-                parameter.fill_(1.0)
+                yield name, torch.ones(parameter.shape)
             else:
                 residual_output = name.startswith("resblocks.") and name.endswith("out.weight")
                 std = INIT_STD / math.sqrt(len(self.resblocks)) if residual_output else INIT_STD
                 digest = hashlib.sha256(f"{seed}/prior/{name}".encode()).digest()
                 generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+                yield name, torch.empty(parameter.shape).normal_(0.0, std, generator=generator)
 
     def cast_resblocks(self, dtype: torch.dtype) -> Prior:
         """Hold the matrices of the resblocks in ``dtype``; everything else stays as it is."""

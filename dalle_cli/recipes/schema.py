@@ -230,16 +230,29 @@ class PriorObjective(Settings):
 
 
 class Sharding(Settings):
-    """ZeRO inside a machine (paper, section 2.4)."""
+    """ZeRO inside a machine (paper, section 2.4), where several processes train together."""
 
     zero: Literal[0, 1, 2, 3] = Field(0, description="ZeRO stage: 0 none, 1 moments, 2 + gradients, 3 + parameters")
-    offload: Literal["none", "cpu", "nvme"] = "none"
+    offload: Literal["none", "cpu", "nvme"] = Field("none", description="where sharded weights and moments wait")
+    node_size: Positive | None = Field(
+        None, description="processes that shard a model among them; those of a machine by default"
+    )
 
 
 class PowerSgd(Settings):
     """Low-rank compression of gradients between machines (paper, section 2.4 and appendix E)."""
 
-    rank: Annotated[int, Field(ge=0)] = Field(0, description="rank of the factors; 0: gradients are sent whole")
+    rank: Annotated[int, Field(ge=0)] = Field(
+        0, description="rank of a matrix's factors, shared among a machine's shards of it; 0: gradients are sent whole"
+    )
+    warm_start: bool = Field(
+        True, description="begin from the last update's factor; off: from one drawn at the start, as in the paper"
+    )
+    error_feedback: bool = Field(True, description="add what an update did not send to the next one's gradients")
+    start_update: Annotated[int, Field(ge=0)] = Field(0, description="updates before it send gradients whole")
+    min_compression: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="a matrix is compressed if its factors are more than so many times smaller; 1: break-even"
+    )
 
 
 class PriorSettings(Settings):
@@ -249,6 +262,9 @@ class PriorSettings(Settings):
     adam: Adam = Adam(beta1=0.9, beta2=0.96, weight_decay=4.5e-2, clip_norm=4.0)
     training: Training = Training(updates=430_000, batch_size=1024, save_every=2000, validate_every=2000)
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="parameters and activations of resblocks")
+    caption_dropout: Share = Field(
+        0.0, description="share of the training captions replaced by the empty one, for classifier-free guidance"
+    )
     sharding: Sharding = Sharding()
     powersgd: PowerSgd = PowerSgd()
 
@@ -295,9 +311,29 @@ class SamplingSettings(Settings):
     temperature: Annotated[float, Field(ge=0)] = Field(1.0, description="0 takes the likeliest token")
     top_k: Positive | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    batch_size: Positive = Field(64, description="samples drawn at once")
+    guidance: Annotated[float, Field(ge=0)] = Field(
+        1.0,
+        description="classifier-free guidance S, logits = uncond + S (cond - uncond): 1 is the prior as it is, other "
+        "values take a prior trained with prior.caption_dropout, and twice the time",
+    )
+    batch_size: Positive | None = Field(
+        None, description="most samples drawn at once; null: as many as memory holds and are of use"
+    )
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="of the resblocks' matrices, keys and values; bf16 is faster and draws other samples"
+    )
+
+
+class Monitoring(Settings):
+    """What training shows of itself, beside metrics.jsonl and TensorBoard."""
+
+    peak_tflops: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="peak of one device in the precision trained in, which MFU is the share of; null: measured once by "
+        "a square matrix product",
+    )
+    wandb: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="project of Weights & Biases that runs are shown in; null: none"
     )
 
 
@@ -316,6 +352,7 @@ class Recipe(Settings):
     prior: PriorSettings = PriorSettings()
     clip: ClipSettings = ClipSettings()
     sampling: SamplingSettings = SamplingSettings()
+    monitoring: Monitoring = Monitoring()
 
     @property
     def grid(self) -> int:

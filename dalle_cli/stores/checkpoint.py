@@ -6,17 +6,19 @@ either one checkpoint or the run's folder, which stands for its newest checkpoin
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from dalle_cli.errors import UserError
 from dalle_cli.recipes.load import dump_recipe, load_recipe
 from dalle_cli.recipes.schema import Recipe
-from dalle_cli.stores.files import new_directory, sha256_file, write_json
+from dalle_cli.stores.files import explain_os_errors, new_directory, sha256_file, write_json
+from dalle_cli.stores.tensor_files import Part, TensorFiles, index_entries, join_entries, part_file, save_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 Kind = Literal["dvae", "prior", "clip"]
 Weights = Literal["ema", "raw"]
-_FILES: dict[Weights, str] = {"raw": "model.safetensors", "ema": "ema.safetensors"}
+_NAMES: dict[Weights, str] = {"raw": "model", "ema": "ema"}
 
 
 @dataclass(frozen=True)
@@ -39,31 +41,59 @@ class Checkpoint:
     metrics: dict[str, float] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     """sha256 of each file of weights."""
-
-    @property
-    def identity(self) -> str:
-        """sha256 of the weights that other stages use (the EMA)."""
-        return self.files[_FILES["ema"]]
+    identity: str = ""
+    """Of the weights that other stages use (the EMA): the sha256 of their file, or over those of their files."""
 
     def recipe(self) -> Recipe:
         """The resolved recipe it was trained by."""
         return load_recipe(self.path / "recipe.yaml")
 
     def tensors(self, weights: Weights = "ema") -> dict[str, torch.Tensor]:
-        """Weights by name, on the CPU. Raises UserError when the file is damaged or not the manifest's."""
-        file = self.path / _FILES[weights]
-        if file.is_file() and sha256_file(file) != self.files.get(file.name):
-            raise UserError(f"{file}: damaged: its sha256 is not the manifest's; restore it or use an older checkpoint")
-        return _load_tensors(file)
+        """Weights by name, on the CPU. Raises UserError when a file is damaged or not the manifest's."""
+        files = self.files_of(weights)
+        self._check(files.files())
+        return files.all()
+
+    def files_of(self, weights: Weights) -> TensorFiles:
+        """Where the weights lie, to read parts of them; see ``check``."""
+        return TensorFiles(self.path, _NAMES[weights])
+
+    def check(self, rank: int, size: int) -> None:
+        """Read through the files of weights, or this share of them: each of ``size`` processes has another.
+
+        Raises:
+            UserError: one is damaged or not the manifest's.
+        """
+        self._check([self.path / name for name in sorted(self.files)][rank::size])
 
     def trainer(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Optimizer tensors by name and the rest of the trainer's state."""
-        folder = self.path / "trainer"
-        state = folder / "state.json"
+        return self.moments().all(), self.trainer_state()
+
+    def moments(self) -> TensorFiles:
+        """Where the optimizer's tensors lie."""
+        return TensorFiles(self.path / "trainer", "optimizer")
+
+    def trainer_state(self) -> dict[str, Any]:
+        """The rest of the trainer's state."""
+        state = self.path / "trainer" / "state.json"
         try:
-            return _load_tensors(folder / "optimizer.safetensors"), json.loads(state.read_text())
+            return dict(json.loads(state.read_text()))
         except (OSError, ValueError) as error:
             raise UserError(f"{state}: missing or damaged ({error}); restore it or use an older checkpoint") from None
+
+    def own_state(self, rank: int, size: int) -> dict[str, torch.Tensor] | None:
+        """What process ``rank`` of ``size`` saved for itself alone; None where none of so many did."""
+        name = part_file("own", rank, size).removesuffix(".safetensors")
+        files = TensorFiles(self.path / "trainer", name)
+        return files.all() if files.whole.is_file() else None
+
+    def _check(self, files: Iterable[Path]) -> None:
+        for file in files:
+            if file.is_file() and sha256_file(file) != self.files.get(file.name):
+                raise UserError(
+                    f"{file}: damaged: its sha256 is not the manifest's; restore it or use an older checkpoint"
+                )
 
 
 def save_checkpoint(
@@ -83,37 +113,147 @@ def save_checkpoint(
     Raises:
         UserError: the disk is full or the place may not be written; earlier checkpoints stay.
     """
-    from safetensors.torch import save_file
-
-    def save(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
-        try:
-            save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, file)
-        except OSError:
-            raise
-        except Exception as error:  # safetensors reports a failed write as its own error, with the number inside
-            if "space" in str(error).lower() or "os error 28" in str(error).lower():
-                raise OSError(28, str(error)) from error
-            raise
-
     with new_directory(path) as folder:
+        files = {}
         for which, tensors in weights.items():
-            save(tensors, folder / _FILES[which])
+            file = TensorFiles(folder, _NAMES[which]).whole
+            save_tensors(tensors, file)
+            files[file.name] = sha256_file(file)
         (folder / "trainer").mkdir()
-        save(optimizer, folder / "trainer" / "optimizer.safetensors")
+        save_tensors(optimizer, folder / "trainer" / "optimizer.safetensors")
         write_json(folder / "trainer" / "state.json", dict(trainer_state))
-        (folder / "recipe.yaml").write_text(dump_recipe(recipe))
-        write_json(
-            folder / "manifest.json",
-            {
-                "format": "dalle-checkpoint",
-                "version": FORMAT_VERSION,
-                "kind": kind,
-                "step": step,
-                "belongs": dict(belongs),
-                "metrics": dict(metrics),
-                "files": {_FILES[which]: sha256_file(folder / _FILES[which]) for which in weights},
-            },
-        )
+        write_manifest(folder, kind, step, recipe, belongs, metrics, files)
+
+
+class Writers(Protocol):
+    """Processes that write a checkpoint together, as one of them sees them."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def gather(self, value: Any) -> list[Any]:
+        """Each process's ``value``."""
+
+
+def save_parts(
+    path: Path,
+    writers: Writers,
+    *,
+    kind: Kind,
+    step: int,
+    recipe: Recipe,
+    belongs: Mapping[str, str],
+    metrics: Mapping[str, float],
+    weights: Mapping[Weights, Mapping[str, Part]],
+    optimizer: Mapping[str, Part],
+    own: Mapping[str, torch.Tensor],
+    trainer_state: Mapping[str, Any],
+) -> None:
+    """``save_checkpoint`` by several processes, each of which writes the parts that it holds; see ``TensorFiles``.
+
+    All must see the same folder. The checkpoint takes its name once all have written.
+
+    Args:
+        own: what this process will want back when as many go on.
+
+    Raises:
+        UserError: on every process, where one of them could not write; earlier checkpoints stay.
+    """
+    beside = path.with_name(f".{path.name}.partial")
+    leads = writers.rank == 0
+
+    def begin() -> bool:
+        if leads:
+            shutil.rmtree(beside, ignore_errors=True)
+            (beside / "trainer").mkdir(parents=True)
+        return bool(optimizer)
+
+    def write() -> dict[str, Any]:
+        if own:
+            save_tensors(own, beside / "trainer" / part_file("own", writers.rank, writers.size))
+        entries, hashes = {}, {}
+        if holders[writers.rank]:
+            place, count = sum(holders[: writers.rank]), sum(holders)
+            named = {**{_NAMES[which]: parts for which, parts in weights.items()}, "trainer/optimizer": optimizer}
+            for name, parts in named.items():
+                file = beside / part_file(name, place, count)
+                save_tensors({key: part.value for key, part in parts.items()}, file)
+                entries[name] = index_entries(file.name, parts)
+                if file.parent == beside:
+                    hashes[file.name] = sha256_file(file)
+        return {"entries": entries, "hashes": hashes}
+
+    def finish() -> None:
+        if not leads:
+            return
+        for name in written[0]["entries"]:
+            index = join_entries([each["entries"][name] for each in written if each["entries"]])
+            write_json(beside / f"{name}.index.json", index)
+        write_json(beside / "trainer" / "state.json", dict(trainer_state))
+        files = {name: digest for each in written for name, digest in each["hashes"].items()}
+        write_manifest(beside, kind, step, recipe, belongs, metrics, files)
+        if path.exists():
+            shutil.rmtree(path)
+        beside.replace(path)
+
+    try:
+        holders = _together(path, writers, begin)
+        written = _together(path, writers, write)
+        _together(path, writers, finish)
+    except UserError:
+        if leads:
+            shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def _together(path: Path, writers: Writers, work: Callable[[], Any]) -> list[Any]:
+    """Do ``work`` on every process; returns what each came to, or raises on all what went wrong on one."""
+    result, mistake = None, ""
+    try:
+        with explain_os_errors(path):
+            result = work()
+    except (UserError, OSError) as error:
+        mistake = str(error)
+    found = writers.gather((result, mistake))
+    for rank, (_, told) in enumerate(found):
+        if told:
+            raise UserError(f"process {rank} of {writers.size}: {told}")
+    return [result for result, _ in found]
+
+
+def write_manifest(
+    folder: Path,
+    kind: Kind,
+    step: int,
+    recipe: Recipe,
+    belongs: Mapping[str, str],
+    metrics: Mapping[str, float],
+    files: Mapping[str, str],
+    identity: str | None = None,
+) -> None:
+    """The recipe and the manifest of a checkpoint whose ``files`` of weights, with their sha256, are written.
+
+    ``identity`` is that of the checkpoint whose weights these are, if they are another's.
+    """
+    if identity is None:
+        averaged = {name: digest for name, digest in sorted(files.items()) if name.startswith(_NAMES["ema"])}
+        told = "".join(averaged.values())
+        identity = told if len(averaged) == 1 else hashlib.sha256(told.encode()).hexdigest()
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+    manifest = {
+        "format": "dalle-checkpoint",
+        "version": FORMAT_VERSION,
+        "kind": kind,
+        "step": step,
+        "belongs": dict(belongs),
+        "metrics": dict(metrics),
+        "files": dict(files),
+        "identity": identity,
+    }
+    write_json(folder / "manifest.json", manifest)
 
 
 def steps_in(run: Path) -> list[Path]:
@@ -152,7 +292,13 @@ def open_checkpoint(path: Path, kind: Kind | None = None) -> Checkpoint:
         manifest = json.loads(manifest_path.read_text())
         version = manifest["version"]
         found = Checkpoint(
-            folder, manifest["kind"], manifest["step"], manifest["belongs"], manifest["metrics"], manifest["files"]
+            folder,
+            manifest["kind"],
+            manifest["step"],
+            manifest["belongs"],
+            manifest["metrics"],
+            manifest["files"],
+            manifest.get("identity") or manifest["files"]["ema.safetensors"],
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{manifest_path}: damaged or not a checkpoint's manifest ({error!r})") from None
@@ -171,15 +317,3 @@ def check_belongs(user: Checkpoint, role: str, given_hash: str, given_name: str)
             f"{user.path} was trained with the {role} {expected[:12]}, but {given_name} is {given_hash[:12]}; "
             f"give the {role} it belongs to"
         )
-
-
-def _load_tensors(file: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(file)
-    except FileNotFoundError:
-        raise UserError(f"{file}: missing from its checkpoint; restore it or train again") from None
-    except SafetensorError as error:
-        raise UserError(f"{file}: damaged: {error}; restore it or use an older checkpoint") from None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -33,6 +34,17 @@ def choose_device(local_rank: int = 0) -> torch.device:
     # The fastest convolution is not always one that adds in the same order twice.
     torch.backends.cudnn.deterministic = True
     return device
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of a GPU, or of the machine as far as a container's limit lets processes have them."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    known = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # not of this version of control groups, or "max"
+            known.append(int(Path(file).read_text()))
+    return min(known)
 
 
 def keep_freed_memory() -> None:

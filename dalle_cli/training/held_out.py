@@ -11,6 +11,9 @@ from dalle_cli.recipes.schema import Recipe
 from dalle_cli.stores.tokens import TokenReader
 from dalle_cli.training.order import split_holdout
 
+VALIDATION_BATCH = 64
+"""Held-out rows that a prior scores at once where its recipe sets no micro_batch."""
+
 
 def split_store(reader: TokenReader, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
     """(training rows, held-out rows) among those with both a caption and a picture, each ascending.

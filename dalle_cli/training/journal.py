@@ -1,20 +1,23 @@
-"""What a run writes for people to look at: scalars as JSON lines and in TensorBoard, pictures in TensorBoard."""
+"""What a run writes for people to look at: scalars as JSON lines and on boards, pictures on boards."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from dalle_cli.stores.files import explain_os_errors, write_atomically
+from dalle_cli.training.boards import Board, TensorBoard
+from dalle_cli.training.pace import PACE
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+TIMED = frozenset({"seconds", *PACE})
+"""What differs between two runs of the same recipe."""
+_NOT_SHOWN = ("step", "seconds")
 
 
 class Journal:
@@ -22,19 +25,19 @@ class Journal:
 
     What an earlier process wrote of later updates is dropped, since those updates are done again: lines from the
     file, points by a mark that TensorBoard heeds. With ``writes`` false nothing is written.
+
+    Args:
+        more: open further boards.
     """
 
-    def __init__(self, out: Path, start: int, *, writes: bool = True) -> None:
+    def __init__(self, out: Path, start: int, *, writes: bool = True, more: Sequence[Callable[[], Board]] = ()) -> None:
         self.lines = out / "metrics.jsonl"
-        self.board: SummaryWriter | None = None
+        self.writes = writes
+        self.boards: list[Board] = []
         self._began = time.monotonic()
-        if not writes:
-            return
-        from torch.utils.tensorboard import SummaryWriter
-
-        write_atomically(self.lines, _lines_until(self.lines, start))
-        with explain_os_errors(out):
-            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
+        if writes:
+            write_atomically(self.lines, _lines_until(self.lines, start))
+            self.boards += [TensorBoard(out, start), *(open_board() for open_board in more)]
 
     def training(self, step: int, rate: float, scalars: Mapping[str, float]) -> None:
         """The scalars of the update that made ``step`` updates of those before."""
@@ -46,30 +49,32 @@ class Journal:
         if not scalars:
             return
         self._write("validation", step, {"step": step, **{f"val_{name}": value for name, value in scalars.items()}})
-        if self.board is not None:
+        for board in self.boards:
             for name, picture in pictures.items():
-                self.board.add_image(f"validation/{name}", picture, step)
+                board.picture(step, f"validation/{name}", picture)
 
     def flush(self) -> None:
         """Hand everything to the operating system, so that a killed process loses none of it."""
-        if self.board is not None:
-            self.board.flush()
+        for board in self.boards:
+            board.flush()
 
     def _write(self, part: str, step: int, values: Mapping[str, Any]) -> None:
-        if self.board is None:
+        if not self.writes:
             return
         with explain_os_errors(self.lines), self.lines.open("a") as file:
             file.write(json.dumps(values) + "\n")
-        for name, value in values.items():
-            if name not in ("step", "seconds"):
-                self.board.add_scalar(f"{part}/{name.removeprefix('val_')}", value, step)
+        shown = {
+            f"{part}/{name.removeprefix('val_')}": value for name, value in values.items() if name not in _NOT_SHOWN
+        }
+        for board in self.boards:
+            board.scalars(step, shown)
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        if self.board is not None:
-            self.board.close()
+        for board in self.boards:
+            board.close()
 
 
 def _lines_until(path: Path, step: int) -> str:

@@ -9,7 +9,8 @@ Several processes run the same loop, each on its part of every batch; see ``trai
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,14 +23,27 @@ from dalle_cli.precision.scaling import GradientScaling
 from dalle_cli.progress import Progress, log, progress
 from dalle_cli.recipes.load import dump_recipe
 from dalle_cli.recipes.schema import Adam, LearningRate, Recipe, Training
-from dalle_cli.stores.checkpoint import Checkpoint, Kind, open_checkpoint, prune, save_checkpoint, step_folder, steps_in
+from dalle_cli.stores.checkpoint import (
+    Checkpoint,
+    Kind,
+    open_checkpoint,
+    prune,
+    save_checkpoint,
+    save_parts,
+    step_folder,
+    steps_in,
+)
 from dalle_cli.stores.files import explain_os_errors
+from dalle_cli.training.boards import WeightsAndBiases, require_wandb
 from dalle_cli.training.device import explain_out_of_memory, limit_threads
+from dalle_cli.training.engine import Engine, Replicated
 from dalle_cli.training.journal import Journal
+from dalle_cli.training.pace import Pace, SampleWork, peak_tflops
 from dalle_cli.training.parallel import Group
 from dalle_cli.training.resume import refuse_other_settings
 from dalle_cli.training.schedules import learning_rate
 from dalle_cli.training.state import TrainingState
+from dalle_cli.training.stopping import RESUMABLE, Stopped, StopRequest
 
 
 class Task(Protocol):
@@ -43,6 +57,9 @@ class Task(Protocol):
     @property
     def model(self) -> nn.Module:
         """What is trained, on the group's device."""
+
+    def work(self) -> SampleWork:
+        """What a sample takes."""
 
     def batches(self, start: int, stop: int) -> Iterator[Any]:
         """This process's part of the batch of each update from ``start`` up to ``stop``."""
@@ -85,6 +102,11 @@ class Run:
     unit: str = "updates"
     scaling: GradientScaling | None = None
     """Of the gradients in 16-bit training."""
+    engine: Engine | None = None
+    """Who holds which part of the model; by default every process holds it whole."""
+    counters: dict[str, Callable[[], int]] = field(default_factory=dict)
+    """What only grows, such as the bytes sent between machines; the journal has an update's share, by name."""
+    stop: StopRequest = field(default_factory=StopRequest, init=False)
 
     def train(self) -> Checkpoint:
         """Train to the recipe's last update, from the newest checkpoint in ``out`` if there is one.
@@ -92,53 +114,107 @@ class Run:
         Raises:
             UserError: ``out`` holds a run of other settings or inputs, the loss is no longer finite, the disk or the
                 GPU's memory is full, there are more processes than samples in a batch, or one of them is lost.
+            Stopped: a signal came to one of the processes; all have left at the same update, once it was saved.
         """
         task, group = self.task, self.task.group
+        require_wandb(self.recipe.monitoring.wandb)
         if group.size > self.training.batch_size:
             raise UserError(
                 f"{task.kind}.training.batch_size: {self.training.batch_size} samples cannot be shared among "
                 f"{group.size} processes; raise it, or start fewer"
             )
+        if not self._engine().whole and self.training.batch_size % group.size:
+            raise UserError(
+                f"{task.kind}.training.batch_size: {self.training.batch_size} samples are no multiple of the "
+                f"{group.size} processes that share the model; set a multiple"
+            )
         with explain_os_errors(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
         limit_threads(self.recipe)
-        with explain_out_of_memory(self.out, task.less_memory):
+        with explain_out_of_memory(self.out, task.less_memory), self.stop:
             state = TrainingState(
-                task.model, task.decayed(), self.adam, self.learning_rate, self.scaling, self.recipe.seed
+                task.model,
+                task.decayed(),
+                self.adam,
+                self.learning_rate,
+                self.scaling,
+                self.recipe.seed,
+                self._engine(),
             )
             resumed = self._resume(state)
             start, metrics = (resumed.step, dict(resumed.metrics)) if resumed else (0, {})
             group.require_same("recipe or checkpoint", f"{start} {dump_recipe(self.recipe)}")
             if start < self.training.updates:
-                self._train(state, start, metrics)
+                with group.explained():
+                    self._train(state, start, metrics)
+        # Nobody leaves before the leader has saved: launchers end the others once one has left.
         group.wait()
+        if self.stop.leaves:
+            raise Stopped
         return open_checkpoint(self.out, task.kind)
 
     def _train(self, state: TrainingState, start: int, validated: dict[str, float]) -> None:
         task, group, training, note = self.task, self.task.group, self.training, ""
         steps = range(start, training.updates)
         with (
-            Journal(self.out, start, writes=group.leads) as journal,
+            Journal(self.out, start, writes=group.leads, more=self._boards()) as journal,
             progress(f"train-{task.kind}", training.updates, self.unit, start) as bar,
         ):
+            pace = self._pace()
+            counters = {"bytes_communicated": lambda: group.traffic.bytes, **self.counters}
             for step, batch in zip(steps, task.batches(steps.start, steps.stop), strict=True):
+                counted = {name: count() for name, count in counters.items()}
                 rate = learning_rate(self.learning_rate, step, training.updates, state.plateau.halvings)
                 values = self._update(state, batch, step, rate)
                 state.average(training.ema_decay, step)
                 done = step + 1
+                pace.advance()
                 if group.leads and (done == 1 or self._due(training.log_every, done)):
-                    journal.training(done, rate, {name: float(value) for name, value in values.items()})
+                    scalars = {name: float(value) for name, value in values.items()}
+                    sent = {name: count() - counted[name] for name, count in counters.items()}
+                    journal.training(done, rate, {**scalars, **sent, **pace.measure()})
                     note = f"loss {float(values['loss']):.4f}"
+                began = time.monotonic()
                 if self._due(training.validate_every, done):
-                    if group.leads:
+                    if group.leads or not state.engine.whole:
                         validated = self._validate(state, done, journal, bar)
                     loss = group.from_leader(validated.get("raw_loss", math.nan))
                     if not math.isnan(loss):
                         state.plateau.observe(loss)
-                if group.leads and self._due(training.save_every, done):
+                self.stop.leaves = group.any(self.stop.signal is not None) and done < training.updates
+                if self.stop.leaves or self._due(training.save_every, done):
                     journal.flush()
                     self._save(state, done, validated)
+                pace.leave_out(time.monotonic() - began)
                 bar.advance(1, note)
+                if self.stop.leaves:
+                    bar.say(
+                        f"train-{task.kind}: {self.stop.signal or 'a signal to another process'}: saved "
+                        f"{step_folder(self.out, done)} of {training.updates} {self.unit} and leaves with exit code "
+                        f"{RESUMABLE}; the same command goes on from there"
+                    )
+                    break
+
+    def _engine(self) -> Engine:
+        return self.engine or Replicated(self.task.model, self.task.group)
+
+    def _pace(self) -> Pace:
+        group, work = self.task.group, self.task.work()
+        if not group.leads:
+            return Pace(work, self.training.batch_size, group.size, math.inf)
+        peak, source = peak_tflops(self.recipe.monitoring.peak_tflops, work.dtype, group.device)
+        log(
+            f"train-{self.task.kind}: {work.flops / 1e9:.3g} GFLOP a sample; mfu is the share of {peak:.3g} TFLOP/s a "
+            f"device, {source}"
+        )
+        return Pace(work, self.training.batch_size, group.size, peak)
+
+    def _boards(self) -> list[Callable[[], WeightsAndBiases]]:
+        recipe, kind = self.recipe, self.task.kind
+        if (project := recipe.monitoring.wandb) is None:
+            return []
+        config = {"stage": kind, **recipe.model_dump(mode="json")}
+        return [lambda: WeightsAndBiases(self.out, project, f"{recipe.name} {kind}", config)]
 
     def _due(self, every: int, done: int) -> bool:
         return done % every == 0 or done == self.training.updates
@@ -148,7 +224,9 @@ class Run:
         task.model.train()
         state.optimizer.zero_grad(set_to_none=True)
         totals: dict[str, Tensor] = {}
-        for part, share in task.micro_batches(batch, self.training.micro_batch):
+        parts = task.micro_batches(batch, self.training.micro_batch)
+        for i, (part, share) in enumerate(parts):
+            state.engine.micro_batch(last=i == len(parts) - 1)
             values = task.loss(part, step)
             (values["loss"] * share).backward()  # type: ignore[no-untyped-call]
             for name, value in values.items():
@@ -159,13 +237,14 @@ class Run:
                 f"{self.out}: the loss is {float(totals['loss'])} at update {step + 1}; "
                 f"lower {task.kind}.learning_rate.peak and start again from the last checkpoint"
             )
-        group.sum_gradients(state.parameters)
+        state.engine.collect_gradients(step, self.scaling)
         totals |= state.update(rate, self.adam.clip_norm)
         task.after_update()
+        state.engine.settle()
         return totals
 
     def _validate(self, state: TrainingState, step: int, journal: Journal, bar: Progress) -> dict[str, float]:
-        """Scalars under the averaged weights, and the loss under the raw ones; none where nothing is held out."""
+        """Scalars under the averaged weights, and ``raw_`` ones under the raw; none where nothing is held out."""
         self.task.model.eval()
         with torch.no_grad():
             raw = self.task.validate(step)
@@ -175,21 +254,25 @@ class Run:
                 values, pictures = self.task.validate(step), self.task.exhibits()
         text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         bar.say(f"train-{self.task.kind}: validation after {step} {self.unit}: {text}")
-        validated = {**values, "raw_loss": raw["loss"]}
+        validated = {**values, **{f"raw_{name}": value for name, value in raw.items()}}
         journal.validation(step, validated, pictures)
         return validated
 
     def _save(self, state: TrainingState, step: int, metrics: dict[str, float]) -> None:
-        save_checkpoint(
-            step_folder(self.out, step),
-            kind=self.task.kind,
-            step=step,
-            recipe=self.recipe,
-            belongs=self.belongs,
-            metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
-            **state.contents(step),
-        )
-        prune(self.out, self.training.keep)
+        facts: dict[str, Any] = {
+            "kind": self.task.kind,
+            "step": step,
+            "recipe": self.recipe,
+            "belongs": self.belongs,
+            "metrics": {name: value for name, value in metrics.items() if math.isfinite(value)},
+        }
+        group = self.task.group
+        if not state.engine.whole:
+            save_parts(step_folder(self.out, step), group, **facts, **state.parts(step))
+        elif group.leads:
+            save_checkpoint(step_folder(self.out, step), **facts, **state.contents(step))
+        if group.leads:
+            prune(self.out, self.training.keep)
 
     def _resume(self, state: TrainingState) -> Checkpoint | None:
         if not steps_in(self.out):

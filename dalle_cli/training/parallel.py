@@ -1,31 +1,45 @@
 """Data parallelism: processes that each take a part of every batch and add up their gradients.
 
-The loop and the tasks know the other processes through ``Group`` alone. Every process holds the whole model; their
-weights stay equal because they start equal and take the same updates.
+The loop and the tasks know the other processes through ``Group`` alone. Where every process holds the whole model,
+their weights stay equal because they start equal and take the same updates; ``distributed/engine.py`` has them hold a
+part each.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dalle_cli.distributed.topology import read_launch
 from dalle_cli.errors import UserError
 from dalle_cli.training.device import choose_device
-from dalle_cli.training.launch import read_launch
+from dalle_cli.training.stopping import Stopped
 
 TIMEOUT = timedelta(minutes=30)
 """A process waits so long for the others: longer than a validation or the saving of a checkpoint takes."""
 BUCKET = 32 * 2**20
 """Bytes of gradients that travel at once."""
 _CPU = torch.device("cpu")
+_COMMUNICATION = re.compile("gloo|nccl|connection|socket|timed? ?out|tcpstore|rendezvous", re.IGNORECASE)
+"""What errors of communication speak of, where they are of no class of their own."""
+
+
+@dataclass
+class Traffic:
+    """Bytes that this process has handed to its group's collectives so far. What a link carries of them is the
+    collective's affair: a ring of n processes sends 2 (n - 1) / n times as many from each."""
+
+    bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -38,6 +52,11 @@ class Group:
     rank: int = 0
     size: int = 1
     device: torch.device = _CPU
+    local_size: int | None = 1
+    """How many of them are on this machine; None where the launcher does not say."""
+    within: dist.ProcessGroup | None = None
+    """These processes as ``torch.distributed`` knows them; None: all that were launched."""
+    traffic: Traffic = field(default_factory=Traffic, compare=False)
 
     @property
     def leads(self) -> bool:
@@ -65,14 +84,27 @@ class Group:
         """Replace each parameter's gradient by the sum of the processes'."""
         if self.size == 1:
             return
-        for bucket in _buckets([p.grad for p in parameters if p.grad is not None]):
-            total = self._all_reduce(torch.cat([gradient.flatten() for gradient in bucket]))
+        for bucket in buckets([p.grad for p in parameters if p.grad is not None]):
+            total = self._all_reduce(torch.cat([gradient.flatten() for gradient in bucket]).to(self.device))
             for gradient, part in zip(bucket, total.split([g.numel() for g in bucket]), strict=True):
                 gradient.copy_(part.view(gradient.shape))
+
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` is true on one of the processes."""
+        return flag if self.size == 1 else bool(self.sum(torch.tensor(float(flag))) > 0)
 
     def from_leader(self, value: float) -> float:
         """The leader's ``value``."""
         return float(self.sum(torch.tensor(value if self.leads else 0.0, dtype=torch.float64)))
+
+    def gather(self, value: Any) -> list[Any]:
+        """Each process's ``value``, anything that can be pickled, in the order of their ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        with self.explained():
+            dist.all_gather_object(values, value, group=self.within)
+        return values
 
     def require_same(self, what: str, value: str) -> None:
         """Refuse to go on with processes that do not agree on ``value``.
@@ -96,16 +128,19 @@ class Group:
         self.sum(torch.zeros(()))
 
     def _all_reduce(self, total: Tensor) -> Tensor:
-        with self._explained():
-            dist.all_reduce(total)
+        self.traffic.bytes += total.nbytes
+        with self.explained():
+            dist.all_reduce(total, group=self.within)
         return total
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def explained(self) -> Iterator[None]:
         """Turn a process that ended, hangs or never came into one line."""
         try:
             yield
         except RuntimeError as error:
+            if not (isinstance(error, dist.DistError) or _COMMUNICATION.search(str(error))):
+                raise
             reason = re.sub(r"^\[[^]]*\] *", "", str(error).splitlines()[0])
             raise UserError(
                 f"process {self.rank} of {self.size}: lost the others ({reason}); one of them ended or hangs, see what "
@@ -124,21 +159,26 @@ def join_group() -> Iterator[Group]:
         UserError: the environment contradicts itself or this machine, or the others do not come within TIMEOUT.
     """
     launch = read_launch()
-    group = Group(launch.rank, launch.size, choose_device(launch.local_rank))
+    group = Group(launch.rank, launch.size, choose_device(launch.local_rank), launch.local_size)
     if group.size == 1:
         yield group
         return
     on_gpu = group.device.type == "cuda"
-    with group._explained():
+    os.environ.update(launch.meeting)
+    with group.explained():
         dist.init_process_group(
             "nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=group.device if on_gpu else None
         )
-    yield group
+    try:
+        yield group
+    except Stopped:
+        dist.destroy_process_group()
+        raise
     # Not after an error: the others may never answer, and the process ends anyway.
     dist.destroy_process_group()
 
 
-def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
+def buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
     """``gradients`` in their order, cut into lists of one type of at most BUCKET bytes (or of one gradient)."""
     bucket: list[Tensor] = []
     for gradient in gradients:

@@ -18,6 +18,7 @@ from dalle_cli.errors import UserError
 from dalle_cli.randomness import numpy_generator
 from dalle_cli.recipes.schema import DataSettings
 from dalle_cli.training.order import BatchOrder
+from dalle_cli.training.stopping import ignore_in_worker
 
 PREFETCH = 4
 """Batches that each worker prepares ahead."""
@@ -69,7 +70,7 @@ class TrainingPictures:
             num_workers=self.workers,
             prefetch_factor=PREFETCH if self.workers else None,
             collate_fn=_stack,
-            worker_init_fn=_one_thread,
+            worker_init_fn=_start_in_training,
         )
         try:
             yield from loader
@@ -181,6 +182,11 @@ def consecutive_pictures(
     for number, (keys, reasons) in enumerate(loader):
         pictures = room[number % places, : len(keys)]
         yield Block(keys, pictures.pin_memory() if pinned else pictures, reasons)
+
+
+def _start_in_training(worker: int) -> None:
+    _one_thread(worker)
+    ignore_in_worker()
 
 
 def _one_thread(_: int) -> None:

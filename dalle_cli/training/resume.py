@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dalle_cli.errors import UserError
+from dalle_cli.progress import log
 from dalle_cli.recipes.schema import Recipe
 from dalle_cli.stores.checkpoint import Checkpoint
 
@@ -17,6 +18,8 @@ _FREE_KEYS = (
     "training.micro_batch",
     "model.checkpoint_resblocks",
 )
+# What may change too, but is said: sums are added up in another order.
+_NAMED_KEYS = tuple(f"sharding.{key}" for key in ("zero", "offload", "node_size"))
 
 
 def refuse_other_settings(
@@ -35,12 +38,15 @@ def refuse_other_settings(
             )
     then, now = found.recipe().model_dump(), recipe.model_dump()
     free = {f"{found.kind}.{key}" for key in _FREE_KEYS}
+    named = {f"{found.kind}.{key}" for key in _NAMED_KEYS}
     rate = getattr(recipe, found.kind).learning_rate
     if rate.schedule != "cosine" or rate.decay_updates:
         free.add(f"{found.kind}.training.updates")
     for block in blocks:
         for name, old, new in _differences(block, then[block], now[block]):
-            if name not in free:
+            if name in named:
+                log(f"{out}: goes on with {name} = {new!r}, was {old!r}")
+            elif name not in free:
                 raise UserError(
                     f"{out}: was begun with {name} = {old!r}, the recipe now says {new!r}; "
                     "set it back, choose another --out, or delete the folder to begin again"

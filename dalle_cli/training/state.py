@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -13,6 +13,9 @@ from dalle_cli.precision.adam import Adam16
 from dalle_cli.precision.scaling import GradientScaling
 from dalle_cli.recipes.schema import Adam, LearningRate
 from dalle_cli.stores.checkpoint import Checkpoint
+from dalle_cli.stores.tensor_files import Part, TensorFiles
+from dalle_cli.training.engine import Engine, Replicated
+from dalle_cli.training.parallel import ALONE
 from dalle_cli.training.schedules import Plateau
 
 EMA_WARMUP = 10
@@ -23,7 +26,8 @@ class TrainingState:
     """The model with all that training adds to it, at its beginning; ``decayed`` names what weight decay touches.
 
     With a ``scaling`` the model is trained in 16 bit, by ``precision.adam`` with rounding noise from ``seed``. The
-    average of the weights is in 32 bit always.
+    average of the weights is in 32 bit always. Weights, average and moments are of this process's parts of the
+    parameters, as the ``engine`` deals them out; by default it holds the whole model, alone.
     """
 
     def __init__(
@@ -34,33 +38,44 @@ class TrainingState:
         rate: LearningRate,
         scaling: GradientScaling | None = None,
         seed: int = 0,
+        engine: Engine | None = None,
     ) -> None:
-        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.model = model
+        self.engine = Replicated(model, ALONE) if engine is None else engine
+        named = self.engine.parameters
         self.names, self.parameters = list(named), list(named.values())
         self.ema = [p.detach().float().clone() for p in self.parameters]
         self.scaling = scaling
         self.optimizer = _build_optimizer(named, decayed, adam, None if scaling is None else seed)
         self.plateau = Plateau(rate)
+        self.skipped_updates = 0
+        """Updates in which something was not updated for a non-finite gradient."""
 
     def update(self, rate: float, clip_norm: float | None) -> dict[str, Tensor]:
         """One step of size ``rate`` from the gradients at hand, their norm clipped. Returns what is to be logged."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         if self.scaling is not None:
-            logged = self.scaling.step(cast(Adam16, self.optimizer), clip_norm)
+            held = self.scaling.held(self.engine.counted())
+            squares = self.engine.sum_over_parts(self.scaling.squares(held))
+            logged = self.scaling.step(cast(Adam16, self.optimizer), clip_norm, squares)
+            self.skipped_updates += logged["skipped"] > 0
+            logged["skipped_updates"] = self.skipped_updates
             return {name: torch.tensor(value) for name, value in logged.items()}
-        found = {}
+        norm = nn.utils.get_total_norm([p.grad for p in self.engine.counted() if p.grad is not None])
+        if not self.engine.whole:
+            norm = self.engine.sum_over_parts(norm.square()).sqrt()
         if clip_norm is not None:
-            found["grad_norm"] = nn.utils.clip_grad_norm_(self.parameters, clip_norm)
+            nn.utils.clip_grads_with_norm_(self.parameters, clip_norm, norm)
         self.optimizer.step()
-        return found
+        return {"grad_norm": norm}
 
     @torch.no_grad()
     def average(self, decay: float, step: int) -> None:
         """Take the weights into their moving average, after the update that follows ``step`` updates."""
         decay = min(decay, (1 + step) / (EMA_WARMUP + step))
-        torch._foreach_lerp_(self.ema, [p.detach().float() for p in self.parameters], 1 - decay)
+        for averaged, parameter in zip(self.ema, self.parameters, strict=True):
+            averaged.lerp_(parameter.detach().float(), 1 - decay)  # one by one: 16-bit weights are copied for it
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -75,36 +90,81 @@ class TrainingState:
     def contents(self, step: int) -> dict[str, Any]:
         """What a checkpoint holds, as ``save_checkpoint`` takes it."""
         raw = {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
-        moments = {}
-        for name, parameter in self.model.named_parameters():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                moments[f"{key}.{name}"] = value
-        scales = {} if self.scaling is None else {"scales": self.scaling.scales.state_dict()}
         return {
             "weights": {"raw": raw, "ema": {**raw, **dict(zip(self.names, self.ema, strict=True))}},
-            "optimizer": moments,
-            "trainer_state": {"step": step, "plateau": self.plateau.state, **scales},
+            "optimizer": self._moments(self.names),
+            "trainer_state": self._trainer_state(step),
         }
 
+    def parts(self, step: int) -> dict[str, Any]:
+        """What this process adds to a checkpoint that several write, as ``save_parts`` takes it."""
+        written = self.engine.writes()
+        raw = dict(zip(self.names, self.parameters, strict=True))
+        ema = dict(zip(self.names, self.ema, strict=True))
+        return {
+            "weights": {"raw": self._parts(raw, written), "ema": self._parts(ema, written)},
+            "optimizer": self._parts(self._moments(written)),
+            "own": self.engine.own_state(),
+            "trainer_state": self._trainer_state(step),
+        }
+
+    def _moments(self, names: list[str]) -> dict[str, Tensor]:
+        """The optimizer's tensors of the parameters of ``names``, as ``exp_avg.NAME`` and so on."""
+        found = {}
+        for name in names:
+            for key, value in self.optimizer.state.get(self.engine.parameters[name], {}).items():
+                found[f"{key}.{name}"] = value
+        return found
+
+    def _trainer_state(self, step: int) -> dict[str, Any]:
+        scales = {}
+        if self.scaling is not None:
+            scales = {"scales": self.scaling.scales.state_dict(), "skipped_updates": self.skipped_updates}
+        return {"step": step, "plateau": self.plateau.state, **scales}
+
+    def _parts(self, tensors: Mapping[str, Tensor], keys: Iterable[str] | None = None) -> dict[str, Part]:
+        """``tensors`` (those of ``keys``) with the rows that they are; a key is a parameter's name, or ends with it."""
+        parts = {}
+        for key in tensors if keys is None else keys:
+            value = tensors[key].detach()
+            name = key if key in self.engine.parameters else key.partition(".")[2]
+            first, shape = self.engine.rows(name).start or 0, tuple(self.engine.shape(name))
+            parts[key] = Part(value, first, shape) if value.dim() else Part(value)
+        return parts
+
     def load(self, found: Checkpoint) -> None:
-        """Go back to what ``found`` holds."""
-        self.model.load_state_dict(found.tensors("raw"))
-        averaged = found.tensors("ema")
-        for name, target in zip(self.names, self.ema, strict=True):
-            target.copy_(averaged[name])
-        moments, state = found.trainer()
-        for name, parameter in self.model.named_parameters():
-            keys = {key.partition(".")[0] for key in moments if key.partition(".")[2] == name}
-            if keys:
-                own = {key: _laid_out_like(parameter, moments[f"{key}.{name}"]) for key in keys}
-                self.optimizer.state[parameter] = own
+        """Go back to what ``found`` holds, whatever processes wrote it."""
+        engine = self.engine
+        found.check(engine.group.rank, engine.group.size)
+        if engine.whole:
+            self.model.load_state_dict(found.files_of("raw").all())
+        else:
+            self._read(found.files_of("raw"), self.parameters)
+        self._read(found.files_of("ema"), self.ema)
+        moments, state = found.moments(), found.trainer_state()
+        kept: dict[str, list[str]] = {}
+        for key in moments.names():
+            kept.setdefault(key.partition(".")[2], []).append(key)
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            if name in kept:
+                own = {key.partition(".")[0]: moments.read(key, engine.rows(name)) for key in kept[name]}
+                self.optimizer.state[parameter] = {key: _laid_out_like(parameter, value) for key, value in own.items()}
+        engine.load_own_state(found.own_state(engine.group.rank, engine.group.size))
+        engine.settle()
         self.plateau.state = dict(state["plateau"])
         if self.scaling is not None:
             self.scaling.scales.load_state_dict(state["scales"])
+            self.skipped_updates = state.get("skipped_updates", 0)
             self.scaling.hand_out()
 
     @torch.no_grad()
+    def _read(self, files: TensorFiles, targets: Sequence[Tensor]) -> None:
+        for name, target in zip(self.names, targets, strict=True):
+            target.copy_(files.read(name, self.engine.rows(name)))
+
+    @torch.no_grad()
     def _set(self, values: list[Tensor]) -> None:
+        self.engine.settle()
         for parameter, value in zip(self.parameters, values, strict=True):
             parameter.copy_(value)
 

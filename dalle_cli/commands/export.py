@@ -1,0 +1,44 @@
+"""``dalle export``."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dalle_cli.errors import UserError
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+
+
+def command(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint, or a run's folder: its newest.")],
+    out: Annotated[
+        Path | None, typer.Argument(metavar="[OUT]", help="A new folder. [CKPT/../exported]", show_default=False)
+    ] = None,
+    shard_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Largest file, such as 5GB; all in one file by default.")
+    ] = None,
+) -> None:
+    """Merge a checkpoint, saved at any ZeRO stage by any number of processes, into one to sample from.
+
+    It holds the averaged weights alone, in safetensors. (Sampling from the training run itself works as well.)
+
+    Example: [bold]dalle export runs/1b/prior shared/1b --shard-size 5GB[/bold]
+    """
+    largest = None if shard_size is None else _bytes(shard_size)
+
+    from dalle_cli.stores.checkpoint import open_checkpoint
+    from dalle_cli.stores.export import export_checkpoint
+
+    found = open_checkpoint(checkpoint)
+    typer.echo(export_checkpoint(found, out or found.path.parent / "exported", largest).path)
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip(), re.IGNORECASE)
+    if found is None or not (size := int(float(found[1]) * _UNITS[found[2].upper()])):
+        raise UserError(f"--shard-size {text}: no size; give one such as 5GB or 500MB")
+    return size

@@ -1,0 +1,86 @@
+"""``dalle plan``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dalle_cli.commands.options import SetOption, read_recipe
+
+
+def command(
+    recipe: Annotated[
+        Path | None, typer.Argument(metavar="[RECIPE]", help="The recipe, a YAML file.", show_default=False)
+    ] = None,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a machine, a process each.")] = 8,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    gpu_memory: Annotated[str, typer.Option(metavar="SIZE", help="Memory of a GPU.")] = "16GB",
+    interconnect: Annotated[
+        str | None,
+        typer.Option(metavar="RATE", help="What a machine's link carries, such as 100Gbit.", show_default=False),
+    ] = None,
+    peak_tflops: Annotated[
+        float | None,
+        typer.Option(
+            help="Peak of a GPU in the precision trained in. \\[monitoring.peak_tflops, or 125, a V100's]",
+            show_default=False,
+        ),
+    ] = None,
+    share: Annotated[float, typer.Option(help="Share of the peak that training reaches: a guess.")] = 0.3,
+    price: Annotated[float | None, typer.Option(min=0.0, help="Of a GPU for an hour.", show_default=False)] = None,
+    table: Annotated[
+        bool, typer.Option("--table", help="Compression by PowerSGD: of RECIPE, or of all in recipes/ that have it.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    set_: SetOption = None,
+) -> None:
+    """Say what training a recipe's prior takes on given machines: memory, traffic, time and cost.
+
+    Counted from the model's shapes, nothing is allocated or run. Where it does not fit, the settings that make it fit
+    are named. All that is assumed is printed.
+
+    Example: [bold]dalle plan recipes/12b.yaml --gpus-per-node 8 --nodes 128 --gpu-memory 16GB --interconnect
+    100Gbit[/bold]
+    """
+    import json
+
+    from dalle_cli.distributed.units import parse_bytes, parse_rate
+    from dalle_cli.errors import UserError
+
+    for option, value, most in (("--peak-tflops", peak_tflops, float("inf")), ("--share", share, 1.0)):
+        if value is not None and not 0 < value <= most:
+            raise UserError(f"{option} {value:g}: give a number above 0{' and up to 1' if most == 1 else ''}")
+    memory = parse_bytes(gpu_memory, "--gpu-memory")
+    rate = None if interconnect is None else parse_rate(interconnect, "--interconnect")
+
+    from dalle_cli.distributed.cost import Assumptions
+    from dalle_cli.distributed.memory import Machines
+    from dalle_cli.distributed.plan import plan
+    from dalle_cli.distributed.traffic import compression_table
+    from dalle_cli.evaluation.describe_plan import render_compression, render_plan
+
+    if table:
+        rows = compression_table([recipe] if recipe is not None else None, set_ or [])
+        if as_json:
+            typer.echo(json.dumps(rows, indent=2))
+            return
+        from rich.console import Console
+
+        render_compression(rows, Console())
+        return
+    if recipe is None:
+        raise UserError("dalle plan: name a recipe, such as recipes/12b.yaml, or give --table")
+    settings = read_recipe(recipe, set_)
+    peak = peak_tflops or settings.monitoring.peak_tflops
+    assumed = Assumptions(share=share, interconnect=rate, price=price)
+    if peak is not None:
+        assumed = Assumptions(1e12 * peak, share, rate, price)
+    found = plan(settings, Machines(gpus_per_node, nodes, memory), assumed)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    from rich.console import Console
+
+    render_plan(found, Console())

@@ -1,0 +1,68 @@
+"""A checkpoint's averaged weights by themselves, for sampling: in one file, or in files of a largest size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from dalle_cli.errors import UserError
+from dalle_cli.stores.checkpoint import Checkpoint, open_checkpoint, write_manifest
+from dalle_cli.stores.files import new_directory, sha256_file, write_json
+from dalle_cli.stores.tensor_files import (
+    Part,
+    TensorFiles,
+    index_entries,
+    join_entries,
+    part_file,
+    save_tensors,
+)
+
+
+def export_checkpoint(found: Checkpoint, out: Path, largest: int | None = None) -> Checkpoint:
+    """Write the checkpoint ``out`` with the weights of ``found`` that other stages use, however many files they are in.
+
+    Args:
+        found: saved by one process or by several, at any stage of ZeRO.
+        out: a new folder. The result has the same identity as ``found``, no trainer's state, and loads as it does.
+        largest: most bytes of a file, unless one tensor has more; so much is in memory at once. By default there is
+            one file, and all of it in memory.
+
+    Raises:
+        UserError: ``out`` is there, the disk is full, or ``found`` is damaged.
+    """
+    if out.exists():
+        raise UserError(f"{out}: is there already; name another place, or delete it")
+    found.check(0, 1)
+    source = found.files_of("ema")
+    groups = list(_groups(source, math.inf if largest is None else largest))
+    hashes, entries = {}, []
+    with new_directory(out) as folder:
+        for i, names in enumerate(groups):
+            whole = len(groups) == 1
+            file = folder / (f"{source.name}.safetensors" if whole else part_file(source.name, i, len(groups)))
+            tensors = {name: source.read(name) for name in names}
+            save_tensors(tensors, file)
+            hashes[file.name] = sha256_file(file)
+            parts = {name: Part(value, 0, tuple(value.shape)) for name, value in tensors.items()}
+            entries.append(index_entries(file.name, parts))
+        if len(groups) > 1:
+            write_json(folder / f"{source.name}.index.json", join_entries(entries))
+        write_manifest(
+            folder, found.kind, found.step, found.recipe(), found.belongs, found.metrics, hashes, found.identity
+        )
+    return open_checkpoint(out, found.kind)
+
+
+def _groups(source: TensorFiles, largest: float) -> Iterator[list[str]]:
+    """The tensors' names in their order, in lists of at most ``largest`` bytes or of one name."""
+    names: list[str] = []
+    size = 0
+    for name in source.names():
+        own = source.nbytes(name)
+        if names and size + own > largest:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += own
+    yield names

@@ -1,0 +1,187 @@
+"""Named tensors on disk: one safetensors file, or several that hold the tensors' rows, with an index.
+
+``NAME.safetensors`` alone, or ``NAME-00001-of-00008.safetensors`` and so on beside ``NAME.index.json``, which says of
+each tensor its shape and which file holds which of its rows. Processes write one file each and read what rows they
+need, however many wrote them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dalle_cli.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Part(NamedTuple):
+    """Rows of a tensor, from the first on; a tensor without rows is whole."""
+
+    value: torch.Tensor
+    first: int = 0
+    shape: tuple[int, ...] = ()
+    """Of the whole tensor."""
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Write a safetensors file. Raises OSError where the disk is full."""
+    from safetensors.torch import save_file
+
+    try:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, file)
+    except OSError:
+        raise
+    except Exception as error:  # safetensors reports a failed write as its own error, with the number inside
+        if "space" in str(error).lower() or "os error 28" in str(error).lower():
+            raise OSError(28, str(error)) from error
+        raise
+
+
+def part_file(name: str, index: int, count: int) -> str:
+    """Name of the ``index``-th (from 0) of ``count`` files that hold the tensors of ``name`` together."""
+    return f"{name}-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def index_entries(file: str, parts: Mapping[str, Part]) -> dict[str, dict[str, Any]]:
+    """What the index says of ``parts``, which lie in ``file``."""
+    return {
+        name: {"shape": list(part.shape), "parts": [[file, part.first, part.first + rows_of(part)]]}
+        for name, part in parts.items()
+    }
+
+
+def rows_of(part: Part) -> int:
+    """How many rows a part has."""
+    return len(part.value) if part.value.dim() else 0
+
+
+def join_entries(entries: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
+    """The index of files whose ``index_entries`` are given.
+
+    Raises:
+        ValueError: a row is in none of the files, or in two.
+    """
+    tensors: dict[str, dict[str, Any]] = {}
+    for own in entries:
+        for name, entry in own.items():
+            known = tensors.setdefault(name, {"shape": entry["shape"], "parts": []})
+            known["parts"] += entry["parts"]
+    for name, entry in tensors.items():
+        if not entry["shape"]:
+            entry["parts"] = entry["parts"][:1]  # without rows: the same on all
+        entry["parts"].sort(key=lambda part: part[1])
+        ends = [0, *(stop for _, _, stop in entry["parts"])]
+        starts = [start for _, start, _ in entry["parts"]]
+        if starts != ends[:-1] or ends[-1] != (entry["shape"] or [0])[0]:
+            raise ValueError(f"parts of {name} do not make up its shape {entry['shape']}: {entry['parts']}")
+    return {"format": "dalle-tensor-parts", "tensors": tensors}
+
+
+@dataclass(frozen=True)
+class TensorFiles:
+    """The tensors of ``name`` in ``folder``."""
+
+    folder: Path
+    name: str
+
+    @property
+    def whole(self) -> Path:
+        """The file that holds all, where there is one."""
+        return self.folder / f"{self.name}.safetensors"
+
+    def names(self) -> list[str]:
+        """Of the tensors. Raises UserError if files are missing or damaged, as every method does."""
+        if self._index is not None:
+            return list(self._index)
+        with _opened(self.whole) as file:
+            return list(file.keys())
+
+    def files(self) -> list[Path]:
+        """All that hold tensors."""
+        if self._index is None:
+            return [self.whole]
+        found = {part[0] for entry in self._index.values() for part in entry["parts"]}
+        return [self.folder / file for file in sorted(found)]
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of a tensor."""
+        one = self.read(name, slice(0, 1))
+        if not one.dim():
+            return one.nbytes
+        rows = _shape(self.whole, name)[0] if self._index is None else self._index[name]["shape"][0]
+        return int(one.nbytes * rows)
+
+    def read(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
+        """``rows`` of a tensor, on the CPU; a tensor without rows is read whole."""
+        import torch
+
+        if self._index is None:
+            return _read(self.whole, name, rows)
+        entry = self._index[name]
+        if not entry["shape"]:
+            return _read(self.folder / entry["parts"][0][0], name, rows)
+        first, stop, _ = rows.indices(entry["shape"][0])
+        pieces = []
+        for file, start, end in entry["parts"]:
+            wanted = slice(max(first, start) - start, min(stop, end) - start)
+            if wanted.start < wanted.stop:
+                pieces.append(_read(self.folder / file, name, wanted))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def all(self) -> dict[str, torch.Tensor]:
+        """Every tensor whole, by name."""
+        if self._index is not None:
+            return {name: self.read(name) for name in self.names()}
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        with _explained(self.whole, SafetensorError):
+            return load_file(self.whole)
+
+    @cached_property
+    def _index(self) -> dict[str, Any] | None:
+        file = self.folder / f"{self.name}.index.json"
+        if not file.is_file():
+            return None
+        try:
+            return dict(json.loads(file.read_text())["tensors"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{file}: damaged ({error!r}); restore it or use an older checkpoint") from None
+
+
+def _shape(path: Path, name: str) -> list[int]:
+    with _opened(path) as file:
+        return list(file.get_slice(name).get_shape())
+
+
+def _read(path: Path, name: str, rows: slice) -> torch.Tensor:
+    with _opened(path) as file:
+        found = file.get_slice(name)
+        if not found.get_shape() or rows == slice(None):
+            return file.get_tensor(name)  # type: ignore[no-any-return]
+        return found[rows]  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    with _explained(path, SafetensorError), safe_open(path, framework="pt") as file:
+        yield file
+
+
+@contextmanager
+def _explained(path: Path, damaged: type[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing from its checkpoint; restore it or train again") from None
+    except damaged as error:
+        raise UserError(f"{path}: damaged: {error}; restore it or use an older checkpoint") from None

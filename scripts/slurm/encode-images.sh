@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=dalle-encode-images
+#SBATCH --ntasks=1
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%x-%A_%a.out
+#SBATCH --signal=B:USR1@30
+#
+# Turn pictures into image tokens by a job array, each job one share; merge.sh joins them afterwards.
+# Arguments are those of `dalle encode-images`. Ended by a signal, a job is queued again and goes on. See README.md.
+#
+#     jobs=$(sbatch --parsable --array 1-64 --gpus 1 --cpus-per-task 16 scripts/slurm/encode-images.sh \
+#         recipes/12b.yaml --data cc3m.tsv)
+#     sbatch --dependency afterok:$jobs scripts/slurm/merge.sh runs/12b/tokens.zarr
+set -euo pipefail
+source "${DALLE_ROOT:-$SLURM_SUBMIT_DIR}/scripts/slurm/job.sh"
+share=$(shard)
+resumable dalle encode-images "$@" --shard "$share"

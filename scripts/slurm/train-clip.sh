@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=dalle-train-clip
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%x-%j.out
+#SBATCH --signal=B:USR1@120
+#
+# Train a small CLIP to rerank by, in one process.
+# Arguments are those of `dalle train-clip`. Preempted, or two minutes before its time limit, it saves, is queued again
+# and goes on from there with the same result. See README.md.
+#
+#     sbatch --gpus 1 --cpus-per-task 16 scripts/slurm/train-clip.sh recipes/quickstart.yaml
+set -euo pipefail
+source "${DALLE_ROOT:-$SLURM_SUBMIT_DIR}/scripts/slurm/job.sh"
+resumable dalle train-clip "$@"

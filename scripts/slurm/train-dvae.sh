@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=dalle-train-dvae
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%x-%j.out
+#SBATCH --signal=B:USR1@120
+#
+# Train the dVAE: a process for each task.
+# Arguments are those of `dalle train-dvae`. Preempted, or two minutes before its time limit, it saves, is queued again
+# and goes on from there with the same result. See README.md.
+#
+#     sbatch scripts/slurm/train-dvae.sh recipes/quickstart.yaml
+#     sbatch --ntasks-per-node 8 --gpus-per-node 8 --cpus-per-task 16 --time 1-0 scripts/slurm/train-dvae.sh \
+#         recipes/dvae.yaml --data cc3m.tsv
+set -euo pipefail
+source "${DALLE_ROOT:-$SLURM_SUBMIT_DIR}/scripts/slurm/job.sh"
+resumable dalle train-dvae "$@"

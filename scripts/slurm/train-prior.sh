@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=dalle-train-prior
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%x-%j.out
+#SBATCH --signal=B:USR1@120
+#
+# Train the prior, on one node or many: a process for each task.
+# Arguments are those of `dalle train-prior`. Preempted, or two minutes before its time limit, it saves, is queued again
+# and goes on from there with the same result. See README.md.
+#
+#     sbatch scripts/slurm/train-prior.sh recipes/quickstart.yaml
+#     sbatch --nodes 128 --ntasks-per-node 8 --gpus-per-node 8 --cpus-per-task 8 --time 1-0 --exclusive \
+#         scripts/slurm/train-prior.sh recipes/12b.yaml
+set -euo pipefail
+source "${DALLE_ROOT:-$SLURM_SUBMIT_DIR}/scripts/slurm/job.sh"
+resumable dalle train-prior "$@"

@@ -1,0 +1,274 @@
+"""Four gloo processes as two machines of two, for test_power_sgd.py: python two_machines.py SCENARIO FOLDER.
+
+Each process writes what its scenario returns to FOLDER/RANK.pt.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+
+from dalle_cli.distributed.power_sgd import PowerSgdReducer
+from dalle_cli.evaluation.two_nodes import Study, join_machines, train
+from dalle_cli.progress import silence
+from dalle_cli.recipes.schema import PowerSgd
+
+PROCESSES, PARTS, STEPS = 4, 2, 6
+RANK = 4
+# Of each gradient the shard's shape, and N where it is a matrix to be compressed; "ragged" has no full last row, and of
+# "small" the factors are no smaller than it.
+SHARDS: dict[str, tuple[tuple[int, ...], int | None]] = {
+    "wide": ((12, 20), 20),
+    "gain": ((5,), None),
+    "ragged": ((50,), 8),
+    "tall": ((20, 6), 6),
+    "small": ((3, 4), 4),
+}
+COLUMNS = {name: columns for name, (_, columns) in SHARDS.items() if columns}
+TINY = Study(layers=2, heads=2, d_head=8, scenes=200, batch_size=8, updates=20, warmup=5)
+TRAINED = {
+    "whole": PowerSgd(),
+    "full rank": PowerSgd(rank=PARTS * 16, min_compression=0),
+    "low rank": PowerSgd(rank=4),
+    "whole, then low": PowerSgd(rank=4, start_update=5),
+}
+# Long enough that the loss falls slowly at its end.
+LONG = Study(layers=2, heads=2, d_head=32, learning_rate=1e-3, updates=600)
+SETTINGS = {
+    "warm": PowerSgd(rank=RANK),
+    "fixed": PowerSgd(rank=RANK, warm_start=False),
+    "no feedback": PowerSgd(rank=RANK, error_feedback=False),
+    "late": PowerSgd(rank=RANK, start_update=2),
+}
+
+
+def gradients(rank: int, step: int) -> dict[str, Tensor]:
+    """What process ``rank`` finds: the same part for all, and its own noise."""
+    common, own = np.random.default_rng([9, step]), np.random.default_rng([rank, step])
+    return {
+        name: torch.from_numpy(common.normal(size=shape) + 0.3 * own.normal(size=shape)).float()
+        for name, (shape, _) in SHARDS.items()
+    }
+
+
+def first_factors() -> dict[str, Tensor]:
+    """What Q begins with."""
+    rng = np.random.default_rng(5)
+    return {name: torch.from_numpy(rng.normal(size=(n, RANK // PARTS))).float() for name, n in COLUMNS.items()}
+
+
+@dataclass
+class Here:
+    """A process among the four."""
+
+    rank: int
+    node: dist.ProcessGroup
+    place: dist.ProcessGroup
+
+    def reducer(self, settings: PowerSgd) -> PowerSgdReducer:
+        """A reducer that begins with ``first_factors``."""
+        reducer = PowerSgdReducer(settings, self.place, COLUMNS, shards=PARTS)
+        factors = {name: q for name, q in first_factors().items() if name != "small"}
+        reducer.load_state_dict({f"factor.{name}": q for name, q in factors.items()})
+        return reducer
+
+    def step(self, reducer: PowerSgdReducer, step: int, found: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """One reduction of this process's gradients of a step."""
+        found = gradients(self.rank, step) if found is None else found
+        reducer.reduce(found.items(), step)
+        return found
+
+
+def copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in state.items()}
+
+
+def numbers(here: Here) -> dict[str, Any]:
+    """Some steps with each of SETTINGS: what came out, the state at the end, the bytes of each step."""
+    result: dict[str, Any] = {}
+    for name, settings in SETTINGS.items():
+        reducer, outputs, sent = here.reducer(settings), [], []
+        for step in range(STEPS):
+            before = reducer.bytes_sent
+            outputs.append(here.step(reducer, step))
+            sent.append(reducer.bytes_sent - before)
+        result[name] = {"outputs": outputs, "state": copied(reducer.state_dict()), "bytes": sent}
+    result["peer"] = peer(here)
+    result["resumed"] = resumed(here)
+    result["not finite"] = not_finite(here)
+    result["halves"] = halves(here)
+    result["drawn"] = drawn(here)
+    result["refused"] = refused(here)
+    alone = [dist.new_group([rank]) for rank in range(PROCESSES)][here.rank]
+    lonely = PowerSgdReducer(SETTINGS["warm"], alone, COLUMNS, shards=PARTS)
+    result["alone"] = {"outputs": here.step(lonely, 0), "bytes": lonely.bytes_sent}
+    return result
+
+
+@dataclass
+class Bucket:
+    """What the hook asks of the buckets that only DistributedDataParallel can make."""
+
+    flat: Tensor
+    matrices: list[Tensor]
+
+    def buffer(self) -> Tensor:
+        return self.flat
+
+    def gradients(self) -> list[Tensor]:
+        return self.matrices
+
+    def index(self) -> int:
+        return 0
+
+    def is_last(self) -> bool:
+        return True
+
+
+def peer(here: Here) -> list[dict[str, Tensor]]:
+    """The full matrices by PyTorch's hook for DistributedDataParallel."""
+    state = PowerSGDState(
+        here.place, matrix_approximation_rank=RANK // PARTS, start_powerSGD_iter=2, min_compression_rate=1
+    )
+    names, outputs = ["wide", "tall"], []
+    shapes = [torch.Size(SHARDS[name][0]) for name in names]
+    state.iter = 2
+    state.p_memory_dict[0] = torch.zeros(sum(shape[0] * RANK // PARTS for shape in shapes))
+    state.q_memory_dict[0] = torch.cat([first_factors()[name].flatten() for name in names])
+    lengths = [shape.numel() for shape in shapes]
+    for step in range(STEPS):
+        flat = torch.cat([gradients(here.rank, step)[name].flatten() for name in names])
+        matrices = [part.view(shape) for part, shape in zip(flat.split(lengths), shapes, strict=True)]
+        powerSGD_hook(state, Bucket(flat, matrices)).wait()
+        outputs.append(dict(zip(names, matrices, strict=True)))
+    return outputs
+
+
+def resumed(here: Here) -> dict[str, Any]:
+    """Warm, with a new reducer in the middle that loads the state."""
+    reducer, outputs = here.reducer(SETTINGS["warm"]), []
+    for step in range(STEPS):
+        if step == STEPS // 2:
+            saved = copied(reducer.state_dict())
+            reducer = PowerSgdReducer(SETTINGS["warm"], here.place, COLUMNS, shards=PARTS, seed=1)
+            reducer.load_state_dict(saved)
+        outputs.append(here.step(reducer, step))
+    return {"outputs": outputs, "state": copied(reducer.state_dict())}
+
+
+def not_finite(here: Here) -> dict[str, Any]:
+    """The second machine's "wide" holds a NaN in the third step; and what the next step makes of it, beside a reducer
+    that starts there with the factors and without errors."""
+    reducer = here.reducer(SETTINGS["warm"])
+    for step in range(2):
+        here.step(reducer, step)
+    before = copied(reducer.state_dict())
+    found = gradients(here.rank, 2)
+    if here.rank >= PARTS:
+        found["wide"][3, 4] = torch.nan
+    broken = here.step(reducer, 2, found)
+    after = copied(reducer.state_dict())
+    next_step = here.step(reducer, 3)
+    fresh = PowerSgdReducer(SETTINGS["warm"], here.place, COLUMNS, shards=PARTS)
+    fresh.load_state_dict({key: value for key, value in before.items() if key.startswith("factor.")})
+    wanted = here.step(fresh, 3)
+    reducer.clear(["wide"])
+    some = list(reducer.state_dict())
+    reducer.clear()
+    none = list(reducer.state_dict())
+    return {"before": before, "broken": broken, "after": after, "next": next_step, "wanted": wanted,
+            "some": some, "none": none}  # fmt: skip
+
+
+def halves(here: Here) -> dict[str, Any]:
+    """bfloat16 gradients, and what the same numbers come to in float32."""
+    rounded = {name: value.bfloat16() for name, value in gradients(here.rank, 0).items()}
+    exact = {name: value.float() for name, value in rounded.items()}
+    reducer = here.reducer(SETTINGS["warm"])
+    outputs = here.step(reducer, 0, rounded)
+    return {"outputs": outputs, "errors": copied(reducer.state_dict()),
+            "exact": here.step(here.reducer(SETTINGS["warm"]), 0, exact), "bytes": reducer.bytes_sent}  # fmt: skip
+
+
+def drawn(here: Here) -> dict[str, Tensor]:
+    """Factors that a reducer without a warm start draws, by two seeds, under two names."""
+    outputs = {}
+    for seed in (0, 1):
+        for name in ("wide", "other"):
+            reducer = PowerSgdReducer(SETTINGS["fixed"], here.place, {name: 20}, shards=PARTS, seed=seed)
+            found = gradients(here.rank, 0)["wide"]
+            reducer.reduce([(name, found)], 0)
+            outputs[f"{name} {seed}"] = found
+    return outputs
+
+
+def refused(here: Here) -> list[str]:
+    """What states of other parameters or sizes are told."""
+    told = []
+    for key, shape in {"error.other": (12, 20), "moment.wide": (12, 20), "error.wide": (12, 19)}.items():
+        reducer = here.reducer(SETTINGS["warm"])
+        try:
+            reducer.load_state_dict({key: torch.zeros(shape)})
+            here.step(reducer, 0)
+        except ValueError as error:
+            told.append(str(error))
+    return told
+
+
+def trained(here: Here) -> dict[str, Any]:
+    """The tiny prior, with each of TRAINED."""
+    return {name: vars(train(TINY, settings, here.node, here.place)) for name, settings in TRAINED.items()}
+
+
+def converged(here: Here) -> dict[str, Any]:
+    """A larger one for longer: whole, and with low ranks."""
+    return {str(rank): vars(train(LONG, PowerSgd(rank=rank), here.node, here.place)) for rank in (0, 4, 16)}
+
+
+SCENARIOS: dict[str, Callable[[Here], dict[str, Any]]] = {
+    "numbers": numbers,
+    "trained": trained,
+    "converged": converged,
+}
+
+
+def run(rank: int, port: int, scenario: str, folder: Path) -> None:
+    """One of the processes."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(PROCESSES), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    silence()
+    here = Here(rank, *join_machines())
+    torch.save(SCENARIOS[scenario](here), folder / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    scenario, folder = sys.argv[1], Path(sys.argv[2])
+    torch.set_num_threads(1)
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    # Forked, so that torch is imported once.
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=run, args=(rank, port, scenario, folder)) for rank in range(PROCESSES)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    sys.exit(max(abs(process.exitcode or 0) for process in processes))
+
+
+if __name__ == "__main__":
+    main()
