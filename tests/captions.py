@@ -68,6 +68,7 @@ def shards_of(rows: int) -> Iterator[None]:
         mock.patch.object(tokens, "ROWS_PER_SHARD", rows),
         mock.patch.object(tokens, "ROWS_PER_CHUNK", rows // 2),
         mock.patch.object(tokenize, "ROWS_PER_SHARD", rows),
+        mock.patch.object(tokenize, "SHARDS_AT_ONCE", 2),
         mock.patch.object(merge, "ROWS_PER_SHARD", rows),
     ):
         yield

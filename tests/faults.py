@@ -1,4 +1,4 @@
-"""Captioned pictures as the world has them: WebDataset shards in which some samples are faulty in one of 12 ways.
+"""Captioned pictures as the world has them: WebDataset shards in which some samples are faulty in one of 13 ways.
 
 What becomes of each fault is stated here, from the design's words, and not asked of the code that handles them.
 """
@@ -35,6 +35,7 @@ FAULTS = {
     "16-bit PNG": Fault(),
     "palette with transparency": Fault(),
     "animated GIF": Fault(),
+    "animated WebP": Fault(),
     "EXIF-rotated": Fault(),
     "one pixel": Fault(picture_skipped=True),  # by the filter of the least side
     "bomb": Fault(picture_skipped=True),
@@ -82,9 +83,10 @@ def _faulty(kind: str, image: Image.Image, bomb_file: bytes, text: bytes) -> tup
         return "png", _file(Image.fromarray(rgb[..., 0].astype(np.uint16) * 257), "PNG"), text
     if kind == "palette with transparency":
         return "png", _file(image.quantize(16), "PNG", transparency=0), text
-    if kind == "animated GIF":
-        frames = [image, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
-        return "gif", _file(frames[0], "GIF", save_all=True, append_images=frames[1:]), text
+    if kind.startswith("animated"):
+        file = kind.partition(" ")[2]
+        second = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return file.lower(), _file(image, file, save_all=True, append_images=[second]), text
     if kind == "EXIF-rotated":
         exif = Image.Exif()
         exif[0x0112] = 6

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -165,6 +167,37 @@ def test_packed_linear_is_linear(dtype: torch.dtype, packs: bool, gelu: bool, mo
         wanted = F.gelu(wanted) if gelu else wanted
         assert found.dtype == dtype and found.shape == wanted.shape
         assert torch.allclose(found.double(), wanted, atol=1e-5 if dtype == torch.float32 else 0.02)
+
+
+def gone(*_: object) -> Tensor:
+    raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute")
+
+
+def changed(*_: object) -> Tensor:
+    raise RuntimeError("mkldnn::_linear_pointwise() is missing value for argument")
+
+
+def wrong(x: Tensor, *_: object) -> Tensor:
+    return torch.zeros(len(x), 6, dtype=x.dtype)
+
+
+@pytest.mark.parametrize(
+    ("operator", "other"), [("_pack", gone), ("_pack", changed), ("_multiply", changed), ("_multiply", wrong)]
+)
+def test_a_build_with_other_operators_decodes_without_them(
+    operator: str, other: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed, operator, other)
+    packed.packs.cache_clear()
+    try:
+        assert not packed.packs(torch.float32) and not packed.packs(torch.bfloat16)
+        prior = build("row ...", 3, 4, 3)
+        text_ids, images = inputs(prior, captions=1, n=2)
+        decoder = Decoder(prior)
+        found = decoded(decoder, decoder.prefill(text_ids), images)
+        assert torch.allclose(found, recomputed(prior, text_ids, images), atol=1e-4)
+    finally:
+        packed.packs.cache_clear()
 
 
 def test_misuse_is_refused() -> None:

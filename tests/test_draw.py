@@ -223,6 +223,56 @@ def test_temperature_0_takes_the_likeliest() -> None:
     assert torch.allclose(log_likelihood[:, 0], prior.log_likelihood(ids, likeliest), atol=1e-5)
 
 
+def empty_caption(prior: Prior) -> Tensor:
+    return prior.with_padding(torch.zeros(1, TEXT, dtype=torch.long), torch.tensor([0]))[0]
+
+
+@torch.no_grad()
+def naive_guided(
+    prior: Prior, ids: Tensor, uniforms: Tensor, guidance: float, top_k: int | None, prefix: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One image (S,) and its log-likelihood: both streams computed anew, whole, for each token."""
+    image, score = torch.zeros(1, prior.image_length, dtype=torch.long), 0.0
+    image[0, : len(prefix)] = prefix
+    for position in range(len(prefix), prior.image_length):
+        own, without = (
+            prior.image_logits(prior(text[None], image))[0, position].double() for text in (ids, empty_caption(prior))
+        )
+        filtered = filter_logits(without + guidance * (own - without), 1.0, top_k, 1.0)
+        image[0, position] = token = draw_tokens(filtered, uniforms[position])
+        score += float(own.log_softmax(-1)[token])
+    return image[0], torch.tensor(score, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("guidance", "top_k", "given"), [(3.0, None, 0), (0.0, None, 0), (2.0, 3, 0), (5.0, None, 4)])
+def test_guided_samples_are_the_naive_ones(guidance: float, top_k: int | None, given: int) -> None:
+    prior, n = tiny(7, 3), 3
+    ids, u = captions(prior, 2), uniforms(2, n, 9)
+    prefix = torch.randint(7, (2, given), generator=torch.Generator().manual_seed(9))
+    wanted = [[naive_guided(prior, ids[c], u[c, i], guidance, top_k, prefix[c]) for i in range(n)] for c in range(2)]
+    plain = sample_images(Decoder(prior), ids, n, u, SamplingSettings(), prefix)
+    for size in (None, 1, 2, 4):
+        settings_ = SamplingSettings(guidance=guidance, top_k=top_k, batch_size=size)
+        tokens, log_likelihood = sample_images(Decoder(prior), ids, n, u, settings_, prefix, empty=empty_caption(prior))
+        assert tokens.equal(torch.stack([torch.stack([image for image, _ in row]) for row in wanted]))
+        scores = torch.stack([torch.stack([score for _, score in row]) for row in wanted])
+        assert torch.allclose(log_likelihood, scores, atol=1e-4)
+        assert not tokens.equal(plain[0])
+
+
+def test_guidance_of_1_is_the_prior_itself_and_of_0_knows_no_caption() -> None:
+    prior, n = tiny(7, 3), 4
+    ids, u, empty = captions(prior, 2), uniforms(2, n, 9), empty_caption(prior)
+    decoder = Decoder(prior)
+    plain = sample_images(decoder, ids, n, u, SamplingSettings())
+    one = sample_images(decoder, ids, n, u, SamplingSettings(guidance=1.0), empty=empty)
+    assert one[0].equal(plain[0]) and one[1].equal(plain[1])
+    blind = sample_images(decoder, ids, n, u, SamplingSettings(guidance=0.0), empty=empty)[0]
+    assert blind.equal(sample_images(decoder, empty.expand(2, -1), n, u, SamplingSettings())[0])
+    with pytest.raises(ValueError, match="empty caption"):
+        sample_images(decoder, ids, n, u, SamplingSettings(guidance=2.0))
+
+
 def test_filters_reach_the_samples() -> None:
     prior = tiny(7, 3)
     ids, u = captions(prior, 1), uniforms(1, 40, 9)

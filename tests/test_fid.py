@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,13 +13,23 @@ import torch
 import torch_fidelity
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import Dataset
 from torch_fidelity import FeatureExtractorInceptionV3
 
 from dalle_cli.errors import UserError
 from dalle_cli.evaluation import fid
 from dalle_cli.evaluation.features import CLIP_EXTRACTOR, Extracted, Features, clip_features, inception
-from dalle_cli.evaluation.fid import compare, evaluate, frechet_distance, inception_score, kernel_distance
-from dalle_cli.evaluation.pictures import ArrayPictures, open_pictures
+from dalle_cli.evaluation.fid import (
+    FrechetTo,
+    check_counts,
+    compare,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+    resampled,
+)
+from dalle_cli.evaluation.pictures import open_pictures
 
 
 def normal(n: int, d: int, seed: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
@@ -30,14 +42,41 @@ def pictures(n: int, seed: int = 0, size: int = 16) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
 
 
+class ArrayPictures(Dataset[Tensor]):
+    """Pictures in memory: (n, H, W, 3) uint8."""
+
+    def __init__(self, pictures: np.ndarray) -> None:
+        self.pictures = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.pictures[index]
+
+
+def evaluate(
+    generated: ArrayPictures, reference: ArrayPictures, features: Features, batch_size: int = 64
+) -> dict[str, Any]:
+    check_counts(len(generated), len(reference))
+    one, other = (features.extract(pictures, batch_size=batch_size) for pictures in (generated, reference))
+    return compare(one, other, features)
+
+
 class ColourScorer:
     """A stand-in for a CLIP: pictures by their mean colours, captions by the colours that they name."""
 
-    name = "colours"
+    name = identity = "colours"
     logit_scale = 10.0
 
     def text_features(self, captions: Sequence[str]) -> Tensor:
         return torch.eye(3)[[("red", "green", "blue").index(caption) for caption in captions]]
+
+    def prepare(self, picture: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.array(picture))
+
+    def prepared_features(self, prepared: Sequence[Tensor]) -> Tensor:
+        return self.image_features([picture.numpy() for picture in prepared])
 
     def image_features(self, images: Sequence[np.ndarray] | np.ndarray) -> Tensor:
         means = torch.tensor(np.stack([image.mean(axis=(0, 1)) for image in images]), dtype=torch.float32)
@@ -54,6 +93,7 @@ def test_fid_is_the_frechet_distance_by_a_matrix_square_root(n: int, m: int, d: 
     root = np.sqrt(np.clip(np.linalg.eigvalsh(half @ t @ half), 0, None)).sum()
     expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(s) + np.trace(t) - 2 * root
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-4)
+    assert FrechetTo(b)(a) == pytest.approx(expected, rel=1e-4)
     if min(n, m) > d:
         plain = np.trace(scipy.linalg.sqrtm(s @ t).real)
         assert root == pytest.approx(plain, rel=1e-6)
@@ -68,6 +108,8 @@ def test_fid_of_two_gaussians_has_its_closed_form() -> None:
     expected = (mean**2).sum() + ((first - second) ** 2).sum()
     a, b = torch.from_numpy(base * first), torch.from_numpy(base * second + mean)
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+    assert FrechetTo(b)(a) == pytest.approx(expected, rel=1e-9)
+    assert FrechetTo(a)(a) == pytest.approx(0, abs=1e-6)
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
 
 
@@ -106,6 +148,49 @@ def test_inception_score_of_closed_forms() -> None:
     assert inception_score(mixed)[0] == pytest.approx(by_hand)
     mean, std, splits = inception_score(torch.randn(3000, 5, generator=torch.Generator().manual_seed(0)))
     assert splits == 3 and std is not None and mean > 1
+
+
+def test_inception_score_is_the_exponential_of_the_mean_divergence() -> None:
+    logits = np.random.default_rng(0).normal(size=(60, 9)) * 3
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    divergence = (p * (np.log(p) - np.log(p.mean(axis=0)))).sum(axis=1)
+    assert inception_score(torch.from_numpy(logits))[0] == pytest.approx(np.exp(divergence.mean()), rel=1e-9)
+
+
+@pytest.mark.parametrize(("n", "m"), [(30, 45), (45, 30), (4, 60)])
+def test_precision_and_recall_by_counting_neighbours(n: int, m: int) -> None:
+    a, b = normal(n, 4, 1), normal(m, 4, 2, scale=1.3, shift=0.6)
+
+    def share_within(inner: Tensor, outer: Tensor) -> float:
+        x, y = inner.double().numpy(), outer.double().numpy()
+        reach = [sorted(float(np.linalg.norm(u - v)) for j, v in enumerate(y) if j != i)[2] for i, u in enumerate(y)]
+        return float(np.mean([any(np.linalg.norm(u - v) <= r for v, r in zip(y, reach, strict=True)) for u in x]))
+
+    found = precision_recall(a, b)
+    assert found["precision"] == pytest.approx(share_within(a, b), abs=1e-6)
+    assert found["recall"] == pytest.approx(share_within(b, a), abs=1e-6)
+    p = share_within(a, b)
+    assert found["precision_error"] == pytest.approx((p * (1 - p) / n) ** 0.5, abs=1e-6)
+    assert set(precision_recall(a[:3], b).values()) == {None}
+
+
+def test_bootstrap_sets_are_whole_captions_and_their_spread_is_the_means() -> None:
+    groups = np.repeat(np.arange(5), [1, 3, 2, 2, 1])
+    for rows in resampled(9, groups, 20, seed=3):
+        drawn = groups[rows]
+        # As many captions as there are, each with all of its pictures as often as it was drawn.
+        times = {g: (drawn == g).sum() / (groups == g).sum() for g in set(drawn.tolist())}
+        assert all(value == int(value) for value in times.values()) and sum(times.values()) == 5
+    # With equal spreads, FID is nearly the squared difference of means, 5 in one dimension: its deviation is known.
+    reference = torch.randn(4000, 2, generator=torch.Generator().manual_seed(0))
+    generated = torch.randn(400, 2, generator=torch.Generator().manual_seed(1)) + torch.tensor([5.0, 0.0])
+    features = Features("f", None, "vector", None, "s", torch.device("cpu"), "f")  # type: ignore[arg-type]
+    found = compare(Extracted(generated, None), Extracted(reference, None), features, bootstrap=200)
+    assert found["fid_error"] == pytest.approx(2 * 5 / 400**0.5, rel=0.15)
+    pairs = np.arange(400) // 2
+    doubled = generated[pairs]
+    clustered = compare(Extracted(doubled, None), Extracted(reference, None), features, bootstrap=200, groups=pairs)
+    assert clustered["fid_error"] == pytest.approx(2 * 5 / 200**0.5, rel=0.15)
 
 
 def test_clip_features_go_through_torch_fidelity_unchanged() -> None:
@@ -157,7 +242,8 @@ def test_too_few_pictures_are_refused_or_warned_of() -> None:
     with pytest.raises(UserError, match="reference pictures: 0 given"):
         evaluate(ArrayPictures(pictures(2)), ArrayPictures(pictures(0)), features)
     few = evaluate(ArrayPictures(pictures(3)), ArrayPictures(pictures(9)), features)
-    assert any("singular" in warning for warning in few["warnings"])
+    assert any("3 generated pictures for 3 feature dimensions: the cov" in warning for warning in few["warnings"])
+    assert any("precision and recall need more than 3" in w for w in few["warnings"]) and few["precision"] is None
     assert evaluate(ArrayPictures(pictures(9, 1)), ArrayPictures(pictures(9)), features)["warnings"] == []
     assert "clip_is" not in few
 
@@ -262,6 +348,17 @@ def test_a_folder_of_pictures_is_read_in_order_of_its_paths(tmp_path: Path) -> N
     dataset = open_pictures(str(tmp_path), 16)
     assert [int(dataset[i].float().mean()) for i in range(len(dataset))] == [10, 20, 30]
     assert dataset[0].shape == (3, 16, 16) and dataset[0].dtype == torch.uint8
+
+
+def test_a_manifest_and_the_lines_of_samples_are_told_apart(tmp_path: Path) -> None:
+    for name, shade in (("a.png", 10), ("b.png", 20)):
+        Image.fromarray(np.full((16, 16, 3), shade, np.uint8)).save(tmp_path / name)
+    manifest, samples = tmp_path / "list.jsonl", tmp_path / "samples.jsonl"
+    manifest.write_text("".join(json.dumps({"path": name, "caption": "grey"}) + "\n" for name in ("b.png", "a.png")))
+    samples.write_text(json.dumps({"prompt": "grey", "png": str(tmp_path / "a.png")}) + "\n")
+    for spec, shades in ((manifest, [20, 10]), (samples, [10])):
+        dataset = open_pictures(str(spec), 16)
+        assert [int(dataset[i].float().mean()) for i in range(len(dataset))] == shades
 
 
 @pytest.mark.parametrize("workers", [False, True])

@@ -53,7 +53,14 @@ def test_exif_orientation_is_applied(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](upright)))
-    assert (pixels(encoded(stored, "PNG", exif=exif)) == upright).all()
+    for kind, how in (("PNG", {}), ("TIFF", {}), ("WEBP", {"lossless": True})):
+        assert (pixels(encoded(stored, kind, exif=exif, **how)) == upright).all()
+    png = encoded(stored, "PNG", exif=exif)
+    at = png.index(b"eXIf") - 4
+    chunk = png[at : at + 12 + int.from_bytes(png[at : at + 4], "big")]
+    assert (pixels(png.replace(chunk, b"")[:-12] + chunk + png[-12:]) == upright).all()  # behind the pixels
+    xmp = f'<x:xmpmeta><rdf:Description tiff:Orientation="{orientation}"/></x:xmpmeta>'
+    assert (pixels(encoded(stored, "WEBP", lossless=True, xmp=xmp.encode())) == upright).all()
 
 
 def test_damaged_exif_does_not_lose_the_picture() -> None:

@@ -114,16 +114,18 @@ def test_bad_pictures_are_passed_over_and_named(dvae: Checkpoint, call: Call, tm
     whole = io.BytesIO()
     draw(tmp_path / "other.png", 40, 40).save(whole, "PNG")
     (tmp_path / "in" / "cut.png").write_bytes(whole.getvalue()[:-300])
-    missing = tmp_path / "missing.png"
-    done = call("reconstruct", tmp_path / "in", missing, "--dvae", dvae.path, "--out", tmp_path / "out")
+    missing, pipe = tmp_path / "missing.png", tmp_path / "pipe.png"
+    os.mkfifo(pipe)
+    done = call("reconstruct", tmp_path / "in", missing, pipe, "--dvae", dvae.path, "--out", tmp_path / "out")
     assert done.code == 0
     assert [line["key"] for line in done.lines] == ["good"]
     assert "skipped junk: no image of a known format\n" in done.err
-    assert "skipped cut: " in done.err and f"skipped {missing}: cannot be read: No such file" in done.err
-    assert "3 of 4 pictures skipped\n" in done.err
+    assert "skipped cut: " in done.err and f"skipped {missing}: the image cannot be read: No such file" in done.err
+    assert f"skipped {pipe}: the image is not an ordinary file\n" in done.err  # to read it would take for ever
+    assert "4 of 5 pictures skipped\n" in done.err
 
     refused = call("reconstruct", missing, tmp_path / "in" / "junk.jpg", "--dvae", dvae.path, "--out", tmp_path / "no")
-    assert f"none of the 2 pictures can be read ({missing}: cannot be read: " in refused.mistake()
+    assert f"none of the 2 pictures can be read ({missing}: the image cannot be read: " in refused.mistake()
     assert not (tmp_path / "no").exists() and refused.out == ""
 
 

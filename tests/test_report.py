@@ -5,11 +5,13 @@ import io
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from itertools import combinations
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -38,6 +40,7 @@ from dalle_cli.evaluation.oracle_accuracy import (
 )
 from dalle_cli.evaluation.report import write_report
 from dalle_cli.recipes.load import load_recipe
+from dalle_cli.stores.provenance import read_commands, record_command
 from dalle_cli.stores.tokens import TokenReader
 
 Line = dict[str, Any]
@@ -89,7 +92,7 @@ def test_true_pictures_are_right_and_swapped_ones_wrong(tmp_path: Path, split: s
 
 def judged(right: list[bool], indices: list[int] | None = None) -> Judged:
     lines = tuple({"index": i} for i in (indices or range(len(right))))
-    return Judged(Pool("a large red circle", lines), "seen pairs", tuple(right))
+    return Judged(Pool("a large red tee", lines), "seen pairs", tuple(right))
 
 
 def test_figures_of_a_group_by_hand() -> None:
@@ -126,7 +129,7 @@ def test_lines_are_gathered_by_caption_best_first() -> None:
 def test_a_held_out_pair_anywhere_counts() -> None:
     groups = {caption: (claim := claim_of(caption)) and group_of(claim) for caption in (SEEN, HELD_OUT, "a cat")}
     assert groups == {SEEN: "seen pairs", HELD_OUT: "held-out pairs", "a cat": None}
-    both = claim_of("a large red circle left of a small green star")
+    both = claim_of("a large red tee left of a small green star")
     assert both is not None and group_of(both) == "held-out pairs"
 
 
@@ -134,7 +137,7 @@ def test_captions_of_the_sheet_are_the_first_of_each_kind() -> None:
     def pool(prompt: str) -> Pool:
         return Pool(prompt, ({},))
 
-    seen = [pool("a large red circle"), *(pool(f"words {i}") for i in range(20))]
+    seen = [pool("a large red tee"), *(pool(f"words {i}") for i in range(20))]
     held = [pool(HELD_OUT)] * 20
     both = choose_captions(seen + held)
     assert len(both) == 12 and both == seen[:6] + held[:6]
@@ -201,7 +204,7 @@ def test_the_report_of_a_whole_chain(chain: TinyChain, tmp_path: Path) -> None:
     assert page.links == [] and not re.search(r"url\(|@import|<script", text)
     assert page.headings == [
         "Captions drawn right", "Samples", "Accuracy and reranking", "dVAE reconstructions", "Use of the codebook",
-        "Training", "FID", "Data", "Artifacts",
+        "Training", "FID", "Data", "How samples were drawn", "Artifacts", "Commands",
     ]  # fmt: skip
     assert "the smallest <chain>" in page.text and "g <x>" in page.text and "few <pictures>" in page.text
     assert "CLIP features" in page.text and "Inception features" in page.text
@@ -224,6 +227,51 @@ def test_the_report_of_a_whole_chain(chain: TinyChain, tmp_path: Path) -> None:
 
     with Image.open(tmp_path / "out" / "contact-sheet.png") as sheet:
         np.testing.assert_array_equal(np.asarray(sheet), np.asarray(page.images["contact sheet of samples"]))
+
+
+def test_an_evaluation_and_the_commands_in_the_run_are_found(chain: TinyChain, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(chain.places.root, run)
+    point = {"fid": 3.0, "fid_error": 0.5, "kid_mean": 0.1, "kid_std": None, "precision": 0.5, "recall": 0.5,
+             "n_generated": 4, "n_reference": 5}  # fmt: skip
+    systems = [
+        {"name": name, "generated": name, "features": "clip-image x", "feature_dimensions": 2, "warnings": ["few"],
+         **point, "blur": [{"radius": r, **point} for r in (0.0, 2.0)],
+         **({"pool": [{"size": k, "repeats": 2, **point} for k in (1, 2)]} if name == "ours <a>" else {})}
+        for name in ("ours <a>", "training")
+    ]  # fmt: skip
+    evaluation = {"format": "dalle-eval-fid", "version": 1, "command": "dalle eval-fid --page 'run/e <b>'",
+                  "reference": "seen", "size": 32, "features": "clip-image x", "bootstrap": 2, "systems": systems,
+                  "warnings": ["counts <differ>"]}  # fmt: skip
+    (run / "evaluation").mkdir()
+    (run / "evaluation" / "figures.json").write_text(json.dumps(evaluation))
+    (run / "fid.json").write_text(json.dumps(evaluation))  # the same command's --out
+    prior = next((run / "prior").glob("step-*"))
+    monkey = ["dalle", "train-prior", "tiny.yaml", "--set", "a b"]
+    with mock.patch.object(sys, "argv", monkey):
+        record_command(prior, "f" * 64)
+        record_command(prior, "f" * 64)
+        record_command(run / "tokenizer" / "tokenizer.json")
+        record_command(run / "samples" / "one")
+        record_command(run / "tokens.zarr.parts" / "image-0001-of-0002.zarr")
+    with (run / "commands.jsonl").open("a") as journal:
+        journal.write('{"artifact": "half')
+    assert [line["artifact"] for line in read_commands(run)] == [
+        "prior/step-00000002", "tokenizer/tokenizer.json", "samples/one", "tokens.zarr.parts/image-0001-of-0002.zarr",
+    ]  # fmt: skip
+    recipe = load_recipe(chain.recipe_file, [f"run={run}"])
+    report = write_report(recipe, None, [], run)
+    again = write_report(recipe, None, [], run)  # with a report.json in the run
+    assert again.figures == report.figures
+    figures, page = report.figures, Page(report.html.read_text())
+    assert [(row["name"], row["fid"]) for row in figures["fid"]] == [("ours <a>", 3.0), ("training", 3.0)]
+    assert set(figures["curves"][0]["plots"]) == {"blur_fid", "pool_fid"}
+    assert page.headings.index("Blur and reranking") == page.headings.index("FID") + 1
+    assert {"FID against blur, both sides blurred", "FID against the size of the reranking pool"} <= page.images.keys()
+    assert "counts <differ>" in page.text and "dalle eval-fid --page 'run/e <b>'" in page.text
+    assert "dalle train-prior tiny.yaml --set 'a b'" in page.text and "f" * 16 in page.text
+    assert figures["samples"][0]["captions"] == 2 and figures["samples"][0]["settings"]["n"] == SAMPLES
+    assert figures["data"]["source"] == str(chain.recipe.data.train) and figures["data"]["source"] in page.text
 
 
 def test_the_codebooks_use_and_psnr_are_those_of_the_files(chain: TinyChain, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from dalle_cli.clip.scoring import OpenClipScorer, OwnScorer, Scorer
 from dalle_cli.clip.train import load_clip
@@ -15,8 +16,16 @@ from dalle_cli.text.bpe import Tokenizer
 from dalle_cli.training.device import limit_threads
 
 
-def load_scorer(clip: str | None, pretrained: str | None, tokenizer: Path | None, beside: Path) -> Scorer:
+def load_scorer(
+    clip: str | None,
+    pretrained: str | None,
+    tokenizer: Path | None,
+    beside: Path,
+    device: torch.device | str = "cpu",
+) -> Scorer:
     """The scorer of ``--clip`` and ``--pretrained``; without them, the CLIP of the run that ``beside`` lies in.
+
+    It computes on ``device``.
 
     Raises:
         UserError: there is none, or the tokenizer is not the one it was trained with.
@@ -24,7 +33,7 @@ def load_scorer(clip: str | None, pretrained: str | None, tokenizer: Path | None
     if pretrained is not None or (clip is not None and clip.startswith(("hf-hub:", "local-dir:"))):
         if clip is None:
             raise UserError("--pretrained needs --clip with the open_clip model's name, such as ViT-B-32")
-        return OpenClipScorer(clip, pretrained or "")
+        return OpenClipScorer(clip, pretrained or "", device=str(device))
     folder = Path(clip) if clip is not None else run_of(beside).clip
     if not folder.exists():
         raise UserError(
@@ -45,4 +54,4 @@ def load_scorer(clip: str | None, pretrained: str | None, tokenizer: Path | None
         return text, lengths
 
     name = f"{checkpoint.path} sha256:{checkpoint.identity[:12]}"
-    return OwnScorer(load_clip(checkpoint), tokenize, recipe.image_size, name=name)
+    return OwnScorer(load_clip(checkpoint).to(device), tokenize, recipe.image_size, name=name)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import logging
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -46,6 +49,11 @@ class Scorer(Protocol):
         ...
 
     @property
+    def identity(self) -> str:
+        """Hash of the weights and of how pictures are prepared, for what is kept of its features."""
+        ...
+
+    @property
     def logit_scale(self) -> float:
         """The learned factor that turns cosine similarities into logits."""
         ...
@@ -54,14 +62,17 @@ class Scorer(Protocol):
         """(n, d) unit vectors of n captions."""
         ...
 
-    def image_features(self, pictures: Pictures) -> Tensor:
-        """(n, d) unit vectors of n pictures."""
+    def prepare(self, picture: NDArray[np.uint8]) -> Tensor:
+        """A picture (H, W, 3) as ``prepared_features`` takes it; may be called in several threads at once."""
         ...
 
+    def prepared_features(self, prepared: Sequence[Tensor]) -> Tensor:
+        """(n, d) unit vectors of n pictures, measured as one batch."""
+        ...
 
-def similarities(scorer: Scorer, caption: str, pictures: Pictures) -> Tensor:
-    """Cosine similarity of a caption with each of n pictures, (n,): the score of reranking (paper, 2.6)."""
-    return scorer.image_features(pictures) @ scorer.text_features([caption])[0]
+    def image_features(self, pictures: Pictures) -> Tensor:
+        """(n, d) unit vectors of n pictures, in batches."""
+        ...
 
 
 class OwnScorer:
@@ -88,14 +99,21 @@ class OwnScorer:
             features.append(self.model.encode_text(ids, normalize=True).float().cpu())
         return _joined(features)
 
+    def prepare(self, picture: NDArray[np.uint8]) -> Tensor:
+        return torch.from_numpy(np.array(self._sized(picture)))
+
     @torch.inference_mode()
+    def prepared_features(self, prepared: Sequence[Tensor]) -> Tensor:
+        batch = pixels(torch.stack(list(prepared)).to(self.model.logit_scale.device))
+        features: Tensor = self.model.encode_image(batch, normalize=True).float().cpu()
+        return features
+
     def image_features(self, pictures: Pictures) -> Tensor:
-        device = self.model.logit_scale.device
-        features = []
-        for chunk in _chunks(pictures):
-            batch = torch.from_numpy(np.stack([self._sized(picture) for picture in chunk])).to(device)
-            features.append(self.model.encode_image(pixels(batch), normalize=True).float().cpu())
-        return _joined(features)
+        return _joined([self.prepared_features([*map(self.prepare, chunk)]) for chunk in _chunks(pictures)])
+
+    @cached_property
+    def identity(self) -> str:
+        return _weights_hash(self.model, str(self.image_size))
 
     def _sized(self, picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
         size = (self.image_size, self.image_size)
@@ -155,13 +173,30 @@ class OpenClipScorer:
             features.append(self.model.encode_text(ids, normalize=True).float().cpu())
         return _joined(features)
 
+    def prepare(self, picture: NDArray[np.uint8]) -> Tensor:
+        prepared: Tensor = self.preprocess(Image.fromarray(picture))
+        return prepared
+
     @torch.inference_mode()
+    def prepared_features(self, prepared: Sequence[Tensor]) -> Tensor:
+        batch = torch.stack(list(prepared)).to(self.device)
+        features: Tensor = self.model.encode_image(batch, normalize=True).float().cpu()
+        return features
+
     def image_features(self, pictures: Pictures) -> Tensor:
-        features = []
-        for chunk in _chunks(pictures):
-            batch = torch.stack([self.preprocess(Image.fromarray(picture)) for picture in chunk])
-            features.append(self.model.encode_image(batch.to(self.device), normalize=True).float().cpu())
-        return _joined(features)
+        return _joined([self.prepared_features([*map(self.prepare, chunk)]) for chunk in _chunks(pictures)])
+
+    @cached_property
+    def identity(self) -> str:
+        return _weights_hash(self.model, re.sub(" at 0x[0-9a-f]+", "", repr(self.preprocess)))
+
+
+def _weights_hash(model: torch.nn.Module, preparation: str) -> str:
+    digest = hashlib.sha256(preparation.encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _chunks(items: Sequence[Any] | NDArray[np.uint8]) -> Iterator[Sequence[Any] | NDArray[np.uint8]]:

@@ -12,6 +12,8 @@ from PIL import Image, UnidentifiedImageError
 # Named rather than left to Pillow: some of its other formats start programs (EPS) or are barely maintained.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
+_EXIF_KEYS = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
+"""Where Pillow's ``Image.info`` may hold an orientation, TIFF's own tags apart."""
 _ORIENTATION_TAG = 0x0112
 _ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -43,12 +45,21 @@ def decode_image(data: bytes, max_pixels: int = 100_000_000) -> Image.Image:
         raise BadImage(f"damaged image: {reason}") from error
 
 
+def picture_size(data: bytes) -> tuple[int, int]:
+    """Width and height by the file's header, as stored (before EXIF turns it). Raises BadImage without one."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            return image.size
+    except Exception as error:
+        raise BadImage("no image of a known format") from error
+
+
 def _decode(data: bytes, max_pixels: int) -> Image.Image:
     image = _open(data, max_pixels)
     if image.format == "PNG":
         _check_chunks(data)
-    orientation = _orientation(image)
     image.load()
+    orientation = _orientation(image)  # what is left of it: Pillow turns a TIFF itself, and a PNG's EXIF may come last
     rgb = _to_rgb(image)
     if orientation in _ORIENTATIONS:
         rgb = rgb.transpose(_ORIENTATIONS[orientation])
@@ -81,6 +92,8 @@ def _check_chunks(data: bytes) -> None:
 
 
 def _orientation(image: Image.Image) -> int:
+    if not (_EXIF_KEYS & image.info.keys() or image.format == "TIFF"):  # Pillow takes longer to find nothing
+        return 1
     try:
         return int(image.getexif().get(_ORIENTATION_TAG, 1))
     except Exception:  # a picture with damaged EXIF is still a picture
@@ -152,6 +165,6 @@ def _resized_square(image: Image.Image, left: int, top: int, side: int) -> NDArr
     box = (left, top, left + short, top + short)
     if image.mode != "RGB":
         raise ValueError(f"an RGB image is wanted, not {image.mode}")
-    if image.size == (side, side):  # what Pillow would copy
-        return np.asarray(image)
-    return np.asarray(image.resize((side, side), method, box=box))
+    if image.size != (side, side):  # else Pillow would copy it
+        image = image.resize((side, side), method, box=box)
+    return np.frombuffer(image.tobytes(), np.uint8).reshape(side, side, 3)

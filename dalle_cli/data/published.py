@@ -101,10 +101,34 @@ def open_coco(name: str, path: Path) -> ManifestSource:
     Raises UserError if it is no such file, or its pictures are not there.
     """
     table = CocoTable(path)
+    return ManifestSource(name, "coco", table, _coco_folder(table))
+
+
+def coco_captions(path: Path) -> tuple[Path, list[tuple[str, str, str]]]:
+    """The folder of the pictures of a captions file, and of each caption its annotation's id, its picture's file name
+    and itself, in the order of ids.
+
+    Raises UserError if it is no such file, or its pictures are not there.
+    """
+    folder = _coco_folder(CocoTable(path))
+    images, annotations = _coco_lists(path)
+    names = {image.get("id"): str(image.get("file_name", "")).strip() for image in images}
+    found = [
+        (int(a["id"]), names[a["image_id"]], str(a["caption"]).strip())
+        for a in annotations
+        if isinstance(a.get("id"), int) and isinstance(a.get("caption"), str) and a.get("image_id") in names
+    ]
+    usable = [(str(number), name, caption) for number, name, caption in sorted(found)
+              if caption and is_unicode(caption) and name and not _leads_out(name)]  # fmt: skip
+    return folder, usable
+
+
+def _coco_folder(table: CocoTable) -> Path:
+    path = table.path
     split = path.stem.removeprefix("captions_")
     folder, above = path.parent, path.parent.parent
     places = [above / split, above / "images" / split, folder / split, above / "images", folder / "images", folder]
-    return ManifestSource(name, "coco", table, _image_folder(table, places, f"{split}.zip"))
+    return _image_folder(table, places, f"{split}.zip")
 
 
 def _coco_lists(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -169,9 +193,19 @@ def open_cub(name: str, path: Path) -> ManifestSource | None:
 
     Raises UserError if its captions (published apart from its pictures) are not there.
     """
-    root = next((root for root in (path, path / "CUB_200_2011") if _is_cub(root)), None)
+    root = cub_root(path)
     if root is None:
         return None
+    return ManifestSource(name, "cub", CubTable(root / "images.txt", cub_captions(name, root)), root / "images")
+
+
+def cub_root(path: Path) -> Path | None:
+    """The folder with images.txt and images/: ``path`` or CUB_200_2011/ in it; None if it is not there."""
+    return next((root for root in (path, path / "CUB_200_2011") if _is_cub(root)), None)
+
+
+def cub_captions(name: str, root: Path) -> Path:
+    """The folder of the captions of the pictures in ``root``. Raises UserError if it is not there."""
     places = [folder / captions for folder in (root, root.parent) for captions in CUB_CAPTIONS]
     captions = next((place for place in places if place.is_dir()), None)
     if captions is None:
@@ -179,7 +213,7 @@ def open_cub(name: str, path: Path) -> ManifestSource | None:
         raise UserError(
             f"{name}: CUB's pictures without captions: put its text_c10 beside images (looked for {looked})"
         )
-    return ManifestSource(name, "cub", CubTable(root / "images.txt", captions), root / "images")
+    return captions
 
 
 def _is_cub(root: Path) -> bool:

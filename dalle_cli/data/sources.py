@@ -16,7 +16,7 @@ from dalle_cli.data.tables import JsonLinesTable, Table, open_delimited
 from dalle_cli.data.webdataset import WebDatasetSource
 from dalle_cli.errors import UserError
 
-__all__ = ["FORMATS", "BadSample", "Source", "expand_braces", "open_source"]
+__all__ = ["FORMATS", "BadSample", "Source", "expand_braces", "is_manifest", "open_source"]
 
 MANIFEST_ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
 
@@ -98,6 +98,15 @@ def _open_manifest(name: str, path: Path) -> Source | None:
     if ending not in MANIFEST_ENDINGS or not path.is_file():
         return None
     return ManifestSource(name, f"{ending[1:]} manifest", _table(path, ending), path.parent)
+
+
+def is_manifest(path: Path) -> bool:
+    """Whether the file at ``path`` ends as a manifest does and its columns name pictures and captions."""
+    try:
+        _table(path, path.suffix.lower())
+    except (UserError, OSError):
+        return False
+    return True
 
 
 def _table(path: Path, ending: str) -> Table:

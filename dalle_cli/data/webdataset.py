@@ -121,9 +121,11 @@ class WebDatasetSource:
             raise BadSample(f"the {what} is larger than {limit >> 20} MiB")
         try:
             # Opened for each read: no handle to share between threads, forks and pickled copies.
-            with open(path, "rb", buffering=0) as file:
-                file.seek(offset)
-                data = file.read(size)
+            file = os.open(path, os.O_RDONLY)
+            try:
+                data = os.pread(file, size, offset)
+            finally:
+                os.close(file)
         except OSError as error:
             raise BadSample(f"{path} cannot be read: {error.strerror}") from error
         if len(data) != size:

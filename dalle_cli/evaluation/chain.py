@@ -14,6 +14,7 @@ from dalle_cli.errors import UserError
 from dalle_cli.recipes.folders import RunFolders
 from dalle_cli.recipes.schema import Recipe
 from dalle_cli.stores.checkpoint import Checkpoint, Kind, open_checkpoint
+from dalle_cli.stores.provenance import commands_of, read_commands
 from dalle_cli.stores.tokens import TokenReader
 from dalle_cli.text.bpe import Tokenizer
 
@@ -73,9 +74,34 @@ class Chain:
             row = self._row(NAMES[kind], checkpoint.path, checkpoint.step, checkpoint.identity, checkpoint.belongs)
             rows.append(row | {"recipe": checkpoint.recipe().name})
         for store in sample_stores:
-            if (prior := _prior_of_samples(store)) is not None:
-                rows.append(self._row("samples", store, belongs={"prior": prior}))
+            if (request := _request_of_samples(store)) is not None:
+                rows.append(self._row("samples", store, belongs={"prior": str(request["prior"])}))
         return rows
+
+    def samples(self, sample_stores: Iterable[Path]) -> list[dict[str, Any]]:
+        """How the samples of each store that can be read were drawn."""
+        return [
+            {
+                "path": os.path.relpath(store, self.places.root),
+                "captions": len(request["prompts"]),
+                "seed": request["seed"],
+                "settings": {name: value for name, value in request["settings"].items() if value is not None},
+            }
+            for store in sample_stores
+            if (request := _request_of_samples(store)) is not None
+        ]
+
+    def commands(self) -> list[dict[str, Any]]:
+        """The commands that made the training pictures and what is in the run, as far as journals name them, in the
+        order in which they finished: of those that made the same artifact by the same command the last."""
+        found: dict[tuple[str, str], dict[str, Any]] = {}
+        # A source is made whole, its splits in it.
+        pictures = [] if self.source is None else [Path(self.source.name).parent, Path(self.source.name)]
+        lines = [line for made in pictures for line in commands_of(made)]
+        for line in [*lines, *read_commands(self.places.root)]:
+            found.pop((line["artifact"], line["command"]), None)
+            found[line["artifact"], line["command"]] = line
+        return list(found.values())
 
     def _row(
         self,
@@ -142,10 +168,11 @@ def _open_source(chain: Chain) -> None:
         chain.missing.append(f"the training pictures cannot be read: {error}")
 
 
-def _prior_of_samples(store: Path) -> str | None:
+def _request_of_samples(store: Path) -> dict[str, Any] | None:
     import zarr
 
     try:
-        return str(zarr.open_group(str(store), mode="r", zarr_format=3).attrs["request"]["prior"])
+        request = dict(zarr.open_group(str(store), mode="r", zarr_format=3).attrs["request"])
+        return request if {"prior", "prompts", "seed", "settings"} <= request.keys() else None
     except Exception:  # moved or deleted since: the samples' lines are what the report is about
         return None

@@ -5,7 +5,9 @@ Both are torch-fidelity feature extractors, so one code computes the metrics on 
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -47,6 +49,8 @@ class Features:
     logits: str | None
     score_key: str
     device: torch.device
+    identity: str
+    """Hash of all that a picture's features depend on besides the picture."""
     warnings: list[str] = field(default_factory=list)
 
     def extract(self, pictures: Dataset[Tensor], *, batch_size: int = 64, workers: bool = False) -> Extracted:
@@ -117,19 +121,22 @@ def inception(weights_path: Path | None = None, *, device: str = "cpu") -> Featu
         logits="logits_unbiased",
         score_key="inception_score",
         device=torch.device(device),
+        identity=digest,
         warnings=[]
         if published
         else [f"{path.name} is not the published {INCEPTION_FILE}: figures compare with no published ones"],
     )
 
 
-def clip_features(scorer: Scorer, class_captions: Sequence[str] = ()) -> Features:
+def clip_features(
+    scorer: Scorer, class_captions: Sequence[str] = (), *, device: torch.device | str = "cpu"
+) -> Features:
     """Image features of a CLIP. FID and KID on them are no figures to be set beside Inception's.
 
     A feature is the unit vector of ``scorer`` times sqrt(d), so that coordinates have a mean square of 1
     whatever the width, and KID's kernel (x.y / d + 1)^3 is (cosine + 1)^3. With ``class_captions`` (two or
     more) each picture also gets class logits, the scaled similarities to these captions, as CLIP classifies
-    without training; the inception score's formula on them is called ``clip_is``.
+    without training; the inception score's formula on them is called ``clip_is``. ``device`` is the scorer's.
     """
     if len(class_captions) == 1:
         raise ValueError("one class has no distribution: give two or more class captions, or none")
@@ -148,7 +155,8 @@ def clip_features(scorer: Scorer, class_captions: Sequence[str] = ()) -> Feature
         vector="vector",
         logits="logits" if class_captions else None,
         score_key="clip_is",
-        device=torch.device("cpu"),
+        device=torch.device(device),
+        identity=hashlib.sha256(json.dumps([scorer.identity, *class_captions]).encode()).hexdigest(),
     )
 
 

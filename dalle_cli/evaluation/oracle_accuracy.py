@@ -139,8 +139,11 @@ class Accuracy:
     by_pool_size: dict[int, Share]
 
 
-def accuracy(judged: Sequence[Judged]) -> Accuracy:
-    """The figures of some captions, each counting alike. Needs at least one."""
+def accuracy(judged: Sequence[Judged], sizes: Sequence[int] | None = None) -> Accuracy:
+    """The figures of some captions, each counting alike, by pools of ``sizes`` if not of 1, 2, 4 ... samples.
+
+    Needs at least one caption, and no size above the smallest pool's.
+    """
     if not judged:
         raise ValueError("accuracy of no caption")
 
@@ -150,7 +153,7 @@ def accuracy(judged: Sequence[Judged]) -> Accuracy:
 
     smallest = min(len(item.right) for item in judged)
     whole = all(item.pool.whole for item in judged)
-    sizes = pool_sizes(smallest) if whole else []
+    by_size = (pool_sizes(smallest) if sizes is None else sizes) if whole else []
     return Accuracy(
         prompts=len(judged),
         samples=sum(len(item.right) for item in judged),
@@ -158,8 +161,31 @@ def accuracy(judged: Sequence[Judged]) -> Accuracy:
         best=mean(float(item.right[0]) for item in judged),
         single=mean(sum(item.right) / len(item.right) for item in judged) if whole else None,
         any_right=mean(float(any(item.right)) for item in judged) if whole else None,
-        by_pool_size={k: mean(best_of_subset(item.right, k) for item in judged) for k in sizes},
+        by_pool_size={k: mean(best_of_subset(item.right, k) for item in judged) for k in by_size},
     )
+
+
+def accuracies(judged: Sequence[Judged], sizes: Sequence[int] | None = None) -> dict[str, Accuracy]:
+    """The figures of each group that has captions."""
+    own = {name: [item for item in judged if item.group == name] for name in GROUPS}
+    return {name: accuracy(items, sizes) for name, items in own.items() if items}
+
+
+def accuracy_figures(found: Accuracy) -> dict[str, Any]:
+    """As plain values, for JSON."""
+
+    def share(value: Share | None) -> dict[str, float] | None:
+        return None if value is None else {"value": round(value.value, 6), "error": round(value.error, 6)}
+
+    return {
+        "prompts": found.prompts,
+        "samples": found.samples,
+        "pool_size": found.pool_size,
+        "single": share(found.single),
+        "best": share(found.best),
+        "any_right": share(found.any_right),
+        "by_pool_size": {str(size): share(value) for size, value in found.by_pool_size.items()},
+    }
 
 
 def pool_sizes(n: int) -> list[int]:

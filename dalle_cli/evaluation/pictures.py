@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,31 +14,45 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dalle_cli.clip.rerank import read_manifest
-from dalle_cli.data.images import BadImage, decode_image, eval_crop
-from dalle_cli.data.sources import BadSample, Source, open_source
+from dalle_cli.data.images import BadImage, decode_image, eval_crop, picture_size
+from dalle_cli.data.sources import BadSample, Source, is_manifest, open_source
 from dalle_cli.errors import UserError
+from dalle_cli.evaluation.blur import gaussian_blur
 
 MAX_PIXELS = 100_000_000
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 
 
-class ArrayPictures(Dataset[Tensor]):
-    """Pictures in memory: (n, H, W, 3) uint8."""
+class Pictures(Dataset[Tensor]):
+    """Encoded pictures, centre-cropped and resized to ``image_size``. Reading a broken one raises UserError."""
 
-    def __init__(self, pictures: NDArray[np.uint8]) -> None:
-        if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[-1] != 3:
-            raise TypeError(f"pictures are (n, H, W, 3) uint8, not {pictures.shape} {pictures.dtype}")
-        self.pictures = pictures
+    image_size: int
+    max_pixels: int
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        raise NotImplementedError
+
+    def content(self, index: int) -> bytes:
+        """The picture as it is stored; UserError where it cannot be read."""
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        """What the picture is called in a message."""
+        raise NotImplementedError
 
     def __getitem__(self, index: int) -> Tensor:
-        return _channels_first(self.pictures[index])
+        return _channels_first(self.picture(index))
+
+    def picture(self, index: int) -> NDArray[np.uint8]:
+        """Cut to size, (image_size, image_size, 3)."""
+        try:
+            return eval_crop(decode_image(self.content(index), self.max_pixels), self.image_size)
+        except BadImage as error:
+            raise UserError(f"{self.name(index)}: {error}; remove or replace it") from error
 
 
-class FilePictures(Dataset[Tensor]):
-    """Picture files, centre-cropped and resized to ``image_size``. Reading a broken one raises UserError."""
+class FilePictures(Pictures):
+    """Picture files."""
 
     def __init__(self, paths: Sequence[Path], image_size: int, *, max_pixels: int = MAX_PIXELS) -> None:
         self.paths = list(paths)
@@ -46,16 +62,21 @@ class FilePictures(Dataset[Tensor]):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> Tensor:
+    def name(self, index: int) -> str:
+        return str(self.paths[index])
+
+    def content(self, index: int) -> bytes:
         path = self.paths[index]
         try:
-            return _channels_first(eval_crop(decode_image(path.read_bytes(), self.max_pixels), self.image_size))
-        except (OSError, BadImage) as error:
+            return path.read_bytes()
+        except FileNotFoundError:
+            raise UserError(f"{path}: the picture is missing; draw it again, or leave its line out") from None
+        except OSError as error:
             raise UserError(f"{path}: {error}; remove or replace it") from error
 
 
-class SourcePictures(Dataset[Tensor]):
-    """A captioned source's pictures, centre-cropped and resized; reading a broken one raises UserError."""
+class SourcePictures(Pictures):
+    """A captioned source's pictures."""
 
     def __init__(self, source: Source, image_size: int, *, max_pixels: int = MAX_PIXELS) -> None:
         self.source = source
@@ -65,23 +86,78 @@ class SourcePictures(Dataset[Tensor]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> Tensor:
+    def name(self, index: int) -> str:
+        return f"{self.source.name}: {self.source.key(index)}"
+
+    def content(self, index: int) -> bytes:
         try:
-            return _channels_first(
-                eval_crop(decode_image(self.source.image_bytes(index), self.max_pixels), self.image_size)
-            )
-        except (BadSample, BadImage) as error:
-            raise UserError(f"{self.source.name}: {self.source.key(index)}: {error}; remove or replace it") from error
+            return self.source.image_bytes(index)
+        except BadSample as error:
+            raise UserError(f"{self.name(index)}: {error}; remove or replace it") from error
+
+
+class SomePictures(Pictures):
+    """Some rows of others."""
+
+    def __init__(self, pictures: Pictures, rows: Sequence[int]) -> None:
+        self.pictures, self.rows = pictures, list(rows)
+        self.image_size, self.max_pixels = pictures.image_size, pictures.max_pixels
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, index: int) -> str:
+        return self.pictures.name(self.rows[index])
+
+    def content(self, index: int) -> bytes:
+        return self.pictures.content(self.rows[index])
+
+
+class Blurred(Dataset[Tensor]):
+    """Pictures under a Gaussian blur, after they were cut to size."""
+
+    def __init__(self, pictures: Dataset[Tensor], radius: float) -> None:
+        self.pictures, self.radius = pictures, radius
+
+    def __len__(self) -> int:
+        return len(self.pictures)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Tensor:
+        return gaussian_blur(self.pictures[index], self.radius)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What can be told of pictures without decoding them: sha256 of each file, and sizes (n, 2) as width, height."""
+
+    digests: list[str]
+    sizes: NDArray[np.int64]
+
+
+def survey(pictures: Pictures, advance: Callable[[], None] | None = None) -> Survey:
+    """Look at every picture once. Raises UserError where one is missing or has no header of a picture."""
+    digests: list[str] = []
+    sizes = np.zeros((len(pictures), 2), np.int64)
+    for index in range(len(pictures)):
+        content = pictures.content(index)
+        digests.append(hashlib.sha256(content).hexdigest())
+        try:
+            sizes[index] = picture_size(content)
+        except BadImage as error:
+            raise UserError(f"{pictures.name(index)}: {error}; remove or replace it") from error
+        if advance is not None:
+            advance()
+    return Survey(digests, sizes)
 
 
 def open_pictures(spec: str, image_size: int, *, max_pixels: int = MAX_PIXELS) -> FilePictures | SourcePictures:
     """The pictures of a folder (at any depth, in the order of their paths), of a file of ``dalle sample``'s or
-    ``dalle rerank``'s lines (.jsonl), or else of a source, such as tars.
+    ``dalle rerank``'s lines (.jsonl), or else of a source, such as tars, a manifest or COCO's captions.
 
     Raises UserError where there is nothing of the kind.
     """
     folder = Path(spec)
-    if folder.suffix == ".jsonl" and folder.is_file():
+    if folder.suffix == ".jsonl" and folder.is_file() and not is_manifest(folder):
         with folder.open(encoding="utf-8") as lines:
             return FilePictures([Path(line["png"]) for line in read_manifest(lines, spec)], image_size)
     if folder.is_dir():

@@ -12,6 +12,7 @@ from dalle_cli.clip.rerank import read_manifest
 from dalle_cli.errors import UserError
 from dalle_cli.evaluation import plots
 from dalle_cli.evaluation.chain import NAMES, Chain, read_chain
+from dalle_cli.evaluation.comparison import FORMAT
 from dalle_cli.evaluation.exhibits import (
     choose_captions,
     codebook_use,
@@ -19,14 +20,17 @@ from dalle_cli.evaluation.exhibits import (
     samples_sheet,
     true_pictures,
 )
+from dalle_cli.evaluation.fid_plots import draw_plots
 from dalle_cli.evaluation.montage import png_bytes
-from dalle_cli.evaluation.oracle_accuracy import GROUPS, Accuracy, Judged, Pool, Share, accuracy, judge, pools
+from dalle_cli.evaluation.oracle_accuracy import Judged, Pool, accuracies, accuracy_figures, judge, pools
 from dalle_cli.evaluation.page import features_badge, page
 from dalle_cli.progress import progress
 from dalle_cli.recipes.load import dump_recipe
 from dalle_cli.recipes.schema import Recipe
+from dalle_cli.sampling.store import STORE
 from dalle_cli.stores.files import write_atomically, write_json
 
+FID_KEYS = ("features", "fid", "kid_mean", "n_generated", "n_reference")
 _CURVES: dict[str, tuple[str, list[plots.Curve], str]] = {
     "loss_dvae": (
         "dvae",
@@ -80,12 +84,14 @@ def write_report(recipe: Recipe, ranked: Path | None, fids: Sequence[Path], out:
         UserError: there is nothing at all to report on, or a file given is not what it should be.
     """
     chain = read_chain(recipe)
-    if chain.empty and ranked is None and not fids:
+    if chain.empty and ranked is None and not fids and not _find_fids(chain, fids):
         raise UserError(
             f"{chain.places.root}: no stage has run yet; start with dalle train-dvae, or give --ranked FILE"
         )
     samples = _read_ranked(ranked) if ranked is not None else []
-    stores = sorted({Path(line["store"]) for pool in samples for line in pool.lines if "store" in line})
+    named = {Path(line["store"]) for pool in samples for line in pool.lines if "store" in line}
+    stores = sorted({path.resolve(): path for path in [*chain.places.samples.glob(f"**/{STORE}"), *named]}.values())
+    evaluations = [_read_fid(file) for file in fids] + _find_fids(chain, fids)
     pngs: dict[str, bytes] = {}
     oracle = _oracle(samples, pngs)
     figures: dict[str, Any] = {
@@ -97,8 +103,11 @@ def write_report(recipe: Recipe, ranked: Path | None, fids: Sequence[Path], out:
         "data": _data(chain),
         "codebook": _codebook(chain, pngs),
         "stages": _stages(chain, pngs),
-        "fid": [_read_fid(file) for file in fids],
+        "fid": [row for found in evaluations for row in _fid_rows(found)],
+        "curves": _curves(evaluations, pngs),
+        "samples": chain.samples(stores),
         "artifacts": chain.artifacts(stores),
+        "commands": chain.commands(),
     }
     figures["missing"] = chain.missing
     figures["result"] = result_line(figures)
@@ -152,10 +161,71 @@ def _read_fid(file: Path) -> dict[str, Any]:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read as JSON ({error}); name a file of dalle eval-fid --out") from None
-    needed = ("features", "fid", "kid_mean", "n_generated", "n_reference")
-    if not isinstance(found, dict) or any(key not in found for key in needed):
-        raise UserError(f"{file}: is not a file of dalle eval-fid --out (it needs {', '.join(needed)})")
+    if not _is_fid(found):
+        raise UserError(f"{file}: is not a file of dalle eval-fid --out (it needs {', '.join(FID_KEYS)})")
     return {**found, "file": str(file)}
+
+
+def _is_fid(found: Any) -> bool:
+    if not isinstance(found, dict):
+        return False
+    systems = found["systems"] if found.get("format") == FORMAT and "systems" in found else [found]
+    return bool(systems) and all(key in {**found, **system} for system in systems for key in FID_KEYS)
+
+
+def _find_fids(chain: Chain, given: Sequence[Path]) -> list[dict[str, Any]]:
+    """What eval-fid left in the run: files of its own format in the run's folder or one below."""
+    known = {file.resolve() for file in given}
+    root = chain.places.root
+    found: list[dict[str, Any]] = []
+    for file in sorted([*root.glob("*.json"), *root.glob("*/*.json")]):
+        if file.resolve() in known or not _says_fid(file):
+            continue
+        figures = _read_fid(file)
+        # A page and --out of one command hold the same.
+        if not any(_same_evaluation(figures, other) for other in found):
+            found.append(figures)
+    return found
+
+
+def _says_fid(file: Path) -> bool:
+    text = file.read_text(encoding="utf-8", errors="replace")
+    try:
+        found = json.loads(text) if f'"{FORMAT}"' in text else None
+    except ValueError:
+        return False
+    # An earlier report.json has rows of that format, and is none itself.
+    return isinstance(found, dict) and found.get("format") == FORMAT
+
+
+def _same_evaluation(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return bool(one.get("command")) and one.get("command") == other.get("command")
+
+
+def _fid_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each system, as a file of one system has it on top."""
+    if "systems" not in found:
+        return [{key: value for key, value in found.items() if key not in ("blur", "pool", "accuracy")}]
+    common = {key: value for key, value in found.items() if key != "systems"}
+    rows = []
+    for number, system in enumerate(found["systems"]):
+        own = {key: value for key, value in system.items() if key not in ("blur", "pool", "accuracy")}
+        warnings = [*(found.get("warnings", []) if number == 0 else []), *system.get("warnings", [])]
+        rows.append(common | own | {"warnings": warnings})
+    return rows
+
+
+def _curves(evaluations: Sequence[dict[str, Any]], pngs: dict[str, bytes]) -> list[dict[str, Any]]:
+    """The curves of each evaluation that has some; its plots are drawn anew from its points."""
+    curves = []
+    for number, found in enumerate(evaluations):
+        alone = {**found, "name": found.get("generated", "generated")}
+        drawn = draw_plots({**found, "systems": found.get("systems", [alone])})
+        names = {name: f"{name}_{number}" for name in drawn}
+        pngs |= {names[name]: png for name, (png, _) in drawn.items()}
+        if drawn:
+            curves.append({"file": found["file"], "reference": found.get("reference"), "plots": names})
+    return curves
 
 
 def _oracle(samples: list[Pool], pngs: dict[str, bytes]) -> dict[str, Any] | None:
@@ -163,14 +233,14 @@ def _oracle(samples: list[Pool], pngs: dict[str, bytes]) -> dict[str, Any] | Non
         judged = judge(samples, bar.advance)
     if not judged:
         return None
-    groups: dict[str, Accuracy] = {}
-    for name in GROUPS:
-        if own := [item for item in judged if item.group == name]:
-            groups[name] = accuracy(own)
+    groups = accuracies(judged)
     pngs["bars"] = plots.accuracy_bars(groups)
     if (curve := plots.accuracy_by_pool_size(groups)) is not None:
         pngs["pool_size"] = curve
-    return {"groups": {name: _figures(group) for name, group in groups.items()}, "warnings": _warnings(samples, judged)}
+    return {
+        "groups": {name: accuracy_figures(group) for name, group in groups.items()},
+        "warnings": _warnings(samples, judged),
+    }
 
 
 def _warnings(samples: list[Pool], judged: list[Judged]) -> list[str]:
@@ -182,21 +252,6 @@ def _warnings(samples: list[Pool], judged: list[Judged]) -> list[str]:
     elif len({len(item.right) for item in judged}) > 1:
         warnings.append("captions have pools of different sizes; the best of a caption is the best of its own pool")
     return warnings
-
-
-def _figures(found: Accuracy) -> dict[str, Any]:
-    def share(value: Share | None) -> dict[str, float] | None:
-        return None if value is None else {"value": round(value.value, 6), "error": round(value.error, 6)}
-
-    return {
-        "prompts": found.prompts,
-        "samples": found.samples,
-        "pool_size": found.pool_size,
-        "single": share(found.single),
-        "best": share(found.best),
-        "any_right": share(found.any_right),
-        "by_pool_size": {str(size): share(value) for size, value in found.by_pool_size.items()},
-    }
 
 
 def _contact_sheet(chain: Chain, samples: list[Pool], judged: bool, pngs: dict[str, bytes]) -> dict[str, Any] | None:
@@ -239,6 +294,7 @@ def _data(chain: Chain) -> dict[str, Any] | None:
         return None
     parts = {part: chain.reader.attributes[part] for part in ("text", "image") if part in chain.reader.attributes}
     return {
+        "source": ", ".join(dict.fromkeys(str(state["identity"].get("source")) for state in parts.values())),
         "rows": max((int(state["rows"]) for state in parts.values()), default=0),
         "usable": len(chain.reader.usable()) if len(parts) == 2 else None,
         "skipped": {

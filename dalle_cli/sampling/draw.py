@@ -1,8 +1,12 @@
-"""Drawing image tokens from the prior (paper, section 2.6).
+"""Drawing image tokens from the prior (paper, section 2.6), with classifier-free guidance where it is asked for.
 
 Each (caption, sample, position) has its own uniform number, and a token is where that number falls in the
 cumulative distribution, summed in float64. So neither the batch's size nor its other members move a draw, up to the
 rounding of the logits themselves.
+
+Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598): each sample is two sequences of the same image
+tokens, behind its caption and behind the empty one, and tokens are drawn from the logits
+uncond + S (cond - uncond).
 """
 
 from __future__ import annotations
@@ -69,20 +73,22 @@ def sample_images(
     settings: SamplingSettings,
     prefix: Tensor | None = None,
     prefix_lengths: Tensor | None = None,
+    empty: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw ``n`` images for each of C captions.
 
     Args:
         text_ids: (C, T) text ids with paddings.
         uniforms: (C, n, S) float64 in [0, 1), one for each token.
-        settings: temperature, top_k, top_p, and batch_size, the samples drawn at once.
+        settings: temperature, top_k, top_p, guidance, and batch_size, the samples drawn at once: all if None.
         prefix: (C, P) first image tokens, given rather than drawn (image-to-image); P may be 0 to S.
         prefix_lengths: (C,) how many of them are given for each caption; all P by default. What stands behind is
             ignored.
+        empty: (T,) text ids of the empty caption, for guidance other than 1.
 
     Returns:
         tokens (C, n, S) int64 with the prefix, and the log-likelihood (C, n) float64, in nats, of the drawn
-        tokens under the model itself: temperature 1, nothing filtered.
+        tokens under the model itself: temperature 1, nothing filtered, not guided.
     """
     captions, length = text_ids.shape[0], decoder.image_length
     if uniforms.shape != (captions, n, length):
@@ -94,15 +100,21 @@ def sample_images(
     given = [prefix.shape[1]] * captions if prefix_lengths is None else prefix_lengths.tolist()
     if len(given) != captions or not all(0 <= some <= prefix.shape[1] for some in given):
         raise ValueError(f"prefix_lengths {given}: not {captions} numbers from 0 to {prefix.shape[1]}")
+    if settings.guidance != 1 and empty is None:
+        raise ValueError(f"guidance {settings.guidance} needs the empty caption")
+    at_once = settings.batch_size or captions * n
     tokens = prefix.new_empty(captions, n, length)
     log_likelihood = torch.empty(captions, n, dtype=torch.float64, device=text_ids.device)
-    together = max(1, settings.batch_size // n)
+    together = max(1, at_once // n)
     for first in range(0, captions, together):
         some = slice(first, first + together)
         start = min(*given[some], length - 1)
-        begun = decoder.prefill(text_ids[some], prefix[some, :start])
-        for begin in range(0, n, settings.batch_size):
-            part = slice(begin, min(begin + settings.batch_size, n))
+        texts, read = text_ids[some], prefix[some, :start]
+        if settings.guidance != 1 and empty is not None:
+            texts, read = torch.cat([texts, empty.expand_as(texts)]), torch.cat([read, read])
+        begun = decoder.prefill(texts, read)
+        for begin in range(0, n, at_once):
+            part = slice(begin, min(begin + at_once, n))
             tokens[some, part, :start] = prefix[some, None, :start]
             log_likelihood[some, part] = _continue(
                 decoder,
@@ -125,15 +137,20 @@ def _continue(
     uniforms: Tensor,
     settings: SamplingSettings,
 ) -> Tensor:
-    """Fill ``tokens`` (C, n, S) behind what is read; returns the log-likelihood (C, n) of the drawn ones."""
+    """Fill ``tokens`` (C, n, S) behind what is read; returns the log-likelihood (C, n) of the drawn ones.
+
+    ``begun`` has read C captions, or with guidance 2 C, of which the last C are empty.
+    """
     captions, n, length = uniforms.shape
     log_likelihood = torch.zeros(captions, n, dtype=torch.float64, device=tokens.device)
     lengths = torch.tensor(given, device=tokens.device)[:, None]
     cache, logits = begun.fork(n), begun.logits[:, None].expand(-1, n, -1)
     for position in range(begun.positions, length):
-        filtered = filter_logits(logits, settings.temperature, settings.top_k, settings.top_p)
+        own, without = logits[:captions], logits[captions:]
+        guided = without + settings.guidance * (own - without) if len(without) else own
+        filtered = filter_logits(guided, settings.temperature, settings.top_k, settings.top_p)
         token = draw_tokens(filtered, uniforms[..., position])
-        score = logits.log_softmax(-1).gather(-1, token[..., None])[..., 0]
+        score = own.log_softmax(-1).gather(-1, token[..., None])[..., 0]
         if position < max(given):
             forced = position < lengths
             token = torch.where(forced, prefix[:, position, None], token)
@@ -141,5 +158,5 @@ def _continue(
         tokens[..., position] = token
         log_likelihood += score
         if position + 1 < length:
-            logits = decoder.step(cache, position, token)
+            logits = decoder.step(cache, position, torch.cat([token, token]) if len(without) else token)
     return log_likelihood

@@ -6,54 +6,62 @@ sample can be drawn again alone, and a killed job goes on where it stopped with 
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dalle_cli.data.samples import BadSample, clean_caption
 from dalle_cli.dvae.encode import decode_pictures
+from dalle_cli.dvae.model import DVAE
 from dalle_cli.dvae.train import load_dvae
 from dalle_cli.errors import UserError
 from dalle_cli.prior.decode import Decoder
 from dalle_cli.prior.train import load_prior
 from dalle_cli.progress import progress
-from dalle_cli.randomness import numpy_generator
 from dalle_cli.recipes.schema import SamplingSettings
 from dalle_cli.sampling.draw import sample_images
+from dalle_cli.sampling.memory import MOST, free_memory, sampling_need
+from dalle_cli.sampling.request import SampleRequest, shard_folder
+from dalle_cli.sampling.store import STORE, SampleStore, png_name
 from dalle_cli.stores.checkpoint import Checkpoint, check_belongs
-from dalle_cli.stores.files import explain_os_errors, new_directory
+from dalle_cli.stores.shards import WHOLE
 from dalle_cli.text.bpe import Tokenizer
 from dalle_cli.training.device import choose_device, explain_out_of_memory, limit_threads
 
-STORE = "samples.zarr"
 
+@dataclass
+class _Models:
+    """What draws, and what it reads: text ids (C, T), the empty caption's (T,), given tokens (C, P)."""
 
-@dataclass(frozen=True)
-class SampleRequest:
-    """What to draw: ``settings.n`` samples of each prompt."""
+    decoder: Decoder
+    dvae: DVAE
+    eps: float
+    text_ids: Tensor
+    empty: Tensor
+    given: Tensor
 
-    prompts: list[str]
-    settings: SamplingSettings
-    seed: int
-
-    def identity(self, prior: Checkpoint) -> dict[str, Any]:
-        """What decides the samples, for the store's attributes and the default folder's name."""
-        settings = self.settings.model_dump(exclude={"batch_size"})
-        return {"prior": prior.identity, "prompts": self.prompts, "seed": self.seed, "settings": settings}
-
-
-def default_folder(samples: Path, request: SampleRequest, prior: Checkpoint) -> Path:
-    """A folder of its own for each request, so that the same command finds what it drew before."""
-    digest = hashlib.sha256(json.dumps(request.identity(prior), sort_keys=True).encode()).hexdigest()
-    return samples / digest[:12]
+    def draw(self, request: SampleRequest, prompts: range, indices: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens (B, grid, grid) uint16, log-likelihoods (B,) and pictures (B, S, S, 3) uint8 of those samples."""
+        some = slice(prompts.start, prompts.stop)
+        uniforms = request.uniforms(prompts, indices, self.decoder.image_length)
+        tokens, scores = sample_images(
+            self.decoder,
+            self.text_ids[some],
+            len(indices),
+            uniforms.to(self.decoder.device),
+            request.settings.model_copy(update={"batch_size": None}),
+            self.given[some],
+            empty=self.empty,
+        )
+        grids = tokens.flatten(0, 1).unflatten(-1, (self.decoder.grid, self.decoder.grid))
+        pictures = decode_pictures(self.dvae, grids, self.eps)
+        return grids.cpu().numpy().astype(np.uint16), scores.flatten().cpu().numpy(), pictures.cpu().numpy()
 
 
 @dataclass
@@ -68,52 +76,86 @@ class Sampler:
         check_belongs(self.prior_checkpoint, "dvae", self.dvae_checkpoint.identity, str(self.dvae_checkpoint.path))
         check_belongs(self.prior_checkpoint, "tokenizer", self.tokenizer.identity, self.tokenizer.name)
 
-    def run(self, request: SampleRequest, out: Path) -> Iterator[dict[str, Any]]:
-        """Draw, write ``out/samples.zarr`` and ``out/*.png``, and yield one manifest line a sample as it is committed.
+    def identity(self, request: SampleRequest) -> dict[str, Any]:
+        """What decides the samples of a request, all shards alike; names the store's and the default folder's content.
 
         Raises:
-            UserError: a prompt is empty or too long, or ``out`` holds samples of another request.
+            UserError: a given picture cannot be read.
+        """
+        max_pixels = self.dvae_checkpoint.recipe().data.max_pixels
+        primes = request.prime.hashes(max_pixels) if request.prime else []
+        return request.identity(self.prior_checkpoint, primes)
+
+    def run(self, request: SampleRequest, out: Path) -> Iterator[dict[str, Any]]:
+        """Draw, write ``out/samples.zarr`` and ``out/*.png``, and yield one manifest line a sample that is committed.
+
+        A shard's go into ``shard_folder(out, shard)``. Lines come in the order of the samples, those of a batch at
+        the latest when the next one is drawn.
+
+        Raises:
+            UserError: a prompt is empty or too long, a given picture cannot be read, guidance is asked of a prior
+                that was trained without caption dropout, or the folder holds samples of another request.
         """
         text = self._text_ids(request)
         recipe = self.prior_checkpoint.recipe()
-        store = _open_store(out, request.identity(self.prior_checkpoint), len(text) * request.settings.n, recipe.grid)
-        n, total = request.settings.n, len(text) * request.settings.n
-        committed = int(store.attrs["rows"])
-        yield from _lines(request, out, 0, store["log_likelihood"][:committed])
-        if committed == total:
+        self._require_dropout(request.settings)
+        identity, folder = self.identity(request), shard_folder(out, request.shard)
+        if request.shard != WHOLE:
+            identity["shard"] = str(request.shard)
+        if not request.rows:
+            return
+        store = SampleStore(folder, identity, len(request.rows), recipe.grid)
+        row = request.rows.start + store.committed
+        yield from _lines(request, folder, request.rows.start, store.log_likelihood())
+        if row == request.rows.stop:
             return
         limit_threads(recipe)
-        device = choose_device()
-        prior, dvae = load_prior(self.prior_checkpoint).to(device), load_dvae(self.dvae_checkpoint).to(device)
-        eps = self.dvae_checkpoint.recipe().dvae.objective.logit_laplace_eps
-        text_ids = prior.with_padding(*(part.to(device) for part in text_tensors(text, recipe.tokenizer.text_length)))
-        decoder = Decoder(prior, request.settings.precision)
-        del prior  # the decoder has its own copy of the matrices
         mend = "lower sampling.batch_size (--batch-size)"
-        with progress("sample", total, "samples", committed) as bar, explain_out_of_memory(out, mend):
-            while committed < total:
-                prompts, samples = _next_batch(request, committed)
-                uniforms = torch.cat([sample_uniforms(request, p, samples, recipe.grid**2) for p in prompts])
-                tokens, scores = sample_images(
-                    decoder,
-                    text_ids[prompts.start : prompts.stop],
-                    len(samples),
-                    uniforms.to(device),
-                    request.settings,
-                )
-                grid_tokens = tokens.flatten(0, 1).unflatten(-1, (recipe.grid, recipe.grid))
-                log_likelihood = scores.flatten().cpu().numpy()
-                pictures = decode_pictures(dvae, grid_tokens, eps).cpu().numpy()
-                rows = slice(committed, committed + len(pictures))
-                with explain_os_errors(out):
-                    for row, picture in enumerate(pictures, start=committed):
-                        Image.fromarray(picture).save(out / png_name(*divmod(row, n)))
-                    store["tokens"][rows] = grid_tokens.cpu().numpy().astype(np.uint16)
-                    store["log_likelihood"][rows] = log_likelihood
-                    store.attrs["rows"] = rows.stop
-                yield from _lines(request, out, committed, log_likelihood)
-                committed = rows.stop
+        with explain_out_of_memory(folder, mend):
+            models = self._load(request, text)
+        size = samples_at_once(request, models.decoder, models.dvae)
+        pending: list[tuple[int, np.ndarray, Future[None]]] = []
+        total = len(request.rows)
+        with progress("sample", total, "images", store.committed) as bar, explain_out_of_memory(folder, mend), store:
+            while row < request.rows.stop:
+                try:
+                    tokens, scores, pictures = models.draw(request, *request.batch(row, size))
+                except torch.OutOfMemoryError:
+                    if size == 1:
+                        raise
+                    size //= 2
+                    bar.say(f"sample: the memory is full; goes on with {size} samples at once")
+                    continue
+                names = [png_name(*request.place(r)) for r in range(row, row + len(pictures))]
+                pending.append((row, scores, store.add(row - request.rows.start, tokens, scores, pictures, names)))
+                row += len(pictures)
                 bar.advance(len(pictures))
+                if len(pending) == 2:
+                    yield from _committed(request, folder, *pending.pop(0))
+            for batch in pending:
+                yield from _committed(request, folder, *batch)
+
+    def _load(self, request: SampleRequest, text: list[list[int]]) -> _Models:
+        recipe, made_by, device = self.prior_checkpoint.recipe(), self.dvae_checkpoint.recipe(), choose_device()
+        prior, dvae = load_prior(self.prior_checkpoint).to(device), load_dvae(self.dvae_checkpoint).to(device)
+        text_ids = prior.with_padding(*(part.to(device) for part in text_tensors(text, recipe.tokenizer.text_length)))
+        empty = prior.with_padding(torch.zeros_like(text_ids[:1]), torch.zeros(1, device=device))[0]
+        return _Models(
+            Decoder(prior, request.settings.precision),  # it has its own copy of the matrices
+            dvae,
+            made_by.dvae.objective.logit_laplace_eps,
+            text_ids,
+            empty,
+            request.prime.tokens(dvae, made_by) if request.prime else text_ids[:, :0],
+        )
+
+    def _require_dropout(self, settings: SamplingSettings) -> None:
+        if settings.guidance != 1 and not self.prior_checkpoint.recipe().prior.caption_dropout:
+            raise UserError(
+                f"{self.prior_checkpoint.path}: guidance {settings.guidance:g} needs a prior that has learned pictures "
+                "without captions, and this one was trained with prior.caption_dropout: 0; train one with "
+                "prior.caption_dropout: 0.1, or leave --guidance out"
+            )
 
     def _text_ids(self, request: SampleRequest) -> list[list[int]]:
         length = self.prior_checkpoint.recipe().tokenizer.text_length
@@ -131,21 +173,13 @@ class Sampler:
         return encoded
 
 
-def _next_batch(request: SampleRequest, row: int) -> tuple[range, range]:
-    """The prompts and the indices of the samples to draw together from ``row`` on: some of one prompt's, or all of
-    several prompts'."""
-    n, size = request.settings.n, request.settings.batch_size
-    prompt, first = divmod(row, n)
-    together = 1 if first else max(1, size // n)
-    return range(prompt, min(prompt + together, len(request.prompts))), range(first, min(first + size, n))
-
-
-def sample_uniforms(request: SampleRequest, prompt: int, indices: range, positions: int) -> Tensor:
-    """Uniform numbers (1, len(indices), positions) float64, from (seed, prompt, index) alone."""
-    rows = [
-        numpy_generator(request.seed, "sample", request.prompts[prompt], index).random(positions) for index in indices
-    ]
-    return torch.from_numpy(np.stack(rows))[None]
+def samples_at_once(request: SampleRequest, decoder: Decoder, dvae: DVAE) -> int:
+    """The batch's size: what memory holds, and no more than the request's ``batch_size``."""
+    settings, device = request.settings, decoder.device
+    given = request.prime.rows * decoder.grid if request.prime else 0
+    need = sampling_need(decoder, dvae, settings.guidance != 1, given)
+    fits = need.samples(free_memory(device), settings.n, MOST[device.type])
+    return min(fits, settings.batch_size or fits)
 
 
 def text_tensors(encoded: list[list[int]], length: int) -> tuple[Tensor, Tensor]:
@@ -156,40 +190,28 @@ def text_tensors(encoded: list[list[int]], length: int) -> tuple[Tensor, Tensor]
     return text, torch.tensor([len(ids) for ids in encoded])
 
 
-def png_name(prompt: int, index: int) -> str:
-    """File name of a sample, sorted by prompt and index."""
-    return f"{prompt:05d}-{index:05d}.png"
-
-
-def _open_store(out: Path, identity: dict[str, Any], rows: int, grid: int) -> Any:
-    import zarr
-
-    if out.exists():
-        if not (out / STORE / "zarr.json").is_file():
-            raise UserError(f"{out}: exists and holds no samples; choose another --out")
-        store = zarr.open_group(str(out / STORE), mode="a", zarr_format=3)
-        if store.attrs.get("request") != json.loads(json.dumps(identity)):
-            raise UserError(f"{out}: holds samples of other prompts, settings or models; choose another --out")
-        return store
-    with new_directory(out) as folder:
-        store = zarr.open_group(str(folder / STORE), mode="a", zarr_format=3)
-        chunk = min(rows, 64)
-        store.create_array("tokens", shape=(rows, grid, grid), chunks=(chunk, grid, grid), dtype="uint16")
-        store.create_array("log_likelihood", shape=(rows,), chunks=(chunk,), dtype="float64")
-        store.attrs.update({"format": "dalle-samples", "version": 1, "rows": 0, "request": identity})
-    return zarr.open_group(str(out / STORE), mode="a", zarr_format=3)
+def _committed(
+    request: SampleRequest, folder: Path, row: int, scores: np.ndarray, written: Future[None]
+) -> Iterator[dict[str, Any]]:
+    written.result()
+    yield from _lines(request, folder, row, scores)
 
 
 def _lines(request: SampleRequest, out: Path, first_row: int, scores: np.ndarray) -> Iterator[dict[str, Any]]:
     for row, score in enumerate(scores, start=first_row):
-        prompt, index = divmod(row, request.settings.n)
-        yield {
+        prompt, index = request.place(row)
+        line = {
             "prompt": request.prompts[prompt],
             "prompt_index": prompt,
             "index": index,
             "png": str(out / png_name(prompt, index)),
             "store": str(out / STORE),
-            "row": row,
+            "row": row - request.rows.start,
             "seed": request.seed,
             "log_likelihood": round(float(score), 4),
         }
+        if request.ids is not None:
+            line |= request.ids[prompt]
+        if request.prime is not None:
+            line |= {"prime": str(request.prime.pictures[prompt]), "prime_rows": request.prime.rows}
+        yield line

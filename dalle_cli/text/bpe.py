@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from tokenizers import Encoding
     from tokenizers import Tokenizer as HFTokenizer
 
+ENCODED_AT_ONCE = 4096
+"""Captions that the library gets together: enough for all cores. What it returns takes some kilobytes a caption."""
+
 
 class Tokenizer:
     """A trained BPE tokenizer: byte-level, on lower-cased NFC text."""
@@ -66,12 +69,17 @@ class Tokenizer:
 
     def encode_block(self, captions: list[str]) -> Ragged:
         """Token ids of each caption, as many as it takes, int32."""
-        return _flat(self.backend.encode_batch_fast(captions, add_special_tokens=False), "ids")
+        encode = self.backend.encode_batch_fast
+        return Ragged.joined([_flat(encode(part, add_special_tokens=False), "ids") for part in _parts(captions)])
 
     def encode_words(self, captions: list[str]) -> tuple[Ragged, np.ndarray]:
         """Token ids as of ``encode_block``, and of each token the number of its word in the caption (total,)."""
-        encodings = self.backend.encode_batch(captions, add_special_tokens=False)
-        return _flat(encodings, "ids"), _flat(encodings, "word_ids").values
+        ids, words = [], []
+        for part in _parts(captions):
+            encodings = self.backend.encode_batch(part, add_special_tokens=False)
+            ids.append(_flat(encodings, "ids"))
+            words.append(_flat(encodings, "word_ids").values)
+        return Ragged.joined(ids), np.concatenate(words)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The caption that ``ids`` spell."""
@@ -82,6 +90,12 @@ class Tokenizer:
         model = json.loads(self.backend.to_str())["model"]
         prefix = model.get("continuing_subword_prefix") or ""
         return BpeDropout(self.backend.get_vocab(), model["merges"], p, prefix)
+
+
+def _parts(captions: list[str]) -> Iterator[list[str]]:
+    """``captions`` by ENCODED_AT_ONCE, at least one part."""
+    for at in range(0, max(1, len(captions)), ENCODED_AT_ONCE):
+        yield captions[at : at + ENCODED_AT_ONCE]
 
 
 def _flat(encodings: list[Encoding], name: Literal["ids", "word_ids"]) -> Ragged:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,6 +20,11 @@ class Ragged:
     def starts(self) -> np.ndarray:
         """(n,) where each sequence begins in ``values``."""
         return running_total(self.counts)[:-1]
+
+    @classmethod
+    def joined(cls, parts: Sequence[Ragged]) -> Ragged:
+        """The sequences of all ``parts``, at least one."""
+        return cls(np.concatenate([part.values for part in parts]), np.concatenate([part.counts for part in parts]))
 
     def take(self, which: np.ndarray) -> Ragged:
         """The sequences numbered ``which``, in that order; one may be taken more than once."""

@@ -22,8 +22,8 @@ class TextRows:
     """What the text part of a store holds for some consecutive rows."""
 
     arrays: dict[str, np.ndarray]
-    reasons: list[str | None]
-    """Why each row was skipped, if it was."""
+    reasons: dict[int, str]
+    """Why rows were skipped, by their place among these."""
     counts: dict[str, int]
     """``captions`` kept, and ``overlong``: those of more than T tokens, cut or refused as the recipe says."""
 
@@ -60,14 +60,16 @@ class CaptionEncoder:
         """
         n, length = len(captions), self.settings.text_length
         kept, reasons, overlong = self._encode(captions)
-        text, text_length = np.zeros((n, length), np.uint16), np.zeros(n, np.uint16)
         rows = np.flatnonzero(kept.counts)
         first = kept.ids.take(kept.starts[rows])
-        text[rows], text_length[rows] = first.padded(length), np.minimum(first.counts, length)
-        arrays = {"text": text, "text_length": text_length, "caption": np.full(n, "", dtype=object)}
-        arrays["caption"][rows] = [kept.texts[place] for place in kept.starts[rows]]
-        for row in np.flatnonzero(kept.counts == 0):
-            arrays["caption"][row] = next(iter(captions[row]), "")
+        counts = np.zeros(n, np.int64)  # of tokens: none in a row without a caption
+        counts[rows] = first.counts
+        arrays = {
+            "text": Ragged(first.values.astype(np.uint16), counts).padded(length),
+            "text_length": np.minimum(counts, length).astype(np.uint16),
+            "caption": np.array([next(iter(texts), "") for texts in captions], dtype=object),
+        }
+        arrays["caption"][rows] = np.array(kept.texts, dtype=object)[kept.starts[rows]]
         several = np.flatnonzero(kept.counts > 1)
         if len(several) or self._dropout is not None:
             arrays |= self._versions(kept, first_row)
@@ -78,7 +80,7 @@ class CaptionEncoder:
                 arrays["more_captions"][row] = json.dumps(others, ensure_ascii=False)
         return TextRows(arrays, reasons, {"captions": len(kept.texts), "overlong": overlong})
 
-    def _encode(self, captions: list[list[str]]) -> tuple[_Captions, list[str | None], int]:
+    def _encode(self, captions: list[list[str]]) -> tuple[_Captions, dict[int, str], int]:
         """The captions that are kept, why rows have none of theirs, and the number of over-long ones."""
         length = self.settings.text_length
         texts = list(chain.from_iterable(captions))
@@ -93,8 +95,8 @@ class CaptionEncoder:
             keep &= ~overlong
         kept_before = running_total(keep)[before]
         counts = np.diff(kept_before)
-        reasons: list[str | None] = [None] * len(captions)
-        for row in np.flatnonzero((counts == 0) & (np.diff(before) > 0)):
+        reasons: dict[int, str] = {}
+        for row in np.flatnonzero((counts == 0) & (np.diff(before) > 0)).tolist():
             too_long = overlong[before[row] : before[row + 1]].any()
             reasons[row] = f"caption of more than {length} tokens" if too_long else "empty caption"
         if not keep.all():

@@ -18,6 +18,9 @@ from dalle_cli.text.bpe import Tokenizer, train_bpe
 from dalle_cli.text.rows import CaptionEncoder, TextRows
 from dalle_cli.training.ahead import ahead
 
+SHARDS_AT_ONCE = 4
+"""Shards that are written and committed together: each write has a cost of its own."""
+
 
 @dataclass(frozen=True)
 class Tokenized:
@@ -78,8 +81,7 @@ def tokenize_source(recipe: Recipe, source: Source, tokenizer: Tokenizer, out: P
         blocks = ahead(_encode(encoder, ahead(_read(source, todo, recipe.data.filters), 1)), 1)
         with progress("tokenize-text", writer.rows + len(todo), "pictures", writer.rows) as bar:
             for block, found in blocks:
-                both = zip(block.keys, block.reasons, found.reasons, strict=True)
-                skipped = {key: reason for key, read, encoded in both if (reason := read or encoded) is not None}
+                skipped = {block.keys[at]: reason for at, reason in sorted((found.reasons | block.reasons).items())}
                 writer.append(block.keys, found.arrays, skipped, found.counts)
                 bar.advance(len(block.keys))
         writer.finish()
@@ -104,31 +106,32 @@ def source_captions(source: Source) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class _Block:
-    """Consecutive samples: keys, kept captions, and for those without a caption why."""
+    """Consecutive samples: keys, kept captions, and for those without a caption why, by their place in the block."""
 
     first_row: int
     keys: list[str]
     captions: list[list[str]]
-    reasons: list[str | None]
+    reasons: dict[int, str]
 
 
 def _read(source: Source, rows: range, filters: Filters) -> Iterator[_Block]:
     filtered = caption_identity(filters) is not None
-    for start in rows[::ROWS_PER_SHARD]:
-        block = _Block(start, [], [], [])
-        for row in range(start, min(start + ROWS_PER_SHARD, rows.stop)):
+    size = SHARDS_AT_ONCE * ROWS_PER_SHARD
+    for start in rows[::size]:
+        some = range(start, min(start + size, rows.stop))
+        block = _Block(start, [source.key(row) for row in some], [], {})
+        for place, row in enumerate(some):
             captions: list[str] = []
-            reason = None
             try:
                 captions = source.captions(row)
             except BadSample as error:
-                reason = str(error)
+                block.reasons[place] = str(error)
             else:
                 if filtered:
                     captions, reason = keep_captions(captions, filters)
-            block.keys.append(source.key(row))
+                    if reason is not None:
+                        block.reasons[place] = reason
             block.captions.append(captions)
-            block.reasons.append(reason)
         yield block
 
 

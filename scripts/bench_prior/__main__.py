@@ -12,23 +12,30 @@ from typing import Any
 
 import torch
 
-from bench_prior import attention, quickstart, sampling, sampling_memory, step, step_memory
+from bench_prior import attention, quickstart, recipe, sampling, sampling_memory, step, step_memory
 from bench_prior.machine import describe_machine
 from bench_prior.peer import load_peer
 from bench_prior.report import render
+from dalle_cli.recipes.load import load_recipe
 from dalle_cli.training.device import keep_freed_memory
 
 ON_CPU_ONLY = ("step-memory", "quickstart", "sampling", "sampling-memory")
+ON_GPU = ("recipe",)
+"""Too large for a CPU, unless it is asked for with a small recipe."""
 
 
 def log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def parts(device: str, with_peer: bool, quick: bool) -> dict[str, Callable[[], dict[str, Any]]]:
-    """What can be measured, by name."""
+def parts(
+    device: str, with_peer: bool, quick: bool, path: Path, changes: list[str]
+) -> dict[str, Callable[[], dict[str, Any]]]:
+    """What can be measured, by name; ``path`` and ``changes`` are of the part ``recipe``."""
     peer = load_peer() if with_peer else None
     attention_sizes, step_sizes = attention.Sizes(), step.Sizes()
+    if device == "cuda":
+        attention_sizes = replace(attention_sizes, batches=(1, attention.GPU_BATCH))
     if quick:
         attention_sizes = replace(attention_sizes, batches=(1,), rounds=2)
         step_sizes = replace(step_sizes, batches=(1,), rounds=1)
@@ -39,12 +46,19 @@ def parts(device: str, with_peer: bool, quick: bool) -> dict[str, Callable[[], d
         "quickstart": lambda: quickstart.measure(log),
         "sampling": lambda: sampling.measure(sampling.Sizes(), peer, log),
         "sampling-memory": lambda: sampling_memory.measure(sampling.Sizes(), log),
+        "recipe": lambda: recipe.measure(load_recipe(path, changes), device, log),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/bench-prior", description=__doc__)
-    parser.add_argument("parts", nargs="*", help="attention, step, step-memory, quickstart, sampling, sampling-memory")
+    parser.add_argument(
+        "parts", nargs="*", help="attention, step, step-memory, quickstart, sampling, sampling-memory, recipe"
+    )
+    parser.add_argument(
+        "--recipe", type=Path, default=Path("recipes/1b.yaml"), help="of the part recipe [recipes/1b.yaml]"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of it")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="CPU threads [all]")
     parser.add_argument("--no-peer", action="store_true", help="leave dalle-pytorch out")
@@ -55,8 +69,9 @@ def main() -> None:
         torch.set_num_threads(given.threads)
     if given.device == "cpu":
         keep_freed_memory()  # as ``dalle`` does on a CPU; it helps all contenders alike
-    known = parts(given.device, not given.no_peer, given.quick)
-    wanted = given.parts or [name for name in known if given.device == "cpu" or name not in ON_CPU_ONLY]
+    known = parts(given.device, not given.no_peer, given.quick, given.recipe, given.set)
+    left_out = ON_GPU if given.device == "cpu" else ON_CPU_ONLY
+    wanted = given.parts or [name for name in known if name not in left_out]
     for name in wanted:
         if name not in known or (given.device == "cuda" and name in ON_CPU_ONLY):
             parser.error(f"{name}: no such part on {given.device}; there are {', '.join(known)}")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from bench_prior.flex import flex
 from bench_prior.naive import mask_of
 from bench_prior.timing import Contender, libraries, race
 from dalle_cli.prior.attention import attend
@@ -16,6 +17,8 @@ from dalle_cli.recipes.layout import AttentionKind
 
 Log = Callable[[str], None]
 KINDS: tuple[AttentionKind, ...] = ("row", "column", "conv")
+GPU_BATCH, GPU_GOAL = 8, 2.5
+"""On a GPU the goal is over dense causal attention, which is flash attention there, at this batch."""
 GOALS = {
     ("row", "mask"): 4.0,
     ("column", "mask"): 4.0,
@@ -52,9 +55,14 @@ def measure(sizes: Sizes, device: str, log: Log) -> dict[str, Any]:
                     ours, theirs = f"{kind}, dalle, {names[0]}", f"{other}, {library}"
                     ratio = {"batch": batch, "ours": ours, "peer": theirs, "ratio": taken[theirs] / taken[ours]}
                     # The goals are for batch 1, and against PyTorch as it runs by itself.
-                    if batch == 1 and library == names[-1] and (kind, dense) in GOALS:
+                    if device == "cpu" and batch == 1 and library == names[-1] and (kind, dense) in GOALS:
                         ratio["goal"] = GOALS[kind, dense]
+                    if device == "cuda" and batch == GPU_BATCH and dense == "causal":
+                        ratio["goal"] = GPU_GOAL
                     ratios.append(ratio)
+            if (flexible := f"{kind}, flex_attention") in taken:
+                ours = f"{kind}, dalle, {names[0]}"
+                ratios.append({"batch": batch, "ours": ours, "peer": flexible, "ratio": taken[flexible] / taken[ours]})
     return {"sizes": asdict(sizes), "rows": rows, "ratios": ratios}
 
 
@@ -73,6 +81,10 @@ def _contenders(sizes: Sizes, batch: int, device: str, names: tuple[str, ...]) -
 
         return work
 
+    def by_flex(kind: AttentionKind) -> Callable[[], object]:
+        attention = flex(kind, sizes.text_length, sizes.grid, sizes.conv_kernel, device)
+        return lambda: torch.autograd.grad(attention(joint), joint, gradient)
+
     def dense(kind: AttentionKind | None) -> Callable[[], object]:
         mask = None if kind is None else mask_of(kind, sizes.text_length, sizes.grid, sizes.conv_kernel).to(device)
 
@@ -89,4 +101,6 @@ def _contenders(sizes: Sizes, batch: int, device: str, names: tuple[str, ...]) -
             found[f"{kind}, dalle, {library}"] = Contender(ours(kind), fast)
             found[f"{kind} mask, SDPA, {library}"] = Contender(dense(kind), fast)
         found[f"causal, SDPA, {library}"] = Contender(dense(None), fast)
+    if device == "cuda":  # it has no backward pass elsewhere
+        found |= {f"{kind}, flex_attention": Contender(by_flex(kind)) for kind in KINDS}
     return found

@@ -1,0 +1,106 @@
+"""Samples on disk: one PNG each, and a Zarr store of their tokens whose attribute ``rows`` counts the committed ones.
+
+PNGs are encoded and batches committed by threads while the model draws the next batch. A batch's rows are committed
+once all its PNGs are written, batches in their order.
+"""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dalle_cli.errors import UserError
+from dalle_cli.stores.files import explain_os_errors, new_directory
+
+STORE = "samples.zarr"
+ENCODERS = 4
+"""Threads that encode PNGs; they need a small part of what the model takes."""
+CHUNK = 64
+
+
+def png_name(prompt: int, index: int) -> str:
+    """File name of a sample, sorted by prompt and index."""
+    return f"{prompt:05d}-{index:05d}.png"
+
+
+class SampleStore:
+    """The folder ``out`` with ``rows`` samples of grid x grid tokens of one request, new or begun before.
+
+    As a context it has the threads that ``add`` needs; leaving it waits for what was added.
+
+    Raises:
+        UserError: ``out`` holds something else, or samples of another request.
+    """
+
+    def __init__(self, out: Path, identity: dict[str, Any], rows: int, grid: int) -> None:
+        self.out = out
+        if not out.exists():
+            _create(out, identity, rows, grid)
+        elif not (out / STORE / "zarr.json").is_file():
+            raise UserError(f"{out}: exists and holds no samples; choose another --out")
+        self._group = _open(out)
+        if self._group.attrs.get("request") != json.loads(json.dumps(identity)):
+            raise UserError(f"{out}: holds samples of other prompts, settings or models; choose another --out")
+
+    @property
+    def committed(self) -> int:
+        """Rows that are whole on disk."""
+        return int(self._group.attrs["rows"])
+
+    def log_likelihood(self) -> np.ndarray:
+        """Of the committed rows, float64."""
+        found: np.ndarray = self._group["log_likelihood"][: self.committed]
+        return found
+
+    def __enter__(self) -> SampleStore:
+        self._encoders = ThreadPoolExecutor(ENCODERS, "png")
+        self._committer = ThreadPoolExecutor(1, "commit")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._committer.shutdown()
+        self._encoders.shutdown()
+
+    def add(
+        self, row: int, tokens: np.ndarray, log_likelihood: np.ndarray, pictures: np.ndarray, names: list[str]
+    ) -> Future[None]:
+        """Write and commit the rows from ``row`` on; the future ends when that is done, or with what hindered it."""
+        return self._committer.submit(self._commit, row, tokens, log_likelihood, pictures, names)
+
+    def _commit(
+        self, row: int, tokens: np.ndarray, log_likelihood: np.ndarray, pictures: np.ndarray, names: list[str]
+    ) -> None:
+        if row != self.committed:  # a batch before failed
+            return
+        with explain_os_errors(self.out):
+            list(self._encoders.map(self._save, pictures, names))
+            rows = slice(row, row + len(tokens))
+            self._group["tokens"][rows] = tokens
+            self._group["log_likelihood"][rows] = log_likelihood
+            self._group.attrs["rows"] = rows.stop
+
+    def _save(self, picture: np.ndarray, name: str) -> None:
+        Image.fromarray(picture).save(self.out / name)
+
+
+def _create(out: Path, identity: dict[str, Any], rows: int, grid: int) -> None:
+    import zarr
+
+    with new_directory(out) as folder:
+        group = zarr.open_group(str(folder / STORE), mode="a", zarr_format=3)
+        chunk = min(rows, CHUNK)
+        group.create_array("tokens", shape=(rows, grid, grid), chunks=(chunk, grid, grid), dtype="uint16")
+        group.create_array("log_likelihood", shape=(rows,), chunks=(chunk,), dtype="float64")
+        group.attrs.update({"format": "dalle-samples", "version": 1, "rows": 0, "request": identity})
+
+
+def _open(out: Path) -> Any:
+    import zarr
+
+    return zarr.open_group(str(out / STORE), mode="a", zarr_format=3)

@@ -1,0 +1,47 @@
+"""The patterns by PyTorch's ``flex_attention`` with block masks, to see if a GPU runs it faster than our blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from dalle_cli.prior.attention import raster_offsets
+from dalle_cli.recipes.layout import AttentionKind
+
+
+def flex(kind: AttentionKind, text_length: int, grid: int, conv_kernel: int, device: str) -> Callable[[Tensor], Tensor]:
+    """A function with ``attend``'s arguments and result: qkv (B, T + S, 3, H, D) -> (B, T + S, H, D).
+
+    Columns are attended to on the transposed image, where they are rows: only there are whole blocks empty. On a GPU
+    it is compiled; elsewhere it runs as PyTorch's plain reference, forward only.
+    """
+    image, by_column = grid * grid, kind == "column"
+    allowed = torch.zeros(image, dtype=torch.bool, device=device)
+    allowed[list(range(grid) if by_column else raster_offsets(kind, grid, conv_kernel))] = True
+
+    def sees(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        offset = query - key
+        near = allowed[offset.clamp(0, image - 1)]
+        if by_column:
+            near = near & ((query - text_length) // grid == (key - text_length) // grid)
+        return (offset >= 0) & ((key < text_length) | near)
+
+    length = text_length + image
+    mask = create_block_mask(sees, None, None, length, length, device=device)
+    attention = torch.compile(flex_attention) if device == "cuda" else flex_attention
+
+    def work(qkv: Tensor) -> Tensor:
+        q, k, v = _transposed(qkv, text_length, grid).unbind(2) if by_column else qkv.unbind(2)
+        out = attention(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask).transpose(1, 2)
+        return _transposed(out, text_length, grid) if by_column else out
+
+    return work
+
+
+def _transposed(x: Tensor, text_length: int, grid: int) -> Tensor:
+    """(B, T + S, ...) with rows and columns of the image exchanged."""
+    text, image = x.tensor_split([text_length], 1)
+    return torch.cat([text, image.unflatten(1, (grid, grid)).transpose(1, 2).flatten(1, 2)], 1)

@@ -1,0 +1,121 @@
+"""A recipe's prior as a whole, meant for a GPU: an update's share of the matmul peak, and sampling's of what its reads
+would take at the memory's bandwidth."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench_prior.timing import Contender, race
+from dalle_cli.prior.decode import Decoder
+from dalle_cli.prior.train import build_prior, in_16_bit, sample_work
+from dalle_cli.prior.transformer import Prior
+from dalle_cli.recipes.schema import Recipe, SamplingSettings
+from dalle_cli.sampling.draw import sample_images
+from dalle_cli.training.pace import peak_tflops
+from dalle_cli.training.state import TrainingState
+
+Log = Callable[[str], None]
+MICRO_BATCH, SAMPLES, ROUNDS = 8, 64, 3
+STEP_GOAL, SAMPLING_GOAL = 0.5, 0.6
+COPIED_BYTES = {"cpu": 2**27, "cuda": 2**31}
+
+
+def measure(recipe: Recipe, device: str, log: Log) -> dict[str, Any]:
+    """Rows with seconds and shares, of an update in the recipe's precision and of samples of one caption in bf16."""
+    rows = [_step(recipe, device), _sampling(recipe, device)]
+    for row in rows:
+        log("recipe  " + "  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+    model = recipe.prior.model
+    sizes = {"recipe": recipe.name, "layers": model.layers, "d_model": model.d_model, "grid": model.grid}
+    return {"sizes": sizes, "rows": rows, "ratios": []}
+
+
+def _step(recipe: Recipe, device: str) -> dict[str, Any]:
+    """Forward, backward, clipping and optimizer on one micro-batch; products of the model alone count as FLOPs."""
+    stage = recipe.prior
+    prior = build_prior(recipe)
+    scaling = in_16_bit(prior, stage.precision, 1)
+    prior.to(device)
+    state = TrainingState(prior, set(prior.decayed_parameters()), stage.adam, stage.learning_rate, scaling)
+
+    def update() -> None:
+        state.optimizer.zero_grad(set_to_none=True)
+        _loss(prior, MICRO_BATCH, device).backward()  # type: ignore[no-untyped-call]
+        state.update(1e-5, stage.adam.clip_norm)
+
+    seconds = race({"update": Contender(update)}, ROUNDS, device)["update"]
+    work = sample_work(recipe)
+    peak, _ = peak_tflops(None, work.dtype, torch.device(device))
+    tflops = MICRO_BATCH * work.flops / seconds / 1e12
+    return {
+        "name": f"update, {stage.precision}",
+        "batch": MICRO_BATCH,
+        "seconds": seconds,
+        "TFLOP/s": tflops,
+        "share of the matmul peak": tflops / peak,
+        "goal": STEP_GOAL,
+    }
+
+
+def _loss(prior: Prior, batch: int, device: str) -> Tensor:
+    text = torch.zeros(batch, prior.text_length, dtype=torch.long, device=device)
+    length = torch.full((batch,), prior.text_length, device=device)
+    found = prior.loss(text, length, torch.zeros(batch, prior.image_length, dtype=torch.long, device=device))
+    return found.text / 8 + found.image * 7 / 8
+
+
+def _sampling(recipe: Recipe, device: str) -> dict[str, Any]:
+    prior = build_prior(recipe).to(device).eval().requires_grad_(False)
+    decoder = Decoder(prior, "bf16")
+    text_ids = torch.zeros(1, decoder.text_length, dtype=torch.long, device=device)
+    uniforms = torch.rand(1, SAMPLES, decoder.image_length, dtype=torch.float64, device=device)
+
+    def draw() -> None:
+        sample_images(decoder, text_ids, SAMPLES, uniforms, SamplingSettings(batch_size=SAMPLES))
+
+    seconds = race({"images": Contender(draw)}, 1, device)["images"]
+    read = bytes_read(decoder, SAMPLES)
+    bandwidth = copy_bandwidth(device)
+    return {
+        "name": "samples, bf16",
+        "batch": SAMPLES,
+        "seconds": seconds,
+        "images/s": SAMPLES / seconds,
+        "GB read": read / 1e9,
+        "GB/s of the memory": bandwidth / 1e9,
+        "share of the bandwidth": read / bandwidth / seconds,
+        "goal": SAMPLING_GOAL,
+    }
+
+
+def bytes_read(decoder: Decoder, samples: int) -> int:
+    """What drawing ``samples`` images of one caption has to read: at each step all matrices and the readable cache."""
+    matrices = cached = 0
+    steps = range(decoder.image_length - 1)
+    for layer in decoder.layers:
+        linears = (layer.qkv, layer.out, layer.up, layer.down)
+        matrices += sum(linear.weight.numel() * linear.weight.element_size() for linear in linears)
+        d_model = layer.out.weight.shape[0]
+        slots = sum(len(range(*layer.slots.read(p).indices(layer.slots.count))) for p in steps)
+        cached += 2 * d_model * decoder.dtype.itemsize * (decoder.text_length * len(steps) + samples * slots)
+    matrices += decoder.head.weight.numel() * decoder.head.weight.element_size()
+    return matrices * len(steps) + cached
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes a second that a copy reads and writes, best of several."""
+    source = torch.zeros(COPIED_BYTES[device], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        target.copy_(source)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return 2 * len(source) / min(seconds)
