@@ -21,6 +21,9 @@ SHARE = 0.5
 """Of the free memory: the rest is for other programs, for fragments and for what is not counted here."""
 MOST = {"cpu": 64, "cuda": 512}
 """Samples at once beyond which throughput hardly grows: a CPU's products are bound by arithmetic far earlier."""
+DECODED_AT_ONCE = 16
+"""Pictures that the dVAE decodes together, fewer where they are large: it is quick beside the prior, and more of them
+would take most of the memory."""
 FLOAT, DOUBLE = 4, 8
 STREAM = 16
 """Numbers of a layer at one position, in units of d_model: stream, queries, keys, values, the perceptron's inside."""
@@ -82,7 +85,7 @@ def sampling_need(decoder: Decoder, dvae: DVAE, guided: bool, given: int = 0) ->
         reading=STREAM * d_model * FLOAT * positions,
         captions_read=max(1, READ_AT_ONCE // positions),
         picture=ACTIVATIONS * side**2 * dvae.settings.n_hid * FLOAT,
-        together=pictures_at_once(dvae, side, side),
+        together=min(DECODED_AT_ONCE, pictures_at_once(dvae, side, side)),
         sequences=2 if guided else 1,
     )
 

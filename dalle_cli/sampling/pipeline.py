@@ -26,7 +26,7 @@ from dalle_cli.prior.train import load_prior
 from dalle_cli.progress import progress
 from dalle_cli.recipes.schema import SamplingSettings
 from dalle_cli.sampling.draw import sample_images
-from dalle_cli.sampling.memory import MOST, free_memory, sampling_need
+from dalle_cli.sampling.memory import DECODED_AT_ONCE, MOST, free_memory, sampling_need
 from dalle_cli.sampling.request import SampleRequest, shard_folder
 from dalle_cli.sampling.store import STORE, SampleStore, png_name
 from dalle_cli.stores.checkpoint import Checkpoint, check_belongs
@@ -60,8 +60,8 @@ class _Models:
             empty=self.empty,
         )
         grids = tokens.flatten(0, 1).unflatten(-1, (self.decoder.grid, self.decoder.grid))
-        pictures = decode_pictures(self.dvae, grids, self.eps)
-        return grids.cpu().numpy().astype(np.uint16), scores.flatten().cpu().numpy(), pictures.cpu().numpy()
+        pictures = [decode_pictures(self.dvae, part, self.eps).cpu().numpy() for part in grids.split(DECODED_AT_ONCE)]
+        return grids.cpu().numpy().astype(np.uint16), scores.flatten().cpu().numpy(), np.concatenate(pictures)
 
 
 @dataclass
