@@ -94,8 +94,8 @@ def test_512_samples_of_a_caption_take_no_more_memory_than_64(tmp_path: Path) ->
         return usage.ru_maxrss * 1024
 
     fewer = peak(64)
-    # 512 at once would take 0.4 GB more even where the dVAE decodes 16 at a time. XX
-    assert peak(512) - fewer < 0.06 * fewer
+    # Two runs of the same command differ by some 3 %.
+    assert peak(512) - fewer < 0.05 * fewer
 
 
 def test_a_power_of_two_that_fits() -> None:
