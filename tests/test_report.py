@@ -129,7 +129,7 @@ def test_lines_are_gathered_by_caption_best_first() -> None:
 def test_a_held_out_pair_anywhere_counts() -> None:
     groups = {caption: (claim := claim_of(caption)) and group_of(claim) for caption in (SEEN, HELD_OUT, "a cat")}
     assert groups == {SEEN: "seen pairs", HELD_OUT: "held-out pairs", "a cat": None}
-    both = claim_of("a large red tee left of a small green star")
+    both = claim_of("a large red tee left of a small green bar")
     assert both is not None and group_of(both) == "held-out pairs"
 
 

@@ -50,6 +50,14 @@ def test_a_ramp_is_its_closed_form_in_any_order(
     assert ramp(Ramp(start=start, end=end, updates=0), 0) == end
 
 
+def test_an_exponential_ramp_halves_evenly_and_a_number_is_a_constant_one() -> None:
+    falling = Ramp(start=8.0, end=1.0, updates=30, shape="exponential")
+    assert [ramp(falling, step) for step in (0, 10, 20, 30, 99)] == pytest.approx([8, 4, 2, 1, 1])
+    with pytest.raises(ValueError, match="positive"):
+        Ramp(start=1.0, end=0.0, updates=3, shape="exponential")
+    assert ramp(Ramp.model_validate(50), 7) == 50.0
+
+
 def test_the_papers_temperature_depends_on_the_step_alone() -> None:
     temperature = Recipe().dvae.objective.temperature
     steps = list(range(0, 200_000, 997))

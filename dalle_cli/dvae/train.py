@@ -88,7 +88,7 @@ class DvaeTask:
                 self.model,
                 pictures.to(device),
                 kl_weight=kl_weight,
-                marginal_kl_weight=objective.marginal_kl_weight,
+                marginal_kl_weight=ramp(objective.marginal_kl_weight, step),
                 temperature=temperature,
                 eps=objective.logit_laplace_eps,
                 ln_b_floor=objective.ln_b_floor,

@@ -8,7 +8,7 @@ what it changes. Every key is documented here and nowhere else: ``dalle show REC
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -106,7 +106,18 @@ class Ramp(Settings):
     start: float
     end: float
     updates: Annotated[int, Field(ge=0)]
-    shape: Literal["linear", "cosine"] = "cosine"
+    shape: Literal["linear", "cosine", "exponential"] = "cosine"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_number_is_constant(cls, given: Any) -> Any:
+        return {"start": given, "end": given, "updates": 0} if isinstance(given, int | float) else given
+
+    @model_validator(mode="after")
+    def _exponential_is_positive(self) -> Ramp:
+        if self.shape == "exponential" and min(self.start, self.end) <= 0:
+            raise ValueError(f"an exponential ramp goes between positive values, not {self.start} and {self.end}")
+        return self
 
 
 class DvaeObjective(Settings):
@@ -115,8 +126,10 @@ class DvaeObjective(Settings):
     estimator: Literal["gumbel", "reinforce"] = Field("gumbel", description="how gradients pass the discrete codes")
     reinforce_samples: Annotated[int, Field(ge=2)] = Field(2, description="samples a picture, for leave-one-out")
     kl_weight: Ramp = Field(Ramp(start=0.0, end=6.6, updates=5000), description="beta of the ELBO")
-    marginal_kl_weight: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="extra weight of the KL of a batch's mean posterior: keeps all codes in use; 0 in the paper"
+    marginal_kl_weight: Ramp = Field(
+        Ramp(start=0.0, end=0.0, updates=0),
+        description="extra weight of the KL of a batch's mean posterior: keeps codes in use while the decoder is poor; "
+        "0 in the paper",
     )
     temperature: Ramp = Field(Ramp(start=1.0, end=1 / 16, updates=150_000), description="tau of the Gumbel-softmax")
     ln_b_floor: float = Field(
@@ -182,7 +195,8 @@ class DvaeSettings(Settings):
 
     @model_validator(mode="after")
     def _marginal_needs_the_batch(self) -> DvaeSettings:
-        if self.objective.marginal_kl_weight and self.training.micro_batch is not None:
+        marginal = self.objective.marginal_kl_weight
+        if (marginal.start or marginal.end) and self.training.micro_batch is not None:
             raise ValueError(
                 "objective.marginal_kl_weight looks at the whole batch, training.micro_batch cuts it in parts; "
                 "set one of them to 0 or null"

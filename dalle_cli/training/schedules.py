@@ -13,6 +13,8 @@ def ramp(settings: Ramp, step: int) -> float:
     if settings.updates == 0 or step >= settings.updates:
         return settings.end
     done = step / settings.updates
+    if settings.shape == "exponential":
+        return settings.start * math.pow(settings.end / settings.start, done)
     if settings.shape == "cosine":
         done = (1 - math.cos(math.pi * done)) / 2
     return settings.start + (settings.end - settings.start) * done
