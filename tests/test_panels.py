@@ -8,6 +8,7 @@ import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,6 @@ from dalle_cli.data.panels import (
     changed,
     make_panels,
     panels,
-    panels_of,
     read_panel,
     render_panels,
 )
@@ -37,6 +37,11 @@ from dalle_cli.errors import UserError
 
 Picture = NDArray[np.uint8]
 COLOUR = tuple(COLOURS)
+
+
+def panels_of(facts: dict[str, Any]) -> Panels:
+    """The picture that a row's facts describe."""
+    return Panels(Panel(**facts["top"]), facts["change"], Panel(**facts["bottom"]))
 
 
 def worn(picture: Picture, seed: int) -> Picture:

@@ -55,7 +55,7 @@ def command(
     memory = parse_bytes(gpu_memory, "--gpu-memory")
     rate = None if interconnect is None else parse_rate(interconnect, "--interconnect")
 
-    from dalle_cli.distributed.cost import Assumptions
+    from dalle_cli.distributed.cost import assume
     from dalle_cli.distributed.memory import Machines
     from dalle_cli.distributed.plan import plan
     from dalle_cli.distributed.traffic import compression_table
@@ -73,10 +73,7 @@ def command(
     if recipe is None:
         raise UserError("dalle plan: name a recipe, such as recipes/12b.yaml, or give --table")
     settings = read_recipe(recipe, set_)
-    peak = peak_tflops or settings.monitoring.peak_tflops
-    assumed = Assumptions(share=share, interconnect=rate, price=price)
-    if peak is not None:
-        assumed = Assumptions(1e12 * peak, share, rate, price)
+    assumed = assume(settings, peak_tflops, share=share, interconnect=rate, price=price)
     found = plan(settings, Machines(gpus_per_node, nodes, memory), assumed)
     if as_json:
         typer.echo(json.dumps(found, indent=2))

@@ -7,17 +7,15 @@ them. Some (colour, shape) pairs are never on top in training; below they may be
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dalle_cli.data.oracle import Found, read
-from dalle_cli.data.shapes import BACKGROUND, COLOURS, HELD_OUT, SHAPES, Fact, counter_rng, paint
-from dalle_cli.data.worlds import MadeWorld, Row, World, write_world
+from dalle_cli.data.shapes import BACKGROUND, COLOURS, HELD_OUT, SHAPES, WORLD_FACTS, Fact, counter_rng, paint
+from dalle_cli.data.worlds import Row, World, write_world
 
 FORMAT_VERSION = 1  # of the world: raise it when the same seed gives other bytes
 RADII = {"small": 1 / 8, "large": 3 / 16}
@@ -131,38 +129,10 @@ def bottom_holds(top: Panel, change: str, picture: NDArray[np.uint8]) -> bool:
     return ground == wanted.ground and [fact for fact, _ in things] == [wanted.fact]
 
 
-def make_panels(
-    out: str | Path,
-    n: int,
-    test_n: int,
-    seed: int,
-    size: int = 64,
-    shard_rows: int = 1000,
-    progress: Callable[[int, int], None] | None = None,
-    workers: int = 1,
-) -> MadeWorld:
-    """Write `n` training and 2 x `test_n` test pictures, see `worlds.write_world`; KEY.json has both halves' facts.
-
-    UserError for impossible settings and for a folder that holds anything else.
-    """
-    return write_world(
-        Path(out),
-        World("panels", FORMAT_VERSION, _row, multiple=16),
-        {"train": n, "seen": test_n, "heldout": test_n},
-        {"held_out": sorted(list(pair) for pair in HELD_OUT)},
-        seed=seed,
-        size=size,
-        shard_rows=shard_rows,
-        progress=progress,
-        workers=workers,
-    )
-
-
 def _row(seed: int, split: str, index: int, size: int) -> Row:
     this = panels(seed, split, index)
     return Row(asdict(this), render_panels(this, size), this.caption)
 
 
-def panels_of(facts: dict[str, Any]) -> Panels:
-    """The picture that a row's facts describe."""
-    return Panels(Panel(**facts["top"]), facts["change"], Panel(**facts["bottom"]))
+make_panels = partial(write_world, World("panels", FORMAT_VERSION, _row, multiple=16, facts=WORLD_FACTS))
+"""`worlds.write_world` of this world."""

@@ -35,6 +35,10 @@ _PROBED = 100  # pictures whose files are looked for to find the folder they are
 # --- COCO
 
 
+CocoLists = tuple[list[dict[str, Any]], list[dict[str, Any]]]
+"""The images and the annotations of a captions file."""
+
+
 class CocoTable:
     """A `tables.Table` of a COCO captions file, sorted by the pictures' names; captions by their annotations' ids.
 
@@ -43,9 +47,9 @@ class CocoTable:
 
     key_column: str | None = None
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, lists: CocoLists | None = None) -> None:
         self.path = path
-        images, annotations = _coco_lists(path)
+        images, annotations = lists or _coco_lists(path)
         self._bad: list[BadRow] = []
         names: dict[int | str, str] = {}
         for image in images:
@@ -110,8 +114,8 @@ def coco_captions(path: Path) -> tuple[Path, list[tuple[str, str, str]]]:
 
     Raises UserError if it is no such file, or its pictures are not there.
     """
-    folder = _coco_folder(CocoTable(path))
-    images, annotations = _coco_lists(path)
+    images, annotations = lists = _coco_lists(path)
+    folder = _coco_folder(CocoTable(path, lists))
     names = {image.get("id"): str(image.get("file_name", "")).strip() for image in images}
     found = [
         (int(a["id"]), names[a["image_id"]], str(a["caption"]).strip())
@@ -131,7 +135,7 @@ def _coco_folder(table: CocoTable) -> Path:
     return _image_folder(table, places, f"{split}.zip")
 
 
-def _coco_lists(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _coco_lists(path: Path) -> CocoLists:
     try:
         with path.open("rb") as file:
             whole = json.load(file)

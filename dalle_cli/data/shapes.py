@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dalle_cli.data.worlds import MadeWorld, Row, World, write_world
+from dalle_cli.data.worlds import Row, World, write_world
 
 FORMAT_VERSION = 2  # of the world: raise it when the same seed gives other bytes
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -297,34 +295,12 @@ def parse_caption(text: str) -> Claim:
 # --- writing the world as shards ------------------------------------------------------------------
 
 
-def make_shapes(
-    out: str | Path,
-    n: int,
-    test_n: int,
-    seed: int,
-    size: int = 64,
-    shard_rows: int = 1000,
-    progress: Callable[[int, int], None] | None = None,
-    workers: int = 1,
-) -> MadeWorld:
-    """Write `n` training and 2 x `test_n` test pictures, see `worlds.write_world`; KEY.json has the scene's facts.
-
-    UserError for impossible settings and for a folder that holds anything else.
-    """
-    return write_world(
-        Path(out),
-        World("shapes", FORMAT_VERSION, _row, multiple=8),
-        {"train": n, "seen": test_n, "heldout": test_n},
-        {"held_out": sorted(list(pair) for pair in HELD_OUT)},
-        seed=seed,
-        size=size,
-        shard_rows=shard_rows,
-        progress=progress,
-        workers=workers,
-    )
-
-
 def _row(seed: int, split: str, index: int, size: int) -> Row:
     this = scene(seed, split, index)
     text = captions(this, counter_rng(seed, "caption", split, index))
     return Row(asdict(this), render(this, size), text)
+
+
+WORLD_FACTS = {"held_out": sorted(list(pair) for pair in HELD_OUT)}
+make_shapes = partial(write_world, World("shapes", FORMAT_VERSION, _row, multiple=8, facts=WORLD_FACTS))
+"""`worlds.write_world` of this world."""

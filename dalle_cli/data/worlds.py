@@ -38,6 +38,8 @@ class World:
     row: Callable[[int, str, int, int], Row]
     multiple: int
     """A picture's side is a multiple of so many pixels."""
+    facts: Mapping[str, object]
+    """What world.json says besides."""
 
 
 @dataclass(frozen=True)
@@ -61,27 +63,28 @@ class MadeWorld:
 
 
 def write_world(
-    out: Path,
     world: World,
-    rows: Mapping[str, int],
-    facts: Mapping[str, object],
-    *,
+    out: str | Path,
+    n: int,
+    test_n: int,
     seed: int,
-    size: int,
+    size: int = 64,
     shard_rows: int = 1000,
     progress: Callable[[int, int], None] | None = None,
     workers: int = 1,
 ) -> MadeWorld:
-    """Write so many `rows` of each split: OUT/SPLIT/KIND-00000.tar, ..., and OUT/world.json with `facts`.
+    """Write `n` training and 2 x `test_n` test pictures: OUT/SPLIT/KIND-00000.tar, ..., OUT/world.json.
 
     A row is KEY.png, KEY.txt (the caption) and KEY.json (the facts); its content depends on (seed, split, row)
     only, never on how many there are. A shard appears under its name only when whole, so a killed run goes on
     where it was. `progress(done, total)` is called with picture counts after each shard; `workers` processes
     share the shards. UserError for impossible settings and for a folder that holds anything else.
     """
-    _check(rows, world.multiple, seed, size, shard_rows, workers)
-    about = {"kind": world.kind, "version": world.version, "seed": seed, "size": size, "rows": dict(rows)}
-    _claim_folder(out, {**about, "shard_rows": shard_rows, **facts})
+    _check(n, test_n, world.multiple, seed, size, shard_rows, workers)
+    out = Path(out)
+    rows = {"train": n, "seen": test_n, "heldout": test_n}
+    about = {"kind": world.kind, "version": world.version, "seed": seed, "size": size, "rows": rows}
+    _claim_folder(out, {**about, "shard_rows": shard_rows, **world.facts})
     shards = [
         _Shard(
             str(out / split / f"{world.kind}-{number:05d}.tar"),
@@ -115,12 +118,12 @@ def write_world(
     return MadeWorld(out, written=total - kept, kept=kept)
 
 
-def _check(rows: Mapping[str, int], multiple: int, seed: int, size: int, shard_rows: int, workers: int) -> None:
+def _check(n: int, test_n: int, multiple: int, seed: int, size: int, shard_rows: int, workers: int) -> None:
     if size < 32 or size % multiple:
         raise UserError(f"size {size}: the pictures' side must be a multiple of {multiple} and at least 32")
     for name, value, least in (
-        ("n", rows["train"], 1),
-        ("test_n", min(rows.values()), 0),
+        ("n", n, 1),
+        ("test_n", test_n, 0),
         ("seed", seed, 0),
         ("shard_rows", shard_rows, 1),
         ("workers", workers, 1),

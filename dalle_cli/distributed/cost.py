@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from dalle_cli.distributed.memory import Counts
 from dalle_cli.prior.attention import is_dense, windows_of
@@ -26,6 +27,12 @@ class Assumptions:
     """Bits a second that a machine's link to the others carries, each way."""
     price: float | None = None
     """Of a GPU for an hour."""
+
+
+def assume(recipe: Recipe, peak_tflops: float | None = None, **given: Any) -> Assumptions:
+    """``given``, with the peak named, or else the recipe's, or else the default."""
+    peak = peak_tflops or recipe.monitoring.peak_tflops
+    return Assumptions(**given) if peak is None else Assumptions(1e12 * peak, **given)
 
 
 @dataclass(frozen=True)

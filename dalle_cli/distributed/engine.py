@@ -115,8 +115,7 @@ class Sharded:
         self.reducer: PowerSgdReducer | None = None
         if powersgd.rank and nodes.across.size > 1:
             columns = {name: p.shape[1] for name, p in prior.decayed_parameters().items()}
-            across = cast(torch.distributed.ProcessGroup, nodes.across.within or torch.distributed.group.WORLD)
-            self.reducer = PowerSgdReducer(powersgd, across, columns, nodes.inside.size, seed)
+            self.reducer = PowerSgdReducer(powersgd, nodes.across.processes, columns, nodes.inside.size, seed)
 
     def micro_batch(self, last: bool) -> None:
         for module in self._modules:
@@ -198,8 +197,7 @@ class Sharded:
 
     def _shard(self, prior: Prior, sharding: Sharding) -> None:
         inside = self.nodes.inside
-        within = inside.within or torch.distributed.group.WORLD
-        mesh = DeviceMesh.from_group(cast(torch.distributed.ProcessGroup, within), inside.device.type)
+        mesh = DeviceMesh.from_group(inside.processes, inside.device.type)
         policy = OffloadPolicy()
         if sharding.offload == "cpu" and inside.device.type != "cpu":
             policy = CPUOffloadPolicy()

@@ -21,12 +21,11 @@ from dalle_cli.prior.head_loss import CHUNK as HEAD_CHUNK
 from dalle_cli.prior.transformer import Prior
 from dalle_cli.recipes.layout import AttentionKind
 from dalle_cli.recipes.schema import PriorSettings, Recipe
+from dalle_cli.training.parallel import BUCKET
 
 BYTES_16, BYTES_32 = 2, 4
 ADAM_WORK = 61
 """Bytes that Adam in 16 bit takes for each value that it works on."""
-BUCKET = 32 * 2**20
-"""Bytes of gradients that travel at once, see ``training/parallel.py``."""
 GATHERED = 2
 """Resblocks whose weights ZeRO-3 holds whole at a time: the one at work and the next."""
 

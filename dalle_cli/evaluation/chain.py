@@ -59,7 +59,7 @@ class Chain:
                 lines.append(line)
         return lines
 
-    def artifacts(self, sample_stores: Iterable[Path] = ()) -> list[dict[str, Any]]:
+    def artifacts(self, requests: Mapping[Path, dict[str, Any]]) -> list[dict[str, Any]]:
         """A row for each artifact: ``artifact``, ``path`` (relative to the run), ``step``, ``sha256``, ``belongs``."""
         rows = []
         if self.tokenizer is not None:
@@ -73,13 +73,12 @@ class Chain:
         for kind, checkpoint in self.checkpoints.items():
             row = self._row(NAMES[kind], checkpoint.path, checkpoint.step, checkpoint.identity, checkpoint.belongs)
             rows.append(row | {"recipe": checkpoint.recipe().name})
-        for store in sample_stores:
-            if (request := _request_of_samples(store)) is not None:
-                rows.append(self._row("samples", store, belongs={"prior": str(request["prior"])}))
+        for store, request in requests.items():
+            rows.append(self._row("samples", store, belongs={"prior": str(request["prior"])}))
         return rows
 
-    def samples(self, sample_stores: Iterable[Path]) -> list[dict[str, Any]]:
-        """How the samples of each store that can be read were drawn."""
+    def samples(self, requests: Mapping[Path, dict[str, Any]]) -> list[dict[str, Any]]:
+        """How the samples of each store were drawn."""
         return [
             {
                 "path": os.path.relpath(store, self.places.root),
@@ -87,8 +86,7 @@ class Chain:
                 "seed": request["seed"],
                 "settings": {name: value for name, value in request["settings"].items() if value is not None},
             }
-            for store in sample_stores
-            if (request := _request_of_samples(store)) is not None
+            for store, request in requests.items()
         ]
 
     def commands(self) -> list[dict[str, Any]]:
@@ -166,6 +164,12 @@ def _open_source(chain: Chain) -> None:
         chain.source = open_source(spec)
     except UserError as error:
         chain.missing.append(f"the training pictures cannot be read: {error}")
+
+
+def requests_of_samples(stores: Iterable[Path]) -> dict[Path, dict[str, Any]]:
+    """What was asked of each store of samples that can be read."""
+    found = ((store, _request_of_samples(store)) for store in stores)
+    return {store: request for store, request in found if request is not None}
 
 
 def _request_of_samples(store: Path) -> dict[str, Any] | None:

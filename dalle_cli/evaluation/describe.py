@@ -14,6 +14,7 @@ from dalle_cli.errors import UserError
 from dalle_cli.evaluation.describe_recipe import describe_recipe
 from dalle_cli.recipes.folders import RunFolders
 from dalle_cli.recipes.load import load_recipe
+from dalle_cli.sampling.store import STORE
 from dalle_cli.stores.checkpoint import open_checkpoint, steps_in
 from dalle_cli.stores.tokens import TokenReader
 
@@ -21,7 +22,6 @@ UNDERSTOOD = (
     "dalle show understands a recipe (.yaml), a token store, a sample store or its folder, a checkpoint or the run "
     "it lies in, and a tokenizer (tokenizer.json or its folder)"
 )
-SAMPLE_STORE = "samples.zarr"
 CAPTIONS = 5
 TOKEN_EXAMPLES = 24
 BYTES = 256
@@ -43,8 +43,8 @@ def describe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise UserError(f"{path}: no such file or folder; {UNDERSTOOD}")
     if (path / "zarr.json").is_file():
         return _describe_store(path)
-    if (path / SAMPLE_STORE / "zarr.json").is_file():
-        return _describe_samples(path / SAMPLE_STORE)
+    if (path / STORE / "zarr.json").is_file():
+        return _describe_samples(path / STORE)
     if (path / "manifest.json").is_file() or (path.is_dir() and steps_in(path)):
         return _describe_checkpoint(path)
     if path.name == "tokenizer.json" or (path / "tokenizer.json").is_file():

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dalle_cli.evaluation.fid_plots import TITLES, draw_plots
+from dalle_cli.evaluation.fid_plots import SCORES, TITLES, draw_plots
 from dalle_cli.evaluation.html import document, image, note, plot_grid, section, table, unbroken, warning
 from dalle_cli.evaluation.montage import png_bytes
 from dalle_cli.evaluation.pictures import FilePictures, Pictures
@@ -25,7 +25,6 @@ from dalle_cli.stores.files import write_atomically, write_json
 
 GRID_SIDE = 192
 """Pictures of the grid are shown at most this large."""
-SCORES = ("inception_score", "clip_is")
 FIGURES = ("fid", "kid_mean", "precision", "recall", *SCORES)
 STYLE = """
 .grid td { width: 200px; min-width: 96px; } .grid td:first-child { min-width: 140px; overflow-wrap: anywhere; }

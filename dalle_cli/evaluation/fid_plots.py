@@ -12,6 +12,8 @@ from dalle_cli.evaluation.plots import BLUE, GREEN, GREY, ORANGE, STYLE, VIOLET
 
 COLOURS = (BLUE, ORANGE, GREEN, VIOLET, GREY, "#b03060", "#8a6d1d")
 MARKS = "osD^v<>"
+SCORES = ("inception_score", "clip_is")
+"""Keys of a score by class, of which a figure has one."""
 TITLES = {
     "blur_fid": "FID against blur, both sides blurred",
     "blur_score": "Inception Score against blur",
@@ -28,7 +30,7 @@ Files = dict[str, tuple[bytes, bytes]]
 def draw_plots(figures: Mapping[str, Any]) -> Files:
     """The plots that ``compare_systems``'s figures have points for."""
     systems = figures["systems"]
-    key = next((k for k in ("inception_score", "clip_is") if k in systems[0]), None)
+    key = next((k for k in SCORES if k in systems[0]), None)
     features = "Inception" if str(figures["features"]).startswith("inception") else "CLIP features"
     found: Files = {}
     for curve in ("blur", "pool"):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from dalle_cli.evaluation.fid_plots import TITLES
+from dalle_cli.evaluation.fid_plots import SCORES, TITLES
 from dalle_cli.evaluation.html import Pngs, absent, document, image, note, plot_grid, section, table, unbroken, warning
 
 MOST_REASONS = 20
@@ -163,7 +163,7 @@ def _fid(fids: Sequence[Mapping[str, Any]]) -> str:
     rows, notes = [], []
     for fid in fids:
         badge, published = features_badge(fid["features"])
-        score = next((f"{escape(key)} {fid[key]:.2f}" for key in ("inception_score", "clip_is") if key in fid), "–")
+        score = next((f"{escape(key)} {fid[key]:.2f}" for key in SCORES if key in fid), "–")
         std = f' <span class="error">± {1000 * fid["kid_std"]:.2f}</span>' if fid.get("kid_std") is not None else ""
         rows.append(
             [

@@ -13,8 +13,6 @@ from dalle_cli.errors import UserError
 from dalle_cli.randomness import numpy_generator
 
 Name = Literal["coco", "cub"]
-CAPTIONS = 30_000
-"""Drawn for a published figure ("FID-30K")."""
 COCO_FILES = ("captions_val2014.json", "captions_val2017.json")
 CUB_FILES = ("images.txt", "images", "train_test_split.txt")
 

@@ -11,7 +11,7 @@ from typing import Any
 from dalle_cli.clip.rerank import read_manifest
 from dalle_cli.errors import UserError
 from dalle_cli.evaluation import plots
-from dalle_cli.evaluation.chain import NAMES, Chain, read_chain
+from dalle_cli.evaluation.chain import NAMES, Chain, read_chain, requests_of_samples
 from dalle_cli.evaluation.comparison import FORMAT
 from dalle_cli.evaluation.exhibits import (
     choose_captions,
@@ -84,14 +84,15 @@ def write_report(recipe: Recipe, ranked: Path | None, fids: Sequence[Path], out:
         UserError: there is nothing at all to report on, or a file given is not what it should be.
     """
     chain = read_chain(recipe)
-    if chain.empty and ranked is None and not fids and not _find_fids(chain, fids):
+    evaluations = [_read_fid(file) for file in fids] + _find_fids(chain, fids)
+    if chain.empty and ranked is None and not evaluations:
         raise UserError(
             f"{chain.places.root}: no stage has run yet; start with dalle train-dvae, or give --ranked FILE"
         )
     samples = _read_ranked(ranked) if ranked is not None else []
     named = {Path(line["store"]) for pool in samples for line in pool.lines if "store" in line}
-    stores = sorted({path.resolve(): path for path in [*chain.places.samples.glob(f"**/{STORE}"), *named]}.values())
-    evaluations = [_read_fid(file) for file in fids] + _find_fids(chain, fids)
+    found = {path.resolve(): path for path in [*chain.places.samples.glob(f"**/{STORE}"), *named]}
+    requests = requests_of_samples(sorted(found.values()))
     pngs: dict[str, bytes] = {}
     oracle = _oracle(samples, pngs)
     figures: dict[str, Any] = {
@@ -105,8 +106,8 @@ def write_report(recipe: Recipe, ranked: Path | None, fids: Sequence[Path], out:
         "stages": _stages(chain, pngs),
         "fid": [row for found in evaluations for row in _fid_rows(found)],
         "curves": _curves(evaluations, pngs),
-        "samples": chain.samples(stores),
-        "artifacts": chain.artifacts(stores),
+        "samples": chain.samples(requests),
+        "artifacts": chain.artifacts(requests),
         "commands": chain.commands(),
     }
     figures["missing"] = chain.missing

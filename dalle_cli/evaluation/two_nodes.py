@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import median
-from typing import cast
 
 import numpy as np
 import torch
@@ -22,12 +21,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dalle_cli.data.shapes import captions, counter_rng, phrasings, render, scene
+from dalle_cli.distributed.nodes import form_nodes
 from dalle_cli.distributed.power_sgd import PowerSgdReducer
 from dalle_cli.prior.train import TokenBatch
 from dalle_cli.prior.transformer import Prior
 from dalle_cli.progress import progress
 from dalle_cli.recipes.schema import LearningRate, PowerSgd, PriorModel, PriorObjective, PriorSettings
 from dalle_cli.training.order import BatchOrder
+from dalle_cli.training.parallel import Group
 from dalle_cli.training.schedules import learning_rate
 
 MACHINES = 2
@@ -56,13 +57,8 @@ class Study:
 
     def prior(self) -> Prior:
         """The untrained prior."""
-        model = PriorModel(
-            layers=self.layers,
-            heads=self.heads,
-            d_head=self.d_head,
-            d_model=self.heads * self.d_head,
-            grid=self.grid,
-            conv_kernel=3,
+        model = PriorModel.of_heads(
+            layers=self.layers, heads=self.heads, d_head=self.d_head, grid=self.grid, conv_kernel=3
         )
         return Prior(model, TEXT_LENGTH, len(vocabulary()), IMAGE_VOCAB, seed=self.seed)
 
@@ -199,11 +195,8 @@ def join_machines() -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     """Join the default group as the environment says, and halve it: this process's machine, and those that hold the
     same shards as it."""
     dist.init_process_group("gloo")
-    rank, parts = dist.get_rank(), dist.get_world_size() // MACHINES
-    # Every process makes all groups, in one order.
-    nodes = [dist.new_group([node * parts + place for place in range(parts)]) for node in range(MACHINES)]
-    places = [dist.new_group([node * parts + place for node in range(MACHINES)]) for place in range(parts)]
-    return cast(tuple[dist.ProcessGroup, dist.ProcessGroup], (nodes[rank // parts], places[rank % parts]))
+    nodes = form_nodes(Group(dist.get_rank(), dist.get_world_size()), dist.get_world_size() // MACHINES)
+    return nodes.inside.processes, nodes.across.processes
 
 
 def train(study: Study, settings: PowerSgd, node: dist.ProcessGroup, place: dist.ProcessGroup) -> Outcome:

@@ -67,13 +67,8 @@ class Study:
 
     def prior(self, variant: str = "fp32") -> Prior:
         """The untrained prior in the types of ``variant``."""
-        model = PriorModel(
-            layers=self.layers,
-            heads=self.heads,
-            d_head=self.d_head,
-            d_model=self.heads * self.d_head,
-            grid=self.grid,
-            conv_kernel=3,
+        model = PriorModel.of_heads(
+            layers=self.layers, heads=self.heads, d_head=self.d_head, grid=self.grid, conv_kernel=3
         )
         prior = Prior(model, self.text_length, self.text_vocab, self.image_vocab, seed=self.seed)
         if variant == ALL_HALF:

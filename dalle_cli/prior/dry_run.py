@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dalle_cli.distributed.cost import Assumptions
+from dalle_cli.distributed.cost import assume
 from dalle_cli.distributed.plan import plan
 from dalle_cli.distributed.this_machine import this_machine
 from dalle_cli.distributed.topology import read_launch
@@ -30,7 +30,7 @@ def dry_run(recipe: Recipe, store: Path, out: Path) -> dict[str, Any]:
     machines = this_machine(launch)
     device = torch.device("cpu" if machines.on_cpu else "cuda")
     refuse_unbuilt(recipe.prior.sharding, recipe.prior.powersgd, Group(launch.rank, launch.size, device))
-    found = plan(recipe, machines, _assumed(recipe))
+    found = plan(recipe, machines, assume(recipe))
     steps = steps_in(out) if out.is_dir() else []
     start = {
         "process": launch.rank,
@@ -47,8 +47,3 @@ def dry_run(recipe: Recipe, store: Path, out: Path) -> dict[str, Any]:
         training, held_out = split_store(reader, recipe)
         start["rows"] = {"training": len(training), "held_out": len(held_out)}
     return {**found, "start": start}
-
-
-def _assumed(recipe: Recipe) -> Assumptions:
-    peak = recipe.monitoring.peak_tflops
-    return Assumptions() if peak is None else Assumptions(1e12 * peak)

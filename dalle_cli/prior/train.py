@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dalle_cli.distributed.cost import count_flops
+from dalle_cli.distributed.memory import count_parameters
 from dalle_cli.distributed.this_machine import refuse_what_cannot_fit
 from dalle_cli.errors import UserError
 from dalle_cli.precision.scales import GradientScales
@@ -27,7 +29,7 @@ from dalle_cli.training.held_out import VALIDATION_BATCH, split_store
 from dalle_cli.training.loop import Run
 from dalle_cli.training.matmul import fast_matmul
 from dalle_cli.training.order import WINDOW, BatchOrder
-from dalle_cli.training.pace import SampleWork, training_flops
+from dalle_cli.training.pace import SampleWork
 from dalle_cli.training.parallel import ALONE, Group, join_group
 
 if TYPE_CHECKING:
@@ -171,17 +173,8 @@ def build_prior(recipe: Recipe) -> Prior:
 
 def sample_work(recipe: Recipe) -> SampleWork:
     """What a training sample of the recipe's prior takes."""
-    with torch.device("meta"):
-        prior = build_prior(recipe)
-        text, image = (torch.zeros(1, n, dtype=torch.long) for n in (prior.text_length, prior.image_length))
-
-    def forward() -> None:
-        hidden = prior(text, image)
-        prior.text_logits(hidden)
-        prior.image_logits(hidden)
-
-    tokens = prior.text_length + prior.image_length
-    return SampleWork(tokens, training_flops(forward), DTYPES[recipe.prior.precision])
+    flops = count_flops(recipe, count_parameters(recipe)).model
+    return SampleWork(recipe.tokenizer.text_length + recipe.grid**2, float(flops), DTYPES[recipe.prior.precision])
 
 
 def train_prior(recipe: Recipe, store: Path, out: Path) -> Checkpoint:

@@ -196,6 +196,8 @@ class DvaeSettings(Settings):
     @model_validator(mode="after")
     def _marginal_needs_the_batch(self) -> DvaeSettings:
         marginal = self.objective.marginal_kl_weight
+        if min(marginal.start, marginal.end) < 0:
+            raise ValueError(f"objective.marginal_kl_weight is {min(marginal.start, marginal.end)}; 0 is the least")
         if (marginal.start or marginal.end) and self.training.micro_batch is not None:
             raise ValueError(
                 "objective.marginal_kl_weight looks at the whole batch, training.micro_batch cuts it in parts; "
@@ -219,6 +221,11 @@ class PriorModel(Settings):
     )
     conv_kernel: Annotated[int, Field(ge=1)] = Field(11, description="side of the convolutional attention's window")
     checkpoint_resblocks: bool = Field(False, description="recompute activations in the backward pass, block by block")
+
+    @classmethod
+    def of_heads(cls, *, layers: int, heads: int, d_head: int, **rest: Any) -> PriorModel:
+        """One whose ``d_model`` is what its heads make."""
+        return cls(layers=layers, heads=heads, d_head=d_head, d_model=heads * d_head, **rest)
 
     def attention_kinds(self) -> list[AttentionKind]:
         """The kind of attention of each layer, first layer first. Raises ValueError for a malformed layout."""

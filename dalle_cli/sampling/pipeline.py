@@ -28,7 +28,7 @@ from dalle_cli.recipes.schema import SamplingSettings
 from dalle_cli.sampling.draw import sample_images
 from dalle_cli.sampling.memory import DECODED_AT_ONCE, MOST, free_memory, sampling_need
 from dalle_cli.sampling.request import SampleRequest, shard_folder
-from dalle_cli.sampling.store import STORE, SampleStore, png_name
+from dalle_cli.sampling.store import STORE, SampleStore, manifest_line, png_name
 from dalle_cli.stores.checkpoint import Checkpoint, check_belongs
 from dalle_cli.stores.shards import WHOLE
 from dalle_cli.text.bpe import Tokenizer
@@ -200,16 +200,7 @@ def _committed(
 def _lines(request: SampleRequest, out: Path, first_row: int, scores: np.ndarray) -> Iterator[dict[str, Any]]:
     for row, score in enumerate(scores, start=first_row):
         prompt, index = request.place(row)
-        line = {
-            "prompt": request.prompts[prompt],
-            "prompt_index": prompt,
-            "index": index,
-            "png": str(out / png_name(prompt, index)),
-            "store": str(out / STORE),
-            "row": row - request.rows.start,
-            "seed": request.seed,
-            "log_likelihood": round(float(score), 4),
-        }
+        line = manifest_line(out / STORE, row - request.rows.start, request.prompts, prompt, index, request.seed, score)
         if request.ids is not None:
             line |= request.ids[prompt]
         if request.prime is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from dalle_cli.dvae.model import DVAE
 from dalle_cli.errors import UserError
 from dalle_cli.randomness import numpy_generator
 from dalle_cli.recipes.schema import Recipe, SamplingSettings
+from dalle_cli.sampling.store import request_rows
 from dalle_cli.stores.checkpoint import Checkpoint
 from dalle_cli.stores.shards import WHOLE, Shard, parts_folder
 
@@ -31,6 +32,7 @@ class Prime:
 
     pictures: Sequence[Path]
     rows: int
+    _hashes: dict[int, list[str]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def hashes(self, max_pixels: int) -> list[str]:
         """sha256 of each picture's file.
@@ -38,10 +40,12 @@ class Prime:
         Raises:
             UserError: one cannot be read as a picture.
         """
-        found = {
-            path: hashlib.sha256(_content(path, max_pixels)[0]).hexdigest() for path in dict.fromkeys(self.pictures)
-        }
-        return [found[path] for path in self.pictures]
+        if max_pixels not in self._hashes:
+            found = {
+                path: hashlib.sha256(_content(path, max_pixels)[0]).hexdigest() for path in dict.fromkeys(self.pictures)
+            }
+            self._hashes[max_pixels] = [found[path] for path in self.pictures]
+        return self._hashes[max_pixels]
 
     def tokens(self, dvae: DVAE, recipe: Recipe) -> Tensor:
         """The given tokens, (C, rows * grid) int64 on the dVAE's device, of the pictures as evaluation cuts them."""
@@ -107,9 +111,8 @@ class SampleRequest:
 
     @property
     def rows(self) -> range:
-        """The samples to draw, counted through all prompts; a shard holds prompts whole if there are enough."""
-        n = self.settings.n
-        return self.shard.rows(len(self.prompts) * n, n if len(self.prompts) >= self.shard.of else 1)
+        """The samples to draw, counted through all prompts."""
+        return request_rows(self.shard, len(self.prompts), self.settings.n)
 
     def place(self, row: int) -> tuple[int, int]:
         """(prompt, index of the sample) of a row."""

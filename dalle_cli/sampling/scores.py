@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dalle_cli.errors import UserError
-from dalle_cli.sampling.store import STORE, png_name
+from dalle_cli.sampling.store import STORE, manifest_line, request_rows
 from dalle_cli.stores.files import new_directory
 from dalle_cli.stores.shards import WHOLE, parse_shard
 
@@ -44,21 +44,12 @@ def store_lines(store: Path) -> list[dict[str, Any]]:
     if not committed:
         raise UserError(f"{store}: holds no sample yet; run dalle sample again to go on with it")
     shard = parse_shard(request["shard"]) if "shard" in request else WHOLE
-    start = shard.rows(len(prompts) * n, n if len(prompts) >= shard.of else 1).start
+    start = request_rows(shard, len(prompts), n).start
     scores, scorer = _scores(group)
     lines = []
     for row in range(committed):
         prompt, index = divmod(start + row, n)
-        line = {
-            "prompt": prompts[prompt],
-            "prompt_index": prompt,
-            "index": first + index,
-            "png": str(store.parent / png_name(prompt, first + index)),
-            "store": str(store),
-            "row": row,
-            "seed": request["seed"],
-            "log_likelihood": round(float(likelihood[row]), 4),
-        }
+        line = manifest_line(store, row, prompts, prompt, first + index, request["seed"], likelihood[row])
         if scores is not None and not np.isnan(scores[row]):
             line |= {"score": float(scores[row]), "scorer": scorer}
         lines.append(line)

@@ -7,6 +7,7 @@ once all its PNGs are written, batches in their order.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +18,7 @@ from PIL import Image
 
 from dalle_cli.errors import UserError
 from dalle_cli.stores.files import explain_os_errors, new_directory
+from dalle_cli.stores.shards import Shard
 
 STORE = "samples.zarr"
 ENCODERS = 4
@@ -27,6 +29,27 @@ CHUNK = 64
 def png_name(prompt: int, index: int) -> str:
     """File name of a sample, sorted by prompt and index."""
     return f"{prompt:05d}-{index:05d}.png"
+
+
+def request_rows(shard: Shard, prompts: int, n: int) -> range:
+    """A share of the ``n`` samples of each prompt, counted through all; it holds prompts whole if there are enough."""
+    return shard.rows(prompts * n, n if prompts >= shard.of else 1)
+
+
+def manifest_line(
+    store: Path, row: int, prompts: Sequence[str], prompt: int, index: int, seed: int, log_likelihood: float
+) -> dict[str, Any]:
+    """What ``dalle sample`` prints of the sample in a row of the store."""
+    return {
+        "prompt": prompts[prompt],
+        "prompt_index": prompt,
+        "index": index,
+        "png": str(store.parent / png_name(prompt, index)),
+        "store": str(store),
+        "row": row,
+        "seed": seed,
+        "log_likelihood": round(float(log_likelihood), 4),
+    }
 
 
 class SampleStore:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,7 +34,7 @@ def export_checkpoint(found: Checkpoint, out: Path, largest: int | None = None) 
         raise UserError(f"{out}: is there already; name another place, or delete it")
     found.check(0, 1)
     source = found.files_of("ema")
-    groups = list(_groups(source, math.inf if largest is None else largest))
+    groups = [source.names()] if largest is None else list(_groups(source, largest))
     hashes, entries = {}, []
     with new_directory(out) as folder:
         for i, names in enumerate(groups):

@@ -123,7 +123,8 @@ class Run:
                 f"{task.kind}.training.batch_size: {self.training.batch_size} samples cannot be shared among "
                 f"{group.size} processes; raise it, or start fewer"
             )
-        if not self._engine().whole and self.training.batch_size % group.size:
+        engine = self.engine or Replicated(task.model, group)
+        if not engine.whole and self.training.batch_size % group.size:
             raise UserError(
                 f"{task.kind}.training.batch_size: {self.training.batch_size} samples are no multiple of the "
                 f"{group.size} processes that share the model; set a multiple"
@@ -139,7 +140,7 @@ class Run:
                 self.learning_rate,
                 self.scaling,
                 self.recipe.seed,
-                self._engine(),
+                engine,
             )
             resumed = self._resume(state)
             start, metrics = (resumed.step, dict(resumed.metrics)) if resumed else (0, {})
@@ -194,9 +195,6 @@ class Run:
                         f"{RESUMABLE}; the same command goes on from there"
                     )
                     break
-
-    def _engine(self) -> Engine:
-        return self.engine or Replicated(self.task.model, self.task.group)
 
     def _pace(self) -> Pace:
         group, work = self.task.group, self.task.work()

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -57,6 +57,11 @@ class Group:
     within: dist.ProcessGroup | None = None
     """These processes as ``torch.distributed`` knows them; None: all that were launched."""
     traffic: Traffic = field(default_factory=Traffic, compare=False)
+
+    @property
+    def processes(self) -> dist.ProcessGroup:
+        """These processes as ``torch.distributed`` knows them."""
+        return cast(dist.ProcessGroup, self.within or dist.group.WORLD)
 
     @property
     def leads(self) -> bool:

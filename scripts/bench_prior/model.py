@@ -23,12 +23,7 @@ class ModelSizes:
 
 def build_prior(sizes: ModelSizes, **settings: object) -> Prior:
     """Untrained: initial weights are as fast as trained ones. ``settings`` are further ones of the model."""
-    model = PriorModel(
-        layers=sizes.layers,
-        heads=sizes.heads,
-        d_head=sizes.d_head,
-        d_model=sizes.heads * sizes.d_head,
-        grid=sizes.grid,
-        **settings,
+    model = PriorModel.of_heads(
+        layers=sizes.layers, heads=sizes.heads, d_head=sizes.d_head, grid=sizes.grid, **settings
     )
     return Prior(model, sizes.text_length, sizes.text_vocab, sizes.image_vocab)
