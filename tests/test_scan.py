@@ -139,7 +139,7 @@ def test_a_killed_run_leaves_no_worker() -> None:
         "import os, time\n"
         "from dalle_cli.data.workers import blocks_of, in_order\n"
         "def slow(block):\n"
-        "    print(os.getpid(), flush=True)\n"
+        "    os.write(1, b'%d\\n' % os.getpid())\n"  # one write: an unbuffered print's two may cross another's
         "    time.sleep(60)\n"
         "list(in_order(slow, blocks_of(range(4), 1), 2))\n"
     )
