@@ -267,12 +267,14 @@ def test_a_block_written_in_part_keeps_the_stage_s_other_defaults(tmp_path: Path
     assert found.dvae.objective.temperature == whole.dvae.objective.temperature.model_copy(update={"end": 0.5})
 
 
-def test_a_negative_marginal_weight_is_refused(tmp_path: Path) -> None:
-    for weight in ("-1", "{start: 50, end: -1, updates: 3}"):
-        path = tmp_path / "r.yaml"
+def test_a_marginal_weight_may_end_but_not_start_below_zero(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    for weight in ("-1", "{start: -1, end: 0, updates: 3}"):
         path.write_text(f"dvae:\n  objective: {{marginal_kl_weight: {weight}}}\n")
-        with pytest.raises(UserError, match="marginal_kl_weight is -1"):
+        with pytest.raises(UserError, match="marginal_kl_weight starts at -1"):
             load_recipe(path)
+    path.write_text("dvae:\n  objective: {marginal_kl_weight: {start: 50, end: -1, updates: 3}}\n")
+    assert load_recipe(path).dvae.objective.marginal_kl_weight.end == -1
 
 
 def test_a_marginal_over_parts_of_a_batch_is_refused(tmp_path: Path) -> None:

@@ -132,3 +132,20 @@ def test_marginal_kl_is_the_entropy_gap_of_the_mean_posterior() -> None:
     dead = torch.tensor([0.0, 0.0, -1e4]).view(1, 3, 1, 1).requires_grad_()
     marginal_kl(dead).backward()  # type: ignore[no-untyped-call]
     assert dead.grad is not None and bool(dead.grad.isfinite().all())
+
+
+@pytest.mark.parametrize(("weight", "codes_in_use"), [(0.0, 4), (-1.0, 2)])
+def test_a_price_on_the_marginals_entropy_merges_synonyms_and_keeps_meanings(weight: float, codes_in_use: int) -> None:
+    """Two contents, four codes: codes 0 and 1 are right for the first, 2 and 3 for the second."""
+    wrong = torch.tensor([[0.0, 0.0, 1.0, 1.0], [1.0, 1.0, 0.0, 0.0]])
+    logits = (0.1 * torch.randn(1, 4, 2, 1, generator=torch_generator(0, "synonyms"))).requires_grad_()
+    optimizer = torch.optim.Adam([logits], lr=0.05)
+    for _ in range(400):
+        posterior = logits.softmax(dim=1)[0, :, :, 0].T
+        loss = 10 * (posterior * wrong).sum() + 0.1 * kl_to_uniform(logits).mean() + weight * marginal_kl(logits)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    posterior = logits.detach().softmax(dim=1)[0, :, :, 0].T
+    assert float((posterior * wrong).sum()) < 0.05
+    assert int((posterior.mean(dim=0) > 0.01).sum()) == codes_in_use

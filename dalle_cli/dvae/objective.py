@@ -75,8 +75,10 @@ def dvae_loss(
     function's with the log-likelihood as reward. The KL is exact in both, and its gradient too.
 
     ``marginal_kl_weight`` adds that much more of the KL between the batch's mean posterior and uniform, which keeps
-    codes in use where a run is too short to win them back; 0 is the paper's ELBO. For ``batch_mean``, see
-    ``marginal_kl``; all else is a mean over pictures.
+    codes in use where a run is too short to win them back; 0 is the paper's ELBO. Below 0 it is a price on the mean
+    posterior's entropy, the nats a position would cost a prior that knows frequencies only: it holds what the codes
+    say of the picture and how freely they say it, so synonyms merge. For ``batch_mean``, see ``marginal_kl``; all
+    else is a mean over pictures.
     """
     x = phi(pixels, eps)
     logits: Tensor = model.encoder(x)

@@ -128,8 +128,9 @@ class DvaeObjective(Settings):
     kl_weight: Ramp = Field(Ramp(start=0.0, end=6.6, updates=5000), description="beta of the ELBO")
     marginal_kl_weight: Ramp = Field(
         Ramp(start=0.0, end=0.0, updates=0),
-        description="extra weight of the KL of a batch's mean posterior: keeps codes in use while the decoder is poor; "
-        "0 in the paper",
+        description="extra weight of the KL of a batch's mean posterior: above 0 it keeps codes in use while the decoder "
+        "is poor; below 0, for the end of a run, it is a price on the codes' entropy, so that what one code can say is "
+        "not said by many; 0 in the paper",
     )
     temperature: Ramp = Field(Ramp(start=1.0, end=1 / 16, updates=150_000), description="tau of the Gumbel-softmax")
     ln_b_floor: float = Field(
@@ -196,8 +197,11 @@ class DvaeSettings(Settings):
     @model_validator(mode="after")
     def _marginal_needs_the_batch(self) -> DvaeSettings:
         marginal = self.objective.marginal_kl_weight
-        if min(marginal.start, marginal.end) < 0:
-            raise ValueError(f"objective.marginal_kl_weight is {min(marginal.start, marginal.end)}; 0 is the least")
+        if marginal.start < 0:
+            raise ValueError(
+                f"objective.marginal_kl_weight starts at {marginal.start}, which would leave one code in use; start it at "
+                "0 or above, only its end may be negative"
+            )
         if (marginal.start or marginal.end) and self.training.micro_batch is not None:
             raise ValueError(
                 "objective.marginal_kl_weight looks at the whole batch, training.micro_batch cuts it in parts; "
