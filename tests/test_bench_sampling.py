@@ -12,7 +12,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
-from bench_prior.sampling import Sizes, _widened, mean_over_image, measure
+from bench_prior import sampling_memory
+from bench_prior.model import build_prior
+from bench_prior.sampling import AS_CALLED, CACHED, Sizes, _ratios, _widened, mean_over_image, measure, our_turn, texts
+
+from dalle_cli.prior.decode import Decoder
+from dalle_cli.recipes.schema import SamplingSettings
+from dalle_cli.sampling.draw import sample_images
+
+SMALL = Sizes(2, heads=2, d_head=4, grid=4, text_length=4, text_vocab=100, image_vocab=7, batches=(1, 8, 64))
 
 
 def test_steps_between_the_timed_ones_are_interpolated() -> None:
@@ -29,8 +37,7 @@ def test_a_cache_is_widened_in_all_its_parts() -> None:
 
 def test_a_small_run() -> None:
     lines: list[str] = []
-    sizes = Sizes(2, heads=2, d_head=4, grid=4, text_length=4, text_vocab=100, image_vocab=7, batches=(1, 8, 64))
-    found = measure(sizes, None, lines.append)
+    found = measure(SMALL, None, lines.append)
     assert [(row["batch"], row["name"]) for row in found["rows"]] == [
         (1, "dalle fp32, 1 caption"),
         (1, "dalle bf16, 1 caption"),
@@ -44,3 +51,38 @@ def test_a_small_run() -> None:
     assert len(lines) == 8 and not found["ratios"]
     for row in found["rows"]:
         assert row["tokens_per_second"] == pytest.approx(16 * row["images_per_second"])
+        assert row["whole_images_tokens_per_second"] > 0
+        assert row["counted_from"] == "3 x 3 turns at positions 0, 4, 8, 12"
+
+
+@pytest.mark.parametrize(("place", "captions", "n"), [(0, 1, 5), (4, 3, 1), (12, 2, 2)])
+def test_a_turn_is_one_of_sampling(place: int, captions: int, n: int) -> None:
+    """A row is drawn as ``sample_images`` draws it behind the same tokens."""
+    decoder = Decoder(build_prior(SMALL).eval().requires_grad_(False))
+    text_ids, given = texts(decoder, captions), torch.zeros(captions, place, dtype=torch.int64)
+    uniforms = torch.rand(captions, n, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    wanted, _ = sample_images(decoder, text_ids, n, uniforms, SamplingSettings(), given)
+    turn = our_turn(decoder, text_ids, place, uniforms)
+    for position in range(place, place + 3):
+        assert turn().equal(wanted[..., position])
+    assert turn().shape == (captions, n)  # from the row's beginning again
+
+
+def test_the_goals_stand_beside_their_ratios() -> None:
+    speeds = {"dalle fp32, 1 caption": 50.0, "dalle bf16, 8 captions": 80.0, CACHED: 10.0, AS_CALLED: 0.5}
+    rows = [{"batch": batch, "name": name, "tokens_per_second": speeds[name]} for batch in (1, 8) for name in speeds]
+    found = {(r["ours"], r["peer"]): (r["ratio"], r["goal"]) for r in _ratios(rows) if r["batch"] == 8}
+    assert found == {
+        ("dalle fp32, 1 caption", CACHED): (5, 5),
+        ("dalle fp32, 1 caption", AS_CALLED): (100, 100),
+        ("dalle bf16, 8 captions", CACHED): (8, 8),
+        ("dalle bf16, 8 captions", AS_CALLED): (160, 100),
+    }
+    assert not any("goal" in ratio for ratio in _ratios(rows) if ratio["batch"] == 1)
+
+
+def test_both_ways_of_sampling_have_a_peak() -> None:
+    """One case of each kind, in this process; the numbers are the system's."""
+    for precision in ("fp32", None):
+        held, peak = sampling_memory._peak(SMALL, precision, 2)
+        assert 0 < held <= peak

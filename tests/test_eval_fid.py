@@ -254,6 +254,12 @@ def test_what_cannot_be_measured_is_refused(features: Features, tmp_path: Path) 
     assert "holds no sample" in refusal(manifest)
     unscored = write_lines(tmp_path / "unscored", ["a", "b"], 2, scores=False)
     assert "no system has scores to rerank by" in refusal(unscored, Settings((0,), [1]))
+    # Of what a limit chose, too.
+    limited = system("ours", write_lines(tmp_path / "many", ["a", "b", "c"], 2, scores=False), limit=2)
+    for row in (1, 3):
+        Path(limited.pictures.name(row)).unlink()
+    with pytest.raises(UserError, match="picture is missing, and so are 1 others"):
+        compare_systems([limited], real, features, Settings(), tmp_path / "cache")
 
 
 # Cache

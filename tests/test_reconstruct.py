@@ -18,6 +18,7 @@ from released_dvae import released, save
 from running import DALLE, ENVIRONMENT
 
 from dalle_cli.data.images import eval_crop
+from dalle_cli.data.sources import open_source
 from dalle_cli.dvae.encode import decode_pictures, encode_pictures
 from dalle_cli.dvae.openai import import_dvae
 from dalle_cli.dvae.train import load_dvae
@@ -106,6 +107,23 @@ def test_folders_and_tars_beside_files(dvae: Checkpoint, call: Call, tmp_path: P
     assert names[:3] == ["00000-one.png", "00001-a_cat.png", "00002-a_cat.png"]
     for line in done.lines:
         halves(line["png"], 16)
+
+
+def test_reconstructions_alone_have_their_captions_beside(dvae: Checkpoint, call: Call, tmp_path: Path) -> None:
+    assert call("make-shapes", tmp_path / "shapes", "--n", 2, "--test-n", 2, "--size", 32).code == 0
+    draw(tmp_path / "one.png", 40, 40)
+    specs = (*(tmp_path / "shapes" / "train").glob("*.tar"), tmp_path / "one.png")
+    both, alone = (
+        call("reconstruct", *specs, "--dvae", dvae.path, "--out", tmp_path / out, *more)
+        for out, more in (("both", []), ("alone", ["--alone"]))
+    )
+    assert alone.code == 0, alone.err
+    source = open_source(str(specs[0]))
+    for row, (line, other) in enumerate(zip(alone.lines, both.lines, strict=True)):
+        assert np.array_equal(np.asarray(Image.open(line["png"])), halves(other["png"])[1])
+        beside = Path(line["png"]).with_suffix(".txt")
+        assert not Path(other["png"]).with_suffix(".txt").exists()
+        assert beside.read_text().splitlines() == source.captions(row) if row < 2 else not beside.exists()
 
 
 def test_bad_pictures_are_passed_over_and_named(dvae: Checkpoint, call: Call, tmp_path: Path) -> None:

@@ -82,6 +82,18 @@ def test_lines_are_ranked_within_their_prompts_in_batches_across_them(tmp_path: 
     ]  # fmt: skip
 
 
+def test_scores_are_the_same_whether_pictures_are_prepared_beside_the_model_or_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = draw(tmp_path, "bright", range(70)) + draw(tmp_path, "dark", range(70))
+    found = []
+    for more in (0, 1):
+        monkeypatch.setattr("dalle_cli.clip.rerank.cores", lambda more=more: torch.get_num_threads() + more)
+        found.append(list(score(lines, ShadeScorer(), 64)))
+    assert found[0] == found[1]
+    assert [line["score"] for line in found[0][:70]] == pytest.approx([shade / 255 for shade in range(70)])
+
+
 def test_a_prompt_leaves_while_its_successors_are_still_to_come(tmp_path: Path) -> None:
     """The producer waits for the first prompt's ranking before it gives another line."""
     lines = draw(tmp_path, "bright", [1, 2]) + draw(tmp_path, "dark", [1, 2])

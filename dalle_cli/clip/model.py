@@ -74,9 +74,9 @@ def pixels(x: Tensor) -> Tensor:
     """Pictures (B, H, W, 3) uint8 as the vision transformer reads them: (B, 3, H, W) standardised floats."""
     if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[-1] != 3:
         raise TypeError(f"pictures are (B, H, W, 3) uint8, not {tuple(x.shape)} {x.dtype}")
-    mean = torch.tensor(PIXEL_MEAN, device=x.device)
-    std = torch.tensor(PIXEL_STD, device=x.device)
-    return ((x / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+    mean, std = (torch.tensor(values, device=x.device)[:, None, None] for values in (PIXEL_MEAN, PIXEL_STD))
+    planes = x.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    return planes.div_(255).sub_(mean).div_(std)
 
 
 def contrastive_loss(model: CLIP, images: Tensor, text_ids: Tensor) -> Tensor:

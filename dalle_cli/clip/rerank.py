@@ -1,7 +1,7 @@
 """Reranking: of each caption's samples, the pictures that CLIP finds closest to it (paper, section 2.6).
 
-Lines are scored while they come in. Files are read and pictures decoded and prepared by threads while the model works
-on the batch before, and batches run across captions, so that the model is what takes the time.
+Lines are scored while they come in. Files are read and pictures decoded and prepared by threads, beside the model where
+it leaves cores idle, and batches run across captions, so that the model is what takes the time.
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from queue import Empty, Full, Queue
+from queue import Full, Queue
 from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dalle_cli.clip.scoring import Scorer
 from dalle_cli.data.images import BadImage, decode_image
 from dalle_cli.data.samples import is_unicode
+from dalle_cli.data.workers import cores
 from dalle_cli.errors import UserError
 from dalle_cli.progress import log
 
@@ -28,8 +31,9 @@ Line = dict[str, Any]
 BATCH = 64
 BATCHES_AHEAD = 3
 """How far reading and decoding run ahead of the model."""
-DECODERS = 4
-"""Threads; decoding and preparing a picture take a small part of what a CLIP takes."""
+PIECE = 32
+"""Pictures that a thread prepares at once: handing over each by itself would cost as much as decoding a small one."""
+MOST_DECODERS = 16
 
 
 def read_manifest(lines: Iterable[str], name: str) -> Iterator[Line]:
@@ -110,30 +114,36 @@ def score(lines: Iterable[Line], scorer: Scorer, batch: int = BATCH) -> Iterator
     """
     texts: dict[str, Tensor] = {}
     sizes: dict[str, tuple[int, ...]] = {}
-    ready = _prepared(lines, scorer, batch)
-    while chunk := list(islice(ready, batch)):
+    for chunk, pieces in _prepared(lines, scorer, batch):
         # In the order of lines, so that it is the first bad picture that is named.
-        pictures = [future.result() for _, future in chunk]
-        for (line, _), (_, size) in zip(chunk, pictures, strict=True):
+        pictures = [picture for piece in pieces for picture in piece.result()]
+        for line, (_, size) in zip(chunk, pictures, strict=True):
             _check_size(line, size, sizes)
-        new = list(dict.fromkeys(line["prompt"] for line, _ in chunk if line["prompt"] not in texts))
+        new = list(dict.fromkeys(line["prompt"] for line in chunk if line["prompt"] not in texts))
         if new:
             texts |= dict(zip(new, scorer.text_features(new), strict=True))
         features = scorer.prepared_features([prepared for prepared, _ in pictures])
-        for (line, _), feature in zip(chunk, features, strict=True):
-            yield {**line, "score": float(feature @ texts[line["prompt"]])}
+        captions = torch.stack([texts[line["prompt"]] for line in chunk])
+        for line, similarity in zip(chunk, (features * captions).sum(1).tolist(), strict=True):
+            yield {**line, "score": similarity}
 
 
-Prepared = tuple[Tensor, tuple[int, ...]]
-_Item = tuple[Line, Future[Prepared]] | BaseException | None
+Piece = list[tuple[Tensor, tuple[int, ...]]]
+"""Prepared pictures and their heights and widths."""
+Batch = tuple[list[Line], list[Future[Piece]]]
 
 
-def _prepared(lines: Iterable[Line], scorer: Scorer, batch: int) -> Iterator[tuple[Line, Future[Prepared]]]:
-    """Lines with their pictures, which threads prepare; a thread reads ahead, as far as BATCHES_AHEAD."""
-    queue: Queue[_Item] = Queue(BATCHES_AHEAD * batch)
+def _prepared(lines: Iterable[Line], scorer: Scorer, batch: int) -> Iterator[Batch]:
+    """Batches of lines with their pictures, which threads prepare; a thread reads ahead, as far as BATCHES_AHEAD.
+
+    Where the model has all cores for itself, its pictures are prepared before it starts: beside it they would take
+    those cores, and the interpreter's lock, from it.
+    """
+    queue: Queue[Batch | BaseException | None] = Queue(BATCHES_AHEAD)
     stopped = threading.Event()
+    beside = torch.cuda.is_available() or torch.get_num_threads() < cores()
 
-    def put(item: _Item) -> bool:
+    def put(item: Batch | BaseException | None) -> bool:
         while not stopped.is_set():
             try:
                 queue.put(item, timeout=0.1)
@@ -142,40 +152,35 @@ def _prepared(lines: Iterable[Line], scorer: Scorer, batch: int) -> Iterator[tup
                 continue
         return False
 
-    def prepare(line: Line) -> Prepared:
-        picture = _read_png(line)
-        return scorer.prepare(picture), picture.shape[:2]
+    def prepare(piece: list[Line]) -> Piece:
+        pictures = map(_read_png, piece)
+        return [(scorer.prepare(picture), picture.shape[:2]) for picture in pictures]
+
+    def begin(chunk: list[Line]) -> list[Future[Piece]]:
+        return [pool.submit(prepare, chunk[start : start + PIECE]) for start in range(0, len(chunk), PIECE)]
 
     def read() -> None:
+        rest = iter(lines)
         try:
-            for line in lines:
-                if not put((line, pool.submit(prepare, line))):
+            while chunk := list(islice(rest, batch)):
+                if not put((chunk, begin(chunk) if beside else [])):
                     return
             put(None)
         except BaseException as error:  # raised again where the lines are used
             put(error)
 
-    with ThreadPoolExecutor(DECODERS, "decode") as pool:
+    with ThreadPoolExecutor(min(cores(), MOST_DECODERS), "decode") as pool:
         # A daemon: it may wait for a line of standard input that never comes.
         threading.Thread(target=read, name="read", daemon=True).start()
         try:
             while (item := queue.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
-                yield item
+                chunk, pieces = item
+                yield chunk, pieces or begin(chunk)
         finally:
             stopped.set()
-            _drain(queue)
-
-
-def _drain(queue: Queue[_Item]) -> None:
-    while True:
-        try:
-            item = queue.get_nowait()
-        except Empty:
-            return
-        if isinstance(item, tuple):
-            item[1].cancel()
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _ranked(pool: list[Line], scorer: Scorer) -> list[Line]:
@@ -203,10 +208,11 @@ def _check_size(line: Line, size: tuple[int, ...], sizes: dict[str, tuple[int, .
         )
 
 
-def _read_png(line: Line) -> np.ndarray:
+def _read_png(line: Line) -> NDArray[np.uint8]:
     path = Path(line["png"])
     try:
-        return np.asarray(decode_image(path.read_bytes()))
+        with path.open("rb", buffering=0) as file:
+            return np.asarray(decode_image(file.read()))
     except FileNotFoundError:
         raise UserError(f"{path}: the sample's picture is missing; draw it again with dalle sample") from None
     except (OSError, BadImage) as error:

@@ -100,7 +100,8 @@ class OwnScorer:
         return _joined(features)
 
     def prepare(self, picture: NDArray[np.uint8]) -> Tensor:
-        return torch.from_numpy(np.array(self._sized(picture)))
+        # Copied only where torch could not write to it.
+        return torch.from_numpy(np.require(self._sized(picture), requirements=["C", "W"]))
 
     @torch.inference_mode()
     def prepared_features(self, prepared: Sequence[Tensor]) -> Tensor:

@@ -19,6 +19,9 @@ def command(
     size: Annotated[
         int | None, typer.Option(min=8, help="Side that pictures are cut to; the dVAE's image_size if left out.")
     ] = None,
+    alone: Annotated[
+        bool, typer.Option("--alone", help="Write reconstructions without the originals, as eval-fid takes them.")
+    ] = False,
 ) -> None:
     """See what a dVAE keeps of pictures: each beside its reconstruction from tokens, and how far they differ.
 
@@ -37,7 +40,7 @@ def command(
     checkpoint = open_checkpoint(dvae, "dvae")
     terminal = sys.stdout.isatty()
     done = []
-    for figures in reconstruct_pictures(checkpoint, list_pictures(pictures), out, size):
+    for figures in reconstruct_pictures(checkpoint, list_pictures(pictures), out, size, alone=alone):
         done.append(figures)
         if not terminal:
             print(json.dumps(figures, ensure_ascii=False), flush=True)

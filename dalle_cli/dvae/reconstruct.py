@@ -6,6 +6,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,8 @@ class Picture:
     key: str
     read: Callable[[], bytes]
     """Its file's bytes. Raises BadSample."""
+    captions: Callable[[], Sequence[str]] | None = None
+    """A source's captions of it. Raises BadSample."""
 
 
 def list_pictures(specs: Sequence[str]) -> list[Picture]:
@@ -58,14 +61,18 @@ def list_pictures(specs: Sequence[str]) -> list[Picture]:
             continue
         source = open_source(spec)
         log(source.describe())
-        pictures += [Picture(source.key(row), partial(source.image_bytes, row)) for row in range(len(source))]
+        pictures += [
+            Picture(source.key(row), partial(source.image_bytes, row), partial(source.captions, row))
+            for row in range(len(source))
+        ]
     return pictures
 
 
 def reconstruct_pictures(
-    checkpoint: Checkpoint, pictures: Sequence[Picture], out: Path, size: int | None = None
+    checkpoint: Checkpoint, pictures: Sequence[Picture], out: Path, size: int | None = None, *, alone: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Write ``out/00000-KEY.png`` and so on, original left, reconstruction right; yield each picture's figures.
+    """Write ``out/00000-KEY.png`` and so on, original left and reconstruction right, or with ``alone`` only the latter,
+    with its captions in a .txt file beside it where a source has them; yield each picture's figures.
 
     Pictures are cut as for evaluation to ``size``, by default the dVAE's own. Each is encoded alone, so that its
     figures do not depend on its company. They are of the pixels as written: ``mse`` and ``ssim`` on the scale 0..1,
@@ -93,7 +100,10 @@ def reconstruct_pictures(
                 pixels = torch.from_numpy(original.copy())[None].to(device)
                 rebuilt = decode_pictures(model, encode_pictures(model, pixels, eps), eps)[0].cpu().numpy()
                 png = out / f"{number:05d}-{_file_name(picture.key)}.png"
-                write_atomically(png, _side_by_side(original, rebuilt))
+                write_atomically(png, _png([rebuilt] if alone else _side_by_side(original, rebuilt)))
+                if alone and picture.captions is not None:
+                    with suppress(BadSample):  # it has none
+                        write_atomically(png.with_suffix(".txt"), "\n".join(picture.captions()) + "\n")
                 yield {"key": picture.key, **_figures(original, rebuilt), "png": str(png)}
             bar.advance()
     if len(skipped) == len(pictures):
@@ -115,10 +125,13 @@ def _figures(original: NDArray[np.uint8], rebuilt: NDArray[np.uint8]) -> dict[st
     return {"psnr": round(psnr, 4), "ssim": round(float(ssim(a, b)), 6), "mse": round(mse, 8)}
 
 
-def _side_by_side(original: NDArray[np.uint8], rebuilt: NDArray[np.uint8]) -> bytes:
-    gap = np.full((len(original), GAP, 3), 255, np.uint8)
+def _side_by_side(original: NDArray[np.uint8], rebuilt: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
+    return [original, np.full((len(original), GAP, 3), 255, np.uint8), rebuilt]
+
+
+def _png(columns: Sequence[NDArray[np.uint8]]) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(np.concatenate([original, gap, rebuilt], axis=1)).save(file, "PNG")
+    Image.fromarray(np.concatenate(columns, axis=1)).save(file, "PNG")
     return file.getvalue()
 
 

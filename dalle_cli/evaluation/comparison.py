@@ -19,7 +19,7 @@ from dalle_cli.evaluation.feature_cache import cached_features
 from dalle_cli.evaluation.features import Extracted, Features
 from dalle_cli.evaluation.fid import FrechetTo, check_counts, compare, inception_score
 from dalle_cli.evaluation.oracle_accuracy import accuracies, accuracy_figures, judge
-from dalle_cli.evaluation.pictures import FilePictures, Pictures, SomePictures, Survey, survey
+from dalle_cli.evaluation.pictures import Pictures, SomePictures, Survey, survey
 from dalle_cli.evaluation.pool_subsets import best_of_subsets
 from dalle_cli.evaluation.systems import System, check_same_captions
 from dalle_cli.progress import Progress, progress
@@ -205,9 +205,7 @@ def _accuracy(system: System, settings: Settings) -> dict[str, Any] | None:
 def _refuse_missing(system: System) -> None:
     if system.origin != "lines":
         return
-    paths = [line["png"] for pool in system.pools for line in pool.lines]
-    if not paths and isinstance(system.pictures, FilePictures):
-        paths = [str(path) for path in system.pictures.paths]
+    paths = [system.pictures.name(row) for row in range(len(system.pictures))]
     missing = [path for path in paths if not Path(path).is_file()]
     if missing:
         raise UserError(

@@ -101,6 +101,8 @@ class Prefix:
         for given, slots in zip(self.given, self.slots, strict=True):
             both, captions, heads, kept, width = given.shape
             held = given.new_empty(both, captions, heads, n, slots.count, width)
+            if held.is_cuda:
+                held.zero_()  # a graph of a step reads slots before they are written
             held[..., [slots.write(p) for p in range(self.positions - kept, self.positions)], :] = given[:, :, :, None]
             image.append(held)
         return Cache(self.text, image)
@@ -225,11 +227,11 @@ class Decoder:
             readable = layer.slots.read(position)
             image[..., layer.slots.write(position), :] = kv[1:]
             bias = None if layer.bias is None else layer.bias[position, readable]
-            x = layer.finish(x, _attend_slots(q, text, image[..., readable, :], bias))
+            x = layer.finish(x, attend_slots(q, text, image[..., readable, :], bias))
         return self.head(self.norm(x))
 
 
-def _attend_slots(q: Tensor, text: Tensor, image: Tensor, bias: Tensor | None) -> Tensor:
+def attend_slots(q: Tensor, text: Tensor, image: Tensor, bias: Tensor | None) -> Tensor:
     """Queries (C, H, n, D) to keys and values of text (2, C, H, T, D) and image (2, C, H, n, L, D): (C, n, H, D).
 
     ``bias`` (L,) is added to the image's scores.
@@ -237,6 +239,8 @@ def _attend_slots(q: Tensor, text: Tensor, image: Tensor, bias: Tensor | None) -
     captions, heads, n, width = q.shape
     streams = captions * heads
     text_k, text_v = text.flatten(1, 2)
+    if image.device.type == "cpu" and image.dtype != torch.float32:
+        image = image.contiguous()  # oneDNN's 16-bit products would do it, one by one and along the wrong axis
     image_k, image_v = image.flatten(1, 3)
     q = (q * (1 / math.sqrt(width))).contiguous()
     to_text = torch.bmm(q.view(streams, n, width), text_k.transpose(1, 2))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dalle_cli.prior.decode import Decoder, Prefix
+from dalle_cli.prior.graph import stepper
 from dalle_cli.recipes.schema import SamplingSettings
 
 BELOW_ONE = 1 - 2.0**-52
@@ -144,7 +145,7 @@ def _continue(
     captions, n, length = uniforms.shape
     log_likelihood = torch.zeros(captions, n, dtype=torch.float64, device=tokens.device)
     lengths = torch.tensor(given, device=tokens.device)[:, None]
-    cache, logits = begun.fork(n), begun.logits[:, None].expand(-1, n, -1)
+    step, logits = stepper(decoder, begun.fork(n)), begun.logits[:, None].expand(-1, n, -1)
     for position in range(begun.positions, length):
         own, without = logits[:captions], logits[captions:]
         guided = without + settings.guidance * (own - without) if len(without) else own
@@ -158,5 +159,5 @@ def _continue(
         tokens[..., position] = token
         log_likelihood += score
         if position + 1 < length:
-            logits = decoder.step(cache, position, torch.cat([token, token]) if len(without) else token)
+            logits = step(position, torch.cat([token, token]) if len(without) else token)
     return log_likelihood

@@ -28,20 +28,20 @@ ROWS, UPDATES, PRODUCT_EVERY = 20_000, 200, 10
 WAIT_GOAL = 0.01
 
 
-def measure(log: Log) -> dict[str, Any]:
-    """Medians over ``UPDATES`` updates by the training loop's own code, on a store of random tokens."""
+def measure(log: Log, updates: int = UPDATES) -> dict[str, Any]:
+    """Medians over ``updates`` by the training loop's own code, on a store of random tokens."""
     recipe = load_recipe(RECIPE)
     stage = recipe.prior
     product = square_product(torch.float32, "cpu")
-    waits, updates, products = [], [], []
+    waits, taken, products = [], [], []
     with tempfile.TemporaryDirectory() as folder, fast_matmul() as library:
         task = PriorTask(recipe, _write_tokens(Path(folder) / "tokens", recipe), build_prior(recipe))
         run = Run(task, recipe, Path(folder), stage.training, stage.adam, stage.learning_rate, ())
         state = TrainingState(task.model, task.decayed(), stage.adam, stage.learning_rate)
-        batches = task.batches(0, UPDATES)
+        batches = task.batches(0, updates)
         with FlopCounterMode(display=False) as counter:
             run._update(state, next(batches), 0, 1e-4)
-        for step in range(1, UPDATES):
+        for step in range(1, updates):
             began = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter()
@@ -49,22 +49,24 @@ def measure(log: Log) -> dict[str, Any]:
             state.average(stage.training.ema_decay, step)
             done = time.perf_counter()
             waits.append(waited - began)
-            updates.append(done - waited)
+            taken.append(done - waited)
             if step % PRODUCT_EVERY == 0:
                 began = time.perf_counter()
                 product()
                 products.append(time.perf_counter() - began)
-    update, rate = statistics.median(updates), 2 * SIDE**3 / statistics.median(products)
+    update, rate = statistics.median(taken), 2 * SIDE**3 / statistics.median(products)
     row = {
         "name": f"update, {library}",
         "ms": update * 1e3,
         "wait_ms": statistics.median(waits) * 1e3,
-        "wait_share": sum(waits) / (sum(updates) + sum(waits)),
+        "wait_share": sum(waits) / (sum(taken) + sum(waits)),
+        "wait_goal": WAIT_GOAL,
         "gflops": counter.get_total_flops() / update / 1e9,
         "share_of_peak": counter.get_total_flops() / update / rate,
     }
     log(f"quickstart  {row['ms']:.1f} ms an update, beside {row['wait_share']:.3%} of waiting for tokens")
-    return {"sizes": stage.model.model_dump(), "wait_goal": WAIT_GOAL, "rows": [row], "ratios": []}
+    sizes = {**stage.model.model_dump(), "batch": stage.training.batch_size, "updates": updates}
+    return {"sizes": sizes, "rows": [row], "ratios": []}
 
 
 def _write_tokens(path: Path, recipe: Recipe) -> TokenReader:

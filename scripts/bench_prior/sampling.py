@@ -1,8 +1,10 @@
 """Sampling: tokens and images a second with our caches, against the peer's cached step and its ``generate_images``.
 
-Ours are whole images, as ``dalle sample`` draws them: reading the caption, each step, each draw. The peer's would take
-too long: steps are timed at places spread over the image, and an image is counted as one step for each of its tokens,
-linear between the places. A step of the peer is what its ``generate_images`` does in one turn, the draw included.
+Turns are timed at rows spread over the image, the contenders one after another in each round, and an image is counted
+as one turn for each of its tokens, linear between the rows. That is how the time goes: a step costs the same all along
+a row, but for the image's first, and grows by as much from each to the next where it grows. A turn is a step and the
+draw behind it; ours have the reading of the captions counted on top, the peer's have not. So that nobody has to
+believe this, one batch of whole images as ``dalle sample`` draws them stands beside.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -22,19 +24,26 @@ from bench_prior.model import ModelSizes, build_prior
 from dalle_cli.prior.decode import Decoder
 from dalle_cli.prior.packed import Precision
 from dalle_cli.recipes.schema import SamplingSettings
-from dalle_cli.sampling.draw import sample_images
+from dalle_cli.sampling.draw import draw_tokens, filter_logits, sample_images
 
-Turn = Callable[[], Tensor]
+Turn = Callable[[], object]
 Log = Callable[[str], None]
+CACHED, AS_CALLED = "dalle-pytorch, cached step", "dalle-pytorch, generate_images as called"
+GOAL_BATCH = 8
+GOALS = {("fp32", CACHED): 5.0, ("bf16", CACHED): 8.0, ("fp32", AS_CALLED): 100.0, ("bf16", AS_CALLED): 100.0}
+ANEW_BATCH = 8
+"""More streams than this, computed anew, do not fit an ordinary machine's memory."""
+PEER_TURNS = {CACHED: 4, AS_CALLED: 1}
 
 
 @dataclass(frozen=True)
 class Sizes(ModelSizes):
-    """The model, the same for both sides, and what is timed."""
+    """The model, the same for both sides, and what is timed: ``rounds`` beside one that warms up."""
 
     layers: int = 12
     batches: tuple[int, ...] = (1, 8, 64)
-    repeats: int = 3
+    rounds: int = 3
+    rows: int = 4
 
     @property
     def image_length(self) -> int:
@@ -42,25 +51,44 @@ class Sizes(ModelSizes):
 
     @property
     def places(self) -> tuple[int, ...]:
-        """Image positions at which the peer is timed."""
-        return tuple(round(share * (self.image_length - self.repeats - 2)) for share in (0.01, 0.33, 0.67, 1.0))
+        """Image positions from which turns are timed: the beginnings of rows, the first and the last among them."""
+        return tuple(round(i * (self.grid - 1) / (self.rows - 1)) * self.grid for i in range(self.rows))
+
+
+@dataclass
+class Contender:
+    """What is timed: ``begin`` readies a turn at an image position, and ``turns`` of it make one measurement."""
+
+    name: str
+    turns: int
+    begin: Callable[[int], Turn]
+    read: Callable[[], object] | None = None
+    """What comes before an image's first turn, where it is counted."""
+    whole: Callable[[], object] | None = None
+    """Draws a batch of whole images."""
+    steps: dict[int, float] = field(default_factory=dict)
 
 
 def measure(sizes: Sizes, peer: Any | None, log: Log) -> dict[str, Any]:
     """Rows of the table. ``peer`` is the module ``dalle_pytorch``, or None to leave it out."""
     rows: list[dict[str, Any]] = []
+    priors: dict[Precision, Decoder] = {
+        precision: Decoder(build_prior(sizes).eval().requires_grad_(False), precision) for precision in ("fp32", "bf16")
+    }
+    peers = {} if peer is None else {name: build_peer(sizes, peer, name == CACHED) for name in (CACHED, AS_CALLED)}
     for batch in sizes.batches:
-        for precision in ("fp32", "bf16"):
-            for captions in sorted({1, batch} if batch <= 8 else {1}):
-                rows.append(_ours(sizes, precision, batch, captions))
-                log(describe(rows[-1]))
-        if peer is not None:
-            rows.append(_peer(sizes, peer, batch, cached=True))
+        contenders = [
+            _ours(decoder, precision, batch, captions)
+            for precision, decoder in priors.items()
+            for captions in sorted({1, batch} if batch <= GOAL_BATCH else {1})
+        ]
+        for name, model in peers.items():
+            if name == CACHED or batch <= ANEW_BATCH:
+                contenders.append(_peer(sizes, peer, model, batch, name))
+        _race(sizes, contenders)
+        for contender in contenders:
+            rows.append(_row(sizes, contender, batch))
             log(describe(rows[-1]))
-            # 64 streams computed anew do not fit an ordinary machine's memory.
-            if batch <= 8:
-                rows.append(_peer(sizes, peer, batch, cached=False))
-                log(describe(rows[-1]))
     return {"sizes": asdict(sizes), "rows": rows, "ratios": _ratios(rows)}
 
 
@@ -71,27 +99,92 @@ def describe(row: dict[str, Any]) -> str:
     )
 
 
-def draw_ours(decoder: Decoder, batch: int, captions: int) -> float:
-    """Seconds that ``batch`` images take, of ``captions`` captions."""
-    text_ids = torch.arange(captions * decoder.text_length).view(captions, -1) % 100
-    uniforms = torch.rand(captions, batch // captions, decoder.image_length, dtype=torch.float64)
+def _race(sizes: Sizes, contenders: list[Contender]) -> None:
+    """Fill each one's ``steps`` with the median seconds of a turn at each place, all timed by turns."""
+    for place in sizes.places:
+        turns = [contender.begin(place) for contender in contenders]
+        taken: list[list[float]] = [[] for _ in contenders]
+        for _ in range(sizes.rounds + 1):
+            for contender, turn, seconds in zip(contenders, turns, taken, strict=True):
+                seconds.append(_seconds(turn, contender.turns) / contender.turns)
+        for contender, seconds in zip(contenders, taken, strict=True):
+            contender.steps[place] = statistics.median(seconds[1:])
+        del turns, turn
+        gc.collect()
+
+
+def _row(sizes: Sizes, contender: Contender, batch: int) -> dict[str, Any]:
+    step = mean_over_image(contender.steps, sizes.image_length)
+    seconds = step * sizes.image_length
+    row: dict[str, Any] = {"batch": batch, "name": contender.name}
+    if contender.read is not None:
+        read = statistics.median([_seconds(contender.read, 1) for _ in range(sizes.rounds + 1)][1:])
+        seconds += read
+        row["read_ms"] = read * 1e3
+    row |= {
+        "step_ms": step * 1e3,
+        "tokens_per_second": batch * sizes.image_length / seconds,
+        "images_per_second": batch / seconds,
+        "counted_from": f"{sizes.rounds} x {contender.turns} turns at positions {', '.join(map(str, contender.steps))}",
+        "seconds_of_a_turn": contender.steps,
+    }
+    if contender.whole is not None:
+        row["whole_images_tokens_per_second"] = batch * sizes.image_length / _seconds(contender.whole, 1)
+    return row
+
+
+def _seconds(work: Callable[[], object], times: int) -> float:
     began = time.perf_counter()
-    sample_images(decoder, text_ids, batch // captions, uniforms, SamplingSettings(batch_size=batch))
+    for _ in range(times):
+        work()
     return time.perf_counter() - began
 
 
-def _ours(sizes: Sizes, precision: Precision, batch: int, captions: int) -> dict[str, Any]:
-    decoder = Decoder(build_prior(sizes).eval().requires_grad_(False), precision)
-    # The first image is the warm-up; 64 at once are many steps already.
-    taken = [draw_ours(decoder, batch, captions) for _ in range(sizes.repeats + 1 if batch <= 8 else 2)][1:]
-    seconds = statistics.median(taken)
-    return {
-        "name": f"dalle {precision}, " + ("1 caption" if captions == 1 else f"{captions} captions"),
-        "batch": batch,
-        "tokens_per_second": batch * sizes.image_length / seconds,
-        "images_per_second": batch / seconds,
-        "seconds": taken,
-    }
+def _ours(decoder: Decoder, precision: Precision, batch: int, captions: int) -> Contender:
+    text_ids, n = texts(decoder, captions), batch // captions
+    uniforms = torch.rand(captions, n, decoder.image_length, dtype=torch.float64)
+    settings = SamplingSettings(batch_size=batch)
+    return Contender(
+        f"dalle {precision}, {captions} caption{'s' if captions > 1 else ''}",
+        max(1, decoder.grid - 1),
+        lambda place: our_turn(decoder, text_ids, place, uniforms),
+        lambda: decoder.prefill(text_ids).fork(n),
+        lambda: sample_images(decoder, text_ids, n, uniforms, settings),
+    )
+
+
+def texts(decoder: Decoder, captions: int) -> Tensor:
+    """Captions (C, T) that differ."""
+    return torch.arange(captions * decoder.text_length).view(captions, -1) % 100
+
+
+def our_turn(decoder: Decoder, text_ids: Tensor, place: int, uniforms: Tensor) -> Callable[[], Tensor]:
+    """One turn of ``sample_images`` at each call, along the row of image tokens that begins at ``place`` and back to
+    its beginning; gives the tokens (C, n) drawn for that position.
+
+    Tokens before the row are all 0. From the second time along it the caches hold later positions where they should
+    hold earlier ones, which takes as long.
+    """
+    captions, n, length = uniforms.shape
+    prefix = decoder.prefill(text_ids, text_ids.new_zeros(captions, place))
+    cache, first = prefix.fork(n), prefix.logits[:, None].expand(-1, n, -1)
+    # The last position of a row is left out: behind the image's last token there is no step.
+    end = min(place + max(1, decoder.grid - 1), length - 1)
+    position, logits, likelihood = place, first, torch.zeros(captions, n, dtype=torch.float64)
+
+    @torch.inference_mode()
+    def turn() -> Tensor:
+        nonlocal position, logits, likelihood
+        filtered = filter_logits(logits, temperature=1, top_k=None, top_p=1)
+        token = draw_tokens(filtered, uniforms[..., position])
+        likelihood = likelihood + logits.log_softmax(-1).gather(-1, token[..., None])[..., 0]
+        logits = decoder.step(cache, position, token)
+        position += 1
+        if position == end:
+            position, logits = place, first
+        return token
+
+    return turn
 
 
 def build_peer(sizes: Sizes, peer: Any, cached: bool) -> Any:
@@ -117,31 +210,15 @@ def build_peer(sizes: Sizes, peer: Any, cached: bool) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def _peer(sizes: Sizes, peer: Any, batch: int, cached: bool) -> dict[str, Any]:
-    model = build_peer(sizes, peer, cached)
-    steps: dict[int, float] = {}
-    for place in sizes.places:
-        turn = peer_turn(sizes, peer, model, batch, place, cached)
-        taken = []
-        for _ in range(sizes.repeats + 1):
-            began = time.perf_counter()
-            turn()
-            taken.append(time.perf_counter() - began)
-        steps[place] = statistics.median(taken[1:])
-        del turn
-        gc.collect()
-    step = mean_over_image(steps, sizes.image_length)
-    return {
-        "name": "dalle-pytorch, " + ("cached step" if cached else "generate_images as called"),
-        "batch": batch,
-        "tokens_per_second": batch / step,
-        "images_per_second": batch / (step * sizes.image_length),
-        "step_seconds": steps,
-        "extrapolated": f"from steps at image positions {', '.join(map(str, steps))}",
-    }
+def _peer(sizes: Sizes, peer: Any, model: Any, batch: int, name: str) -> Contender:
+    turns = PEER_TURNS[name]
+    last = sizes.image_length - turns * (sizes.rounds + 1) - 1
+    return Contender(
+        name, turns, lambda place: peer_turn(sizes, peer, model, batch, min(place, last), cached=name == CACHED)
+    )
 
 
-def peer_turn(sizes: Sizes, peer: Any, model: Any, batch: int, place: int, cached: bool) -> Turn:
+def peer_turn(sizes: Sizes, peer: Any, model: Any, batch: int, place: int, cached: bool) -> Callable[[], Tensor]:
     """One turn of the loop in the peer's ``generate_images``, from image position ``place`` on, at each call."""
     top_k, gumbel_sample = peer.dalle_pytorch.top_k, peer.dalle_pytorch.gumbel_sample
     text = torch.arange(1, sizes.text_length + 1)[None] % 100 + 1
@@ -190,15 +267,14 @@ def mean_over_image(steps: dict[int, float], image_length: int) -> float:
 
 def _ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each of ours over each of the peer's of the same batch, in tokens a second."""
-    return [
-        {
-            "batch": ours["batch"],
-            "ours": ours["name"],
-            "peer": theirs["name"],
-            "ratio": ours["tokens_per_second"] / theirs["tokens_per_second"],
-        }
-        for ours in rows
-        for theirs in rows
-        if ours["name"].startswith("dalle ") and theirs["name"].startswith("dalle-pytorch")
-        if ours["batch"] == theirs["batch"]
-    ]
+    ratios = []
+    for ours in (row for row in rows if row["name"].startswith("dalle ")):
+        for theirs in (row for row in rows if row["name"].startswith("dalle-pytorch")):
+            if ours["batch"] != theirs["batch"]:
+                continue
+            ratio = {"batch": ours["batch"], "ours": ours["name"], "peer": theirs["name"]}
+            ratio["ratio"] = ours["tokens_per_second"] / theirs["tokens_per_second"]
+            if ours["batch"] == GOAL_BATCH:
+                ratio["goal"] = GOALS[ours["name"].split()[1].rstrip(","), theirs["name"]]
+            ratios.append(ratio)
+    return ratios

@@ -1,4 +1,5 @@
-"""Peak memory of sampling, each case in a process of its own: with our caches, and with the stream computed anew.
+"""Peak memory of sampling, each case in a process of its own: with our caches, and as one writes it first, with the
+whole stream computed anew by masked dense attention.
 
 The last tokens of an image are drawn behind a prefix of all others: then the caches are as full as they get.
 """
@@ -13,13 +14,14 @@ import torch
 
 from bench_prior import memory
 from bench_prior.model import build_prior
-from bench_prior.sampling import Log, Sizes
+from bench_prior.naive import make_naive
+from bench_prior.sampling import ANEW_BATCH, Log, Sizes
 from dalle_cli.prior.decode import Decoder
 from dalle_cli.prior.packed import Precision
 from dalle_cli.recipes.schema import SamplingSettings
 from dalle_cli.sampling.draw import draw_tokens, sample_images
 
-ANEW = "stream computed anew"
+ANEW = "mask, whole stream anew"
 LAST = 3
 """Tokens drawn."""
 
@@ -27,20 +29,20 @@ LAST = 3
 def measure(sizes: Sizes, log: Log) -> dict[str, Any]:
     """Rows with the megabytes that sampling takes beyond what the process held with its model ready."""
     rows: list[dict[str, Any]] = []
-    for batch in (8, 64):
+    for batch in sizes.batches:
         for precision in ("fp32", "bf16", None):
-            if precision is None and batch > 8:
-                continue  # 64 streams computed anew do not fit an ordinary machine's memory
+            if precision is None and batch > ANEW_BATCH:
+                continue
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 held, peak = pool.apply(_peak, (sizes, precision, batch))
             name = f"dalle {precision}, caches" if precision else ANEW
             rows.append({"name": name, "batch": batch, "model_mb": held, "sampling_mb": peak - held})
             log(f"memory    batch {batch:>2}  {name:<42} {peak - held:>9.0f} MB beside {held:.0f} MB with the model")
-    anew = next(row["sampling_mb"] for row in rows if row["name"] == ANEW)
+    anew = {row["batch"]: row["sampling_mb"] for row in rows if row["name"] == ANEW}
     ratios = [
-        {"batch": row["batch"], "ours": row["name"], "peer": ANEW, "ratio": anew / row["sampling_mb"]}
+        {"batch": row["batch"], "ours": row["name"], "peer": ANEW, "ratio": anew[row["batch"]] / row["sampling_mb"]}
         for row in rows
-        if row["name"] != ANEW and row["batch"] == 8
+        if row["name"] != ANEW and row["batch"] in anew
     ]
     return {"sizes": asdict(sizes), "rows": rows, "ratios": ratios}
 
@@ -51,6 +53,7 @@ def _peak(sizes: Sizes, precision: Precision | None, batch: int) -> tuple[float,
     prefix = torch.zeros(1, sizes.image_length - LAST, dtype=torch.int64)
     uniforms = torch.rand(1, batch, sizes.image_length, dtype=torch.float64)
     if precision is None:
+        make_naive(prior)
         held = memory.held()
         image = torch.zeros(batch, sizes.image_length, dtype=torch.int64)
         with torch.inference_mode():

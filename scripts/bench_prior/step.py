@@ -57,6 +57,8 @@ def measure(sizes: Sizes, peer: Any | None, device: str, log: Log) -> dict[str, 
             for peak in rates:
                 if peak.startswith("bf16") == ("bf16" in name):
                     row[f"share of {peak}"] = rate / rates[peak]
+            if name == f"dalle fp32, {names[0]}":
+                row["share_goal"] = SHARE_GOAL
             rows.append(row)
         for row in rows[-len(rates) - len(flops) :]:
             log("step  " + "  ".join(f"{k} {v:.3g}" if isinstance(v, float) else str(v) for k, v in row.items()))
@@ -67,7 +69,7 @@ def measure(sizes: Sizes, peer: Any | None, device: str, log: Log) -> dict[str, 
                     if name == f"dalle fp32, {names[0]}":
                         ratio["goal"] = GOALS.get(batch)
                     ratios.append(ratio)
-    return {"sizes": asdict(sizes), "share_goal": SHARE_GOAL, "rows": rows, "ratios": ratios}
+    return {"sizes": asdict(sizes), "rows": rows, "ratios": ratios}
 
 
 def build_ours(sizes: Sizes, **settings: object) -> Prior:
