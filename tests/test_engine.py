@@ -234,16 +234,22 @@ def test_four_processes_are_two_nodes(made: tuple[Path, Path], alone: dict[str, 
     """2 nodes x 2: whole gradients are one process's; through PowerSGD it learns, and goes on with the same bytes."""
     nodes = {"sharding.zero": 3, "sharding.node_size": 2}
     low = {**nodes, "powersgd.rank": 2, "powersgd.min_compression": 0}
+    half = {**low, "precision": "fp16", "training.ema_every": 3}
     commands = [
         command(made, tmp_path / "whole", nodes),
         command(made, tmp_path / "low rank", low),
         command(made, tmp_path / "in parts", {**low, "training.updates": HALF}),
         command(made, tmp_path / "in parts", low),
-        command(made, tmp_path / "fp16", {**low, "precision": "fp16"}),
+        command(made, tmp_path / "fp16", half),
+        command(made, tmp_path / "fp16 in parts", {**half, "training.updates": HALF}),
+        command(made, tmp_path / "fp16 in parts", half),
     ]
     run_together(commands, 4)
     assert_same_run(tmp_path / "whole", alone["fp32"])
-    assert open_checkpoint(tmp_path / "in parts").files == open_checkpoint(tmp_path / "low rank").files
+    for parts, whole in (("in parts", "low rank"), ("fp16 in parts", "fp16")):
+        assert open_checkpoint(tmp_path / parts).files == open_checkpoint(tmp_path / whole).files
+    own = open_checkpoint(tmp_path / "fp16").own_state(3, 4)
+    assert own and {value.dtype for value in own.values()} == {torch.uint16}
     assert losses(tmp_path / "low rank")[-1] < losses(tmp_path / "low rank")[0] - 0.1
     assert losses(tmp_path / "fp16")[-1] == pytest.approx(losses(tmp_path / "low rank")[-1], abs=0.1)
     last = [json.loads(line) for line in (tmp_path / "low rank" / "metrics.jsonl").read_text().splitlines()]

@@ -21,10 +21,12 @@ from dalle_cli.distributed.compression import (
     is_compressed,
     paper_compression,
     sent,
+    shapes_together,
     shard_rank,
     shard_shape,
 )
 from dalle_cli.evaluation.two_nodes import Study, shapes_tokens
+from dalle_cli.precision.formats import MEAN
 from dalle_cli.prior.train import TokenBatch
 from dalle_cli.prior.transformer import Prior
 from dalle_cli.recipes.schema import PowerSgd, PriorSettings
@@ -181,7 +183,52 @@ def test_16_bit_gradients_are_added_up_in_32(found: list[dict[str, Any]]) -> Non
             output = own["halves"]["outputs"][name]
             assert output.dtype == torch.bfloat16
             assert torch.equal(output, own["halves"]["exact"][name].bfloat16())
-        assert all(error.dtype == torch.float32 for error in own["halves"]["errors"].values())
+
+
+def test_of_16_bit_gradients_16_bit_are_kept(found: list[dict[str, Any]]) -> None:
+    """What was sent and what was not are the gradients, but for the rounding of both."""
+    for place in range(PARTS):
+        ranks = [place, place + PARTS]
+        scales = found[place]["16 bit"]["scales"]
+        for name in LOW:
+            scale = scales.get(name, 1.0)
+            given = [
+                [matrix(name, (gradients(r, s)[name] * scale).bfloat16().float() / scale) for s in range(STEPS)]
+                for r in ranks
+            ]
+            outputs = [out[name].float() / scale for out in found[place]["16 bit"]["outputs"]]
+            sent = sum(matrix(name, output) for output in outputs)
+            left = sum(MEAN.decode(found[r]["16 bit"]["state"][f"error.{name}"]).double().numpy() for r in ranks)
+            total = np.sum(given, axis=(0, 1)) / MACHINES
+            kept = slice(SHARDS[name][0][0] if len(SHARDS[name][0]) == 1 else None)
+            # A number in bfloat16 is within 2^-9 of what it stands for, and an error that is rounded at random too.
+            room = STEPS * 2**-9 * (max(float(o.abs().max()) for o in outputs) + 2 * np.abs(left).max())
+            np.testing.assert_allclose((sent + left / MACHINES).flatten()[kept], total.flatten()[kept], atol=room)
+            assert np.abs(left).max() > 5 * room
+    for own in found:
+        state = own["16 bit"]["state"]
+        assert set(state) == {f"{kind}.{name}" for kind in ("error", "factor") for name in LOW}
+        assert all(value.dtype == torch.uint16 for value in state.values())
+
+
+def test_a_state_in_16_bit_goes_on_bit_for_bit(found: list[dict[str, Any]]) -> None:
+    for own, other in zip(found, found[PARTS:] + found[:PARTS], strict=True):
+        for one, two, theirs in zip(
+            *(own["16 bit"][key] for key in ("outputs", "undisturbed")), other["16 bit"]["outputs"], strict=True
+        ):
+            assert all(torch.equal(one[name], two[name]) and torch.equal(one[name], theirs[name]) for name in SHARDS)
+
+
+def test_a_matrix_at_a_time_comes_to_the_same(found: list[dict[str, Any]]) -> None:
+    for own in found:
+        case = own["one by one"]
+        for one, other in zip(own["warm"]["outputs"], case["outputs"], strict=True):
+            assert all(torch.equal(one[name], other[name]) for name in SHARDS)
+        assert all(torch.equal(value, case["state"][key]) for key, value in own["warm"]["state"].items())
+        assert case["bytes"] == sum(own["warm"]["bytes"])
+        # What is not finite is alone in it.
+        assert case["broken"]["wide"].isnan().all() and "error.wide" not in case["after"]
+        assert case["broken"]["tall"].isfinite().all() and "error.tall" in case["after"]
 
 
 def test_first_factors_are_of_seed_and_name(found: list[dict[str, Any]]) -> None:
@@ -312,3 +359,10 @@ def test_past_break_even_a_matrix_goes_whole() -> None:
     assert not is_compressed((20, 20), 0, min_compression=0)
     assert compression([(20, 20)], 10) == 0 and compression([(20, 20)], 5) == 0.5
     assert shard_shape((10, 7), 4) == (3, 7) and shard_rank(9, 4) == 3
+
+
+def test_few_matrices_are_compressed_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dalle_cli.distributed.compression.TOGETHER", 20)
+    shapes = [(3, 4), (2, 4), (1, 1), (7, 7), (1, 2), (3, 6)]
+    assert [shapes[places] for places in shapes_together(shapes)] == [shapes[:2], shapes[2:3], shapes[3:4], shapes[4:]]
+    assert list(shapes_together([])) == []

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
+from dalle_cli.distributed import compression
 from dalle_cli.distributed.power_sgd import PowerSgdReducer
 from dalle_cli.evaluation.two_nodes import Study, join_machines, train
 from dalle_cli.progress import silence
@@ -109,6 +110,8 @@ def numbers(here: Here) -> dict[str, Any]:
     result["resumed"] = resumed(here)
     result["not finite"] = not_finite(here)
     result["halves"] = halves(here)
+    result["16 bit"] = in_16_bit(here)
+    result["one by one"] = one_by_one(here)
     result["drawn"] = drawn(here)
     result["refused"] = refused(here)
     alone = [dist.new_group([rank]) for rank in range(PROCESSES)][here.rank]
@@ -200,6 +203,39 @@ def halves(here: Here) -> dict[str, Any]:
     outputs = here.step(reducer, 0, rounded)
     return {"outputs": outputs, "errors": copied(reducer.state_dict()),
             "exact": here.step(here.reducer(SETTINGS["warm"]), 0, exact), "bytes": reducer.bytes_sent}  # fmt: skip
+
+
+def in_16_bit(here: Here) -> dict[str, Any]:
+    """Some steps with bfloat16 gradients under scales, and a new reducer in the middle that loads the state."""
+    reducer, outputs, scales = here.reducer(SETTINGS["warm"]), [], {"wide": 8.0, "tall": 3.0}
+    for step in range(STEPS):
+        if step == STEPS // 2:
+            saved = copied(reducer.state_dict())
+            reducer = PowerSgdReducer(SETTINGS["warm"], here.place, COLUMNS, shards=PARTS)
+            reducer.load_state_dict(saved)
+        found = {name: (value * scales.get(name, 1.0)).bfloat16() for name, value in gradients(here.rank, step).items()}
+        reducer.reduce(found.items(), step, scales)
+        outputs.append(found)
+    again, undisturbed = here.reducer(SETTINGS["warm"]), []
+    for step in range(STEPS):
+        found = {name: (value * scales.get(name, 1.0)).bfloat16() for name, value in gradients(here.rank, step).items()}
+        again.reduce(found.items(), step, scales)
+        undisturbed.append(found)
+    return {"scales": scales, "outputs": outputs, "undisturbed": undisturbed, "state": copied(again.state_dict())}
+
+
+def one_by_one(here: Here) -> dict[str, Any]:
+    """Warm, a matrix at a time; and a NaN in one of them."""
+    together, compression.TOGETHER = compression.TOGETHER, 1
+    reducer = here.reducer(SETTINGS["warm"])
+    outputs = [here.step(reducer, step) for step in range(STEPS)]
+    state, sent = copied(reducer.state_dict()), reducer.bytes_sent
+    found = gradients(here.rank, STEPS)
+    if here.rank >= PARTS:
+        found["wide"][3, 4] = torch.nan
+    broken = here.step(reducer, STEPS, found)
+    compression.TOGETHER = together
+    return {"outputs": outputs, "state": state, "bytes": sent, "broken": broken, "after": list(reducer.state_dict())}
 
 
 def drawn(here: Here) -> dict[str, Tensor]:

@@ -30,6 +30,9 @@ def command(
     ] = None,
     share: Annotated[float, typer.Option(help="Share of the peak that training reaches: a guess.")] = 0.3,
     price: Annotated[float | None, typer.Option(min=0.0, help="Of a GPU for an hour.", show_default=False)] = None,
+    disk: Annotated[
+        str, typer.Option(metavar="SIZE", help="What a machine writes of a checkpoint in a second: a guess.")
+    ] = "1GB",
     table: Annotated[
         bool, typer.Option("--table", help="Compression by PowerSGD: of RECIPE, or of all in recipes/ that have it.")
     ] = False,
@@ -73,7 +76,8 @@ def command(
     if recipe is None:
         raise UserError("dalle plan: name a recipe, such as recipes/12b.yaml, or give --table")
     settings = read_recipe(recipe, set_)
-    assumed = assume(settings, peak_tflops, share=share, interconnect=rate, price=price)
+    written = float(parse_bytes(disk, "--disk"))
+    assumed = assume(settings, peak_tflops, share=share, interconnect=rate, price=price, disk=written)
     found = plan(settings, Machines(gpus_per_node, nodes, memory), assumed)
     if as_json:
         typer.echo(json.dumps(found, indent=2))

@@ -16,11 +16,13 @@ sides come to 7 d and 9 d / m, for m = 8 to 65 r / (96 d).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 Shape = tuple[int, int]
 GPUS_PER_MACHINE = 8
 """Of the paper's machines (section 2.4)."""
+TOGETHER = 32 * 2**20
+"""Numbers of the matrices that are compressed at a time, or of one that has more."""
 
 
 def shard_rank(rank: int, shards: int) -> int:
@@ -58,6 +60,18 @@ def compression(shapes: Iterable[Shape], rank: int, min_compression: float = 1.0
     shapes = list(shapes)
     whole = sum(rows * columns for rows, columns in shapes)
     return 1 - sum(sent(shape, rank, min_compression) for shape in shapes) / whole
+
+
+def shapes_together(shapes: Sequence[Shape]) -> Iterator[slice]:
+    """Which of a process's matrices, in their order, are compressed at a time: places of TOGETHER numbers at most."""
+    first, numbers = 0, 0
+    for place, (rows, columns) in enumerate(shapes):
+        if place > first and numbers + rows * columns > TOGETHER:
+            yield slice(first, place)
+            first, numbers = place, 0
+        numbers += rows * columns
+    if shapes:
+        yield slice(first, len(shapes))
 
 
 def paper_compression(d_model: int, rank: int, gpus: int = GPUS_PER_MACHINE) -> float:

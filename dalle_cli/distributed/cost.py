@@ -27,6 +27,8 @@ class Assumptions:
     """Bits a second that a machine's link to the others carries, each way."""
     price: float | None = None
     """Of a GPU for an hour."""
+    disk: float = 1e9
+    """Bytes a second that a machine writes to where checkpoints go: a guess too."""
 
 
 def assume(recipe: Recipe, peak_tflops: float | None = None, **given: Any) -> Assumptions:

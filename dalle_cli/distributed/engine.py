@@ -115,7 +115,9 @@ class Sharded:
         self.reducer: PowerSgdReducer | None = None
         if powersgd.rank and nodes.across.size > 1:
             columns = {name: p.shape[1] for name, p in prior.decayed_parameters().items()}
-            self.reducer = PowerSgdReducer(powersgd, nodes.across.processes, columns, nodes.inside.size, seed)
+            self.reducer = PowerSgdReducer(
+                powersgd, nodes.across.processes, columns, nodes.inside.size, seed, group.device
+            )
 
     def micro_batch(self, last: bool) -> None:
         for module in self._modules:
@@ -255,20 +257,19 @@ class Sharded:
         index = {name: 0 if scaling is None else scaling.scale_index(p) for name, p in self.parameters.items()}
         scales = [1.0] if scaling is None else scaling.values()
         broken = self._broken([index[name] for name in self.parameters], len(scales))
-        left_out, gradients = [], []
+        left_out, used, scale_of = [], [], {}
         for name in self._sharded:
             gradient = cast(Tensor, self.parameters[name].grad)
             if broken[index[name]]:
                 gradient.fill_(torch.nan)
                 left_out.append(name)
             else:
-                unscaled = gradient.to(self.group.device, torch.float32, copy=True).div_(scales[index[name]])
-                gradients.append((name, unscaled))
+                used.append((name, gradient))
+                scale_of[name] = scales[index[name]]
         reducer.clear(left_out)
-        reducer.reduce(gradients, update)
-        for name, mean in gradients:
-            total = mean.mul_(self.nodes.across.size * scales[index[name]])
-            cast(Tensor, self.parameters[name].grad).copy_(total)
+        reducer.reduce(used, update, scale_of)
+        for _, gradient in used:
+            gradient.mul_(self.nodes.across.size)
 
     def _broken(self, indices: list[int], count: int) -> list[bool]:
         """Under which of ``count`` scales a gradient is not finite on one of the processes.

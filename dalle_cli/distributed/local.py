@@ -50,13 +50,15 @@ def start_processes(count: int, command: Sequence[str]) -> None:
             signal.signal(which, handler)
     if first is None:
         return
+    hung = [str(rank) for rank, process in enumerate(processes) if process.poll() is None]
     _end(processes)
     codes = {process.returncode for process in processes}
     if len(codes) == 1 and (code := codes.pop()) > 0:
         raise SystemExit(code)
+    others = f"process {', '.join(hung)} hung and was ended" if hung else "ended the others"
     raise UserError(
-        f"process {first} of {count} {_how(processes[first].returncode)}; ended the others: see what they said, and "
-        "start again: training goes on from the last checkpoint"
+        f"process {first} of {count} {_how(processes[first].returncode)}; {others}: see what they said, and start "
+        "again: training goes on from the last checkpoint"
     )
 
 

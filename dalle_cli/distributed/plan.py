@@ -7,7 +7,17 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dalle_cli.distributed.cost import HOUR, Assumptions, count_flops
-from dalle_cli.distributed.memory import Counts, Held, Machines, Peaks, count_parameters, held, peaks, shards_of
+from dalle_cli.distributed.memory import (
+    Counts,
+    Held,
+    Machines,
+    count_parameters,
+    held,
+    shards_of,
+    uses_powersgd,
+)
+from dalle_cli.distributed.peaks import Peaks, peaks
+from dalle_cli.distributed.saving import saving
 from dalle_cli.distributed.traffic import between_machines
 from dalle_cli.errors import UserError
 from dalle_cli.recipes.schema import Recipe
@@ -16,6 +26,8 @@ from dalle_cli.training.held_out import VALIDATION_BATCH
 RESERVE = 0.1
 """Of a process's memory that a plan leaves for what is not counted."""
 MOST_GPUS = 1024
+EMA_EVERY = 25
+"""Updates from one step of the average to the next where it is proposed: the paper's (appendix E.2)."""
 
 Value = bool | int | str
 
@@ -160,6 +172,10 @@ def _ladder(recipe: Recipe, machines: Machines) -> Iterator[tuple[str, Value]]:
     if machines.gpus > 1:
         for zero in range(stage.sharding.zero + 1, 4):
             yield "prior.sharding.zero", zero
+    if not machines.on_cpu and stage.training.ema_every == 1 and stage.training.updates >= EMA_EVERY:
+        yield "prior.training.ema_every", EMA_EVERY
+    if not machines.on_cpu and uses_powersgd(stage, machines) and stage.powersgd.offload == "none":
+        yield "prior.powersgd.offload", "cpu"
     if machines.gpus > 1 and not machines.on_cpu and stage.sharding.offload == "none":
         yield "prior.sharding.offload", "cpu"
     if stage.precision == "fp32":
@@ -254,6 +270,7 @@ def _time(recipe: Recipe, counts: Counts, machines: Machines, assumed: Assumptio
         for name, size in on_link.items()
     }
     step = compute + (seconds["sent"] or 0.0)
+    saved = saving(recipe.prior, counts, machines)
     hours = training.updates * step / HOUR
     tokens = recipe.tokenizer.text_length + recipe.grid**2
     return {
@@ -262,6 +279,15 @@ def _time(recipe: Recipe, counts: Counts, machines: Machines, assumed: Assumptio
             "a_machine_on_the_link": on_link,
             "seconds": seconds,
             "compression": 1 - traffic.sent / traffic.whole,
+        },
+        "checkpoint": {
+            "bytes": saved.whole,
+            "model": saved.model,
+            "each_process": saved.own,
+            "first_machine": saved.first_machine,
+            "seconds": saved.seconds(assumed.disk),
+            "every_updates": saved.every,
+            "share": saved.share(assumed.disk, step),
         },
         "time": {
             "model_flops": training.batch_size * flops.model,
@@ -289,7 +315,8 @@ def _assumptions(machines: Machines, assumed: Assumptions) -> list[str]:
         f"a GPU does {assumed.peak_flops / 1e12:g} TFLOP/s at its peak (--peak-tflops), and training "
         f"{assumed.share:.0%} of that (--share)",
         *([link] if machines.nodes > 1 else []),
-        "the time of traffic inside a machine and to a host, of reading, validation and saving is in that share",
+        "the time of traffic inside a machine and to a host, of reading and validation is in that share",
+        f"a machine writes checkpoints at {assumed.disk / 1e9:g} GB a second (--disk), and training waits for it",
         f"{RESERVE:.0%} of memory is left for what is no tensor of training: contexts, libraries' buffers, fragments",
         "captions fill all text positions; samples are shared evenly",
         *([f"a GPU costs {assumed.price:g} an hour (--price)"] if assumed.price is not None else []),

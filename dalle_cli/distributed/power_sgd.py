@@ -9,7 +9,9 @@ For each matrix's gradient M, to which what was not sent before has been added (
 As in the paper (Ramesh et al. 2021, section 2.4) each process does so with its shard of the gradient, already averaged
 within its machine, and with the processes that hold the same shard in the other machines. P is orthonormalised by
 Householder reflections, as there. They give an orthonormal basis even of a P without full rank, zeros among it, so that
-no small multiple of the identity need be added. Unlike there all is in 32 bit.
+no small multiple of the identity need be added. What is kept of a 16-bit gradient is in 16 bit, as there (appendix
+E.2); unlike there everything is computed and sent in 32 bit. Few matrices at a time are, so that an update needs room
+for those few and not for the model.
 """
 
 from __future__ import annotations
@@ -21,26 +23,32 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dalle_cli.distributed.compression import Shape, factor_rank, is_compressed, shard_rank
+from dalle_cli.distributed.compression import Shape, factor_rank, is_compressed, shapes_together, shard_rank
+from dalle_cli.distributed.kept import Kept
 from dalle_cli.randomness import torch_generator
 from dalle_cli.recipes.schema import PowerSgd
 from dalle_cli.training.parallel import buckets
 
 
 class _Matrix(NamedTuple):
-    """A gradient that goes through factors, as the (M, N) matrix ``total`` with what was not sent before."""
+    """A gradient that goes through factors as an (M, N) matrix, once it is divided by its scale."""
 
     name: str
     gradient: Tensor
     shape: Shape
-    total: Tensor
+    scale: float
+
+    @property
+    def packed(self) -> bool:
+        """Whether what is kept of it takes 16 bit."""
+        return self.gradient.dtype != torch.float32
 
 
 class PowerSgdReducer:
     """Averages gradients over ``group``: matrices through factors, everything else whole.
 
     It knows nothing of what trains: the caller hands it gradients of this process's shards that are averaged over its
-    machine, complete for the update, and under no gradient scale.
+    machine and complete for the update.
 
     Args:
         settings: the recipe's ``prior.powersgd``.
@@ -49,7 +57,8 @@ class PowerSgdReducer:
             and a last one that is not full counts as filled with zeros. Others (embeddings, gains, biases) are not
             named.
         shards: processes that a matrix's gradient is split among, which share the rank.
-        seed: of the factors that Q begins with.
+        seed: of the factors that Q begins with, and of the rounding of errors in 16 bit.
+        device: where ``group`` communicates, and the work is done; by default where a gradient is.
 
     Attributes:
         bytes_sent: bytes that this process has handed to collectives of ``group`` so far. What a link carries of them
@@ -63,13 +72,13 @@ class PowerSgdReducer:
         columns: Mapping[str, int],
         shards: int = 1,
         seed: int = 0,
+        device: torch.device | None = None,
     ) -> None:
-        self.settings, self.group, self.columns, self.seed = settings, group, columns, seed
+        self.settings, self.group, self.columns, self.seed, self.device = settings, group, columns, seed, device
         self.rank = shard_rank(settings.rank, shards)
-        self.machines = dist.get_world_size(group)
+        self.machines, self.machine = dist.get_world_size(group), dist.get_rank(group)
         self.bytes_sent = 0
-        self._errors: dict[str, Tensor] = {}
-        self._factors: dict[str, Tensor] = {}
+        self._kept = Kept(on_host=settings.offload == "cpu")
 
     def shape(self, name: str, gradient: Tensor) -> Shape | None:
         """The matrix that ``gradient``, the shard of the parameter ``name``, is compressed as; None if it is not."""
@@ -80,19 +89,23 @@ class PowerSgdReducer:
         return shape if is_compressed(shape, self.rank, self.settings.min_compression) else None
 
     @torch.no_grad()
-    def reduce(self, named: Iterable[tuple[str, Tensor]], update: int) -> None:
+    def reduce(
+        self, named: Iterable[tuple[str, Tensor]], update: int, scales: Mapping[str, float] | None = None
+    ) -> None:
         """Replace each gradient, of any shape and in 16 or 32 bit, by (an approximation of) its mean over the machines.
 
         Every process of the group must name the same ones in the same order. All machines get the same bytes, if
-        their processors and libraries do. If one that goes through factors is not finite, all that do come out as NaN,
-        and what had not been sent of them before is forgotten.
+        their processors and libraries do. If one that goes through factors is not finite, it and those that travel with
+        it come out as NaN, and what had not been sent of them before is forgotten.
 
         Args:
             named: gradients by their parameters' names; a resblock that is left out of an update is left out here.
             update: how many updates went before.
+            scales: what gradients are multiplied by, 1 by default. What was not sent is kept without it.
         """
         if self.machines == 1:
             return
+        scales = scales or {}
         whole: list[Tensor] = []
         matrices: list[_Matrix] = []
         for name, gradient in named:
@@ -100,13 +113,15 @@ class PowerSgdReducer:
             if shape is None:
                 whole.append(gradient)
             else:
-                matrices.append(_Matrix(name, gradient, shape, self._add_up(name, gradient, shape)))
+                matrices.append(_Matrix(name, gradient, shape, scales.get(name, 1.0)))
         for gradient, mean in self._means(whole):
             gradient.copy_(mean)
-        if not self._reduce_matrices(matrices):
-            for matrix in matrices:
-                matrix.gradient.fill_(torch.nan)
-            self.clear(matrix.name for matrix in matrices)
+        for places in shapes_together([matrix.shape for matrix in matrices]):
+            together = matrices[places]
+            if not self._reduce_matrices(together, update):
+                for matrix in together:
+                    matrix.gradient.fill_(torch.nan)
+                self.clear(matrix.name for matrix in together)
 
     def clear(self, names: Iterable[str] | None = None) -> None:
         """Forget what was not sent of the gradients of ``names``, or of all.
@@ -114,18 +129,16 @@ class PowerSgdReducer:
         For an update that was skipped although its gradients were reduced: what was sent of them is lost, and what was
         not would come alone. (An update that is skipped before ``reduce`` needs no clearing.)
         """
-        for name in list(self._errors) if names is None else names:
-            self._errors.pop(name, None)
+        self._kept.forget([f"error.{name}" for name in (self.columns if names is None else names)])
 
     def state_dict(self) -> dict[str, Tensor]:
         """What training goes on from, of this very process: ``error.NAME`` and, with a warm start, ``factor.NAME``.
 
-        The tensors are not copies: the next ``reduce`` changes them.
+        Of 16-bit gradients they are codes of the format 1-6-9 (uint16). The tensors are not copies: the next ``reduce``
+        changes them.
         """
-        state = {f"error.{name}": error for name, error in self._errors.items()}
-        if self.settings.warm_start:
-            state |= {f"factor.{name}": factor for name, factor in self._factors.items()}
-        return state
+        state = self._kept.tensors()
+        return state if self.settings.warm_start else {k: v for k, v in state.items() if k.startswith("error.")}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go back to what ``state_dict`` gave.
@@ -133,66 +146,77 @@ class PowerSgdReducer:
         Raises:
             ValueError: a key that is of no matrix.
         """
-        self._errors, self._factors = {}, {}
-        for key, tensor in state.items():
+        for key in state:
             kind, _, name = key.partition(".")
             if kind not in ("error", "factor") or name not in self.columns:
                 raise ValueError(f"{key!r} is no part of PowerSGD's state of these parameters")
-            (self._errors if kind == "error" else self._factors)[name] = tensor.clone()
+        self._kept.load(state)
 
-    def _add_up(self, name: str, gradient: Tensor, shape: Shape) -> Tensor:
-        """What is to be sent, (M, N): the gradient and what was not sent before, in whose place it stands."""
-        total = self._kept(self._errors, name, shape, gradient.device)
+    def _total(self, matrix: _Matrix) -> Tensor:
+        """What is to be sent, (M, N) in 32 bit: the gradient and what was not sent before."""
+        device = self.device or matrix.gradient.device
+        total = self._kept.read(f"error.{matrix.name}", matrix.shape, device)
         if total is None:
-            total = torch.zeros(shape, device=gradient.device)
-        total.view(-1)[: gradient.numel()] += gradient.flatten()
-        if self.settings.error_feedback:
-            self._errors[name] = total
+            total = torch.zeros(matrix.shape, device=device)
+        gradient = matrix.gradient.to(device).flatten()
+        total.view(-1)[: gradient.numel()].add_(gradient, alpha=1 / matrix.scale)
         return total
 
-    def _factor(self, matrix: _Matrix) -> Tensor:
+    def _factor(self, matrix: _Matrix, device: torch.device) -> Tensor:
         """Q, (N, r): the last update's, or the Gaussian one of the start, the same on every machine.
 
         Without a warm start it stays that one, as in the paper (section 2.4), where it made no difference.
         """
-        size, device = (matrix.shape[1], factor_rank(matrix.shape, self.rank)), matrix.total.device
-        factor = self._kept(self._factors, matrix.name, size, device)
+        key, size = f"factor.{matrix.name}", (matrix.shape[1], factor_rank(matrix.shape, self.rank))
+        factor = self._kept.read(key, size, device)
         if factor is None:
-            factor = torch.randn(size, generator=torch_generator(self.seed, "power-sgd", matrix.name)).to(device)
-        self._factors[matrix.name] = factor
+            drawn = torch.randn(size, generator=torch_generator(self.seed, "power-sgd", matrix.name))
+            self._kept.write(key, drawn.to(device), matrix.packed)
+            # As a run that goes on reads it.
+            return self._factor(matrix, device)
         return factor
 
-    @staticmethod
-    def _kept(kept: Mapping[str, Tensor], name: str, shape: Shape, device: torch.device) -> Tensor | None:
-        found = kept.get(name)
-        if found is not None and found.shape != shape:
-            raise ValueError(f"PowerSGD's state of {name} is {tuple(found.shape)}, its shard and rank make it {shape}")
-        return None if found is None else found.to(device)
+    def _keep(self, matrix: _Matrix, left: Tensor, factor: Tensor, update: int) -> None:
+        """For the next update: what was ``left`` unsent, and Q.
 
-    def _reduce_matrices(self, matrices: list[_Matrix]) -> bool:
+        Errors in 16 bit are rounded stochastically: what an update adds may be less than half the distance between
+        neighbouring codes, update after update, and the nearest code would lose it all.
+        """
+        if self.settings.error_feedback:
+            what = ("power-sgd-error", matrix.name, update, self.machine)
+            noise = torch_generator(self.seed, *what, device=left.device) if matrix.packed else None
+            self._kept.write(f"error.{matrix.name}", left, matrix.packed, noise)
+        if self.settings.warm_start:
+            self._kept.write(f"factor.{matrix.name}", factor, matrix.packed)
+
+    def _reduce_matrices(self, matrices: list[_Matrix], update: int) -> bool:
         """Steps P and Q of all, with few messages for each; False where something was not finite."""
-        products = [matrix.total @ self._factor(matrix) for matrix in matrices]
+        totals = [self._total(matrix) for matrix in matrices]
+        products = [total @ self._factor(matrix, total.device) for matrix, total in zip(matrices, totals, strict=True)]
         left = [mean for _, mean in self._means(products)]
+        del products
         if not _all_finite(left):
             return False
         left = [torch.linalg.qr(p).Q for p in left]
-        own = [matrix.total.T @ p for matrix, p in zip(matrices, left, strict=True)]
+        own = [total.T @ p for total, p in zip(totals, left, strict=True)]
         right = [mean for _, mean in self._means(own)]
         if not _all_finite(right):
             return False
-        for matrix, p, own_q, q in zip(matrices, left, own, right, strict=True):
-            matrix.gradient.copy_((p @ q.T).flatten()[: matrix.gradient.numel()].view_as(matrix.gradient))
+        for matrix, total, p, own_q, q in zip(matrices, totals, left, own, right, strict=True):
+            mean = (p @ q.T).mul_(matrix.scale).view(-1)[: matrix.gradient.numel()]
+            matrix.gradient.copy_(mean.view_as(matrix.gradient))
+            del mean
             # Less its own product, what is left to a machine lies beside P. Less the mean one it would hold how far its
             # gradients are from the mean too, which cancels among the machines but grows from update to update.
-            matrix.total.addmm_(p, own_q.T, alpha=-1)
-            if self.settings.warm_start:
-                self._factors[matrix.name] = q.clone()
+            total.addmm_(p, own_q.T, alpha=-1)
+            self._keep(matrix, total, q.clone(), update)
         return True
 
     def _means(self, tensors: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Each of ``tensors`` with its mean over the machines, in 32 bit; many travel in one message."""
         for bucket in buckets(tensors):
-            flat = torch.cat([tensor.flatten() for tensor in bucket]).float()
+            flat = torch.cat([tensor.flatten() for tensor in bucket])
+            flat = flat.to(self.device or flat.device).float()
             self.bytes_sent += flat.nbytes
             dist.all_reduce(flat, group=self.group)
             flat /= self.machines

@@ -129,8 +129,9 @@ def _between(found: dict[str, Any]) -> list[Table]:
 
 
 def _time(found: dict[str, Any]) -> Table:
-    time = found["time"]
+    time, saved = found["time"], found["checkpoint"]
     days = time["hours"] / 24
+    own = f", and {size(saved['each_process'])} of each process" if saved["each_process"] else ""
     return pairs_table(
         "Time",
         [
@@ -140,6 +141,11 @@ def _time(found: dict[str, Any]) -> Table:
             ("MFU", f"{time['mfu']:.1%}"),
             ("training", f"{time['updates']:,} updates: {days:,.1f} days, {time['gpu_hours']:,.0f} GPU hours"),
             ("cost", f"{time['cost']:,.0f}" if time["cost"] is not None else None),
+            ("checkpoint", f"{size(saved['bytes'])}: {size(saved['model'])}{own}"),
+            (
+                "  saving it",
+                f"{saved['seconds']:,.3g} s every {saved['every_updates']:,} updates: {saved['share']:.2%} of the time",
+            ),
         ],
     )
 

@@ -128,9 +128,9 @@ class DvaeObjective(Settings):
     kl_weight: Ramp = Field(Ramp(start=0.0, end=6.6, updates=5000), description="beta of the ELBO")
     marginal_kl_weight: Ramp = Field(
         Ramp(start=0.0, end=0.0, updates=0),
-        description="extra weight of the KL of a batch's mean posterior: above 0 it keeps codes in use while the decoder "
-        "is poor; below 0, for the end of a run, it is a price on the codes' entropy, so that what one code can say is "
-        "not said by many; 0 in the paper",
+        description="extra weight of the KL of a batch's mean posterior: above 0 it keeps codes in use while the "
+        "decoder is poor; below 0, for the end of a run, it is a price on the codes' entropy, so that what one code "
+        "can say is not said by many; 0 in the paper",
     )
     temperature: Ramp = Field(Ramp(start=1.0, end=1 / 16, updates=150_000), description="tau of the Gumbel-softmax")
     ln_b_floor: float = Field(
@@ -167,7 +167,14 @@ class Training(Settings):
     updates: Positive
     batch_size: Positive = Field(description="samples an update, over all processes")
     micro_batch: Positive | None = Field(None, description="samples a forward pass; the rest is accumulated")
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.999, description="of the weights' moving average, an update; early in training it is less"
+    )
+    ema_every: Positive = Field(
+        1,
+        description="updates from one step of the average to the next, by ema_decay to that power: above 1 it waits in "
+        "the host's memory, and up to so many updates behind (25 in the paper)",
+    )
     log_every: Positive = 50
     validate_every: Positive = 1000
     validation_samples: Positive = Field(1024, description="held-out samples scored at each validation")
@@ -180,6 +187,15 @@ class Training(Settings):
         if self.micro_batch is not None and self.batch_size % self.micro_batch:
             raise ValueError(
                 f"micro_batch {self.micro_batch} does not divide batch_size {self.batch_size}; choose a divisor"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _average_moves(self) -> Training:
+        if self.ema_every > self.updates:
+            raise ValueError(
+                f"ema_every {self.ema_every} is above updates {self.updates}, so that the average would stay what "
+                "weights began as; lower it"
             )
         return self
 
@@ -199,8 +215,8 @@ class DvaeSettings(Settings):
         marginal = self.objective.marginal_kl_weight
         if marginal.start < 0:
             raise ValueError(
-                f"objective.marginal_kl_weight starts at {marginal.start}, which would leave one code in use; start it at "
-                "0 or above, only its end may be negative"
+                f"objective.marginal_kl_weight starts at {marginal.start}, which would leave one code in use; start it "
+                "at 0 or above, only its end may be negative"
             )
         if (marginal.start or marginal.end) and self.training.micro_batch is not None:
             raise ValueError(
@@ -277,6 +293,9 @@ class PowerSgd(Settings):
     start_update: Annotated[int, Field(ge=0)] = Field(0, description="updates before it send gradients whole")
     min_compression: Annotated[float, Field(ge=0)] = Field(
         1.0, description="a matrix is compressed if its factors are more than so many times smaller; 1: break-even"
+    )
+    offload: Literal["none", "cpu"] = Field(
+        "none", description="where what was not sent, and factors, wait for the next update: on the GPU, or its host"
     )
 
 

@@ -141,6 +141,7 @@ class Run:
                 self.scaling,
                 self.recipe.seed,
                 engine,
+                self.training.ema_every,
             )
             resumed = self._resume(state)
             start, metrics = (resumed.step, dict(resumed.metrics)) if resumed else (0, {})
@@ -244,6 +245,7 @@ class Run:
     def _validate(self, state: TrainingState, step: int, journal: Journal, bar: Progress) -> dict[str, float]:
         """Scalars under the averaged weights, and ``raw_`` ones under the raw; none where nothing is held out."""
         self.task.model.eval()
+        state.optimizer.zero_grad(set_to_none=True)  # for the room they take
         with torch.no_grad():
             raw = self.task.validate(step)
             if not raw:

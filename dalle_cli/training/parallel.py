@@ -23,10 +23,13 @@ from torch import Tensor, nn
 from dalle_cli.distributed.topology import read_launch
 from dalle_cli.errors import UserError
 from dalle_cli.training.device import choose_device
+from dalle_cli.training.roll_call import describe, roll_call
 from dalle_cli.training.stopping import Stopped
 
-TIMEOUT = timedelta(minutes=30)
+TIMEOUT = timedelta(minutes=10)
 """A process waits so long for the others: longer than a validation or the saving of a checkpoint takes."""
+TIMEOUT_VARIABLE = "DALLE_TIMEOUT"
+"""Of the environment: seconds in place of TIMEOUT, for a disk that takes longer to save to, or a test."""
 BUCKET = 32 * 2**20
 """Bytes of gradients that travel at once."""
 _CPU = torch.device("cpu")
@@ -147,9 +150,10 @@ class Group:
             if not (isinstance(error, dist.DistError) or _COMMUNICATION.search(str(error))):
                 raise
             reason = re.sub(r"^\[[^]]*\] *", "", str(error).splitlines()[0])
+            first, count = (self.rank, self.size) if self.within is None else (dist.get_rank(), dist.get_world_size())
             raise UserError(
-                f"process {self.rank} of {self.size}: lost the others ({reason}); one of them ended or hangs, see what "
-                "it said; end them all and start again: training goes on from the last checkpoint"
+                f"process {first} of {count}: lost the others ({reason}); {describe(roll_call(first, count))}; see "
+                "what was said last, end them all and start again: training goes on from the last checkpoint"
             ) from error
 
 
@@ -161,18 +165,19 @@ def join_group() -> Iterator[Group]:
     """This process's group as the launcher's environment describes it, and its device.
 
     Raises:
-        UserError: the environment contradicts itself or this machine, or the others do not come within TIMEOUT.
+        UserError: the environment contradicts itself or this machine, or the others do not come within TIMEOUT, or
+            the seconds that the environment's DALLE_TIMEOUT says.
     """
     launch = read_launch()
     group = Group(launch.rank, launch.size, choose_device(launch.local_rank), launch.local_size)
     if group.size == 1:
         yield group
         return
-    on_gpu = group.device.type == "cuda"
+    on_gpu, timeout = group.device.type == "cuda", _timeout()
     os.environ.update(launch.meeting)
     with group.explained():
         dist.init_process_group(
-            "nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=group.device if on_gpu else None
+            "nccl" if on_gpu else "gloo", timeout=timeout, device_id=group.device if on_gpu else None
         )
     try:
         yield group
@@ -181,6 +186,16 @@ def join_group() -> Iterator[Group]:
         raise
     # Not after an error: the others may never answer, and the process ends anyway.
     dist.destroy_process_group()
+
+
+def _timeout() -> timedelta:
+    if not (told := os.environ.get(TIMEOUT_VARIABLE)):
+        return TIMEOUT
+    if not told.isdigit() or not int(told):
+        raise UserError(
+            f"environment: {TIMEOUT_VARIABLE} is {told!r}, not a whole number of seconds; correct or unset it"
+        )
+    return timedelta(seconds=int(told))
 
 
 def buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:

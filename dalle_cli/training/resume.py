@@ -17,6 +17,7 @@ _FREE_KEYS = (
     "training.workers",
     "training.micro_batch",
     "model.checkpoint_resblocks",
+    "powersgd.offload",
 )
 # What may change too, but is said: sums are added up in another order.
 _NAMED_KEYS = tuple(f"sharding.{key}" for key in ("zero", "offload", "node_size"))

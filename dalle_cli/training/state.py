@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -27,7 +28,8 @@ class TrainingState:
 
     With a ``scaling`` the model is trained in 16 bit, by ``precision.adam`` with rounding noise from ``seed``. The
     average of the weights is in 32 bit always. Weights, average and moments are of this process's parts of the
-    parameters, as the ``engine`` deals them out; by default it holds the whole model, alone.
+    parameters, as the ``engine`` deals them out; by default it holds the whole model, alone. With ``ema_every`` above 1
+    the average is in the host's memory (as in the paper, appendix E.2), as what is touched so rarely may be.
     """
 
     def __init__(
@@ -39,12 +41,13 @@ class TrainingState:
         scaling: GradientScaling | None = None,
         seed: int = 0,
         engine: Engine | None = None,
+        ema_every: int = 1,
     ) -> None:
-        self.model = model
+        self.model, self.ema_every = model, ema_every
         self.engine = Replicated(model, ALONE) if engine is None else engine
         named = self.engine.parameters
         self.names, self.parameters = list(named), list(named.values())
-        self.ema = [p.detach().float().clone() for p in self.parameters]
+        self.ema = [self._beside(p).copy_(p.detach()) for p in self.parameters]
         self.scaling = scaling
         self.optimizer = _build_optimizer(named, decayed, adam, None if scaling is None else seed)
         self.plateau = Plateau(rate)
@@ -72,15 +75,24 @@ class TrainingState:
 
     @torch.no_grad()
     def average(self, decay: float, step: int) -> None:
-        """Take the weights into their moving average, after the update that follows ``step`` updates."""
-        decay = min(decay, (1 + step) / (EMA_WARMUP + step))
+        """Take the weights into their moving average, after the update that follows ``step`` updates.
+
+        Of ``ema_every`` updates the last one does, by the decays of all.
+        """
+        done = step + 1
+        if done % self.ema_every:
+            return
+        decays = (min(decay, (1 + t) / (EMA_WARMUP + t)) for t in range(done - self.ema_every, done))
+        share = 1 - math.prod(decays)
         for averaged, parameter in zip(self.ema, self.parameters, strict=True):
-            averaged.lerp_(parameter.detach().float(), 1 - decay)  # one by one: 16-bit weights are copied for it
+            # One by one: 16-bit weights are copied for it.
+            averaged.lerp_(parameter.detach().to(averaged.device).float(), share)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Inside the block, the model's weights are the averaged ones."""
-        kept = [p.detach().clone() for p in self.parameters]
+        """Inside the block, the model's weights are the averaged ones; theirs are where the average is otherwise."""
+        parameters = [p.detach() for p in self.parameters]
+        kept = [p.to(averaged.device, copy=True) for p, averaged in zip(parameters, self.ema, strict=True)]
         self._set(self.ema)
         try:
             yield
@@ -156,6 +168,11 @@ class TrainingState:
             self.scaling.scales.load_state_dict(state["scales"])
             self.skipped_updates = state.get("skipped_updates", 0)
             self.scaling.hand_out()
+
+    def _beside(self, parameter: Tensor) -> Tensor:
+        """Room for the average of ``parameter``."""
+        place = parameter.device if self.ema_every == 1 else torch.device("cpu")
+        return torch.empty_like(parameter, dtype=torch.float32, device=place)
 
     @torch.no_grad()
     def _read(self, files: TensorFiles, targets: Sequence[Tensor]) -> None:
