@@ -240,7 +240,7 @@ def test_exporting_one_file_and_what_is_refused(recipe: Recipe, tmp_path: Path, 
     assert (exported.path / "ema.safetensors").read_bytes() == (path / "ema.safetensors").read_bytes()
     assert exported.identity == open_checkpoint(path).identity == exported.files["ema.safetensors"]
     assert "is there already" in call("export", path, tmp_path / "out").mistake()
-    assert "no size; give one such as 5GB" in call("export", path, tmp_path / "new", "--shard-size", "big").mistake()
+    assert "write bytes, such as 16GB" in call("export", path, tmp_path / "new", "--shard-size", "big").mistake()
     assert "holds no checkpoint" in call("export", tmp_path).mistake()
     (path / "ema.safetensors").write_bytes(b"damaged")
     assert "ema.safetensors: damaged" in call("export", path, tmp_path / "new").mistake()

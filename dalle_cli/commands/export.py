@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dalle_cli.errors import UserError
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+from dalle_cli.distributed.units import parse_bytes
 
 
 def command(
@@ -28,17 +25,10 @@ def command(
 
     Example: [bold]dalle export runs/1b/prior shared/1b --shard-size 5GB[/bold]
     """
-    largest = None if shard_size is None else _bytes(shard_size)
+    largest = None if shard_size is None else parse_bytes(shard_size, "--shard-size")
 
     from dalle_cli.stores.checkpoint import open_checkpoint
     from dalle_cli.stores.export import export_checkpoint
 
     found = open_checkpoint(checkpoint)
     typer.echo(export_checkpoint(found, out or found.path.parent / "exported", largest).path)
-
-
-def _bytes(text: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip(), re.IGNORECASE)
-    if found is None or not (size := int(float(found[1]) * _UNITS[found[2].upper()])):
-        raise UserError(f"--shard-size {text}: no size; give one such as 5GB or 500MB")
-    return size
