@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -21,9 +22,12 @@ from PIL import Image
 from running import ENVIRONMENT, Chain, Done, run, smallest_recipe, write_recipe
 
 from dalle_cli.data.sources import open_source
+from dalle_cli.errors import UserError
+from dalle_cli.recipes.schema import Recipe
 from dalle_cli.stores.checkpoint import open_checkpoint
 from dalle_cli.stores.files import sha256_file
 from dalle_cli.stores.tokens import TokenReader
+from dalle_cli.training.pictures import TrainingPictures
 
 SHORT = ("--set", "dvae.training.updates=2")
 
@@ -95,6 +99,18 @@ def test_pictures_that_break_off_while_training_are_one_line(call: Call, tmp_pat
     for workers in (0, 1):
         refused = call("train-dvae", recipe, "--set", f"dvae.training.workers={workers}").mistake()
         assert f"{data}: 100 samples in a row from " in refused and "Error" not in refused
+
+
+def test_no_worker_outlives_what_it_raised(tmp_path: Path) -> None:
+    """They ignore SIGTERM, which is how Python ends those that are left, before it waits for them."""
+    write_pairs(tmp_path, ["a", "b"])
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.png").write_bytes(b"nothing")
+    source, data = open_source(str(tmp_path)), Recipe().data
+    pictures = TrainingPictures(source, np.arange(2), 32, data, seed=0, batch_size=2, flip=False, workers=2)
+    with pytest.raises(UserError, match="100 samples in a row") as kept:
+        next(pictures.batches(0, 9))
+    assert kept.traceback and not multiprocessing.active_children()
 
 
 def test_a_tar_cut_short_gives_what_precedes(by_hand: Chain, call: Call, tmp_path: Path) -> None:

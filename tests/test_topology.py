@@ -180,7 +180,7 @@ def test_one_that_fails_is_named_and_takes_the_others_along(started, what: str, 
     assert launcher.returncode == 2 and gone(processes)
     first, last = error.splitlines()
     assert first == f"process 1 of 3 {how}; waiting for the others"
-    assert last.startswith(f"process 1 of 3 {how}; ended the others: ")
+    assert last.startswith(f"process 1 of 3 {how}; processes 0, 2 hung and were ended: ")
 
 
 def test_signals_and_exit_codes_are_passed_on(started, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

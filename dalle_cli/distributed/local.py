@@ -55,7 +55,10 @@ def start_processes(count: int, command: Sequence[str]) -> None:
     codes = {process.returncode for process in processes}
     if len(codes) == 1 and (code := codes.pop()) > 0:
         raise SystemExit(code)
-    others = f"process {', '.join(hung)} hung and was ended" if hung else "ended the others"
+    others = "the others ended too"
+    if hung:
+        noun, verb = ("process", "was") if len(hung) == 1 else ("processes", "were")
+        others = f"{noun} {', '.join(hung)} hung and {verb} ended"
     raise UserError(
         f"process {first} of {count} {_how(processes[first].returncode)}; {others}: see what they said, and start "
         "again: training goes on from the last checkpoint"

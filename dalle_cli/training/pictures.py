@@ -72,10 +72,16 @@ class TrainingPictures:
             collate_fn=_stack,
             worker_init_fn=_start_in_training,
         )
+        iterator = iter(loader)
         try:
-            yield from loader
+            yield from iterator
         except BadSample as error:  # from a worker, its message is a traceback that ends with the reason
             raise UserError(str(error).strip().splitlines()[-1].rpartition("BadSample: ")[2]) from None
+        finally:
+            # A traceback may keep the iterator, and so its workers; they ignore the SIGTERM that Python has for those
+            # that are left when it ends, and it would wait for them for ever.
+            if self.workers:
+                iterator._shutdown_workers()  # type: ignore[attr-defined]
 
     def picture(self, row: int, epoch: int) -> tuple[np.ndarray, int]:
         """One augmented picture and the row it is of, which is ``row`` unless that cannot be read."""
