@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from dalle_cli.prior import decode, packed
 from dalle_cli.prior.attention import raster_offsets
-from dalle_cli.prior.decode import Decoder, Prefix, Slots
+from dalle_cli.prior.decode import Cache, Decoder, Prefix, Slots
 from dalle_cli.prior.packed import PackedLinear
 from dalle_cli.prior.transformer import Linear, Prior
 from dalle_cli.recipes.layout import KINDS, AttentionKind
@@ -42,12 +43,20 @@ def inputs(prior: Prior, captions: int, n: int, given: int = 0) -> tuple[Tensor,
     return prior.with_padding(text, length), images
 
 
-def decoded(decoder: Decoder, prefix: Prefix, images: Tensor) -> Tensor:
+Stepping = Callable[[Decoder, Cache], Callable[[int, Tensor], Tensor]]
+"""A way to take decoding steps, from position and token to logits."""
+
+
+def plain(decoder: Decoder, cache: Cache) -> Callable[[int, Tensor], Tensor]:
+    return partial(decoder.step, cache)
+
+
+def decoded(decoder: Decoder, prefix: Prefix, images: Tensor, stepping: Stepping = plain) -> Tensor:
     """Logits (C, n, S - P, V) of the positions behind the prefix."""
-    cache = prefix.fork(images.shape[1])
+    step = stepping(decoder, prefix.fork(images.shape[1]))
     logits = [prefix.logits[:, None].expand(-1, images.shape[1], -1)]
     for position in range(prefix.positions, decoder.image_length - 1):
-        logits.append(decoder.step(cache, position, images[..., position]))
+        logits.append(step(position, images[..., position]))
     return torch.stack(logits, dim=2)
 
 
@@ -58,19 +67,22 @@ def recomputed(prior: Prior, text_ids: Tensor, images: Tensor) -> Tensor:
     return flat.unflatten(0, images.shape[:2])
 
 
+def check_against_the_whole_stream(prior: Prior, captions: int, n: int, stepping: Stepping = plain) -> None:
+    text_ids, images = inputs(prior, captions, n)
+    decoder = Decoder(prior)
+    found = decoded(decoder, decoder.prefill(text_ids), images, stepping)
+    wanted = recomputed(prior, text_ids, images)
+    assert wanted.std() > 0.1
+    assert (found - wanted).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("grid", "text", "kernel"), SIZES)
 @pytest.mark.parametrize(("captions", "n"), [(2, 3), (1, 1)])
 def test_logits_are_those_of_the_whole_stream(
     layout: str, grid: int, text: int, kernel: int, captions: int, n: int
 ) -> None:
-    prior = build(layout, grid, text, kernel)
-    text_ids, images = inputs(prior, captions, n)
-    decoder = Decoder(prior)
-    found = decoded(decoder, decoder.prefill(text_ids), images)
-    wanted = recomputed(prior, text_ids, images)
-    assert wanted.std() > 0.1
-    assert (found - wanted).abs().max() < 1e-4
+    check_against_the_whole_stream(build(layout, grid, text, kernel), captions, n)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

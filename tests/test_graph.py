@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from test_decode import IMAGE_VOCAB, LAYOUTS, build, inputs, recomputed
+from test_decode import IMAGE_VOCAB, LAYOUTS, build, check_against_the_whole_stream, inputs, recomputed
 from torch import Tensor
 
 from dalle_cli.prior.attention import raster_offsets
@@ -22,18 +22,17 @@ def zeroed(cache: Cache) -> Cache:
     return Cache(cache.text, [image.zero_() for image in cache.image])
 
 
+def static(decoder: Decoder, cache: Cache) -> StaticStep:
+    return StaticStep(decoder, zeroed(cache))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("grid", "text", "kernel"), [(3, 1, 5), (5, 7, 3), (8, 16, 11), (12, 16, 5)])
 @pytest.mark.parametrize(("captions", "n"), [(2, 3), (1, 1)])
 def test_logits_are_those_of_the_whole_stream(
     layout: str, grid: int, text: int, kernel: int, captions: int, n: int
 ) -> None:
-    prior = build(layout, grid, text, kernel)
-    text_ids, images = inputs(prior, captions, n)
-    decoder = Decoder(prior)
-    step = StaticStep(decoder, zeroed(decoder.prefill(text_ids).fork(n)))
-    found = torch.stack([step(p, images[..., p]) for p in range(grid**2 - 1)], dim=2)
-    assert (found - recomputed(prior, text_ids, images)[:, :, 1:]).abs().max() < 1e-4
+    check_against_the_whole_stream(build(layout, grid, text, kernel), captions, n, static)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -69,7 +68,7 @@ def test_shapes_and_memory_stand_still() -> None:
     prior = build("row column conv full row conv", 4, 3, 3)
     text_ids, images = inputs(prior, captions=1, n=2)
     decoder = Decoder(prior)
-    step = StaticStep(decoder, zeroed(decoder.prefill(text_ids).fork(2)))
+    step = static(decoder, decoder.prefill(text_ids).fork(2))
     places = [image.data_ptr() for image in step.cache.image] + [step.position.data_ptr(), step.token.data_ptr()]
     seen = set()
     for position in range(15):
