@@ -9,7 +9,8 @@ import pytest
 import torch
 from token_stores import write_tokens
 
-from dalle_cli.prior.train import PriorTask, build_prior, empty_captions
+from dalle_cli.prior.train import PriorTask, empty_captions
+from dalle_cli.prior.transformer import build_prior
 from dalle_cli.recipes.schema import Recipe
 from dalle_cli.stores.tokens import TokenReader
 from dalle_cli.training.parallel import Group

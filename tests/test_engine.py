@@ -15,7 +15,8 @@ from running import ENVIRONMENT, smallest_recipe, write_recipe
 from test_parallel import free_ports, start
 from token_stores import write_tokens
 
-from dalle_cli.prior.train import build_prior, train_prior
+from dalle_cli.prior.train import train_prior
+from dalle_cli.prior.transformer import build_prior
 from dalle_cli.recipes.load import load_recipe
 from dalle_cli.stores.checkpoint import Checkpoint, open_checkpoint
 from dalle_cli.stores.tensor_files import TensorFiles

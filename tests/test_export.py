@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from running import smallest_recipe, write_recipe
 
 from dalle_cli.errors import UserError
-from dalle_cli.prior.train import build_prior, load_prior
+from dalle_cli.prior.train import load_prior
+from dalle_cli.prior.transformer import build_prior
 from dalle_cli.recipes.load import load_recipe
 from dalle_cli.recipes.schema import Recipe
 from dalle_cli.stores.checkpoint import open_checkpoint, save_checkpoint, save_parts
@@ -246,3 +247,25 @@ def test_exporting_one_file_and_what_is_refused(recipe: Recipe, tmp_path: Path, 
     assert "ema.safetensors: damaged" in call("export", path, tmp_path / "new").mistake()
     assert not (tmp_path / "new").exists()
     shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_only_what_is_exported_need_be_whole(count: int, recipe: Recipe, tmp_path: Path) -> None:
+    save(tmp_path / "step-00000003", recipe, count)
+    found = open_checkpoint(tmp_path)
+    last = {name: found.path / part_file(name, count - 1, count) for name in ("model", "ema")}
+
+    def spoil(file: Path) -> None:
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+
+    spoil(last["model"])
+    with pytest.raises(UserError, match=rf"{last['model'].name}: damaged"):
+        found.check(0, 1)
+    exported, expected = export_checkpoint(found, tmp_path / "out").tensors(), tensors(recipe, 2)
+    assert exported.keys() == expected.keys()
+    assert all(torch.equal(exported[name], expected[name]) for name in expected)
+    spoil(last["ema"])
+    with pytest.raises(UserError, match=rf"{last['ema'].name}: damaged"):
+        export_checkpoint(found, tmp_path / "new")
+    assert not (tmp_path / "new").exists()

@@ -11,13 +11,13 @@ import torch
 from conftest import Call
 from running import Chain, smallest_recipe
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_resume import finish, kill
+from test_resume import TIMED, finish, kill
 
 from dalle_cli.dvae.model import DVAE
 from dalle_cli.dvae.train import DvaeTask
 from dalle_cli.recipes.schema import Recipe
 from dalle_cli.training.device import explain_out_of_memory
-from dalle_cli.training.journal import TIMED, Journal
+from dalle_cli.training.journal import Journal
 from dalle_cli.training.loop import Run
 
 

@@ -19,7 +19,8 @@ from dalle_cli.clip.train import ClipTask, build_recipe_clip
 from dalle_cli.dvae.model import DVAE, Conv2d
 from dalle_cli.dvae.train import DvaeTask
 from dalle_cli.precision.scales import HIGHEST
-from dalle_cli.prior.train import PriorTask, build_prior, in_16_bit, train_prior
+from dalle_cli.prior.train import PriorTask, in_16_bit, train_prior
+from dalle_cli.prior.transformer import build_prior
 from dalle_cli.recipes.load import load_recipe
 from dalle_cli.recipes.schema import Recipe
 from dalle_cli.stores.checkpoint import open_checkpoint, save_checkpoint

@@ -20,6 +20,7 @@ from conftest import Call
 from hypothesis import given
 from hypothesis import strategies as st
 from running import DALLE, ENVIRONMENT, Chain, smallest_recipe
+from test_resume import TIMED
 
 from dalle_cli.data.sources import Source, open_source
 from dalle_cli.distributed.topology import Launch, read_launch
@@ -28,7 +29,6 @@ from dalle_cli.dvae.train import DvaeTask
 from dalle_cli.errors import UserError
 from dalle_cli.recipes.schema import Recipe
 from dalle_cli.stores.checkpoint import open_checkpoint
-from dalle_cli.training.journal import TIMED
 from dalle_cli.training.loop import Run
 from dalle_cli.training.order import BatchOrder
 from dalle_cli.training.parallel import Group, buckets

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from dalle_cli.clip.model import build_clip
 from dalle_cli.dvae.model import DVAE
 from dalle_cli.errors import UserError
-from dalle_cli.prior.train import build_prior
+from dalle_cli.prior.transformer import build_prior
 from dalle_cli.recipes.layout import KINDS, AttentionKind, paper_layout, parse_layout
 from dalle_cli.recipes.load import dump_recipe, load_recipe
 from dalle_cli.recipes.schema import Recipe

@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 from running import DALLE, ENVIRONMENT, Chain
 
-from dalle_cli.training.journal import TIMED
+from dalle_cli.training.pace import PACE
 
+TIMED = frozenset({"seconds", *PACE})
+"""What differs in the journal between two runs of the same recipe."""
 KILLS = 3
 SHARD = 64
 # Whole shards are 4096 rows; with small ones a small store has many, in the same code.

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from running import smallest_recipe, write_recipe
 from slurm_cluster import ROOT, Cluster, missing
-from test_resume import files
+from test_resume import TIMED, files
 from tiny_chain import HELD_OUT, SEEN, build_chain
 from token_stores import write_tokens
 from typer.main import get_command
@@ -22,7 +22,6 @@ from typer.main import get_command
 from dalle_cli.app import app
 from dalle_cli.stores.checkpoint import open_checkpoint
 from dalle_cli.stores.tokens import TokenReader
-from dalle_cli.training.journal import TIMED
 
 FOLDER = ROOT / "scripts" / "slurm"
 FILES = sorted(FOLDER.glob("*.sh"))

@@ -16,11 +16,10 @@ import pytest
 from conftest import Call
 from running import DALLE, ENVIRONMENT, Chain, smallest_recipe, write_recipe
 from test_parallel import start
-from test_resume import files
+from test_resume import TIMED, files
 from token_stores import write_tokens
 
 from dalle_cli.stores.checkpoint import open_checkpoint
-from dalle_cli.training.journal import TIMED
 from dalle_cli.training.stopping import RESUMABLE, StopRequest
 
 UPDATES = 400

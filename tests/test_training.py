@@ -21,7 +21,8 @@ from dalle_cli.dvae.model import DVAE
 from dalle_cli.dvae.objective import dvae_loss
 from dalle_cli.dvae.train import DvaeTask
 from dalle_cli.errors import UserError
-from dalle_cli.prior.train import PriorTask, TokenBatch, build_prior
+from dalle_cli.prior.train import PriorTask, TokenBatch
+from dalle_cli.prior.transformer import build_prior
 from dalle_cli.randomness import numpy_generator, torch_generator
 from dalle_cli.recipes.schema import Adam, LearningRate, Ramp, Recipe
 from dalle_cli.training.loop import Run, Task

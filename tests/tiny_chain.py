@@ -44,7 +44,7 @@ def write_recipe(folder: Path) -> Path:
         "run": str(folder / "run"),
         "image_size": 32,
         "data": {"train": str(folder / "shapes" / "train"), "holdout": 0.3},
-        "tokenizer": {"vocab_size": 300, "text_length": 24},
+        "tokenizer": {"vocab_size": 300, "text_length": 48},
         "dvae": {"model": {"n_hid": 8, "n_init": 4, "codebook_size": 16}, "training": training},
         "prior": {
             "model": {"layers": 2, "heads": 2, "d_head": 8, "d_model": 16, "grid": 4},

@@ -1,4 +1,5 @@
-"""Four gloo processes as two machines of two, for test_power_sgd.py: python two_machines.py SCENARIO FOLDER.
+"""Four gloo processes as two machines of two, for test_power_sgd.py and test_mean_16.py: python two_machines.py
+SCENARIO FOLDER.
 
 Each process writes what its scenario returns to FOLDER/RANK.pt.
 """
@@ -9,7 +10,7 @@ import multiprocessing
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
-from dalle_cli.distributed import compression
+from dalle_cli.distributed import compression, kept, mean_16
 from dalle_cli.distributed.power_sgd import PowerSgdReducer
+from dalle_cli.evaluation import two_nodes
 from dalle_cli.evaluation.two_nodes import Study, join_machines, train
 from dalle_cli.progress import silence
 from dalle_cli.recipes.schema import PowerSgd
@@ -53,6 +55,9 @@ SETTINGS = {
     "no feedback": PowerSgd(rank=RANK, error_feedback=False),
     "late": PowerSgd(rank=RANK, start_update=2),
 }
+LARGE, SMALL, CHUNK = 40.0, 2.0**-40, 5
+NUMBERS = (1, 2, 3, 7, 50)
+"""Of which means are taken in 16 bit: fewer than there are machines, and no multiples of them, too."""
 
 
 def gradients(rank: int, step: int) -> dict[str, Tensor]:
@@ -111,6 +116,8 @@ def numbers(here: Here) -> dict[str, Any]:
     result["not finite"] = not_finite(here)
     result["halves"] = halves(here)
     result["16 bit"] = in_16_bit(here)
+    result["small"] = small(here)
+    result["large"] = large(here)
     result["one by one"] = one_by_one(here)
     result["drawn"] = drawn(here)
     result["refused"] = refused(here)
@@ -196,13 +203,39 @@ def not_finite(here: Here) -> dict[str, Any]:
 
 
 def halves(here: Here) -> dict[str, Any]:
-    """bfloat16 gradients, and what the same numbers come to in float32."""
+    """bfloat16 gradients, one of them in float32 too, and what the same numbers come to in float32; and a NaN of the
+    second machine."""
     rounded = {name: value.bfloat16() for name, value in gradients(here.rank, 0).items()}
     exact = {name: value.float() for name, value in rounded.items()}
-    reducer = here.reducer(SETTINGS["warm"])
-    outputs = here.step(reducer, 0, rounded)
-    return {"outputs": outputs, "errors": copied(reducer.state_dict()),
-            "exact": here.step(here.reducer(SETTINGS["warm"]), 0, exact), "bytes": reducer.bytes_sent}  # fmt: skip
+    mixed = copied(rounded) | {"tall": exact["tall"].clone()}
+    broken = copied(rounded)
+    if here.rank >= PARTS:
+        broken["wide"][3, 4] = torch.nan
+    reducer, unlucky = here.reducer(SETTINGS["warm"]), here.reducer(SETTINGS["warm"])
+    return {"outputs": here.step(reducer, 0, rounded), "exact": here.step(here.reducer(SETTINGS["warm"]), 0, exact),
+            "mixed": here.step(here.reducer(SETTINGS["warm"]), 0, mixed), "bytes": reducer.bytes_sent,
+            "broken": here.step(unlucky, 0, broken), "after": list(unlucky.state_dict())}  # fmt: skip
+
+
+def small(here: Here) -> list[dict[str, Tensor]]:
+    """Some steps with bfloat16 gradients of which each is SMALL times what it was."""
+    reducer, outputs = here.reducer(SETTINGS["warm"]), []
+    for step in range(STEPS):
+        found = {name: value.bfloat16() * SMALL for name, value in gradients(here.rank, step).items()}
+        outputs.append(here.step(reducer, step, found))
+    return outputs
+
+
+def large(here: Here) -> list[Tensor]:
+    """A gradient of rank 1 and size LARGE, more than 16 bit hold in a factor; and then no more gradients."""
+    reducer, outputs = PowerSgdReducer(SETTINGS["warm"], here.place, {"one": 20}, shards=PARTS), []
+    for step in range(4):
+        found = torch.zeros(12, 20, dtype=torch.bfloat16)
+        if step == 0:
+            found[:, 3] = LARGE / 12**0.5
+        reducer.reduce([("one", found)], step)
+        outputs.append(found)
+    return outputs
 
 
 def in_16_bit(here: Here) -> dict[str, Any]:
@@ -263,20 +296,84 @@ def refused(here: Here) -> list[str]:
     return told
 
 
+class In16Bit(PowerSgdReducer):
+    """Is handed matrices' gradients in bfloat16."""
+
+    def reduce(
+        self, named: Iterable[tuple[str, Tensor]], update: int, scales: Mapping[str, float] | None = None
+    ) -> None:
+        found = dict(named)
+        halved = {name: gradient.bfloat16() if name in self.columns else gradient for name, gradient in found.items()}
+        super().reduce(halved.items(), update, scales)
+        for name, gradient in found.items():
+            gradient.copy_(halved[name])
+
+
+def trained_in_16_bit(study: Study, settings: PowerSgd, here: Here) -> dict[str, Any]:
+    two_nodes.PowerSgdReducer = In16Bit  # type: ignore[misc]
+    found = vars(train(study, settings, here.node, here.place))
+    two_nodes.PowerSgdReducer = PowerSgdReducer  # type: ignore[misc]
+    return found
+
+
 def trained(here: Here) -> dict[str, Any]:
-    """The tiny prior, with each of TRAINED."""
-    return {name: vars(train(TINY, settings, here.node, here.place)) for name, settings in TRAINED.items()}
+    """The tiny prior, with each of TRAINED, and a low rank in 16 bit."""
+    found = {name: vars(train(TINY, settings, here.node, here.place)) for name, settings in TRAINED.items()}
+    return found | {"16 bit": trained_in_16_bit(TINY, TRAINED["low rank"], here)}
 
 
 def converged(here: Here) -> dict[str, Any]:
     """A larger one for longer: whole, and with low ranks."""
-    return {str(rank): vars(train(LONG, PowerSgd(rank=rank), here.node, here.place)) for rank in (0, 4, 16)}
+    found = {str(rank): vars(train(LONG, PowerSgd(rank=rank), here.node, here.place)) for rank in (0, 4, 16)}
+    return found | {"16 bit": trained_in_16_bit(LONG, PowerSgd(rank=16), here)}
+
+
+def spread(rank: int, count: int) -> Tensor:
+    """Numbers of process ``rank``, from below the least of 1-6-9 to above its largest, and both zeros."""
+    rng = np.random.default_rng([3, rank, count])
+    values = torch.from_numpy(rng.normal(size=count) * 2.0 ** rng.uniform(-75, 6, count)).float()
+    values[:: count // 2 + 1] *= 0.0
+    return values
+
+
+def means(here: Here) -> dict[str, Any]:
+    """Of ``spread``'s numbers among 2, 3 and 4 processes: what was sent, the mean, and what collectives were handed."""
+    handed: list[int] = []
+    exchange = dist.all_to_all_single
+
+    def counted(output: Tensor, given: Tensor, group: dist.ProcessGroup) -> None:
+        handed.append(given.nbytes)
+        exchange(output, given, group=group)
+
+    kept.CHUNK, mean_16.dist.all_to_all_single = CHUNK, counted  # type: ignore[attr-defined]
+    result: dict[str, Any] = {}
+    for machines in (2, 3, 4):
+        group = dist.new_group(list(range(machines)))
+        for count in NUMBERS if here.rank < machines else ():
+            result[f"{machines} {count}"] = exchanged(spread(here.rank, count), group, handed)
+        if here.rank < machines:
+            broken = spread(here.rank, 50)
+            if here.rank == machines - 1:
+                broken[10:40:10] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+            result[f"{machines} broken"] = exchanged(broken, group, handed)
+    return result
+
+
+def exchanged(values: Tensor, group: dist.ProcessGroup, handed: list[int]) -> dict[str, Any]:
+    sent, mean = torch.empty_like(values), torch.empty_like(values)
+    codes = mean_16.to_codes(values, dist.get_world_size(group))
+    mean_16.to_values(codes, sent)
+    handed.clear()
+    mean_16.average_codes(codes, group)
+    mean_16.to_values(codes, mean)
+    return {"sent": sent, "mean": mean, "handed": list(handed)}
 
 
 SCENARIOS: dict[str, Callable[[Here], dict[str, Any]]] = {
     "numbers": numbers,
     "trained": trained,
     "converged": converged,
+    "means": means,
 }
 
 

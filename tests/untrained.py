@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dalle_cli.dvae.model import DVAE
-from dalle_cli.prior.train import build_prior
+from dalle_cli.prior.transformer import build_prior
 from dalle_cli.recipes.folders import RunFolders
 from dalle_cli.recipes.schema import Recipe
 from dalle_cli.stores.checkpoint import Kind, open_checkpoint, save_checkpoint, step_folder

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from dalle_cli.distributed.compression import factor_rank, is_compressed, shard_rank, shard_shape
-from dalle_cli.prior.transformer import Prior
+from dalle_cli.prior.transformer import build_prior
 from dalle_cli.recipes.schema import PriorSettings, Recipe
 
 BYTES_16, BYTES_32 = 2, 4
@@ -50,12 +50,7 @@ class Counts:
 def count_parameters(recipe: Recipe) -> Counts:
     """Counted on the model itself, built without storage."""
     with torch.device("meta"):
-        prior = Prior(
-            recipe.prior.model,
-            recipe.tokenizer.text_length,
-            recipe.tokenizer.vocab_size,
-            recipe.dvae.model.codebook_size,
-        )
+        prior = build_prior(recipe)
     matrices = prior.decayed_parameters()
     rest = {name: p.numel() for name, p in prior.named_parameters() if name not in matrices}
     small = sum(number for name, number in rest.items() if name.startswith("resblocks."))

@@ -154,9 +154,20 @@ def _powersgd_work(stage: PriorSettings, machines: Machines, shapes: list[Shape]
     factors as they are, on their way and as they come back, the product of a matrix's."""
     rank, kept = shard_rank(stage.powersgd.rank, shards), stage.powersgd.error_feedback and stage.precision == "fp32"
     numbers = [rows * columns for rows, columns in shapes]
-    left, right = (BYTES_32 * sum(shape[side] * factor_rank(shape, rank) for shape in shapes) for side in (0, 1))
-    packed = 0 if stage.precision == "fp32" else KEPT_WORK * min(KEPT_CHUNK, max(numbers))
+    factors = [[BYTES_32 * shape[side] * factor_rank(shape, rank) for shape in shapes] for side in (0, 1)]
+    left, right = map(sum, factors)
+    in_16_bit = stage.precision != "fp32"
+    packed = KEPT_WORK * min(KEPT_CHUNK, max(numbers)) if in_16_bit else 0
+    left_crosses, right_crosses = (_as_codes(sizes) if in_16_bit else 0 for sizes in factors)
     # In 32 bit the sums are what is kept, unless that is elsewhere.
     in_place = kept and (machines.on_cpu or stage.powersgd.offload == "none")
     sums = 0 if in_place else BYTES_32 * sum(numbers)
-    return sums + max(packed, 3 * left, left + 2 * right + max(packed, BYTES_32 * max(numbers)))
+    steps = (2 * left + max(left, left_crosses), left + 2 * right + max(packed, right_crosses, BYTES_32 * max(numbers)))
+    return sums + max(packed, *steps)
+
+
+def _as_codes(sizes: list[int]) -> int:
+    """What factors of ``sizes`` bytes take while they cross in 16 bit: of a message the codes, and those that come from
+    other machines, together as much as its numbers; and the rounding."""
+    message = min(sum(sizes), max(BUCKET, *sizes))
+    return message + KEPT_WORK * min(KEPT_CHUNK, message // BYTES_32)

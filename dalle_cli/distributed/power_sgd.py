@@ -9,8 +9,8 @@ For each matrix's gradient M, to which what was not sent before has been added (
 As in the paper (Ramesh et al. 2021, section 2.4) each process does so with its shard of the gradient, already averaged
 within its machine, and with the processes that hold the same shard in the other machines. P is orthonormalised by
 Householder reflections, as there. They give an orthonormal basis even of a P without full rank, zeros among it, so that
-no small multiple of the identity need be added. What is kept of a 16-bit gradient is in 16 bit, as there (appendix
-E.2); unlike there everything is computed and sent in 32 bit. Few matrices at a time are, so that an update needs room
+no small multiple of the identity need be added. Of 16-bit gradients, what is kept and what is sent as factors is in 16
+bit, as there (appendix E.2); everything is computed in 32 bit. Few matrices at a time are, so that an update needs room
 for those few and not for the model.
 """
 
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dalle_cli.distributed.compression import Shape, factor_rank, is_compressed, shapes_together, shard_rank
 from dalle_cli.distributed.kept import Kept
+from dalle_cli.distributed.mean_16 import average_codes, to_codes, to_values
 from dalle_cli.randomness import torch_generator
 from dalle_cli.recipes.schema import PowerSgd
 from dalle_cli.training.parallel import buckets
@@ -40,7 +41,7 @@ class _Matrix(NamedTuple):
 
     @property
     def packed(self) -> bool:
-        """Whether what is kept of it takes 16 bit."""
+        """Whether what is kept and sent of it takes 16 bit."""
         return self.gradient.dtype != torch.float32
 
 
@@ -61,8 +62,9 @@ class PowerSgdReducer:
         device: where ``group`` communicates, and the work is done; by default where a gradient is.
 
     Attributes:
-        bytes_sent: bytes that this process has handed to collectives of ``group`` so far. What a link carries of them
-            is the collective's affair: a ring of k machines sends 2 (k - 1) / k times as many from each.
+        bytes_sent: bytes that this process has handed to ``group`` for means so far. What a link carries of them is the
+            collective's affair: of k machines each sends 2 (k - 1) / k times as many, in a ring of all-reduce as by
+            ``mean_16``, whose bytes are those of the codes, with what fills the last part of a message.
     """
 
     def __init__(
@@ -116,12 +118,14 @@ class PowerSgdReducer:
                 matrices.append(_Matrix(name, gradient, shape, scales.get(name, 1.0)))
         for gradient, mean in self._means(whole):
             gradient.copy_(mean)
-        for places in shapes_together([matrix.shape for matrix in matrices]):
-            together = matrices[places]
-            if not self._reduce_matrices(together, update):
-                for matrix in together:
-                    matrix.gradient.fill_(torch.nan)
-                self.clear(matrix.name for matrix in together)
+        for packed in (False, True):
+            alike = [matrix for matrix in matrices if matrix.packed == packed]
+            for places in shapes_together([matrix.shape for matrix in alike]):
+                together = alike[places]
+                if not self._reduce_matrices(together, packed, update):
+                    for matrix in together:
+                        matrix.gradient.fill_(torch.nan)
+                    self.clear(matrix.name for matrix in together)
 
     def clear(self, names: Iterable[str] | None = None) -> None:
         """Forget what was not sent of the gradients of ``names``, or of all.
@@ -165,7 +169,9 @@ class PowerSgdReducer:
     def _factor(self, matrix: _Matrix, device: torch.device) -> Tensor:
         """Q, (N, r): the last update's, or the Gaussian one of the start, the same on every machine.
 
-        Without a warm start it stays that one, as in the paper (section 2.4), where it made no difference.
+        Without a warm start it stays that one, as in the paper (section 2.4), where it made no difference. P may have
+        columns of any length. For one that is sent in 16 bit, those of Q are made 1 long: with a warm start P would
+        have the squares of what gradients have, in a format that ends at 16 and 2^-68.
         """
         key, size = f"factor.{matrix.name}", (matrix.shape[1], factor_rank(matrix.shape, self.rank))
         factor = self._kept.read(key, size, device)
@@ -174,6 +180,8 @@ class PowerSgdReducer:
             self._kept.write(key, drawn.to(device), matrix.packed)
             # As a run that goes on reads it.
             return self._factor(matrix, device)
+        if matrix.packed:
+            factor = factor / torch.linalg.vector_norm(factor, dim=0).clamp_(min=torch.finfo(torch.float32).tiny)
         return factor
 
     def _keep(self, matrix: _Matrix, left: Tensor, factor: Tensor, update: int) -> None:
@@ -189,39 +197,55 @@ class PowerSgdReducer:
         if self.settings.warm_start:
             self._kept.write(f"factor.{matrix.name}", factor, matrix.packed)
 
-    def _reduce_matrices(self, matrices: list[_Matrix], update: int) -> bool:
-        """Steps P and Q of all, with few messages for each; False where something was not finite."""
+    def _reduce_matrices(self, matrices: list[_Matrix], packed: bool, update: int) -> bool:
+        """Steps P and Q of all, which are ``packed`` or not, with few messages for each; False where something was not
+        finite."""
         totals = [self._total(matrix) for matrix in matrices]
         products = [total @ self._factor(matrix, total.device) for matrix, total in zip(matrices, totals, strict=True)]
-        left = [mean for _, mean in self._means(products)]
+        left = [mean for _, mean in self._means(products, packed)]
         del products
         if not _all_finite(left):
             return False
         left = [torch.linalg.qr(p).Q for p in left]
         own = [total.T @ p for total, p in zip(totals, left, strict=True)]
-        right = [mean for _, mean in self._means(own)]
+        right = [mean for _, mean in self._means(own, packed)]
         if not _all_finite(right):
             return False
         for matrix, total, p, own_q, q in zip(matrices, totals, left, own, right, strict=True):
             mean = (p @ q.T).mul_(matrix.scale).view(-1)[: matrix.gradient.numel()]
             matrix.gradient.copy_(mean.view_as(matrix.gradient))
             del mean
-            # Less its own product, what is left to a machine lies beside P. Less the mean one it would hold how far its
-            # gradients are from the mean too, which cancels among the machines but grows from update to update.
+            # Less its own product, what is left to a machine lies beside P, but for what rounding took from the own Q
+            # that it sent. Less the mean one it would hold how far its gradients are from the mean too, which cancels
+            # among the machines but grows from update to update.
             total.addmm_(p, own_q.T, alpha=-1)
             self._keep(matrix, total, q.clone(), update)
         return True
 
-    def _means(self, tensors: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each of ``tensors`` with its mean over the machines, in 32 bit; many travel in one message."""
+    def _means(self, tensors: list[Tensor], packed: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each of ``tensors`` with its mean over the machines, in 32 bit; many travel in one message.
+
+        Those that are ``packed`` travel in 16 bit, and become what was sent of them.
+        """
         for bucket in buckets(tensors):
             flat = torch.cat([tensor.flatten() for tensor in bucket])
             flat = flat.to(self.device or flat.device).float()
-            self.bytes_sent += flat.nbytes
-            dist.all_reduce(flat, group=self.group)
-            flat /= self.machines
-            for tensor, mean in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
-                yield tensor, mean.view(tensor.shape)
+            parts = flat.split([tensor.numel() for tensor in bucket])
+            if packed:
+                codes = to_codes(flat, self.machines)
+                to_values(codes, flat)
+                for tensor, part in zip(bucket, parts, strict=True):
+                    tensor.copy_(part.view(tensor.shape))
+                self.bytes_sent += codes.nbytes
+                average_codes(codes, self.group)
+                to_values(codes, flat)
+                del codes
+            else:
+                self.bytes_sent += flat.nbytes
+                dist.all_reduce(flat, group=self.group)
+                flat /= self.machines
+            for tensor, part in zip(bucket, parts, strict=True):
+                yield tensor, part.view(tensor.shape)
 
 
 def _all_finite(tensors: list[Tensor]) -> bool:

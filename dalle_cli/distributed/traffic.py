@@ -9,6 +9,7 @@ from pathlib import Path
 from dalle_cli.distributed.compression import (
     GPUS_PER_MACHINE,
     compression,
+    is_compressed,
     paper_compression,
     sent,
     shard_rank,
@@ -35,7 +36,8 @@ class Traffic:
     whole: int
     """Of a process: the gradients of its shards as they are, in the types they have."""
     sent: int
-    """Of a process: through PowerSGD's factors in 32 bit, where the recipe has them; all else in 32 bit then."""
+    """Of a process: through PowerSGD's factors, where the recipe has them, in 16 bit where it trains in it; all else in
+    32 bit then."""
     small: int
     """Of a machine: gains and biases, which all its processes have."""
     processes: int
@@ -43,13 +45,16 @@ class Traffic:
     nodes: int
 
     def on_link(self, handed: int) -> float:
-        """Bytes that a machine sends, and receives, where each process hands over ``handed``: a ring of k machines
-        passes 2 (k - 1) / k of them on."""
+        """Bytes that a machine sends, and receives, where each process hands over ``handed``: of k machines each passes
+        2 (k - 1) / k of them on, in a ring of all-reduce as in ``mean_16``."""
         return (self.processes * handed + self.small) * 2 * (self.nodes - 1) / self.nodes
 
 
 def between_machines(stage: PriorSettings, counts: Counts, machines: Machines) -> Traffic:
-    """Of the recipe's prior. Without ZeRO one ring goes through all processes, and once through each machine."""
+    """Of the recipe's prior. Without ZeRO one ring goes through all processes, and once through each machine.
+
+    Messages of factors in 16 bit are filled up to equal parts for all machines; those few bytes are left out.
+    """
     shards, sharded = shards_of(stage, machines), stage.sharding.zero > 0
     width = BYTES_32 if stage.precision == "fp32" else BYTES_16
     shapes = [shard_shape(matrix, shards) for matrix in counts.matrices]
@@ -58,7 +63,9 @@ def between_machines(stage: PriorSettings, counts: Counts, machines: Machines) -
     handed = whole
     if uses_powersgd(stage, machines):
         rank, least = shard_rank(stage.powersgd.rank, shards), stage.powersgd.min_compression
-        handed = BYTES_32 * sum(sent(shape, rank, least) for shape in shapes) + others
+        widths = [width if is_compressed(shape, rank, least) else BYTES_32 for shape in shapes]
+        handed = others
+        handed += sum(each * sent(shape, rank, least) for each, shape in zip(widths, shapes, strict=True))
     return Traffic(whole, handed, BYTES_32 * counts.small, machines.gpus if sharded else 1, machines.nodes)
 
 

@@ -32,7 +32,10 @@ def render_compression(rows: list[dict[str, Any]], console: Console) -> None:
     notes = [
         ("paper", "the closed form of section 2.4, of matrices split along their longer side among 8 GPUs"),
         ("shards here", "numbers of the factors of this project's shards: consecutive rows, an eighth of each matrix"),
-        ("all bytes", "of all gradients: factors cross in 32 bit, embeddings and unembeddings whole"),
+        (
+            "all bytes",
+            "of all gradients: embeddings and unembeddings cross whole in 32 bit, factors in 16 where gradients are",
+        ),
     ]
     tables = [grid_table("Not sent between machines, thanks to PowerSGD", columns, cells, right=range(1, 7))]
     print_tables(console, [*tables, pairs_table("Columns", notes)])

@@ -18,7 +18,7 @@ from dalle_cli.distributed.this_machine import refuse_what_cannot_fit
 from dalle_cli.errors import UserError
 from dalle_cli.precision.scales import GradientScales
 from dalle_cli.precision.scaling import GradientScaling, ScaledBlock
-from dalle_cli.prior.transformer import Prior, PriorLoss, Resblock
+from dalle_cli.prior.transformer import Prior, PriorLoss, Resblock, build_prior
 from dalle_cli.progress import log
 from dalle_cli.randomness import SPLITMIX_STEP, splitmix64, stream_seed
 from dalle_cli.recipes.schema import PowerSgd, Recipe, Sharding
@@ -158,17 +158,6 @@ class PriorTask:
     def validation(self) -> TokenBatch | None:
         rows = self.held_out[: self.recipe.prior.training.validation_samples]
         return read_tokens(self.reader, rows, None) if len(rows) else None
-
-
-def build_prior(recipe: Recipe) -> Prior:
-    """The recipe's prior with its initial weights, or without storage inside ``torch.device("meta")``."""
-    return Prior(
-        recipe.prior.model,
-        text_length=recipe.tokenizer.text_length,
-        text_vocab=recipe.tokenizer.vocab_size,
-        image_vocab=recipe.dvae.model.codebook_size,
-        seed=recipe.seed,
-    )
 
 
 def sample_work(recipe: Recipe) -> SampleWork:

@@ -22,7 +22,7 @@ from dalle_cli.precision.resblock import scaled_residual
 from dalle_cli.prior.attention import attend
 from dalle_cli.prior.head_loss import head_loss
 from dalle_cli.recipes.layout import AttentionKind
-from dalle_cli.recipes.schema import PriorModel
+from dalle_cli.recipes.schema import PriorModel, Recipe
 
 INIT_STD = 0.02
 
@@ -255,3 +255,14 @@ class Prior(nn.Module):
         """ln p(image | text) in nats, (B,) float64, for text ids (B, T) with paddings and image (B, S)."""
         log_probabilities = self.image_logits(self(text_ids, image)).double().log_softmax(-1)
         return log_probabilities.gather(-1, image[..., None])[..., 0].sum(-1)
+
+
+def build_prior(recipe: Recipe) -> Prior:
+    """The recipe's prior with its initial weights, or without storage inside ``torch.device("meta")``."""
+    return Prior(
+        recipe.prior.model,
+        text_length=recipe.tokenizer.text_length,
+        text_vocab=recipe.tokenizer.vocab_size,
+        image_vocab=recipe.dvae.model.codebook_size,
+        seed=recipe.seed,
+    )

@@ -50,13 +50,17 @@ class Checkpoint:
 
     def tensors(self, weights: Weights = "ema") -> dict[str, torch.Tensor]:
         """Weights by name, on the CPU. Raises UserError when a file is damaged or not the manifest's."""
-        files = self.files_of(weights)
-        self._check(files.files())
-        return files.all()
+        return self.checked_files_of(weights).all()
 
     def files_of(self, weights: Weights) -> TensorFiles:
         """Where the weights lie, to read parts of them; see ``check``."""
         return TensorFiles(self.path, _NAMES[weights])
+
+    def checked_files_of(self, weights: Weights) -> TensorFiles:
+        """``files_of``, each file read through. Raises UserError when one is damaged or not the manifest's."""
+        files = self.files_of(weights)
+        self._check(files.files())
+        return files
 
     def check(self, rank: int, size: int) -> None:
         """Read through the files of weights, or this share of them: each of ``size`` processes has another.

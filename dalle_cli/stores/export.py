@@ -28,12 +28,11 @@ def export_checkpoint(found: Checkpoint, out: Path, largest: int | None = None) 
             one file, and all of it in memory.
 
     Raises:
-        UserError: ``out`` is there, the disk is full, or ``found`` is damaged.
+        UserError: ``out`` is there, the disk is full, or those weights are damaged; no other file is looked at.
     """
     if out.exists():
         raise UserError(f"{out}: is there already; name another place, or delete it")
-    found.check(0, 1)
-    source = found.files_of("ema")
+    source = found.checked_files_of("ema")
     groups = [source.names()] if largest is None else list(_groups(source, largest))
     hashes, entries = {}, []
     with new_directory(out) as folder:

@@ -13,10 +13,7 @@ from torch import Tensor
 
 from dalle_cli.stores.files import explain_os_errors, write_atomically
 from dalle_cli.training.boards import Board, TensorBoard
-from dalle_cli.training.pace import PACE
 
-TIMED = frozenset({"seconds", *PACE})
-"""What differs between two runs of the same recipe."""
 _NOT_SHOWN = ("step", "seconds")
 
 

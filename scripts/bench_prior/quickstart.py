@@ -14,7 +14,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench_prior.timing import SIDE, square_product
-from dalle_cli.prior.train import PriorTask, build_prior
+from dalle_cli.prior.train import PriorTask
+from dalle_cli.prior.transformer import build_prior
 from dalle_cli.recipes.load import load_recipe
 from dalle_cli.recipes.schema import Recipe
 from dalle_cli.stores.tokens import ROWS_PER_SHARD, PartWriter, TokenReader

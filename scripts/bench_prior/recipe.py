@@ -12,8 +12,8 @@ from torch import Tensor
 
 from bench_prior.timing import Contender, race
 from dalle_cli.prior.decode import Decoder
-from dalle_cli.prior.train import build_prior, in_16_bit, sample_work
-from dalle_cli.prior.transformer import Prior
+from dalle_cli.prior.train import in_16_bit, sample_work
+from dalle_cli.prior.transformer import Prior, build_prior
 from dalle_cli.recipes.schema import Recipe, SamplingSettings
 from dalle_cli.sampling.draw import sample_images
 from dalle_cli.training.pace import peak_tflops
