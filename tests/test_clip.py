@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from running import smallest_recipe, write_recipe
 
 from dalle_cli.clip.model import (
     PIXEL_MEAN,
@@ -17,7 +21,11 @@ from dalle_cli.clip.model import (
     contrastive_loss,
     pixels,
 )
+from dalle_cli.clip.train import build_recipe_clip, load_clip
+from dalle_cli.errors import UserError
+from dalle_cli.recipes.load import load_recipe
 from dalle_cli.recipes.schema import ClipModel
+from dalle_cli.stores.checkpoint import Checkpoint
 
 VOCAB, LENGTH, SIZE = 50, 7, 32
 TINY = ClipModel(
@@ -126,6 +134,43 @@ def test_loss_is_the_symmetric_cross_entropy() -> None:
     assert loss == pytest.approx((rows + columns) / 2, rel=1e-5)
 
 
+def test_captions_are_kept_from_other_captions_too() -> None:
+    model = build_clip(TINY, SIZE, LENGTH, VOCAB).eval()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(4, 3, SIZE, SIZE, generator=generator)
+    text = torch.randint(0, VOCAB, (4, LENGTH), generator=generator)
+    text[3] = text[0]  # an equal caption cannot be another one
+    ids = clip_text_ids(text, torch.tensor([5, 2, 3, 5]), VOCAB)
+    with torch.no_grad():
+        loss = contrastive_loss(model, images, ids, captions_apart=True).item()
+        a, b = (f.double().numpy() for f in (model.encode_image(images), model.encode_text(ids)))
+    a, b = (f / np.linalg.norm(f, axis=1, keepdims=True) for f in (a, b))
+    expected = 0.0
+    for i in range(4):
+        to_captions = np.exp(a[i] @ b.T / 0.07)
+        to_images = np.exp(b[i] @ a.T / 0.07)
+        to_other_captions = sum(np.exp(b[i] @ b[j] / 0.07) for j in range(4) if {i, j} not in ({i}, {0, 3}))
+        expected -= np.log(to_captions[i] / to_captions.sum())
+        expected -= np.log(to_images[i] / (to_images.sum() + to_other_captions))
+    assert loss == pytest.approx(expected / 8, rel=1e-5)
+
+
+def test_pictures_features_are_the_mean_of_patches_with_sine_cosine_positions() -> None:
+    visual = build_clip(TINY, SIZE, LENGTH, VOCAB).visual.eval()
+    grid = SIZE // 16
+    angles = np.arange(grid)[:, None] / 10000 ** (np.arange(8) / 8)
+    sides = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    expected = np.array([np.concatenate([sides[x], sides[y]]) for y in range(grid) for x in range(grid)])
+    np.testing.assert_allclose(visual.positional_embedding[1:].numpy(), expected, atol=1e-6)
+    assert not visual.positional_embedding.requires_grad
+    images = torch.randn(2, 3, SIZE, SIZE)
+    with torch.no_grad():
+        patches = visual.conv1(images).flatten(2).transpose(1, 2)
+        states = torch.cat([visual.class_embedding.expand(2, 1, -1), patches], 1) + visual.positional_embedding
+        states = visual.ln_post(visual.transformer(visual.ln_pre(states)))
+        torch.testing.assert_close(visual(images), states[:, 1:].mean(1) @ visual.proj)
+
+
 def test_logit_scale_stays_within_1_and_100() -> None:
     model = build_clip(TINY, SIZE, LENGTH, VOCAB)
     for value, kept in ((9.0, math.log(100)), (-2.0, 0.0), (1.5, 1.5)):
@@ -148,3 +193,13 @@ def test_a_few_updates_learn_to_match_colours() -> None:
         optimiser.step()
         clamp_logit_scale(model)
     assert loss.item() < 0.2 < math.log(4)
+
+
+def test_a_clip_with_learned_positions_is_refused(tmp_path: Path) -> None:
+    recipe = load_recipe(write_recipe(tmp_path, smallest_recipe(tmp_path, None)))
+    weights = build_recipe_clip(recipe).state_dict()
+    found = SimpleNamespace(path=tmp_path / "clip", recipe=lambda: recipe, tensors=lambda _: weights)
+    assert torch.equal(load_clip(cast(Checkpoint, found)).logit_scale, weights["logit_scale"])
+    weights["visual.positional_embedding"] = weights["visual.positional_embedding"] + 0.1
+    with pytest.raises(UserError, match="clip: is a CLIP of an earlier version of dalle; train it again"):
+        load_clip(cast(Checkpoint, found))

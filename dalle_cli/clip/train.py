@@ -13,6 +13,7 @@ import torch
 from open_clip.model import CLIP
 from torch import Tensor, nn
 
+from dalle_cli.clip.alike import AlikePictures
 from dalle_cli.clip.model import build_clip, clamp_logit_scale, clip_text_ids, contrastive_loss, pixels
 from dalle_cli.data.images import BadImage
 from dalle_cli.data.sources import BadSample, Source
@@ -64,6 +65,7 @@ class ClipTask:
             training.batch_size,
             flip=False,
             workers=training.workers,
+            arrange=AlikePictures(self.reader, alike) if (alike := self.recipe.clip.objective.alike) > 1 else None,
         )
         for batch, rows, epochs in pictures.batches(start, stop):
             yield batch, self._text_ids(*self.reader.epoch_text(rows, epochs))
@@ -77,7 +79,8 @@ class ClipTask:
 
     def loss(self, batch: tuple[Tensor, Tensor], step: int) -> dict[str, Tensor]:
         images, text_ids = (part.to(self.group.device) for part in batch)
-        return {"loss": contrastive_loss(self.model, pixels(images.permute(0, 2, 3, 1)), text_ids)}
+        apart = self.recipe.clip.objective.captions_apart
+        return {"loss": contrastive_loss(self.model, pixels(images.permute(0, 2, 3, 1)), text_ids, apart)}
 
     def validate(self, step: int) -> dict[str, float]:
         if self.validation is None:
@@ -168,7 +171,14 @@ def build_recipe_clip(recipe: Recipe) -> CLIP:
 
 
 def load_clip(checkpoint: Checkpoint) -> CLIP:
-    """The CLIP of a checkpoint (its EMA weights), ready for scoring."""
-    model = build_recipe_clip(checkpoint.recipe())
-    model.load_state_dict(checkpoint.tensors("ema"))
+    """The CLIP of a checkpoint (its EMA weights), ready for scoring.
+
+    Raises:
+        UserError: it is damaged, or of an earlier version, whose pictures' positions were learned.
+    """
+    model, weights = build_recipe_clip(checkpoint.recipe()), checkpoint.tensors("ema")
+    positions = "visual.positional_embedding"
+    if not torch.equal(model.state_dict()[positions], weights[positions]):
+        raise UserError(f"{checkpoint.path}: is a CLIP of an earlier version of dalle; train it again with train-clip")
+    model.load_state_dict(weights)
     return model.eval().requires_grad_(False)

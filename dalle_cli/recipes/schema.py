@@ -338,11 +338,25 @@ class ClipModel(Settings):
         for name in ("vision_width", "text_width"):
             if getattr(self, name) % self.head_width:
                 raise ValueError(f"{name} {getattr(self, name)} is no multiple of head_width {self.head_width}")
+        if self.vision_width % 4:
+            raise ValueError(f"vision_width {self.vision_width} is no multiple of 4, which positions need")
         return self
+
+
+class ClipObjective(Settings):
+    """What a small CLIP of little training needs to learn more than which things are there."""
+
+    alike: Positive = Field(
+        1,
+        description="pictures of like codes that stand together in a batch, so that what tells them apart is learned; "
+        "1: batches are at random",
+    )
+    captions_apart: bool = Field(False, description="captions of a batch are to be unlike one another, too")
 
 
 class ClipSettings(Settings):
     model: ClipModel = ClipModel()
+    objective: ClipObjective = ClipObjective()
     learning_rate: LearningRate = LearningRate(peak=5e-4, warmup_updates=500)
     adam: Adam = Adam(beta1=0.9, beta2=0.98, eps=1e-6, weight_decay=0.2, clip_norm=1.0)
     training: Training = Training(updates=20_000, batch_size=256)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -13,17 +14,27 @@ WINDOW = 2**18
 """Rows are shuffled within windows of so many consecutive rows of the source and windows among themselves, so that a
 store larger than memory is still read in few large reads. A source of one window is shuffled whole."""
 
+Arrange = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+
 
 class BatchOrder:
     """Endless epochs over ``rows``, ascending; batches run on across the border of epochs, so no row is dropped.
 
-    ``part`` of each batch is wanted here; other processes take the rest.
+    ``part`` of each batch is wanted here; other processes take the rest. ``arrange``, if given, puts the shuffled rows
+    of a window in another order.
     """
 
-    def __init__(self, rows: np.ndarray, batch_size: int, seed: int, part: slice = slice(None)) -> None:
+    def __init__(
+        self,
+        rows: np.ndarray,
+        batch_size: int,
+        seed: int,
+        part: slice = slice(None),
+        arrange: Arrange | None = None,
+    ) -> None:
         if len(rows) == 0:
             raise ValueError("no rows to draw batches from")
-        self.rows, self.batch_size, self.seed, self.part = rows, batch_size, seed, part
+        self.rows, self.batch_size, self.seed, self.part, self.arrange = rows, batch_size, seed, part, arrange
         self._epoch = lru_cache(maxsize=2)(self._permutation)
 
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -40,7 +51,10 @@ class BatchOrder:
         rng = numpy_generator(self.seed, "epoch", epoch)
         borders = np.searchsorted(self.rows, np.arange(WINDOW, self.rows[-1] + 1, WINDOW))
         windows = [window for window in np.split(self.rows, borders) if len(window)]
-        return np.concatenate([rng.permutation(windows[i]) for i in rng.permutation(len(windows))])
+        shuffled = [rng.permutation(windows[i]) for i in rng.permutation(len(windows))]
+        if self.arrange is not None:
+            shuffled = [self.arrange(window, rng) for window in shuffled]
+        return np.concatenate(shuffled)
 
 
 def split_holdout(rows: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

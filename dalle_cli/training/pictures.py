@@ -17,7 +17,7 @@ from dalle_cli.data.sources import BadSample, Source
 from dalle_cli.errors import UserError
 from dalle_cli.randomness import numpy_generator
 from dalle_cli.recipes.schema import DataSettings
-from dalle_cli.training.order import BatchOrder
+from dalle_cli.training.order import Arrange, BatchOrder
 from dalle_cli.training.stopping import ignore_in_worker
 
 PREFETCH = 4
@@ -60,10 +60,12 @@ class TrainingPictures:
     workers: int
     part: slice = field(default_factory=lambda: slice(None))
     """What of each batch is wanted here; other processes take the rest."""
+    arrange: Arrange | None = None
+    """See ``BatchOrder``."""
 
     def batches(self, start: int, stop: int) -> Iterator[tuple[Tensor, np.ndarray, np.ndarray]]:
         """For each update: pictures (B, 3, S, S) uint8, their rows (B,) and epochs (B,)."""
-        order = BatchOrder(self.rows, self.batch_size, self.seed, self.part)
+        order = BatchOrder(self.rows, self.batch_size, self.seed, self.part, self.arrange)
         loader = DataLoader(
             _Items(self),
             batch_sampler=_Steps(order, start, stop),
