@@ -361,6 +361,15 @@ class ClipSettings(Settings):
     adam: Adam = Adam(beta1=0.9, beta2=0.98, eps=1e-6, weight_decay=0.2, clip_norm=1.0)
     training: Training = Training(updates=20_000, batch_size=256)
 
+    @model_validator(mode="after")
+    def _a_batch_holds_those_alike(self) -> ClipSettings:
+        if self.training.batch_size % self.objective.alike:
+            raise ValueError(
+                f"objective.alike {self.objective.alike} does not divide training.batch_size "
+                f"{self.training.batch_size}; choose a divisor"
+            )
+        return self
+
 
 class SamplingSettings(Settings):
     """How tokens are drawn from the prior (paper, section 2.6)."""
