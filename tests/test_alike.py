@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tiny_chain import TinyChain, build_chain
 from token_stores import write_tokens
+from torch.utils.data import DataLoader
 
-from dalle_cli.clip.alike import AMONG, AlikePictures, neighbours_together
+import dalle_cli.training.pictures as pictures_module
+from dalle_cli.clip.alike import AlikePictures, neighbours_together
+from dalle_cli.clip.model import contrastive_loss, pixels
+from dalle_cli.clip.train import ClipTask, build_recipe_clip, load_clip, train_clip
+from dalle_cli.data.sources import open_source
+from dalle_cli.errors import UserError
+from dalle_cli.recipes.load import load_recipe
+from dalle_cli.stores.checkpoint import open_checkpoint, steps_in
 from dalle_cli.stores.tokens import TokenReader
-from dalle_cli.training.order import BatchOrder
+from dalle_cli.training.order import ARRANGED, BatchOrder
+from dalle_cli.training.pictures import cut_picture
 
 CONTENTS, TOGETHER = 7, 4
 
@@ -23,14 +39,14 @@ def test_each_takes_its_nearest_of_those_that_are_left(n: int, width: int, toget
     order = neighbours_together(points.astype(np.float32), together).tolist()
     assert sorted(order) == list(range(n))
 
-    def distances(first: int, others: list[int]) -> list[int]:
-        return sorted(int(((points[first] - points[other]) ** 2).sum()) for other in others)
+    def distance(first: int, other: int) -> int:
+        return int(((points[first] - points[other]) ** 2).sum())
 
     left = list(range(n))
     for at in range(0, n, together):
         first, *others = order[at : at + together]
         assert first == left[0]
-        assert distances(first, others) == distances(first, left[1:])[: len(others)]
+        assert others == sorted(left[1:], key=lambda other: (distance(left[0], other), other))[: together - 1]
         left = [place for place in left if place not in order[at : at + together]]
 
 
@@ -57,10 +73,79 @@ def test_batches_hold_pictures_of_the_same_codes(tmp_path: Path) -> None:
     assert np.mean(code[first[::TOGETHER]][1:] == code[first[::TOGETHER]][:-1]) < 0.3
 
 
-def test_more_pictures_than_are_compared_at_once_all_come(tmp_path: Path) -> None:
-    rows = np.random.default_rng(0).permutation(AMONG + 7)
-    reader = TokenReader(write_tokens(tmp_path / "tokens", len(rows), 1, CONTENTS, 1, 16))
-    ordered = AlikePictures(reader, TOGETHER)(rows, np.random.default_rng(0))
-    assert sorted(ordered) == list(range(AMONG + 7))
-    # 7 make one group, and the three that make none are last.
-    assert set(ordered[-3:]) <= set(rows[AMONG:])
+def test_rows_are_arranged_lot_by_lot_when_their_turn_comes() -> None:
+    lots: list[list[int]] = []
+
+    def backwards(rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        lots.append(rows.tolist())
+        return rows[::-1]
+
+    rows = np.arange(2 * ARRANGED + 7)
+    order, plain = BatchOrder(rows, 1000, 0, arrange=backwards), BatchOrder(rows, len(rows), 0).batch(0)[0]
+    first = order.batch(0)[0]
+    assert lots == [plain[:ARRANGED].tolist()]
+    np.testing.assert_array_equal(first, plain[:ARRANGED][::-1][:1000])
+    all_rows = np.concatenate([order.batch(step)[0] for step in range(len(rows) // 1000 + 1)])[: len(rows)]
+    lots_of_plain = [plain[:ARRANGED], plain[ARRANGED : 2 * ARRANGED], plain[2 * ARRANGED :]]
+    np.testing.assert_array_equal(all_rows, np.concatenate([lot[::-1] for lot in lots_of_plain]))
+    # From the middle, as a run that goes on: the same.
+    np.testing.assert_array_equal(BatchOrder(rows, 1000, 0, arrange=backwards).batch(9)[0], all_rows[9000:10000])
+
+
+# Training
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> TinyChain:
+    return build_chain(tmp_path_factory.mktemp("chain"))
+
+
+def clip_task(chain: TinyChain, workers: int) -> ClipTask:
+    changes = ["clip.objective.alike=2", "clip.objective.captions_apart=true", f"clip.training.workers={workers}"]
+    recipe = load_recipe(chain.places.root.parent / "tiny.yaml", changes)
+    return ClipTask(
+        recipe, open_source(str(recipe.data.train)), TokenReader(chain.places.tokens), build_recipe_clip(recipe)
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_training_takes_these_batches_and_this_loss(chain: TinyChain, workers: int) -> None:
+    task = clip_task(chain, workers)
+    size = task.recipe.clip.training.batch_size
+    order = BatchOrder(task.training_rows, size, task.recipe.seed, arrange=AlikePictures(task.reader, 2))
+    plain = BatchOrder(task.training_rows, size, task.recipe.seed)
+    for step, (pictures, text_ids) in zip(range(2, 4), task.batches(2, 4), strict=True):
+        rows = order.batch(step)[0]
+        assert rows.tolist() != plain.batch(step)[0].tolist()
+        wanted = np.stack([cut_picture(task.source, row, 32, task.recipe.data) for row in rows.tolist()])
+        np.testing.assert_array_equal(pictures.permute(0, 2, 3, 1).numpy(), wanted)
+        with torch.no_grad():
+            loss = task.loss((pictures, text_ids), step)["loss"]
+            images = pixels(pictures.permute(0, 2, 3, 1))
+            assert loss == contrastive_loss(task.model, images, text_ids, captions_apart=True)
+            assert loss != contrastive_loss(task.model, images, text_ids)
+
+
+def test_what_workers_get_can_go_to_a_process_that_is_no_fork(
+    chain: TinyChain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures_module, "DataLoader", partial(DataLoader, multiprocessing_context="spawn"))
+    (found,) = clip_task(chain, workers=1).batches(0, 1)
+    assert found[0].dtype == torch.uint8
+
+
+def test_the_clip_of_an_earlier_version_is_refused(chain: TinyChain, tmp_path: Path) -> None:
+    out = tmp_path / "clip"
+    shutil.copytree(chain.places.clip, out)
+    step = steps_in(out)[-1]
+    assert load_clip(open_checkpoint(out)) is not None
+    file = step / "ema.safetensors"
+    weights = load_file(file)
+    weights["visual.positional_embedding"] += 0.1
+    save_file(weights, file)
+    said = re.escape(f"{step}: is a CLIP of an earlier version of dalle; delete {out} and run dalle train-clip again")
+    with pytest.raises(UserError, match=said):
+        load_clip(open_checkpoint(out))
+    recipe = load_recipe(chain.places.root.parent / "tiny.yaml")
+    with pytest.raises(UserError, match=said):
+        train_clip(recipe, open_source(str(recipe.data.train)), chain.places.tokens, out)

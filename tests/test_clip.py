@@ -1,16 +1,12 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from types import SimpleNamespace
-from typing import cast
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from running import smallest_recipe, write_recipe
 
 from dalle_cli.clip.model import (
     PIXEL_MEAN,
@@ -21,11 +17,7 @@ from dalle_cli.clip.model import (
     contrastive_loss,
     pixels,
 )
-from dalle_cli.clip.train import build_recipe_clip, load_clip
-from dalle_cli.errors import UserError
-from dalle_cli.recipes.load import load_recipe
 from dalle_cli.recipes.schema import ClipModel
-from dalle_cli.stores.checkpoint import Checkpoint
 
 VOCAB, LENGTH, SIZE = 50, 7, 32
 TINY = ClipModel(
@@ -163,7 +155,7 @@ def test_pictures_features_are_the_mean_of_patches_with_sine_cosine_positions() 
     expected = np.array([np.concatenate([sides[x], sides[y]]) for y in range(grid) for x in range(grid)])
     np.testing.assert_allclose(visual.positional_embedding[1:].numpy(), expected, atol=1e-6)
     assert not visual.positional_embedding.requires_grad
-    images = torch.randn(2, 3, SIZE, SIZE)
+    images = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         patches = visual.conv1(images).flatten(2).transpose(1, 2)
         states = torch.cat([visual.class_embedding.expand(2, 1, -1), patches], 1) + visual.positional_embedding
@@ -193,13 +185,3 @@ def test_a_few_updates_learn_to_match_colours() -> None:
         optimiser.step()
         clamp_logit_scale(model)
     assert loss.item() < 0.2 < math.log(4)
-
-
-def test_a_clip_with_learned_positions_is_refused(tmp_path: Path) -> None:
-    recipe = load_recipe(write_recipe(tmp_path, smallest_recipe(tmp_path, None)))
-    weights = build_recipe_clip(recipe).state_dict()
-    found = SimpleNamespace(path=tmp_path / "clip", recipe=lambda: recipe, tensors=lambda _: weights)
-    assert torch.equal(load_clip(cast(Checkpoint, found)).logit_scale, weights["logit_scale"])
-    weights["visual.positional_embedding"] = weights["visual.positional_embedding"] + 0.1
-    with pytest.raises(UserError, match="clip: is a CLIP of an earlier version of dalle; train it again"):
-        load_clip(cast(Checkpoint, found))

@@ -97,7 +97,8 @@ def contrastive_loss(model: CLIP, images: Tensor, text_ids: Tensor, captions_apa
     similarities = scale * image_features @ text_features.T
     others = similarities.T
     if captions_apart:
-        equal = (text_ids[:, None] == text_ids).all(-1)
+        _, which = torch.unique(text_ids, dim=0, return_inverse=True)
+        equal = which[:, None] == which
         captions = (scale * text_features @ text_features.T).masked_fill(equal, -torch.inf)
         others = torch.cat([others, captions], dim=1)
     own = torch.arange(len(images), device=images.device)

@@ -20,7 +20,7 @@ from dalle_cli.data.sources import BadSample, Source
 from dalle_cli.distributed.topology import read_launch
 from dalle_cli.errors import UserError
 from dalle_cli.recipes.schema import Recipe
-from dalle_cli.stores.checkpoint import Checkpoint, Kind
+from dalle_cli.stores.checkpoint import Checkpoint, Kind, open_checkpoint, steps_in
 from dalle_cli.stores.tokens import TokenReader
 from dalle_cli.training.device import choose_device
 from dalle_cli.training.held_out import split_store
@@ -65,9 +65,10 @@ class ClipTask:
             training.batch_size,
             flip=False,
             workers=training.workers,
-            arrange=AlikePictures(self.reader, alike) if (alike := self.recipe.clip.objective.alike) > 1 else None,
         )
-        for batch, rows, epochs in pictures.batches(start, stop):
+        alike = self.recipe.clip.objective.alike
+        arrange = AlikePictures(self.reader, alike) if alike > 1 else None
+        for batch, rows, epochs in pictures.batches(start, stop, arrange):
             yield batch, self._text_ids(*self.reader.epoch_text(rows, epochs))
 
     def micro_batches(self, batch: Any, size: int | None) -> list[tuple[Any, float]]:
@@ -127,7 +128,8 @@ def train_clip(recipe: Recipe, source: Source, store: Path, out: Path) -> Checkp
     """Train the recipe's CLIP on the source's pictures and the store's captions into the run's folder ``out``.
 
     Raises:
-        UserError: see ``Run.train``; or the store was made from another source, or there are several processes.
+        UserError: see ``Run.train``; or the store was made from another source, there are several processes, or ``out``
+            holds a CLIP of an earlier version.
     """
     if (processes := read_launch().size) > 1:
         raise UserError(
@@ -143,6 +145,11 @@ def train_clip(recipe: Recipe, source: Source, store: Path, out: Path) -> Checkp
         )
     if text["text_length"] != recipe.tokenizer.text_length or text["vocab_size"] > recipe.tokenizer.vocab_size:
         raise UserError(f"{store}: was made with another tokenizer.text_length or vocab_size than the recipe's")
+    belongs = {"tokenizer": text["tokenizer"]}
+    if recipe.clip.objective.alike > 1:
+        belongs["dvae"] = reader.part("image")["identity"]["dvae"]
+    if steps_in(out):
+        _refuse_learned_positions(open_checkpoint(out, "clip"))
     device = choose_device()
     task = ClipTask(recipe, source, reader, build_recipe_clip(recipe).to(device), Group(device=device))
     stage = recipe.clip
@@ -154,7 +161,7 @@ def train_clip(recipe: Recipe, source: Source, store: Path, out: Path) -> Checkp
         stage.adam,
         stage.learning_rate,
         ("seed", "image_size", "data", "tokenizer", "clip"),
-        {"tokenizer": text["tokenizer"]},
+        belongs,
     )
     return run.train()
 
@@ -176,9 +183,18 @@ def load_clip(checkpoint: Checkpoint) -> CLIP:
     Raises:
         UserError: it is damaged, or of an earlier version, whose pictures' positions were learned.
     """
-    model, weights = build_recipe_clip(checkpoint.recipe()), checkpoint.tensors("ema")
-    positions = "visual.positional_embedding"
-    if not torch.equal(model.state_dict()[positions], weights[positions]):
-        raise UserError(f"{checkpoint.path}: is a CLIP of an earlier version of dalle; train it again with train-clip")
-    model.load_state_dict(weights)
+    _refuse_learned_positions(checkpoint)
+    model = build_recipe_clip(checkpoint.recipe())
+    model.load_state_dict(checkpoint.tensors("ema"))
     return model.eval().requires_grad_(False)
+
+
+def _refuse_learned_positions(checkpoint: Checkpoint) -> None:
+    """Raise UserError for the CLIP of an earlier version, whose pictures' positions were learned."""
+    found = checkpoint.files_of("ema").read("visual.positional_embedding")
+    # The last bit of a sine is the processor's.
+    if not torch.allclose(found, build_recipe_clip(checkpoint.recipe()).visual.positional_embedding, atol=1e-3):
+        raise UserError(
+            f"{checkpoint.path}: is a CLIP of an earlier version of dalle; delete {checkpoint.path.parent} and run "
+            "dalle train-clip again"
+        )

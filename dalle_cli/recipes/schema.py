@@ -348,8 +348,8 @@ class ClipObjective(Settings):
 
     alike: Positive = Field(
         1,
-        description="pictures of like codes that stand together in a batch, so that what tells them apart is learned; "
-        "1: batches are at random",
+        description="pictures of like codes that stand together in a batch, so that what tells them apart is learned, "
+        "for a second of CPU each 8,192; 1: batches are at random",
     )
     captions_apart: bool = Field(False, description="captions of a batch are to be unlike one another, too")
 

@@ -60,12 +60,13 @@ class TrainingPictures:
     workers: int
     part: slice = field(default_factory=lambda: slice(None))
     """What of each batch is wanted here; other processes take the rest."""
-    arrange: Arrange | None = None
-    """See ``BatchOrder``."""
 
-    def batches(self, start: int, stop: int) -> Iterator[tuple[Tensor, np.ndarray, np.ndarray]]:
-        """For each update: pictures (B, 3, S, S) uint8, their rows (B,) and epochs (B,)."""
-        order = BatchOrder(self.rows, self.batch_size, self.seed, self.part, self.arrange)
+    def batches(
+        self, start: int, stop: int, arrange: Arrange | None = None
+    ) -> Iterator[tuple[Tensor, np.ndarray, np.ndarray]]:
+        """For each update: pictures (B, 3, S, S) uint8, their rows (B,) and epochs (B,); ``arrange`` as of BatchOrder,
+        which works in this process."""
+        order = BatchOrder(self.rows, self.batch_size, self.seed, self.part, arrange)
         loader = DataLoader(
             _Items(self),
             batch_sampler=_Steps(order, start, stop),
