@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dalle_cli.commands.options import _without_gpus
+from dalle_cli.commands.options import _without_gpus, starts_processes
+from dalle_cli.distributed.local import is_started
 from dalle_cli.distributed.topology import Launch, read_launch
 from dalle_cli.errors import UserError
 
@@ -83,6 +84,21 @@ def test_what_contradicts_itself_is_refused(environment: dict[str, str], changes
 def test_the_same_command_without_its_number_of_processes() -> None:
     words = ["train-prior", "r.yaml", "--gpus", "2", "--set", "a=b", "--gpus=3"]
     assert _without_gpus(words) == ["train-prior", "r.yaml", "--set", "a=b"]
+
+
+@pytest.mark.parametrize("environment", [TORCHRUN, DEEPSPEED, SRUN], ids=["torchrun", "deepspeed", "srun"])
+def test_a_started_process_starts_no_others(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="--gpus starts processes, but a launcher started this one: give up one"):
+        starts_processes(2)
+
+
+def test_sruns_only_task_may_start_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_STEP_ID": "0"}
+    for name, value in alone.items():
+        monkeypatch.setenv(name, value)
+    assert not is_started()
 
 
 # Processes started by the command itself: ``start_processes`` with a stand-in for dalle that imports nothing.

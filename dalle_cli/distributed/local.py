@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from types import FrameType
 
+from dalle_cli.distributed.topology import read_launch
 from dalle_cli.errors import UserError
 from dalle_cli.progress import log
 
@@ -23,8 +24,12 @@ _PR_SET_PDEATHSIG = 1
 
 
 def is_started() -> bool:
-    """Whether a launcher started this process, so that it is one of several already."""
-    return "RANK" in os.environ or "WORLD_SIZE" in os.environ
+    """Whether a launcher started this process, so that it is one of several already; srun's only task is not.
+
+    Raises:
+        UserError: the launcher's environment contradicts itself.
+    """
+    return "RANK" in os.environ or "WORLD_SIZE" in os.environ or read_launch().size > 1
 
 
 def start_processes(count: int, command: Sequence[str]) -> None:
