@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import shutil
 from functools import partial
@@ -143,6 +145,9 @@ def test_the_clip_of_an_earlier_version_is_refused(chain: TinyChain, tmp_path: P
     weights = load_file(file)
     weights["visual.positional_embedding"] += 0.1
     save_file(weights, file)
+    manifest = json.loads((step / "manifest.json").read_text())
+    manifest["files"][file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    (step / "manifest.json").write_text(json.dumps(manifest))
     said = re.escape(f"{step}: is a CLIP of an earlier version of dalle; delete {out} and run dalle train-clip again")
     with pytest.raises(UserError, match=said):
         load_clip(open_checkpoint(out))

@@ -2,8 +2,8 @@
 
 Among pictures at random the things in them tell which caption is whose. A CLIP so trained becomes a bag of words: it
 knows what is there, and not what is left of what. Neighbours in its batches teach it the rest (Yuksekgonul et al. 2023,
-arXiv 2210.01936, who took those of a trained CLIP). Here they are pictures made of the same codes of the
-dVAE, wherever these lie: things that were moved are the same codes in other places.
+arXiv 2210.01936, who took those of a trained CLIP). Here they are pictures made of the same codes of the dVAE, wherever
+these lie: things that were moved are the same codes in other places.
 """
 
 from __future__ import annotations

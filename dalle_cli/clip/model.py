@@ -101,8 +101,13 @@ def contrastive_loss(model: CLIP, images: Tensor, text_ids: Tensor, captions_apa
         equal = which[:, None] == which
         captions = (scale * text_features @ text_features.T).masked_fill(equal, -torch.inf)
         others = torch.cat([others, captions], dim=1)
-    own = torch.arange(len(images), device=images.device)
-    return (nn.functional.cross_entropy(similarities, own) + nn.functional.cross_entropy(others, own)) / 2
+    return pairs_cross_entropy(similarities, others)
+
+
+def pairs_cross_entropy(of_images: Tensor, of_captions: Tensor) -> Tensor:
+    """Mean cross-entropy of a batch's images and of its captions, logits (B, B or more); the i-th belong together."""
+    own = torch.arange(len(of_images), device=of_images.device)
+    return (nn.functional.cross_entropy(of_images, own) + nn.functional.cross_entropy(of_captions, own)) / 2
 
 
 @torch.no_grad()

@@ -11,10 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 from open_clip.model import CLIP
-from torch import Tensor, nn
+from torch import Tensor
 
 from dalle_cli.clip.alike import AlikePictures
-from dalle_cli.clip.model import build_clip, clamp_logit_scale, clip_text_ids, contrastive_loss, pixels
+from dalle_cli.clip.model import (
+    build_clip,
+    clamp_logit_scale,
+    clip_text_ids,
+    contrastive_loss,
+    pairs_cross_entropy,
+    pixels,
+)
 from dalle_cli.data.images import BadImage
 from dalle_cli.data.sources import BadSample, Source
 from dalle_cli.distributed.topology import read_launch
@@ -89,8 +96,7 @@ class ClipTask:
         images, text_ids = (part.to(self.group.device) for part in self.validation)
         image_features, text_features, scale = self.model(pixels(images.permute(0, 2, 3, 1)), text_ids)
         logits = scale * image_features @ text_features.T
-        labels = torch.arange(len(logits), device=logits.device)
-        loss = (nn.functional.cross_entropy(logits, labels) + nn.functional.cross_entropy(logits.T, labels)) / 2
+        loss = pairs_cross_entropy(logits, logits.T)
         # An equal caption ranks as well as the picture's own, so ties count as right.
         recall = (logits >= logits.diagonal()[:, None] + 1e-4).sum(dim=1).eq(0).float().mean()
         return {"loss": float(loss), "caption_recall_at_1": float(recall)}
@@ -149,7 +155,7 @@ def train_clip(recipe: Recipe, source: Source, store: Path, out: Path) -> Checkp
     if recipe.clip.objective.alike > 1:
         belongs["dvae"] = reader.part("image")["identity"]["dvae"]
     if steps_in(out):
-        _refuse_learned_positions(open_checkpoint(out, "clip"))
+        load_clip(open_checkpoint(out, "clip"))  # or that of an earlier version would go on
     device = choose_device()
     task = ClipTask(recipe, source, reader, build_recipe_clip(recipe).to(device), Group(device=device))
     stage = recipe.clip
@@ -183,18 +189,12 @@ def load_clip(checkpoint: Checkpoint) -> CLIP:
     Raises:
         UserError: it is damaged, or of an earlier version, whose pictures' positions were learned.
     """
-    _refuse_learned_positions(checkpoint)
-    model = build_recipe_clip(checkpoint.recipe())
-    model.load_state_dict(checkpoint.tensors("ema"))
-    return model.eval().requires_grad_(False)
-
-
-def _refuse_learned_positions(checkpoint: Checkpoint) -> None:
-    """Raise UserError for the CLIP of an earlier version, whose pictures' positions were learned."""
-    found = checkpoint.files_of("ema").read("visual.positional_embedding")
+    model, weights = build_recipe_clip(checkpoint.recipe()), checkpoint.tensors("ema")
     # The last bit of a sine is the processor's.
-    if not torch.allclose(found, build_recipe_clip(checkpoint.recipe()).visual.positional_embedding, atol=1e-3):
+    if not torch.allclose(weights["visual.positional_embedding"], model.visual.positional_embedding, atol=1e-3):
         raise UserError(
             f"{checkpoint.path}: is a CLIP of an earlier version of dalle; delete {checkpoint.path.parent} and run "
             "dalle train-clip again"
         )
+    model.load_state_dict(weights)
+    return model.eval().requires_grad_(False)
