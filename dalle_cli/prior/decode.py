@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 from dalle_cli.prior.attention import attend, raster_offsets
 from dalle_cli.prior.packed import DTYPES, PackedLinear, Precision
+from dalle_cli.prior.thin import thin_bmm
 from dalle_cli.prior.transformer import AttentionResblock, MlpResblock, Prior
 from dalle_cli.recipes.layout import AttentionKind
 
@@ -65,14 +67,22 @@ class Slots:
         return torch.zeros(allowed.shape).masked_fill_(~allowed, -math.inf)
 
 
+class TextCache(NamedTuple):
+    """The text of C captions in one layer: ``keys`` (C, H, D, T), as products with queries read them, and ``values``
+    (C, H, T, D)."""
+
+    keys: Tensor
+    values: Tensor
+
+
 @dataclass
 class Cache:
     """n samples of each of C captions: keys and values of each layer.
 
-    ``text`` (2, C, H, T, D) is shared by a caption's samples, ``image`` (2, C, H, n, slots, D) is their own.
+    ``text`` is shared by a caption's samples, ``image`` (2, C, H, n, slots, D) is their own.
     """
 
-    text: list[Tensor]
+    text: list[TextCache]
     image: list[Tensor]
 
 
@@ -80,19 +90,20 @@ class Cache:
 class Prefix:
     """C captions, read up to image position P = ``positions``: what their samples have in common.
 
-    ``logits`` (C, V_image) are those of position P. Of each layer: ``text`` keys and values (2, C, H, T, D), those of
-    the last ``given`` (2, C, H, G, D) image tokens, as many as its ``slots`` keep.
+    ``logits`` (C, V_image) are those of position P. Of each layer: the ``text``, and keys and values of the last
+    ``given`` (2, C, H, G, D) image tokens, as many as its ``slots`` keep.
     """
 
     logits: Tensor
-    text: list[Tensor]
+    text: list[TextCache]
     given: list[Tensor]
     positions: int
     slots: list[Slots]
 
     def of(self, captions: slice) -> Prefix:
         """A view of some of the captions."""
-        text, given = ([layer[:, captions] for layer in layers] for layers in (self.text, self.given))
+        text = [TextCache(keys[captions], values[captions]) for keys, values in self.text]
+        given = [layer[:, captions] for layer in self.given]
         return Prefix(self.logits[captions], text, given, self.positions, self.slots)
 
     def fork(self, n: int) -> Cache:
@@ -180,16 +191,16 @@ class Decoder:
         """A prefix of ``captions`` captions and ``positions`` image tokens, with nothing in it."""
         vocabulary, d_model = self.image_embedding.shape
         heads = self.layers[0].heads
+        text, width = self.text_length, d_model // heads
         slots = [layer.slots for layer in self.layers]
 
-        def empty(length: int) -> Tensor:
-            shape = (2, captions, heads, length, d_model // heads)
+        def empty(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=self.dtype, device=self.device)
 
         return Prefix(
             torch.empty(captions, vocabulary, device=self.device),
-            [empty(self.text_length) for _ in slots],
-            [empty(min(positions, kept.count)) for kept in slots],
+            [TextCache(empty(captions, heads, width, text), empty(captions, heads, text, width)) for _ in slots],
+            [empty(2, captions, heads, min(positions, kept.count), width) for kept in slots],
             positions,
             slots,
         )
@@ -204,7 +215,8 @@ class Decoder:
         for layer, text_kv, given_kv in zip(self.layers, into.text, into.given, strict=True):
             qkv = layer.heads_of(x)
             q, k, v = kv = qkv.permute(2, 0, 3, 1, 4)
-            text_kv.copy_(kv[1:, ..., :text, :])
+            text_kv.keys.copy_(k[..., :text, :].mT)
+            text_kv.values.copy_(v[..., :text, :])
             given_kv.copy_(kv[1:, ..., text + positions - given_kv.shape[3] : text + positions, :])
             if positions:
                 mixed = attend(layer.slots.kind, qkv, text, self.grid, layer.slots.conv_kernel)
@@ -231,24 +243,24 @@ class Decoder:
         return self.head(self.norm(x))
 
 
-def attend_slots(q: Tensor, text: Tensor, image: Tensor, bias: Tensor | None) -> Tensor:
-    """Queries (C, H, n, D) to keys and values of text (2, C, H, T, D) and image (2, C, H, n, L, D): (C, n, H, D).
+def attend_slots(q: Tensor, text: TextCache, image: Tensor, bias: Tensor | None) -> Tensor:
+    """Queries (C, H, n, D) to keys and values of text and of image (2, C, H, n, L, D): (C, n, H, D).
 
     ``bias`` (L,) is added to the image's scores.
     """
     captions, heads, n, width = q.shape
     streams = captions * heads
-    text_k, text_v = text.flatten(1, 2)
-    if image.device.type == "cpu" and image.dtype != torch.float32:
-        image = image.contiguous()  # oneDNN's 16-bit products would do it, one by one and along the wrong axis
     image_k, image_v = image.flatten(1, 3)
-    q = (q * (1 / math.sqrt(width))).contiguous()
-    to_text = torch.bmm(q.view(streams, n, width), text_k.transpose(1, 2))
-    to_image = torch.bmm(q.view(streams * n, 1, width), image_k.transpose(1, 2)).view(streams, n, -1)
+    if image.device.type == "cpu" and image.dtype != torch.float32:
+        image_k = image_k.contiguous()  # oneDNN's 16-bit product would do it, and along the wrong axis
+    q = (q * (1 / math.sqrt(width))).contiguous().view(streams, n, width)
+    to_text = thin_bmm(q, text.keys.flatten(0, 1))
+    to_image = torch.bmm(q.view(streams * n, 1, width), image_k.mT).view(streams, n, -1)
     if bias is not None:
         to_image += bias
     weights = torch.cat([to_text, to_image], dim=-1).softmax(-1)
-    from_text = torch.bmm(weights[..., : text_k.shape[1]], text_v).view(streams * n, 1, width)
-    for_image = weights[..., text_k.shape[1] :].flatten(0, 1)[:, None]
-    mixed = torch.baddbmm(from_text, for_image, image_v)
+    for_text, for_image = weights.tensor_split([to_text.shape[-1]], -1)
+    from_text = thin_bmm(for_text, text.values.flatten(0, 1))
+    from_image = thin_bmm(for_image.flatten(0, 1)[:, None], image_v)
+    mixed = from_text + from_image.view(streams, n, width)
     return mixed.view(captions, heads, n, width).transpose(1, 2)
