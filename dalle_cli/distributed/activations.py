@@ -75,7 +75,7 @@ class Stream:
         d, codes = self.recipe.prior.model.d_model, self.recipe.dvae.model.codebook_size
         rows_text, rows_image = self.batch * (self.text - 1), self.batch * self.image
         at_once = min(rows_image, max(1, HEAD_CHUNK // codes))
-        return self.bytes + BYTES_32 * (d * (rows_text + 2 * rows_image + at_once) + at_once * codes)
+        return self.bytes + BYTES_32 * (d * (rows_text + 2 * rows_image) + at_once * codes)
 
     @property
     def _own(self) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-CHUNK = 2**22
+CHUNK = 2**24
 """About so many logits exist at a time."""
 
 
@@ -43,7 +43,7 @@ class _HeadLoss(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         wanted = any(ctx.needs_input_grad)
         d_x, d_weight, d_bias = (
-            (torch.zeros_like(value) for value in (x, weight, bias)) if wanted else (x, weight, bias)
+            (torch.empty_like(x), torch.empty_like(weight), torch.zeros_like(bias)) if wanted else (x, weight, bias)
         )
         rows = max(1, CHUNK // len(weight))
         for start in range(0, len(x), rows):
@@ -57,9 +57,11 @@ class _HeadLoss(torch.autograd.Function):
             loss += (log_sum - chosen).sum()
             if wanted:
                 d_logits = probabilities.scatter_add_(-1, target, torch.full_like(chosen, -1)).to(x.dtype)
-                d_x[part] = d_logits @ weight
-                d_weight.addmm_(d_logits.T, x[part])
+                torch.mm(d_logits, weight, out=d_x[part])
+                d_weight.addmm_(d_logits.T, x[part], beta=int(start > 0))
                 d_bias += d_logits.sum(0)
+        if wanted and not len(x):
+            d_weight.zero_()
         ctx.gradients = (d_x, d_weight, d_bias) if wanted else None
         return loss
 
