@@ -87,8 +87,8 @@ def test_any_blocks(kind: AttentionKind, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("grid", "text", "kernel"), [(9, 5, 3), (12, 1, 11), (12, 16, 5)])
-@pytest.mark.parametrize("chunk", [1, 5000, 2**20])
+@pytest.mark.parametrize(("grid", "text", "kernel"), [(9, 5, 3), (12, 1, 11), (12, 16, 5), (20, 16, 11)])
+@pytest.mark.parametrize("chunk", [1, 5000, attention.CHUNK])
 def test_larger_images(
     monkeypatch: pytest.MonkeyPatch, kind: AttentionKind, grid: int, text: int, kernel: int, chunk: int
 ) -> None:

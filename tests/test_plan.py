@@ -200,6 +200,7 @@ def test_also_with_micro_batches_an_update_that_takes_the_most_and_validation(tm
 def test_attention_that_is_not_cut_in_parts_as_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = sized(2, 4, 8, 16, 64, 16)
     counts = count_parameters(recipe)
+    monkeypatch.setattr(attention, "CHUNK", 2**20)
     in_parts = fit(recipe, counts, ALONE).peak
     assert fit(recipe, counts, Machines(1, 1, 0)).peak > 1.1 * in_parts
     monkeypatch.setattr(attention, "CHUNK", 2**62)

@@ -33,7 +33,7 @@ SMALL_IMAGE = 64
 """Up to this many image tokens one block is as fast as many: small products are bound by their number."""
 DENSE_IMAGE = 256
 """Up to this many, one block is also faster than PyTorch's dense attention for ``full``."""
-CHUNK = 2**20
+CHUNK = 2**22
 """About so many weights are worked on at a time on a CPU, so that they stay in its cache."""
 
 
