@@ -35,12 +35,13 @@ def thin_bmm(a: Tensor, b: Tensor) -> Tensor:
     return F.embedding_bag(places, rows, bags, mode="sum", per_sample_weights=a.reshape(-1)).view(streams, n, width)
 
 
+@lru_cache(maxsize=8)
 def has_bags(device: torch.device) -> bool:
     """Whether bags of embeddings are compiled for this processor: by FBGEMM."""
     return device.type == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)  # as many as are in use at a time: those of each kind of attention
 def _places(streams: int, n: int, inner: int, pitch: int) -> tuple[Tensor, Tensor]:
     """For each number of a, which row it counts, of matrices that begin ``pitch`` rows apart; and where in them the
     numbers of each of the S n sums begin."""
