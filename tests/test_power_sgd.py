@@ -176,13 +176,19 @@ def test_a_saved_state_goes_on_bit_for_bit(found: list[dict[str, Any]]) -> None:
         assert set(own["no feedback"]["state"]) == {f"factor.{name}" for name in LOW}
 
 
-def test_a_nan_poisons_nothing(found: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("kind", ["not finite", "halves"], ids=["32 bit", "16 bit"])
+def test_a_nan_is_seen_by_all(found: list[dict[str, Any]], kind: str) -> None:
     for own in found:
-        case = own["not finite"]
+        case = own[kind]
         assert all(case["broken"][name].isnan().all() for name in LOW)
         assert all(case["broken"][name].isfinite().all() for name in ("gain", "small"))
         # What was not sent is forgotten, factors stay.
         assert set(case["after"]) == {f"factor.{name}" for name in LOW}
+
+
+def test_a_nan_poisons_nothing(found: list[dict[str, Any]]) -> None:
+    for own in found:
+        case = own["not finite"]
         assert all(torch.equal(value, case["before"][key]) for key, value in case["after"].items())
         assert all(torch.equal(case["next"][name], case["wanted"][name]) for name in SHARDS)
         assert all(case["next"][name].isfinite().all() for name in SHARDS)
@@ -211,14 +217,6 @@ def test_factors_of_16_bit_gradients_are_half_the_bytes(found: list[dict[str, An
     whole = 4 * (5 + 12)
     for own in found:
         assert own["halves"]["bytes"] - whole == (own["warm"]["bytes"][0] - whole) / 2
-
-
-def test_a_nan_in_16_bit_is_seen_by_all(found: list[dict[str, Any]]) -> None:
-    for own in found:
-        case = own["halves"]
-        assert all(case["broken"][name].isnan().all() for name in LOW)
-        assert all(case["broken"][name].isfinite().all() for name in ("gain", "small"))
-        assert set(case["after"]) == {f"factor.{name}" for name in LOW}
 
 
 def test_small_gradients_in_16_bit_go_as_large_ones_do(found: list[dict[str, Any]]) -> None:
