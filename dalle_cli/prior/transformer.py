@@ -44,10 +44,11 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         kind = self.weight.dtype
+        x = x.to(kind)
         if x.device.type == "cpu" and kind == torch.float32 and not torch.is_autocast_enabled("cpu"):
             # A product with a bias writes it to the result first and reads it again, which takes longer.
-            return F.linear(x.float(), self.weight).add_(self.bias)
-        return F.linear(x.to(kind), self.weight, self.bias.to(kind))
+            return F.linear(x, self.weight).add_(self.bias)
+        return F.linear(x, self.weight, self.bias.to(kind))
 
 
 class Head(Linear):
