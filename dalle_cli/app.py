@@ -31,8 +31,7 @@ from dalle_cli.commands import (
     train_prior,
     train_tokenizer,
 )
-from dalle_cli.errors import UserError
-from dalle_cli.training.stopping import RESUMABLE, Stopped
+from dalle_cli.errors import RESUMABLE, Stopped, UserError
 
 app = typer.Typer(
     name="dalle",

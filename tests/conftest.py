@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 
 import pytest
-from running import Chain, Done, run, smallest_recipe, write_recipe
+from helpers.running import Chain, Done, run, smallest_recipe, write_recipe
 
 from dalle_cli.app import main
 

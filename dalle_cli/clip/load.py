@@ -9,11 +9,11 @@ import torch
 
 from dalle_cli.clip.scoring import OpenClipScorer, OwnScorer, Scorer
 from dalle_cli.clip.train import load_clip
+from dalle_cli.config.run_folders import run_of
+from dalle_cli.distributed.device import limit_threads
 from dalle_cli.errors import UserError
-from dalle_cli.recipes.folders import run_of
 from dalle_cli.stores.checkpoint import check_belongs, open_checkpoint
 from dalle_cli.text.bpe import Tokenizer
-from dalle_cli.training.device import limit_threads
 
 
 def load_scorer(

@@ -8,7 +8,7 @@ import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from torch import Tensor, nn
 
-from dalle_cli.recipes.schema import ClipModel
+from dalle_cli.config.schema import ClipModel
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 """Mean of red, green and blue, of pixels in [0, 1]: the figures that published CLIPs are trained with."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dalle_cli.clip.scoring import Scorer
 from dalle_cli.data.images import BadImage, decode_image
-from dalle_cli.data.samples import is_unicode
+from dalle_cli.data.source import is_unicode
 from dalle_cli.data.workers import cores
 from dalle_cli.errors import UserError
 from dalle_cli.progress import log

@@ -13,7 +13,7 @@ import torch
 from open_clip.model import CLIP
 from torch import Tensor
 
-from dalle_cli.clip.alike import AlikePictures
+from dalle_cli.clip.hard_negatives import AlikePictures
 from dalle_cli.clip.model import (
     build_clip,
     clamp_logit_scale,
@@ -22,19 +22,19 @@ from dalle_cli.clip.model import (
     pairs_cross_entropy,
     pixels,
 )
+from dalle_cli.config.schema import Recipe
 from dalle_cli.data.images import BadImage
-from dalle_cli.data.sources import BadSample, Source
-from dalle_cli.distributed.topology import read_launch
+from dalle_cli.data.open_source import BadSample, Source
+from dalle_cli.data.picture_loader import TrainingPictures, cut_picture
+from dalle_cli.distributed.device import choose_device
+from dalle_cli.distributed.group import ALONE, Group
+from dalle_cli.distributed.launch import read_launch
 from dalle_cli.errors import UserError
-from dalle_cli.recipes.schema import Recipe
 from dalle_cli.stores.checkpoint import Checkpoint, Kind, open_checkpoint, steps_in
+from dalle_cli.stores.held_out import split_store
 from dalle_cli.stores.tokens import TokenReader
-from dalle_cli.training.device import choose_device
-from dalle_cli.training.held_out import split_store
 from dalle_cli.training.loop import Run
-from dalle_cli.training.pace import SampleWork, training_flops
-from dalle_cli.training.parallel import ALONE, Group
-from dalle_cli.training.pictures import TrainingPictures, cut_picture
+from dalle_cli.training.throughput import SampleWork, training_flops
 
 
 @dataclass

@@ -74,10 +74,10 @@ def command(
     """
     import json
 
+    from dalle_cli.data.captions import read_captions
     from dalle_cli.errors import UserError
-    from dalle_cli.evaluation.human_study.captions import read_captions
-    from dalle_cli.evaluation.pool_subsets import parse_pool_sizes, parse_radii
-    from dalle_cli.evaluation.presets import open_preset
+    from dalle_cli.fid.pools import parse_pool_sizes, parse_radii
+    from dalle_cli.fid.presets import open_preset
 
     if inception_weights is not None and clip is not None:
         raise UserError("--inception-weights and --clip exclude each other; choose the features to measure by")
@@ -100,18 +100,17 @@ def command(
         return
     wanted = published.captions if published else read_captions(captions) if captions is not None else None
 
-    from dalle_cli.evaluation.pictures import FilePictures, open_pictures
-    from dalle_cli.evaluation.systems import open_system
+    from dalle_cli.fid.pictures import FilePictures, open_pictures
+    from dalle_cli.fid.systems import open_system
 
     systems = [open_system(name, spec, size, wanted, limit, seed) for name, spec in named.items()]
     real = FilePictures(published.reference, size) if published else open_pictures(reference, size)
 
-    from dalle_cli.evaluation.comparison import FORMAT, VERSION, Settings, compare_systems
-    from dalle_cli.evaluation.feature_cache import default_cache
-    from dalle_cli.evaluation.features import clip_features, inception
+    from dalle_cli.distributed.device import choose_device
+    from dalle_cli.fid.comparison import FORMAT, VERSION, Settings, compare_systems
+    from dalle_cli.fid.features import clip_features, default_cache, inception
     from dalle_cli.stores.files import write_json
     from dalle_cli.stores.provenance import command_line
-    from dalle_cli.training.device import choose_device
 
     device = choose_device()
     if clip is not None:
@@ -131,7 +130,7 @@ def command(
     if published:
         figures |= {"protocol": published.protocol, "warnings": published.warnings + found["warnings"]}
     if page is not None:
-        from dalle_cli.evaluation.fid_page import choose_grid, true_pictures_of, write_evaluation
+        from dalle_cli.fid.page import choose_grid, true_pictures_of, write_evaluation
 
         grid = choose_grid(systems, true_pictures_of(published, real), rows, seed)
         write_evaluation(figures, grid, page)

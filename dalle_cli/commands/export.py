@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dalle_cli.distributed.units import parse_bytes
+from dalle_cli.planning.units import parse_bytes
 
 
 def command(

@@ -46,7 +46,7 @@ def make(
     [/bold]
     """
     from dalle_cli.errors import UserError
-    from dalle_cli.evaluation.human_study.make import StudyRequest, make_study
+    from dalle_cli.human_study.make import StudyRequest, make_study
 
     systems: dict[str, str] = {}
     for given in system:
@@ -76,7 +76,7 @@ def serve(
     """
     import socket
 
-    from dalle_cli.evaluation.human_study.server import StudyServer
+    from dalle_cli.human_study.server import StudyServer
     from dalle_cli.progress import log
 
     with StudyServer(out, host, port) as server:
@@ -104,7 +104,7 @@ def report(
     """
     import json
 
-    from dalle_cli.evaluation.human_study.report import write_report
+    from dalle_cli.human_study.report import write_report
 
     figures, page = write_report(out)
     if as_json:

@@ -24,9 +24,9 @@ def command(
 
     Example: [bold]dalle make-shapes runs/shapes --n 20000[/bold]
     """
-    from dalle_cli.data.panels import make_panels
-    from dalle_cli.data.shapes import make_shapes
     from dalle_cli.progress import progress
+    from dalle_cli.shapes.panels import make_panels
+    from dalle_cli.shapes.world import make_shapes
     from dalle_cli.stores.provenance import record_command
 
     with progress("make-shapes", n + 2 * test_n, "pictures") as bar:

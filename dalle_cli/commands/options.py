@@ -11,9 +11,9 @@ import typer
 from dalle_cli.errors import UserError
 
 if TYPE_CHECKING:
-    from dalle_cli.data.sources import Source
-    from dalle_cli.recipes.folders import RunFolders
-    from dalle_cli.recipes.schema import Recipe
+    from dalle_cli.config.run_folders import RunFolders
+    from dalle_cli.config.schema import Recipe
+    from dalle_cli.data.open_source import Source
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 SetOption = Annotated[
@@ -55,7 +55,7 @@ def read_recipe(path: Path, overrides: list[str] | None, data: str | None = None
     """The recipe with ``--set``, ``--data`` and ``--wandb`` applied."""
     import json
 
-    from dalle_cli.recipes.load import load_recipe
+    from dalle_cli.config.load import load_recipe
 
     data_override = [f"data.train={data}"] if data is not None else []
     wandb_override = [f"monitoring.wandb={json.dumps(wandb)}"] if wandb is not None else []
@@ -68,8 +68,8 @@ def recipe_for(source: str, path: Path | None, overrides: list[str] | None) -> R
     Raises:
         UserError: overrides of no recipe.
     """
-    from dalle_cli.recipes.load import load_recipe
-    from dalle_cli.recipes.schema import Recipe
+    from dalle_cli.config.load import load_recipe
+    from dalle_cli.config.schema import Recipe
 
     if path is None and overrides:
         raise UserError(f"--set {overrides[0]}: changes a recipe; give one with --recipe")
@@ -80,7 +80,7 @@ def recipe_for(source: str, path: Path | None, overrides: list[str] | None) -> R
 def read_source(recipe: Recipe) -> Source:
     """The recipe's source of training pictures, opened; what its index found broken is said on stderr."""
     from dalle_cli.data.exclude import WithoutExcluded
-    from dalle_cli.data.sources import open_source
+    from dalle_cli.data.open_source import open_source
     from dalle_cli.progress import log
 
     if recipe.data.train is None:
@@ -104,7 +104,7 @@ def starts_processes(gpus: int | None) -> bool:
     """
     if gpus is None:
         return False
-    from dalle_cli.distributed.local import is_started, start_processes
+    from dalle_cli.distributed.spawn import is_started, start_processes
 
     if is_started():
         raise UserError("--gpus starts processes, but a launcher started this one: give up one of the two")
@@ -128,7 +128,7 @@ def speaks() -> bool:
     Raises:
         UserError: a launcher's environment contradicts itself.
     """
-    from dalle_cli.distributed.topology import read_launch
+    from dalle_cli.distributed.launch import read_launch
     from dalle_cli.progress import silence
 
     leads = read_launch().leads
@@ -139,6 +139,6 @@ def speaks() -> bool:
 
 def folders(recipe: Recipe) -> RunFolders:
     """Default places of the recipe's stages."""
-    from dalle_cli.recipes.folders import RunFolders
+    from dalle_cli.config.run_folders import RunFolders
 
     return RunFolders(Path(recipe.run))

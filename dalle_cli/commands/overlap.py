@@ -41,8 +41,8 @@ def command(
     """
     import tempfile
 
-    from dalle_cli.data.overlap import find_overlap
-    from dalle_cli.data.sources import open_source
+    from dalle_cli.data.open_source import open_source
+    from dalle_cli.data.overlap.search import find_overlap
     from dalle_cli.data.workers import cores
     from dalle_cli.progress import log
     from dalle_cli.stores.files import write_atomically
@@ -56,7 +56,7 @@ def command(
         )
     log(found.summary())
     if sheet is not None:
-        from dalle_cli.evaluation.source_sheets import pairs_sheet
+        from dalle_cli.views.source_sheets import pairs_sheet
 
         picture = pairs_sheet(found, limit)
         if picture is None:

@@ -49,8 +49,8 @@ def command(
     """
     import json
 
-    from dalle_cli.distributed.units import parse_bytes, parse_rate
     from dalle_cli.errors import UserError
+    from dalle_cli.planning.units import parse_bytes, parse_rate
 
     for option, value, most in (("--peak-tflops", peak_tflops, float("inf")), ("--share", share, 1.0)):
         if value is not None and not 0 < value <= most:
@@ -58,11 +58,11 @@ def command(
     memory = parse_bytes(gpu_memory, "--gpu-memory")
     rate = None if interconnect is None else parse_rate(interconnect, "--interconnect")
 
-    from dalle_cli.distributed.cost import assume
-    from dalle_cli.distributed.memory import Machines
-    from dalle_cli.distributed.plan import plan
-    from dalle_cli.distributed.traffic import compression_table
-    from dalle_cli.evaluation.describe_plan import render_compression, render_plan
+    from dalle_cli.planning.cost import assume
+    from dalle_cli.planning.memory import Machines
+    from dalle_cli.planning.plan import plan
+    from dalle_cli.planning.traffic import compression_table
+    from dalle_cli.views.plan_tables import render_compression, render_plan
 
     if table:
         rows = compression_table([recipe] if recipe is not None else None, set_ or [])

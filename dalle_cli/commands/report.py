@@ -27,8 +27,8 @@ def command(
 
     from rich.console import Console
 
-    from dalle_cli.evaluation.report import write_report
-    from dalle_cli.evaluation.tables import render_report
+    from dalle_cli.report.report import write_report
+    from dalle_cli.views.tables import render_report
 
     report = write_report(settings, ranked, fid or [], out or folders(settings).root)
     render_report(report.figures, Console(stderr=True))

@@ -56,7 +56,7 @@ def command(
 
     from dalle_cli.clip.load import load_scorer
     from dalle_cli.clip.rerank import best_of_all, printed, rerank
-    from dalle_cli.training.device import choose_device
+    from dalle_cli.distributed.device import choose_device
 
     scorer = load_scorer(clip, pretrained, tokenizer, beside=Path(first["png"]), device=choose_device())
     scores: dict[Path, dict[int, float]] = {}
@@ -87,7 +87,7 @@ SHEET_CAPTIONS = 24
 def _lines(manifests: list[Path]) -> Iterator[dict[str, Any]]:
     from dalle_cli.clip.rerank import read_manifest
     from dalle_cli.errors import UserError
-    from dalle_cli.sampling.scores import sample_stores, store_lines
+    from dalle_cli.stores.scores import sample_stores, store_lines
 
     if not manifests:
         # Not sys.stdin itself, which Python closes when it ends: a thread may wait for it then.
@@ -108,10 +108,10 @@ def _lines(manifests: list[Path]) -> Iterator[dict[str, Any]]:
 
 
 def _draw_sheet(shown: list[list[dict[str, Any]]], sheet: Path) -> None:
-    from dalle_cli.evaluation.exhibits import samples_sheet
-    from dalle_cli.evaluation.montage import png_bytes
-    from dalle_cli.evaluation.oracle_accuracy import Pool
+    from dalle_cli.report.exhibits import samples_sheet
+    from dalle_cli.shapes.accuracy import Pool
     from dalle_cli.stores.files import write_atomically
+    from dalle_cli.views.contact_sheet import png_bytes
 
     rows = [Pool(pool[0]["prompt"], tuple(pool)) for pool in shown]
     write_atomically(sheet, png_bytes(samples_sheet(rows, {}, "Best by CLIP")))
@@ -121,8 +121,8 @@ def _write(store: Path, scores: dict[int, float], scorer: str) -> None:
     """The lines are out already, so a store that cannot be written is only told of."""
     from dalle_cli.errors import UserError
     from dalle_cli.progress import log
-    from dalle_cli.sampling.scores import write_scores
     from dalle_cli.stores.provenance import record_command
+    from dalle_cli.stores.scores import write_scores
 
     try:
         write_scores(store, scores, scorer)

@@ -70,8 +70,8 @@ def command(
     """
     import json
 
+    from dalle_cli.config.run_folders import run_of
     from dalle_cli.errors import UserError
-    from dalle_cli.recipes.folders import run_of
     from dalle_cli.sampling.prompts import Prompt, read_prompts
     from dalle_cli.stores.checkpoint import open_checkpoint
     from dalle_cli.stores.shards import parse_shard
@@ -85,7 +85,7 @@ def command(
     for source in captions or []:
         wanted += [Prompt(text) for text in _captions_of(source, limit)]
     if held_out:
-        from dalle_cli.training.held_out import held_out_captions
+        from dalle_cli.stores.held_out import held_out_captions
 
         wanted += [Prompt(text) for text in held_out_captions(places.tokens, checkpoint.recipe(), limit)]
     if not wanted:
@@ -100,8 +100,8 @@ def command(
     settings = recipe.sampling.model_copy(update={key: value for key, value in given.items() if value is not None})
     dvae_checkpoint = open_checkpoint(dvae or places.dvae, "dvae")
 
-    from dalle_cli.sampling.pipeline import Sampler
     from dalle_cli.sampling.request import SampleRequest, default_folder, shard_folder
+    from dalle_cli.sampling.sampler import Sampler
     from dalle_cli.stores.provenance import record_command
     from dalle_cli.text.bpe import Tokenizer
 
@@ -150,7 +150,7 @@ def _prime(pictures: list[Path | None], rows: str | None, grid: int) -> Prime | 
 def _captions_of(spec: str, limit: int) -> list[str]:
     from itertools import islice
 
-    from dalle_cli.data.sources import open_source
+    from dalle_cli.data.open_source import open_source
     from dalle_cli.text.tokenize import source_captions
 
     distinct = dict.fromkeys(source_captions(open_source(spec)))

@@ -39,8 +39,8 @@ def command(
     opened = read_source(settings)
     found = scan(opened, settings.data, settings.image_size, workers=workers or cores(), detector=detector)
     if out is not None:
-        from dalle_cli.evaluation.source_sheets import examples_sheet
         from dalle_cli.stores.files import write_atomically, write_json
+        from dalle_cli.views.source_sheets import examples_sheet
 
         write_json(out / "scan.json", found)
         sheet = examples_sheet(opened, settings.data.max_pixels)
@@ -51,7 +51,7 @@ def command(
         return
     from rich.console import Console
 
-    from dalle_cli.evaluation.tables import render_scan
+    from dalle_cli.views.tables import render_scan
 
     render_scan(found, Console(stderr=True))
     if out is not None:

@@ -23,7 +23,7 @@ def command(
     """
     import json
 
-    from dalle_cli.evaluation.describe import describe
+    from dalle_cli.views.describe import describe
 
     found = describe(path, set_ or ())
     if as_json:
@@ -31,6 +31,6 @@ def command(
         return
     from rich.console import Console
 
-    from dalle_cli.evaluation.tables import render
+    from dalle_cli.views.tables import render
 
     render(found, Console())

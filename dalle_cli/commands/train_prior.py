@@ -20,7 +20,7 @@ from dalle_cli.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from dalle_cli.recipes.schema import Recipe
+    from dalle_cli.config.schema import Recipe
 
 
 def command(
@@ -54,9 +54,11 @@ def command(
         _dry_run(settings, tokens or places.tokens, out or places.prior, leads)
         return
 
+    from dalle_cli.planning.fits_here import refuse_what_cannot_fit
     from dalle_cli.prior.train import train_prior
     from dalle_cli.stores.provenance import record_command
 
+    refuse_what_cannot_fit(settings)
     checkpoint = train_prior(settings, tokens or places.tokens, out or places.prior)
     if leads:
         record_command(checkpoint.path, checkpoint.identity)
@@ -67,9 +69,9 @@ def _dry_run(settings: Recipe, tokens: Path, out: Path, leads: bool) -> None:
     """Print the plan; then refuse what the real start would refuse."""
     from rich.console import Console
 
-    from dalle_cli.distributed.this_machine import refuse_what_cannot_fit
-    from dalle_cli.evaluation.describe_plan import render_plan
-    from dalle_cli.prior.dry_run import dry_run
+    from dalle_cli.planning.dry_run import dry_run
+    from dalle_cli.planning.fits_here import refuse_what_cannot_fit
+    from dalle_cli.views.plan_tables import render_plan
 
     found = dry_run(settings, tokens, out)
     if leads:

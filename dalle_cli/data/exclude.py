@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dalle_cli.data.samples import BadSample, Source
+from dalle_cli.data.source import BadSample, Source
 from dalle_cli.errors import UserError
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from dalle_cli.config.schema import DataSettings, Filters
 from dalle_cli.data.filters import (
     CAPTION_MEASURES,
     PICTURE_MEASURES,
@@ -20,10 +21,9 @@ from dalle_cli.data.filters import (
 )
 from dalle_cli.data.images import BadImage, decode_image
 from dalle_cli.data.languages import Detector
-from dalle_cli.data.samples import BadSample, Source
+from dalle_cli.data.source import BadSample, Source
 from dalle_cli.data.workers import blocks_of, in_order
 from dalle_cli.progress import progress
-from dalle_cli.recipes.schema import DataSettings, Filters
 
 QUANTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 """Per cent."""

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
-from dalle_cli.errors import UserError
+from dalle_cli.errors import STOP_SIGNALS, UserError
 
 T = TypeVar("T")
 
@@ -90,3 +90,9 @@ def _end_with(parent: int) -> None:
 
 def _call(block: range) -> Any:
     return _function(block)
+
+
+def ignore_stop_signals() -> None:
+    """Ignore STOP_SIGNALS in a worker process: a launcher may signal every process, and the trainer alone obeys."""
+    for which in STOP_SIGNALS:
+        signal.signal(which, signal.SIG_IGN)

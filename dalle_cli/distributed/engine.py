@@ -1,283 +1,101 @@
-"""ZeRO: the model's parameters, gradients and moments in parts, one for each process of a node (paper, section 2.4).
-
-By torch's ``fully_shard``, which has each parameter's rows on one process each and brings a resblock's together just
-before it is used. The stages of ZeRO differ in what is kept together in between:
-
-* 1: weights from their first use in an update to its end, and gradients until the update's last backward pass;
-* 2: weights likewise, but each backward pass's gradients are parted at once;
-* 3: a resblock's weights are parted after its forward pass too, and brought together again for its backward pass.
-
-Matrices of the resblocks, embeddings and heads are parted. Gains and biases, a thousandth of the parameters and of
-another type than the matrices in 16 bit, are whole on every process. Between nodes gradients are added up, or go
-through ``distributed/power_sgd.py``; then every process updates its part. Nothing here holds a parameter in 32 bit
-besides: with moments in 16 bit too, a process of eight that train 12e9 parameters holds 1.5e9 of 8 bytes.
-"""
+"""Who holds which part of the model while it is trained; the loop knows no more of it than ``Engine`` says."""
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import cast
+from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from dalle_cli.distributed.counted import count_traffic
-from dalle_cli.distributed.nodes import Nodes
-from dalle_cli.distributed.power_sgd import PowerSgdReducer
-from dalle_cli.precision.scaling import GradientScaling
-from dalle_cli.prior.transformer import Prior, PriorLoss, Resblock
-from dalle_cli.progress import log
-from dalle_cli.recipes.schema import PowerSgd, Sharding
-from dalle_cli.training.parallel import Group
+from dalle_cli.distributed.group import Group
+from dalle_cli.precision.gradient_scaling import GradientScaling
 
 
-class LossModule(nn.Module):
-    """The prior's loss as a forward pass, which is where ``fully_shard`` brings parameters together."""
+class Engine(Protocol):
+    """The model's parameters, spread over the processes or not. All processes call the same methods together."""
 
-    def __init__(self, prior: Prior) -> None:
-        super().__init__()
-        self.prior = prior
-
-    def forward(self, text: Tensor, length: Tensor, image: Tensor, text_count: float) -> PriorLoss:
-        """See ``Prior.loss``."""
-        return self.prior.loss(text, length, image, text_count)
-
-
-@dataclass
-class BlockPart:
-    """A resblock as gradient scaling sees it: its scale, and this process's parts of its parameters."""
-
-    block: Resblock
-    parts: list[nn.Parameter]
-
-    @property
-    def gradient_scale(self) -> float | None:
-        return self.block.gradient_scale
-
-    @gradient_scale.setter
-    def gradient_scale(self, scale: float | None) -> None:
-        self.block.gradient_scale = scale
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        return iter(self.parts)
-
-
-class Sharded:
-    """ZeRO stages 1, 2 and 3, as an ``Engine``.
-
-    Args:
-        prior: on the meta device, its resblocks cast to the type they train in.
-        seed: of the initial weights, which each process draws one parameter after another, keeping its own rows.
-        group: all processes.
-        nodes: the same, in nodes.
-        sharding: of the recipe; ``zero`` is 1, 2 or 3.
-        powersgd: of the recipe.
-    """
-
-    whole = False
-
-    def __init__(
-        self, prior: Prior, seed: int, group: Group, nodes: Nodes, sharding: Sharding, powersgd: PowerSgd
-    ) -> None:
-        # fully_shard calls functions of its own package that the package deprecates.
-        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-        self.group, self.nodes, self.zero = group, nodes, sharding.zero
-        self.prior, self.loss = prior, LossModule(prior)
-        self._shard(prior, sharding)
-        offload = sharding.offload == "cpu" and group.device.type != "cpu"
-        self.loss.to_empty(device="cpu" if offload else group.device)
-        self._shapes = {name: p.shape for name, p in prior.named_parameters()}
-        self._rows: dict[str, slice] = {}
-        self._sharded: dict[str, DTensor] = {}
-        self.parameters: dict[str, nn.Parameter] = {}
-        for name, parameter in prior.named_parameters():
-            self._take_part(name, parameter)
-        self._to_own_device(prior)
-        with torch.no_grad():
-            for name, value in prior.initial_values(seed):
-                if name in self.parameters:
-                    self.parameters[name].copy_(value[self._rows[name]])
-        self._modules = [module for module in self.loss.modules() if isinstance(module, FSDPModule)]
-        for module in self._modules:
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
-            count_traffic(module, nodes.inside.traffic)
-        self.blocks = [self._block_part(prior, i) for i in range(len(prior.resblocks))]
-        self._prefetch(prior)
-        self.reducer: PowerSgdReducer | None = None
-        if powersgd.rank and nodes.across.size > 1:
-            columns = {name: p.shape[1] for name, p in prior.decayed_parameters().items()}
-            self.reducer = PowerSgdReducer(
-                powersgd, nodes.across.processes, columns, nodes.inside.size, seed, group.device
-            )
+    group: Group
+    parameters: dict[str, nn.Parameter]
+    """This process's part of each trainable parameter, by the parameter's name: some of its rows, or all."""
+    whole: bool
+    """Whether that is all of every parameter, so that one process can validate and save alone."""
 
     def micro_batch(self, last: bool) -> None:
-        for module in self._modules:
-            module.set_requires_gradient_sync(last or self.zero > 1, recurse=False)
-            module.set_reshard_after_backward(last or self.zero == 3, recurse=False)
+        """Called before each forward pass of an update; ``last`` is the update's last."""
 
     def collect_gradients(self, update: int, scaling: GradientScaling | None) -> None:
-        for name, parameter in self._sharded.items():
-            self.parameters[name].grad, parameter.grad = cast(DTensor, parameter.grad).to_local(), None
-        replicated = [p for name, p in self.parameters.items() if name not in self._sharded]
-        self.group.sum_gradients(replicated)
-        if self.nodes.across.size == 1:
-            return
-        if self.reducer is None:
-            self.nodes.across.sum_gradients([self.parameters[name] for name in self._sharded])
-        else:
-            self._reduce(self.reducer, scaling, update)
+        """Give each part its gradient, the sum over all processes, after the last backward pass.
+
+        Args:
+            update: how many updates went before.
+            scaling: what the gradients are scaled by.
+        """
 
     def counted(self) -> list[nn.Parameter]:
-        return [self.parameters[name] for name in self._counted()]
+        """The parts that this process answers for: over ``sum_over_parts``, each parameter's rows once."""
 
     def sum_over_parts(self, value: Tensor) -> Tensor:
-        return self.nodes.inside.sum(value).to(value.device)
+        """The sum of ``value`` over the processes that hold the model together."""
 
     def settle(self) -> None:
-        for module in self._modules:
-            module.reshard()
+        """To be called when parts were changed, before the model is used, and when it was used before they are."""
 
     def rows(self, name: str) -> slice:
-        return self._rows[name]
+        """Which rows of the parameter ``name`` this process holds."""
 
     def shape(self, name: str) -> torch.Size:
-        return self._shapes[name]
+        """Of the whole parameter."""
 
     def writes(self) -> list[str]:
-        self._require_same_nodes()
-        return self._counted() if self.nodes.across.leads else []
+        """Names of the parts that this process saves: over all processes, each parameter's rows once.
+
+        Raises:
+            UserError: processes that should hold the same do not.
+        """
 
     def own_state(self) -> dict[str, Tensor]:
-        return {} if self.reducer is None else self.reducer.state_dict()
+        """What training goes on from besides, of this very process."""
 
     def load_own_state(self, state: Mapping[str, Tensor] | None) -> None:
-        if self.reducer is None:
-            return
-        if state is None or not self._fits(state):
-            log("prior.powersgd: other processes than the checkpoint's; what was not sent before is forgotten")
-            state = {}
-        self.reducer.load_state_dict(state)
+        """Go back to what ``own_state`` gave; None: of other processes than these, and of no use."""
 
-    def counters(self) -> dict[str, Callable[[], int]]:
-        """What only grows, by the name that the journal has it under."""
-        across = {"bytes_between_nodes": self._sent_across} if self.nodes.across.size > 1 else {}
-        return {"bytes_communicated": self._sent, **across}
 
-    def _sent(self) -> int:
-        return self.group.traffic.bytes + self.nodes.inside.traffic.bytes + self._sent_across()
+class Replicated:
+    """Every process holds the whole model (ZeRO stage 0)."""
 
-    def _require_same_nodes(self) -> None:
-        """Refuse to save nodes that have come apart: what a checkpoint held would be the first one's alone."""
-        if self.nodes.across.size == 1:
-            return
-        digest = hashlib.sha256()
-        for parameter in self.parameters.values():
-            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-        self.nodes.across.require_same("weights", digest.hexdigest())
+    whole = True
 
-    def _sent_across(self) -> int:
-        return self.nodes.across.traffic.bytes + (0 if self.reducer is None else self.reducer.bytes_sent)
+    def __init__(self, model: nn.Module, group: Group) -> None:
+        self.group = group
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
-    def _fits(self, state: Mapping[str, Tensor]) -> bool:
-        """Whether PowerSGD's ``state`` is of shards such as this process has."""
-        reducer = cast(PowerSgdReducer, self.reducer)
-        for key, value in state.items():
-            kind, _, name = key.partition(".")
-            shape = reducer.shape(name, self.parameters[name]) if name in self.parameters else None
-            if shape is None or (kind == "error" and value.shape != shape):
-                return False
-        return True
+    def micro_batch(self, last: bool) -> None:
+        """Gradients add up where they are."""
 
-    def _shard(self, prior: Prior, sharding: Sharding) -> None:
-        inside = self.nodes.inside
-        mesh = DeviceMesh.from_group(inside.processes, inside.device.type)
-        policy = OffloadPolicy()
-        if sharding.offload == "cpu" and inside.device.type != "cpu":
-            policy = CPUOffloadPolicy()
-        small = {p for block in prior.resblocks for p in block.parameters() if p.dim() == 1}
-        for module in [*prior.resblocks, prior.text_head, prior.image_head, self.loss]:
-            together = self.zero < 3 or module is self.loss
-            fully_shard(
-                module, mesh=mesh, reshard_after_forward=not together, offload_policy=policy, ignored_params=small
-            )
+    def collect_gradients(self, update: int, scaling: GradientScaling | None) -> None:
+        self.group.sum_gradients(self.parameters.values())
 
-    def _take_part(self, name: str, parameter: nn.Parameter) -> None:
-        """Keep this process's rows of a parameter as one by itself that shares their memory."""
-        if not isinstance(parameter, DTensor):
-            self._rows[name] = slice(0, parameter.shape[0])
-            self.parameters[name] = parameter
-            return
-        part = cast(DTensor, parameter.detach()).to_local()
-        if part.numel():
-            (count, *_), (first, *_) = compute_local_shape_and_global_offset(
-                parameter.shape, parameter.device_mesh, parameter.placements
-            )
-            self._rows[name] = slice(first, first + count)
-            self.parameters[name] = nn.Parameter(part)
-            self._sharded[name] = parameter
+    def counted(self) -> list[nn.Parameter]:
+        return list(self.parameters.values())
 
-    def _to_own_device(self, prior: Prior) -> None:
-        """What is not sharded is where it is used, also where the rest is offloaded."""
-        for parameter in prior.parameters():
-            if not isinstance(parameter, DTensor):
-                parameter.data = parameter.data.to(self.group.device)
+    def sum_over_parts(self, value: Tensor) -> Tensor:
+        return value
 
-    def _block_part(self, prior: Prior, i: int) -> BlockPart:
-        prefix = f"resblocks.{i}."
-        parts = [p for name, p in self.parameters.items() if name.startswith(prefix)]
-        return BlockPart(cast(Resblock, prior.resblocks[i]), parts)
+    def settle(self) -> None:
+        """The parts are the model."""
 
-    @staticmethod
-    def _prefetch(prior: Prior) -> None:
-        """Have the next resblock's weights on their way while one is at work, forward as backward."""
-        blocks = [cast(FSDPModule, block) for block in prior.resblocks]
-        for block, following in itertools.pairwise(blocks):
-            block.set_modules_to_forward_prefetch([following])
-            following.set_modules_to_backward_prefetch([block])
+    def rows(self, name: str) -> slice:
+        return slice(None)
 
-    def _counted(self) -> list[str]:
-        first = self.nodes.inside.leads
-        return [name for name in self.parameters if first or name in self._sharded]
+    def shape(self, name: str) -> torch.Size:
+        return self.parameters[name].shape
 
-    def _reduce(self, reducer: PowerSgdReducer, scaling: GradientScaling | None, update: int) -> None:
-        """The sharded gradients' sums over the nodes, through PowerSGD.
+    def writes(self) -> list[str]:
+        return list(self.parameters) if self.group.leads else []
 
-        What is not to be used (see ``GradientScaling``) must not reach what PowerSGD keeps for the next update: before
-        anything is sent all processes agree on where one of them has a gradient that is not finite, and leave it out.
-        """
-        index = {name: 0 if scaling is None else scaling.scale_index(p) for name, p in self.parameters.items()}
-        scales = [1.0] if scaling is None else scaling.values()
-        broken = self._broken([index[name] for name in self.parameters], len(scales))
-        left_out, used, scale_of = [], [], {}
-        for name in self._sharded:
-            gradient = cast(Tensor, self.parameters[name].grad)
-            if broken[index[name]]:
-                gradient.fill_(torch.nan)
-                left_out.append(name)
-            else:
-                used.append((name, gradient))
-                scale_of[name] = scales[index[name]]
-        reducer.clear(left_out)
-        reducer.reduce(used, update, scale_of)
-        for _, gradient in used:
-            gradient.mul_(self.nodes.across.size)
+    def own_state(self) -> dict[str, Tensor]:
+        return {}
 
-    def _broken(self, indices: list[int], count: int) -> list[bool]:
-        """Under which of ``count`` scales a gradient is not finite on one of the processes.
-
-        The last is that of parameters under none, which keep everything from being updated.
-        """
-        flags = [(~cast(Tensor, p.grad).isfinite().all()).to(self.group.device) for p in self.parameters.values()]
-        found = torch.zeros(count, device=self.group.device)
-        found.index_add_(0, torch.tensor(indices, device=found.device), torch.stack(flags).float())
-        broken = [value > 0 for value in self.group.sum(found).tolist()]
-        return [each or broken[-1] for each in broken]
+    def load_own_state(self, state: Mapping[str, Tensor] | None) -> None:
+        """There is none."""

@@ -23,12 +23,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dalle_cli.config.schema import PowerSgd
+from dalle_cli.distributed.average_16bit import average_codes, to_codes, to_values
 from dalle_cli.distributed.compression import Shape, factor_rank, is_compressed, shapes_together, shard_rank
-from dalle_cli.distributed.kept import Kept
-from dalle_cli.distributed.mean_16 import average_codes, to_codes, to_values
+from dalle_cli.distributed.error_buffers import Kept
+from dalle_cli.distributed.group import buckets
 from dalle_cli.randomness import torch_generator
-from dalle_cli.recipes.schema import PowerSgd
-from dalle_cli.training.parallel import buckets
 
 
 class _Matrix(NamedTuple):

@@ -9,18 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dalle_cli.config.schema import DOWNSAMPLING, Recipe
 from dalle_cli.data.filters import picture_identity
-from dalle_cli.data.sources import Source
-from dalle_cli.dvae.likelihood import phi, reconstruct
+from dalle_cli.data.open_source import Source
+from dalle_cli.data.picture_loader import Block, consecutive_pictures
+from dalle_cli.distributed.device import choose_device, limit_threads
 from dalle_cli.dvae.model import DVAE
+from dalle_cli.dvae.objective import phi, reconstruct
 from dalle_cli.dvae.train import load_dvae
 from dalle_cli.progress import progress
-from dalle_cli.recipes.schema import DOWNSAMPLING, Recipe
 from dalle_cli.stores.checkpoint import Checkpoint
 from dalle_cli.stores.shards import WHOLE, Shard
 from dalle_cli.stores.tokens import ROWS_PER_SHARD, PartWriter
-from dalle_cli.training.device import choose_device, limit_threads
-from dalle_cli.training.pictures import Block, consecutive_pictures
 
 BLOCK = 64
 """Pictures read and encoded together. Fixed, so that rounding, and with it the tokens, depends on nothing else."""

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from dalle_cli.config.schema import DOWNSAMPLING, DvaeModel
 from dalle_cli.randomness import torch_generator
-from dalle_cli.recipes.schema import DOWNSAMPLING, DvaeModel
 
 GROUPS = 4
 CHANNELS = 3

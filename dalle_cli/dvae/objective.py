@@ -7,24 +7,134 @@ position has the weight beta / 192, as in the paper.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from dalle_cli.dvae.likelihood import bounded_ln_b, logit_laplace_log_prob, phi, reconstruct
 from dalle_cli.dvae.model import DVAE
-from dalle_cli.dvae.relaxation import (
-    Generators,
-    gumbel_softmax,
-    kl_to_uniform,
-    marginal_kl,
-    reinforce_surrogate,
-    sample_tokens,
-)
 from dalle_cli.dvae.ssim import ssim
+
+Generators = torch.Generator | Sequence[torch.Generator]
+"""One for a batch, or one for each of its pictures: their noise then does not depend on how a batch is split."""
+
+
+def gumbel_noise(like: Tensor, generator: Generators) -> Tensor:
+    """Standard Gumbel noise of the shape of ``like``, float32, drawn on the generator's device."""
+    if isinstance(generator, torch.Generator):
+        exponential = torch.empty(like.shape, device=generator.device).exponential_(generator=generator)
+    else:
+        exponential = torch.empty(like.shape, device=generator[0].device)
+        for picture, own in zip(exponential, generator, strict=True):
+            picture.exponential_(generator=own)
+    return -exponential.clamp_min(torch.finfo(torch.float32).tiny).log().to(like.device)
+
+
+def gumbel_softmax(logits: Tensor, temperature: float, generator: Generators) -> Tensor:
+    """A relaxed sample of the codes: softmax over dim 1 of (logits + Gumbel noise) / temperature.
+
+    (B, K, h, w) -> the same shape, sums of 1 over K. The lower the temperature, the closer to one-hot samples
+    of softmax(logits).
+    """
+    return torch.softmax((logits + gumbel_noise(logits, generator)) / temperature, dim=1)
+
+
+def sample_tokens(logits: Tensor, samples: int, generator: Generators) -> Tensor:
+    """``samples`` independent draws of softmax(logits) over dim 1: (B, K, h, w) -> (S, B, h, w) int64."""
+    with torch.no_grad():
+        return torch.stack([(logits + gumbel_noise(logits, generator)).argmax(dim=1) for _ in range(samples)])
+
+
+def kl_to_uniform(logits: Tensor) -> Tensor:
+    """Exact KL(softmax(logits) || uniform over K) in nats of each position: (B, K, h, w) -> (B, h, w)."""
+    log_q = torch.log_softmax(logits, dim=1)
+    return (log_q.exp() * log_q).sum(dim=1) + math.log(logits.shape[1])
+
+
+def marginal_kl(logits: Tensor, batch_mean: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """KL(mean of softmax(logits) over batch and positions || uniform over K) in nats: (B, K, h, w) -> scalar.
+
+    It is the part of the mean ``kl_to_uniform`` that says how unevenly codes are used; the rest is the information
+    that codes carry of the picture (Hoffman and Johnson 2016, "ELBO surgery").
+
+    ``batch_mean`` takes the mean over this part of a batch (K,) to the mean over the whole of it, where other
+    processes hold the rest. The gradients of the parts, weighted by their shares, then sum to the whole's.
+    """
+    marginal = torch.softmax(logits, dim=1).mean(dim=(0, 2, 3))
+    if batch_mean is not None:
+        # The whole's value; a gradient through this part alone.
+        marginal = marginal + (batch_mean(marginal.detach()) - marginal.detach())
+    # A code whose probability underflows everywhere would have an infinite slope.
+    return math.log(logits.shape[1]) + (marginal * marginal.clamp_min(1e-12).log()).sum()
+
+
+def reinforce_surrogate(logits: Tensor, tokens: Tensor, reward: Tensor) -> Tensor:
+    """A scalar whose gradient in ``logits`` is the score-function estimate of the gradient of -E[reward].
+
+    Minimise it. Its value means nothing. With S samples a picture the baseline of each is the mean reward of
+    the other S - 1 (leave-one-out), independent of it, so that the estimate is unbiased. ``reward`` brings no
+    gradient of its own.
+
+    Args:
+        logits: (B, K, h, w); the codes of a picture are independent given its logits.
+        tokens: (S, B, h, w) int64, drawn from softmax(logits) over K.
+        reward: (S, B), one for the whole picture's codes; the expectation is averaged over B.
+
+    Raises:
+        ValueError: fewer than 2 samples, or shapes that disagree.
+    """
+    samples, batch = reward.shape
+    if samples < 2:
+        raise ValueError("the leave-one-out baseline takes at least 2 samples a picture")
+    if tokens.shape != (samples, batch, *logits.shape[2:]) or batch != logits.shape[0]:
+        shapes = f"logits {tuple(logits.shape)}, tokens {tuple(tokens.shape)}, reward {tuple(reward.shape)}"
+        raise ValueError(f"{shapes} are not (B, K, h, w), (S, B, h, w), (S, B)")
+    reward = reward.detach()
+    baseline = (reward.sum(dim=0) - reward) / (samples - 1)
+    log_q = torch.log_softmax(logits, dim=1).gather(1, tokens.transpose(0, 1))
+    log_q_picture = log_q.sum(dim=(2, 3)).t()
+    return -((reward - baseline) * log_q_picture).mean()
+
+
+def phi(pixels: Tensor, eps: float) -> Tensor:
+    """Pixels 0..255 (uint8 or floating) -> (1 - 2 eps) pixels / 255 + eps, float32, any shape."""
+    return pixels.float() * ((1 - 2 * eps) / 255) + eps
+
+
+def phi_inverse(x: Tensor, eps: float) -> Tensor:
+    """The inverse of ``phi``: (eps, 1 - eps) -> 0..255, floating; values beyond the range stay beyond it."""
+    return (x - eps) * (255 / (1 - 2 * eps))
+
+
+def logit_laplace_log_prob(x: Tensor, mu: Tensor, ln_b: Tensor) -> Tensor:
+    """Log density, in nats, of ``x`` in (0, 1) where logit(x) is Laplace(mu, b); elementwise.
+
+    f(x | mu, b) = exp(-|logit(x) - mu| / b) / (2 b x (1 - x)). The Jacobian -ln x - ln(1 - x) is written with
+    l = logit(x) as softplus(l) + softplus(-l), and b only as ``ln_b``, so that no intermediate underflows.
+    ``ln_b`` is taken as it is; see ``bounded_ln_b`` for what the objective does with the decoder's output.
+    """
+    logit = torch.logit(x)
+    jacobian = F.softplus(logit) + F.softplus(-logit)
+    return jacobian - math.log(2) - ln_b - (logit - mu).abs() * torch.exp(-ln_b)
+
+
+def bounded_ln_b(raw: Tensor, floor: float) -> Tensor:
+    """``raw`` with a smooth lower bound: floor + softplus(raw - floor), close to ``raw`` well above it.
+
+    Pixels are integers, so that a density on them has no largest value: on flat, noiseless pictures b would
+    shrink without end and the gradients with respect to mu, which are 1 / b, grow without end.
+    """
+    return floor + F.softplus(raw - floor)
+
+
+def reconstruct(mu: Tensor, eps: float) -> Tensor:
+    """The likelihood's median as pixels: phi_inverse(sigmoid(mu)), clamped to 0..255, floating."""
+    return phi_inverse(torch.sigmoid(mu), eps).clamp(0, 255)
+
 
 LEAST_MSE = 1e-10
 """A perfect reconstruction is given 100 dB, so that means stay finite."""

@@ -14,12 +14,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from dalle_cli.dvae.inert_pickle import Instance, dotted, shown
-from dalle_cli.dvae.model import CHANNELS, DVAE, Conv2d, Decoder, Encoder, Resblock
-from dalle_cli.dvae.torch_file import VALUE_BYTES, StoredTensor, open_torch_file, read_tensors
-from dalle_cli.errors import UserError
-from dalle_cli.progress import log
-from dalle_cli.recipes.schema import (
+from dalle_cli.config.schema import (
     DOWNSAMPLING,
     ClipModel,
     ClipSettings,
@@ -30,6 +25,11 @@ from dalle_cli.recipes.schema import (
     PriorSettings,
     Recipe,
 )
+from dalle_cli.dvae.inert_pickle import Instance, dotted, shown
+from dalle_cli.dvae.model import CHANNELS, DVAE, Conv2d, Decoder, Encoder, Resblock
+from dalle_cli.dvae.torch_file import VALUE_BYTES, StoredTensor, open_torch_file, read_tensors
+from dalle_cli.errors import UserError
+from dalle_cli.progress import log
 from dalle_cli.stores.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
 from dalle_cli.stores.files import sha256_file
 

@@ -17,19 +17,19 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from dalle_cli.config.schema import DOWNSAMPLING
 from dalle_cli.data.images import BadImage, decode_image, eval_crop
-from dalle_cli.data.samples import IMAGE_EXTENSIONS, read_image_file, split_extension
-from dalle_cli.data.sources import BadSample, open_source
+from dalle_cli.data.open_source import BadSample, open_source
+from dalle_cli.data.source import IMAGE_EXTENSIONS, read_image_file, split_extension
+from dalle_cli.distributed.device import choose_device, limit_threads
 from dalle_cli.dvae.encode import decode_pictures, encode_pictures
 from dalle_cli.dvae.objective import LEAST_MSE
 from dalle_cli.dvae.ssim import ssim
 from dalle_cli.dvae.train import load_dvae
 from dalle_cli.errors import UserError
 from dalle_cli.progress import log, progress
-from dalle_cli.recipes.schema import DOWNSAMPLING
 from dalle_cli.stores.checkpoint import Checkpoint
 from dalle_cli.stores.files import write_atomically
-from dalle_cli.training.device import choose_device, limit_threads
 
 GAP = 8
 """White pixels between the two pictures."""

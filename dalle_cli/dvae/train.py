@@ -13,21 +13,20 @@ import torch
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from dalle_cli.config.schema import DOWNSAMPLING, Recipe
 from dalle_cli.data.images import BadImage
-from dalle_cli.data.sources import BadSample, Source
-from dalle_cli.dvae.likelihood import phi, reconstruct
+from dalle_cli.data.open_source import BadSample, Source
+from dalle_cli.data.picture_loader import TrainingPictures, cut_picture
+from dalle_cli.distributed.group import ALONE, Group, join_group
 from dalle_cli.dvae.model import DVAE
-from dalle_cli.dvae.objective import dvae_loss, merge_metrics, validation_metrics
+from dalle_cli.dvae.objective import dvae_loss, merge_metrics, phi, reconstruct, validation_metrics
 from dalle_cli.errors import UserError
 from dalle_cli.randomness import torch_generator
-from dalle_cli.recipes.schema import DOWNSAMPLING, Recipe
 from dalle_cli.stores.checkpoint import Checkpoint, Kind
+from dalle_cli.stores.held_out import split_holdout
 from dalle_cli.training.loop import Run
-from dalle_cli.training.order import split_holdout
-from dalle_cli.training.pace import SampleWork, training_flops
-from dalle_cli.training.parallel import ALONE, Group, join_group
-from dalle_cli.training.pictures import TrainingPictures, cut_picture
 from dalle_cli.training.schedules import ramp
+from dalle_cli.training.throughput import SampleWork, training_flops
 
 VALIDATION_BATCH = 64
 EXHIBITS = 8

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dalle_cli.config.layout import AttentionKind
 from dalle_cli.prior.attention import attend, raster_offsets
-from dalle_cli.prior.packed import DTYPES, PackedLinear, Precision
-from dalle_cli.prior.thin import thin_bmm
-from dalle_cli.prior.transformer import AttentionResblock, MlpResblock, Prior
-from dalle_cli.recipes.layout import AttentionKind
+from dalle_cli.prior.cpu_kernels import DTYPES, PackedLinear, Precision, thin_bmm
+from dalle_cli.prior.model import AttentionResblock, MlpResblock, Prior
 
 READ_AT_ONCE = 2**13
 """Positions of all captions that run together in ``prefill``: enough for any product, and little memory beside the

@@ -12,28 +12,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dalle_cli.distributed.cost import count_flops
-from dalle_cli.distributed.memory import count_parameters
-from dalle_cli.distributed.this_machine import refuse_what_cannot_fit
+from dalle_cli.config.schema import PowerSgd, Recipe, Sharding
+from dalle_cli.data.order import WINDOW, BatchOrder
+from dalle_cli.data.prefetch import ahead
+from dalle_cli.distributed.device import fast_matmul
+from dalle_cli.distributed.group import ALONE, Group, join_group
 from dalle_cli.errors import UserError
-from dalle_cli.precision.scales import GradientScales
-from dalle_cli.precision.scaling import GradientScaling, ScaledBlock
-from dalle_cli.prior.transformer import Prior, PriorLoss, Resblock, build_prior
+from dalle_cli.precision.gradient_scaling import GradientScales, GradientScaling, ScaledBlock
+from dalle_cli.prior.counts import count_flops, count_parameters
+from dalle_cli.prior.model import LossModule, Prior, PriorLoss, Resblock, build_prior
 from dalle_cli.progress import log
 from dalle_cli.randomness import SPLITMIX_STEP, splitmix64, stream_seed
-from dalle_cli.recipes.schema import PowerSgd, Recipe, Sharding
 from dalle_cli.stores.checkpoint import Checkpoint, Kind
+from dalle_cli.stores.held_out import VALIDATION_BATCH, split_store
 from dalle_cli.stores.tokens import TokenReader
-from dalle_cli.training.ahead import ahead
-from dalle_cli.training.held_out import VALIDATION_BATCH, split_store
 from dalle_cli.training.loop import Run
-from dalle_cli.training.matmul import fast_matmul
-from dalle_cli.training.order import WINDOW, BatchOrder
-from dalle_cli.training.pace import SampleWork
-from dalle_cli.training.parallel import ALONE, Group, join_group
+from dalle_cli.training.throughput import SampleWork
 
 if TYPE_CHECKING:
-    from dalle_cli.distributed.engine import Sharded
+    from dalle_cli.distributed.fsdp import Sharded
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -170,10 +167,9 @@ def train_prior(recipe: Recipe, store: Path, out: Path) -> Checkpoint:
     """Train the recipe's prior on the token store into the run's folder ``out``; goes on where an earlier run stopped.
 
     Raises:
-        UserError: see ``Run.train``; or the machine has too little memory for the recipe, the store is unfinished or of
+        UserError: see ``Run.train``; or the store is unfinished or of
             other sizes than the recipe.
     """
-    refuse_what_cannot_fit(recipe)
     reader = TokenReader(store, cached_rows=WINDOW)
     reader.require_complete()
     belongs = check_sizes(recipe, reader)
@@ -182,8 +178,8 @@ def train_prior(recipe: Recipe, store: Path, out: Path) -> Checkpoint:
         refuse_unbuilt(stage.sharding, stage.powersgd, group)
         sharded = None
         if stage.sharding.zero and group.size > 1:
-            sharded = sharded_prior(recipe, group)
-            prior, scaling = sharded.prior, scaling_of(sharded.blocks, stage.precision, group.size)
+            sharded, prior = sharded_prior(recipe, group)
+            scaling = scaling_of(sharded.blocks, stage.precision, group.size)
         else:
             prior = build_prior(recipe)
             scaling = in_16_bit(prior, stage.precision, group.size)
@@ -204,10 +200,10 @@ def train_prior(recipe: Recipe, store: Path, out: Path) -> Checkpoint:
         return run.train()
 
 
-def sharded_prior(recipe: Recipe, group: Group) -> Sharded:
+def sharded_prior(recipe: Recipe, group: Group) -> tuple[Sharded, Prior]:
     """The recipe's prior in parts, one for each process of a node; nowhere is it whole."""
-    from dalle_cli.distributed.engine import Sharded
-    from dalle_cli.distributed.nodes import form_nodes
+    from dalle_cli.distributed.fsdp import Sharded
+    from dalle_cli.distributed.group import form_nodes
 
     stage = recipe.prior
     with torch.device("meta"):
@@ -216,7 +212,8 @@ def sharded_prior(recipe: Recipe, group: Group) -> Sharded:
             prior.cast_resblocks(DTYPES[stage.precision])
     nodes = form_nodes(group, stage.sharding.node_size)
     log(f"train-prior: ZeRO stage {stage.sharding.zero} on {nodes.across.size} x {nodes.inside.size} processes")
-    return Sharded(prior, recipe.seed, group, nodes, stage.sharding, stage.powersgd)
+    engine = Sharded(prior, LossModule(prior), recipe.seed, group, nodes, stage.sharding, stage.powersgd)
+    return engine, prior
 
 
 def in_16_bit(prior: Prior, precision: Precision, replicas: int) -> GradientScaling | None:

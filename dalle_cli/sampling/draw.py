@@ -16,9 +16,9 @@ import math
 import torch
 from torch import Tensor
 
+from dalle_cli.config.schema import SamplingSettings
+from dalle_cli.prior.cuda_graph import stepper
 from dalle_cli.prior.decode import Decoder, Prefix
-from dalle_cli.prior.graph import stepper
-from dalle_cli.recipes.schema import SamplingSettings
 
 BELOW_ONE = 1 - 2.0**-52
 """The largest uniform number times this, times any sum, rounds to less than the sum."""

@@ -14,15 +14,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dalle_cli.config.schema import Recipe, SamplingSettings
 from dalle_cli.data.images import BadImage, decode_image, eval_crop
-from dalle_cli.data.samples import BadSample, read_image_file
+from dalle_cli.data.source import BadSample, read_image_file
 from dalle_cli.dvae.encode import BLOCK, encode_pictures
 from dalle_cli.dvae.model import DVAE
 from dalle_cli.errors import UserError
 from dalle_cli.randomness import numpy_generator
-from dalle_cli.recipes.schema import Recipe, SamplingSettings
-from dalle_cli.sampling.store import request_rows
 from dalle_cli.stores.checkpoint import Checkpoint
+from dalle_cli.stores.samples import request_rows
 from dalle_cli.stores.shards import WHOLE, Shard, parts_folder
 
 

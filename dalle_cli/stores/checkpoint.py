@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from dalle_cli.config.load import dump_recipe, load_recipe
+from dalle_cli.config.schema import Recipe
 from dalle_cli.errors import UserError
-from dalle_cli.recipes.load import dump_recipe, load_recipe
-from dalle_cli.recipes.schema import Recipe
 from dalle_cli.stores.files import explain_os_errors, new_directory, sha256_file, write_json
 from dalle_cli.stores.tensor_files import Part, TensorFiles, index_entries, join_entries, part_file, save_tensors
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from dalle_cli.config.schema import TokenizerSettings
 from dalle_cli.errors import UserError
-from dalle_cli.recipes.schema import TokenizerSettings
 from dalle_cli.stores.files import write_atomically
-from dalle_cli.text.dropout import BpeDropout
+from dalle_cli.text.bpe_dropout import BpeDropout
 from dalle_cli.text.ragged import Ragged
 
 if TYPE_CHECKING:

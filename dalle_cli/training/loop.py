@@ -3,7 +3,7 @@
 Nothing in an update depends on what ran before it except the weights and moments: batches, noise and schedules are
 functions of (seed, step). So a killed run that starts again at its newest checkpoint ends with the same bytes.
 
-Several processes run the same loop, each on its part of every batch; see ``training/parallel.py``.
+Several processes run the same loop, each on its part of every batch; see ``distributed/group.py``.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dalle_cli.errors import UserError
-from dalle_cli.precision.scaling import GradientScaling
+from dalle_cli.config.load import dump_recipe
+from dalle_cli.config.schema import Adam, LearningRate, Recipe, Training
+from dalle_cli.distributed.device import explain_out_of_memory, limit_threads
+from dalle_cli.distributed.engine import Engine, Replicated
+from dalle_cli.distributed.group import Group
+from dalle_cli.errors import RESUMABLE, Stopped, UserError
+from dalle_cli.precision.gradient_scaling import GradientScaling
 from dalle_cli.progress import Progress, log, progress
-from dalle_cli.recipes.load import dump_recipe
-from dalle_cli.recipes.schema import Adam, LearningRate, Recipe, Training
 from dalle_cli.stores.checkpoint import (
     Checkpoint,
     Kind,
@@ -34,16 +37,12 @@ from dalle_cli.stores.checkpoint import (
     steps_in,
 )
 from dalle_cli.stores.files import explain_os_errors
-from dalle_cli.training.boards import WeightsAndBiases, require_wandb
-from dalle_cli.training.device import explain_out_of_memory, limit_threads
-from dalle_cli.training.engine import Engine, Replicated
-from dalle_cli.training.journal import Journal
-from dalle_cli.training.pace import Pace, SampleWork, peak_tflops
-from dalle_cli.training.parallel import Group
+from dalle_cli.training.journal import Journal, WeightsAndBiases, require_wandb
 from dalle_cli.training.resume import refuse_other_settings
 from dalle_cli.training.schedules import learning_rate
+from dalle_cli.training.signals import StopRequest
 from dalle_cli.training.state import TrainingState
-from dalle_cli.training.stopping import RESUMABLE, Stopped, StopRequest
+from dalle_cli.training.throughput import Pace, SampleWork, peak_tflops
 
 
 class Task(Protocol):

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dalle_cli.config.schema import Recipe
 from dalle_cli.errors import UserError
 from dalle_cli.progress import log
-from dalle_cli.recipes.schema import Recipe
 from dalle_cli.stores.checkpoint import Checkpoint
 
 # What may change in a stage when its run goes on: nothing here touches the mathematics.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from dalle_cli.recipes.schema import LearningRate, Ramp
+from dalle_cli.config.schema import LearningRate, Ramp
 
 
 def ramp(settings: Ramp, step: int) -> float:

@@ -10,13 +10,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from dalle_cli.config.schema import Adam, LearningRate
+from dalle_cli.distributed.engine import Engine, Replicated
+from dalle_cli.distributed.group import ALONE
 from dalle_cli.precision.adam import Adam16
-from dalle_cli.precision.scaling import GradientScaling
-from dalle_cli.recipes.schema import Adam, LearningRate
+from dalle_cli.precision.gradient_scaling import GradientScaling
 from dalle_cli.stores.checkpoint import Checkpoint
 from dalle_cli.stores.tensor_files import Part, TensorFiles
-from dalle_cli.training.engine import Engine, Replicated
-from dalle_cli.training.parallel import ALONE
 from dalle_cli.training.schedules import Plateau
 
 EMA_WARMUP = 10

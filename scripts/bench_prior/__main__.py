@@ -17,8 +17,8 @@ from bench_prior.machine import describe_machine
 from bench_prior.peer import load_peer
 from bench_prior.quickstart import UPDATES
 from bench_prior.report import render
-from dalle_cli.recipes.load import load_recipe
-from dalle_cli.training.device import keep_freed_memory
+from dalle_cli.config.load import load_recipe
+from dalle_cli.distributed.device import keep_freed_memory
 
 ON_CPU_ONLY = ("step-memory", "quickstart", "sampling", "sampling-memory")
 ON_GPU = ("recipe",)

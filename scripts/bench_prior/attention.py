@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from bench_prior.flex import flex
 from bench_prior.naive import mask_of
 from bench_prior.timing import Contender, libraries, race
+from dalle_cli.config.layout import AttentionKind
 from dalle_cli.prior.attention import attend
-from dalle_cli.recipes.layout import AttentionKind
 
 Log = Callable[[str], None]
 KINDS: tuple[AttentionKind, ...] = ("row", "column", "conv")

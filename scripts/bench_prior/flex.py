@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from dalle_cli.config.layout import AttentionKind
 from dalle_cli.prior.attention import raster_offsets
-from dalle_cli.recipes.layout import AttentionKind
 
 
 def flex(kind: AttentionKind, text_length: int, grid: int, conv_kernel: int, device: str) -> Callable[[Tensor], Tensor]:

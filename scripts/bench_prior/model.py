@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dalle_cli.prior.transformer import Prior
-from dalle_cli.recipes.schema import PriorModel
+from dalle_cli.config.schema import PriorModel
+from dalle_cli.prior.model import Prior
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dalle_cli.config.layout import AttentionKind
 from dalle_cli.prior.attention import raster_offsets
-from dalle_cli.prior.transformer import AttentionResblock, Prior
-from dalle_cli.recipes.layout import AttentionKind
+from dalle_cli.prior.model import AttentionResblock, Prior
 
 
 def mask_of(kind: AttentionKind, text: int, grid: int, kernel: int) -> Tensor:

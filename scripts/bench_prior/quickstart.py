@@ -14,13 +14,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench_prior.timing import SIDE, square_product
+from dalle_cli.config.load import load_recipe
+from dalle_cli.config.schema import Recipe
+from dalle_cli.distributed.device import fast_matmul
+from dalle_cli.prior.model import build_prior
 from dalle_cli.prior.train import PriorTask
-from dalle_cli.prior.transformer import build_prior
-from dalle_cli.recipes.load import load_recipe
-from dalle_cli.recipes.schema import Recipe
 from dalle_cli.stores.tokens import ROWS_PER_SHARD, PartWriter, TokenReader
 from dalle_cli.training.loop import Run
-from dalle_cli.training.matmul import fast_matmul
 from dalle_cli.training.state import TrainingState
 
 Log = Callable[[str], None]

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from bench_prior.timing import Contender, race
+from dalle_cli.config.schema import Recipe, SamplingSettings
 from dalle_cli.prior.decode import Decoder
+from dalle_cli.prior.model import Prior, build_prior
 from dalle_cli.prior.train import in_16_bit, sample_work
-from dalle_cli.prior.transformer import Prior, build_prior
-from dalle_cli.recipes.schema import Recipe, SamplingSettings
 from dalle_cli.sampling.draw import sample_images
-from dalle_cli.training.pace import peak_tflops
 from dalle_cli.training.state import TrainingState
+from dalle_cli.training.throughput import peak_tflops
 
 Log = Callable[[str], None]
 MICRO_BATCH, SAMPLES, ROUNDS = 8, 64, 3

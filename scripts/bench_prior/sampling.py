@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from bench_prior.model import ModelSizes, build_prior
+from dalle_cli.config.schema import SamplingSettings
+from dalle_cli.prior.cpu_kernels import Precision
 from dalle_cli.prior.decode import Decoder
-from dalle_cli.prior.packed import Precision
-from dalle_cli.recipes.schema import SamplingSettings
 from dalle_cli.sampling.draw import draw_tokens, filter_logits, sample_images
 
 Turn = Callable[[], object]

@@ -16,9 +16,9 @@ from bench_prior import memory
 from bench_prior.model import build_prior
 from bench_prior.naive import make_naive
 from bench_prior.sampling import ANEW_BATCH, Log, Sizes
+from dalle_cli.config.schema import SamplingSettings
+from dalle_cli.prior.cpu_kernels import Precision
 from dalle_cli.prior.decode import Decoder
-from dalle_cli.prior.packed import Precision
-from dalle_cli.recipes.schema import SamplingSettings
 from dalle_cli.sampling.draw import draw_tokens, sample_images
 
 ANEW = "mask, whole stream anew"

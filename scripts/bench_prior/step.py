@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench_prior.model import ModelSizes, build_prior
 from bench_prior.naive import make_naive, naive_loss
 from bench_prior.timing import SIDE, Contender, libraries, race, square_product
-from dalle_cli.prior.transformer import Prior
+from dalle_cli.prior.model import Prior
 
 Log = Callable[[str], None]
 GOALS = {1: 2.6, 4: 3.0}

@@ -11,7 +11,7 @@ from bench_prior import memory
 from bench_prior.naive import make_naive, naive_loss
 from bench_prior.peer import load_peer
 from bench_prior.step import PEER, Sizes, build_ours, build_peer, draw_batch, ours, step_of
-from dalle_cli.training.matmul import fast_matmul
+from dalle_cli.distributed.device import fast_matmul
 
 Log = Callable[[str], None]
 CASES = ("dalle", "dalle, resblocks recomputed", "mask and whole logits", PEER)

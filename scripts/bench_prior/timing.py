@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dalle_cli.training.matmul import fast_matmul
+from dalle_cli.distributed.device import fast_matmul
 
 SIDE = 2048
 """Of the square product that stands for the machine's peak."""

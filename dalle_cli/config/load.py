@@ -1,0 +1,172 @@
+"""Reading a recipe: YAML with ``extends`` and ``--set``, validated, with errors that name file, line, key and mend."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from dalle_cli.config.schema import Recipe
+from dalle_cli.errors import UserError
+
+Key = tuple[str, ...]
+
+
+@dataclass
+class _Tree:
+    """Nested plain values and, for each key, where it was written last."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    places: dict[Key, str] = field(default_factory=dict)
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, merge and validate the recipe at ``path``; ``overrides`` are ``a.b=value`` as ``--set`` takes them.
+
+    Raises:
+        UserError: one line a fault, each with file, line, key and what to write instead.
+    """
+    tree = _read(path, seen=())
+    for override in overrides:
+        _override(tree, override)
+    # A block that is written in part keeps the stage's other defaults, not those of the block's class.
+    values = Recipe().model_dump()
+    _merge(values, tree.values)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(item, tree, path) for item in error.errors()]
+        raise UserError("\n".join(dict.fromkeys(lines))) from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, every key spelled out; ``load_recipe`` reads it back to the same settings."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> _Tree:
+    resolved = path.resolve()
+    if resolved in seen:
+        raise UserError(f"{path}: 'extends' runs in a circle: {' -> '.join(str(p) for p in (*seen, resolved))}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such recipe{_near_recipes(path)}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder; name a recipe, a YAML file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a recipe: {error}") from None
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{path}{line}: not valid YAML: {problem}") from None
+    own = _Tree()
+    if node is not None:
+        if not isinstance(node, yaml.MappingNode):
+            raise UserError(f"{path}:1: a recipe is a mapping of keys to settings, this is not")
+        own.values = _plain(node, (), path, own.places)
+    base = own.values.pop("extends", None)
+    if base is None:
+        return own
+    if not isinstance(base, str):
+        raise UserError(f"{own.places[('extends',)]}: extends: name one recipe by its path, beside this file")
+    tree = _read(path.parent / base, (*seen, resolved))
+    _merge(tree.values, own.values)
+    tree.places.update(own.places)
+    return tree
+
+
+def _plain(node: yaml.MappingNode, prefix: Key, path: Path, places: dict[Key, str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        name = str(key_node.value)
+        place = f"{path}:{key_node.start_mark.line + 1}"
+        key = (*prefix, name)
+        if name in values:
+            raise UserError(f"{place}: {'.'.join(key)}: written twice; keep one of the two")
+        places[key] = place
+        if isinstance(value_node, yaml.MappingNode):
+            values[name] = _plain(value_node, key, path, places)
+        else:
+            try:
+                values[name] = yaml.SafeLoader("").construct_object(value_node, deep=True)
+            except (yaml.YAMLError, ValueError) as error:
+                problem = getattr(error, "problem", None) or str(error)
+                raise UserError(f"{place}: {'.'.join(key)}: not a plain value: {problem}") from None
+    return values
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> None:
+    for name, value in over.items():
+        if isinstance(value, dict) and isinstance(base.get(name), dict):
+            _merge(base[name], value)
+        else:
+            base[name] = value
+
+
+def _override(tree: _Tree, override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    key = tuple(dotted.strip().split("."))
+    if not equals or not all(key):
+        raise UserError(f"--set {override}: write it as key.key=value, such as --set prior.training.updates=100")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override}: the value is not valid YAML") from None
+    at = tree.values
+    for name in key[:-1]:
+        at = at.setdefault(name, {})
+        if not isinstance(at, dict):
+            raise UserError(f"--set {override}: {name} holds a value, not a block of settings")
+    at[key[-1]] = value
+    tree.places[key] = f"--set {override}"
+
+
+def _explain(item: Any, tree: _Tree, path: Path) -> str:
+    key = tuple(str(part) for part in item["loc"])
+    while key and key not in tree.places and key[:-1] in tree.places:
+        key = key[:-1]
+    place = tree.places.get(key) or _place_within(tree, key) or str(path)
+    name = ".".join(str(part) for part in item["loc"]) or "recipe"
+    if item["type"] == "extra_forbidden":
+        return f"{place}: {name}: unknown key{_suggest(tuple(item['loc']))}"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    given = item.get("input")
+    shown = f", not {given!r}" if not isinstance(given, dict | list | BaseModel) else ""
+    if item["type"] == "value_error":  # of a block as a whole; its message begins with the key it is about
+        about = (*map(str, item["loc"]), *message.split()[0].split("."))
+        return f"{tree.places.get(about, place)}: {name}: {message}"
+    return f"{place}: {name}: {message[0].lower()}{message[1:]}{shown}"
+
+
+def _place_within(tree: _Tree, key: Key) -> str | None:
+    """A block-wide fault is shown at the last key written inside the block."""
+    inside = [place for other, place in tree.places.items() if other[: len(key)] == key]
+    return inside[-1] if inside else None
+
+
+def _suggest(location: tuple[Any, ...]) -> str:
+    model: Any = Recipe
+    for part in location[:-1]:
+        candidates = [model.model_fields[part].annotation] if part in model.model_fields else []
+        candidates += list(get_args(candidates[0])) if candidates else []
+        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        if model is None:
+            return ""
+    known = list(model.model_fields)
+    near = difflib.get_close_matches(str(location[-1]), known, n=1)
+    return f"; did you mean '{near[0]}'?" if near else f"; known here: {', '.join(known)}"
+
+
+def _near_recipes(path: Path) -> str:
+    folder = path.parent if path.parent.is_dir() else Path("recipes")
+    names = sorted(str(p) for p in folder.glob("*.yaml")) if folder.is_dir() else []
+    return f"; there are {', '.join(names)}" if names else ""

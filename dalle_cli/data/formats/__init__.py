@@ -1,0 +1,1 @@
+"""Readers of the formats that captioned pictures come in, one file each."""

@@ -1,0 +1,144 @@
+"""Pictures named by a list, with their captions: a row or several for each picture."""
+
+from __future__ import annotations
+
+from array import array
+from itertools import chain
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+import numpy as np
+
+from dalle_cli.data.compact import DIGEST_BYTES, digest, group_equal
+from dalle_cli.data.formats.tables import URL, BadRow, Row, Table
+from dalle_cli.data.source import (
+    BadSample,
+    clean_captions,
+    describe,
+    is_unicode,
+    printable,
+    read_image_file,
+    split_extension,
+)
+from dalle_cli.errors import UserError
+from dalle_cli.progress import log
+
+_ROWS_TO_SAY = 1_000_000  # a few seconds
+_PROBED = 100  # pictures whose files are looked for when a manifest is opened
+
+
+class ManifestSource:
+    """The pictures of `table` in the order of its rows; rows of one picture bring it a caption each, or several.
+
+    Paths are relative to `root`. A key is what the table's key column says of the picture's first row; where there is
+    no such column, the path without its extension, or with it if two pictures differ by nothing else.
+
+    Memory: 16 bytes a picture, and 8 for each further row.
+    """
+
+    def __init__(self, name: str, format: str, table: Table, root: Path) -> None:
+        """Raises UserError if there is no picture in it, no picture's file can be found, or keys are not unique."""
+        self.name, self.format = name, format
+        self.skipped: list[tuple[str, str]] = []
+        self._table, self._root = table, root
+        places, images, keys = array("q"), bytearray(), bytearray()
+        urls = 0
+        for count, row in enumerate(table.rows(), 1):
+            if count % _ROWS_TO_SAY == 0:
+                log(f"index {name}: {count:,} rows so far")
+            row = row if isinstance(row, BadRow) else self._checked(row)
+            if isinstance(row, BadRow):
+                self.skipped.append((row.where, row.reason))
+                continue
+            image = normal_path(row.image)
+            urls += URL.match(image) is not None
+            places.append(row.place)
+            images += digest(image)
+            keys += digest(row.key if table.key_column is not None else split_extension(image)[0])
+        if not places:
+            why = f"; left out: {self.skipped[0][0]}: {self.skipped[0][1]}" if self.skipped else ""
+            raise UserError(f"{table.path}: names no pictures{why}")
+        rows, self._begins = group_equal(images)
+        self._places = np.frombuffer(places, np.int64)[rows]
+        firsts = rows[self._begins[:-1]]
+        self._key = self._kind_of_key(np.frombuffer(keys, np.uint8).reshape(-1, DIGEST_BYTES)[firsts].tobytes())
+        self._refuse_unreachable(only_urls=urls == len(places))
+
+    def describe(self) -> str:
+        return describe(self)
+
+    def __len__(self) -> int:
+        return len(self._begins) - 1
+
+    def key(self, i: int) -> str:
+        place = self._rows(i)[0]
+        if self._key == "column":
+            return self._table.key(place)
+        image = normal_path(self._table.image(place))
+        return image if self._key == "path" else split_extension(image)[0]
+
+    def captions(self, i: int) -> list[str]:
+        return clean_captions(list(chain.from_iterable(self._table.captions(place) for place in self._rows(i))))
+
+    def image_bytes(self, i: int) -> bytes:
+        image = self._table.image(self._rows(i)[0])
+        if URL.match(image):
+            raise BadSample("is a URL: download the picture first and put its path in its place")
+        return read_image_file(self._root / image)
+
+    def _rows(self, i: int) -> list[int]:
+        """The places of a picture's rows."""
+        i = range(len(self))[i]
+        return list(map(int, self._places[self._begins[i] : self._begins[i + 1]]))
+
+    def _checked(self, row: Row) -> Row | BadRow:
+        """The row, or why it cannot be used. UserError if it lacks a key that it should have."""
+        if not row.image:
+            return BadRow(row.where, "names no picture")
+        if "\0" in row.image or not is_unicode(row.image):
+            return BadRow(row.where, f"the picture's path is not text in UTF-8 ({printable(row.image)!r})")
+        if self._table.key_column is None:
+            return row
+        if not row.key:
+            column = self._table.key_column
+            raise UserError(f"{self._table.path}: {row.where}: the {column} is empty; fill it, or rename the column")
+        return row if is_unicode(row.key) else BadRow(row.where, "the key is not UTF-8")
+
+    def _kind_of_key(self, keys: bytes) -> Literal["column", "stem", "path"]:
+        """What tells the pictures apart, from the digests of their keys. UserError if their key column does not."""
+        pictures, begins = group_equal(keys)
+        unique = len(begins) - 1 == len(pictures)
+        if self._table.key_column is None:
+            return "stem" if unique else "path"
+        if not unique:
+            again = begins[np.flatnonzero(np.diff(begins) > 1)[0]]
+            first, second = (self._rows(i)[0] for i in pictures[again : again + 2].tolist())
+            raise UserError(
+                f"{self._table.path}: the {self._table.key_column} {self._table.key(first)!r} stands for two pictures, "
+                f"{self._table.image(first)} and {self._table.image(second)}; give each its own, or rename the column"
+            )
+        return "column"
+
+    def _refuse_unreachable(self, *, only_urls: bool) -> None:
+        """Say at once when the pictures are elsewhere, rather than skip each of them."""
+        if only_urls:
+            raise UserError(
+                f"{self._table.path}: its pictures are URLs ({self._table.image(int(self._places[0]))} ...): download "
+                "them first (img2dataset does, into shards that can be read here), or put their paths in their place"
+            )
+        count = len(self)
+        probes = sorted({*range(min(count, _PROBED)), *np.linspace(0, count - 1, _PROBED, dtype=int).tolist()})
+        paths = [self._table.image(self._rows(i)[0]) for i in probes]
+        local = [path for path in paths if not URL.match(path)]
+        if local and not any((self._root / path).is_file() for path in local):
+            raise UserError(
+                f"{self._table.path}: none of its pictures is there (looked for {self._root / local[0]} ...); "
+                "paths are relative to the manifest's folder"
+            )
+
+
+def normal_path(path: str) -> str:
+    """Without ./ and doubled slashes, so that one file has one name; links and .. are left as they are."""
+    if URL.match(path) or not ("//" in path or "./" in path):
+        return path
+    return PurePosixPath(path).as_posix()

@@ -1,0 +1,251 @@
+"""WebDataset tar shards: samples are members of one name, an image and a .txt or .json beside it.
+
+The index is made from the members' headers alone; a sample's bytes are read from their place in the shard, and
+nothing is ever unpacked.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from itertools import pairwise
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+
+from dalle_cli.data.compact import Strings, sort_order
+from dalle_cli.data.source import (
+    IMAGE_EXTENSIONS,
+    MAX_CAPTION_BYTES,
+    MAX_IMAGE_BYTES,
+    BadSample,
+    clean_captions,
+    describe,
+    is_unicode,
+    printable,
+    split_extension,
+    text_captions,
+)
+from dalle_cli.errors import UserError
+from dalle_cli.progress import progress
+
+CAPTION_FIELDS = ("captions", "caption", "text", "name")  # of a sample's .json, the first that holds text
+
+_IMAGE, _TEXT, _JSON = range(3)  # the roles of a sample's members
+_BLOCK = 512  # a tar archive is made of these
+_MAX_HEADER_BYTES = 1 << 20  # of a long name or of pax records
+_NONE = -1  # the size of a member that a sample lacks
+_MANY_SHARDS = 32  # from here on the index's progress is shown
+
+
+class _Member(NamedTuple):
+    """A usable member of a shard; `run` numbers the runs of neighbours with the same key."""
+
+    run: int
+    role: int
+    extension: str
+    offset: int
+    size: int
+
+
+class WebDatasetSource:
+    """Samples of one or several shards, sorted by key: the member's path without the last extension.
+
+    With several shards it follows the shard's own name: "shapes-00001/00001234". Members of one key may lie
+    apart in a shard; if a kind of member comes twice, the key's first sample counts and the rest is left out.
+    The captions are the lines of the .txt; where there is none, what the .json holds in the first of CAPTION_FIELDS,
+    a string or a list of them.
+    """
+
+    format = "webdataset"
+
+    def __init__(self, name: str, shards: Sequence[Path]) -> None:
+        self.name = name
+        self.skipped: list[tuple[str, str]] = []
+        self._shards = [str(path) for path in shards]
+        keys: list[str] = []
+        counts: list[int] = []  # samples of each shard
+        spans: list[np.ndarray] = []  # (samples of a shard, 3, 2) int64: offset and size by role
+        many = len(shards) >= _MANY_SHARDS
+        with progress("index", len(shards), "shards") if many else nullcontext() as bar:
+            for path, label in zip(shards, _labels(shards), strict=True):
+                prefix = f"{label}/" if len(shards) > 1 else ""
+                found = _index(path, prefix, label, self.skipped)
+                keys += found[0]
+                counts.append(len(found[0]))
+                spans.append(found[1])
+                if bar is not None:
+                    bar.advance()
+        if not keys:
+            why = f"; left out: {self.skipped[0][0]}: {self.skipped[0][1]}" if self.skipped else ""
+            kinds = ", ".join(sorted(IMAGE_EXTENSIONS))
+            raise UserError(f"{name}: no samples found (looked for members ending in {kinds} in .tar shards){why}")
+        order = sort_order(keys)
+        shard_of = np.repeat(np.arange(len(shards), dtype=np.int32), counts)
+        again = {second for first, second in pairwise(order) if keys[first] == keys[second]}
+        for i in sorted(again):
+            self.skipped.append((keys[i], f"the key comes again in {self._shards[shard_of[i]]}"))
+        order = [i for i in order if i not in again]
+        self._keys = Strings(keys[i] for i in order)
+        self._shard_of = shard_of[order]
+        self._spans = np.concatenate(spans)[order]
+
+    def describe(self) -> str:
+        shards = f" ({len(self._shards)} shards)" if len(self._shards) > 1 else ""
+        return describe(self) + shards
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def key(self, i: int) -> str:
+        return self._keys[i]
+
+    def captions(self, i: int) -> list[str]:
+        for role, captions_of in ((_TEXT, text_captions), (_JSON, _json_captions)):
+            if self._spans[i, role, 1] != _NONE:
+                return captions_of(self._read(i, role, "caption", MAX_CAPTION_BYTES))
+        raise BadSample("no caption (no .txt or .json member beside the image)")
+
+    def image_bytes(self, i: int) -> bytes:
+        return self._read(i, _IMAGE, "image", MAX_IMAGE_BYTES)
+
+    def _read(self, i: int, role: int, what: str, limit: int) -> bytes:
+        path = self._shards[self._shard_of[i]]
+        offset, size = self._spans[i, role].tolist()
+        if size > limit:
+            raise BadSample(f"the {what} is larger than {limit >> 20} MiB")
+        try:
+            # Opened for each read: no handle to share between threads, forks and pickled copies.
+            file = os.open(path, os.O_RDONLY)
+            try:
+                data = os.pread(file, size, offset)
+            finally:
+                os.close(file)
+        except OSError as error:
+            raise BadSample(f"{path} cannot be read: {error.strerror}") from error
+        if len(data) != size:
+            raise BadSample(f"{path} is shorter than when it was indexed")
+        return data
+
+
+def _labels(shards: Sequence[Path]) -> list[str]:
+    """Each shard's name for keys: its stem, or its path below the folder that all shards share."""
+    common = Path(os.path.commonpath([path.parent for path in shards]))
+    return [path.relative_to(common).with_suffix("").as_posix() for path in shards]
+
+
+def _index(path: Path, prefix: str, label: str, skipped: list[tuple[str, str]]) -> tuple[list[str], np.ndarray]:
+    """Keys of one shard's samples and their members' (offset, size), (samples, 3, 2) int64.
+
+    What cannot be used goes to `skipped`.
+    """
+    groups: dict[str, list[_Member]] = {}
+    run, last = 0, ""
+    size_on_disk = path.stat().st_size
+    for header in _headers(path):
+        if isinstance(header, str):
+            skipped.append((label, header))
+            continue
+        name = PurePosixPath(header.name).as_posix()  # without ./ and //
+        if header.isdir() or PurePosixPath(name).name.startswith("."):
+            continue
+        key, extension = split_extension(name)
+        role = _IMAGE if extension in IMAGE_EXTENSIONS else {"txt": _TEXT, "json": _JSON}.get(extension)
+        if (reason := _refusal(header, name, size_on_disk)) is not None:
+            skipped.append((prefix + printable(name), reason))
+        elif role is not None:
+            run += key != last
+            last = key
+            found = _Member(run, role, name[len(key) + 1 :], header.offset_data, header.size)
+            groups.setdefault(key, []).append(found)
+
+    keys: list[str] = []
+    spans = np.full((len(groups), 3, 2), _NONE, np.int64)
+    for key, members in groups.items():
+        kept = _without_duplicates(members)
+        if len(kept) < len(members):
+            names = ", ".join(sorted({f"{key}.{member.extension}" for member in members if member not in kept}))
+            skipped.append((prefix + key, f"the key comes again: its first sample is used, not the later {names}"))
+        if not any(member.role == _IMAGE for member in kept):
+            skipped.append((prefix + key, "a caption without an image"))
+            continue
+        for member in kept:
+            spans[len(keys), member.role] = member.offset, member.size
+        keys.append(prefix + key)
+    return keys, spans[: len(keys)]
+
+
+class _HeaderFile(io.BufferedReader):
+    """A shard as tarfile sees it, which reads whole headers into memory however large they say they are."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= _MAX_HEADER_BYTES:
+            raise tarfile.ReadError("a header of absurd size")
+        return super().read(size)
+
+
+def _headers(path: Path) -> Iterator[tarfile.TarInfo | str]:
+    """The headers of a shard's members; behind them, if something is wrong with the archive as a whole, what."""
+    found = False
+    try:
+        with _HeaderFile(io.FileIO(path)) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                found = True
+                tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
+                yield member
+            file.seek(tar.offset)
+            block = file.read(_BLOCK)
+    except (tarfile.TarError, OSError, ValueError) as error:
+        if found:  # the last member's data or the header behind it
+            yield f"the archive is cut short or damaged ({error}); what precedes is used"
+        else:
+            yield f"not a readable tar archive ({error}); a compressed one has to be unpacked first"
+        return
+    # tarfile takes a damaged header for the end; the true end is a block of zeros.
+    if len(block) < _BLOCK or block.strip(b"\0"):
+        yield f"the archive is cut short or damaged at byte {tar.offset}; what precedes is used"
+
+
+def _refusal(member: tarfile.TarInfo, name: str, size_on_disk: int) -> str | None:
+    if member.issym() or member.islnk():
+        return "a link"
+    if not member.isreg() or member.issparse():
+        return "not an ordinary file"
+    if not is_unicode(name):
+        return "the member's name is not UTF-8"
+    if name.startswith("/") or ".." in PurePosixPath(name).parts or "\\" in name:
+        return "its path leads out of the archive"
+    if member.size < 0 or member.offset_data + member.size > size_on_disk:
+        return "cut short: the archive ends inside it"
+    return None
+
+
+def _without_duplicates(members: list[_Member]) -> list[_Member]:
+    """All members if each role comes once; otherwise the first of each role in the key's first run."""
+    if len({member.role for member in members}) == len(members):
+        return members
+    first: dict[int, _Member] = {}
+    for member in members:
+        if member.run == members[0].run:
+            first.setdefault(member.role, member)
+    return list(first.values())
+
+
+def _json_captions(data: bytes) -> list[str]:
+    """The first of CAPTION_FIELDS that holds text: a string, or a list of them."""
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BadSample("the .json is not valid JSON in UTF-8") from error
+    if isinstance(fields, dict):
+        for name in CAPTION_FIELDS:
+            value = fields.get(name)
+            texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+            if texts:
+                return clean_captions(texts)
+    raise BadSample(f"the .json has no text in any of the fields {', '.join(CAPTION_FIELDS)}")

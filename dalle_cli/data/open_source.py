@@ -1,0 +1,183 @@
+"""Opens whatever the user names as a source of captioned images."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from dalle_cli.data.formats.folder import FolderSource
+from dalle_cli.data.formats.manifest import ManifestSource
+from dalle_cli.data.formats.published import (
+    COCO_CAPTIONS,
+    FLICKR_CAPTIONS,
+    FLICKR_FOLDERS,
+    open_coco,
+    open_cub,
+    open_flickr,
+)
+from dalle_cli.data.formats.tables import JsonLinesTable, Table, open_delimited
+from dalle_cli.data.formats.webdataset import WebDatasetSource
+from dalle_cli.data.source import IMAGE_EXTENSIONS, BadSample, Source
+from dalle_cli.errors import UserError
+
+__all__ = ["FORMATS", "BadSample", "Source", "expand_braces", "is_manifest", "open_source"]
+
+MANIFEST_ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
+
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_MOST_SHARDS = 1_000_000
+
+
+class Format(NamedTuple):
+    """A kind of source: what it looks like, and what opens it if the spec looks like that (else returns None)."""
+
+    looks: str
+    open: Callable[[str, Path], Source | None]
+
+
+def open_source(spec: str | Path) -> Source:
+    """The source at `spec`, of the first of FORMATS that it looks like.
+
+    Raises UserError if nothing is there, or nothing that can be used.
+    """
+    path, name = Path(spec), str(spec)
+    try:
+        for kind in FORMATS:
+            if (source := kind.open(name, path)) is not None:
+                return source
+    except OSError as error:
+        raise UserError(f"{error.filename or name}: cannot be read: {error.strerror}") from None
+    except BadSample as error:  # the manifest itself, not a picture in it
+        raise UserError(f"{name}: {error}") from None
+    if not path.exists():
+        raise UserError(f"{name}: no such file or folder (looked for {_known()})")
+    raise UserError(f"{name}: not a known kind of source (looked for {_known()})")
+
+
+def _open_webdataset(name: str, path: Path) -> Source | None:
+    if path.is_dir():
+        entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+        shards = [entry for entry in entries if entry.suffix.lower() == ".tar" and entry.is_file()]
+        images = [entry for entry in entries if entry.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS]
+        if shards and images:
+            raise UserError(
+                f"{name}: holds both shards ({shards[0].name}) and images ({images[0].name}): separate them"
+            )
+        if not shards:
+            below = [entry.name for entry in entries if entry.is_dir() and any(entry.glob("*.tar"))]
+            if below:
+                raise UserError(f"{name}: no .tar shards in it, but in its folders {', '.join(below)}: name one")
+            return None
+        return WebDatasetSource(name, shards)
+    if path.is_file():
+        return WebDatasetSource(name, [path]) if path.suffix.lower() == ".tar" else None
+    return WebDatasetSource(name, _shards_of_pattern(name)) if _BRACES.search(name) else None
+
+
+def _open_coco(name: str, path: Path) -> Source | None:
+    if path.is_file():
+        return open_coco(name, path) if path.suffix.lower() == ".json" else None
+    found = sorted((path / "annotations").glob(COCO_CAPTIONS)) if path.is_dir() else []
+    if len(found) > 1:
+        raise UserError(f"{name}: holds {len(found)} sets of captions: name one of {', '.join(map(str, found))}")
+    return open_coco(name, found[0]) if found else None
+
+
+def _open_flickr(name: str, path: Path) -> Source | None:
+    if path.is_file():
+        return open_flickr(name, path)
+    for file in (path / folder / captions for folder in FLICKR_FOLDERS for captions in FLICKR_CAPTIONS):
+        if file.is_file() and (source := open_flickr(name, file)) is not None:
+            return source
+    return None
+
+
+def _open_manifest(name: str, path: Path) -> Source | None:
+    if path.is_dir():
+        found = [path / f"metadata{ending}" for ending in MANIFEST_ENDINGS if (path / f"metadata{ending}").is_file()]
+        if len(found) > 1:
+            raise UserError(f"{name}: holds {len(found)} manifests: name one of {', '.join(map(str, found))}")
+        return _open_manifest(name, found[0]) if found else None
+    ending = path.suffix.lower()
+    if ending not in MANIFEST_ENDINGS or not path.is_file():
+        return None
+    return ManifestSource(name, f"{ending[1:]} manifest", _table(path, ending), path.parent)
+
+
+def is_manifest(path: Path) -> bool:
+    """Whether the file at ``path`` ends as a manifest does and its columns name pictures and captions."""
+    try:
+        _table(path, path.suffix.lower())
+    except (UserError, OSError):
+        return False
+    return True
+
+
+def _table(path: Path, ending: str) -> Table:
+    if ending == ".parquet":
+        from dalle_cli.data.formats.parquet import ParquetTable  # pyarrow takes longer to import than all else here
+
+        return ParquetTable(path)
+    return JsonLinesTable(path) if ending == ".jsonl" else open_delimited(path)
+
+
+def _open_folder(name: str, path: Path) -> Source | None:
+    if not path.is_dir():
+        return None
+    try:
+        return FolderSource(path)
+    except UserError as error:
+        raise UserError(f"{error}; it is not a known kind of source (looked for {_known()})") from None
+
+
+FORMATS = (
+    Format("COCO's annotations/captions_*.json beside its folder of pictures, or the folder above", _open_coco),
+    Format("CUB-200-2011: a folder with images.txt, images and text_c10 or text", open_cub),
+    Format(f"Flickr8k's or Flickr30k's {', '.join(FLICKR_CAPTIONS)} beside its pictures", _open_flickr),
+    Format("a .tar of WebDataset, a folder of them, or train-{00000..00099}.tar", _open_webdataset),
+    Format(f"a manifest: {', '.join(MANIFEST_ENDINGS)}, or a folder with metadata.csv ...", _open_manifest),
+    Format("a folder of images, at any depth, with .txt captions beside them", _open_folder),
+)
+"""All formats there are, in the order in which they are tried."""
+
+
+def _known() -> str:
+    return "; ".join(kind.looks for kind in FORMATS)
+
+
+def _shards_of_pattern(pattern: str) -> list[Path]:
+    shards = [Path(name) for name in expand_braces(pattern)]
+    if len(set(shards)) < len(shards):
+        raise UserError(f"{pattern}: names a shard twice")
+    if wrong := [shard for shard in shards if shard.suffix.lower() != ".tar"]:
+        raise UserError(f"{pattern}: {wrong[0]} is not a .tar shard")
+    if missing := [shard for shard in shards if not shard.is_file()]:
+        raise UserError(f"{pattern}: {len(missing)} of {len(shards)} shards missing: {missing[0]} ...")
+    return shards
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """As a shell would: "a-{00..02}.{x,y}" is a-00.x, a-00.y, a-01.x, ... UserError for a bad range."""
+    pieces = _BRACES.split(pattern)  # plain text and the insides of braces by turns
+    choices = [_alternatives(piece, pattern) if i % 2 else [piece] for i, piece in enumerate(pieces)]
+    count = 1
+    for choice in choices:
+        count *= len(choice)
+    if count > _MOST_SHARDS:
+        raise UserError(f"{pattern}: stands for {count} shards, more than {_MOST_SHARDS}")
+    return ["".join(parts) for parts in itertools.product(*choices)]
+
+
+def _alternatives(inside: str, pattern: str) -> list[str]:
+    first, dots, last = inside.partition("..")
+    if not dots:
+        return inside.split(",")
+    if not (re.fullmatch("[0-9]+", first) and re.fullmatch("[0-9]+", last)) or int(first) > int(last):
+        raise UserError(f"{pattern}: {{{inside}}} is not a range such as {{00000..00099}}")
+    if int(last) - int(first) >= _MOST_SHARDS:
+        raise UserError(f"{pattern}: {{{inside}}} stands for more than {_MOST_SHARDS} shards")
+    width = len(first) if first.startswith("0") else 0
+    return [f"{number:0{width}d}" for number in range(int(first), int(last) + 1)]

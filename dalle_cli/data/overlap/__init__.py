@@ -1,0 +1,1 @@
+"""Search for near-duplicate pictures within one source or between two."""

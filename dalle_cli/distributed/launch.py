@@ -1,0 +1,180 @@
+"""Where this process stands among those that a launcher started, from the environment. Imports nothing heavy.
+
+torchrun and DeepSpeed's launcher set RANK, WORLD_SIZE and so on; srun sets SLURM_PROCID and its kin, from which what
+the processes need to find one another is worked out here. ``distributed/spawn.py`` starts processes without either.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from dalle_cli.errors import UserError
+
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+"""Processes on this machine: as torchrun calls them, and as DeepSpeed's launcher does."""
+_NODES = ("GROUP_RANK", "CROSS_RANK")
+_SLURM_SPECIAL_STEP = 0xFFFF_FFF0
+"""Ids of steps from here on are Slurm's own: a batch script, an interactive shell. No tasks run side by side there."""
+_FIRST_PORT, _PORTS = 20_000, 10_000
+"""Where Slurm's jobs meet: below what systems give out by themselves."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Process ``rank`` of ``size``, the ``local_rank``-th on its machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int | None = 1
+    """Processes on this machine; None where the launcher does not say."""
+    node: int = 0
+    """Which machine this is, from 0."""
+    meeting: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """Variables of the environment that ``torch.distributed`` finds the others by."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether it is the one that logs, validates and writes."""
+        return self.rank == 0
+
+
+def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
+    """What torchrun, DeepSpeed's launcher or srun says of this process; where none of them started it, it is alone.
+
+    Raises:
+        UserError: variables are missing, are no numbers, or contradict one another.
+    """
+    if "RANK" in environment or "WORLD_SIZE" in environment:
+        return _read_torchrun(environment)
+    if _is_slurm_task(environment):
+        return _read_slurm(environment)
+    return Launch()
+
+
+def _read_torchrun(environment: Mapping[str, str]) -> Launch:
+    missing = [name for name in _VARIABLES if not environment.get(name)]
+    if missing:
+        raise UserError(
+            f"environment: {' and '.join(missing)} not set, but RANK or WORLD_SIZE is: start the processes with "
+            "torchrun, or unset both to train in one process"
+        )
+    rank, size, local_rank, port = (_number(environment, name) for name in _VARIABLES if name != "MASTER_ADDR")
+    if not (0 <= local_rank <= rank < size and 0 < port < 65536):
+        raise UserError(
+            f"environment: RANK {rank}, WORLD_SIZE {size}, LOCAL_RANK {local_rank}, MASTER_PORT {port} contradict one "
+            "another: ranks run from 0 to WORLD_SIZE - 1 and a local rank is at most the rank; torchrun sets them right"
+        )
+    local_size = _first_number(environment, _LOCAL_SIZES)
+    if size == 1 and local_size is None:
+        local_size = 1
+    node = _first_number(environment, _NODES)
+    if node is None:
+        node = 0 if local_size is None else rank // max(1, local_size)
+    launch = Launch(rank, size, local_rank, local_size, node, {name: environment[name] for name in _VARIABLES})
+    _check_machine(launch, "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    return launch
+
+
+def _is_slurm_task(environment: Mapping[str, str]) -> bool:
+    """Whether srun started this process as one of its tasks; a batch script has the job's variables, but is alone."""
+    if not environment.get("SLURM_PROCID") or not environment.get("SLURM_STEP_ID"):
+        return False
+    return _number(environment, "SLURM_STEP_ID") < _SLURM_SPECIAL_STEP
+
+
+def _read_slurm(environment: Mapping[str, str]) -> Launch:
+    size_name = "SLURM_STEP_NUM_TASKS" if environment.get("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS"
+    names = ("SLURM_PROCID", size_name, "SLURM_LOCALID", "SLURM_NODEID")
+    missing = [name for name in names if not environment.get(name)]
+    if missing:
+        raise UserError(
+            f"environment: {' and '.join(missing)} not set, but SLURM_PROCID is: start the processes with srun, or "
+            "unset SLURM_PROCID to train in one process"
+        )
+    rank, size, local_rank, node = (_number(environment, name) for name in names)
+    if not 0 <= local_rank <= rank < size:
+        raise UserError(
+            f"environment: SLURM_PROCID {rank}, {size_name} {size}, SLURM_LOCALID {local_rank} contradict one another: "
+            "ranks run from 0 to the number of tasks - 1 and a local rank is at most the rank; srun sets them right"
+        )
+    if size == 1:
+        return Launch()
+    local_size = _slurm_local_size(environment, node)
+    meeting = {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": str(local_rank),
+        **({} if local_size is None else {"LOCAL_WORLD_SIZE": str(local_size)}),
+        "GROUP_RANK": str(node),
+        "MASTER_ADDR": environment.get("MASTER_ADDR") or _slurm_first_host(environment),
+        "MASTER_PORT": environment.get("MASTER_PORT") or str(_slurm_port(environment)),
+    }
+    launch = Launch(rank, size, local_rank, local_size, node, meeting)
+    _check_machine(launch, "SLURM_PROCID", size_name, "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
+    return launch
+
+
+def _check_machine(launch: Launch, rank: str, size: str, local_rank: str, local_size: str) -> None:
+    """Refuse places on this machine that cannot be; the names are those of the environment's variables."""
+    if launch.local_size is None:
+        return
+    first = launch.rank - launch.local_rank
+    fits = launch.local_rank < launch.local_size and first + launch.local_size <= launch.size
+    if not fits or (first > 0) != (launch.node > 0):
+        raise UserError(
+            f"environment: {rank} {launch.rank}, {size} {launch.size}, {local_rank} {launch.local_rank}, {local_size} "
+            f"{launch.local_size} on machine {launch.node} contradict one another: the processes of a machine have "
+            "consecutive ranks; start them with torchrun or srun (and its --distribution=block)"
+        )
+
+
+def _slurm_local_size(environment: Mapping[str, str], node: int) -> int | None:
+    """Tasks on machine ``node``, of a text such as ``8(x2),4``: two machines of 8 and one of 4."""
+    text = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE") or ""
+    counts: list[int] = []
+    for part in filter(None, text.split(",")):
+        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        if found is None:
+            raise UserError(
+                f"environment: SLURM_STEP_TASKS_PER_NODE is {text!r}, not numbers such as 8(x2); srun sets it right"
+            )
+        counts += [int(found[1])] * int(found[2] or 1)
+    return counts[node] if node < len(counts) else None
+
+
+def _slurm_first_host(environment: Mapping[str, str]) -> str:
+    """The machine of task 0: the first of the list, such as ``gpu[03-05,9],big1``."""
+    hosts = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST") or ""
+    found = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,\[]*))?", hosts)
+    if found is not None:
+        return found[1] + (found[2] or "") + (found[3] or "")
+    if address := environment.get("SLURM_LAUNCH_NODE_IPADDR"):
+        return address
+    raise UserError(
+        "environment: neither SLURM_JOB_NODELIST nor SLURM_LAUNCH_NODE_IPADDR says where process 0 is; "
+        "set MASTER_ADDR to its machine"
+    )
+
+
+def _slurm_port(environment: Mapping[str, str]) -> int:
+    """A port that differs between the steps and jobs that are likely to share a machine."""
+    job = _number(environment, "SLURM_JOB_ID") if environment.get("SLURM_JOB_ID") else 0
+    return _FIRST_PORT + (job * 7 + _number(environment, "SLURM_STEP_ID")) % _PORTS
+
+
+def _first_number(environment: Mapping[str, str], names: tuple[str, ...]) -> int | None:
+    return next((_number(environment, name) for name in names if environment.get(name)), None)
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    try:
+        return int(environment[name])
+    except ValueError:
+        raise UserError(
+            f"environment: {name} is {environment[name]!r}, not a number; the launcher sets it right"
+        ) from None

@@ -1,1 +1,0 @@
-"""FID, IS, KID, oracle accuracy and the report."""

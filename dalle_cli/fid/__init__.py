@@ -1,0 +1,1 @@
+"""FID, KID, inception score, precision and recall of systems against reference pictures."""

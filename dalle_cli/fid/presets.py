@@ -1,0 +1,122 @@
+"""Published evaluations: which captions are drawn and which pictures they are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from dalle_cli.data.formats.published import coco_captions, cub_captions, cub_root
+from dalle_cli.data.source import BadSample, read_caption_file
+from dalle_cli.errors import UserError
+from dalle_cli.randomness import numpy_generator
+
+Name = Literal["coco", "cub"]
+COCO_FILES = ("captions_val2014.json", "captions_val2017.json")
+CUB_FILES = ("images.txt", "images", "train_test_split.txt")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """``captions`` by id, as drawn; ``pictures`` has each caption's own picture, ``reference`` all that the generated
+    ones are compared with; ``protocol`` says so in a sentence."""
+
+    captions: dict[str, str]
+    pictures: dict[str, Path]
+    reference: list[Path]
+    protocol: str
+    warnings: list[str]
+
+
+def open_preset(name: Name, spec: str, count: int, seed: int) -> Preset:
+    """``count`` captions of the data set at ``spec``, drawn by ``seed``.
+
+    ``coco``: the captions of the validation set of 2014 (that of 2017 where it alone is there, or the captions file
+    that ``spec`` names), by the ids of their annotations, against all pictures of the set. ``cub``: those of the test
+    part of CUB-200-2011, by the picture's number in images.txt and the caption's line, such as ``17-3``, against all
+    pictures of that part; Reed et al.'s classes (testclasses.txt) are the test part where they are there, else
+    train_test_split.txt says.
+
+    Raises:
+        UserError: something of the data set is missing; it is named.
+    """
+    openers: dict[Name, Callable[[Path], tuple[str, list[tuple[str, Path, str]]]]] = {"coco": _coco, "cub": _cub}
+    what, entries = openers[name](Path(spec))
+    if not entries:
+        raise UserError(f"{spec}: holds no caption of {what}")
+    order = numpy_generator(seed, "eval-fid", name).permutation(len(entries))[:count]
+    chosen = [entries[number] for number in order]
+    reference = sorted({picture for _, picture, _ in entries})
+    warnings = []
+    if len(chosen) < count:
+        warnings.append(
+            f"{what} has {len(chosen):,} captions, all of which are drawn; figures of {count:,} do not compare"
+        )
+    return Preset(
+        {identity: caption for identity, _, caption in chosen},
+        {identity: picture for identity, picture, _ in chosen},
+        reference,
+        f"{len(chosen):,} captions of {what}, drawn by seed {seed}; the reference is all {len(reference):,} pictures "
+        "of that set.",
+        warnings,
+    )
+
+
+def _coco(path: Path) -> tuple[str, list[tuple[str, Path, str]]]:
+    file = path
+    if not path.is_file():
+        found = [path / "annotations" / name for name in COCO_FILES if (path / "annotations" / name).is_file()]
+        if not found:
+            raise UserError(
+                f"{path}: annotations/{COCO_FILES[0]} is missing; unpack annotations_trainval2014.zip and val2014.zip "
+                "there, or name a captions_*.json with its pictures' folder beside annotations/"
+            )
+        file = found[0]
+    folder, entries = coco_captions(file)
+    what = f"COCO's {file.stem.removeprefix('captions_')}"
+    return what, [(number, folder / name, caption) for number, name, caption in entries]
+
+
+def _cub(path: Path) -> tuple[str, list[tuple[str, Path, str]]]:
+    root = cub_root(path)
+    if root is None:
+        base = path / "CUB_200_2011" if (path / "CUB_200_2011").is_dir() else path
+        missing = [file for file in CUB_FILES if not (base / file).exists()] or ["a list of numbers and pictures in "
+                                                                                "images.txt"]  # fmt: skip
+        raise UserError(
+            f"{base}: is not CUB-200-2011 as published, it lacks {', '.join(missing)}; unpack CUB_200_2011.tgz"
+        )
+    captions = cub_captions(str(path), root)
+    images = dict(_numbered(root / "images.txt"))
+    classes = next((file for file in (captions.parent / "testclasses.txt", root / "testclasses.txt",
+                                      path / "testclasses.txt") if file.is_file()), None)  # fmt: skip
+    if classes is not None:
+        wanted = set(classes.read_text(encoding="utf-8").split())
+        test = {number for number, image in images.items() if image.split("/")[0] in wanted}
+        what = "CUB's test classes"
+    else:
+        split = root / "train_test_split.txt"
+        if not split.is_file():
+            raise UserError(
+                f"{split}: is missing, and so is testclasses.txt: one of them says which pictures are the test part; "
+                "unpack CUB_200_2011.tgz again"
+            )
+        test = {number for number, training in _numbered(split) if training == "0"}
+        what = "CUB's test split"
+    entries = []
+    for number, image in images.items():
+        if number not in test:
+            continue
+        file = (captions / image).with_suffix(".txt")
+        try:
+            texts = read_caption_file(file)
+        except BadSample as error:
+            raise UserError(f"{file}: {error}; unpack CUB's captions (text_c10) again") from None
+        entries += [(f"{number}-{line}", root / "images" / image, text) for line, text in enumerate(texts, start=1)]
+    return what, entries
+
+
+def _numbered(file: Path) -> list[tuple[str, str]]:
+    lines = (line.partition(" ") for line in file.read_text(encoding="utf-8", errors="replace").splitlines())
+    return [(number, rest.strip()) for number, _, rest in lines if number.isdecimal() and rest.strip()]

@@ -1,0 +1,216 @@
+"""What is measured under one name: a system's pictures, with the captions and scores that are known of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dalle_cli.clip.rerank import read_manifest
+from dalle_cli.data.captions import normal_id
+from dalle_cli.data.open_source import is_manifest
+from dalle_cli.data.source import BadSample, read_caption_file
+from dalle_cli.errors import UserError
+from dalle_cli.fid.pictures import FilePictures, Pictures, SomePictures, SourcePictures, open_pictures
+from dalle_cli.randomness import numpy_generator
+from dalle_cli.shapes.accuracy import Pool, pools
+from dalle_cli.stores.scores import sample_stores, store_lines
+
+Line = dict[str, Any]
+MOST_CAPTIONS = 50_000
+"""Of a source of real pictures: they are only shown beside drawn ones."""
+Origin = Literal["lines", "named files", "pictures"]
+"""Lines of samples; files that are named by captions' ids; or any pictures, such as real ones."""
+
+
+@dataclass(frozen=True)
+class System:
+    """Pictures of one system, those of a caption together.
+
+    ``captions`` (n,) says what each picture was drawn for, where that is known; ``pools`` are the ranked samples of
+    each caption, where the pictures have scores: then the pictures are theirs, in their order.
+    """
+
+    name: str
+    spec: str
+    pictures: Pictures
+    captions: list[str] | None
+    pools: list[Pool] = field(default_factory=list)
+    origin: Origin = "pictures"
+
+    @property
+    def groups(self) -> NDArray[np.int64] | None:
+        """Number of each picture's caption (n,), None where captions are unknown."""
+        if self.pools:
+            return np.repeat(np.arange(len(self.pools)), [len(pool.lines) for pool in self.pools])
+        if self.captions is None:
+            return None
+        numbers = {caption: number for number, caption in enumerate(dict.fromkeys(self.captions))}
+        return np.array([numbers[caption] for caption in self.captions], np.int64)
+
+
+def open_system(
+    name: str, spec: str, size: int, captions: Mapping[str, str] | None, limit: int | None, seed: int
+) -> System:
+    """The pictures that ``spec`` names: a .jsonl file of ``dalle sample``'s or ``dalle rerank``'s lines, a store of
+    samples, a folder of pictures, or a captioned source.
+
+    With ``captions`` by id, those of these captions only: a folder's are named by the ids, lines have the ids or the
+    prompts. ``limit`` keeps as many captions, or pictures where captions are unknown, drawn by ``seed``.
+
+    Raises:
+        UserError: there is nothing of the kind, or a caption has no picture.
+    """
+    path = Path(spec)
+    if path.suffix == ".jsonl" and path.is_file() and not is_manifest(path):
+        with path.open(encoding="utf-8") as stream:
+            lines = list(read_manifest(stream, spec))
+    elif stores := sample_stores(path):
+        lines = [line for store in stores for line in store_lines(store)]
+    else:
+        found = _folder(name, spec, size, captions)
+        return _limited(found, limit, seed)
+    if not lines:
+        raise UserError(f"system {name}: {spec} holds no sample; look at what dalle sample said on stderr")
+    # Different ids may have the same caption; without ids, a prompt's lines are one caption's.
+    groups = [lines] if captions is None else _of_captions(name, spec, lines, captions)
+    lines = [line for group in groups for line in group]
+    ranked = []
+    if all(isinstance(line.get("score"), float | int) for line in lines):
+        ranked = [pool for group in groups for pool in pools(_with_ranks(group), spec)]
+        lines = [line for pool in ranked for line in pool.lines]
+    prompts = [str(line["prompt"]).strip() for line in lines]
+    pictures = FilePictures([Path(line["png"]) for line in lines], size)
+    return _limited(System(name, spec, pictures, prompts, ranked, "lines"), limit, seed)
+
+
+def _with_ranks(lines: list[Line]) -> list[Line]:
+    """A store's lines have no ranks; their scores are unrounded, so the order among equals is that of the rows."""
+    return [line if isinstance(line.get("rank"), int) else {**line, "rank": place} for place, line in enumerate(lines)]
+
+
+def _of_captions(name: str, spec: str, lines: list[Line], captions: Mapping[str, str]) -> list[list[Line]]:
+    """The lines of each of these captions, in their order, with the caption as prompt."""
+    by_id, by_prompt = ({key: [*group] for key, group in _grouped(lines, what).items()} for what in ("id", "prompt"))
+    kept: list[list[Line]] = []
+    lacking = []
+    for identity, caption in captions.items():
+        found = by_id.get(identity) or by_prompt.get(caption)
+        if found:
+            kept.append([{**line, "prompt": caption} for line in found])
+        else:
+            lacking.append(f"{identity} ({caption!r})")
+    _refuse_lacking(name, spec, lacking, len(captions))
+    return kept
+
+
+def _grouped(lines: list[Line], what: str) -> dict[str, list[Line]]:
+    groups: dict[str, list[Line]] = {}
+    for line in lines:
+        if what in line:
+            key = str(line[what]).strip()
+            groups.setdefault(normal_id(key) if what == "id" else key, []).append(line)
+    return groups
+
+
+def _refuse_lacking(name: str, spec: str, lacking: Sequence[str], wanted: int) -> None:
+    if lacking:
+        raise UserError(
+            f"system {name}: {spec} has no picture of {len(lacking)} of the {wanted} captions, the first of them "
+            f"{lacking[0]}; draw them, or name the captions that it has with --captions"
+        )
+
+
+def _folder(name: str, spec: str, size: int, captions: Mapping[str, str] | None) -> System:
+    try:
+        pictures = open_pictures(spec, size)
+    except UserError as error:
+        raise UserError(f"system {name}: {error}") from None
+    if not isinstance(pictures, FilePictures):
+        if captions is not None:
+            raise UserError(f"system {name}: {spec} is no folder of pictures named by the captions' ids")
+        return System(name, spec, pictures, captions_of_source(pictures))
+    if captions is None:
+        known, origin = captions_beside(pictures.paths)
+        return System(name, spec, pictures, known, origin=origin)
+    by_id: dict[str, Path] = {}
+    for path in pictures.paths:
+        identity = normal_id(path.stem)
+        if identity in by_id:
+            raise UserError(f"system {name}: {by_id[identity]} and {path} are both of caption {identity}; keep one")
+        by_id[identity] = path
+    _refuse_lacking(name, spec, [f"{i} ({c!r})" for i, c in captions.items() if i not in by_id], len(captions))
+    files = FilePictures([by_id[i] for i in captions], size)
+    return System(name, spec, files, list(captions.values()), origin="named files")
+
+
+def captions_beside(paths: Sequence[Path]) -> tuple[list[str] | None, Origin]:
+    """The first caption in the .txt file beside each picture; else the files' names, if all lie in one folder:
+    systems that were given the same captions name them alike. None where neither tells them apart."""
+    try:
+        return [read_caption_file(path.with_suffix(".txt"))[0] for path in paths], "pictures"
+    except BadSample:
+        names = [normal_id(path.stem) for path in paths]
+    if len({path.parent for path in paths}) == 1 and len(set(names)) == len(names):
+        return names, "named files"
+    return None, "pictures"
+
+
+def captions_of_source(pictures: Pictures) -> list[str] | None:
+    """The first caption of each picture of a source, None where one has none or there are very many."""
+    if not isinstance(pictures, SourcePictures) or len(pictures) > MOST_CAPTIONS:
+        return None
+    try:
+        return [pictures.source.captions(row)[0] for row in range(len(pictures))]
+    except BadSample:
+        return None
+
+
+def _limited(system: System, limit: int | None, seed: int) -> System:
+    groups = system.groups
+    groups = np.arange(len(system.pictures)) if groups is None else groups
+    count = int(groups.max()) + 1 if len(groups) else 0
+    if limit is None or limit >= count:
+        return system
+    chosen = np.sort(numpy_generator(seed, "eval-fid", "limit").permutation(count)[:limit])
+    rows = np.flatnonzero(np.isin(groups, chosen)).tolist()
+    captions = None if system.captions is None else [system.captions[row] for row in rows]
+    ranked = [system.pools[number] for number in chosen] if system.pools else []
+    return System(system.name, system.spec, SomePictures(system.pictures, rows), captions, ranked, system.origin)
+
+
+def check_same_captions(systems: Sequence[System]) -> list[str]:
+    """Warnings of systems whose captions differ: their figures compare captions as well as systems.
+
+    Raises:
+        UserError: two systems have captions and none in common.
+    """
+    warnings = []
+    known = [(s, set(s.captions)) for s in systems if s.captions is not None and s.origin != "pictures"]
+    for one, first in known[:1]:
+        for other, second in known[1:]:
+            if not first & second and one.origin == other.origin == "lines":
+                raise UserError(
+                    f"systems {one.name} and {other.name} have no caption in common: {one.spec} begins with "
+                    f"{(one.captions or [])[0]!r}, {other.spec} with {(other.captions or [])[0]!r}"
+                )
+            only = [f"{len(extra)} only of {system.name} (as {min(extra)!r})"
+                    for system, extra in ((one, first - second), (other, second - first)) if extra]  # fmt: skip
+            if only:
+                warnings.append(
+                    f"{one.name} and {other.name} were not given the same captions: {len(first & second)} in common, "
+                    f"{', '.join(only)}; --captions FILE measures the same of all"
+                )
+    return warnings
+
+
+def per_caption(system: System) -> dict[str, int]:
+    """The row of one picture of each caption: the best where there are scores, else the first."""
+    rows: dict[str, int] = {}
+    for row, caption in enumerate(system.captions or []):
+        rows.setdefault(caption, row)
+    return rows

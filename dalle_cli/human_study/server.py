@@ -1,0 +1,222 @@
+"""The study as a small local web page: three files, the pictures by their opaque names, and two calls.
+
+``GET /api/next?annotator=NAME`` says what to show next, ``POST /api/vote`` keeps one answer and replies when it is
+on the disk. The server knows only what ``study.json`` holds: it never opens the key, and no path of a request
+reaches the file system.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.resources import files
+from pathlib import Path
+from socketserver import TCPServer
+from typing import Any, get_args
+from urllib.parse import parse_qs, urlsplit
+
+from dalle_cli.errors import UserError
+from dalle_cli.human_study.study import PICTURES, WORDING, Item, Question, Side, load_study
+from dalle_cli.human_study.votes import Refused, Task, Votes, annotator_name
+from dalle_cli.progress import log
+
+MAX_BODY_BYTES = 4096
+SECONDS_OF_SILENCE = 60
+"""After which a connection is closed; the page opens another."""
+PAGE_FILES = {"/": ("index.html", "text/html"), "/study.css": ("study.css", "text/css"),
+              "/study.js": ("study.js", "text/javascript")}  # fmt: skip
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; style-src 'self'; script-src 'self'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+class BadRequest(Exception):
+    """A request that is not well-formed, and why."""
+
+
+@dataclass(frozen=True)
+class _Post:
+    annotator: str
+    item: Item
+    question: Question
+    answer: Side
+
+
+class StudyServer(ThreadingHTTPServer):
+    """Serves one study. ``serve_forever`` runs it; ``address`` is where."""
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, folder: Path, host: str = "127.0.0.1", port: int = 0) -> None:
+        """Binds at once; port 0 takes a free one.
+
+        Raises:
+            UserError: ``folder`` holds no whole study, its votes cannot be opened, or the address cannot be bound.
+        """
+        self.study = load_study(folder)
+        names = [name for item in self.study.items for name in (item.left, item.right)]
+        self.pictures = {_url(name): folder / PICTURES / name for name in names}
+        for path in self.pictures.values():
+            if not path.is_file():
+                raise UserError(f"{path}: the study's picture is missing; make the study anew")
+        page = files("dalle_cli.human_study") / "page"
+        self.page = {url: ((page / name).read_bytes(), kind) for url, (name, kind) in PAGE_FILES.items()}
+        try:
+            super().__init__((host, port), _Handler)
+        except (OSError, OverflowError) as error:
+            raise UserError(f"{host}:{port}: cannot be bound ({error}); choose another --port or --host") from None
+        try:
+            self.votes = Votes(folder, self.study)
+        except UserError:
+            self.server_close()
+            raise
+
+    @property
+    def address(self) -> str:
+        return f"http://{self.server_name}:{self.server_port}/"
+
+    def server_bind(self) -> None:
+        # HTTPServer's asks the network for the host's full name, which can take long and is of no use here.
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # a phone that went out of reach is no fault
+            super().handle_error(request, client_address)
+
+    def server_close(self) -> None:
+        super().server_close()
+        if hasattr(self, "votes"):
+            self.votes.close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: StudyServer
+    protocol_version = "HTTP/1.1"
+    server_version, sys_version = "dalle", ""
+    timeout = SECONDS_OF_SILENCE
+    disable_nagle_algorithm = True
+
+    def do_GET(self) -> None:
+        url = urlsplit(self.path)
+        if url.path in PAGE_FILES:
+            content, kind = self.server.page[url.path]
+            self._send(HTTPStatus.OK, content, f"{kind}; charset=utf-8")
+        elif url.path == "/api/next":
+            self._answer(lambda: self._next(url.query))
+        elif url.path in self.server.pictures:
+            picture = self.server.pictures[url.path].read_bytes()
+            self._send(HTTPStatus.OK, picture, "image/png", cache="private, max-age=86400, immutable")
+        else:
+            self._json(HTTPStatus.NOT_FOUND, {"error": "there is no such page"})
+
+    def do_POST(self) -> None:
+        if urlsplit(self.path).path != "/api/vote":
+            self.close_connection = True  # its body is not read
+            self._json(HTTPStatus.NOT_FOUND, {"error": "there is no such page"})
+            return
+        self._answer(self._vote)
+
+    def _answer(self, call: Callable[[], dict[str, Any]]) -> None:
+        """The call's result as JSON, or why there is none. Only what is kept is answered with 200."""
+        try:
+            self._json(HTTPStatus.OK, call())
+        except BadRequest as error:
+            self._json(HTTPStatus.BAD_REQUEST, {"error": str(error)})
+        except Refused as error:
+            self._json(HTTPStatus.CONFLICT, {"error": str(error)})
+        except sqlite3.Error as error:
+            log(f"votes: {error}")
+            self._json(HTTPStatus.SERVICE_UNAVAILABLE, {"error": "the vote could not be kept; try again"})
+
+    def _next(self, query: str) -> dict[str, Any]:
+        annotator = _annotator(parse_qs(query).get("annotator", [""])[0])
+        work = self.server.votes.work(annotator)
+        # The second is for the page to load its pictures ahead.
+        return {
+            "annotator": annotator,
+            "done": work.done,
+            "total": work.done + len(work.tasks),
+            "tasks": [_shown(task) for task in work.tasks[:2]],
+        }
+
+    def _vote(self) -> dict[str, Any]:
+        vote = self._read_vote()
+        self.server.votes.record(vote.annotator, vote.item, vote.question, vote.answer)
+        return {"kept": vote.answer}
+
+    def _read_vote(self) -> _Post:
+        try:
+            length = int(self.headers.get("Content-Length", ""))
+        except ValueError:
+            length = -1
+        if not 0 <= length <= MAX_BODY_BYTES:
+            self.close_connection = True  # what follows is not read
+            raise BadRequest(f"a vote comes with a Content-Length of at most {MAX_BODY_BYTES}")
+        body = self.rfile.read(length)
+        if len(body) < length:
+            self.close_connection = True
+            raise BadRequest("the vote is cut short")
+        # A form on some other site can post to this machine, but not with this type.
+        if self.headers.get_content_type() != "application/json":
+            raise BadRequest("a vote is application/json")
+        try:
+            vote = json.loads(body)
+        except (ValueError, RecursionError):
+            raise BadRequest("the vote is not JSON") from None
+        if not isinstance(vote, dict) or vote.keys() != {"annotator", "item", "question", "answer"}:
+            raise BadRequest("a vote has annotator, item, question and answer, and nothing else")
+        item = self.server.study.by_id.get(vote["item"]) if isinstance(vote["item"], str) else None
+        if item is None:
+            raise BadRequest("there is no such item")
+        for name, kind in (("question", Question), ("answer", Side)):
+            if vote[name] not in get_args(kind):
+                raise BadRequest(f"{name} is one of {', '.join(get_args(kind))}")
+        return _Post(_annotator(vote["annotator"]), item, vote["question"], vote["answer"])
+
+    def _json(self, status: HTTPStatus, value: Any) -> None:
+        self._send(status, json.dumps(value, ensure_ascii=False).encode(), "application/json")
+
+    def _send(self, status: HTTPStatus, content: bytes, kind: str, cache: str = "no-store") -> None:
+        self.send_response(status)
+        headers = {"Content-Type": kind, "Content-Length": str(len(content)), "Cache-Control": cache, **_HEADERS}
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: requests name annotators."""
+
+
+def _url(picture: str) -> str:
+    return f"/{PICTURES}/{picture}"
+
+
+def _annotator(name: Any) -> str:
+    if not isinstance(name, str):
+        raise BadRequest("annotator is a name")
+    try:
+        return annotator_name(name)
+    except ValueError as error:
+        raise BadRequest(f"annotator: {error}") from None
+
+
+def _shown(task: Task) -> dict[str, Any]:
+    """What a page may know of an item: not whether it is a check, let alone whose pictures it shows."""
+    return {
+        "item": task.item.id,
+        "caption": task.item.caption,
+        "left": _url(task.item.left),
+        "right": _url(task.item.right),
+        "questions": [{"id": question, "wording": WORDING[question]} for question in task.questions],
+    }

@@ -1,0 +1,97 @@
+"""One system's pictures by caption id: a folder of files named by it, or lines of ``dalle sample`` or ``rerank``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dalle_cli.clip.rerank import read_manifest
+from dalle_cli.data.captions import normal_id
+from dalle_cli.data.source import IMAGE_EXTENSIONS, split_extension
+from dalle_cli.errors import UserError
+
+
+@dataclass(frozen=True)
+class System:
+    """Pictures of the captions that the study knows; ``others`` were of none of them."""
+
+    name: str
+    spec: str
+    pictures: Mapping[str, Path]
+    others: int
+
+
+def read_system(name: str, spec: str, captions: Mapping[str, str]) -> System:
+    """The system's picture of each caption it has one of.
+
+    Of a manifest's lines for one prompt it is the one of rank 1, or the first where none has a rank: a single
+    sample, not chosen. Prompts and captions are compared without the blanks around them.
+
+    Raises:
+        UserError: there is no such folder or file, it has a caption's picture twice, or none of any caption.
+    """
+    path = Path(spec)
+    if path.is_dir():
+        found, kind = _named_files(path), "caption id"
+        names = {identity: identity for identity in captions}
+    elif path.suffix == ".jsonl" and path.is_file():
+        found, kind = _by_prompt(path, spec), "prompt"
+        names = dict(captions)
+    else:
+        raise UserError(
+            f"system {name}: {spec} is neither a folder of pictures nor a .jsonl file of dalle sample's lines"
+        )
+    pictures = {identity: found[wanted] for identity, wanted in names.items() if wanted in found}
+    if not found:
+        raise UserError(f"system {name}: {spec} holds no picture")
+    if not pictures:
+        raise UserError(
+            f"system {name}: none of the {len(found)} pictures of {spec} is of a caption of the study: its first "
+            f"{kind} is {next(iter(found))!r}, the first caption is {next(iter(captions.items()))!r}"
+        )
+    return System(name, spec, pictures, len(found.keys() - set(names.values())))
+
+
+def check_same_captions(systems: tuple[System, System], captions: Mapping[str, str]) -> list[str]:
+    """The ids of the captions that both systems drew.
+
+    Raises:
+        UserError: one has a picture of a caption that the other has none of; an example is named.
+    """
+    for one, other in (systems, systems[::-1]):
+        lacking = [identity for identity in captions if identity in one.pictures and identity not in other.pictures]
+        if lacking:
+            example = f"{lacking[0]} ({captions[lacking[0]]!r})"
+            raise UserError(
+                f"system {other.name}: {other.spec} has no picture of caption {example}, which system {one.name} has; "
+                f"{len(lacking)} such captions in all: draw them, or leave them out of the captions"
+            )
+    return [identity for identity in captions if identity in systems[0].pictures]
+
+
+def _named_files(folder: Path) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        stem, extension = split_extension(path.name)
+        if extension not in IMAGE_EXTENSIONS or not path.is_file():
+            continue
+        identity = normal_id(stem)
+        if identity in found:
+            raise UserError(
+                f"{folder}: {found[identity].name} and {path.name} are both of caption {identity}; keep one"
+            )
+        found[identity] = path
+    return found
+
+
+def _by_prompt(path: Path, spec: str) -> dict[str, Path]:
+    chosen: dict[str, tuple[bool, Path]] = {}
+    with path.open(encoding="utf-8") as lines:
+        for line in read_manifest(lines, spec):
+            prompt, picture, best = line["prompt"].strip(), Path(line["png"]), line.get("rank") == 1
+            if best and prompt in chosen and chosen[prompt][0] and chosen[prompt][1] != picture:
+                raise UserError(f"{spec}: two pictures are of rank 1 for {prompt!r}; rank them together")
+            if prompt not in chosen or (best and not chosen[prompt][0]):
+                chosen[prompt] = best, picture
+    return {prompt: picture for prompt, (_, picture) in chosen.items()}

@@ -1,0 +1,289 @@
+"""The prior: a sparse transformer over one stream of text and image tokens (paper, 2.2 and appendix B).
+
+The stream has T text positions, then S = grid x grid image positions in raster order, without a token that
+begins it: the output at a position predicts the next one, the last text position predicts the first image
+token, and the first text token is given. Residual stream, embeddings, gains, biases and heads stay in 32 bit;
+the resblocks' matrices set the type that a resblock computes in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from dalle_cli.config.layout import AttentionKind
+from dalle_cli.config.schema import PriorModel, Recipe
+from dalle_cli.precision.resblock import scaled_residual
+from dalle_cli.prior.attention import attend
+from dalle_cli.prior.head_loss import head_loss
+
+INIT_STD = 0.02
+
+
+class PriorLoss(NamedTuple):
+    """Mean cross-entropies in nats: of the counted text positions, and of the image tokens."""
+
+    text: Tensor
+    image: Tensor
+
+
+class Linear(nn.Module):
+    """y = W x + b, computed in the type of ``weight`` (out, in), whatever the types of x and ``bias``."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        kind = self.weight.dtype
+        x = x.to(kind)
+        if x.device.type == "cpu" and kind == torch.float32 and not torch.is_autocast_enabled("cpu"):
+            # A product with a bias writes it to the result first and reads it again, which takes longer.
+            return F.linear(x, self.weight).add_(self.bias)
+        return F.linear(x, self.weight, self.bias.to(kind))
+
+
+class Head(Linear):
+    """Logits over a vocabulary; given ``targets`` instead the sum of the cross-entropies against them."""
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        return super().forward(x) if targets is None else head_loss(x, self.weight, self.bias, targets)
+
+
+class Resblock(nn.Module):
+    """x + branch(x), both (B, A, d); the branch begins with the layer norm, and subclasses give it.
+
+    With a ``gradient_scale`` the backward pass runs through the branch with gradients multiplied by it, see
+    ``precision/resblock.py``.
+    """
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(d_model)
+        self.gradient_scale: float | None = None
+
+    def branch(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gradient_scale is None:
+            return x + self.branch(x)
+        return scaled_residual(self.branch, x, self.gradient_scale)
+
+
+class AttentionResblock(Resblock):
+    """Multi-head attention of one kind."""
+
+    def __init__(self, model: PriorModel, kind: AttentionKind, text_length: int) -> None:
+        super().__init__(model.d_model)
+        self.kind = kind
+        self.heads, self.grid, self.conv_kernel = model.heads, model.grid, model.conv_kernel
+        self.text_length = text_length
+        self.qkv = Linear(model.d_model, 3 * model.d_model)
+        self.out = Linear(model.d_model, model.d_model)
+
+    def branch(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1))
+        mixed = attend(self.kind, qkv, self.text_length, self.grid, self.conv_kernel)
+        return self.out(mixed.flatten(2))  # type: ignore[no-any-return]
+
+
+class MlpResblock(Resblock):
+    """A GELU perceptron, four times as wide inside."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__(d_model)
+        self.up = Linear(d_model, 4 * d_model)
+        self.out = Linear(4 * d_model, d_model)
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.out(F.gelu(self.up(self.norm(x))))  # type: ignore[no-any-return]
+
+
+class Prior(nn.Module):
+    """The sparse transformer.
+
+    Args:
+        model: sizes and layout.
+        text_length: T, text positions of the stream.
+        text_vocab: BPE tokens; ids from ``text_vocab`` on are paddings, one for each text position.
+        image_vocab: the dVAE's codebook size.
+        seed: of the initial weights, see ``initialize``. Built on the meta device the prior has none.
+
+    ``resblocks`` alternates attention and perceptron, two a layer.
+    """
+
+    def __init__(self, model: PriorModel, text_length: int, text_vocab: int, image_vocab: int, seed: int = 0) -> None:
+        super().__init__()
+        if text_length < 1:
+            raise ValueError(f"text_length {text_length} is below 1: the last text position predicts the first token")
+        self.model = model
+        self.text_length, self.text_vocab, self.image_vocab = text_length, text_vocab, image_vocab
+        self.image_length = model.grid**2
+        d = model.d_model
+        self.text_embedding = nn.Parameter(torch.empty(text_vocab + text_length, d))
+        self.text_position = nn.Parameter(torch.empty(text_length, d))
+        self.image_embedding = nn.Parameter(torch.empty(image_vocab, d))
+        self.image_row = nn.Parameter(torch.empty(model.grid, d))
+        self.image_column = nn.Parameter(torch.empty(model.grid, d))
+        self.resblocks = nn.ModuleList()
+        for kind in model.attention_kinds():
+            self.resblocks.append(AttentionResblock(model, kind, text_length))
+            self.resblocks.append(MlpResblock(d))
+        self.norm = nn.LayerNorm(d)
+        self.text_head = Head(d, text_vocab + 1)
+        self.image_head = Head(d, image_vocab)
+        if not self.text_embedding.is_meta:
+            self.initialize(seed)
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """Give all parameters their ``initial_values`` of ``seed``."""
+        for (_, parameter), (_, value) in zip(self.named_parameters(), self.initial_values(seed), strict=True):
+            parameter.copy_(value)
+
+    @property
+    def heads(self) -> list[nn.Module]:
+        """The unembeddings of text and image."""
+        return [self.text_head, self.image_head]
+
+    def initial_values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """Each parameter's name and its initial value (float32), one after another, drawn from (seed, its name).
+
+        Normal with std 0.02, a resblock's output matrix with 0.02 / sqrt(resblocks); biases 0, gains 1.
+        """
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                yield name, torch.zeros(parameter.shape)
+            elif name.endswith("norm.weight"):
+                yield name, torch.ones(parameter.shape)
+            else:
+                residual_output = name.startswith("resblocks.") and name.endswith("out.weight")
+                std = INIT_STD / math.sqrt(len(self.resblocks)) if residual_output else INIT_STD
+                digest = hashlib.sha256(f"{seed}/prior/{name}".encode()).digest()
+                generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+                yield name, torch.empty(parameter.shape).normal_(0.0, std, generator=generator)
+
+    def cast_resblocks(self, dtype: torch.dtype) -> Prior:
+        """Hold the matrices of the resblocks in ``dtype``; everything else stays as it is."""
+        for parameter in self.decayed_parameters().values():
+            parameter.data = parameter.data.to(dtype)
+        return self
+
+    def decayed_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that weight decay touches, by name: the matrices of the resblocks' linears.
+
+        Not biases, gains and embeddings, and not the heads, which are unembeddings (paper, appendix B.2). The
+        same set is held in 16 bit in mixed precision, and is what PowerSGD compresses.
+        """
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if name.startswith("resblocks.") and parameter.dim() == 2
+        }
+
+    def with_padding(self, text: Tensor, length: Tensor) -> Tensor:
+        """Caption ids (B, T) -> ids with each position's own padding from ``length`` (B,) on.
+
+        Raises:
+            ValueError: ``text`` has not T columns.
+        """
+        if text.shape[-1] != self.text_length:
+            raise ValueError(f"text has {text.shape[-1]} positions, the prior {self.text_length}")
+        position = torch.arange(self.text_length, device=text.device)
+        return torch.where(position < length[:, None].long(), text.long(), self.text_vocab + position)
+
+    def embed_text(self, text_ids: Tensor) -> Tensor:
+        """(..., T) ids with paddings -> (..., T, d)."""
+        return F.embedding(text_ids, self.text_embedding) + self.text_position
+
+    def embed_image(self, image: Tensor) -> Tensor:
+        """(B, S) image tokens in raster order -> (B, S, d)."""
+        places = (self.image_row[:, None] + self.image_column).flatten(0, 1)
+        return F.embedding(image, self.image_embedding) + places
+
+    def forward(self, text_ids: Tensor, image: Tensor) -> Tensor:
+        """Text ids (B, T) with paddings, image tokens (B, S) -> normed hidden states (B, T + S, d)."""
+        x = torch.cat([self.embed_text(text_ids), self.embed_image(image)], dim=1)
+        for block in self.resblocks:
+            if self.model.checkpoint_resblocks and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x)
+        return self.norm(x)  # type: ignore[no-any-return]
+
+    def text_logits(self, hidden: Tensor) -> Tensor:
+        """(B, T + S, d) -> logits (B, T - 1, V_text + 1) of text positions from 1; last class: padding."""
+        return self.text_head(hidden[:, : self.text_length - 1])  # type: ignore[no-any-return]
+
+    def image_logits(self, hidden: Tensor) -> Tensor:
+        """(B, T + S, d) -> (B, S, V_image): logits of all image positions."""
+        return self.image_head(hidden[:, self.text_length - 1 : -1])  # type: ignore[no-any-return]
+
+    def text_counts(self, text_length: Tensor) -> Tensor:
+        """How many text positions of each caption of ``text_length`` (B,) tokens the loss counts: its tokens
+        after the first, and the one padding that ends a caption shorter than T."""
+        return text_length.long().clamp(max=self.text_length - 1)
+
+    def loss(
+        self, text: Tensor, text_length: Tensor, image: Tensor, text_count: Tensor | float | None = None
+    ) -> PriorLoss:
+        """Mean cross-entropies of a batch.
+
+        The text's counts predicted caption tokens and, where a caption is shorter than T, the one padding
+        that ends it. Later paddings are certain once the first stands, and would dilute the mean. The image's
+        counts all S.
+
+        Args:
+            text: (B, T) caption ids; what stands from ``text_length`` on is ignored.
+            text_length: (B,) tokens of each caption.
+            image: (B, S) image tokens, int64.
+            text_count: the text's divisor in place of this batch's own count. A part of a batch passes the
+                whole's count times its share of the rows; both means, weighted by the shares, then sum to the
+                whole's.
+        """
+        text_ids = self.with_padding(text, text_length)
+        hidden = self(text_ids, image)
+        position = torch.arange(1, self.text_length, device=text.device)
+        counted = position <= text_length[:, None].long()
+        text_targets = text_ids[:, 1:].clamp(max=self.text_vocab)[counted]
+        text_sum = self.text_head(hidden[:, : self.text_length - 1][counted], text_targets)
+        image_sum = self.image_head(hidden[:, self.text_length - 1 : -1].flatten(0, 1), image.flatten())
+        count = self.text_counts(text_length).sum().clamp(min=1) if text_count is None else text_count
+        return PriorLoss(text_sum / count, image_sum / image.numel())
+
+    def log_likelihood(self, text_ids: Tensor, image: Tensor) -> Tensor:
+        """ln p(image | text) in nats, (B,) float64, for text ids (B, T) with paddings and image (B, S)."""
+        log_probabilities = self.image_logits(self(text_ids, image)).double().log_softmax(-1)
+        return log_probabilities.gather(-1, image[..., None])[..., 0].sum(-1)
+
+
+class LossModule(nn.Module):
+    """The prior's loss as the forward pass of a module, around which ``fully_shard`` gathers parameters."""
+
+    def __init__(self, prior: Prior) -> None:
+        super().__init__()
+        self.prior = prior
+
+    def forward(self, text: Tensor, length: Tensor, image: Tensor, text_count: float) -> PriorLoss:
+        """See ``Prior.loss``."""
+        return self.prior.loss(text, length, image, text_count)
+
+
+def build_prior(recipe: Recipe) -> Prior:
+    """The recipe's prior with its initial weights, or without storage inside ``torch.device("meta")``."""
+    return Prior(
+        recipe.prior.model,
+        text_length=recipe.tokenizer.text_length,
+        text_vocab=recipe.tokenizer.vocab_size,
+        image_vocab=recipe.dvae.model.codebook_size,
+        seed=recipe.seed,
+    )

@@ -1,1 +1,0 @@
-"""Typed settings of a recipe and the YAML loader."""

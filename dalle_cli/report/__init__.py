@@ -1,0 +1,1 @@
+"""One page with everything a run has produced."""

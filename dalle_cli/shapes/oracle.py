@@ -1,0 +1,179 @@
+"""Says what a picture of the shapes world holds by measuring it, with no learning and without the caption.
+
+Used to score generated pictures against the facts of their captions, so it has to bear what a dVAE does to a
+picture: blur, noise, drifting colours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import permutations
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from scipy import ndimage
+
+from dalle_cli.shapes.world import COLOURS, OUTLINES, SHAPES, SIZES, Claim, Fact
+
+Floats = NDArray[np.float32]
+
+_WORKING_SIDE = 64  # larger pictures are shrunk to about this
+_PALETTE = np.array(list(COLOURS.values()), dtype=np.float32)
+_SMOOTHING = 0.4  # sigma, pixels: takes the edge off noise before anything is measured
+_DISTANCE = 80.0  # RGB distance from the background at which a pixel is part of a thing (palette: at least 177)
+_SPECK = 0.006  # of the picture's area: the smallest thing, a small star, covers 0.019
+_SIZE_BORDER = (SIZES["small"] + SIZES["large"]) / 2
+_HALO = 2  # pixels around a patch that still belong to its soft edge
+_LEVEL = 1.3  # a relation needs the distance along its axis to be this many times the distance across it
+_BLURS = (0.6, 1.3)  # sigmas, pixels, of the templates a silhouette is compared with
+
+
+@dataclass(frozen=True)
+class Found:
+    """A thing seen in a picture; `x`, `y`, `radius` are fractions of its side.
+
+    `confidence` is the overlap (intersection over union of soft silhouettes) with the best template, 0 to 1.
+    """
+
+    colour: str
+    shape: str
+    size: str
+    x: float
+    y: float
+    radius: float
+    confidence: float
+
+    @property
+    def fact(self) -> Fact:
+        return Fact(self.size, self.colour, self.shape)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Everything seen in a picture, the largest thing first."""
+
+    things: tuple[Found, ...]
+
+
+def read(picture: NDArray[np.uint8]) -> Reading:
+    """What a square (side, side, 3) uint8 picture holds. ValueError only for another form of array."""
+    if picture.ndim != 3 or picture.shape[2] != 3 or picture.shape[0] != picture.shape[1]:
+        raise ValueError(f"a picture is (side, side, 3), not {picture.shape}")
+    if picture.dtype != np.uint8:
+        raise ValueError(f"a picture is uint8, not {picture.dtype}")
+    if (factor := picture.shape[0] // _WORKING_SIDE) > 1:
+        picture = np.asarray(Image.fromarray(picture).reduce(factor))
+    pixels = ndimage.gaussian_filter(picture.astype(np.float32), (_SMOOTHING, _SMOOTHING, 0))
+    background = _background(pixels)
+    difference = pixels - background
+    labels, _ = ndimage.label(np.linalg.norm(difference, axis=2) > _DISTANCE)
+    found = []
+    for label, box in enumerate(ndimage.find_objects(labels), start=1):
+        window = tuple(slice(max(s.start - _HALO, 0), s.stop + _HALO) for s in box)
+        mask = labels[window] == label
+        if mask.sum() >= _SPECK * labels.size:
+            found.append(_measure(difference[window], mask, background, window, labels.shape[0]))
+    return Reading(tuple(sorted(found, key=lambda thing: -thing.radius)))
+
+
+def _background(pixels: Floats) -> Floats:
+    """The border's colour, (3,): things of the world cover less than half of the border, so a median finds it."""
+    border = np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
+    return np.asarray(np.median(border, axis=0), dtype=np.float32)
+
+
+def _measure(
+    difference: Floats, mask: NDArray[np.bool_], background: Floats, window: tuple[slice, ...], side: int
+) -> Found:
+    """One connected patch; `difference` from the background and `mask` are cut to its `window`."""
+    strength = np.linalg.norm(difference, axis=2)
+    # The colour is that of the patch's full-strength core; its edge is mixed with the background.
+    core = mask & (strength >= 0.85 * np.quantile(strength[mask], 0.9))
+    ink = np.median(difference[core], axis=0)
+    colour = tuple(COLOURS)[int(np.linalg.norm(_PALETTE - (background + ink), axis=1).argmin())]
+
+    # Unmix each pixel into background and ink: the soft silhouette, with its blurred edge.
+    silhouette = np.clip(difference @ ink / (ink @ ink), 0, 1)
+    region = ndimage.binary_dilation(mask, iterations=_HALO)
+    silhouette[~region] = 0
+    area = float(silhouette.sum())
+    rows, columns = np.indices(mask.shape) + 0.5
+    centroid = np.array([(silhouette * columns).sum(), (silhouette * rows).sum()]) / area
+
+    fits = (_fit(silhouette, region, shape, centroid, area) for shape in SHAPES)
+    overlap, shape, centre, radius = max(fits)
+    x, y = (float(c + w.start) / side for c, w in zip(centre, reversed(window), strict=True))
+    size = "small" if radius / side < _SIZE_BORDER else "large"
+    return Found(colour, shape, size, x, y, radius / side, overlap)
+
+
+def _fit(
+    silhouette: Floats, region: NDArray[np.bool_], shape: str, centroid: NDArray[np.float64], area: float
+) -> tuple[float, str, tuple[float, float], float]:
+    """(overlap, shape, centre, radius) of the shape given the silhouette's area and centroid, in pixels."""
+    unit_area, unit_centroid = _MOMENTS[shape]
+    radius = (area / unit_area) ** 0.5
+    x, y = (centroid - radius * unit_centroid).tolist()
+    height, width = silhouette.shape
+    canvas = Image.new("L", (width * 4, height * 4))
+    points = (OUTLINES[shape] * radius + np.array([x, y])) * 4 - 0.5
+    ImageDraw.Draw(canvas).polygon(points.ravel().tolist(), fill=255)
+    template = np.asarray(canvas.reduce(4), dtype=np.float32) / 255
+    overlap = 0.0
+    for sigma in _BLURS:
+        # Cut like the silhouette, so that what blur carried out of the region counts on neither side.
+        blurred = ndimage.gaussian_filter(template, sigma) * region
+        both, either = np.minimum(silhouette, blurred).sum(), np.maximum(silhouette, blurred).sum()
+        overlap = max(overlap, float(both / either))
+    return overlap, shape, (x, y), radius
+
+
+def _moments(points: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+    """Area and centroid of a polygon (shoelace formula)."""
+    following = np.roll(points, -1, axis=0)
+    cross = points[:, 0] * following[:, 1] - following[:, 0] * points[:, 1]
+    area = cross.sum() / 2
+    return abs(float(area)), ((points + following) * cross[:, None]).sum(axis=0) / (6 * area)
+
+
+_MOMENTS = {shape: _moments(OUTLINES[shape]) for shape in SHAPES}
+
+
+def relation(a: Found, b: Found) -> str | None:
+    """How `a` stands to `b`: above, below, left of, right of; None where neither axis clearly leads."""
+    across, down = b.x - a.x, b.y - a.y
+    if abs(down) > _LEVEL * abs(across):
+        return "above" if down > 0 else "below"
+    if abs(across) > _LEVEL * abs(down):
+        return "left of" if across > 0 else "right of"
+    return None
+
+
+def holds(claim: Claim, reading: Reading) -> bool:
+    """Whether the picture holds what is claimed and nothing else: number of things, attributes, relation."""
+    return len(reading.things) == len(claim.things) and partial(claim, reading) == 1.0
+
+
+def partial(claim: Claim, reading: Reading) -> float:
+    """The share of the claim's facts that the picture bears out, 0 to 1, in the pairing that suits it best.
+
+    The facts are the number of things, size, colour and shape of each thing claimed, and the relation if any.
+    """
+    wanted = len(claim.things)
+    facts = 1 + 3 * wanted + (claim.relation is not None)
+    # A picture with too few things leaves places empty.
+    seen: list[Found | None] = [*reading.things, *[None] * (wanted - len(reading.things))]
+    best = max(_facts_right(claim, chosen) for chosen in permutations(seen, wanted))
+    return (best + (len(reading.things) == wanted)) / facts
+
+
+def _facts_right(claim: Claim, chosen: tuple[Found | None, ...]) -> int:
+    right = 0
+    for fact, found in zip(claim.things, chosen, strict=True):
+        if found is not None:
+            right += sum(said == seen for said, seen in zip(fact, found.fact, strict=True))
+    if claim.relation is not None and len(chosen) == 2:
+        a, b = chosen
+        right += a is not None and b is not None and relation(a, b) == claim.relation
+    return right

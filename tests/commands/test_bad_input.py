@@ -1,0 +1,598 @@
+"""Mistakes and broken files: one clear line that names the file, key or row; exit code 2; nothing earlier is lost."""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Call
+from helpers.running import ENVIRONMENT, Chain, Done, run, smallest_recipe, write_recipe
+from PIL import Image
+
+from dalle_cli.config.schema import Recipe
+from dalle_cli.data.open_source import open_source
+from dalle_cli.data.picture_loader import TrainingPictures
+from dalle_cli.errors import UserError
+from dalle_cli.stores.checkpoint import open_checkpoint
+from dalle_cli.stores.files import sha256_file
+from dalle_cli.stores.tokens import TokenReader
+
+SHORT = ("--set", "dvae.training.updates=2")
+
+
+def picture(seed: int = 0) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_pairs(folder: Path, names: list[str]) -> None:
+    for seed, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.png").write_bytes(picture(seed))
+        (folder / f"{name}.txt").write_text(f"a picture of {name}")
+
+
+@pytest.fixture
+def spoiled(by_hand: Chain, tmp_path: Path) -> Path:
+    """A copy of the chain's outputs, to be damaged."""
+    return Path(shutil.copytree(by_hand.root / "made", tmp_path / "made"))
+
+
+# Pictures and captions
+
+
+def test_broken_pictures_and_missing_captions_are_skipped_and_listed(call: Call, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    write_pairs(data, [f"good-{i}" for i in range(9)])
+    (data / "broken.jpg").write_bytes(b"\xff\xd8\xff no picture")
+    (data / "broken.txt").write_text("a picture that is none")
+    (data / "cut.png").write_bytes(picture(50)[:-200])
+    (data / "cut.txt").write_text("a picture cut short")
+    (data / "silent.png").write_bytes(picture(51))
+    (data / "empty.png").write_bytes(picture(52))
+    (data / "empty.txt").write_text("  \n")
+    recipe = write_recipe(tmp_path, smallest_recipe(tmp_path / "run", data))
+    for command in ("train-tokenizer", "tokenize-text", "train-dvae", "encode-images", "train-prior", "train-clip"):
+        done = call(command, recipe, *SHORT, "--set", "prior.training.updates=2", "--set", "clip.training.updates=2")
+        assert done.code == 0, done.err
+    store = tmp_path / "run" / "tokens.zarr"
+    listed = {
+        part: {line["key"]: line["reason"] for line in map(json.loads, (store / f"skipped-{part}.jsonl").open())}
+        for part in ("text", "image")
+    }
+    assert set(listed["image"]) == {"broken", "cut"} and set(listed["text"]) == {"silent", "empty"}
+    assert "no caption" in listed["text"]["silent"] and "empty" in listed["text"]["empty"]
+    reader = TokenReader(store)
+    assert reader.strings("key", reader.usable()) == [f"good-{i}" for i in range(9)]
+
+
+def test_pictures_that_are_all_broken_are_refused_at_once(call: Call, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    write_pairs(data, ["a", "b"])
+    for name in ("a", "b"):
+        (data / f"{name}.png").write_bytes(b"nothing")
+    recipe = write_recipe(tmp_path, smallest_recipe(tmp_path / "run", data))
+    assert "none of the pictures tried can be used (a: " in call("train-dvae", recipe).mistake()
+
+
+def test_pictures_that_break_off_while_training_are_one_line(call: Call, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    names = [f"{i:03d}" for i in range(240)]
+    write_pairs(data, names)
+    for name in names[1:]:  # only the first can be read, and the next 100 of any other cannot
+        (data / f"{name}.png").write_bytes(b"nothing")
+    recipe = write_recipe(tmp_path, smallest_recipe(tmp_path / "run", data))
+    for workers in (0, 1):
+        refused = call("train-dvae", recipe, "--set", f"dvae.training.workers={workers}").mistake()
+        assert f"{data}: 100 samples in a row from " in refused and "Error" not in refused
+
+
+def test_no_worker_outlives_what_it_raised(tmp_path: Path) -> None:
+    """They ignore SIGTERM, which is how Python ends those that are left, before it waits for them."""
+    write_pairs(tmp_path, ["a", "b"])
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.png").write_bytes(b"nothing")
+    source, data = open_source(str(tmp_path)), Recipe().data
+    pictures = TrainingPictures(source, np.arange(2), 32, data, seed=0, batch_size=2, flip=False, workers=2)
+    with pytest.raises(UserError, match="100 samples in a row") as kept:
+        next(pictures.batches(0, 9))
+    assert kept.traceback and not multiprocessing.active_children()
+
+
+def test_a_tar_cut_short_gives_what_precedes(by_hand: Chain, call: Call, tmp_path: Path) -> None:
+    (whole,) = by_hand.train.glob("*.tar")
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    done = call("train-tokenizer", by_hand.recipe, "--data", cut, "--out", tmp_path / "words")
+    assert done.code == 0 and "left out: " in done.err and "cut short" in done.err
+    assert 10 < len(open_source(str(cut))) < 40
+    cut.write_bytes(whole.read_bytes()[:100])
+    assert str(cut) in call("train-tokenizer", by_hand.recipe, "--data", cut, "--out", tmp_path / "w").mistake()
+    cut.write_bytes(os.urandom(4096))
+    assert str(cut) in call("train-tokenizer", by_hand.recipe, "--data", cut, "--out", tmp_path / "w").mistake()
+
+
+def test_an_empty_folder_and_none_at_all(by_hand: Chain, call: Call, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for place, why in ((empty, "no images found"), (tmp_path / "missing", "no such file or folder")):
+        refused = call("train-dvae", by_hand.recipe, "--data", place, "--out", tmp_path / "run").mistake()
+        assert str(place) in refused and why in refused
+    (empty / "a.png").write_bytes(picture())
+    refused = call("train-tokenizer", by_hand.recipe, "--data", empty, "--out", tmp_path / "run").mistake()
+    assert "no caption" in refused
+
+
+def test_the_same_name_in_two_folders_is_two_pairs(by_hand: Chain, call: Call, tmp_path: Path) -> None:
+    data, store = tmp_path / "data", tmp_path / "tokens.zarr"
+    write_pairs(data, ["cats/0001", "dogs/0001"])
+    done = call("tokenize-text", by_hand.recipe, "--data", data, "--tokenizer", by_hand.tokenizer, "--tokens", store)
+    assert done.code == 0
+    reader = TokenReader(store)
+    assert reader.strings("key", range(2)) == ["cats/0001", "dogs/0001"]
+    assert reader.strings("caption", range(2)) == ["a picture of cats/0001", "a picture of dogs/0001"]
+
+
+# Recipes
+
+
+def test_a_mistyped_key_is_named_with_its_line_and_the_right_one(call: Call, tmp_path: Path) -> None:
+    file = tmp_path / "typo.yaml"
+    file.write_text("name: typo\ndvae:\n  model:\n    n_hidd: 8\n")
+    assert call("train-dvae", file).mistake() == (
+        f"dalle: {file}:4: dvae.model.n_hidd: unknown key; did you mean 'n_hid'?"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "why"),
+    [
+        ("name: [unclosed\nseed: 1\n", 2, "not valid YAML"),
+        ("name: a\n\tseed: 1\n", 2, "not valid YAML"),
+        ("- a\n- b\n", 1, "a recipe is a mapping"),
+        ("name: a\nseed: !!python/object/apply:os.getcwd []\n", 2, "seed: not a plain value"),
+        ("name: a\nseed: !!int three\n", 2, "seed: not a plain value"),
+        ("seed: 1\nseed: 2\n", 2, "written twice"),
+        ("extends: [a, b]\n", 1, "name one recipe"),
+    ],
+)
+def test_malformed_recipes(call: Call, tmp_path: Path, text: str, line: int, why: str) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    refused = call("show", file).mistake()
+    assert refused.startswith(f"dalle: {file}:{line}: ") and why in refused
+
+
+def test_recipes_that_extend_in_a_circle_or_nothing(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("extends: a.yaml\n")
+    refused = call("show", tmp_path / "a.yaml").mistake()
+    assert "circle" in refused and "a.yaml" in refused and "b.yaml" in refused
+    (tmp_path / "b.yaml").write_text("extends: c.yaml\n")
+    assert "c.yaml: no such recipe" in call("train-prior", tmp_path / "a.yaml").mistake()
+    assert "is a folder" in call("train-prior", tmp_path).mistake()
+    (tmp_path / "c.yaml").write_bytes(b"name: \xff\n")
+    assert "c.yaml: cannot be read" in call("train-prior", tmp_path / "c.yaml").mistake()
+
+
+# Checkpoints
+
+
+def test_a_checkpoint_of_another_kind(by_hand: Chain, call: Call, tmp_path: Path) -> None:
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text('{"prompt": "a", "png": "a.png"}\n')
+    for found, needed, arguments in (
+        ("dvae", "prior", ("sample", by_hand.dvae, "a red star")),
+        ("prior", "dvae", ("sample", by_hand.prior, "a red star", "--dvae", by_hand.prior)),
+        ("prior", "clip", ("rerank", lines, "--clip", by_hand.prior)),
+        ("dvae", "prior", ("train-prior", by_hand.recipe, "--tokens", by_hand.tokens, "--out", by_hand.dvae)),
+    ):
+        assert f"is a {found} checkpoint where a {needed} is needed" in call(*arguments).mistake()
+    assert "holds no checkpoint" in call("sample", tmp_path, "a red star").mistake()
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-40])
+
+
+def flip_a_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink, lambda file: file.write_bytes(b"")])
+def test_damaged_weights(spoiled: Path, call: Call, tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    for stage in ("prior", "dvae"):
+        weights = open_checkpoint(spoiled / stage).path / "ema.safetensors"
+        kept = weights.read_bytes()
+        damage(weights)
+        refused = call("sample", spoiled / "prior", "a red star", "--out", tmp_path / stage).mistake()
+        assert str(weights) in refused and "restore it" in refused
+        weights.write_bytes(kept)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "trainer/optimizer.safetensors"])
+def test_a_run_whose_newest_checkpoint_is_damaged(by_hand: Chain, spoiled: Path, call: Call, name: str) -> None:
+    run_folder = spoiled / "prior"
+    arguments = ("train-prior", by_hand.recipe, "--tokens", by_hand.tokens, "--out", run_folder)
+    newest = open_checkpoint(run_folder).path
+    truncate(newest / name)
+    more = ("--set", "prior.training.updates=14")
+    refused = call(*arguments, *more).mistake()
+    assert str(newest / name) in refused and "older checkpoint" in refused
+    shutil.rmtree(newest)  # what the line says: the older one goes on
+    done = call(*arguments)
+    assert done.code == 0 and "goes on from step-00000008" in done.err
+    assert sha256_file(newest / name) == sha256_file(by_hand.prior / newest.name / name)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"kind": "prior"}', '{"version": 1, "kind', "\x00\x01", '{"version": 99}'])
+def test_a_damaged_manifest(spoiled: Path, call: Call, text: str) -> None:
+    manifest = open_checkpoint(spoiled / "prior").path / "manifest.json"
+    manifest.write_text(text)
+    assert str(manifest) in call("sample", spoiled / "prior", "a red star").mistake()
+    manifest.write_bytes(b"\xff\xfe")
+    assert str(manifest) in call("sample", manifest.parent, "a red star").mistake()
+
+
+def test_a_manifest_of_a_newer_format(spoiled: Path, call: Call) -> None:
+    manifest = open_checkpoint(spoiled / "prior").path / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "version": 99}))
+    assert "upgrade dalle" in call("sample", spoiled / "prior", "a red star").mistake()
+
+
+class Trap:
+    """A pickle that leaves a trace when it is read."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, tuple[Path]]:
+        return Path.touch, (self.trace,)
+
+
+def test_a_pickle_in_place_of_weights_is_never_executed(
+    by_hand: Chain, spoiled: Path, call: Call, tmp_path: Path
+) -> None:
+    trace = tmp_path / "executed"
+    trap = pickle.dumps(Trap(trace))
+    pickle.loads(trap)
+    assert trace.exists()  # the trap works
+    trace.unlink()
+
+    def spring(checkpoint: Path, name: str) -> None:
+        (checkpoint / name).write_bytes(trap)
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        if name in manifest["files"]:  # as one who means it would: with the right sum
+            manifest["files"][name] = sha256_file(checkpoint / name)
+            (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+    prior = open_checkpoint(spoiled / "prior").path
+    spring(prior, "ema.safetensors")
+    assert "ema.safetensors: damaged" in call("sample", prior, "a red star", "--out", tmp_path / "a").mistake()
+    dvae = open_checkpoint(spoiled / "dvae").path
+    more = ("--data", by_hand.train, "--out", spoiled / "dvae", "--set", "dvae.training.updates=14")
+    for name in ("trainer/optimizer.safetensors", "model.safetensors"):
+        spring(dvae, name)
+        assert name in call("train-dvae", by_hand.recipe, *more).mistake()
+    words = tmp_path / "tokenizer.json"
+    words.write_bytes(trap)
+    refused = call("sample", by_hand.prior, "a red star", "--tokenizer", words, "--out", tmp_path / "b").mistake()
+    assert str(words) in refused
+    assert not trace.exists()
+
+
+# Token stores
+
+
+def test_a_store_that_is_half_written(by_hand: Chain, spoiled: Path, call: Call, tmp_path: Path) -> None:
+    store = tmp_path / "tokens.zarr"
+    train = ("train-prior", by_hand.recipe, "--tokens", store, "--out", tmp_path / "prior")
+    assert f"{store}: is no token store" in call(*train).mistake()
+    words = ("--data", by_hand.train, "--tokenizer", by_hand.tokenizer, "--tokens", store)
+    assert call("tokenize-text", by_hand.recipe, *words).code == 0
+    refused = call(*train).mistake()
+    assert "has no image part yet" in refused and "encode-images" in refused
+
+    attributes = spoiled / "tokens.zarr" / "zarr.json"
+    state = json.loads(attributes.read_text())
+    state["attributes"]["image"] |= {"rows": 30, "complete": False}
+    attributes.write_text(json.dumps(state))
+    for command in (
+        ("train-prior", by_hand.recipe, "--tokens", attributes.parent, "--out", tmp_path / "p"),
+        ("train-clip", by_hand.recipe, "--data", by_hand.train, "--tokens", attributes.parent, "--out", tmp_path / "c"),
+    ):
+        refused = call(*command).mistake()
+        assert "its image part stops at row 30" in refused and "encode-images again" in refused
+    attributes.write_text('{"zarr_format": 3, "node_')
+    refused = call("train-prior", by_hand.recipe, "--tokens", attributes.parent, "--out", tmp_path / "p").mistake()
+    assert str(attributes.parent) in refused
+
+
+def test_a_store_of_another_source(by_hand: Chain, spoiled: Path, call: Call, tmp_path: Path) -> None:
+    store, other = spoiled / "tokens.zarr", by_hand.root / "shapes" / "seen"
+    data = ("--data", other, "--tokens", store)
+    for command in (
+        ("tokenize-text", by_hand.recipe, *data, "--tokenizer", by_hand.tokenizer),
+        ("encode-images", by_hand.recipe, *data, "--dvae", by_hand.dvae),
+        ("train-clip", by_hand.recipe, *data, "--out", tmp_path / "clip"),
+    ):
+        refused = call(*command).mistake()
+        assert str(store) in refused and str(other) in refused and str(by_hand.train) in refused
+    # A new image part on a text part of other samples.
+    fresh = tmp_path / "fresh.zarr"
+    words = ("--tokenizer", by_hand.tokenizer, "--tokens", fresh)
+    assert call("tokenize-text", by_hand.recipe, "--data", by_hand.train, *words).code == 0
+    pairs = tmp_path / "pairs"
+    write_pairs(pairs, ["a", "b"])
+    refused = call(
+        "encode-images", by_hand.recipe, "--data", pairs, "--dvae", by_hand.dvae, "--tokens", fresh
+    ).mistake()
+    assert f"{fresh}: row 0 is " in refused and "'a'" in refused
+
+
+def test_a_source_that_has_changed_its_size(by_hand: Chain, call: Call, tmp_path: Path) -> None:
+    data, store = tmp_path / "data", tmp_path / "tokens.zarr"
+    write_pairs(data, ["a", "b", "c"])
+    command = ("tokenize-text", by_hand.recipe, "--data", data, "--tokenizer", by_hand.tokenizer, "--tokens", store)
+    assert call(*command).code == 0 and call(*command).code == 0
+    write_pairs(data, ["d"])
+    assert "has 3 rows, the source now 4 samples" in call(*command).mistake()
+
+
+def test_a_store_of_another_tokenizer_or_dvae(by_hand: Chain, spoiled: Path, call: Call, tmp_path: Path) -> None:
+    store, data = spoiled / "tokens.zarr", ("--data", by_hand.train)
+    words = tmp_path / "words"
+    assert call("train-tokenizer", by_hand.recipe, *data, "--out", words, "--set", "tokenizer.vocab_size=300").code == 0
+    refused = call("tokenize-text", by_hand.recipe, *data, "--tokenizer", words, "--tokens", store).mistake()
+    assert "was made with tokenizer" in refused
+    older = by_hand.dvae / "step-00000008"
+    refused = call("encode-images", by_hand.recipe, *data, "--dvae", older, "--tokens", store).mistake()
+    assert "was made with dvae" in refused
+    refused = call(
+        "train-prior",
+        by_hand.recipe,
+        "--tokens",
+        store,
+        "--out",
+        tmp_path / "p",
+        "--set",
+        "dvae.model.codebook_size=32",
+    ).mistake()
+    assert "dvae.model.codebook_size = 16, the recipe says 32" in refused
+
+
+def test_places_that_hold_something_else(by_hand: Chain, call: Call, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "letter.txt").write_text("mine")
+    data, dvae = ("--data", by_hand.train), ("--dvae", by_hand.dvae)
+    for place in (file, folder):
+        refused = call("encode-images", by_hand.recipe, *data, *dvae, "--tokens", place).mistake()
+        assert str(place) in refused and "choose another" in refused
+        refused = call("sample", by_hand.prior, "a red star", "--out", place).mistake()
+        assert str(place) in refused and "choose another" in refused
+    refused = call("train-dvae", by_hand.recipe, *data, "--out", file).mistake()
+    assert str(file) in refused and "choose another" in refused
+    assert file.read_text() == (folder / "letter.txt").read_text() == "mine"
+
+
+# Going on with other settings
+
+
+def test_a_run_goes_on_only_with_its_own_settings(by_hand: Chain, spoiled: Path, call: Call) -> None:
+    arguments = ("train-dvae", by_hand.recipe, "--data", by_hand.train, "--out", spoiled / "dvae")
+    for change, named in (
+        ("seed=3", "seed = 0"),
+        ("dvae.training.batch_size=2", "dvae.training.batch_size = 4"),
+        ("dvae.objective.temperature.updates=7", "dvae.objective.temperature.updates = 150000"),
+        ("dvae.objective.kl_weight.end=2.0", "dvae.objective.kl_weight.end = 6.6"),
+        ("data.holdout=0.4", "data.holdout = 0.2"),
+    ):
+        changes = ["--set", change]
+        if "temperature" in change:
+            changes += ["--set", "dvae.objective.temperature.start=1", "--set", "dvae.objective.temperature.end=0.0625"]
+        if "kl_weight" in change:
+            changes += ["--set", "dvae.objective.kl_weight.start=0", "--set", "dvae.objective.kl_weight.updates=5000"]
+        refused = call(*arguments, *changes).mistake()
+        assert f"{spoiled / 'dvae'}: was begun with {named}, the recipe now says " in refused
+    free = ("dvae.training.updates=13", "dvae.training.log_every=2", "dvae.training.micro_batch=2", "name=b")
+    done = call(*arguments, *(part for change in free for part in ("--set", change)))
+    assert done.code == 0 and done.out == f"{spoiled / 'dvae' / 'step-00000013'}\n"
+    refused = call(
+        "train-prior", by_hand.recipe, "--tokens", by_hand.tokens, "--out", spoiled / "prior", "--set",
+        "prior.model.conv_kernel=3",
+    ).mistake()  # fmt: skip
+    assert "prior.model.conv_kernel = 11, the recipe now says 3" in refused
+
+
+def test_nothing_left_to_train_on(by_hand: Chain, call: Call, tmp_path: Path) -> None:
+    everything = ("--set", "data.holdout=1.0", "--out", tmp_path / "run")
+    for command in (
+        ("train-dvae", by_hand.recipe, "--data", by_hand.train, *everything),
+        ("train-prior", by_hand.recipe, "--tokens", by_hand.tokens, *everything),
+    ):
+        assert "data.holdout: 1.0 leaves none of 48 samples" in call(*command).mistake()
+
+
+# Sampling and reranking
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ((), "no captions to draw"),
+        (("a red star", "  "), "prompt 2: the caption is empty"),
+        (("a red star", "word " * 100), "prompt 2"),
+        (("a red star", "--top-p", 0), "--top-p 0"),
+        (("a \udcff star",), "prompt 1: the caption is not valid Unicode"),
+        (("--prompts", "missing.txt"), "missing.txt"),
+        (("a red star", "--dvae", "missing"), "missing"),
+        (("a red star", "--tokenizer", "missing"), "missing"),
+    ],
+)
+def test_requests_that_cannot_be_drawn(by_hand: Chain, call: Call, arguments: tuple[object, ...], why: str) -> None:
+    before = sorted((by_hand.root / "made").rglob("*"))
+    assert why in call("sample", by_hand.prior, *arguments).mistake()
+    assert sorted((by_hand.root / "made").rglob("*")) == before
+
+
+def test_lines_that_cannot_be_ranked(by_hand: Chain, call: Call, tmp_path: Path) -> None:
+    def rerank(data: bytes) -> str:
+        file = tmp_path / "lines.jsonl"
+        file.write_bytes(data)
+        return call("rerank", file, "--clip", by_hand.clip).mistake()
+
+    whole, text, cut = (tmp_path / name for name in ("whole.png", "text.png", "cut.png"))
+    whole.write_bytes(picture())
+    text.write_text("no picture")
+    cut.write_bytes(picture()[:200])
+
+    def line(png: Path) -> bytes:
+        return json.dumps({"prompt": "a red star", "png": str(png)}).encode() + b"\n"
+
+    assert "missing.png: the sample's picture is missing" in rerank(line(whole) + line(tmp_path / "missing.png"))
+    assert f"{text}: cannot be read as a picture" in rerank(line(text))
+    assert f"{cut}: cannot be read as a picture" in rerank(line(cut))
+    assert "line 2: not JSON" in rerank(line(whole) + b"nonsense\n")
+    assert "line 1: has no 'prompt' and 'png'" in rerank(b'{"prompt": 3}\n')
+    assert "line 1: has no 'prompt' and 'png'" in rerank(b"[1, 2]\n")
+    assert "line 1: not JSON" in rerank(b"[" * 100_000 + b"\n")
+    assert "not text" in rerank(line(whole) + b"\xff\xfe\n")
+    assert "holds no sample" in rerank(b"\n\n")
+    assert "missing.jsonl" in call("rerank", tmp_path / "missing.jsonl").mistake()
+    assert "prompt is not valid Unicode" in rerank(b'{"prompt": "\\ud800", "png": "a.png"}\n')
+    (tmp_path / "lines.jsonl").write_bytes(line(whole))
+    assert "nowhere: no CLIP there" in call("rerank", tmp_path / "lines.jsonl", "--clip", "nowhere").mistake()
+
+
+def test_an_empty_pipe_is_one_line() -> None:
+    assert "stdin: holds no sample" in run("rerank", "--top", 1, stdin="").mistake()
+
+
+# A full disk
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """``small_disk(size)`` mounts a file system of so many KiB; a second call gives the same one another size."""
+    place = tmp_path / "disk"
+    mounted = False
+
+    def resize(kib: int) -> Path:
+        nonlocal mounted
+        place.mkdir(exist_ok=True)
+        options = f"{'remount,' if mounted else ''}size={kib}k"
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            pytest.skip(f"a small file system cannot be mounted here: {done.stderr.strip()}")
+        mounted = True
+        return place
+
+    if sys.platform != "linux" or shutil.which("mount") is None:
+        pytest.skip("a small file system is mounted with Linux's mount")
+    yield resize
+    if mounted:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def used_kib(folder: Path) -> int:
+    """On a file system of pages of 4 KiB."""
+    return sum(-(-path.stat().st_size // 4096) * 4 for path in folder.rglob("*") if path.is_file())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def full(done: Done, place: Path) -> None:
+    refused = done.mistake()
+    assert str(place) in refused and "no space left" in refused and "run again" in refused
+
+
+def test_a_disk_that_fills_while_training(by_hand: Chain, small_disk: Callable[[int], Path]) -> None:
+    one = used_kib(by_hand.dvae / "step-00000012")
+    out = small_disk(one + one // 2) / "dvae"
+    command = ("train-dvae", by_hand.recipe, "--data", by_hand.train, "--out", out)
+    full(run(*command), out)
+    assert [path.name for path in out.glob("step-*")] == ["step-00000004"]
+    assert open_checkpoint(out).tensors("ema")
+    small_disk(4 * one)
+    done = run(*command)
+    assert done.code == 0 and "goes on from step-00000004" in done.err
+    calm = contents(by_hand.dvae / "step-00000012")
+    assert contents(out / "step-00000012") == calm
+
+
+def test_a_disk_that_fills_while_encoding(by_hand: Chain, small_disk: Callable[[int], Path], tmp_path: Path) -> None:
+    shapes = tmp_path / "shapes"
+    run("make-shapes", shapes, "--n", 640, "--test-n", 1, "--size", 32)
+    program = (
+        "from dalle_cli.stores import tokens; tokens.ROWS_PER_SHARD = tokens.ROWS_PER_CHUNK = 64; "
+        "from dalle_cli.app import main; main()"
+    )
+
+    def encode(store: Path) -> Done:
+        command = [sys.executable, "-c", program, "encode-images", by_hand.recipe, "--data", shapes / "train"]
+        command += ["--dvae", by_hand.dvae, "--tokens", store]
+        done = subprocess.run([*map(str, command)], env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+        return Done(done.returncode, done.stdout, done.stderr)
+
+    calm = tmp_path / "calm.zarr"
+    assert encode(calm).code == 0
+    store = small_disk(used_kib(calm) * 2 // 3) / "tokens.zarr"
+    full(encode(store), store)
+    reader, whole = TokenReader(store), TokenReader(calm)
+    rows = np.arange(len(reader))
+    assert 0 < len(rows) < 640
+    np.testing.assert_array_equal(reader.read("image", rows), whole.read("image", rows))
+    assert reader.strings("key", rows) == whole.strings("key", rows)
+    small_disk(8192)
+    assert encode(store).code == 0
+    assert contents(store) == contents(calm)
+
+
+def test_a_disk_that_fills_while_sampling(by_hand: Chain, small_disk: Callable[[int], Path], tmp_path: Path) -> None:
+    def sample(out: Path) -> Done:
+        return run("sample", by_hand.prior, "a red star", "--n", 40, "--batch-size", 4, "--out", out)
+
+    calm = sample(tmp_path / "calm")
+    out = small_disk(100) / "samples"
+    failed = sample(out)
+    full(failed, out)
+    assert 0 < len(failed.lines) < 40
+    drawn = {line["png"]: Path(line["png"]).read_bytes() for line in failed.lines}
+    small_disk(8192)
+    done = sample(out)
+    assert done.code == 0 and done.out == calm.out.replace(str(tmp_path / "calm"), str(out))
+    assert {png: Path(png).read_bytes() for png in drawn} == drawn
+    assert contents(out) == contents(tmp_path / "calm")
+
+
+def test_a_tar_with_one_broken_member_keeps_the_others(by_hand: Chain, call: Call, tmp_path: Path) -> None:
+    file = tmp_path / "some.tar"
+    with tarfile.open(file, "w") as tar:
+        for name, data in (("a.png", picture()), ("a.txt", b"one"), ("../b.png", picture()), ("c.txt", b"alone")):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    done = call("train-tokenizer", by_hand.recipe, "--data", file, "--out", tmp_path / "words")
+    assert done.code == 0 and "leads out of the archive" in done.err and "a caption without an image" in done.err

@@ -1,0 +1,422 @@
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dalle_cli.data.compact import DIGEST_BYTES, Strings, digest, group_equal
+from dalle_cli.data.formats.tables import Columns, find_columns
+from dalle_cli.data.open_source import Source, open_source
+from dalle_cli.data.source import BadSample
+from dalle_cli.errors import UserError
+
+Rows = Sequence[tuple[str, str]]  # (path, caption)
+
+
+def write(root: Path, files: dict[str, bytes | str]) -> Path:
+    for name, body in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(body.encode() if isinstance(body, str) else body)
+    return root
+
+
+def contents(source: Source) -> list[tuple[str, bytes | str, list[str] | str]]:
+    """(key, image bytes, captions) of each sample, a reason in the place of what cannot be read; also of a copy."""
+    found = []
+    for i in range(len(source)):
+        row: list[object] = [source.key(i)]
+        for read in (source.image_bytes, source.captions):
+            try:
+                row.append(read(i))
+            except BadSample as error:
+                row.append(str(error))
+        found.append(tuple(row))
+    assert len({row[0] for row in found}) == len(found)
+    return found
+
+
+# Writers that share nothing with the package: what RFC 4180 says, by hand.
+
+
+def quoted(field: str, delimiter: str) -> str:
+    needs = any(letter in field for letter in f'{delimiter}"\r\n')
+    return '"' + field.replace('"', '""') + '"' if needs else field
+
+
+def write_delimited(path: Path, rows: Rows, delimiter: str, newline: str = "\n") -> None:
+    lines = [("path", "caption"), *rows]
+    text = "".join(delimiter.join(quoted(field, delimiter) for field in line) + newline for line in lines)
+    path.write_bytes(text.encode())
+
+
+def write_json_lines(path: Path, rows: Rows) -> None:
+    path.write_text("".join(json.dumps({"path": p, "caption": c}) + "\n" for p, c in rows))
+
+
+def write_parquet(path: Path, rows: Rows) -> None:
+    table = pa.table({"path": [p for p, _ in rows], "caption": [c for _, c in rows]})
+    pq.write_table(table, path, row_group_size=2)
+
+
+WRITERS: dict[str, Callable[[Path, Rows], None]] = {
+    "csv": lambda path, rows: write_delimited(path, rows, ","),
+    "tsv": lambda path, rows: write_delimited(path, rows, "\t", "\r\n"),
+    "jsonl": write_json_lines,
+    "parquet": write_parquet,
+}
+
+letters = st.sampled_from(list(",\t;|\"'\n\r #aé漢🙂\\{}\u2028\x0b\ufeff")) | st.characters(codec="utf-8")
+captions = st.text(letters.filter(lambda letter: letter != "\0"), max_size=12)
+
+
+@pytest.mark.parametrize("ending", WRITERS)
+@settings(max_examples=50, deadline=None)
+@given(rows=st.lists(st.tuples(st.sampled_from(["a/1.jpg", "b/1.jpg", "b, 1;.png", 'q".gif', "ö/1.webp"]), captions)))
+def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, ending: str, rows: Rows) -> None:
+    root = tmp_path_factory.mktemp("m")
+    manifest = root / f"all.{ending}"
+    WRITERS[ending](manifest, rows)
+    if not rows:
+        with pytest.raises(UserError, match=re.escape(str(manifest))):
+            open_source(manifest)
+        return
+    expected: dict[str, list[str]] = {}  # in the order of the pictures' first rows
+    for path, caption in rows:
+        expected.setdefault(path, []).append(caption.strip())
+        write(root, {path: path})
+    source = open_source(manifest)
+    assert source.skipped == [] and source.format == f"{ending} manifest"
+    found = contents(source)
+    assert [(key, image) for key, image, _ in found] == [(p.rpartition(".")[0], p.encode()) for p in expected]
+    for (_, _, read), wanted in zip(found, expected.values(), strict=True):
+        assert read == ([caption for caption in wanted if caption] or "the caption is empty")
+    assert contents(pickle.loads(pickle.dumps(source))) == found
+
+
+@pytest.mark.parametrize("ending", WRITERS)
+def test_equal_names_in_two_folders_stay_apart(tmp_path: Path, ending: str) -> None:
+    write(tmp_path, {"x/1.jpg": "X", "y/1.jpg": "Y", "1.jpg": "top"})
+    rows = [("y/1.jpg", "of y"), ("x/1.jpg", "of x"), ("./1.jpg", "top"), ("y//1.jpg", "of y again")]
+    WRITERS[ending](tmp_path / f"m.{ending}", rows)
+    assert contents(open_source(tmp_path / f"m.{ending}")) == [
+        ("y/1", b"Y", ["of y", "of y again"]),
+        ("x/1", b"X", ["of x"]),
+        ("1", b"top", ["top"]),
+    ]
+
+
+@pytest.mark.parametrize("ending", WRITERS)
+def test_names_that_differ_in_the_extension_alone_keep_it(tmp_path: Path, ending: str) -> None:
+    write(tmp_path, {"a.jpg": "J", "a.png": "P", "b.png": "B"})
+    WRITERS[ending](tmp_path / f"m.{ending}", [("a.png", "p"), ("b.png", "b"), ("a.jpg", "j")])
+    assert contents(open_source(tmp_path / f"m.{ending}")) == [
+        ("a.png", b"P", ["p"]),
+        ("b.png", b"B", ["b"]),
+        ("a.jpg", b"J", ["j"]),
+    ]
+
+
+# --- columns
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (["id", "caption", "file_name"], Columns("file_name", ("caption",), "id")),
+        (["TEXT", "URL", "key"], Columns("URL", ("TEXT",), "key")),
+        ([" Image ", "comment_number", " comment"], Columns(" Image ", (" comment",), None)),
+        (["filepath", "title", "url"], Columns("filepath", ("title",), None)),
+        (["image_path", "path", "text", "captions"], Columns("path", ("captions",), None)),
+        (
+            ["file", "caption_10", "caption_2", "caption_1"],
+            Columns("file", ("caption_1", "caption_2", "caption_10"), None),
+        ),
+        (["path", "words"], None),
+        (["photo", "caption"], None),
+        ([], None),
+    ],
+)
+def test_columns_are_found_by_name(names: list[str], found: Columns | None) -> None:
+    assert find_columns(names) == found
+
+
+def test_a_column_of_keys_names_the_samples(tmp_path: Path) -> None:
+    write(tmp_path, {"a.jpg": "A", "b.jpg": "B"})
+    write(tmp_path, {"m.csv": "id,file,caption\n7,b.jpg,one\n9,a.jpg,two\n8,b.jpg,three\n"})
+    expected = [("7", b"B", ["one", "three"]), ("9", b"A", ["two"])]
+    assert contents(open_source(tmp_path / "m.csv")) == expected
+    lines = [{"id": 7, "file": "b.jpg", "caption": ["one", "three"]}, {"id": 9, "file": "a.jpg", "caption": "two"}]
+    write(tmp_path, {"m.jsonl": "\n".join(map(json.dumps, lines))})
+    assert contents(open_source(tmp_path / "m.jsonl")) == expected
+    table = pa.table({"id": [7, 9], "file": ["b.jpg", "a.jpg"], "caption": [["one", "three"], ["two", None]]})
+    pq.write_table(table, tmp_path / "m.parquet")
+    assert contents(open_source(tmp_path / "m.parquet")) == expected
+
+
+def test_keys_that_are_not_unique_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, {"m.csv": "id,file,caption\n1,a.jpg,x\n2,b.jpg,x\n3,b.jpg,x\n2,c.jpg,x\n"})
+    with pytest.raises(UserError, match=r"m\.csv: the id '2' stands for two pictures, b\.jpg and c\.jpg; "):
+        open_source(tmp_path / "m.csv")
+    write(tmp_path, {"m.csv": "id,file,caption\n1,a.jpg,x\n,b.jpg,x\n"})
+    with pytest.raises(UserError, match=r"m\.csv: line 3: the id is empty"):
+        open_source(tmp_path / "m.csv")
+
+
+def test_several_captions_in_columns_and_lists(tmp_path: Path) -> None:
+    write(tmp_path, {"a.jpg": "A", "m.csv": "file_name,split,caption_0,caption_1\na.jpg,train,one,two\n"})
+    assert contents(open_source(tmp_path / "m.csv")) == [("a", b"A", ["one", "two"])]
+    write(tmp_path, {"m.jsonl": '{"image": "a.jpg", "captions": ["one", " ", 3, "two", "\\ud800"]}\n'})
+    assert contents(open_source(tmp_path / "m.jsonl")) == [("a", b"A", ["one", "two"])]
+
+
+@pytest.mark.parametrize("delimiter", [",", "\t", ";", "|"])
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+def test_the_delimiter_is_told_from_the_header(tmp_path: Path, delimiter: str, ending: str) -> None:
+    write(tmp_path, {"a.jpg": "A"})
+    write_delimited(tmp_path / f"m.{ending}", [("a.jpg", "one, two; three | four\tfive")], delimiter)
+    assert contents(open_source(tmp_path / f"m.{ending}"))[0][2] == ["one, two; three | four\tfive"]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        {"a.jpg": "A", "m.csv": "\ufeffpath,caption\na.jpg,one\n", "m.jsonl": '\ufeff{"path":"a.jpg","text":"one"}'},
+    )
+    for name in ("m.csv", "m.jsonl"):
+        assert contents(open_source(tmp_path / name)) == [("a", b"A", ["one"])]
+
+
+# --- rows that cannot be used
+
+
+def test_broken_rows_are_told_and_shift_nothing(tmp_path: Path) -> None:
+    write(tmp_path, {f"{name}.jpg": name for name in "abcdef"})
+    lines = [
+        b"path,caption",
+        b"a.jpg,one, two",
+        b'b.jpg,"never closed',
+        b"c.jpg,of c",
+        b"",
+        b'd.jpg,"of ""d"" in',
+        b'two lines"',
+        b"e.jpg,caf\xe9",
+        b",no picture",
+        b"\xff.jpg,x",
+        b'f.jpg,"of f" and more',
+        b"f.jpg,of f",
+    ]
+    write(tmp_path, {"m.csv": b"\n".join(lines)})
+    source = open_source(tmp_path / "m.csv")
+    assert contents(source) == [
+        ("c", b"c", ["of c"]),
+        ("d", b"d", ['of "d" in\ntwo lines']),
+        ("e", b"e", "the caption is not UTF-8 (byte 3)"),
+        ("f", b"f", ["of f"]),
+    ]
+    assert [where for where, _ in source.skipped] == ["line 2", "line 3", "line 9", "line 10", "line 11"]
+    assert source.skipped[0] == ("line 2", "has 3 fields, not 2")
+    assert "not well-formed" in source.skipped[1][1] and source.skipped[2][1] == "names no picture"
+    assert source.describe() == f"csv manifest {tmp_path}/m.csv: 4 samples, 5 left out"
+
+
+def test_broken_json_lines_are_told(tmp_path: Path) -> None:
+    write(tmp_path, {"a.jpg": "A", "b.jpg": "B"})
+    lines = [
+        b'{"path": "a.jpg", "caption": "of a"}',
+        b'{"path": "b.jpg", "caption": ',
+        b"",
+        b'["b.jpg"]',
+        b'{"path": null, "caption": "x"}',
+        b'{"path": "\\ud800.jpg", "caption": "x"}',
+        b'{"path": "b\\u0000.jpg", "caption": "x"}',
+        b'{"path": "b.jpg", "caption": "caf\xe9"}',
+        b"[" * 100_000,
+        b'{"path": "b.jpg", "caption": null}',
+    ]
+    write(tmp_path, {"m.jsonl": b"\r\n".join(lines)})
+    source = open_source(tmp_path / "m.jsonl")
+    assert contents(source) == [("a", b"A", ["of a"]), ("b", b"B", "no caption")]
+    assert [(where, reason[:12]) for where, reason in source.skipped] == [
+        ("line 2", "is not valid"),
+        ("line 4", "is not a JSO"),
+        ("line 5", "names no pic"),
+        ("line 6", "the picture'"),
+        ("line 7", "the picture'"),
+        ("line 8", "is not UTF-8"),
+        ("line 9", "is not valid"),
+    ]
+
+
+def test_pictures_that_cannot_be_read_have_a_reason(tmp_path: Path) -> None:
+    write(tmp_path, {"a.jpg": "A", "folder.jpg/x": ""})
+    os.mkfifo(tmp_path / "pipe.jpg")
+    write_json_lines(tmp_path / "m.jsonl", [(f"{name}.jpg", "x") for name in ("a", "folder", "pipe", "gone")])
+    assert [image for _, image, _ in contents(open_source(tmp_path / "m.jsonl"))] == [
+        b"A",
+        "the image is not an ordinary file",
+        "the image is not an ordinary file",
+        "the image cannot be read: No such file or directory",
+    ]
+
+
+@pytest.mark.parametrize("ending", WRITERS)
+def test_a_manifest_that_changed_since_is_told(tmp_path: Path, ending: str) -> None:
+    write(tmp_path, {"a.jpg": "A", "b.jpg": "B"})
+    manifest = tmp_path / f"m.{ending}"
+    WRITERS[ending](manifest, [("a.jpg", "one"), ("b.jpg", "two")])
+    source = open_source(manifest)
+    WRITERS[ending](manifest, [("b.jpg", "two"), ("a.jpg", "one")])
+    os.utime(manifest, ns=(1, 1))
+    with pytest.raises(BadSample, match="has changed since it was indexed"):
+        source.captions(0)
+
+
+# --- refusals
+
+
+def test_urls(tmp_path: Path) -> None:
+    rows = [("https://x.org/a.jpg", "of a"), ("a.jpg", "here"), ("http://x.org/b.jpg?c", "of b")]
+    for ending, writer in WRITERS.items():
+        manifest = tmp_path / f"m.{ending}"
+        writer(manifest, [rows[0], rows[2]])
+        with pytest.raises(
+            UserError, match=r"its pictures are URLs \(https://x\.org/a\.jpg \.\.\.\): download them first"
+        ):
+            open_source(manifest)
+        write(tmp_path, {"a.jpg": "A"})
+        writer(manifest, rows)
+        reason = "is a URL: download the picture first and put its path in its place"
+        assert contents(open_source(manifest)) == [
+            ("https://x.org/a", reason, ["of a"]),
+            ("a", b"A", ["here"]),
+            ("http://x.org/b", reason, ["of b"]),
+        ]
+
+
+def test_pictures_that_are_elsewhere_are_refused_at_once(tmp_path: Path) -> None:
+    write_json_lines(tmp_path / "m.jsonl", [(f"pics/{i}.jpg", "x") for i in range(500)])
+    with pytest.raises(UserError, match=rf"none of its pictures is there \(looked for {tmp_path}/pics/0\.jpg \.\.\.\)"):
+        open_source(tmp_path / "m.jsonl")
+    write(tmp_path, {"pics/499.jpg": "last"})  # a few are enough
+    assert len(open_source(tmp_path / "m.jsonl")) == 500
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "message"),
+    [
+        ("m.csv", "", "its first line is empty"),
+        ("m.csv", "\n\npath,caption\n", "its first line is empty"),
+        ("m.csv", "path,caption\n", "names no pictures"),
+        (
+            "m.csv",
+            "photo,words\na.jpg,x\n",
+            r"line 1 names no columns of pictures .*its columns: photo, words; looked for path",
+        ),
+        ("m.csv", "path,caption\n".encode("utf-16"), r"is not UTF-8 \(byte 0\); save it as UTF-8"),
+        ("m.csv", "path,caption\ra.jpg,x\r", "line 1 is not well-formed"),
+        ("m.csv", "path,caption\n,x\n", "names no pictures; left out: line 2: names no picture"),
+        ("m.tsv", "just a line\nand another\n", "line 1 names no columns"),
+        ("m.tsv", "a.jpg\tb.jpg\n", "line 1 names no columns"),
+        ("m.jsonl", "", "no columns .*its columns: none"),
+        ("m.jsonl", '{"picture": "a.jpg", "words": "x"}', "its columns: picture, words"),
+        ("m.jsonl", "hello\n", "its columns: none"),
+        ("m.parquet", "PAR1 nonsense", "is no readable Parquet file"),
+        ("m.parquet", "", "is no readable Parquet file"),
+    ],
+)
+def test_what_is_no_manifest_is_refused(tmp_path: Path, name: str, body: str | bytes, message: str) -> None:
+    write(tmp_path, {name: body})
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / name)) + ".*" + message) as refusal:
+        open_source(tmp_path / name)
+    assert "\n" not in str(refusal.value)
+
+
+def test_parquet_of_pictures_or_of_other_types_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.parquet"
+    pq.write_table(pa.table({"image": [{"bytes": b"A", "path": "a.jpg"}], "text": ["x"]}), path)
+    with pytest.raises(UserError, match="the column image holds the pictures themselves"):
+        open_source(path)
+    pq.write_table(pa.table({"image": ["a.jpg"], "text": [1.5]}), path)
+    with pytest.raises(UserError, match="the column text holds double, not text"):
+        open_source(path)
+    pq.write_table(pa.table({"image": ["a.jpg"], "words": ["x"]}), path)
+    with pytest.raises(UserError, match=r"has no columns .*its columns: image, words"):
+        open_source(path)
+
+
+def test_parquet_types_and_nulls(tmp_path: Path) -> None:
+    write(tmp_path, {"a.jpg": "A", "b.jpg": "B"})
+    image = pa.array(["a.jpg", "b.jpg", None]).dictionary_encode()
+    pq.write_table(
+        pa.table({"image": image, "text": pa.array(["of a", None, "x"], pa.large_string())}), tmp_path / "m.parquet"
+    )
+    source = open_source(tmp_path / "m.parquet")
+    assert contents(source) == [("a", b"A", ["of a"]), ("b", b"B", "no caption")]
+    assert source.skipped == [("row 3", "names no picture")]
+
+
+# --- layouts without a header, and a folder with its manifest
+
+
+def test_conceptual_captions_layout(tmp_path: Path) -> None:
+    write(tmp_path, {"p/1": "one", "p/2.jpg": "two"})
+    lines = ['a "quoted start , never closed\tp/1', '" all quoted "\tp/2.jpg', "gone\thttp://x.org/3"]
+    write(tmp_path, {"Train_GCC-training.tsv": "\n".join(lines)})
+    reason = "is a URL: download the picture first and put its path in its place"
+    expected = [
+        ("p/1", b"one", ['a "quoted start , never closed']),
+        ("p/2", b"two", ['" all quoted "']),
+        ("http://x.org/3", reason, ["gone"]),
+    ]
+    assert contents(open_source(tmp_path / "Train_GCC-training.tsv")) == expected
+    turned = ["\t".join(reversed(line.split("\t"))) for line in lines]  # as the 12 million are published
+    write(tmp_path, {"cc12m.tsv": "\n".join(turned)})
+    assert contents(open_source(tmp_path / "cc12m.tsv")) == expected
+    write(tmp_path, {"urls.tsv": "a dog\thttp://x.org/1\na cat\thttp://x.org/2\n"})
+    with pytest.raises(UserError, match="its pictures are URLs"):
+        open_source(tmp_path / "urls.tsv")
+
+
+def test_a_folder_with_its_metadata(tmp_path: Path) -> None:
+    write(tmp_path, {"train/1.jpg": "1", "train/2.jpg": "2", "metadata.csv": "file_name,text\ntrain/2.jpg,two\n"})
+    source = open_source(tmp_path)
+    assert source.name == str(tmp_path) and contents(source) == [("train/2", b"2", ["two"])]
+    write(tmp_path, {"metadata.jsonl": "{}"})
+    with pytest.raises(UserError, match="holds 2 manifests"):
+        open_source(tmp_path)
+
+
+# --- the arrays below
+
+
+@given(st.lists(st.integers(0, 6), max_size=40))
+def test_groups_of_equal_items(values: list[int]) -> None:
+    items, begins = group_equal(b"".join(digest(str(value)) for value in values))
+    expected: dict[int, list[int]] = {}
+    for i, value in enumerate(values):
+        expected.setdefault(value, []).append(i)
+    assert [items[a:b].tolist() for a, b in pairwise(begins)] == list(expected.values())
+
+
+def test_digests_tell_strings_apart() -> None:
+    assert len({digest(f"{a}/{b}") for a in range(100) for b in range(100)}) == 10_000
+    assert len(digest("\udcff")) == DIGEST_BYTES
+
+
+@given(st.lists(st.text(st.characters(codec="utf-8"), max_size=8)))
+def test_strings_are_a_list_of_strings(strings: list[str]) -> None:
+    packed = pickle.loads(pickle.dumps(Strings(strings)))
+    assert [packed[i] for i in range(len(packed))] == strings
+    assert [packed[i - len(packed)] for i in range(len(packed))] == strings
+    with pytest.raises(IndexError):
+        packed[len(packed)]

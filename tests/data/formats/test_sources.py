@@ -1,0 +1,441 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import tarfile
+import tracemalloc
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dalle_cli.data.formats.folder import FolderSource
+from dalle_cli.data.formats.webdataset import WebDatasetSource
+from dalle_cli.data.open_source import BadSample, Source, expand_braces, open_source
+from dalle_cli.data.source import split_extension
+from dalle_cli.errors import UserError
+from dalle_cli.shapes.world import make_shapes, parse_caption, scene
+
+
+def write_tar(path: Path, *members: tuple[str, bytes] | tarfile.TarInfo) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                tar.addfile(member)
+            else:
+                header = tarfile.TarInfo(member[0])
+                header.size = len(member[1])
+                tar.addfile(header, io.BytesIO(member[1]))
+    return path
+
+
+def link(name: str, kind: bytes) -> tarfile.TarInfo:
+    header = tarfile.TarInfo(name)
+    header.type, header.linkname = kind, "/etc/hostname"
+    return header
+
+
+def contents(source: Source) -> dict[str, tuple[bytes, str]]:
+    """key -> (image bytes, captions joined by "|", or the reason why there is none)."""
+    found = {}
+    for i in range(len(source)):
+        try:
+            caption = "|".join(source.captions(i))
+        except BadSample as error:
+            caption = f"BAD {error}"
+        found[source.key(i)] = (source.image_bytes(i), caption)
+    assert list(found) == sorted(found) and len(found) == len(source)
+    return found
+
+
+# --- WebDataset
+
+
+def test_one_shard(tmp_path: Path) -> None:
+    path = write_tar(
+        tmp_path / "s.tar",
+        ("b.txt", "  ein schöner Hund\n".encode()),
+        ("b.jpg", b"B"),
+        ("./a/x.y.PNG", b"A"),
+        ("a/x.y.json", json.dumps({"id": 1, "text": "from json", "name": "no"}).encode()),
+        ("c.webp", b"C"),
+        ("c.cls", b"7"),
+        ("both.json", b'{"caption": "json"}'),
+        ("both.txt", b"txt\r\n\n second line"),
+        ("both.gif", b"D"),
+        ("._b.jpg", b"junk of a Mac"),
+        ("lone.txt", b"no image"),
+    )
+    source = open_source(path)
+    assert contents(source) == {
+        "a/x.y": (b"A", "from json"),
+        "b": (b"B", "ein schöner Hund"),
+        "both": (b"D", "txt|second line"),
+        "c": (b"C", "BAD no caption (no .txt or .json member beside the image)"),
+    }
+    assert source.skipped == [("lone", "a caption without an image")]
+    assert source.format == "webdataset" and source.name == str(path)
+    assert source.describe() == f"webdataset {path}: 4 samples, 1 left out"
+
+
+def test_a_pickled_source_reads_on(tmp_path: Path) -> None:
+    source = open_source(write_tar(tmp_path / "s.tar", ("a.png", b"A"), ("a.txt", b"one")))
+    source.image_bytes(0)
+    assert contents(pickle.loads(pickle.dumps(source))) == {"a": (b"A", "one")}
+
+
+def test_several_shards_keep_equal_names_apart(tmp_path: Path) -> None:
+    for shard in range(3):
+        write_tar(tmp_path / f"t-{shard:02d}.tar", ("0.png", b"%d" % shard), ("0.txt", b"caption %d" % shard))
+    everything = {f"t-{n:02d}/0": (b"%d" % n, f"caption {n}") for n in range(3)}
+    source = open_source(tmp_path)
+    assert contents(source) == everything
+    assert source.describe().endswith("3 samples (3 shards)")
+    assert contents(open_source(str(tmp_path / "t-{00..02}.tar"))) == everything
+    assert list(contents(open_source(f"{tmp_path}/t-{{00,02}}.tar"))) == ["t-00/0", "t-02/0"]
+    with pytest.raises(UserError, match=r"1 of 4 shards missing: .*t-03\.tar"):
+        open_source(f"{tmp_path}/t-{{00..03}}.tar")
+
+
+def test_shards_of_the_same_name_in_two_folders(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        write_tar(tmp_path / folder / "s.tar", ("0.png", folder.encode()))
+    source = open_source(f"{tmp_path}/{{a,b}}/s.tar")
+    assert [(source.key(i), source.image_bytes(i)) for i in range(2)] == [("a/s/0", b"a"), ("b/s/0", b"b")]
+
+
+def test_names_in_two_folders_of_a_shard_stay_apart(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "s.tar", ("x/1.png", b"X"), ("x/1.txt", b"x"), ("y/1.png", b"Y"), ("y/1.txt", b"y"))
+    assert contents(open_source(path)) == {"x/1": (b"X", "x"), "y/1": (b"Y", "y")}
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_every_cut_of_a_shard_keeps_its_whole_members(tmp_path: Path, format: int) -> None:
+    path = tmp_path / "s.tar"
+    bodies = {"a.png": b"a" * 700, "b.png": b"b" * 512, "c.png": b"c" * 1500}
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, body in bodies.items():
+            header = tarfile.TarInfo(name)
+            header.size = len(body)
+            tar.addfile(header, io.BytesIO(body))
+    whole = path.read_bytes()
+    with tarfile.open(path) as tar:
+        ends = {member.name[0]: member.offset_data + member.size for member in tar}
+        starts = {member.name[0]: member.offset_data for member in tar}
+    for cut in [*range(600, ends["c"] + 100, 97), *ends.values(), *(e - 1 for e in ends.values())]:
+        path.write_bytes(whole[:cut])
+        kept = {key for key, end in ends.items() if end <= cut}
+        if not kept:
+            with pytest.raises(UserError, match=r"no samples found.*cut short"):
+                open_source(path)
+            continue
+        source = open_source(path)
+        assert {source.key(i): source.image_bytes(i) for i in range(len(source))} == {
+            key: bodies[f"{key}.png"] for key in kept
+        }
+        assert any(key == "s" and "cut short" in reason for key, reason in source.skipped)
+        begun = {key for key, start in starts.items() if start <= cut < ends[key]}
+        assert {key[0] for key, reason in source.skipped if reason.endswith("inside it")} == begun
+
+
+def test_a_damaged_header_is_told(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "s.tar", ("a.png", b"A"), ("b.png", b"B"))
+    data = bytearray(path.read_bytes())
+    data[1024 + 5] ^= 255  # in the second header
+    path.write_bytes(data)
+    source = open_source(path)
+    assert [source.key(i) for i in range(len(source))] == ["a"]
+    assert source.skipped == [("s", "the archive is cut short or damaged at byte 1024; what precedes is used")]
+
+
+def test_unsafe_and_odd_members_are_left_out(tmp_path: Path) -> None:
+    path = write_tar(
+        tmp_path / "s.tar",
+        ("ok.png", b"A"),
+        ("../up.png", b"B"),
+        ("a/../../up.png", b"B"),
+        ("/etc/root.png", b"C"),
+        ("..\\up.png", b"C"),
+        link("soft.png", tarfile.SYMTYPE),
+        link("hard.png", tarfile.LNKTYPE),
+        link("pipe.png", tarfile.FIFOTYPE),
+        link("folder.png", tarfile.DIRTYPE),
+        ("bad\udcff.png", b"D"),
+    )
+    source = open_source(path)
+    assert list(contents(source)) == ["ok"]
+    outside = "its path leads out of the archive"
+    assert source.skipped == [
+        ("../up.png", outside),
+        ("a/../../up.png", outside),
+        ("/etc/root.png", outside),
+        ("soft.png", "a link"),
+        ("hard.png", "a link"),
+        ("pipe.png", "not an ordinary file"),
+        ("bad\\udcff.png", "the member's name is not UTF-8"),
+    ]
+
+
+def test_duplicate_keys_are_told_and_never_mixed(tmp_path: Path) -> None:
+    path = write_tar(
+        tmp_path / "s.tar",
+        ("a.jpg", b"1"),
+        ("b.jpg", b"B"),
+        ("b.png", b"second image"),
+        ("b.txt", b"b"),
+        ("a.jpg", b"2"),
+        ("a.txt", b"of the second a"),
+    )
+    source = open_source(path)
+    assert contents(source) == {
+        "a": (b"1", "BAD no caption (no .txt or .json member beside the image)"),
+        "b": (b"B", "b"),
+    }
+    assert source.skipped == [
+        ("a", "the key comes again: its first sample is used, not the later a.jpg, a.txt"),
+        ("b", "the key comes again: its first sample is used, not the later b.png"),
+    ]
+
+
+def test_images_first_and_captions_after_belong_together(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "s.tar", ("a.png", b"A"), ("b.png", b"B"), ("a.txt", b"a"), ("b.txt", b"b"))
+    assert contents(open_source(path)) == {"a": (b"A", "a"), "b": (b"B", "b")}
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "reason"),
+    [
+        ("a.txt", b"caf\xe9", r"not UTF-8 \(byte 3\)"),
+        ("a.txt", b" \n", "empty"),
+        ("a.txt", b"x" * (1 << 20) + b"x", "larger than 1 MiB"),
+        ("a.json", b"{", "not valid JSON"),
+        ("a.json", b"[" * 100_000, "not valid JSON"),
+        ("a.json", b'{"caption": "\xe9"}', "not valid JSON"),
+        ("a.json", b'["caption"]', "no text"),
+        ("a.json", b'{"caption": 3, "name": null}', "no text"),
+        ("a.json", b'{"caption": "\\ud800"}', "surrogate"),
+        ("a.json", b'{"captions": [" ", 3]}', "empty"),
+        ("a.json", b'{"captions": [3, {"caption": "x"}]}', "no text"),
+        ("a.txt", "zwei".encode("utf-16"), r"not UTF-8 \(byte 0\)"),
+        ("a.txt", "zwei".encode("utf-16-le"), "holds a NUL"),
+    ],
+)
+def test_bad_captions(tmp_path: Path, name: str, body: bytes, reason: str) -> None:
+    source = open_source(write_tar(tmp_path / "s.tar", ("a.png", b"A"), (name, body)))
+    with pytest.raises(BadSample, match=reason):
+        source.captions(0)
+    assert source.image_bytes(0) == b"A"
+
+
+@pytest.mark.parametrize(
+    ("fields", "captions"),
+    [
+        ({"captions": ["one", " two "], "caption": "no"}, ["one", "two"]),
+        ({"captions": None, "caption": ["one", "", "two"]}, ["one", "two"]),
+        ({"captions": [], "text": "one\ntwo", "name": "no"}, ["one\ntwo"]),
+        ({"name": "smiling face"}, ["smiling face"]),
+    ],
+)
+def test_captions_of_a_json(tmp_path: Path, fields: dict[str, object], captions: list[str]) -> None:
+    source = open_source(write_tar(tmp_path / "s.tar", ("a.png", b"A"), ("a.json", json.dumps(fields).encode())))
+    assert source.captions(0) == captions
+
+
+def test_one_bad_line_among_good_ones_is_left_out(tmp_path: Path) -> None:
+    source = open_source(write_tar(tmp_path / "s.tar", ("a.png", b"A"), ("a.txt", b"one\ncaf\xe9\n\0\nfour")))
+    assert source.captions(0) == ["one", "four"]
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+def test_a_header_of_absurd_size_takes_no_memory(tmp_path: Path, kind: bytes) -> None:
+    header = tarfile.TarInfo("long")
+    header.type, header.size = kind, 1 << 32
+    with (tmp_path / "s.tar").open("wb") as file:
+        with tarfile.open(fileobj=file, mode="w") as tar:
+            good = tarfile.TarInfo("a.png")
+            good.size = 1
+            tar.addfile(good, io.BytesIO(b"A"))
+        file.seek(1024)
+        file.write(header.tobuf(tarfile.USTAR_FORMAT))
+        file.truncate(1 << 33)  # sparse: no disk is used
+    tracemalloc.start()
+    source = open_source(tmp_path / "s.tar")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert contents(source) == {"a": (b"A", "BAD no caption (no .txt or .json member beside the image)")}
+    assert source.skipped == [
+        ("s", "the archive is cut short or damaged (a header of absurd size); what precedes is used")
+    ]
+    assert peak < 10_000_000
+
+
+def test_an_image_of_absurd_size_is_refused_unread(tmp_path: Path) -> None:
+    header = tarfile.TarInfo("a.png")
+    header.size = 1 << 32
+    with (tmp_path / "s.tar").open("wb") as file:
+        file.write(header.tobuf(tarfile.USTAR_FORMAT))
+        file.truncate((1 << 32) + 4096)
+    with (tmp_path / "b.png").open("wb") as file:
+        file.truncate(1 << 32)
+    for source in (WebDatasetSource("s", [tmp_path / "s.tar"]), FolderSource(tmp_path)):
+        with pytest.raises(BadSample, match="the image is larger than 512 MiB"):
+            source.image_bytes(0)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_caption(tmp_path: Path) -> None:
+    source = open_source(write_tar(tmp_path / "s.tar", ("a.png", b"A"), ("a.txt", b"\xef\xbb\xbfhello")))
+    assert source.captions(0) == ["hello"]
+
+
+def test_a_shard_that_changed_since_is_told(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "s.tar", ("a.png", b"A" * 5000))
+    source = open_source(path)
+    os.truncate(path, 3000)
+    with pytest.raises(BadSample, match="shorter than when it was indexed"):
+        source.image_bytes(0)
+    path.unlink()
+    with pytest.raises(BadSample, match="cannot be read"):
+        source.image_bytes(0)
+
+
+def test_an_unreadable_shard_among_good_ones(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", ("0.png", b"A"))
+    (tmp_path / "b.tar").write_bytes(b"")
+    with tarfile.open(tmp_path / "c.tar", "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("0.png"))
+    source = open_source(tmp_path)
+    assert list(contents(source)) == ["a/0"]
+    assert [key for key, _ in source.skipped] == ["b", "c"]
+    assert all(reason.startswith("not a readable tar archive") for _, reason in source.skipped)
+
+
+names = st.text(st.characters(codec="utf-8", exclude_characters="/\\\0."), min_size=1, max_size=8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.dictionaries(names, st.tuples(st.binary(max_size=600), st.text(max_size=30)), min_size=1, max_size=6))
+def test_what_is_packed_is_read(tmp_path_factory: pytest.TempPathFactory, rows: dict[str, tuple[bytes, str]]) -> None:
+    members = []
+    for key, (image, caption) in rows.items():
+        members += [(f"d/{key}.txt", caption.encode("utf-8", "surrogatepass")), (f"d/{key}.jpg", image)]
+    source = open_source(write_tar(tmp_path_factory.mktemp("t") / "s.tar", *members))
+    assert source.skipped == []
+    for i in range(len(source)):
+        image, caption = rows[source.key(i).removeprefix("d/")]
+        assert source.image_bytes(i) == image
+        lines = caption.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").split("\n")
+        expected = [line.strip() for line in lines if line.strip() and "\0" not in line.strip()]
+        if expected:
+            assert source.captions(i) == expected
+    assert len(source) == len(rows)
+
+
+def test_the_shapes_world_is_a_source(tmp_path: Path) -> None:
+    make_shapes(tmp_path, n=12, test_n=3, seed=5, size=32, shard_rows=5)
+    source = open_source(tmp_path / "train")
+    assert [source.key(i) for i in (0, 11)] == ["shapes-00000/00000000", "shapes-00002/00000011"]
+    assert [parse_caption(*source.captions(i)) for i in range(12)] == [scene(5, "train", i).claim for i in range(12)]
+    with pytest.raises(UserError, match="in its folders heldout, seen, train"):
+        open_source(tmp_path)
+
+
+# --- folder of images
+
+
+def test_a_folder_of_images(tmp_path: Path) -> None:
+    files = {
+        "b.jpg": b"B",
+        "b.txt": "naïve".encode(),
+        "x/1.png": b"X",
+        "x/1.txt": b"of x\n\nonce more\n",
+        "y/1.PNG": b"Y",
+        "y/1.txt": b"of y",
+        "y/no.caption.gif": b"N",
+        "y/latin.bmp": b"L",
+        "y/latin.txt": b"caf\xe9",
+        "alone.txt": b"alone",
+        "other.csv": b"",
+        ".hidden/z.png": b"Z",
+        ".z.png": b"Z",
+    }
+    for name, body in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(body)
+    source = open_source(tmp_path)
+    assert contents(source) == {
+        "b": (b"B", "naïve"),
+        "x/1": (b"X", "of x|once more"),
+        "y/1": (b"Y", "of y"),
+        "y/latin": (b"L", "BAD the caption is not UTF-8 (byte 3)"),
+        "y/no.caption": (b"N", "BAD no caption (no .txt file beside the image)"),
+    }
+    assert source.skipped == [("alone", "a caption without an image")]
+    assert source.describe() == f"folder {tmp_path}: 5 samples, 1 left out, 1 without a caption"
+    assert contents(pickle.loads(pickle.dumps(source))) == contents(source)
+
+
+def test_a_folders_duplicates_and_broken_links(tmp_path: Path) -> None:
+    for name in ("a.jpg", "a.png", "real.png"):
+        (tmp_path / name).write_bytes(name.encode())
+    (tmp_path / "link.png").symlink_to(tmp_path / "real.png")
+    (tmp_path / "broken.png").symlink_to(tmp_path / "nothing.png")
+    source = open_source(tmp_path)
+    assert [(source.key(i), source.image_bytes(i)) for i in range(len(source))] == [
+        ("a", b"a.jpg"),
+        ("link", b"real.png"),
+        ("real", b"real.png"),
+    ]
+    assert source.skipped == [
+        ("a", "a second image for this key: a.jpg is used, not a.png"),
+        ("broken.png", "not a file, or a broken link"),
+    ]
+    (tmp_path / "real.png").unlink()
+    with pytest.raises(BadSample, match="the image cannot be read"):
+        source.image_bytes(2)
+
+
+# --- what is refused
+
+
+def test_refusals_name_the_path_and_what_was_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere: no such file or folder \(looked for"):
+        open_source(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty: no images found \(looked for bmp"):
+        open_source(tmp_path / "empty")
+    (tmp_path / "a.zip").write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"a\.zip: not a known kind of source"):
+        open_source(tmp_path / "a.zip")
+    path = write_tar(tmp_path / "t" / "captions.tar", ("a.txt", b"a"))
+    with pytest.raises(UserError, match=r"captions\.tar: no samples found \(looked for .*a caption without an image"):
+        open_source(path)
+    (tmp_path / "t" / "a.png").write_bytes(b"A")
+    with pytest.raises(UserError, match="both shards"):
+        open_source(tmp_path / "t")
+
+
+def test_brace_patterns() -> None:
+    assert expand_braces("a-{08..11}.{x,y}") == [f"a-{n}.{e}" for n in ("08", "09", "10", "11") for e in "xy"]
+    assert expand_braces("{9..10}") == ["9", "10"]
+    assert expand_braces("plain") == ["plain"]
+    for wrong in ("{3..1}", "{a..c}", "{0..99999999}", "{000..999}{000..999}{0..9}"):
+        with pytest.raises(UserError):
+            expand_braces(wrong)
+
+
+@pytest.mark.parametrize(
+    ("path", "parts"),
+    [
+        ("a/b.c.JPG", ("a/b.c", "jpg")),
+        ("a.d/b", ("a.d/b", "")),
+        (".png", (".png", "")),
+        ("a/.png", ("a/.png", "")),
+        ("b.", ("b", "")),
+    ],
+)
+def test_extensions(path: str, parts: tuple[str, str]) -> None:
+    assert split_extension(path) == parts

@@ -1,0 +1,257 @@
+"""ZeRO by several gloo processes against one process on the same batches, and runs that go on with other processes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Call
+from helpers.running import ENVIRONMENT, smallest_recipe, write_recipe
+from helpers.token_stores import write_tokens
+from test_parallel import free_ports, start
+
+from dalle_cli.config.load import load_recipe
+from dalle_cli.prior.model import build_prior
+from dalle_cli.prior.train import train_prior
+from dalle_cli.stores.checkpoint import Checkpoint, open_checkpoint
+from dalle_cli.stores.tensor_files import TensorFiles
+
+UPDATES, HALF = 20, 10
+COMMON = {"training.updates": UPDATES, "training.save_every": HALF, "training.keep": 3, "training.validate_every": 5}
+TWO = {
+    "zero 1": {"sharding.zero": 1, "training.micro_batch": 2},
+    "zero 2": {"sharding.zero": 2, "training.micro_batch": 2},
+    "zero 3": {"sharding.zero": 3, "training.micro_batch": 2},
+    "recomputed": {"sharding.zero": 3, "model.checkpoint_resblocks": True},
+    "two nodes": {"sharding.zero": 3, "sharding.node_size": 1},
+    "fp16": {"sharding.zero": 3, "precision": "fp16"},
+    "bf16": {"sharding.zero": 2, "precision": "bf16", "training.micro_batch": 2},
+}
+"""What two processes do, with the losses and weights of one to 1e-5 where they are in 32 bit."""
+IN_16_BIT = 1e-2
+"""Rounding is stochastic, with other noise for other parts."""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A recipe of a prior whose sizes no two processes share evenly, and a store of tokens for it."""
+    root = tmp_path_factory.mktemp("engine")
+    settings = smallest_recipe(root, None)
+    settings["prior"]["model"] = {"layers": 3, "heads": 3, "d_head": 5, "d_model": 15, "grid": 4}
+    settings["prior"]["training"] |= {"batch_size": 8}
+    settings["monitoring"] = {"peak_tflops": 1.0}
+    settings["prior"]["learning_rate"] = {
+        "peak": 3e-3,
+        "warmup_updates": 0,
+        "schedule": "plateau",
+        "plateau_validations": 1,
+    }
+    return write_recipe(root, settings), write_tokens(root / "tokens.zarr", 80, 48, 400, 4, 16)
+
+
+def command(made: tuple[Path, Path], out: Path, changes: dict[str, Any]) -> list[Any]:
+    recipe, store = made
+    sets = [word for key, value in {**COMMON, **changes}.items() for word in ("--set", f"prior.{key}={value}")]
+    return ["train-prior", recipe, "--tokens", store, "--out", out, *sets]
+
+
+def run_together(commands: list[list[Any]], count: int) -> list[str]:
+    """What each of ``count`` processes that run ``commands`` said on stderr."""
+    processes = start(commands, timeout=600, count=count)
+    told = [process.communicate(timeout=1200) for process in processes]
+    assert [process.returncode for process in processes] == [0] * count, "\n".join(error for _, error in told)
+    return [error for _, error in told]
+
+
+@pytest.fixture(scope="module")
+def alone(made: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The run of one process, in each precision."""
+    root, recipe, store = tmp_path_factory.mktemp("alone"), *made
+    for precision in ("fp32", "fp16", "bf16"):
+        sets = {**COMMON, "precision": precision}
+        train_prior(load_recipe(recipe, [f"prior.{k}={v}" for k, v in sets.items()]), store, root / precision)
+    return {precision: root / precision for precision in ("fp32", "fp16", "bf16")}
+
+
+@pytest.fixture(scope="module")
+def together(made: tuple[Path, Path], alone: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All that two processes do."""
+    root = tmp_path_factory.mktemp("together")
+    commands = [command(made, root / name, changes) for name, changes in TWO.items()]
+    begun = {"training.updates": HALF}
+    commands.append(command(made, root / "one then two", {"sharding.zero": 2}))
+    commands.append(command(made, root / "three then one", {"sharding.zero": 3, **begun}))
+    commands.append(command(made, root / "three then one", {"sharding.zero": 1}))
+    commands.append(command(made, root / "two then one", {"sharding.zero": 3, **begun}))
+    commands.append(command(made, root / "fp16 in parts", {"sharding.zero": 3, "precision": "fp16", **begun}))
+    commands.append(command(made, root / "fp16 in parts", {"sharding.zero": 3, "precision": "fp16"}))
+    first = open_checkpoint(alone["fp32"] / f"step-{HALF:08d}").path
+    (root / "one then two").mkdir()
+    (root / "one then two" / first.name).symlink_to(first)
+    errors = run_together(commands, 2)
+    assert "goes on with prior.sharding.zero = 1, was 3" in errors[0]
+    return root
+
+
+def losses(run: Path) -> list[float]:
+    """Of every update, and of every validation."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line[key] for line in lines for key in ("loss", "val_loss") if key in line]
+
+
+def farthest(one: Checkpoint, other: Checkpoint) -> float:
+    """Largest difference of weights and averages."""
+    pairs = [(one.tensors(kind), other.tensors(kind)) for kind in ("raw", "ema")]
+    assert all(ours.keys() == theirs.keys() for ours, theirs in pairs)
+    return max(
+        float((ours[name].float() - theirs[name].float()).abs().max()) for ours, theirs in pairs for name in ours
+    )
+
+
+def assert_same_run(found: Path, expected: Path, first: int = 0) -> None:
+    """The losses from the ``first`` on to 1e-5; and the losses have moved, or it would say little."""
+    ours, theirs = losses(expected), losses(found)
+    assert len(theirs) == len(ours) - first
+    assert max(abs(a - b) for a, b in zip(ours[first:], theirs, strict=True)) < 1e-5
+    assert ours[0] - ours[-1] > 0.1
+    assert farthest(open_checkpoint(expected), open_checkpoint(found)) < 1e-4
+
+
+@pytest.mark.parametrize("case", [case for case in TWO if "16" not in case])
+def test_two_processes_are_one(case: str, alone: dict[str, Path], together: Path) -> None:
+    assert_same_run(together / case, alone["fp32"])
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_two_processes_in_16_bit_follow_one(precision: str, alone: dict[str, Path], together: Path) -> None:
+    ours, theirs = losses(alone[precision]), losses(together / precision)
+    assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < IN_16_BIT
+    ours_state, theirs_state = (
+        open_checkpoint(run).trainer_state() for run in (alone[precision], together / precision)
+    )
+    assert ours_state["scales"] == theirs_state["scales"]
+    found = open_checkpoint(together / precision)
+    assert (
+        found.tensors("raw")["resblocks.0.qkv.weight"].dtype
+        == {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    )
+    assert found.moments().read("exp_avg_sq.resblocks.0.qkv.weight").dtype == torch.uint16
+
+
+def test_each_process_writes_its_part_alone(together: Path) -> None:
+    found = open_checkpoint(together / "zero 3")
+    names = sorted(path.name for path in found.path.iterdir() if path.is_file())
+    assert names == [
+        "ema-00001-of-00002.safetensors", "ema-00002-of-00002.safetensors", "ema.index.json", "manifest.json",
+        "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.index.json", "recipe.yaml",
+    ]  # fmt: skip
+    whole = sum(tensor.nbytes for tensor in found.tensors("raw").values())
+    sizes = [file.stat().st_size for file in TensorFiles(found.path, "model").files()]
+    assert max(sizes) < 0.6 * whole and found.identity
+
+
+def test_a_node_of_one_writes_all(together: Path) -> None:
+    assert [file.name for file in TensorFiles(open_checkpoint(together / "two nodes").path, "model").files()] == [
+        "model-00001-of-00001.safetensors"
+    ]
+
+
+def test_a_run_goes_on_with_other_processes_and_stages(
+    made: tuple[Path, Path], alone: dict[str, Path], together: Path, call: Call
+) -> None:
+    assert_same_run(together / "three then one", alone["fp32"])
+    begun = sum(json.loads(line)["step"] <= HALF for line in (alone["fp32"] / "metrics.jsonl").read_text().splitlines())
+    assert_same_run(together / "one then two", alone["fp32"], first=begun)
+    done = call(*command(made, together / "two then one", {}))
+    assert done.code == 0 and "goes on with prior.sharding.zero = 0, was 3" in done.err
+    assert_same_run(together / "two then one", alone["fp32"])
+
+
+def test_in_16_bit_the_same_processes_go_on_with_the_same_bytes(together: Path) -> None:
+    whole, parts = (open_checkpoint(together / name) for name in ("fp16", "fp16 in parts"))
+    assert whole.files == parts.files
+    assert losses(whole.path.parent) == losses(parts.path.parent)
+
+
+def test_what_cannot_be_shared_is_refused(
+    made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call
+) -> None:
+    done = call(*command(made, tmp_path / "out", {"sharding.offload": "nvme"}))
+    assert "prior.sharding.offload: nvme is not built; set it to cpu, or to none" in done.mistake()
+
+
+INITIALISE = """
+import json, pathlib, resource, sys
+from dalle_cli.prior.train import sharded_prior
+from dalle_cli.config.load import load_recipe
+from dalle_cli.distributed.group import join_group
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+recipe = load_recipe(pathlib.Path(sys.argv[1]), sys.argv[2:])
+with join_group() as group:
+    before = peak()
+    made = sharded_prior(recipe, group)
+    own = sum(p.nbytes for p in made.parameters.values())
+    row = float(group.sum(made.parameters["image_row"].sum()))
+    print(json.dumps({"peak": peak() - before, "own": own, "row": row}))
+"""
+
+
+@pytest.mark.slow
+def test_no_process_ever_holds_the_whole_model(made: tuple[Path, Path]) -> None:
+    """Each comes to its half and one whole parameter at a time."""
+    model = {"layers": 12, "heads": 16, "d_head": 64, "d_model": 1024}
+    sets = [f"prior.model.{key}={value}" for key, value in model.items()]
+    sets += ["prior.sharding.zero=3", "tokenizer.vocab_size=2000"]
+    (port,) = free_ports(1)
+    processes = []
+    for rank in range(2):
+        place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+        environment = {**ENVIRONMENT, "MASTER_ADDR": "127.0.0.1", **{key: str(value) for key, value in place.items()}}
+        command = [sys.executable, "-c", INITIALISE, str(made[0]), *sets]
+        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+    found = [json.loads(process.communicate(timeout=600)[0]) for process in processes]
+    recipe = load_recipe(made[0], sets)
+    with torch.device("meta"):
+        prior = build_prior(recipe)
+    whole = sum(parameter.nbytes for parameter in prior.parameters())
+    largest = max(parameter.nbytes for parameter in prior.parameters())
+    for each in found:
+        assert each["own"] < 0.51 * whole
+        assert each["peak"] < each["own"] + 2 * largest + 50e6 < 0.75 * whole
+    row = dict(prior.initial_values(recipe.seed))["image_row"]
+    assert found[0]["row"] == pytest.approx(float(row.sum()), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_four_processes_are_two_nodes(made: tuple[Path, Path], alone: dict[str, Path], tmp_path: Path) -> None:
+    """2 nodes x 2: whole gradients are one process's; through PowerSGD it learns, and goes on with the same bytes."""
+    nodes = {"sharding.zero": 3, "sharding.node_size": 2}
+    low = {**nodes, "powersgd.rank": 2, "powersgd.min_compression": 0}
+    half = {**low, "precision": "fp16", "training.ema_every": 3}
+    commands = [
+        command(made, tmp_path / "whole", nodes),
+        command(made, tmp_path / "low rank", low),
+        command(made, tmp_path / "in parts", {**low, "training.updates": HALF}),
+        command(made, tmp_path / "in parts", low),
+        command(made, tmp_path / "fp16", half),
+        command(made, tmp_path / "fp16 in parts", {**half, "training.updates": HALF}),
+        command(made, tmp_path / "fp16 in parts", half),
+    ]
+    run_together(commands, 4)
+    assert_same_run(tmp_path / "whole", alone["fp32"])
+    for parts, whole in (("in parts", "low rank"), ("fp16 in parts", "fp16")):
+        assert open_checkpoint(tmp_path / parts).files == open_checkpoint(tmp_path / whole).files
+    own = open_checkpoint(tmp_path / "fp16").own_state(3, 4)
+    assert own and {value.dtype for value in own.values()} == {torch.uint16}
+    assert losses(tmp_path / "low rank")[-1] < losses(tmp_path / "low rank")[0] - 0.1
+    assert losses(tmp_path / "fp16")[-1] == pytest.approx(losses(tmp_path / "low rank")[-1], abs=0.1)
+    last = [json.loads(line) for line in (tmp_path / "low rank" / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["bytes_between_nodes"] > 0 for line in last if "loss" in line)

@@ -1,0 +1,115 @@
+"""A process that hangs ends the run within the time that is stated, by a line that names it, and is not left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import hanging
+from helpers.running import ENVIRONMENT, smallest_recipe, write_recipe
+from helpers.token_stores import write_tokens
+from test_stopping import lines
+
+from dalle_cli.distributed import liveness as roll_call
+from dalle_cli.distributed import spawn as local
+from dalle_cli.distributed.group import TIMEOUT, join_group
+from dalle_cli.errors import UserError
+
+SECONDS = 2
+CASES = {"1:SIGSTOP": 1, "0:SIGSTOP": 0, "2:SIGKILL": 2}
+"""Also process 0, where the others have met; and one that ends."""
+
+
+@pytest.fixture(scope="module")
+def said() -> list[dict[str, tuple[str, int, float]]]:
+    """Of each case what those that were not struck said."""
+    environment = {**ENVIRONMENT, "DALLE_TIMEOUT": str(SECONDS)}
+    command = [sys.executable, hanging.__file__, *CASES]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return list(json.loads(done.stdout))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_others_name_it(case: str, said: list[dict[str, tuple[str, int, float]]]) -> None:
+    which, found = CASES[case], said[list(CASES).index(case)]
+    assert set(found) == {str(rank) for rank in range(hanging.COUNT)} - {str(which)}
+    for rank, (told, code, _) in found.items():
+        assert code == 2
+        assert told.startswith(f"process {rank} of {hanging.COUNT}: lost the others (")
+        assert f"process {which} does not answer: it ended or hangs; see what was said last" in told
+        assert "goes on from the last checkpoint" in told
+
+
+def test_of_processes_that_this_command_started(tmp_path: Path) -> None:
+    """--gpus: the launcher names it and ends it."""
+    store = write_tokens(tmp_path / "tokens.zarr", 80, 48, 400, 4, 16)
+    settings = smallest_recipe(tmp_path, None)
+    settings["prior"]["training"] |= {"updates": 1_000_000, "save_every": 1_000_000, "log_every": 7}
+    settings["prior"]["learning_rate"] = {"peak": 1e-4, "schedule": "constant"}
+    recipe, run = write_recipe(tmp_path, settings), tmp_path / "run"
+    program = "from dalle_cli.distributed import local; local.GRACE = 1; from dalle_cli.app import main; main()"
+    words = ["train-prior", recipe, "--tokens", store, "--out", run, "--gpus", "2"]
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", program, *map(str, words)],
+        env={**ENVIRONMENT, "DALLE_TIMEOUT": str(SECONDS)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not any(line["step"] >= 14 for line in lines(run)):
+            assert time.monotonic() < deadline and launcher.poll() is None
+            time.sleep(0.05)
+        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        (stopped,) = [pid for pid in children if b"\0RANK=1\0" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes()]
+        os.kill(int(stopped), signal.SIGSTOP)
+        _, error = launcher.communicate(timeout=150)
+    finally:
+        if launcher.poll() is None:
+            os.killpg(launcher.pid, signal.SIGKILL)
+            launcher.communicate()
+    assert launcher.returncode == 2 and "Traceback" not in error
+    assert "dalle: process 0 of 2: lost the others (" in error
+    assert "process 1 does not answer: it ended or hangs" in error
+    assert error.splitlines()[-1].startswith(
+        "dalle: process 0 of 2 ended with exit code 2; process 1 hung and was ended: see what they said"
+    )
+    with pytest.raises(ProcessLookupError):
+        os.killpg(launcher.pid, 0)
+
+
+def test_the_times_that_are_stated(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert TIMEOUT.total_seconds() == 600
+    # Those that wait name it before a launcher that has seen the first one leave ends them.
+    assert roll_call.ANSWER < local.GRACE
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    for wrong in ("soon", "0", "1.5"):
+        monkeypatch.setenv("DALLE_TIMEOUT", wrong)
+        with pytest.raises(UserError, match=f"DALLE_TIMEOUT is '{wrong}', not a whole number of seconds"), join_group():
+            pass
+
+
+def test_who_is_absent_is_found_by_halves() -> None:
+    asked = []
+
+    def are_there(ranks: range) -> bool:
+        asked.append(ranks)
+        return not {5, 900} & set(ranks)
+
+    assert roll_call._absent(are_there, 0, 1024) == [5, 900] and len(asked) < 50
+    assert roll_call._absent(lambda _: True, 0, 1024) == []
+    assert roll_call.describe([5, 900]).startswith("processes 5, 900 do not answer")
+    assert "one was too late" in roll_call.describe([])
+    assert roll_call.roll_call(0, 2) is None and "never came" in roll_call.describe(None)

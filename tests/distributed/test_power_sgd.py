@@ -1,0 +1,436 @@
+"""PowerSGD between two machines of two processes, against the algorithm's words, PyTorch's hook and one process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import two_machines
+from helpers.running import ENVIRONMENT
+from helpers.two_machines import (
+    COLUMNS,
+    LARGE,
+    PARTS,
+    RANK,
+    SETTINGS,
+    SHARDS,
+    SMALL,
+    STEPS,
+    TINY,
+    TRAINED,
+    first_factors,
+    gradients,
+)
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from studies.two_nodes import Study, shapes_tokens
+
+from dalle_cli.config.schema import PowerSgd, PriorSettings
+from dalle_cli.data.order import BatchOrder
+from dalle_cli.distributed.compression import (
+    compression,
+    is_compressed,
+    paper_compression,
+    sent,
+    shapes_together,
+    shard_rank,
+    shard_shape,
+)
+from dalle_cli.precision.formats import MEAN
+from dalle_cli.prior.model import Prior
+from dalle_cli.prior.train import TokenBatch
+
+Arrays = dict[str, NDArray[np.float64]]
+MACHINES, OWN_RANK = 2, RANK // PARTS
+LOW = ("wide", "ragged", "tall")
+
+
+def four_processes(scenario: str, folder: Path, timeout: float = 600) -> list[dict[str, Any]]:
+    """What each of the four found."""
+    command = [sys.executable, two_machines.__file__, scenario, str(folder)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(two_machines.PROCESSES)]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return four_processes("numbers", tmp_path_factory.mktemp("numbers"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return four_processes("trained", tmp_path_factory.mktemp("trained"))
+
+
+# The numbers
+
+
+def matrix(name: str, gradient: torch.Tensor) -> NDArray[np.float64]:
+    """A shard as the matrix that is compressed."""
+    columns = COLUMNS[name]
+    rows = -(-gradient.numel() // columns)
+    padded = np.zeros(rows * columns)
+    padded[: gradient.numel()] = gradient.flatten().numpy()
+    return padded.reshape(rows, columns)
+
+
+def naive(place: int, warm_start: bool, error_feedback: bool, start_update: int) -> list[Arrays]:
+    """Vogels et al. 2019, algorithms 1 and 2, for all machines at once: the update of each step."""
+    ranks = [place, place + PARTS]
+    outputs: list[Arrays] = [{} for _ in range(STEPS)]
+    for name in LOW:
+        q = start = first_factors()[name].numpy().astype(float)
+        errors = [np.zeros(1)] * MACHINES
+        for step in range(STEPS):
+            deltas = [matrix(name, gradients(rank, step)[name]) for rank in ranks]
+            if step < start_update:
+                outputs[step][name] = sum(deltas) / MACHINES
+                continue
+            deltas = [delta + error for delta, error in zip(deltas, errors, strict=True)]
+            p = np.mean([delta @ q for delta in deltas], axis=0)
+            for i in range(p.shape[1]):  # Gram-Schmidt
+                for j in range(i):
+                    p[:, i] -= (p[:, j] @ p[:, i]) * p[:, j]
+                p[:, i] /= np.linalg.norm(p[:, i])
+            new = np.mean([delta.T @ p for delta in deltas], axis=0)
+            outputs[step][name] = p @ new.T
+            if error_feedback:
+                errors = [delta - outputs[step][name] for delta in deltas]
+            q = new if warm_start else start
+    return outputs
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_against_the_algorithm_in_words(case: str, found: list[dict[str, Any]]) -> None:
+    settings = SETTINGS[case]
+    for rank, own in enumerate(found):
+        wanted = naive(rank % PARTS, settings.warm_start, settings.error_feedback, settings.start_update)
+        for step in range(STEPS):
+            outputs = own[case]["outputs"][step]
+            for name in LOW:
+                assert outputs[name].shape == SHARDS[name][0]
+                flat = wanted[step][name].flatten()[: outputs[name].numel()]
+                np.testing.assert_allclose(outputs[name].flatten().numpy(), flat, atol=2e-5)
+            for name in ("gain", "small"):
+                mean = sum(gradients(r, step)[name] for r in (rank % PARTS, rank % PARTS + PARTS)) / MACHINES
+                torch.testing.assert_close(outputs[name], mean)
+    # The settings do make a difference: the hook has a warm start and error feedback from the first step.
+    as_hook = torch.allclose(found[0][case]["outputs"][-1]["wide"], found[0]["peer"][-1]["wide"], atol=1e-3)
+    assert as_hook == (case == "warm")
+
+
+def test_against_pytorchs_hook(found: list[dict[str, Any]]) -> None:
+    for own in found:
+        for outputs, peers in zip(own["warm"]["outputs"], own["peer"], strict=True):
+            for name, peer in peers.items():
+                torch.testing.assert_close(outputs[name], peer, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("case", ["warm", "fixed", "late"])
+def test_what_was_sent_and_what_was_not_are_the_gradients(case: str, found: list[dict[str, Any]]) -> None:
+    for place in range(PARTS):
+        ranks = [place, place + PARTS]
+        for name in LOW:
+            total = sum(matrix(name, gradients(rank, step)[name]) for rank in ranks for step in range(STEPS)) / MACHINES
+            # A padded row's rest is sent too, and thrown away: the error of the padding is what was.
+            sent = sum(matrix(name, outputs[name]) for outputs in found[place][case]["outputs"])
+            left = sum(found[rank][case]["state"][f"error.{name}"].double().numpy() for rank in ranks) / MACHINES
+            kept = slice(SHARDS[name][0][0] if len(SHARDS[name][0]) == 1 else None)
+            np.testing.assert_allclose((sent + left).flatten()[kept], total.flatten()[kept], atol=5e-5)
+            assert np.abs(left).max() > 0.1
+
+
+def test_machines_come_to_the_same_bytes(found: list[dict[str, Any]]) -> None:
+    for place in range(PARTS):
+        for case in SETTINGS:
+            for one, other in zip(found[place][case]["outputs"], found[place + PARTS][case]["outputs"], strict=True):
+                assert all(torch.equal(one[name], other[name]) for name in SHARDS)
+
+
+def test_bytes_are_counted_as_the_formula_says(found: list[dict[str, Any]]) -> None:
+    shapes = {name: (-(-int(np.prod(SHARDS[name][0])) // n), n) for name, n in COLUMNS.items()}
+    low = 4 * (sum(OWN_RANK * sum(shapes[name]) for name in LOW) + 5 + 12)
+    whole = 4 * sum(int(np.prod(shape)) for shape, _ in SHARDS.values())
+    for own in found:
+        assert own["warm"]["bytes"] == [low] * STEPS
+        assert own["late"]["bytes"] == [whole] * 2 + [low] * (STEPS - 2)
+    assert low == 4 * (sum(sent(shape, OWN_RANK) for shape in shapes.values()) + 5)
+    saved = 1 - (low / 4 - 5) / sum(rows * n for rows, n in shapes.values())
+    assert compression(shapes.values(), OWN_RANK) == pytest.approx(saved)
+
+
+def test_a_saved_state_goes_on_bit_for_bit(found: list[dict[str, Any]]) -> None:
+    for own in found:
+        for one, other in zip(own["warm"]["outputs"], own["resumed"]["outputs"], strict=True):
+            assert all(torch.equal(one[name], other[name]) for name in SHARDS)
+        assert own["resumed"]["state"].keys() == own["warm"]["state"].keys()
+        assert all(torch.equal(value, own["warm"]["state"][key]) for key, value in own["resumed"]["state"].items())
+        assert set(own["warm"]["state"]) == {f"{kind}.{name}" for kind in ("error", "factor") for name in LOW}
+        assert set(own["fixed"]["state"]) == {f"error.{name}" for name in LOW}
+        assert set(own["no feedback"]["state"]) == {f"factor.{name}" for name in LOW}
+
+
+@pytest.mark.parametrize("kind", ["not finite", "halves"], ids=["32 bit", "16 bit"])
+def test_a_nan_is_seen_by_all(found: list[dict[str, Any]], kind: str) -> None:
+    for own in found:
+        case = own[kind]
+        assert all(case["broken"][name].isnan().all() for name in LOW)
+        assert all(case["broken"][name].isfinite().all() for name in ("gain", "small"))
+        # What was not sent is forgotten, factors stay.
+        assert set(case["after"]) == {f"factor.{name}" for name in LOW}
+
+
+def test_a_nan_poisons_nothing(found: list[dict[str, Any]]) -> None:
+    for own in found:
+        case = own["not finite"]
+        assert all(torch.equal(value, case["before"][key]) for key, value in case["after"].items())
+        assert all(torch.equal(case["next"][name], case["wanted"][name]) for name in SHARDS)
+        assert all(case["next"][name].isfinite().all() for name in SHARDS)
+        assert "error.wide" not in case["some"] and "error.tall" in case["some"]
+        assert not [key for key in case["none"] if key.startswith("error.")]
+
+
+def test_16_bit_gradients_are_added_up_in_32(found: list[dict[str, Any]]) -> None:
+    """Whole ones come to what they do in 32 bit; factors' numbers are rounded twice, by 2^-10 of each at most."""
+    for own in found:
+        case = own["halves"]
+        for name in SHARDS:
+            output, exact = case["outputs"][name], case["exact"][name]
+            assert output.dtype == torch.bfloat16
+            if name not in LOW:
+                assert torch.equal(output, exact.bfloat16())
+                continue
+            off = (output.float() - exact).norm() / exact.norm()
+            assert 2**-13 < (exact.bfloat16() - exact).norm() / exact.norm() < off < 2**-7
+        # What is in 32 bit beside them is sent in 32.
+        assert torch.equal(case["mixed"]["tall"], case["exact"]["tall"])
+        assert all(torch.equal(case["mixed"][name], case["outputs"][name]) for name in SHARDS if name != "tall")
+
+
+def test_factors_of_16_bit_gradients_are_half_the_bytes(found: list[dict[str, Any]]) -> None:
+    whole = 4 * (5 + 12)
+    for own in found:
+        assert own["halves"]["bytes"] - whole == (own["warm"]["bytes"][0] - whole) / 2
+
+
+def test_small_gradients_in_16_bit_go_as_large_ones_do(found: list[dict[str, Any]]) -> None:
+    """Their squares, 2^-80, would be zero in 1-6-9."""
+    for own in found:
+        for step, outputs in enumerate(own["small"]):
+            for name in LOW:
+                as_large = own["16 bit"]["outputs"][step][name].float() / own["16 bit"]["scales"].get(name, 1.0)
+                off = (outputs[name].float() / SMALL - as_large).norm() / as_large.norm()
+                assert off < 0.02
+
+
+def test_what_16_bit_do_not_hold_is_sent_later(found: list[dict[str, Any]]) -> None:
+    """Its largest number is 16 - 2^-6: of a factor of 40 that is sent twice, and then the rest."""
+    for own in found:
+        sizes = [output[:, 3].float().norm() for output in own["large"]]
+        assert sizes == pytest.approx([16, 16, LARGE - 32, 0], abs=0.2)
+        total = sum(output.float() for output in own["large"])
+        wanted = torch.zeros(12, 20)
+        wanted[:, 3] = LARGE / 12**0.5
+        torch.testing.assert_close(total, wanted, atol=0.1, rtol=0)
+
+
+def test_of_16_bit_gradients_16_bit_are_kept(found: list[dict[str, Any]]) -> None:
+    """What was sent and what was not are the gradients, but for the rounding of both."""
+    for place in range(PARTS):
+        ranks = [place, place + PARTS]
+        scales = found[place]["16 bit"]["scales"]
+        for name in LOW:
+            scale = scales.get(name, 1.0)
+            given = [
+                [matrix(name, (gradients(r, s)[name] * scale).bfloat16().float() / scale) for s in range(STEPS)]
+                for r in ranks
+            ]
+            outputs = [out[name].float() / scale for out in found[place]["16 bit"]["outputs"]]
+            sent = sum(matrix(name, output) for output in outputs)
+            left = sum(MEAN.decode(found[r]["16 bit"]["state"][f"error.{name}"]).double().numpy() for r in ranks)
+            total = np.sum(given, axis=(0, 1)) / MACHINES
+            kept = slice(SHARDS[name][0][0] if len(SHARDS[name][0]) == 1 else None)
+            # A number in bfloat16 is within 2^-9 of what it stands for, and an error that is rounded at random too.
+            room = STEPS * 2**-9 * (max(float(o.abs().max()) for o in outputs) + 2 * np.abs(left).max())
+            np.testing.assert_allclose((sent + left / MACHINES).flatten()[kept], total.flatten()[kept], atol=room)
+            assert np.abs(left).max() > 5 * room
+    for own in found:
+        state = own["16 bit"]["state"]
+        assert set(state) == {f"{kind}.{name}" for kind in ("error", "factor") for name in LOW}
+        assert all(value.dtype == torch.uint16 for value in state.values())
+
+
+def test_a_state_in_16_bit_goes_on_bit_for_bit(found: list[dict[str, Any]]) -> None:
+    for own, other in zip(found, found[PARTS:] + found[:PARTS], strict=True):
+        for one, two, theirs in zip(
+            *(own["16 bit"][key] for key in ("outputs", "undisturbed")), other["16 bit"]["outputs"], strict=True
+        ):
+            assert all(torch.equal(one[name], two[name]) and torch.equal(one[name], theirs[name]) for name in SHARDS)
+
+
+def test_a_matrix_at_a_time_comes_to_the_same(found: list[dict[str, Any]]) -> None:
+    for own in found:
+        case = own["one by one"]
+        for one, other in zip(own["warm"]["outputs"], case["outputs"], strict=True):
+            assert all(torch.equal(one[name], other[name]) for name in SHARDS)
+        assert all(torch.equal(value, case["state"][key]) for key, value in own["warm"]["state"].items())
+        assert case["bytes"] == sum(own["warm"]["bytes"])
+        # What is not finite is alone in it.
+        assert case["broken"]["wide"].isnan().all() and "error.wide" not in case["after"]
+        assert case["broken"]["tall"].isfinite().all() and "error.tall" in case["after"]
+
+
+def test_first_factors_are_of_seed_and_name(found: list[dict[str, Any]]) -> None:
+    first, *others = [own["drawn"] for own in (found[0], found[2])]
+    assert all(torch.equal(first[key], other[key]) for other in others for key in first)
+    values = list(first.values())
+    assert not any(torch.allclose(values[i], values[j]) for i in range(4) for j in range(i))
+
+
+def test_one_machine_sends_nothing(found: list[dict[str, Any]]) -> None:
+    for rank, own in enumerate(found):
+        assert own["alone"]["bytes"] == 0
+        assert all(torch.equal(own["alone"]["outputs"][name], g) for name, g in gradients(rank, 0).items())
+
+
+def test_a_state_of_something_else_is_refused(found: list[dict[str, Any]]) -> None:
+    for own in found:
+        other, kind, size = own["refused"]
+        assert other.startswith("'error.other' is no part of") and kind.startswith("'moment.wide' is no part of")
+        assert "wide is (12, 19)" in size and "(12, 20)" in size
+
+
+@pytest.mark.parametrize("wrong", [{"rank": -1}, {"start_update": -1}, {"min_compression": -0.5}, {"ranks": 4}])
+def test_settings_are_checked(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(wrong))):
+        PowerSgd.model_validate(wrong)
+
+
+# Training
+
+
+def one_process(study: Study) -> tuple[list[float], Prior]:
+    """The same updates by PyTorch's own means, on whole batches."""
+    prior, adam = study.prior(), PriorSettings().adam
+    decayed = prior.decayed_parameters()
+    rest = [p for name, p in prior.named_parameters() if name not in decayed]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed.values(), "weight_decay": adam.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+        betas=(adam.beta1, adam.beta2),
+        eps=adam.eps,
+    )
+    tokens = shapes_tokens(study.grid, range(study.scenes))
+    order = BatchOrder(np.arange(study.scenes), study.batch_size, study.seed)
+    losses = []
+    for update in range(study.updates):
+        rows, _ = order.batch(update)
+        batch = TokenBatch(tokens.text[rows], tokens.length[rows], tokens.image[rows])
+        loss = prior.loss(batch.text, batch.length, batch.image)
+        value = loss.text / 8 + 7 / 8 * loss.image
+        optimizer.zero_grad()
+        value.backward()
+        assert adam.clip_norm is not None
+        torch.nn.utils.clip_grad_norm_(prior.parameters(), adam.clip_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = study.rate(update)
+        optimizer.step()
+        losses.append(float(value.detach()))
+    return losses, prior
+
+
+def test_whole_gradients_are_one_process_on_the_global_batch(trained: list[dict[str, Any]]) -> None:
+    losses, _ = one_process(TINY)
+    assert len(losses) == 20 and losses[-1] < 0.85 * losses[0]
+    for own in trained:
+        np.testing.assert_allclose(own["whole"]["losses"], losses, atol=1e-5, rtol=0)
+
+
+def test_full_rank_is_no_compression(trained: list[dict[str, Any]]) -> None:
+    for own in trained:
+        np.testing.assert_allclose(own["full rank"]["losses"], own["whole"]["losses"], atol=1e-5, rtol=0)
+        assert own["full rank"]["bytes"] > own["whole"]["bytes"]  # it did go through factors
+
+
+def test_low_rank_trains_and_begins_when_told(trained: list[dict[str, Any]]) -> None:
+    for own in trained:
+        whole, low, late = (own[name]["losses"] for name in ("whole", "low rank", "whole, then low"))
+        assert low[-1] < 0.85 * low[0]
+        assert max(abs(a - b) for a, b in zip(whole, low, strict=True)) > 1e-4
+        # The losses stand before their updates: the first compressed one shows in the next.
+        assert late[:6] == whole[:6] and late[6] != whole[6]
+
+
+def test_in_16_bit_it_trains_as_in_32(trained: list[dict[str, Any]]) -> None:
+    for own in trained:
+        low, half = own["low rank"], own["16 bit"]
+        assert half["losses"] != low["losses"]
+        np.testing.assert_allclose(half["losses"], low["losses"], rtol=0.02)
+        assert half["held_out"] == pytest.approx(low["held_out"], rel=0.02)
+
+
+def test_bytes_of_training_are_those_of_the_shards(trained: list[dict[str, Any]]) -> None:
+    prior = TINY.prior()
+    decayed = prior.decayed_parameters()
+    rest = sum(-(-p.numel() // PARTS) for name, p in prior.named_parameters() if name not in decayed)
+    shapes = [shard_shape((p.shape[0], p.shape[1]), PARTS) for p in decayed.values()]
+    rank = shard_rank(TRAINED["low rank"].rank, PARTS)
+    in_32_bit = 4 * (rest + sum(sent(shape, rank) for shape in shapes))
+    low = sum(sent(shape, rank) for shape in shapes if is_compressed(shape, rank))
+    assert {own["whole"]["bytes"] for own in trained} == {4 * (rest + sum(rows * n for rows, n in shapes))}
+    assert {own["low rank"]["bytes"] for own in trained} == {in_32_bit}
+    assert low and {own["16 bit"]["bytes"] for own in trained} == {in_32_bit - 2 * low}
+
+
+@pytest.mark.slow
+def test_low_rank_comes_within_two_percent(tmp_path: Path) -> None:
+    for own in four_processes("converged", tmp_path, timeout=1800):
+        whole = np.mean(own["0"]["losses"][-50:])
+        # A rank of 4 is 2 a shard: it trains, but not as well (1.07 against 1.02 at the end of this run).
+        for rank, room in (("4", 1.1), ("16", 1.02)):
+            assert np.mean(own[rank]["losses"][-50:]) < room * whole
+            assert own[rank]["held_out"] < room * own["0"]["held_out"]
+        assert own["16"]["bytes"] < 0.5 * own["0"]["bytes"]
+        assert np.mean(own["16 bit"]["losses"][-50:]) < 1.02 * whole
+        assert own["16 bit"]["held_out"] < 1.02 * own["0"]["held_out"]
+        assert own["16 bit"]["bytes"] < 0.75 * own["16"]["bytes"]
+
+
+# The closed form
+
+
+@pytest.mark.parametrize(("d_model", "rank", "percent"), [(1920, 512, 83), (2688, 640, 85), (3968, 896, 86)])
+def test_the_papers_table(d_model: int, rank: int, percent: int) -> None:
+    assert round(100 * paper_compression(d_model, rank)) == percent
+    assert paper_compression(d_model, rank) == pytest.approx(1 - 5 * rank / (8 * d_model))
+    # Its appendix E.1: each matrix cut in eight along the longer side, each shard with an eighth of the rank.
+    cut = d_model // 8
+    shards = [(d_model, cut)] * 4 + [(d_model, 4 * cut), (4 * cut, d_model)]
+    assert compression(shards, shard_rank(rank, 8)) == pytest.approx(paper_compression(d_model, rank))
+    # This project's matrices, by rows.
+    d = d_model
+    ours = [shard_shape(shape, 8) for shape in ((3 * d, d), (d, d), (4 * d, d), (d, 4 * d))]
+    assert ours == [(3 * cut, d), (cut, d), (4 * cut, d), (cut, 4 * d)]
+    assert compression(ours, shard_rank(rank, 8)) == pytest.approx(1 - 65 * rank / (96 * d_model))
+
+
+def test_past_break_even_a_matrix_goes_whole() -> None:
+    assert is_compressed((20, 20), 9) and not is_compressed((20, 20), 10)
+    assert sent((20, 20), 9) == 360 and sent((20, 20), 10) == sent((20, 20), 99) == 400
+    assert not is_compressed((20, 20), 4, min_compression=2.5) and is_compressed((20, 20), 4, min_compression=2.4)
+    assert sent((20, 10), 99, min_compression=0) == 300
+    assert not is_compressed((20, 20), 0, min_compression=0)
+    assert compression([(20, 20)], 10) == 0 and compression([(20, 20)], 5) == 0.5
+    assert shard_shape((10, 7), 4) == (3, 7) and shard_rank(9, 4) == 3
+
+
+def test_few_matrices_are_compressed_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dalle_cli.distributed.compression.TOGETHER", 20)
+    shapes = [(3, 4), (2, 4), (1, 1), (7, 7), (1, 2), (3, 6)]
+    assert [shapes[places] for places in shapes_together(shapes)] == [shapes[:2], shapes[2:3], shapes[3:4], shapes[4:]]
+    assert list(shapes_together([])) == []

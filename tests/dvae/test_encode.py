@@ -1,0 +1,192 @@
+"""encode-images: its tokens are those of a plain loop, however it is fed, split, killed or put together again."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.running import ENVIRONMENT, Chain
+from test_resume import SHARD, SMALL_SHARDS, files, finish
+
+from dalle_cli.config.schema import DataSettings, DvaeModel
+from dalle_cli.data.images import BadImage
+from dalle_cli.data.open_source import Source, open_source
+from dalle_cli.data.picture_loader import PREFETCH, consecutive_pictures, cut_picture
+from dalle_cli.data.source import BadSample
+from dalle_cli.dvae.encode import BLOCK, MOST_ACTIVATIONS, encode_pictures
+from dalle_cli.dvae.model import DVAE
+from dalle_cli.dvae.objective import phi
+from dalle_cli.dvae.train import load_dvae
+from dalle_cli.stores.checkpoint import open_checkpoint
+from dalle_cli.stores.shards import Shard
+from dalle_cli.stores.tokens import TokenReader
+
+ROWS = 1500
+DATA = DataSettings()
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Captioned pictures, three of them broken."""
+    folder = tmp_path_factory.mktemp("encode") / "shapes"
+    finish(["make-shapes", folder, "--n", ROWS, "--test-n", 1, "--size", 32, "--seed", 7])
+    train = folder / "train"
+    tars = sorted(train.glob("*.tar"))
+    content = bytearray(tars[0].read_bytes())
+    for _ in range(3):  # the signature of every 400th PNG
+        at = 0
+        for _ in range(400):
+            at = content.index(b"\x89PNG", at + 1)
+        content[at : at + 4] = b"none"
+    tars[0].write_bytes(content)
+    return train
+
+
+def in_a_loop(source: Source, model: DVAE, eps: float) -> np.ndarray:
+    """(N, 4, 4) tokens by nothing but the model, in blocks from the source's beginning; zeros for what is broken."""
+    tokens = []
+    for start in range(0, len(source), BLOCK):
+        pictures, broken = [], []
+        for row in range(start, min(start + BLOCK, len(source))):
+            try:
+                pictures.append(cut_picture(source, row, 32, DATA))
+            except (BadSample, BadImage):
+                pictures.append(np.zeros((32, 32, 3), np.uint8))
+                broken.append(row - start)
+        x = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+        found = model.encode_tokens(phi(x, eps)).numpy()
+        found[broken] = 0
+        tokens.append(found)
+    return np.concatenate(tokens)
+
+
+class SlowSource:
+    """A source whose rows take random times, so that workers overtake one another."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.name = source, source.name
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def key(self, i: int) -> str:
+        return self.source.key(i)
+
+    def image_bytes(self, i: int) -> bytes:
+        time.sleep(random.Random(i // 16).choice([0, 0, 0, 0.0005]))
+        return self.source.image_bytes(i)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_blocks_hold_their_pictures_as_long_as_is_said(shapes: Path, workers: int) -> None:
+    source = SlowSource(open_source(str(shapes)))
+    rows = range(5, 700)
+    pieces = consecutive_pictures(source, rows, block=16, image_size=32, data=DATA, workers=workers)  # type: ignore[arg-type]
+    before = None
+    seen: list[str] = []
+    for number, block in enumerate(pieces):
+        if number % (2 * PREFETCH) == 0:
+            time.sleep(0.02)  # the workers get as far ahead as they may
+        for held in filter(None, (before, block)):  # the one before is still good
+            for key, picture in zip(held.keys[::5], held.pictures[::5], strict=True):
+                row = rows.start + 16 * (number - (held is before)) + held.keys.index(key)
+                assert source.key(row) == key
+                if key in held.reasons:
+                    assert not picture.any()
+                else:
+                    np.testing.assert_array_equal(picture, cut_picture(source, row, 32, DATA))  # type: ignore[arg-type]
+        seen += block.keys
+        before = block
+    assert seen == [source.key(row) for row in rows]
+
+
+def test_tokens_are_those_of_a_plain_loop(by_hand: Chain, shapes: Path, tmp_path: Path) -> None:
+    """With any number of workers, whole or in shares; and what is broken is skipped and said."""
+    program = (sys.executable, "-c", SMALL_SHARDS)
+    source, checkpoint = open_source(str(shapes)), open_checkpoint(by_hand.dvae, "dvae")
+    expected = in_a_loop(source, load_dvae(checkpoint), checkpoint.recipe().dvae.objective.logit_laplace_eps)
+    command = ["encode-images", by_hand.recipe, "--data", shapes, "--dvae", by_hand.dvae]
+    whole, store = tmp_path / "whole.zarr", tmp_path / "tokens.zarr"
+    finish([*command, "--tokens", whole, "--set", "dvae.training.workers=2"], program)
+    for number in (3, 1, 2):
+        out = finish([*command, "--tokens", store, "--shard", f"{number}/3"], program)
+        assert out == f"{Shard(number, 3).store(store, 'image')}\n"
+    finish(["merge", store], program)
+    assert files(store) == files(whole)
+    import zarr
+
+    found = zarr.open_group(str(store), mode="r")
+    np.testing.assert_array_equal(found["image"][:], expected)
+    assert sum(TokenReader(store).part("image")["skipped"].values()) == 3
+    assert np.count_nonzero(found["image_ok"][:] == 0) == 3
+    assert len((store / "skipped-image.jsonl").read_text().splitlines()) == 3
+
+
+def test_large_pictures_are_encoded_by_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = DVAE(DvaeModel(n_hid=4, n_init=4, blocks_per_group=1, codebook_size=32)).eval()
+    pictures = torch.randint(0, 256, (7, 16, 16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    whole = encode_pictures(model, pictures, 0.1)
+    sizes = []
+    real = model.encode_tokens
+    monkeypatch.setattr(model, "encode_tokens", lambda x: (sizes.append(len(x)), real(x))[1])
+    monkeypatch.setattr("dalle_cli.dvae.encode.MOST_ACTIVATIONS", 3 * 16 * 16 * 4)
+    assert torch.equal(encode_pictures(model, pictures, 0.1), whole)
+    assert sizes == [3, 3, 1]
+    assert MOST_ACTIVATIONS // (256 * 256 * 256) == 8 and MOST_ACTIVATIONS // (64 * 64 * 32) > BLOCK
+
+
+def strike(command: list[object], store: Path, kills: int, seed: int, longest: float) -> int:
+    """Kill ``command`` at random moments, from its first instant on; how many kills met it alive."""
+    rng = random.Random(seed)
+    met = 0
+    for _ in range(kills):
+        process = subprocess.Popen(
+            [sys.executable, "-c", SMALL_SHARDS, *map(str, command)],
+            env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        # Half of them while it starts and half while it writes, which begins when the store is there.
+        deadline = time.monotonic() + 60
+        if rng.random() < 0.5:
+            mark = rows_of(store)
+            while process.poll() is None and rows_of(store) == mark and time.monotonic() < deadline:
+                time.sleep(0.002)
+        time.sleep(rng.uniform(0, longest))
+        process.kill()
+        met += process.wait() == -signal.SIGKILL
+    return met
+
+
+def rows_of(store: Path) -> int:
+    try:
+        return int(TokenReader(store).part("image")["rows"])
+    except Exception:
+        return -1
+
+
+def struck_and_calm(by_hand: Chain, shapes: Path, folder: Path, kills: int, longest: float) -> int:
+    command = ["encode-images", by_hand.recipe, "--data", shapes, "--dvae", by_hand.dvae, "--set"]
+    command.append("dvae.training.workers=1")
+    calm, struck = folder / "calm.zarr", folder / "struck.zarr"
+    program = (sys.executable, "-c", SMALL_SHARDS)
+    finish([*command, "--tokens", calm], program)
+    met = strike([*command, "--tokens", struck], struck, kills, seed=kills, longest=longest)
+    finish([*command, "--tokens", struck], program)
+    assert files(struck) == files(calm)
+    return met
+
+
+def test_killed_twice_it_ends_with_the_same_bytes(by_hand: Chain, shapes: Path, tmp_path: Path) -> None:
+    assert struck_and_calm(by_hand, shapes, tmp_path, kills=2, longest=0.05) >= 1
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_it_ends_with_the_same_bytes(by_hand: Chain, shapes: Path, tmp_path: Path) -> None:
+    assert ROWS // SHARD > 20
+    assert struck_and_calm(by_hand, shapes, tmp_path, kills=20, longest=0.02) >= 15

@@ -1,0 +1,290 @@
+"""The commands as a person meets them: the chain by hand, a shell's pipe, help, completion, refused joins."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from conftest import Call
+from helpers.running import DALLE, ENVIRONMENT, Chain, run, smallest_recipe, write_recipe
+from PIL import Image
+
+from dalle_cli.app import PANELS
+from dalle_cli.data.open_source import open_source
+from dalle_cli.stores.checkpoint import open_checkpoint
+from dalle_cli.stores.tokens import TokenReader
+from dalle_cli.text.bpe import Tokenizer
+
+COMMANDS = [name for commands in PANELS.values() for name in commands]
+CAPTION = "a small red star above a large blue square"
+HEAVY = ("torch", "numpy", "zarr", "PIL", "open_clip", "tokenizers", "matplotlib", "scipy")
+
+
+def shell(line: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """``line`` in a real shell, where ``dalle`` is the one under test."""
+    path = f"{Path(DALLE).parent}:{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", "-c", line], cwd=cwd, env={**ENVIRONMENT, "PATH": path}, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_the_chain_by_hand(by_hand: Chain) -> None:
+    outputs = {
+        "make-shapes": by_hand.root / "shapes",
+        "train-tokenizer": by_hand.tokenizer / "tokenizer.json",
+        "tokenize-text": by_hand.tokens,
+        "train-dvae": by_hand.dvae / "step-00000012",
+        "encode-images": by_hand.tokens,
+        "train-prior": by_hand.prior / "step-00000012",
+        "train-clip": by_hand.clip / "step-00000012",
+    }
+    for name, place in outputs.items():
+        done = by_hand.stages[name]
+        assert done.out == f"{place}\n", name  # stdout: where the result is, and nothing else
+        assert place.exists()
+        assert done.err and "\x1b" not in done.err and "Warning" not in done.err
+    assert not (by_hand.root / "unused").exists()  # every place was named; none was taken from the recipe
+
+    source, reader = open_source(str(by_hand.train)), TokenReader(by_hand.tokens)
+    rows = np.arange(len(source))
+    assert reader.strings("key", rows) == [source.key(row) for row in rows]
+    assert reader.strings("caption", rows) == [source.captions(row)[0] for row in rows]
+    dvae, prior, clip = (open_checkpoint(p) for p in (by_hand.dvae, by_hand.prior, by_hand.clip))
+    tokenizer = Tokenizer.load(by_hand.tokenizer)
+    assert prior.belongs == {"tokenizer": tokenizer.identity, "dvae": dvae.identity}
+    assert clip.belongs == {"tokenizer": tokenizer.identity}
+    text, lengths = reader.read("text", rows), reader.read("text_length", rows)
+    assert [ids[:n].tolist() for ids, n in zip(text, lengths, strict=True)] == tokenizer.encode(
+        reader.strings("caption", rows)
+    )
+
+
+def test_sample_piped_into_rerank_prints_the_best(by_hand: Chain) -> None:
+    prior, clip = shlex.quote(str(by_hand.prior)), shlex.quote(str(by_hand.clip))
+    out = by_hand.root / "piped"
+    done = shell(
+        f"set -o pipefail; dalle sample {prior} '{CAPTION}' --n 4 --out {out} | tee all.jsonl"
+        f" | dalle rerank --clip {clip} --top 1",
+        by_hand.root,
+    )
+    assert done.returncode == 0, done.stderr
+    (best,) = [json.loads(line) for line in done.stdout.splitlines()]
+    assert (best["prompt"], best["rank"], best["seed"]) == (CAPTION, 1, 0)
+    with Image.open(best["png"]) as picture:
+        assert picture.format == "PNG" and picture.size == (32, 32)
+    drawn = [json.loads(line) for line in (by_hand.root / "all.jsonl").read_text().splitlines()]
+    assert [line["index"] for line in drawn] == [0, 1, 2, 3]
+    assert {key: best[key] for key in drawn[0]} == drawn[best["index"]]
+    store = zarr.open_group(best["store"], mode="r")
+    assert store["tokens"].shape == (4, 4, 4) and int(np.asarray(store["tokens"]).max()) < 16
+    scores = np.asarray(store["log_likelihood"])
+    assert [line["log_likelihood"] for line in drawn] == pytest.approx(scores, abs=1e-4)
+
+
+def test_rerank_without_arguments_reads_stdin_and_ranks_all(by_hand: Chain) -> None:
+    drawn = run("sample", by_hand.prior, CAPTION, "a red cross", "--n", 2, "--out", by_hand.prior.parent / "whole")
+    done = run("rerank", stdin=drawn.out)
+    assert done.code == 0, done.err
+    assert [(line["prompt"], line["rank"]) for line in done.lines] == [
+        (CAPTION, 1), (CAPTION, 2), ("a red cross", 1), ("a red cross", 2),
+    ]  # fmt: skip
+    assert [line["score"] for line in done.lines[:2]] == sorted(
+        (line["score"] for line in done.lines[:2]), reverse=True
+    )
+
+
+def test_a_reader_that_goes_away_is_no_fault(by_hand: Chain) -> None:
+    prior = shlex.quote(str(by_hand.prior))
+    done = shell(f"dalle sample {prior} '{CAPTION}' --n 600 --batch-size 2 --out gone | head -1", by_hand.root)
+    assert json.loads(done.stdout)["index"] == 0
+    assert all(line.startswith("sample: ") for line in done.stderr.splitlines()), done.stderr
+    assert int(zarr.open_group(by_hand.root / "gone" / "samples.zarr", mode="r").attrs["rows"]) < 600
+
+
+def test_a_sample_is_a_function_of_its_prompt_seed_and_index(by_hand: Chain, call: Call, tmp_path: Path) -> None:
+    def draw(name: str, *arguments: object) -> dict[tuple[str, int], bytes]:
+        done = call("sample", by_hand.prior, "--out", tmp_path / name, *arguments)
+        assert done.code == 0, done.err
+        return {(line["prompt"], line["index"]): Path(line["png"]).read_bytes() for line in done.lines}
+
+    whole = draw("whole", CAPTION, "a red cross", "--n", 5)
+    assert len(whole) == 10 and len(set(whole.values())) > 5
+    for name, arguments in {
+        "alone": (CAPTION, "--n", 1),
+        "fewer": (CAPTION, "--n", 3, "--batch-size", 2),
+        "other company": ("a red cross", CAPTION, "--n", 5, "--batch-size", 1),
+    }.items():
+        assert draw(name, *arguments).items() <= whole.items(), name
+    assert draw("another seed", CAPTION, "--n", 5, "--seed", 1).items() & whole.items() == set()
+
+
+def test_the_same_request_again_is_the_same_samples(by_hand: Chain, call: Call) -> None:
+    first = call("sample", by_hand.prior, CAPTION)
+    folder = Path(first.lines[0]["png"]).parent
+    assert folder.parent == by_hand.prior.parent / "samples"  # beside the prior's run
+    times = {file: file.stat().st_mtime_ns for file in folder.glob("*.png")}
+    again = call("sample", by_hand.prior, CAPTION, "--batch-size", 2)
+    assert len(times) == 4 and again.out == first.out
+    assert times == {file: file.stat().st_mtime_ns for file in folder.glob("*.png")}
+    other = call("sample", by_hand.prior, CAPTION, "--temperature", 0.5)
+    assert Path(other.lines[0]["png"]).parent != folder
+    refused = call("sample", by_hand.prior, CAPTION, "--temperature", 0.5, "--out", folder).mistake()
+    assert str(folder) in refused and "--out" in refused
+
+
+def test_prompts_of_a_file_of_a_source_and_left_out(by_hand: Chain, call: Call, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red star\n\n  a blue circle \n")
+    done = call("sample", by_hand.prior, "--prompts", file, "--n", 1, "--out", tmp_path / "a")
+    assert [line["prompt"] for line in done.lines] == ["a red star", "a blue circle"]
+    done = call("sample", by_hand.prior, "--captions", by_hand.train, "--limit", 2, "--n", 1, "--out", tmp_path / "b")
+    source = open_source(str(by_hand.train))
+    assert [line["prompt"] for line in done.lines] == [source.captions(0)[0], source.captions(1)[0]]
+    done = call("sample", by_hand.prior, "--held-out", "--limit", 2, "--n", 1, "--out", tmp_path / "c")
+    assert len(done.lines) == 2
+
+
+def test_artifacts_that_do_not_belong_together_are_refused(by_hand: Chain, call: Call, tmp_path: Path) -> None:
+    data = ("--data", by_hand.train)
+    other_dvae = tmp_path / "other" / "dvae"
+    assert call("train-dvae", by_hand.recipe, *data, "--out", other_dvae, "--set", "seed=1").code == 0
+    other_words = tmp_path / "other" / "tokenizer"
+    vocabulary = ("--set", "tokenizer.vocab_size=300")
+    assert call("train-tokenizer", by_hand.recipe, *data, "--out", other_words, *vocabulary).code == 0
+    prior, clip = open_checkpoint(by_hand.prior), open_checkpoint(by_hand.clip)
+    dvae, words = open_checkpoint(other_dvae).identity, Tokenizer.load(other_words).identity
+
+    refused = call("sample", by_hand.prior, CAPTION, "--dvae", other_dvae, "--out", tmp_path / "s").mistake()
+    for part in (str(prior.path), str(other_dvae), prior.belongs["dvae"][:12], dvae[:12]):
+        assert part in refused
+    refused = call("sample", by_hand.prior, CAPTION, "--tokenizer", other_words, "--out", tmp_path / "s").mistake()
+    for part in (str(prior.path), str(other_words), prior.belongs["tokenizer"][:12], words[:12]):
+        assert part in refused
+    assert not (tmp_path / "s").exists()
+
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text(call("sample", by_hand.prior, CAPTION, "--out", tmp_path / "drawn").out)
+    refused = call("rerank", lines, "--clip", by_hand.clip, "--tokenizer", other_words).mistake()
+    for part in (str(clip.path), str(other_words), clip.belongs["tokenizer"][:12], words[:12]):
+        assert part in refused
+
+
+def test_set_changes_a_setting_and_is_kept_with_the_artifact(by_hand: Chain, call: Call, tmp_path: Path) -> None:
+    arguments = ("train-prior", by_hand.recipe, "--tokens", by_hand.tokens, "--out", tmp_path / "prior")
+    done = call(*arguments, "--set", "prior.training.updates=2", "--set", "prior.model.layout=row, conv, ...")
+    assert done.out == f"{tmp_path / 'prior' / 'step-00000002'}\n"
+    model = open_checkpoint(tmp_path / "prior").recipe().prior.model
+    assert model.attention_kinds() == ["row", "conv", "row"]
+
+
+def test_debug_shows_the_traceback(by_hand: Chain) -> None:
+    plain = run("show", "nowhere.yaml")
+    assert "nowhere.yaml" in plain.mistake()
+    for arguments in (("--debug", "show", "nowhere.yaml"), ("show", "nowhere.yaml", "--debug")):
+        done = run(*arguments)
+        assert done.code == 1 and "Traceback" in done.err and "UserError" in done.err
+
+
+def test_ctrl_c_says_how_to_go_on(by_hand: Chain, tmp_path: Path) -> None:
+    command = [DALLE, "train-prior", by_hand.recipe, "--tokens", by_hand.tokens, "--out", tmp_path / "prior"]
+    command += ["--set", "prior.training.updates=100000"]
+    process = subprocess.Popen(
+        [*map(str, command)],
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A job that was started in the background ignores ctrl-C, and hands that down.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "prior" / "step-00000004").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(2)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err
+    assert err.splitlines()[-1] == "dalle: stopped; run the same command again to go on"
+
+
+def test_help_of_every_command_is_light_and_has_an_example() -> None:
+    program = f"""
+import sys
+from typer.testing import CliRunner
+from dalle_cli.app import app
+texts = []
+for name in {COMMANDS!r}:
+    found = CliRunner().invoke(app, [name, "--help"])
+    assert found.exit_code == 0, name
+    texts.append(found.output)
+print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)
+print("\\f".join(texts))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
+    assert done.stderr == "[]\n"
+    texts = done.stdout.split("\f")
+    assert len(texts) == len(COMMANDS)
+    for name, text in zip(COMMANDS, texts, strict=True):
+        assert f"dalle {name}" in text.partition("Example:")[2], name
+        assert "Usage: " in text and "--help" in text
+
+
+def test_help_lists_the_commands_in_the_order_of_the_pipeline_within_a_moment() -> None:
+    seconds = []
+    for _ in range(5):
+        began = time.monotonic()
+        done = run("--help")
+        seconds.append(time.monotonic() - began)
+        assert done.code == 0
+    print(f"dalle --help: {statistics.median(seconds):.3f} s, median of 5")
+    assert statistics.median(seconds) < 0.6
+    places = [done.out.index(f" {name} ") for name in COMMANDS]
+    assert places == sorted(places)
+    pipeline = [
+        "make-shapes",
+        "train-tokenizer",
+        "tokenize-text",
+        "train-dvae",
+        "encode-images",
+        "train-prior",
+        "sample",
+    ]
+    assert [name for name in COMMANDS if name in pipeline] == pipeline
+    headings = [done.out.index(f"─ {panel} ─") for panel in PANELS]
+    assert headings == sorted(headings)
+    assert run("--version").out.startswith("dalle ")
+
+
+def test_shells_complete_commands_and_options() -> None:
+    script = subprocess.run(
+        [DALLE, "--show-completion", "bash"],
+        env={**ENVIRONMENT, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert script.returncode == 0 and "_dalle_completion" in script.stdout
+
+    def complete(words: str) -> list[str]:
+        line = f"""source /dev/stdin; COMP_WORDS=({words}); COMP_CWORD={len(words.split()) - 1}
+        _dalle_completion {shlex.quote(DALLE)}; printf '%s\\n' "${{COMPREPLY[@]}}" """
+        done = subprocess.run(
+            ["bash", "-c", line], input=script.stdout, env=ENVIRONMENT, capture_output=True, text=True
+        )
+        return done.stdout.split()
+
+    assert complete("dalle tr") == ["train-tokenizer", "train-dvae", "train-prior", "train-clip"]
+    assert complete("dalle train-dvae --d") == ["--data"]
+
+
+@pytest.mark.parametrize("command", ["train-tokenizer", "tokenize-text", "train-dvae", "train-clip"])
+def test_a_recipe_without_pictures_says_how_to_name_them(call: Call, tmp_path: Path, command: str) -> None:
+    recipe = write_recipe(tmp_path, smallest_recipe(tmp_path / "run", None))
+    assert "--data SOURCE" in call(command, recipe).mistake()

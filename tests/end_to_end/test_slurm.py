@@ -1,0 +1,195 @@
+"""The batch files name what there is; on a Slurm of the test's own, jobs are ended, queued again and go on."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.running import smallest_recipe, write_recipe
+from helpers.slurm_cluster import ROOT, Cluster, missing
+from helpers.tiny_chain import HELD_OUT, SEEN, build_chain
+from helpers.token_stores import write_tokens
+from test_resume import TIMED, files
+from typer.main import get_command
+
+from dalle_cli.app import app
+from dalle_cli.stores.checkpoint import open_checkpoint
+from dalle_cli.stores.tokens import TokenReader
+
+FOLDER = ROOT / "scripts" / "slurm"
+FILES = sorted(FOLDER.glob("*.sh"))
+STAGES = {
+    "tokenize-text", "train-dvae", "encode-images", "merge", "train-prior", "train-clip",
+    "sample", "rerank", "eval-fid",
+}  # fmt: skip
+TWO_NODES = ("--nodes=2", "--ntasks-per-node=1")
+RUNS = re.compile(r"^resumable dalle (?P<rest>.*?)(?: > .*)?$", re.MULTILINE)
+
+
+def options_of(command: str) -> set[str]:
+    group: Any = get_command(app)
+    return {name for parameter in group.commands[command].params for name in parameter.opts}
+
+
+def command_of(file: Path) -> list[str]:
+    """The words of the one ``dalle`` command that a batch file runs, its name first."""
+    (found,) = RUNS.finditer(file.read_text())
+    return shlex.split(found["rest"])
+
+
+def examples(text: str) -> Iterator[tuple[str, list[str]]]:
+    """(batch file, what stands behind it) of every call in a comment or in README.md."""
+    for line in re.sub(r"\\\n#? *", "", text).splitlines():
+        for name, rest in re.findall(r"sbatch.*scripts/slurm/([a-z-]+\.sh)([^)`]*)", line):
+            yield name, rest.split()
+
+
+# Without Slurm
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_a_batch_file_is_bash(file: Path) -> None:
+    done = subprocess.run(["bash", "-n", file], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_every_stage_has_a_file_that_names_what_there_is() -> None:
+    jobs = {file.stem: file for file in FILES if file.name != "job.sh"}
+    assert set(jobs) == STAGES
+    for stage, file in jobs.items():
+        command, *words = command_of(file)
+        assert command == stage and '"$@"' in RUNS.findall(file.read_text())[0]
+        assert {word for word in words if word.startswith("--")} <= options_of(command), stage
+        assert re.search(r"^#SBATCH --requeue$", file.read_text(), re.MULTILINE), stage
+        assert file.stat().st_mode & 0o111 and f"`{file.name}`" in (FOLDER / "README.md").read_text()
+
+
+def test_examples_name_what_there_is() -> None:
+    seen = set()
+    for text in [(FOLDER / "README.md").read_text(), *(file.read_text() for file in FILES)]:
+        for name, words in examples(text):
+            seen.add(name)
+            assert (FOLDER / name).is_file(), name
+            given = {word for word in words if word.startswith("--")}
+            assert given <= options_of(name.removesuffix(".sh")), (name, given)
+    assert seen == {f"{stage}.sh" for stage in STAGES}
+
+
+# With Slurm
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    if (reason := missing()) is not None:
+        pytest.skip(reason)
+    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
+    cluster.start()
+    yield cluster
+    cluster.stop()
+
+
+def steps(run: Path) -> list[int]:
+    file = run / "metrics.jsonl"
+    return [json.loads(line)["step"] for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def wait_for(step: int, run: Path, slurm: Cluster) -> None:
+    deadline = time.monotonic() + 900
+    while max(steps(run), default=0) < step:
+        assert time.monotonic() < deadline, (slurm.ask("squeue"), slurm.said())
+        time.sleep(0.05)
+
+
+def journal(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMED} for line in lines]
+
+
+@pytest.mark.slow
+def test_a_job_that_is_signalled_and_preempted_ends_as_one_left_in_peace(slurm: Cluster, tmp_path: Path) -> None:
+    """Two processes on two nodes: first Slurm's notice of the time limit, then a job that takes their place."""
+    updates, calm, struck = 600, tmp_path / "calm", tmp_path / "struck"
+    store = write_tokens(tmp_path / "tokens.zarr", 80, 48, 400, 4, 16)
+    settings = smallest_recipe(tmp_path, None)
+    # No checkpoint is due before the end: what is gone on from was saved for the signal.
+    settings["prior"]["training"] |= {"updates": updates, "save_every": 10**6, "log_every": 10, "validate_every": 100}
+    recipe = write_recipe(tmp_path, settings)
+
+    def job(out: Path) -> str:
+        return slurm.submit(*TWO_NODES, "train-prior.sh", recipe, "--tokens", store, "--out", out)
+
+    (left_alone,) = slurm.finish(job(calm))
+    assert (left_alone["JobState"], left_alone["Restarts"]) == ("COMPLETED", "0"), slurm.said()
+
+    number = job(struck)
+    wait_for(60, struck, slurm)
+    slurm.ask("scancel", "--batch", "--signal=USR1", number)
+    wait_for(max(steps(struck)) + 60, struck, slurm)
+    first = open_checkpoint(struck).step
+    urgent = slurm.submit("--partition=high", *TWO_NODES, "--exclusive", "--wrap=sleep 1")
+    facts = slurm.finish(urgent, number)
+    said = slurm.said()
+    assert [each["JobState"] for each in facts] == ["COMPLETED", "COMPLETED"], said
+    assert facts[1]["Restarts"] == "2"
+    stood = [int(step) for step in re.findall(r"struck/step-(\d+) of \d+ updates and leaves with exit code 75", said)]
+    assert len(stood) == 2 and 60 <= stood[0] == first < stood[1] < updates
+    assert said.count("goes on from step-") == 2 and said.count("queued again to go on") == 2
+
+    last = f"step-{updates:08d}"
+    assert files(struck / last) == files(calm / last)
+    assert journal(struck) == journal(calm)
+    losses = [[line["loss"] for line in journal(run) if "loss" in line] for run in (calm, struck)]
+    assert losses[0][-1] == losses[1][-1] < losses[0][0] - 0.1
+
+
+@pytest.mark.slow
+def test_arrays_feed_merge_and_rerank(slurm: Cluster, tmp_path: Path) -> None:
+    chain = build_chain(tmp_path)
+    places, recipe = chain.places, chain.recipe_file
+
+    store = tmp_path / "joined.zarr"
+    texts = slurm.submit("--array=1-2", "tokenize-text.sh", recipe, "--tokens", store)
+    images = slurm.submit("--array=1-2", "encode-images.sh", recipe, "--tokens", store)
+    merged = slurm.submit(f"--dependency=afterok:{texts}:{images}", "merge.sh", store)
+
+    lines_in, prompts = tmp_path / "lines", tmp_path / "prompts.txt"
+    prompts.write_text(f"{SEEN}\n{HELD_OUT}\n")
+    drawn = slurm.submit(
+        "--array=1-2", "sample.sh", places.prior, "--prompts", prompts, "--out", tmp_path / "drawn", LINES_IN=lines_in
+    )
+    ranked = slurm.submit(f"--dependency=afterok:{drawn}", "rerank.sh", "--clip", places.clip, LINES_IN=lines_in)
+
+    facts = slurm.finish(texts, images, merged, drawn, ranked)
+    assert [each["JobState"] for each in facts] == ["COMPLETED"] * 8, slurm.said()
+    alone, joined = TokenReader(places.tokens), TokenReader(store)
+    for name in ("text", "image"):
+        rows = range(len(alone))
+        assert (joined.read(name, rows) == alone.read(name, rows)).all()
+
+    assert [file.name for file in sorted(lines_in.iterdir())] == ["0001-of-0002.jsonl", "0002-of-0002.jsonl"]
+    found, expected = (
+        [json.loads(line) for line in file.read_text().splitlines()]
+        for file in (tmp_path / "lines.ranked.jsonl", chain.ranked)
+    )
+    assert len(found) == len(expected) == 8
+    same = ("prompt", "index", "log_likelihood", "score", "rank")
+    for ours, theirs in zip(found, expected, strict=True):
+        assert {key: ours[key] for key in same} == pytest.approx({key: theirs[key] for key in same}, abs=1e-4)
+        assert Path(ours["png"]).read_bytes() == Path(theirs["png"]).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_mistake_is_not_tried_again(slurm: Cluster, tmp_path: Path) -> None:
+    (facts,) = slurm.finish(slurm.submit("train-clip.sh", tmp_path / "none.yaml"))
+    assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "2:0", "0")
+    assert f"dalle: {tmp_path}/none.yaml: no such recipe" in slurm.said()
+    number = slurm.submit("--array=0-1", "encode-images.sh", "recipe.yaml")
+    assert {each["ExitCode"] for each in slurm.finish(number)} == {"2:0"}
+    assert "array 0-1: number it from 1" in slurm.said()

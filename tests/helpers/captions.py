@@ -1,0 +1,81 @@
+"""Sources of captions without pictures, and small shards, for the tests of text and for the processes they start.
+
+    python captions.py ROWS STORE TOKENIZER [train]
+
+makes the text part of a store, with dropout and several captions a picture.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from dalle_cli.config.schema import Recipe, TokenizerSettings
+from dalle_cli.data.source import BadSample
+from dalle_cli.stores import merge, tokens
+from dalle_cli.text import tokenize
+from dalle_cli.text.bpe import Tokenizer
+from dalle_cli.text.tokenize import tokenize_source, train_tokenizer
+
+WORDS = ["a", "the", "red", "green", "tiny", "huge", "triangle", "triangles", "square", "circle", "circles", "above"]
+CORPUS = [" ".join(random.Random(n).choices(WORDS, k=1 + n % 9)) for n in range(400)]
+
+
+class Captions:
+    """A source of captions; None is a sample that cannot be read."""
+
+    name = format = "captions"
+    skipped: tuple[()] = ()
+
+    def __init__(self, captions: list[list[str] | None]) -> None:
+        self.all = captions
+
+    def __len__(self) -> int:
+        return len(self.all)
+
+    def key(self, i: int) -> str:
+        return f"key-{i}"
+
+    def captions(self, i: int) -> list[str]:
+        captions = self.all[i]
+        if captions is None:
+            raise BadSample("no caption")
+        return captions
+
+
+def uneven(rows: int) -> Captions:
+    """One caption a picture at first, then ever more, up to ten; now and then none."""
+    picked: list[list[str] | None] = []
+    for row in range(rows):
+        rng = random.Random(row)
+        count = 1 if row < 5 else 1 + rng.randrange(min(10, 1 + row // 4))
+        picked.append(None if row % 6 == 3 else rng.sample(CORPUS, count))
+    return Captions(picked)
+
+
+def recipe_with(**changes: Any) -> Recipe:
+    return Recipe(name="t", seed=3, tokenizer=TokenizerSettings(**{"vocab_size": 290, "text_length": 9, **changes}))
+
+
+@contextmanager
+def shards_of(rows: int) -> Iterator[None]:
+    with (
+        mock.patch.object(tokens, "ROWS_PER_SHARD", rows),
+        mock.patch.object(tokens, "ROWS_PER_CHUNK", rows // 2),
+        mock.patch.object(tokenize, "ROWS_PER_SHARD", rows),
+        mock.patch.object(tokenize, "SHARDS_AT_ONCE", 2),
+        mock.patch.object(merge, "ROWS_PER_SHARD", rows),
+    ):
+        yield
+
+
+if __name__ == "__main__":
+    source, recipe, folder = uneven(int(sys.argv[1])), recipe_with(dropout=0.3, dropout_epochs=2), Path(sys.argv[3])
+    words = train_tokenizer(recipe, source, folder) if "train" in sys.argv else Tokenizer.load(folder)
+    with shards_of(4):
+        tokenize_source(recipe, source, words, Path(sys.argv[2]))

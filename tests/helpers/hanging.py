@@ -1,0 +1,74 @@
+"""Three gloo processes of which one is struck, for test_hang.py: python hanging.py RANK:SIGNAL ...
+
+Prints of each case what each process that was not struck said and its exit code, as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from multiprocessing.connection import Connection
+
+import torch
+
+from dalle_cli.distributed.group import join_group
+from dalle_cli.errors import UserError
+
+COUNT = 3
+
+
+def work(rank: int, port: int, told: Connection) -> None:
+    """Sum for ever, until the others are lost."""
+    place = {"RANK": rank, "WORLD_SIZE": COUNT, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": COUNT, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
+    try:
+        with join_group() as group:
+            for i in range(10**9):
+                group.sum(torch.ones(()))
+                if i == 10:
+                    told.send("at work")
+    except UserError as error:
+        told.send(str(error))
+        sys.exit(2)
+
+
+def strike(which: int, how: int) -> dict[int, tuple[str, int | None, float]]:
+    """What the others say, their exit codes, and after how many seconds."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    pipes = [context.Pipe(duplex=False) for _ in range(COUNT)]
+    processes = [context.Process(target=work, args=(rank, port, pipes[rank][1])) for rank in range(COUNT)]
+    for process in processes:
+        process.start()
+    said = {}
+    try:
+        for ours, _ in pipes:
+            assert ours.poll(60) and ours.recv() == "at work"
+        os.kill(processes[which].pid or 0, how)
+        began = time.monotonic()
+        for rank in set(range(COUNT)) - {which}:
+            line = pipes[rank][0].recv() if pipes[rank][0].poll(120) else "nothing"
+            processes[rank].join(30)
+            said[rank] = line, processes[rank].exitcode, time.monotonic() - began
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    return said
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    cases = [word.partition(":") for word in sys.argv[1:]]
+    print(json.dumps([strike(int(which), signal.Signals[how]) for which, _, how in cases]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,409 @@
+"""Four gloo processes as two machines of two, for test_power_sgd.py and test_mean_16.py: python two_machines.py
+SCENARIO FOLDER.
+
+Each process writes what its scenario returns to FOLDER/RANK.pt.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from studies import two_nodes
+from studies.two_nodes import Study, join_machines, train
+from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+
+from dalle_cli.config.schema import PowerSgd
+from dalle_cli.distributed import average_16bit as mean_16
+from dalle_cli.distributed import compression
+from dalle_cli.distributed import error_buffers as kept
+from dalle_cli.distributed.power_sgd import PowerSgdReducer
+from dalle_cli.progress import silence
+
+PROCESSES, PARTS, STEPS = 4, 2, 6
+RANK = 4
+# Of each gradient the shard's shape, and N where it is a matrix to be compressed; "ragged" has no full last row, and of
+# "small" the factors are no smaller than it.
+SHARDS: dict[str, tuple[tuple[int, ...], int | None]] = {
+    "wide": ((12, 20), 20),
+    "gain": ((5,), None),
+    "ragged": ((50,), 8),
+    "tall": ((20, 6), 6),
+    "small": ((3, 4), 4),
+}
+COLUMNS = {name: columns for name, (_, columns) in SHARDS.items() if columns}
+TINY = Study(layers=2, heads=2, d_head=8, scenes=200, batch_size=8, updates=20, warmup=5)
+TRAINED = {
+    "whole": PowerSgd(),
+    "full rank": PowerSgd(rank=PARTS * 16, min_compression=0),
+    "low rank": PowerSgd(rank=4),
+    "whole, then low": PowerSgd(rank=4, start_update=5),
+}
+# Long enough that the loss falls slowly at its end.
+LONG = Study(layers=2, heads=2, d_head=32, learning_rate=1e-3, updates=600)
+SETTINGS = {
+    "warm": PowerSgd(rank=RANK),
+    "fixed": PowerSgd(rank=RANK, warm_start=False),
+    "no feedback": PowerSgd(rank=RANK, error_feedback=False),
+    "late": PowerSgd(rank=RANK, start_update=2),
+}
+LARGE, SMALL, CHUNK = 40.0, 2.0**-40, 5
+NUMBERS = (1, 2, 3, 7, 50)
+"""Of which means are taken in 16 bit: fewer than there are machines, and no multiples of them, too."""
+
+
+def gradients(rank: int, step: int) -> dict[str, Tensor]:
+    """What process ``rank`` finds: the same part for all, and its own noise."""
+    common, own = np.random.default_rng([9, step]), np.random.default_rng([rank, step])
+    return {
+        name: torch.from_numpy(common.normal(size=shape) + 0.3 * own.normal(size=shape)).float()
+        for name, (shape, _) in SHARDS.items()
+    }
+
+
+def first_factors() -> dict[str, Tensor]:
+    """What Q begins with."""
+    rng = np.random.default_rng(5)
+    return {name: torch.from_numpy(rng.normal(size=(n, RANK // PARTS))).float() for name, n in COLUMNS.items()}
+
+
+@dataclass
+class Here:
+    """A process among the four."""
+
+    rank: int
+    node: dist.ProcessGroup
+    place: dist.ProcessGroup
+
+    def reducer(self, settings: PowerSgd) -> PowerSgdReducer:
+        """A reducer that begins with ``first_factors``."""
+        reducer = PowerSgdReducer(settings, self.place, COLUMNS, shards=PARTS)
+        factors = {name: q for name, q in first_factors().items() if name != "small"}
+        reducer.load_state_dict({f"factor.{name}": q for name, q in factors.items()})
+        return reducer
+
+    def step(self, reducer: PowerSgdReducer, step: int, found: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """One reduction of this process's gradients of a step."""
+        found = gradients(self.rank, step) if found is None else found
+        reducer.reduce(found.items(), step)
+        return found
+
+
+def copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in state.items()}
+
+
+def numbers(here: Here) -> dict[str, Any]:
+    """Some steps with each of SETTINGS: what came out, the state at the end, the bytes of each step."""
+    result: dict[str, Any] = {}
+    for name, settings in SETTINGS.items():
+        reducer, outputs, sent = here.reducer(settings), [], []
+        for step in range(STEPS):
+            before = reducer.bytes_sent
+            outputs.append(here.step(reducer, step))
+            sent.append(reducer.bytes_sent - before)
+        result[name] = {"outputs": outputs, "state": copied(reducer.state_dict()), "bytes": sent}
+    result["peer"] = peer(here)
+    result["resumed"] = resumed(here)
+    result["not finite"] = not_finite(here)
+    result["halves"] = halves(here)
+    result["16 bit"] = in_16_bit(here)
+    result["small"] = small(here)
+    result["large"] = large(here)
+    result["one by one"] = one_by_one(here)
+    result["drawn"] = drawn(here)
+    result["refused"] = refused(here)
+    alone = [dist.new_group([rank]) for rank in range(PROCESSES)][here.rank]
+    lonely = PowerSgdReducer(SETTINGS["warm"], alone, COLUMNS, shards=PARTS)
+    result["alone"] = {"outputs": here.step(lonely, 0), "bytes": lonely.bytes_sent}
+    return result
+
+
+@dataclass
+class Bucket:
+    """What the hook asks of the buckets that only DistributedDataParallel can make."""
+
+    flat: Tensor
+    matrices: list[Tensor]
+
+    def buffer(self) -> Tensor:
+        return self.flat
+
+    def gradients(self) -> list[Tensor]:
+        return self.matrices
+
+    def index(self) -> int:
+        return 0
+
+    def is_last(self) -> bool:
+        return True
+
+
+def peer(here: Here) -> list[dict[str, Tensor]]:
+    """The full matrices by PyTorch's hook for DistributedDataParallel."""
+    state = PowerSGDState(
+        here.place, matrix_approximation_rank=RANK // PARTS, start_powerSGD_iter=2, min_compression_rate=1
+    )
+    names, outputs = ["wide", "tall"], []
+    shapes = [torch.Size(SHARDS[name][0]) for name in names]
+    state.iter = 2
+    state.p_memory_dict[0] = torch.zeros(sum(shape[0] * RANK // PARTS for shape in shapes))
+    state.q_memory_dict[0] = torch.cat([first_factors()[name].flatten() for name in names])
+    lengths = [shape.numel() for shape in shapes]
+    for step in range(STEPS):
+        flat = torch.cat([gradients(here.rank, step)[name].flatten() for name in names])
+        matrices = [part.view(shape) for part, shape in zip(flat.split(lengths), shapes, strict=True)]
+        powerSGD_hook(state, Bucket(flat, matrices)).wait()
+        outputs.append(dict(zip(names, matrices, strict=True)))
+    return outputs
+
+
+def resumed(here: Here) -> dict[str, Any]:
+    """Warm, with a new reducer in the middle that loads the state."""
+    reducer, outputs = here.reducer(SETTINGS["warm"]), []
+    for step in range(STEPS):
+        if step == STEPS // 2:
+            saved = copied(reducer.state_dict())
+            reducer = PowerSgdReducer(SETTINGS["warm"], here.place, COLUMNS, shards=PARTS, seed=1)
+            reducer.load_state_dict(saved)
+        outputs.append(here.step(reducer, step))
+    return {"outputs": outputs, "state": copied(reducer.state_dict())}
+
+
+def not_finite(here: Here) -> dict[str, Any]:
+    """The second machine's "wide" holds a NaN in the third step; and what the next step makes of it, beside a reducer
+    that starts there with the factors and without errors."""
+    reducer = here.reducer(SETTINGS["warm"])
+    for step in range(2):
+        here.step(reducer, step)
+    before = copied(reducer.state_dict())
+    found = gradients(here.rank, 2)
+    if here.rank >= PARTS:
+        found["wide"][3, 4] = torch.nan
+    broken = here.step(reducer, 2, found)
+    after = copied(reducer.state_dict())
+    next_step = here.step(reducer, 3)
+    fresh = PowerSgdReducer(SETTINGS["warm"], here.place, COLUMNS, shards=PARTS)
+    fresh.load_state_dict({key: value for key, value in before.items() if key.startswith("factor.")})
+    wanted = here.step(fresh, 3)
+    reducer.clear(["wide"])
+    some = list(reducer.state_dict())
+    reducer.clear()
+    none = list(reducer.state_dict())
+    return {"before": before, "broken": broken, "after": after, "next": next_step, "wanted": wanted,
+            "some": some, "none": none}  # fmt: skip
+
+
+def halves(here: Here) -> dict[str, Any]:
+    """bfloat16 gradients, one of them in float32 too, and what the same numbers come to in float32; and a NaN of the
+    second machine."""
+    rounded = {name: value.bfloat16() for name, value in gradients(here.rank, 0).items()}
+    exact = {name: value.float() for name, value in rounded.items()}
+    mixed = copied(rounded) | {"tall": exact["tall"].clone()}
+    broken = copied(rounded)
+    if here.rank >= PARTS:
+        broken["wide"][3, 4] = torch.nan
+    reducer, unlucky = here.reducer(SETTINGS["warm"]), here.reducer(SETTINGS["warm"])
+    return {"outputs": here.step(reducer, 0, rounded), "exact": here.step(here.reducer(SETTINGS["warm"]), 0, exact),
+            "mixed": here.step(here.reducer(SETTINGS["warm"]), 0, mixed), "bytes": reducer.bytes_sent,
+            "broken": here.step(unlucky, 0, broken), "after": list(unlucky.state_dict())}  # fmt: skip
+
+
+def small(here: Here) -> list[dict[str, Tensor]]:
+    """Some steps with bfloat16 gradients of which each is SMALL times what it was."""
+    reducer, outputs = here.reducer(SETTINGS["warm"]), []
+    for step in range(STEPS):
+        found = {name: value.bfloat16() * SMALL for name, value in gradients(here.rank, step).items()}
+        outputs.append(here.step(reducer, step, found))
+    return outputs
+
+
+def large(here: Here) -> list[Tensor]:
+    """A gradient of rank 1 and size LARGE, more than 16 bit hold in a factor; and then no more gradients."""
+    reducer, outputs = PowerSgdReducer(SETTINGS["warm"], here.place, {"one": 20}, shards=PARTS), []
+    for step in range(4):
+        found = torch.zeros(12, 20, dtype=torch.bfloat16)
+        if step == 0:
+            found[:, 3] = LARGE / 12**0.5
+        reducer.reduce([("one", found)], step)
+        outputs.append(found)
+    return outputs
+
+
+def in_16_bit(here: Here) -> dict[str, Any]:
+    """Some steps with bfloat16 gradients under scales, and a new reducer in the middle that loads the state."""
+    reducer, outputs, scales = here.reducer(SETTINGS["warm"]), [], {"wide": 8.0, "tall": 3.0}
+    for step in range(STEPS):
+        if step == STEPS // 2:
+            saved = copied(reducer.state_dict())
+            reducer = PowerSgdReducer(SETTINGS["warm"], here.place, COLUMNS, shards=PARTS)
+            reducer.load_state_dict(saved)
+        found = {name: (value * scales.get(name, 1.0)).bfloat16() for name, value in gradients(here.rank, step).items()}
+        reducer.reduce(found.items(), step, scales)
+        outputs.append(found)
+    again, undisturbed = here.reducer(SETTINGS["warm"]), []
+    for step in range(STEPS):
+        found = {name: (value * scales.get(name, 1.0)).bfloat16() for name, value in gradients(here.rank, step).items()}
+        again.reduce(found.items(), step, scales)
+        undisturbed.append(found)
+    return {"scales": scales, "outputs": outputs, "undisturbed": undisturbed, "state": copied(again.state_dict())}
+
+
+def one_by_one(here: Here) -> dict[str, Any]:
+    """Warm, a matrix at a time; and a NaN in one of them."""
+    together, compression.TOGETHER = compression.TOGETHER, 1
+    reducer = here.reducer(SETTINGS["warm"])
+    outputs = [here.step(reducer, step) for step in range(STEPS)]
+    state, sent = copied(reducer.state_dict()), reducer.bytes_sent
+    found = gradients(here.rank, STEPS)
+    if here.rank >= PARTS:
+        found["wide"][3, 4] = torch.nan
+    broken = here.step(reducer, STEPS, found)
+    compression.TOGETHER = together
+    return {"outputs": outputs, "state": state, "bytes": sent, "broken": broken, "after": list(reducer.state_dict())}
+
+
+def drawn(here: Here) -> dict[str, Tensor]:
+    """Factors that a reducer without a warm start draws, by two seeds, under two names."""
+    outputs = {}
+    for seed in (0, 1):
+        for name in ("wide", "other"):
+            reducer = PowerSgdReducer(SETTINGS["fixed"], here.place, {name: 20}, shards=PARTS, seed=seed)
+            found = gradients(here.rank, 0)["wide"]
+            reducer.reduce([(name, found)], 0)
+            outputs[f"{name} {seed}"] = found
+    return outputs
+
+
+def refused(here: Here) -> list[str]:
+    """What states of other parameters or sizes are told."""
+    told = []
+    for key, shape in {"error.other": (12, 20), "moment.wide": (12, 20), "error.wide": (12, 19)}.items():
+        reducer = here.reducer(SETTINGS["warm"])
+        try:
+            reducer.load_state_dict({key: torch.zeros(shape)})
+            here.step(reducer, 0)
+        except ValueError as error:
+            told.append(str(error))
+    return told
+
+
+class In16Bit(PowerSgdReducer):
+    """Is handed matrices' gradients in bfloat16."""
+
+    def reduce(
+        self, named: Iterable[tuple[str, Tensor]], update: int, scales: Mapping[str, float] | None = None
+    ) -> None:
+        found = dict(named)
+        halved = {name: gradient.bfloat16() if name in self.columns else gradient for name, gradient in found.items()}
+        super().reduce(halved.items(), update, scales)
+        for name, gradient in found.items():
+            gradient.copy_(halved[name])
+
+
+def trained_in_16_bit(study: Study, settings: PowerSgd, here: Here) -> dict[str, Any]:
+    two_nodes.PowerSgdReducer = In16Bit  # type: ignore[misc]
+    found = vars(train(study, settings, here.node, here.place))
+    two_nodes.PowerSgdReducer = PowerSgdReducer  # type: ignore[misc]
+    return found
+
+
+def trained(here: Here) -> dict[str, Any]:
+    """The tiny prior, with each of TRAINED, and a low rank in 16 bit."""
+    found = {name: vars(train(TINY, settings, here.node, here.place)) for name, settings in TRAINED.items()}
+    return found | {"16 bit": trained_in_16_bit(TINY, TRAINED["low rank"], here)}
+
+
+def converged(here: Here) -> dict[str, Any]:
+    """A larger one for longer: whole, and with low ranks."""
+    found = {str(rank): vars(train(LONG, PowerSgd(rank=rank), here.node, here.place)) for rank in (0, 4, 16)}
+    return found | {"16 bit": trained_in_16_bit(LONG, PowerSgd(rank=16), here)}
+
+
+def spread(rank: int, count: int) -> Tensor:
+    """Numbers of process ``rank``, from below the least of 1-6-9 to above its largest, and both zeros."""
+    rng = np.random.default_rng([3, rank, count])
+    values = torch.from_numpy(rng.normal(size=count) * 2.0 ** rng.uniform(-75, 6, count)).float()
+    values[:: count // 2 + 1] *= 0.0
+    return values
+
+
+def means(here: Here) -> dict[str, Any]:
+    """Of ``spread``'s numbers among 2, 3 and 4 processes: what was sent, the mean, and what collectives were handed."""
+    handed: list[int] = []
+    exchange = dist.all_to_all_single
+
+    def counted(output: Tensor, given: Tensor, group: dist.ProcessGroup) -> None:
+        handed.append(given.nbytes)
+        exchange(output, given, group=group)
+
+    kept.CHUNK, mean_16.dist.all_to_all_single = CHUNK, counted  # type: ignore[attr-defined]
+    result: dict[str, Any] = {}
+    for machines in (2, 3, 4):
+        group = dist.new_group(list(range(machines)))
+        for count in NUMBERS if here.rank < machines else ():
+            result[f"{machines} {count}"] = exchanged(spread(here.rank, count), group, handed)
+        if here.rank < machines:
+            broken = spread(here.rank, 50)
+            if here.rank == machines - 1:
+                broken[10:40:10] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+            result[f"{machines} broken"] = exchanged(broken, group, handed)
+    return result
+
+
+def exchanged(values: Tensor, group: dist.ProcessGroup, handed: list[int]) -> dict[str, Any]:
+    sent, mean = torch.empty_like(values), torch.empty_like(values)
+    codes = mean_16.to_codes(values, dist.get_world_size(group))
+    mean_16.to_values(codes, sent)
+    handed.clear()
+    mean_16.average_codes(codes, group)
+    mean_16.to_values(codes, mean)
+    return {"sent": sent, "mean": mean, "handed": list(handed)}
+
+
+SCENARIOS: dict[str, Callable[[Here], dict[str, Any]]] = {
+    "numbers": numbers,
+    "trained": trained,
+    "converged": converged,
+    "means": means,
+}
+
+
+def run(rank: int, port: int, scenario: str, folder: Path) -> None:
+    """One of the processes."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(PROCESSES), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    silence()
+    here = Here(rank, *join_machines())
+    torch.save(SCENARIOS[scenario](here), folder / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    scenario, folder = sys.argv[1], Path(sys.argv[2])
+    torch.set_num_threads(1)
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    # Forked, so that torch is imported once.
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=run, args=(rank, port, scenario, folder)) for rank in range(PROCESSES)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    sys.exit(max(abs(process.exitcode or 0) for process in processes))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""Cached decoding against the whole stream computed anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import chain
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dalle_cli.config.layout import KINDS, AttentionKind
+from dalle_cli.config.schema import PriorModel
+from dalle_cli.prior import cpu_kernels as packed
+from dalle_cli.prior import decode, thin
+from dalle_cli.prior.attention import raster_offsets
+from dalle_cli.prior.cpu_kernels import PackedLinear
+from dalle_cli.prior.decode import Cache, Decoder, Prefix, Slots
+from dalle_cli.prior.model import Linear, Prior
+
+LAYOUTS = ["row ...", "column ...", "conv ...", "full ...", "row column conv full row conv", "paper"]
+SIZES = [(3, 1, 5), (5, 7, 3), (3, 7, 11), (5, 1, 1), (1, 2, 3), (8, 16, 11), (12, 16, 5)]
+TEXT_VOCAB, IMAGE_VOCAB = 13, 9
+
+
+def build(layout: str, grid: int, text: int, kernel: int) -> Prior:
+    model = PriorModel(layers=6, heads=2, d_head=4, d_model=8, grid=grid, conv_kernel=kernel, layout=layout)
+    prior = Prior(model, text, TEXT_VOCAB, IMAGE_VOCAB)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in prior.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return prior.eval()
+
+
+def inputs(prior: Prior, captions: int, n: int, given: int = 0) -> tuple[Tensor, Tensor]:
+    """Text ids (C, T) of different lengths, and images (C, n, S) that agree in the first ``given`` tokens."""
+    generator = torch.Generator().manual_seed(2)
+    text = torch.randint(TEXT_VOCAB, (captions, prior.text_length), generator=generator)
+    length = torch.arange(captions) % prior.text_length + 1
+    images = torch.randint(IMAGE_VOCAB, (captions, n, prior.image_length), generator=generator)
+    images[..., :given] = images[:, :1, :given]
+    return prior.with_padding(text, length), images
+
+
+Stepping = Callable[[Decoder, Cache], Callable[[int, Tensor], Tensor]]
+"""A way to take decoding steps, from position and token to logits."""
+
+
+def plain(decoder: Decoder, cache: Cache) -> Callable[[int, Tensor], Tensor]:
+    return partial(decoder.step, cache)
+
+
+def decoded(decoder: Decoder, prefix: Prefix, images: Tensor, stepping: Stepping = plain) -> Tensor:
+    """Logits (C, n, S - P, V) of the positions behind the prefix."""
+    step = stepping(decoder, prefix.fork(images.shape[1]))
+    logits = [prefix.logits[:, None].expand(-1, images.shape[1], -1)]
+    for position in range(prefix.positions, decoder.image_length - 1):
+        logits.append(step(position, images[..., position]))
+    return torch.stack(logits, dim=2)
+
+
+@torch.no_grad()
+def recomputed(prior: Prior, text_ids: Tensor, images: Tensor) -> Tensor:
+    n = images.shape[1]
+    flat = prior.image_logits(prior(text_ids.repeat_interleave(n, 0), images.flatten(0, 1)))
+    return flat.unflatten(0, images.shape[:2])
+
+
+def check_against_the_whole_stream(prior: Prior, captions: int, n: int, stepping: Stepping = plain) -> None:
+    text_ids, images = inputs(prior, captions, n)
+    decoder = Decoder(prior)
+    found = decoded(decoder, decoder.prefill(text_ids), images, stepping)
+    wanted = recomputed(prior, text_ids, images)
+    assert wanted.std() > 0.1
+    assert (found - wanted).abs().max() < 1e-4
+
+
+@pytest.fixture(params=[False, True], ids=["products", "bags"])
+def _small_products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small products by bags of embeddings too, as large ones are."""
+    if request.param:
+        monkeypatch.setattr(thin, "LEAST", {torch.float32: 0, torch.bfloat16: 0})
+
+
+@pytest.mark.usefixtures("_small_products")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("grid", "text", "kernel"), SIZES)
+@pytest.mark.parametrize(("captions", "n"), [(2, 3), (1, 1)])
+def test_logits_are_those_of_the_whole_stream(
+    layout: str, grid: int, text: int, kernel: int, captions: int, n: int
+) -> None:
+    check_against_the_whole_stream(build(layout, grid, text, kernel), captions, n)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("grid", "kernel", "given"), [(5, 3, 1), (5, 3, 12), (5, 11, 24), (8, 5, 17), (8, 5, 48), (2, 3, 3)]
+)
+def test_given_tokens_are_read_in_one_pass(layout: str, grid: int, kernel: int, given: int) -> None:
+    prior = build(layout, grid, 3, kernel)
+    text_ids, images = inputs(prior, 2, 4, given)
+    decoder = Decoder(prior)
+    found = decoded(decoder, decoder.prefill(text_ids, images[:, 0, :given]), images)
+    assert found.shape[2] == prior.image_length - given
+    assert (found - recomputed(prior, text_ids, images)[:, :, given:]).abs().max() < 1e-4
+
+
+def test_captions_are_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    prior = build("paper", 3, 4, 3)
+    text_ids, images = inputs(prior, captions=5, n=1, given=2)
+    decoder = Decoder(prior)
+    whole = decoder.prefill(text_ids, images[:, 0, :2])
+    monkeypatch.setattr(decode, "READ_AT_ONCE", 2 * (4 + 9))
+    parts = decoder.prefill(text_ids, images[:, 0, :2])
+    both = ([prefix.logits, *chain(*prefix.text), *prefix.given] for prefix in (whole, parts))
+    for a, b in zip(*both, strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("grid", "kernel"), [(6, 3), (8, 5), (4, 11)])
+def test_a_step_reads_what_its_pattern_allows(kind: AttentionKind, grid: int, kernel: int) -> None:
+    slots = Slots(kind, grid, kernel)
+    offsets, bias = raster_offsets(kind, grid, kernel), slots.bias()
+    held: dict[int, int] = {}
+    for position in range(grid**2):
+        held[slots.write(position)] = position
+        read = slots.read(position)
+        found = [held[slot] for slot in range(read.start, read.stop) if bias is None or bias[position, slot] == 0]
+        assert sorted(found) == sorted(position - d for d in offsets if d <= position)
+        # What stands still with the position: a row layer's cost.
+        assert read.stop - read.start <= {"row": grid + 1, "column": grid}.get(kind, slots.count)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_caches_hold_what_can_still_be_read(kind: AttentionKind) -> None:
+    grid, kernel = 6, 3
+    count = Slots(kind, grid, kernel).count
+    assert count == {"row": grid + 1, "column": grid**2, "conv": grid + 1 + 1, "full": grid**2}[kind]
+    prior = build(f"{kind} ...", grid, 4, kernel)
+    text_ids, images = inputs(prior, captions=2, n=1)
+    prefix = Decoder(prior).prefill(text_ids, images[:, 0, :20])
+    cache = prefix.fork(5)
+    for text, image, given, shared in zip(cache.text, cache.image, prefix.given, prefix.text, strict=True):
+        assert image.shape == (2, 2, 2, 5, count, 4)
+        assert given.shape == (2, 2, 2, min(20, count), 4)
+        for kept, read in zip(text, shared, strict=True):
+            assert kept.shape == (2, 2, 4, 4)
+            assert kept.data_ptr() == read.data_ptr()
+
+
+@pytest.mark.usefixtures("_small_products")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_16_bit_is_close(layout: str) -> None:
+    prior = build(layout, 5, 4, 3)
+    text_ids, images = inputs(prior, captions=2, n=2, given=7)
+    wanted = recomputed(prior, text_ids, images)[:, :, 7:]
+    decoder = Decoder(prior, "bf16")
+    found = decoded(decoder, decoder.prefill(text_ids, images[:, 0, :7]), images)
+    assert found.dtype == torch.float32
+    assert 0 < (found - wanted).abs().mean() < 0.03 * wanted.std()
+    gap = F.kl_div(found.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    assert gap.mean() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize("gelu", [True, False])
+def test_packed_linear_is_linear(dtype: torch.dtype, packs: bool, gelu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not packs:
+        monkeypatch.setattr(packed, "can_pack", lambda weight: False)
+    generator = torch.Generator().manual_seed(3)
+    for inputs_, outputs, shape in [
+        (1, 1, (1,)),
+        (3, 5, (2, 3)),
+        (17, 33, (1, 1)),
+        (64, 192, (33,)),
+        (64, 256, (2, 40)),
+    ]:
+        linear = Linear(inputs_, outputs)
+        with torch.no_grad():
+            linear.weight.normal_(0, inputs_**-0.5, generator=generator)
+            linear.bias.normal_(generator=generator)
+            x = torch.randn(*shape, inputs_, generator=generator)
+            found = PackedLinear(linear, dtype, gelu)(x)
+            # Products of 16-bit numbers are exact in 64 bit: what is left is the rounding of sums and results.
+            rounded = [y.to(dtype).double() for y in (x, linear.weight, linear.bias)]
+            wanted = F.linear(*rounded)
+        wanted = F.gelu(wanted) if gelu else wanted
+        assert found.dtype == dtype and found.shape == wanted.shape
+        assert torch.allclose(found.double(), wanted, atol=1e-5 if dtype == torch.float32 else 0.02)
+
+
+def gone(*_: object) -> Tensor:
+    raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute")
+
+
+def changed(*_: object) -> Tensor:
+    raise RuntimeError("mkldnn::_linear_pointwise() is missing value for argument")
+
+
+def wrong(x: Tensor, *_: object) -> Tensor:
+    return torch.zeros(len(x), 6, dtype=x.dtype)
+
+
+@pytest.mark.parametrize(
+    ("operator", "other"), [("_pack", gone), ("_pack", changed), ("_multiply", changed), ("_multiply", wrong)]
+)
+def test_a_build_with_other_operators_decodes_without_them(
+    operator: str, other: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed, operator, other)
+    packed.packs.cache_clear()
+    try:
+        assert not packed.packs(torch.float32) and not packed.packs(torch.bfloat16)
+        prior = build("row ...", 3, 4, 3)
+        text_ids, images = inputs(prior, captions=1, n=2)
+        decoder = Decoder(prior)
+        found = decoded(decoder, decoder.prefill(text_ids), images)
+        assert torch.allclose(found, recomputed(prior, text_ids, images), atol=1e-4)
+    finally:
+        packed.packs.cache_clear()
+
+
+def test_misuse_is_refused() -> None:
+    prior = build("row ...", 3, 4, 3)
+    text_ids, images = inputs(prior, captions=2, n=2)
+    decoder = Decoder(prior)
+    cache = decoder.prefill(text_ids).fork(2)
+    with pytest.raises(ValueError, match="no successor"):
+        decoder.step(cache, 8, images[..., 8])
+    with pytest.raises(ValueError, match="3 positions"):
+        decoder.prefill(text_ids[:, :3])
+    with pytest.raises(ValueError, match="nothing to draw"):
+        decoder.prefill(text_ids, images[:, 0])

@@ -1,0 +1,362 @@
+"""Samples of several prompts: drawn together or alone, in shares, stopped anywhere, guided, below a given picture."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from conftest import Call
+from helpers.running import smallest_recipe
+from helpers.untrained import make_untrained
+from PIL import Image
+
+from dalle_cli.config.run_folders import RunFolders
+from dalle_cli.config.schema import Recipe, SamplingSettings
+from dalle_cli.data.images import eval_crop
+from dalle_cli.dvae.encode import encode_pictures
+from dalle_cli.dvae.train import load_dvae
+from dalle_cli.errors import UserError
+from dalle_cli.prior.train import load_prior
+from dalle_cli.sampling import sampler as pipeline
+from dalle_cli.sampling.request import Prime, SampleRequest, shard_folder
+from dalle_cli.sampling.sampler import Sampler, text_tensors
+from dalle_cli.stores import samples as store
+from dalle_cli.stores.checkpoint import open_checkpoint
+from dalle_cli.stores.samples import STORE
+from dalle_cli.stores.shards import Shard
+from dalle_cli.text.bpe import Tokenizer
+
+PROMPTS, N, GRID = ["a red star", "a large blue square above a small red cross", "a circle", "two stars"], 3, 4
+
+
+def chain(folder: Path, caption_dropout: float) -> RunFolders:
+    recipe = smallest_recipe(folder, None)
+    recipe["prior"]["caption_dropout"] = caption_dropout
+    return make_untrained(Recipe.model_validate(recipe), folder)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> RunFolders:
+    return chain(tmp_path_factory.mktemp("chain"), 0.0)
+
+
+@pytest.fixture(scope="module")
+def guidable(tmp_path_factory: pytest.TempPathFactory) -> RunFolders:
+    return chain(tmp_path_factory.mktemp("guidable"), 0.1)
+
+
+def sampler_of(places: RunFolders) -> Sampler:
+    return Sampler(open_checkpoint(places.prior), open_checkpoint(places.dvae), Tokenizer.load(places.tokenizer))
+
+
+@pytest.fixture(scope="module")
+def sampler(places: RunFolders) -> Sampler:
+    return sampler_of(places)
+
+
+def request(batch_size: int | None = None, **other: Any) -> SampleRequest:
+    return SampleRequest(PROMPTS, SamplingSettings(n=N, batch_size=batch_size), seed=7, **other)
+
+
+def drawn(out: Path) -> tuple[np.ndarray, np.ndarray]:
+    group = zarr.open_group(str(out / STORE), mode="r")
+    return group["tokens"][:], group["log_likelihood"][:]
+
+
+def pictures(lines: list[dict[str, Any]]) -> dict[tuple[str, int], bytes]:
+    return {(line["prompt"], line["index"]): Path(line["png"]).read_bytes() for line in lines}
+
+
+@pytest.fixture(scope="module")
+def whole(sampler: Sampler, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return list(sampler.run(request(), tmp_path_factory.mktemp("whole") / "all"))
+
+
+def test_batches_of_any_size_resumed_by_any_other(sampler: Sampler, tmp_path: Path) -> None:
+    lines = list(sampler.run(request(1), tmp_path / "one"))
+    assert [(line["prompt_index"], line["index"]) for line in lines] == [(p, i) for p in range(4) for i in range(N)]
+    tokens, log_likelihood = drawn(tmp_path / "one")
+    assert len(np.unique(tokens, axis=0)) == 4 * N and (log_likelihood < 0).all()
+    for first, then, rows in [(2, 64, 3), (2, 7, 4), (64, None, 5), (7, 2, 8), (3, 6, 1)]:
+        out = tmp_path / f"{first}-{then}"
+        run = sampler.run(request(first), out)
+        stopped = [next(run) for _ in range(rows)]
+        run.close()
+        again = list(sampler.run(request(then), out))
+        assert again[:rows] == stopped and len(again) == 4 * N
+        found = drawn(out)
+        assert np.array_equal(found[0], tokens) and np.allclose(found[1], log_likelihood, atol=1e-4)
+        for line, other in zip(again, lines, strict=True):
+            assert Path(line["png"]).read_bytes() == Path(other["png"]).read_bytes()
+
+
+def test_lines_come_while_later_samples_are_drawn(sampler: Sampler, tmp_path: Path, counted: list[int]) -> None:
+    run = sampler.run(request(1), tmp_path / "s")
+    for row in range(4 * N):
+        line = next(run)
+        assert Path(line["png"]).is_file() and int(zarr.open_group(line["store"], mode="r").attrs["rows"]) > row
+        assert len(counted) <= row + 2
+    assert next(run, None) is None and counted == [1] * 4 * N
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of the batches that are drawn."""
+    sizes: list[int] = []
+    original = pipeline.sample_images
+
+    def counting(decoder: Any, text_ids: Any, n: int, *arguments: Any, **more: Any) -> Any:
+        sizes.append(len(text_ids) * n)
+        return original(decoder, text_ids, n, *arguments, **more)
+
+    monkeypatch.setattr(pipeline, "sample_images", counting)
+    return sizes
+
+
+def test_any_sample_is_drawn_again_alone(
+    places: RunFolders, whole: list[dict[str, Any]], call: Call, tmp_path: Path
+) -> None:
+    alone = call("sample", places.prior, PROMPTS[1], "--index", 2, "--seed", 7, "--out", tmp_path / "a")
+    (line,) = alone.lines
+    assert (line["index"], line["row"], Path(line["png"]).name) == (2, 0, "00000-00002.png")
+    assert pictures([line]).items() <= pictures(whole).items()
+    (same,) = [other for other in whole if (other["prompt"], other["index"]) == (PROMPTS[1], 2)]
+    assert line["log_likelihood"] == pytest.approx(same["log_likelihood"], abs=1e-3)
+    some = call("sample", places.prior, *PROMPTS, "--index", 1, "--n", 2, "--seed", 7, "--out", tmp_path / "b")
+    assert [line["index"] for line in some.lines] == [1, 2] * 4
+    assert pictures(some.lines).items() <= pictures(whole).items()
+    far = call("sample", places.prior, PROMPTS[0], "--index", 100, "--seed", 7, "--out", tmp_path / "c")
+    assert [line["index"] for line in far.lines] == [100] and not pictures(far.lines).items() & pictures(whole).items()
+    refused = call("sample", places.prior, PROMPTS[1], "--index", 1, "--seed", 7, "--out", tmp_path / "a").mistake()
+    assert "other prompts, settings or models" in refused
+
+
+@pytest.mark.parametrize("of", [2, 3, 5, 20])
+def test_shares_joined_are_the_whole(sampler: Sampler, whole: list[dict[str, Any]], tmp_path: Path, of: int) -> None:
+    out = tmp_path / "drawn"
+    lines, tokens = [], []
+    for number in range(1, of + 1):
+        share = request(shard=Shard(number, of))
+        own = list(sampler.run(share, out))
+        assert [line["row"] for line in own] == list(range(len(own)))
+        folder = shard_folder(out, share.shard)
+        assert folder.exists() == bool(own)
+        if own:
+            assert folder == tmp_path / "drawn.parts" / f"samples-{number:04d}-of-{of:04d}"
+            tokens.append(drawn(folder)[0])
+        if of <= len(PROMPTS):  # prompts are not parted while there are enough
+            assert {line["index"] for line in own} == set(range(N))
+        lines += own
+    assert pictures(lines) == pictures(whole)
+    own_keys = ("prompt", "prompt_index", "index", "seed")
+    assert [[line[key] for key in own_keys] for line in lines] == [[line[key] for key in own_keys] for line in whole]
+    assert np.array_equal(np.concatenate(tokens), drawn(Path(whole[0]["store"]).parent)[0])
+
+
+def test_a_share_goes_on_where_it_stopped(sampler: Sampler, whole: list[dict[str, Any]], tmp_path: Path) -> None:
+    share = request(1, shard=Shard(4, 5))
+    run = sampler.run(share, tmp_path / "s")
+    first = next(run)
+    run.close()
+    again = list(sampler.run(share, tmp_path / "s"))
+    assert again[0] == first and len(again) == len(share.rows) == 2
+    assert pictures(again).items() <= pictures(whole).items()
+
+
+def test_shares_on_the_command_line(places: RunFolders, call: Call, tmp_path: Path) -> None:
+    out = tmp_path / "s"
+    done = [call("sample", places.prior, *PROMPTS, "--out", out, "--n", 1, "--shard", f"{i}/2") for i in (1, 2)]
+    assert [line["prompt"] for part in done for line in part.lines] == PROMPTS
+    kept = call("sample", places.prior, *PROMPTS, "--n", 1, "--shard", "2/2").lines[0]
+    plain = call("sample", places.prior, *PROMPTS, "--n", 1).lines[0]
+    assert Path(kept["png"]).parents[1] == Path(plain["png"]).parent.with_name(
+        Path(plain["png"]).parent.name + ".parts"
+    )
+    assert "--shard 3/2" in call("sample", places.prior, *PROMPTS, "--shard", "3/2").mistake()
+
+
+def test_ids_of_prompts_are_kept(places: RunFolders, call: Call, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    rows = [{"caption": "a red star", "id": 17, "image_id": "x"}, {"prompt": "a circle"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = call("sample", places.prior, "--prompts", file, "--n", 2, "--out", tmp_path / "a")
+    assert [(line["prompt"], line.get("id"), line.get("image_id")) for line in done.lines] == [
+        *[("a red star", 17, "x")] * 2,
+        *[("a circle", None, None)] * 2,
+    ]
+    coco = tmp_path / "captions_val.json"
+    coco.write_text(json.dumps({"annotations": [{"id": 3, "image_id": 4, "caption": "a circle"}]}))
+    (line,) = call("sample", places.prior, "--prompts", coco, "--n", 1, "--out", tmp_path / "b").lines
+    assert (line["prompt"], line["id"], line["image_id"]) == ("a circle", 3, 4)
+
+
+# --- guidance
+
+
+def test_guidance_is_refused_where_captions_were_never_dropped(places: RunFolders, call: Call, tmp_path: Path) -> None:
+    refused = call("sample", places.prior, "a star", "--guidance", 3, "--out", tmp_path / "s").mistake()
+    assert "prior.caption_dropout: 0" in refused and str(places.prior) in refused
+    assert not (tmp_path / "s").exists()
+    assert call("sample", places.prior, "a star", "--guidance", 1, "--out", tmp_path / "s").code == 0
+
+
+def test_guided_samples_do_not_depend_on_the_batch(guidable: RunFolders, tmp_path: Path) -> None:
+    guided, found = sampler_of(guidable), []
+    for size in (1, 2, 64):
+        settings = SamplingSettings(n=N, batch_size=size, guidance=3.0)
+        found.append(list(guided.run(SampleRequest(PROMPTS, settings, 7), tmp_path / str(size))))
+    assert pictures(found[0]) == pictures(found[1]) == pictures(found[2])
+    plain = list(guided.run(request(), tmp_path / "plain"))
+    assert pictures(plain) != pictures(found[0])
+    with pytest.raises(UserError, match="other prompts, settings or models"):
+        list(guided.run(request(), tmp_path / "1"))
+
+
+# --- image-to-image
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A picture of another size than the model's, and not square."""
+    file = tmp_path_factory.mktemp("given") / "given.png"
+    pixels = np.random.default_rng(3).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    Image.fromarray(np.kron(pixels, np.ones((16, 16, 1), np.uint8))).save(file)
+    return file
+
+
+def test_the_given_rows_stay_and_the_drawn_ones_are_scored(
+    sampler: Sampler, places: RunFolders, given: Path, tmp_path: Path
+) -> None:
+    rows = 3
+    lines = list(sampler.run(request(prime=Prime([given] * 4, rows)), tmp_path / "s"))
+    tokens, scores = drawn(tmp_path / "s")
+    dvae, prior = load_dvae(sampler.dvae_checkpoint), load_prior(sampler.prior_checkpoint)
+    cut = torch.from_numpy(eval_crop(Image.open(given), 32).copy())[None]
+    encoded = encode_pictures(dvae, cut, 0.1)[0].numpy()
+    assert (tokens[:, :rows] == encoded[:rows]).all() and len(np.unique(encoded[:rows])) > 1
+    assert len(np.unique(tokens[:, rows:], axis=0)) == 4 * N
+    recipe = sampler.prior_checkpoint.recipe()
+    text = prior.with_padding(*text_tensors(sampler.tokenizer.encode(PROMPTS), recipe.tokenizer.text_length))
+    flat = torch.from_numpy(tokens.astype(np.int64)).flatten(1)
+    with torch.no_grad():
+        logits = prior.image_logits(prior(text.repeat_interleave(N, 0), flat)).double()
+    terms = logits.log_softmax(-1).gather(-1, flat[..., None])[..., 0]
+    assert np.allclose(terms[:, rows * GRID :].sum(-1), scores, atol=1e-3)
+    assert all((line["prime"], line["prime_rows"]) == (str(given), rows) for line in lines)
+    # The picture is that of all tokens, given and drawn.
+    with torch.no_grad():
+        mu = dvae.decoder.decode_tokens(torch.from_numpy(tokens[:1].astype(np.int64)))[0]
+    shown = ((mu.sigmoid() - 0.1) / 0.8).clamp(0, 1)[0].permute(1, 2, 0).numpy() * 255
+    assert np.abs(np.asarray(Image.open(lines[0]["png"])).astype(float) - shown).max() <= 1
+    # Another batch, resumed.
+    prime = request(2, prime=Prime([given] * 4, rows))
+    run = sampler.run(prime, tmp_path / "t")
+    next(run)
+    run.close()
+    assert pictures(list(sampler.run(prime, tmp_path / "t"))) == pictures(lines)
+
+
+def test_a_picture_for_each_prompt(places: RunFolders, given: Path, call: Call, tmp_path: Path) -> None:
+    other = tmp_path / "other.png"
+    Image.new("RGB", (32, 32), (200, 30, 30)).save(other)
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"prompt": "a", "prime": str(other)}) + "\n" + json.dumps({"prompt": "b"}) + "\n")
+    command = ("sample", places.prior, "--prompts", file, "--n", 1, "--prime-rows")
+    both = call(*command, "0.5", "--prime", given)
+    assert [(line["prime"], line["prime_rows"]) for line in both.lines] == [(str(other), 2), (str(given), 2)]
+    again = call(*command, 2, "--prime", given)
+    assert again.out == both.out  # a share of rows is rows, and the request is the same
+    one = call("sample", places.prior, "b", "--n", 1, "--prime", given, "--prime-rows", 2)
+    assert set(pictures(one.lines).values()) < set(pictures(both.lines).values())
+    assert call(*command, 3, "--prime", given).lines[0]["store"] != both.lines[0]["store"]
+    assert "prompt 2: has no prime" in call(*command, 2).mistake()
+    # The content counts, not the name.
+    moved = tmp_path / "moved.png"
+    moved.write_bytes(given.read_bytes())
+    assert call(*command, 2, "--prime", moved).lines[0]["store"] == both.lines[0]["store"]
+    moved.write_bytes(other.read_bytes())
+    assert call(*command, 2, "--prime", moved).lines[0]["store"] != both.lines[0]["store"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (("--prime-rows", 2), "of which picture"),
+        (("--prime", "GIVEN"), "how many of the picture's rows"),
+        (("--prime", "GIVEN", "--prime-rows", 0), "from 1 to 3"),
+        (("--prime", "GIVEN", "--prime-rows", 4), "from 1 to 3"),
+        (("--prime", "GIVEN", "--prime-rows", 1.5), "from 1 to 3"),
+        (("--prime", "GIVEN", "--prime-rows", 0.01), "from 1 to 3"),
+        (("--prime", "GIVEN", "--prime-rows", "half"), "--prime-rows half"),
+        (("--prime", "missing.png", "--prime-rows", 2), "missing.png: cannot be read as the picture"),
+        (("--prime", "TEXT", "--prime-rows", 2), "no image of a known format"),
+    ],
+)
+def test_pictures_that_cannot_be_given(
+    places: RunFolders, given: Path, call: Call, tmp_path: Path, arguments: tuple[object, ...], why: str
+) -> None:
+    text = tmp_path / "text.png"
+    text.write_text("no picture")
+    named = [{"GIVEN": given, "TEXT": text}.get(str(argument), argument) for argument in arguments]
+    assert why in call("sample", places.prior, "a star", *named, "--out", tmp_path / "s").mistake()
+    assert not (tmp_path / "s").exists()
+
+
+# --- faults
+
+
+def test_a_full_gpu_halves_the_batch(
+    sampler: Sampler, whole: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def holds(most: int) -> Callable[..., Any]:
+        def draw(decoder: Any, text_ids: Any, n: int, *arguments: Any, **more: Any) -> Any:
+            if len(text_ids) * n > most:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+            return original(decoder, text_ids, n, *arguments, **more)
+
+        return draw
+
+    original = pipeline.sample_images
+    monkeypatch.setattr(pipeline, "sample_images", holds(2))
+    assert pictures(list(sampler.run(request(8), tmp_path / "s"))) == pictures(whole)
+    monkeypatch.setattr(pipeline, "sample_images", holds(0))
+    with pytest.raises(UserError, match="batch-size"):
+        list(sampler.run(request(8), tmp_path / "t"))
+
+
+def test_a_disk_that_fills_up_loses_nothing(
+    sampler: Sampler, whole: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = store.SampleStore._save
+
+    def save(self: store.SampleStore, picture: np.ndarray, name: str) -> None:
+        if name == "00001-00001.png":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(self, picture, name)
+
+    monkeypatch.setattr(store.SampleStore, "_save", save)
+    lines = []
+    with pytest.raises(UserError, match="no space left"):
+        for line in sampler.run(request(1), tmp_path / "s"):
+            lines.append(line)
+    assert [(line["prompt_index"], line["index"]) for line in lines] == [(0, 0), (0, 1), (0, 2), (1, 0)]
+    assert zarr.open_group(str(tmp_path / "s" / STORE), mode="r").attrs["rows"] == 4
+    monkeypatch.setattr(store.SampleStore, "_save", original)
+    assert pictures(list(sampler.run(request(), tmp_path / "s"))) == pictures(whole)
+
+
+def test_16_bit_samples_are_others(places: RunFolders, call: Call, tmp_path: Path) -> None:
+    full, half = tmp_path / "fp32", tmp_path / "bf16"
+    assert call("sample", places.prior, *PROMPTS, "--out", full).code == 0
+    assert call("sample", places.prior, *PROMPTS, "--out", half, "--precision", "bf16").code == 0
+    a, b = drawn(full), drawn(half)
+    assert not np.array_equal(a[1], b[1]) and abs(a[1].mean() / b[1].mean() - 1) < 0.1
+    refused = call("sample", places.prior, *PROMPTS, "--out", full, "--precision", "bf16").mistake()
+    assert str(full) in refused

@@ -1,0 +1,97 @@
+"""What scripts/bench-prior compares is the same computation, and its table holds what was measured."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+
+from bench_prior import attention, recipe, step
+from bench_prior.flex import flex
+from bench_prior.naive import make_naive, naive_loss
+from bench_prior.report import render
+from bench_prior.timing import Contender, libraries, race
+from helpers.running import smallest_recipe
+
+from dalle_cli.config.layout import AttentionKind
+from dalle_cli.config.schema import PriorModel, Recipe
+from dalle_cli.prior.attention import attend
+from dalle_cli.prior.decode import Decoder
+from dalle_cli.prior.model import Prior
+
+SMALL = step.Sizes(
+    layers=2, heads=2, d_head=4, grid=9, text_length=3, text_vocab=11, image_vocab=7, batches=(2,), rounds=1
+)
+
+
+def test_the_naive_prior_is_the_same() -> None:
+    model = PriorModel(layers=4, heads=2, d_head=4, d_model=8, grid=9, conv_kernel=5, layout="row column conv full")
+    ours, naive = (Prior(model, 3, 11, 7).double() for _ in range(2))
+    make_naive(naive)
+    text, length, image = step.draw_batch(SMALL, 2, "cpu")
+    losses = [step.ours(ours, text, length, image)(), naive_loss(naive, text, image)]
+    assert abs(losses[0] - losses[1]) < 1e-12
+    gradients = [
+        torch.autograd.grad(loss, list(prior.parameters())) for loss, prior in zip(losses, (ours, naive), strict=True)
+    ]
+    for one, other in zip(*gradients, strict=True):
+        assert (one - other).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["row", "column", "conv", "full"])
+@pytest.mark.parametrize(("text", "grid", "kernel"), [(3, 9, 5), (1, 4, 3), (130, 12, 11)])
+def test_flex_attention_is_the_same(kind: AttentionKind, text: int, grid: int, kernel: int) -> None:
+    """Forward only: it has no backward pass on a CPU."""
+    qkv = torch.randn(2, text + grid**2, 3, 2, 16, generator=torch.Generator().manual_seed(0))
+    found = flex(kind, text, grid, kernel, "cpu")(qkv)
+    assert (found - attend(kind, qkv, text, grid, kernel)).abs().max() < 1e-5
+
+
+def test_parts_report_every_contender() -> None:
+    def log(line: str) -> None:
+        lines.append(line)
+
+    lines: list[str] = []
+    found = step.measure(SMALL, None, "cpu", log)
+    names = {row["name"] for row in found["rows"]}
+    assert {f"dalle fp32, {library}" for library in libraries()} <= names and "mask and whole logits" in names
+    assert all(row["ms"] > 0 and row["gflops"] > 0 for row in found["rows"])
+    sizes = attention.Sizes(heads=1, d_head=4, grid=9, text_length=3, batches=(1,), rounds=1)
+    patterns = attention.measure(sizes, "cpu", log)
+    assert len(patterns["rows"]) == 7 * len(libraries()) and all(ratio["ratio"] > 0 for ratio in patterns["ratios"])
+    assert len(lines) == len(found["rows"]) + len(patterns["rows"])
+    table = render({"step": {"machine": {"command": "c", "date": "d"}, **found}})
+    assert "`c`: date d." in table and "| 2 | mask and whole logits |" in table
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_recipe_as_a_whole(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code that runs on a GPU, on a CPU."""
+    monkeypatch.setattr(recipe, "SAMPLES", 3)
+    monkeypatch.setattr(recipe, "COPIED_BYTES", {"cpu": 2**20})
+    settings = smallest_recipe(Path("run"), None)
+    settings["prior"]["precision"] = precision
+    lines: list[str] = []
+    found = recipe.measure(Recipe.model_validate(settings), "cpu", lines.append)
+    assert [row["name"] for row in found["rows"]] == [f"update, {precision}", "samples, bf16"] and len(lines) == 2
+    assert found["rows"][0]["share of the matmul peak"] > 0 and found["rows"][1]["share of the bandwidth"] > 0
+    assert "| update, " in render({"recipe": {"machine": {"command": "c"}, **found}})
+
+
+def test_what_sampling_reads() -> None:
+    """Counted by hand: 8 steps; two layers of 12 d^2 and a head of d V in 32 bit; the text 2 T d, the images' slots."""
+    model = PriorModel(layers=2, heads=2, d_head=4, d_model=8, grid=3, conv_kernel=3, layout="row column")
+    decoder = Decoder(Prior(model, 5, 11, 7), "fp32")
+    row, column = sum(min(p + 1, 4) for p in range(8)), sum(p // 3 + 1 for p in range(8))
+    values = 8 * (2 * 12 * 64 + 8 * 7 + 2 * 2 * 5 * 8) + 10 * 2 * 8 * (row + column)
+    assert recipe.bytes_read(decoder, 10) == 4 * values
+
+
+def test_a_race_gives_medians_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0, 9, 0, 9, 0, 1, 0, 5, 0, 3])  # two that warm up, then 1, 5 and 3
+    monkeypatch.setattr("bench_prior.timing.time.perf_counter", lambda: next(clock))
+    assert race({"one": Contender(lambda: None, fast=False)}, 3) == {"one": 3}

@@ -1,0 +1,173 @@
+"""kill -9 at random moments, the same command again: the same bytes as a run that was left alone."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+from helpers.running import DALLE, ENVIRONMENT, Chain
+
+from dalle_cli.training.throughput import PACE
+
+TIMED = frozenset({"seconds", *PACE})
+"""What differs in the journal between two runs of the same recipe."""
+KILLS = 3
+SHARD = 64
+# Whole shards are 4096 rows; with small ones a small store has many, in the same code.
+SMALL_SHARDS = (
+    "from dalle_cli.stores import tokens; "
+    f"tokens.ROWS_PER_SHARD = tokens.ROWS_PER_CHUNK = {SHARD}; "
+    "from dalle_cli.text import tokenize; tokenize.SHARDS_AT_ONCE = 1; "
+    "from dalle_cli.app import main; main()"
+)
+Command = Sequence[object]
+
+
+def finish(command: Command, program: Sequence[str] = (DALLE,)) -> str:
+    """Run ``command`` to its end; its stdout."""
+    done = subprocess.run([*program, *map(str, command)], env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def kill(command: Command, ready: Callable[[], bool], delay: float, program: Sequence[str] = (DALLE,)) -> bool:
+    """Run ``command`` and kill it ``delay`` seconds after ``ready``; False if it ended before."""
+    process = subprocess.Popen(
+        [*program, *map(str, command)], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while process.poll() is None and not ready():
+        assert time.monotonic() < deadline, "the command makes no progress"
+        time.sleep(0.001)
+    time.sleep(delay)
+    process.kill()
+    return process.wait() == -signal.SIGKILL
+
+
+def kill_often(
+    command: Command, progress: Callable[[], int], most: int, delay: float, program: Sequence[str] = (DALLE,)
+) -> list[int]:
+    """Kill ``command`` KILLS times, each time further on; where it stood each time, of ``most`` in all.
+
+    The seed is the command's name: a run that once failed can be run again.
+    """
+    rng = random.Random(str(command[0]))
+    stood = []
+    for number in range(1, KILLS + 1):
+        goal = max(progress() + 1, rng.randint((number - 1) * most // (KILLS + 1), number * most // (KILLS + 1)))
+        assert kill(command, lambda goal=goal: progress() >= goal, rng.uniform(0, delay), program)  # type: ignore[misc]
+        stood.append(progress())
+    assert stood[-1] < most, "the last kill came too late to interrupt anything"
+    return stood
+
+
+def files(folder: Path, *without: str) -> dict[str, str]:
+    """sha256 of every file below ``folder``."""
+    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return {name: sha256(path.read_bytes()).hexdigest() for name, path in found.items() if name not in without}
+
+
+def rows_in(store: Path, part: str | None) -> Callable[[], int]:
+    """Committed rows, read as anyone could while the store is written."""
+
+    def rows() -> int:
+        try:
+            attributes = json.loads((store / "zarr.json").read_text())["attributes"]
+            return int((attributes[part] if part else attributes)["rows"])
+        except (FileNotFoundError, KeyError):
+            return 0
+
+    return rows
+
+
+@pytest.mark.parametrize("stage", ["dvae", "prior", "clip"])
+def test_killed_training_ends_with_the_same_bytes(by_hand: Chain, tmp_path: Path, stage: str) -> None:
+    updates, save_every = 60, 4
+    settings = {
+        "training.updates": updates,
+        "training.save_every": save_every,
+        "training.validate_every": 6,  # between saves, so that the plateau's state is carried over
+        "learning_rate.peak": 1e-3,
+        "learning_rate.schedule": "plateau",
+        "learning_rate.warmup_updates": 3,
+        "learning_rate.plateau_validations": 1,
+    }
+    changes = [part for key, value in settings.items() for part in ("--set", f"{stage}.{key}={value}")]
+    sources = {"dvae": ["--data", by_hand.train], "prior": ["--tokens", by_hand.tokens]}
+    sources["clip"] = [*sources["dvae"], *sources["prior"]]
+
+    def command(out: Path) -> Command:
+        return [f"train-{stage}", by_hand.recipe, *sources[stage], *changes, "--out", out]
+
+    calm, struck = tmp_path / "calm", tmp_path / "struck"
+    finish(command(calm))
+
+    def progress() -> int:
+        steps = [int(path.parent.name[5:]) for path in struck.glob("step-*/manifest.json")]
+        return max(steps, default=0)
+
+    stood = kill_often(command(struck), progress, updates, delay=0.08)
+    assert len(set(stood)) == KILLS
+    finish(command(struck))
+    names = sorted(path.name for path in struck.iterdir())
+    # Nothing half made or half deleted is left.
+    assert names == ["metrics.jsonl", "step-00000056", "step-00000060", "tensorboard"]
+    assert all(files(struck / name) == files(calm / name) for name in names[1:3])
+
+    def metrics(run: Path) -> list[dict[str, float]]:
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return [{key: value for key, value in line.items() if key not in TIMED} for line in lines]
+
+    assert metrics(struck) == metrics(calm)
+    kinds = Counter((line["step"], "lr" in line) for line in metrics(struck))
+    assert set(kinds.values()) == {1}
+    assert sum(trained for _, trained in kinds) == updates
+
+
+def test_a_finished_run_is_left_alone(by_hand: Chain) -> None:
+    before = files(by_hand.prior)
+    out = finish(["train-prior", by_hand.recipe, "--tokens", by_hand.tokens, "--out", by_hand.prior])
+    assert out == f"{by_hand.prior / 'step-00000012'}\n"
+    assert files(by_hand.prior) == before
+
+
+def test_killed_writers_of_a_token_store_end_with_the_same_bytes(by_hand: Chain, tmp_path: Path) -> None:
+    shapes, rows = tmp_path / "shapes", 1500
+    finish(["make-shapes", shapes, "--n", rows, "--test-n", 1, "--size", 32, "--seed", 7])
+    program = (sys.executable, "-c", SMALL_SHARDS)
+    calm, struck = tmp_path / "calm.zarr", tmp_path / "struck.zarr"
+    made_by = {"tokenize-text": ["--tokenizer", by_hand.tokenizer], "encode-images": ["--dvae", by_hand.dvae]}
+    for name, part in (("tokenize-text", "text"), ("encode-images", "image")):
+
+        def command(out: Path, name: str = name) -> Command:
+            return [name, by_hand.recipe, "--data", shapes / "train", *made_by[name], "--tokens", out]
+
+        finish(command(calm), program)
+        stood = kill_often(command(struck), rows_in(struck, part), rows, 0.04, program)
+        assert len(set(stood)) == KILLS and all(row % SHARD == 0 for row in stood)
+        finish(command(struck), program)
+        assert rows_in(struck, part)() == rows
+        assert files(struck) == files(calm)
+
+
+def test_killed_sampling_ends_with_the_same_pictures_and_lines(by_hand: Chain, tmp_path: Path) -> None:
+    prompts, n = ["a small red star", "a large blue square"], 150
+    calm, struck = tmp_path / "calm", tmp_path / "struck"
+
+    def command(out: Path) -> Command:
+        return ["sample", by_hand.prior, *prompts, "--n", n, "--batch-size", 4, "--out", out]
+
+    lines = finish(command(calm))
+    stood = kill_often(command(struck), rows_in(struck / "samples.zarr", None), len(prompts) * n, delay=0.04)
+    assert len(set(stood)) == KILLS
+    assert finish(command(struck)) == lines.replace(str(calm), str(struck))
+    assert {name: digest for name, digest in files(struck).items() if not name.endswith(".partial")} == files(calm)

@@ -1,0 +1,165 @@
+"""A signal ends training after the update in hand, saved; the same command goes on, and nothing shows in the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Call
+from helpers.running import DALLE, ENVIRONMENT, Chain, smallest_recipe, write_recipe
+from helpers.token_stores import write_tokens
+from test_parallel import start
+from test_resume import TIMED, files
+
+from dalle_cli.errors import RESUMABLE
+from dalle_cli.stores.checkpoint import open_checkpoint
+from dalle_cli.training.signals import StopRequest
+
+UPDATES = 400
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], list[Any]]:
+    """The command that trains a prior into a folder; no checkpoint is due before the end."""
+    root = tmp_path_factory.mktemp("stopping")
+    store = write_tokens(root / "tokens.zarr", 80, 48, 400, 4, 16)
+    settings = smallest_recipe(root, None)
+    training = {"updates": UPDATES, "save_every": 10_000, "validate_every": 30, "log_every": 7}
+    settings["prior"]["training"] |= training
+    settings["prior"]["learning_rate"] = {"peak": 1e-3, "schedule": "plateau", "plateau_validations": 1}
+    recipe = write_recipe(root, settings)
+    return lambda out: ["train-prior", recipe, "--tokens", store, "--out", out]
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    """The journal without what depends on the time."""
+    found = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").is_file() else []
+    return [{key: value for key, value in json.loads(line).items() if key not in TIMED} for line in found]
+
+
+def wait_for(step: int, run: Path, processes: Sequence[subprocess.Popen[str]]) -> None:
+    """Until the run has logged an update from ``step`` on."""
+    deadline = time.monotonic() + 600
+    while not any(line["step"] >= step for line in lines(run)):
+        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+        time.sleep(0.002)
+
+
+def popen(command: list[Any], **more: Any) -> subprocess.Popen[str]:
+    words = [DALLE, *map(str, command)] if command[0] != sys.executable else [str(word) for word in command]
+    return subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+
+
+def test_two_signals_one_after_another(told: Callable[[Path], list[Any]], tmp_path: Path, call: Call) -> None:
+    calm, struck = tmp_path / "calm", tmp_path / "struck"
+    assert call(*told(calm)).code == 0
+    stood = 0
+    for which in (signal.SIGUSR1, signal.SIGTERM):
+        process = popen(told(struck))
+        wait_for(stood + 50, struck, [process])
+        process.send_signal(which)
+        process.send_signal(which)  # again, while it may be saving
+        out, err = process.communicate(timeout=600)
+        assert (process.returncode, out) == (RESUMABLE, "") and "Traceback" not in err
+        saved = open_checkpoint(struck)
+        assert stood + 50 <= saved.step < UPDATES
+        assert err.splitlines()[-1] == (
+            f"train-prior: {which.name}: saved {saved.path} of {UPDATES} updates and leaves with exit code 75; "
+            "the same command goes on from there"
+        )
+        stood = saved.step
+    done = call(*told(struck))
+    assert done.code == 0 and f"goes on from step-{stood:08d}" in done.err
+    last = f"step-{UPDATES:08d}"
+    assert files(struck / last) == files(calm / last)
+    assert lines(struck) == lines(calm)
+
+
+def test_a_signal_to_one_process_ends_all(told: Callable[[Path], list[Any]], tmp_path: Path, call: Call) -> None:
+    calm, struck = tmp_path / "calm", tmp_path / "struck"
+    processes = start([told(calm)]) + start([told(struck)])
+    wait_for(40, struck, processes[2:])
+    processes[3].send_signal(signal.SIGUSR1)
+    ended = [process.communicate(timeout=600) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, RESUMABLE, RESUMABLE], ended
+    saved = open_checkpoint(struck)
+    assert 40 <= saved.step < UPDATES
+    assert (
+        ended[2][1]
+        .splitlines()[-1]
+        .startswith(f"train-prior: a signal to another process: saved {saved.path} of {UPDATES} updates")
+    )
+    assert ended[3] == ("", "")
+    # An update's gradients in 32 bit, three losses, and the count of the text's tokens.
+    numbers = sum(tensor.numel() for tensor in saved.tensors("raw").values())
+    assert {line["bytes_communicated"] for line in lines(calm) if "loss" in line} == {4 * numbers + 3 * 4 + 8}
+    again = start([told(struck)])
+    for process in again:
+        _, err = process.communicate(timeout=600)
+        assert process.returncode == 0, err
+    last = f"step-{UPDATES:08d}"
+    assert files(struck / last) == files(calm / last)
+    assert lines(struck) == lines(calm)
+
+
+def test_workers_outlive_a_signal_to_the_whole_group(by_hand: Chain, tmp_path: Path) -> None:
+    sets = ["--set", "dvae.training.updates=5000", "--set", "dvae.training.workers=2"]
+    out = tmp_path / "dvae"
+    process = popen(
+        ["train-dvae", by_hand.recipe, "--data", by_hand.train, "--out", out, *sets], start_new_session=True
+    )
+    wait_for(20, out, [process])
+    os.killpg(process.pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == RESUMABLE, err
+    assert "SIGTERM: saved" in err.splitlines()[-1] and open_checkpoint(out).step >= 20
+    with pytest.raises(ProcessLookupError):  # no worker is left
+        os.killpg(process.pid, 0)
+
+
+def test_signals_are_given_back() -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal == "SIGUSR1"
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["torchrun", "worker"])
+def test_torchrun(to: str, told: Callable[[Path], list[Any]], tmp_path: Path) -> None:
+    """SIGTERM to torchrun reaches all of its processes; SIGUSR1 to one of them ends all."""
+    calm, struck = tmp_path / "calm", tmp_path / "struck"
+
+    def torchrun(out: Path) -> subprocess.Popen[str]:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        return popen([*launcher, DALLE, *told(out)])
+
+    process = torchrun(calm)
+    assert process.wait(timeout=600) == 0, process.communicate()[1]
+    process = torchrun(struck)
+    wait_for(40, struck, [process])
+    if to == "torchrun":
+        process.send_signal(signal.SIGTERM)
+    else:
+        children = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True)
+        os.kill(int(children.stdout.split()[-1]), signal.SIGUSR1)
+    _, err = process.communicate(timeout=600)
+    assert process.returncode != 0 and "leaves with exit code 75" in err
+    stood = open_checkpoint(struck).step
+    assert 40 <= stood < UPDATES
+    process = torchrun(struck)
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 0 and f"goes on from step-{stood:08d}" in err
+    last = f"step-{UPDATES:08d}"
+    assert files(struck / last) == files(calm / last)
+    assert lines(struck) == lines(calm)
