@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -62,10 +63,19 @@ PANELS: dict[str, dict[str, Callable[..., None]]] = {
     "5. Scores": {"train-clip": train_clip.command, "rerank": rerank.command, "eval-fid": eval_fid.command},
     "Look": {"show": show.command, "report": report.command},
 }
+
+
+def paragraphs(docstring: str | None) -> str:
+    """Join the lines of each paragraph of a docstring, so that a help page is broken where the terminal ends."""
+    parts = inspect.cleandoc(docstring or "").split("\n\n")
+    return "\n\n".join(" ".join(part.split()) for part in parts)
+
+
 for panel, commands in PANELS.items():
     for name, function in commands.items():
         # rerank reads stdin when it is given nothing.
-        app.command(name, rich_help_panel=panel, no_args_is_help=name != "rerank")(function)
+        described = paragraphs(function.__doc__)
+        app.command(name, help=described, rich_help_panel=panel, no_args_is_help=name != "rerank")(function)
 app.add_typer(human_study.app, name="human-study", rich_help_panel="5. Scores")
 
 INTERRUPTED = 130

@@ -47,7 +47,8 @@ def numpy_generator(seed: int, *what: str | int) -> np.random.Generator:
 
 def splitmix64(x: np.ndarray) -> np.ndarray:
     """uint64 -> uint64, elementwise: the finaliser of splitmix64 (Steele et al. 2014), a bijection whose bits are as
-    good as random. ``splitmix64(seed + i * SPLITMIX_STEP)``, i = 1, 2, ..., is that generator's i-th draw."""
+    good as random. ``splitmix64(seed + i * SPLITMIX_STEP)``, i = 1, 2, ..., is that generator's i-th draw.
+    """
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     result: np.ndarray = x ^ (x >> np.uint64(31))

@@ -18,7 +18,8 @@ BUCKETS = 1024
 
 class AlikePictures:
     """Puts rows in an order where each ``together`` consecutive ones are pictures made of like codes: ``arrange`` of
-    ``training.order.BatchOrder``. The same rows and generator give the same order on every machine."""
+    ``training.order.BatchOrder``. The same rows and generator give the same order on every machine.
+    """
 
     def __init__(self, reader: TokenReader, together: int) -> None:
         self.reader, self.together = reader, together

@@ -10,7 +10,8 @@ KINDS: tuple[AttentionKind, ...] = get_args(AttentionKind)
 
 def paper_layout(layers: int) -> list[AttentionKind]:
     """The paper's rule (appendix B.1): with layers numbered from 1, column where (i - 2) mod 4 = 0, row otherwise,
-    convolutional in the last layer only."""
+    convolutional in the last layer only.
+    """
     kinds: list[AttentionKind] = ["column" if (i - 2) % 4 == 0 else "row" for i in range(1, layers + 1)]
     kinds[-1] = "conv"
     return kinds

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import io
 import zlib
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+
+from dalle_cli.data.source import BadSample, read_image_file
+from dalle_cli.errors import UserError
 
 # Named rather than left to Pillow: some of its other formats start programs (EPS) or are barely maintained.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -45,6 +49,18 @@ def decode_image(data: bytes, max_pixels: int = 100_000_000) -> Image.Image:
         raise BadImage(f"damaged image: {reason}") from error
 
 
+def read_picture(path: Path, mend: str) -> NDArray[np.uint8]:
+    """Read a picture that a command names, such as a sample's PNG, as (H, W, 3) uint8.
+
+    Raises:
+        UserError: the file is missing or is no whole picture; the line ends with ``mend``.
+    """
+    try:
+        return np.asarray(decode_image(read_image_file(path)))
+    except (BadSample, BadImage) as error:
+        raise UserError(f"{path}: cannot be read as a picture ({error}); {mend}") from None
+
+
 def picture_size(data: bytes) -> tuple[int, int]:
     """Width and height by the file's header, as stored (before EXIF turns it). Raises BadImage without one."""
     try:
@@ -80,7 +96,8 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
 
 def _check_chunks(data: bytes) -> None:
     """Refuse a PNG with a chunk that is cut short or fails its checksum, as Pillow's ``verify`` would, which uses up
-    the image and so has it opened twice."""
+    the image and so has it opened twice.
+    """
     at = 8  # behind the signature
     while (kind := data[at + 4 : at + 8]) != b"IEND":
         end = at + 8 + int.from_bytes(data[at : at + 4], "big")

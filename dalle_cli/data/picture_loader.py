@@ -65,7 +65,8 @@ class TrainingPictures:
         self, start: int, stop: int, arrange: Arrange | None = None
     ) -> Iterator[tuple[Tensor, np.ndarray, np.ndarray]]:
         """For each update: pictures (B, 3, S, S) uint8, their rows (B,) and epochs (B,); ``arrange`` as of BatchOrder,
-        which works in this process."""
+        which works in this process.
+        """
         order = BatchOrder(self.rows, self.batch_size, self.seed, self.part, arrange)
         loader = DataLoader(
             _Items(self),

@@ -43,7 +43,8 @@ def factor_rank(shape: Shape, rank: int) -> int:
 
 def is_compressed(shape: Shape, rank: int, min_compression: float = 1.0) -> bool:
     """Whether the factors of ``rank`` are sent for an (M, N) matrix: if they have more than ``min_compression`` times
-    fewer numbers. Past break-even, r (M + N) >= M N, a matrix that is sent whole costs less and loses nothing."""
+    fewer numbers. Past break-even, r (M + N) >= M N, a matrix that is sent whole costs less and loses nothing.
+    """
     return rank > 0 and min_compression * _factors(shape, rank) < shape[0] * shape[1]
 
 

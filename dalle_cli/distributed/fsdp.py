@@ -302,7 +302,8 @@ class Sharded:
 
 def count_traffic(module: FSDPModule, traffic: Traffic) -> None:
     """Have ``traffic`` grow by the bytes of this process's shards that are gathered and of the gradients that are
-    scattered."""
+    scattered.
+    """
     module.set_custom_all_gather(_AllGather(traffic))  # type: ignore[arg-type]
     module.set_custom_reduce_scatter(_ReduceScatter(traffic))  # type: ignore[arg-type]
 

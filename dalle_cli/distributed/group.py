@@ -39,7 +39,8 @@ _COMMUNICATION = re.compile("gloo|nccl|connection|socket|timed? ?out|tcpstore|re
 @dataclass
 class Traffic:
     """Bytes that this process has handed to its group's collectives so far. What a link carries of them is the
-    collective's affair: a ring of n processes sends 2 (n - 1) / n times as many from each."""
+    collective's affair: a ring of n processes sends 2 (n - 1) / n times as many from each.
+    """
 
     bytes: int = 0
 

@@ -199,7 +199,8 @@ class PowerSgdReducer:
 
     def _reduce_matrices(self, matrices: list[_Matrix], packed: bool, update: int) -> bool:
         """Steps P and Q of all, which are ``packed`` or not, with few messages for each; False where something was not
-        finite."""
+        finite.
+        """
         totals = [self._total(matrix) for matrix in matrices]
         products = [total @ self._factor(matrix, total.device) for matrix, total in zip(matrices, totals, strict=True)]
         left = [mean for _, mean in self._means(products, packed)]

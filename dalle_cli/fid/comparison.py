@@ -29,7 +29,8 @@ FORMAT, VERSION = "dalle-eval-fid", 1
 @dataclass(frozen=True)
 class Settings:
     """How to compare: ``radii`` of the blur, ``pool_sizes`` (none: no reranking), draws of subsets for each size,
-    rounds of the bootstrap, and the seed of all that is drawn."""
+    rounds of the bootstrap, and the seed of all that is drawn.
+    """
 
     radii: Sequence[float] = (0.0,)
     pool_sizes: Sequence[int] = ()

@@ -20,7 +20,8 @@ CUB_FILES = ("images.txt", "images", "train_test_split.txt")
 @dataclass(frozen=True)
 class Preset:
     """``captions`` by id, as drawn; ``pictures`` has each caption's own picture, ``reference`` all that the generated
-    ones are compared with; ``protocol`` says so in a sentence."""
+    ones are compared with; ``protocol`` says so in a sentence.
+    """
 
     captions: dict[str, str]
     pictures: dict[str, Path]

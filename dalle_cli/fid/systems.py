@@ -150,7 +150,8 @@ def _folder(name: str, spec: str, size: int, captions: Mapping[str, str] | None)
 
 def captions_beside(paths: Sequence[Path]) -> tuple[list[str] | None, Origin]:
     """The first caption in the .txt file beside each picture; else the files' names, if all lie in one folder:
-    systems that were given the same captions name them alike. None where neither tells them apart."""
+    systems that were given the same captions name them alike. None where neither tells them apart.
+    """
     try:
         return [read_caption_file(path.with_suffix(".txt"))[0] for path in paths], "pictures"
     except BadSample:

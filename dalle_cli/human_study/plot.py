@@ -28,7 +28,8 @@ _STYLE = {
 
 def draw(results: Results, kind: Literal["png", "svg"]) -> bytes:
     """Left, the shares of pairs by majority vote with Wilson intervals; right, for each question, the shares of pairs
-    with 0, 1, ... votes for each system, of the pairs that have all their votes."""
+    with 0, 1, ... votes for each system, of the pairs that have all their votes.
+    """
     with plt.rc_context(_STYLE):
         figure, (majority, *counts) = plt.subplots(1, 3, figsize=(9.6, 3.1), width_ratios=(1.25, 1, 1), sharey=True)
         _majority(majority, results)

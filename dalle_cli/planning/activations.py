@@ -71,7 +71,8 @@ class Stream:
     def head(self) -> int:
         """The loss at its peak, beside the gradients of the unembeddings (see ``prior/head_loss.py``): the normed
         stream, the image's rows of it, both heads' gradients of their rows, a slice of logits. As many text positions
-        as there can be."""
+        as there can be.
+        """
         d, codes = self.recipe.prior.model.d_model, self.recipe.dvae.model.codebook_size
         rows_text, rows_image = self.batch * (self.text - 1), self.batch * self.image
         at_once = min(rows_image, max(1, HEAD_CHUNK // codes))

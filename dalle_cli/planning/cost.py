@@ -15,7 +15,8 @@ HOUR = 3600
 @dataclass(frozen=True)
 class Assumptions:
     """What no recipe says. By default the paper's GPU, a V100: its data sheet's 125e12 operations a second in 16 bit,
-    and a share of them that is a guess until one has measured."""
+    and a share of them that is a guess until one has measured.
+    """
 
     peak_flops: float = 125e12
     """Of a GPU, a second."""

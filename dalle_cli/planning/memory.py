@@ -21,7 +21,8 @@ BYTES_16, BYTES_32 = 2, 4
 @dataclass(frozen=True)
 class Machines:
     """``nodes`` machines of ``gpus`` processes each, with ``memory`` bytes a process. A process has a GPU, or with
-    ``on_cpu`` its share of the machine's memory."""
+    ``on_cpu`` its share of the machine's memory.
+    """
 
     gpus: int
     nodes: int
@@ -36,7 +37,8 @@ class Machines:
 @dataclass(frozen=True)
 class Held:
     """What stays in memory from update to update: bytes in 16 and in 32 bit, whole, and among how many processes they
-    are split, but for those that are ``small`` parameters'."""
+    are split, but for those that are ``small`` parameters'.
+    """
 
     in_16: int
     in_32: int

@@ -88,7 +88,8 @@ def peaks(
 @dataclass(frozen=True)
 class _Whole:
     """Bytes that ZeRO brings together for a while: of the weights besides a process's own ``at_head`` and
-    ``at_block``, and of the gradients that add up over the micro-batches of an update."""
+    ``at_block``, and of the gradients that add up over the micro-batches of an update.
+    """
 
     shards: int
     at_head: int
@@ -142,7 +143,8 @@ def _messages(sizes: list[int]) -> int:
 
 def _powersgd_work(stage: PriorSettings, machines: Machines, shapes: list[Shape], shards: int) -> int:
     """Of matrices that are compressed at a time (see ``distributed/power_sgd.py``): sums with what was not sent before,
-    factors as they are, on their way and as they come back, the product of a matrix's."""
+    factors as they are, on their way and as they come back, the product of a matrix's.
+    """
     rank, kept = shard_rank(stage.powersgd.rank, shards), stage.powersgd.error_feedback and stage.precision == "fp32"
     numbers = [rows * columns for rows, columns in shapes]
     factors = [[BYTES_32 * shape[side] * factor_rank(shape, rank) for shape in shapes] for side in (0, 1)]
@@ -159,6 +161,7 @@ def _powersgd_work(stage: PriorSettings, machines: Machines, shapes: list[Shape]
 
 def _as_codes(sizes: list[int]) -> int:
     """What factors of ``sizes`` bytes take while they cross in 16 bit: of a message the codes, and those that come from
-    other machines, together as much as its numbers; and the rounding."""
+    other machines, together as much as its numbers; and the rounding.
+    """
     message = min(sum(sizes), max(BUCKET, *sizes))
     return message + KEPT_WORK * min(KEPT_CHUNK, message // BYTES_32)

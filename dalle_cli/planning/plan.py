@@ -135,7 +135,8 @@ def _larger_machines(recipe: Recipe, counts: Counts, machines: Machines, setting
 
 def would_fit(recipe: Recipe, counts: Counts, memory: int) -> Mend | None:
     """The smallest single machine of GPUs of ``memory`` bytes on which the recipe trains without offloading, if it can
-    do without, and what it must change there."""
+    do without, and what it must change there.
+    """
     offloading = None
     gpus = recipe.prior.sharding.node_size or 1
     while gpus <= min(MOST_GPUS, recipe.prior.training.batch_size):

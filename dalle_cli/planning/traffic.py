@@ -39,7 +39,8 @@ class Traffic:
 
     def on_link(self, handed: int) -> float:
         """Bytes that a machine sends, and receives, where each process hands over ``handed``: of k machines each passes
-        2 (k - 1) / k of them on, in a ring of all-reduce as in ``mean_16``."""
+        2 (k - 1) / k of them on, in a ring of all-reduce as in ``mean_16``.
+        """
         return (self.processes * handed + self.small) * 2 * (self.nodes - 1) / self.nodes
 
 

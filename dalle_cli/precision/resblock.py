@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 
 def scaled_residual(branch: Callable[[Tensor], Tensor], x: Tensor, scale: float) -> Tensor:
-    """x + branch(x), whose backward pass runs through ``branch`` with gradients multiplied by ``scale``.
+    """X + branch(x), whose backward pass runs through ``branch`` with gradients multiplied by ``scale``.
 
     Values of the gradient at x that are not finite count as zero, so that one block's overflow does not reach the
     blocks before it. Works inside ``torch.utils.checkpoint`` and with any parameters' hooks.

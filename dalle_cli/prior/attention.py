@@ -168,7 +168,8 @@ def windows_of(kind: AttentionKind, grid: int, conv_kernel: int) -> Windows:
 
 class Weights(NamedTuple):
     """Scores, weights or their gradients, of n streams: (n, T + S, T) of the text, (n * blocks, queries, keys) of the
-    windows."""
+    windows.
+    """
 
     text: Tensor
     window: Tensor
@@ -202,7 +203,7 @@ class Pattern:
         return text, image.transpose(-3, -2) if by_column else image
 
     def scores(self, q: Tensor, k: Tensor) -> Weights:
-        """q k^T."""
+        """Q k^T."""
         to_text = torch.bmm(q, k[:, : self.text_length].mT)
         to_window = torch.bmm(self._blocks(q), self.windows.cut(k[:, self.text_length :]).mT)
         return Weights(to_text, to_window)

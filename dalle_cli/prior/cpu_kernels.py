@@ -84,7 +84,8 @@ lie in the processor's cache."""
 
 def thin_bmm(a: Tensor, b: Tensor) -> Tensor:
     """``torch.bmm`` of a (S, n, K) and b (S, K, N), fast for small n where b's rows lie one behind the other; forward
-    only."""
+    only.
+    """
     streams, n, inner = a.shape
     width = b.shape[-1]
     pitch, rest = divmod(b.stride(0), width)
@@ -105,7 +106,8 @@ def has_bags(device: torch.device) -> bool:
 @lru_cache(maxsize=8)  # as many as are in use at a time: those of each kind of attention
 def _places(streams: int, n: int, inner: int, pitch: int) -> tuple[Tensor, Tensor]:
     """For each number of a, which row it counts, of matrices that begin ``pitch`` rows apart; and where in them the
-    numbers of each of the S n sums begin."""
+    numbers of each of the S n sums begin.
+    """
     first = torch.arange(streams, dtype=torch.int32).repeat_interleave(n) * pitch
     places = (first[:, None] + torch.arange(inner, dtype=torch.int32)).flatten()
     return places, torch.arange(0, len(places), inner, dtype=torch.int32)

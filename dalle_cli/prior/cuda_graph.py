@@ -28,7 +28,8 @@ def stepper(decoder: Decoder, cache: Cache) -> Callable[[int, Tensor], Tensor]:
 
 def by_graph(decoder: Decoder, cache: Cache) -> Callable[[int, Tensor], Tensor]:
     """``decoder.step`` by a graph that the first step makes, or as it is where none can be made. What it returns is
-    overwritten by the next step."""
+    overwritten by the next step.
+    """
     static = StaticStep(decoder, cache)
     run: Callable[[int, Tensor], Tensor] | None = None
 
@@ -107,7 +108,8 @@ class StaticStep:
 
 def slot_tables(slots: Slots, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """For each of S positions: the slot it is written to (S, 1), L slots that it reads (S, L), and what is added to
-    their scores (S, L), 0 or -inf. L is grid for ``column``, else all slots."""
+    their scores (S, L), 0 or -inf. L is grid for ``column``, else all slots.
+    """
     positions = torch.arange(slots.grid**2)
     write = torch.tensor([[slots.write(p)] for p in positions.tolist()])
     if slots.kind == "column":

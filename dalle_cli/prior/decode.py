@@ -68,7 +68,8 @@ class Slots:
 
 class TextCache(NamedTuple):
     """The text of C captions in one layer: ``keys`` (C, H, D, T), as products with queries read them, and ``values``
-    (C, H, T, D)."""
+    (C, H, T, D).
+    """
 
     keys: Tensor
     values: Tensor
@@ -106,7 +107,7 @@ class Prefix:
         return Prefix(self.logits[captions], text, given, self.positions, self.slots)
 
     def fork(self, n: int) -> Cache:
-        """n samples a caption that go on from here; text is shared, image slots are their own."""
+        """N samples a caption that go on from here; text is shared, image slots are their own."""
         image = []
         for given, slots in zip(self.given, self.slots, strict=True):
             both, captions, heads, kept, width = given.shape

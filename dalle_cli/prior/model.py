@@ -230,7 +230,8 @@ class Prior(nn.Module):
 
     def text_counts(self, text_length: Tensor) -> Tensor:
         """How many text positions of each caption of ``text_length`` (B,) tokens the loss counts: its tokens
-        after the first, and the one padding that ends a caption shorter than T."""
+        after the first, and the one padding that ends a caption shorter than T.
+        """
         return text_length.long().clamp(max=self.text_length - 1)
 
     def loss(
@@ -261,7 +262,7 @@ class Prior(nn.Module):
         return PriorLoss(text_sum / count, image_sum / image.numel())
 
     def log_likelihood(self, text_ids: Tensor, image: Tensor) -> Tensor:
-        """ln p(image | text) in nats, (B,) float64, for text ids (B, T) with paddings and image (B, S)."""
+        """Ln p(image | text) in nats, (B,) float64, for text ids (B, T) with paddings and image (B, S)."""
         log_probabilities = self.image_logits(self(text_ids, image)).double().log_softmax(-1)
         return log_probabilities.gather(-1, image[..., None])[..., 0].sum(-1)
 

@@ -70,7 +70,8 @@ def read_tokens(reader: TokenReader, rows: np.ndarray, epochs: np.ndarray | None
 
 def empty_captions(seed: int, step: int, places: np.ndarray, share: float) -> np.ndarray:
     """Which ``places`` of an update's batch learn without their captions, bool: each with chance ``share``, a function
-    of (seed, step, place) alone."""
+    of (seed, step, place) alone.
+    """
     stream = np.uint64(stream_seed(seed, "caption-dropout", step))
     drawn = splitmix64(stream + (places.astype(np.uint64) + np.uint64(1)) * SPLITMIX_STEP)
     below: np.ndarray = (drawn >> np.uint64(11)).astype(np.float64) / 2.0**53 < share

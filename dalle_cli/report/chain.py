@@ -91,7 +91,8 @@ class Chain:
 
     def commands(self) -> list[dict[str, Any]]:
         """The commands that made the training pictures and what is in the run, as far as journals name them, in the
-        order in which they finished: of those that made the same artifact by the same command the last."""
+        order in which they finished: of those that made the same artifact by the same command the last.
+        """
         found: dict[tuple[str, str], dict[str, Any]] = {}
         # A source is made whole, its splits in it.
         pictures = [] if self.source is None else [Path(self.source.name).parent, Path(self.source.name)]

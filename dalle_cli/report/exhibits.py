@@ -46,7 +46,8 @@ def choose_captions(ranked: Sequence[Pool], most: int = CAPTIONS) -> list[Pool]:
 
 def samples_sheet(chosen: Sequence[Pool], true_pictures: Mapping[str, Picture], title: str) -> Image.Image:
     """The best by CLIP of each caption, framed, and others in the order they were drawn, so that they stand for a
-    single sample; where true pictures are known, one of those comes first."""
+    single sample; where true pictures are known, one of those comes first.
+    """
     rows = []
     for pool in chosen:
         claim = claim_of(pool.prompt)

@@ -112,7 +112,8 @@ def _left_to_groups(
     memberships: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")
 ) -> Iterator[int]:
     """What the limits of a container or of a batch system's job leave: of each control group that this process is in,
-    version 2 or 1, and those above it. Caches of files give way and are not counted as taken."""
+    version 2 or 1, and those above it. Caches of files give way and are not counted as taken.
+    """
     try:
         lines = memberships.read_text().splitlines()
     except OSError:

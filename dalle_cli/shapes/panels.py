@@ -87,7 +87,8 @@ def panels(seed: int, split: str, index: int) -> Panels:
 
 def render_panels(this: Panels, size: int = 64, *, bottom: bool = True) -> NDArray[np.uint8]:
     """The picture, anti-aliased, (size, size, 3) uint8, ``size`` a multiple of 16; without ``bottom`` that half is
-    empty, as where it has yet to be drawn."""
+    empty, as where it has yet to be drawn.
+    """
     if size < 32 or size % 16:
         raise ValueError(f"size {size}: a picture's side is a multiple of 16 and at least 32")
     picture = np.full((size, size, 3), BACKGROUND, dtype=np.float64)

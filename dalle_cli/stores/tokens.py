@@ -185,7 +185,8 @@ class PartWriter:
 
     def commit(self, rows: int, skipped: Iterable[tuple[str, str]], more: Mapping[str, int] | None = None) -> None:
         """Move the count of committed rows, the arrays being written; ``skipped`` are the new rows' (key, reason),
-        ``more`` is added to the part's ``counts``."""
+        ``more`` is added to the part's ``counts``.
+        """
         counts: dict[str, int] = dict(self.state["skipped"])
         lines = []
         for key, reason in skipped:
@@ -341,7 +342,8 @@ class TokenReader:
 
     def read(self, name: str, rows: np.ndarray, version: int | None = None) -> np.ndarray:
         """Values of the array ``name`` at ``rows`` (any order), shape (len(rows), ...); of an array by version, of
-        one of them."""
+        one of them.
+        """
         array = self._arrays[name]
         out = np.empty((len(rows), *array.shape[1 if version is None else 2 :]), array.dtype)
         shards, places = np.divmod(rows, ROWS_PER_SHARD)

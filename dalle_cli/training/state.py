@@ -201,7 +201,8 @@ def _build_optimizer(
 
 def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:
     """``value`` on the device of ``parameter`` and with its strides (channels last, for instance), as the optimizer
-    made it."""
+    made it.
+    """
     if value.shape != parameter.shape:
         return value.to(parameter.device)
     return torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -74,7 +74,7 @@ def plot_grid(pngs: Pngs, names: Sequence[tuple[str, str]]) -> str:
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int] = ()) -> str:
     """Cells are HTML already; columns in ``numbers`` stand to the right."""
-    kind = {place: ' class="number"' for place in numbers}
+    kind = dict.fromkeys(numbers, ' class="number"')
     head = "".join(f"<th{kind.get(i, '')}>{escape(name)}</th>" for i, name in enumerate(header))
     lines = [
         "<tr>" + "".join(f"<td{kind.get(i, '')}>{cell}</td>" for i, cell in enumerate(row)) + "</tr>" for row in rows

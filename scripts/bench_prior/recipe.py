@@ -1,5 +1,6 @@
 """A recipe's prior as a whole, meant for a GPU: an update's share of the matmul peak, and sampling's of what its reads
-would take at the memory's bandwidth."""
+would take at the memory's bandwidth.
+"""
 
 from __future__ import annotations
 

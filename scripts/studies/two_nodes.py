@@ -95,7 +95,8 @@ def vocabulary() -> dict[str, int]:
 
 def shapes_tokens(grid: int, indices: range, seed: int = 0) -> TokenBatch:
     """Scenes' captions as words, and pictures as ``grid`` x ``grid`` patches, each the nearest of 64 colours to its
-    mean."""
+    mean.
+    """
     words = vocabulary()
     text = torch.zeros(len(indices), TEXT_LENGTH, dtype=torch.int64)
     length, image = [], []
@@ -192,7 +193,8 @@ class ShardedTraining:
 
 def join_machines() -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     """Join the default group as the environment says, and halve it: this process's machine, and those that hold the
-    same shards as it."""
+    same shards as it.
+    """
     dist.init_process_group("gloo")
     nodes = form_nodes(Group(dist.get_rank(), dist.get_world_size()), dist.get_world_size() // MACHINES)
     return nodes.inside.processes, nodes.across.processes

@@ -69,11 +69,13 @@ def test_lines_are_ranked_within_their_prompts_in_batches_across_them(tmp_path: 
     lines = draw(tmp_path, "bright", [10, 200, 90]) + draw(tmp_path, "dark", [50, 40, 40, 60])
     scorer = ShadeScorer()
     bright, dark = rerank(lines, scorer, batch=5)
-    assert scorer.batches == [5, 2] and scorer.captions == ["bright", "dark"]
+    assert scorer.batches == [5, 2]
+    assert scorer.captions == ["bright", "dark"]
     assert threading.get_ident() not in scorer.threads
     assert [(line["index"], line["rank"]) for line in bright] == [(1, 1), (2, 2), (0, 3)]
     # Equal pictures keep the order they were drawn in.
-    assert [line["index"] for line in dark] == [1, 2, 0, 3] and dark[0]["scorer"] == "shades"
+    assert [line["index"] for line in dark] == [1, 2, 0, 3]
+    assert dark[0]["scorer"] == "shades"
     assert bright[0]["score"] == pytest.approx(200 / 255)
     assert json.loads(printed(bright[0])) == {**lines[1], "score": 0.784314, "rank": 1, "scorer": "shades"}
     best = best_of_all([bright, dark], 3)
@@ -167,7 +169,8 @@ def test_scores_are_kept_in_the_store_by_the_scorers_name(tmp_path: Path) -> Non
     assert [(line["prompt"], line["index"], line["row"]) for line in lines] == [
         ("bright", 5, 0), ("bright", 6, 1), ("dark", 5, 2), ("dark", 6, 3),
     ]  # fmt: skip
-    assert lines[3]["png"] == str(tmp_path / "one" / "00001-00006.png") and "score" not in lines[0]
+    assert lines[3]["png"] == str(tmp_path / "one" / "00001-00006.png")
+    assert "score" not in lines[0]
     write_scores(store, {0: 0.25, 3: 1 / 3}, "a")
     write_scores(store, {1: 0.5}, "a")
     assert [line.get("score") for line in store_lines(store)] == [0.25, 0.5, None, 1 / 3]
@@ -205,7 +208,8 @@ def test_the_command_reads_several_files_keeps_scores_and_draws_a_sheet(
     assert {(line["row"], line["score"]) for line in one.lines} == {(r, round(float(s), 6)) for r, s in enumerate(kept)}
     assert store["clip_score"].attrs["scorer"] == one.lines[0]["scorer"]
     with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.format == "PNG" and sheet.height > 200
+        assert sheet.format == "PNG"
+        assert sheet.height > 200
     several = call("rerank", tmp_path / "odd", tmp_path / "even", *clip, "--batch-size", 6)
     assert [(line["prompt"], line["index"]) for line in several.lines] == [
         (line["prompt"], line["index"]) for line in one.lines
@@ -226,7 +230,8 @@ def test_ranking_begins_before_the_pipe_ends(by_hand: Chain, tmp_path: Path) -> 
         [DALLE, "rerank", "--clip", by_hand.clip, "--batch-size", "3"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT,
     )  # fmt: skip
-    assert process.stdin is not None and process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout is not None
     for line in lines:
         process.stdin.write(json.dumps(line) + "\n")
     process.stdin.flush()
@@ -235,4 +240,5 @@ def test_ranking_begins_before_the_pipe_ends(by_hand: Chain, tmp_path: Path) -> 
     assert [(line["prompt"], line["rank"]) for line in first] == [("a red star", 1), ("a red star", 2)]
     assert process.poll() is None
     out, _ = process.communicate(timeout=60)
-    assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["a blue cross"] and process.returncode == 0
+    assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["a blue cross"]
+    assert process.returncode == 0

@@ -105,7 +105,8 @@ def test_pixels_are_standardised_by_hand() -> None:
     x = np.random.default_rng(0).integers(0, 256, (2, 5, 4, 3), dtype=np.uint8)
     expected = (x.astype(np.float64) / 255 - np.array(PIXEL_MEAN)) / np.array(PIXEL_STD)
     out = pixels(torch.from_numpy(x))
-    assert out.shape == (2, 3, 5, 4) and out.dtype == torch.float32
+    assert out.shape == (2, 3, 5, 4)
+    assert out.dtype == torch.float32
     np.testing.assert_allclose(out.numpy(), expected.transpose(0, 3, 1, 2), atol=1e-6)
     with pytest.raises(TypeError):
         pixels(torch.zeros(2, 3, 5, 4))

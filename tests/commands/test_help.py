@@ -24,7 +24,7 @@ COMMANDS = dict(commands(get_command(app), "dalle"))
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_only_bold_is_markup(name: str) -> None:
-    """rich drops what stands in brackets and begins with a small letter, such as the name of a setting, silently."""
+    """Rich drops what stands in brackets and begins with a small letter, such as the name of a setting, silently."""
     command = COMMANDS[name]
     for text in (command.help, *(getattr(option, "help", None) for option in command.params)):
         styles = {str(span.style) for span in Text.from_markup(text or "").spans}
@@ -36,4 +36,6 @@ def test_names_of_settings_are_shown(capsys: pytest.CaptureFixture[str], monkeyp
     with pytest.raises((SystemExit, typer.Exit)):
         get_command(app)(["sample", "--help"], prog_name="dalle")
     shown = capsys.readouterr().out
-    assert "[sampling.n]" in shown and "[RUN/samples/...]" in shown and "\\[" not in shown
+    assert "[sampling.n]" in shown
+    assert "[RUN/samples/...]" in shown
+    assert "\\[" not in shown

@@ -35,7 +35,8 @@ def fault(tmp_path: Path, text: str, *overrides: str) -> str:
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_a_shipped_recipe_builds_and_comes_back(file: Path, tmp_path: Path) -> None:
     recipe = load_recipe(file)
-    assert recipe.name == file.stem and recipe.run == f"runs/{file.stem}"
+    assert recipe.name == file.stem
+    assert recipe.run == f"runs/{file.stem}"
     with torch.device("meta"):
         prior, dvae = build_prior(recipe), DVAE(recipe.dvae.model)
         clip = build_clip(
@@ -43,8 +44,10 @@ def test_a_shipped_recipe_builds_and_comes_back(file: Path, tmp_path: Path) -> N
         )
     for model in (prior, dvae, clip):
         parameters = list(model.parameters())
-        assert parameters and all(parameter.is_meta for parameter in parameters)
-    assert prior.image_length == recipe.grid**2 and prior.image_vocab == recipe.dvae.model.codebook_size
+        assert parameters
+        assert all(parameter.is_meta for parameter in parameters)
+    assert prior.image_length == recipe.grid**2
+    assert prior.image_vocab == recipe.dvae.model.codebook_size
     assert len(prior.resblocks) == 2 * recipe.prior.model.layers
     again = tmp_path / "again.yaml"
     again.write_text(dump_recipe(recipe))
@@ -185,7 +188,8 @@ def test_misplaced_dots(layout: str) -> None:
 def test_a_fault_is_named_with_its_place_and_mend(tmp_path: Path, text: str, said: str) -> None:
     found = fault(tmp_path, text)
     assert said in found
-    assert "\n" not in found and found.startswith("{file}")
+    assert "\n" not in found
+    assert found.startswith("{file}")
 
 
 def test_each_fault_has_its_line(tmp_path: Path) -> None:
@@ -221,7 +225,8 @@ def test_extends_and_set_change_single_keys(tmp_path: Path) -> None:
     recipe = load_recipe(file, ["dvae.model.n_init=8", "name='5'", "clip.learning_rate.peak=1e-4", "data.train="])
     assert (recipe.seed, recipe.run, recipe.name) == (1, "b", "5")
     assert (recipe.dvae.model.n_hid, recipe.dvae.model.n_init) == (32, 8)
-    assert recipe.clip.learning_rate.peak == 1e-4 and recipe.data.train is None
+    assert recipe.clip.learning_rate.peak == 1e-4
+    assert recipe.data.train is None
     (tmp_path / "deep" / "base.yaml").write_text("sede: 1\n")
     with pytest.raises(UserError, match=r"base\.yaml:1: sede: unknown key; did you mean 'seed'"):
         load_recipe(file)

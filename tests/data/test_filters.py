@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import Call
+from helpers.pictures import noise, write_sample
 from helpers.running import smallest_recipe, write_recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,18 +31,6 @@ from dalle_cli.data.picture_loader import TrainingPictures
 from dalle_cli.errors import UserError
 
 OFF = Filters(max_aspect_ratio=None)
-
-
-def noise(width: int, height: int, seed: int = 0, spread: float = 60) -> Image.Image:
-    values = np.random.default_rng(seed).normal(128, spread, (max(2, height // 16), max(2, width // 16), 3))
-    small = Image.fromarray(values.clip(0, 255).astype(np.uint8))
-    return small.resize((width, height), Image.Resampling.BICUBIC)
-
-
-def write_sample(folder: Path, key: str, image: Image.Image, *captions: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    image.save(folder / f"{key}.png")
-    (folder / f"{key}.txt").write_text("\n".join(captions))
 
 
 # --- Captions
@@ -191,7 +180,8 @@ def test_every_filter_of_the_recipe_is_implemented_and_none_else() -> None:
 
 
 def test_an_identity_holds_what_changes_its_part_only() -> None:
-    assert caption_identity(Filters()) is None and picture_identity(OFF) is None
+    assert caption_identity(Filters()) is None
+    assert picture_identity(OFF) is None
     assert picture_identity(Filters(min_words=3)) == {"max_aspect_ratio": 2.0}
     assert caption_identity(Filters(min_words=3, min_side=8)) == {"min_words": 3}
     assert caption_identity(Filters(boilerplate=["x"])) is None
@@ -215,7 +205,8 @@ def test_a_wrong_filter_is_named_with_its_line(tmp_path: Path, filters: str, tol
     file.write_text(f"name: x\ndata:\n  filters: {filters}\n")
     with pytest.raises(UserError) as error:
         load_recipe(file)
-    assert told in str(error.value) and f"{file}:3" in str(error.value)
+    assert told in str(error.value)
+    assert f"{file}:3" in str(error.value)
 
 
 def test_filters_survive_being_dumped(tmp_path: Path) -> None:
@@ -239,8 +230,10 @@ def test_excluded_samples_keep_their_places(tmp_path: Path) -> None:
     plain.write_text("b\nd\n")
     for file in (lines, plain):
         less = WithoutExcluded(source, file)
-        assert [less.key(i) for i in range(len(less))] == list("abcd") and less.count == 2
-        assert less.captions(0) == ["caption a"] and less.image_bytes(2) == source.image_bytes(2)
+        assert [less.key(i) for i in range(len(less))] == list("abcd")
+        assert less.count == 2
+        assert less.captions(0) == ["caption a"]
+        assert less.image_bytes(2) == source.image_bytes(2)
         for row in (1, 3):
             for read in (less.captions, less.image_bytes):
                 with pytest.raises(BadSample, match=f"excluded: {file.name}"):
@@ -288,7 +281,8 @@ def test_training_draws_replacements_evenly(tmp_path: Path) -> None:
     seen: Counter[int] = Counter()
     for _, rows, _ in pictures.batches(0, 4):
         seen.update(rows.tolist())
-    assert min(seen) >= 150 and sum(seen.values()) == 680
+    assert min(seen) >= 150
+    assert sum(seen.values()) == 680
     assert max(seen.values()) < 3 * min(seen.values())  # 34 on average
     again = [rows.tolist() for _, rows, _ in pictures.batches(3, 4)]
     assert again == [rows.tolist() for _, rows, _ in pictures.batches(3, 4)]
@@ -313,7 +307,8 @@ def test_stores_and_report_count_by_filter(call: Call, tmp_path: Path) -> None:
     text = {"excluded: dup.txt": 1, "filtered: min_words": 1}
     image = {"excluded: dup.txt": 1, "filtered: max_aspect_ratio": 2, "filtered: min_contrast": 1}
     shown = json.loads(call("show", tmp_path / "run" / "tokens.zarr", "--json").out)
-    assert shown["skipped"] == {"text": text, "image": image} and shown["usable_rows"] == 12
+    assert shown["skipped"] == {"text": text, "image": image}
+    assert shown["usable_rows"] == 12
     assert call("report", recipe).code == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["data"].pop("source").startswith(f"{data} without dup.txt")

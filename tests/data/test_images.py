@@ -91,7 +91,9 @@ def test_other_modes() -> None:
     ink = Image.new("CMYK", (8, 8), (0, 255, 255, 0))  # magenta and yellow make red
     for kind in ("JPEG", "TIFF"):
         red, green, blue = pixels(encoded(ink, kind))[4, 4].tolist()
-        assert red > 240 and green < 15 and blue < 15
+        assert red > 240
+        assert green < 15
+        assert blue < 15
     with pytest.raises(BadImage, match="floating-point"):
         decode_image(encoded(Image.new("F", (2, 2), 0.5), "TIFF"))
 
@@ -183,7 +185,8 @@ def test_eval_crop_averages_the_central_square() -> None:
     centre = np.asarray(image).astype(float)[:, 14:46]
     means = centre.reshape(8, 4, 8, 4, 3).mean(axis=(1, 3))
     got = eval_crop(image, 8)
-    assert got.shape == (8, 8, 3) and got.dtype == np.uint8
+    assert got.shape == (8, 8, 3)
+    assert got.dtype == np.uint8
     assert np.abs(got - means).max() <= 1
     assert eval_crop(noise_image(3, 5), 8).shape == (8, 8, 3)
 
@@ -202,10 +205,13 @@ def test_train_crops_vary_only_as_far_as_the_paper_lets_them() -> None:
     # The square starts within 150 to 250, so its middle is within 350 to 450; taking 64 of at most 72
     # pixels then moves it by up to 4/72 of 400.
     slack = 4 / 72 * 400 + 8
-    assert 350 - slack <= middles.min() < 350 and 450 < middles.max() <= 450 + slack
+    assert 350 - slack <= middles.min() < 350
+    assert 450 < middles.max() <= 450 + slack
     widths = np.array([int(crop[32, -1, 0]) - int(crop[32, 0, 0]) for crop in crops]) / 255 * 800
-    assert widths.min() > 400 * 64 / 72 - 20 and widths.max() < 402
-    assert widths.min() < 370 and widths.max() > 385
+    assert widths.min() > 400 * 64 / 72 - 20
+    assert widths.max() < 402
+    assert widths.min() < 370
+    assert widths.max() > 385
 
 
 def test_flipping_is_asked_for_and_half_of_the_time() -> None:

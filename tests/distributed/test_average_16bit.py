@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.four_processes import four_processes
 from helpers.two_machines import NUMBERS, spread
 from numpy.typing import NDArray
-from test_power_sgd import four_processes
 
 MACHINES = (2, 3, 4)
 LARGEST = 16 - 2.0**-6

@@ -5,9 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import Call
+from helpers.killed_runs import TIMED
+from helpers.processes import HALF, WHOLE, command, start
 from helpers.running import DALLE, ENVIRONMENT, Chain, smallest_recipe
 from hypothesis import given
 from hypothesis import strategies as st
-from test_resume import TIMED
 
 from dalle_cli.config.schema import Recipe
 from dalle_cli.data.open_source import Source, open_source
@@ -34,55 +33,6 @@ from dalle_cli.stores.checkpoint import open_checkpoint
 from dalle_cli.training.loop import Run
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-
-# A process that runs several commands one after another, each in a group of its own: importing torch takes longest.
-PROGRAM = """
-import json, os, sys
-from datetime import timedelta
-from dalle_cli.app import main
-from dalle_cli.distributed import group as parallel
-parallel.TIMEOUT = timedelta(seconds=float(sys.argv[1]))
-for port, *arguments in json.loads(sys.argv[2]):
-    os.environ["MASTER_PORT"], sys.argv = str(port), ["dalle", *arguments]
-    try:
-        main()
-    except SystemExit as end:
-        if end.code:
-            raise
-"""
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [int(each.getsockname()[1]) for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
-def start(commands: list[list[Any]], timeout: float = 60, count: int = 2) -> list[subprocess.Popen[str]]:
-    """``count`` processes that run ``commands`` together; RANK in a command is each one's own."""
-    ports = free_ports(len(commands))
-    processes = []
-    for rank in range(count):
-        told = [
-            [port, *(str(word).replace("RANK", str(rank)) for word in command)]
-            for port, command in zip(ports, commands, strict=True)
-        ]
-        place = {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
-        place["LOCAL_WORLD_SIZE"] = str(count)
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, str(timeout), json.dumps(told)],
-                env={**ENVIRONMENT, **place, "MASTER_PORT": "1"},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    return processes
 
 
 @pytest.fixture
@@ -100,7 +50,8 @@ def ended() -> Iterator[list[subprocess.Popen[str]]]:
 
 def test_the_environment_of_torchrun() -> None:
     assert read_launch(TORCHRUN) == Launch(rank=1, size=4, local_rank=1, local_size=None)
-    assert not read_launch(TORCHRUN).leads and read_launch({**TORCHRUN, "RANK": "0", "LOCAL_RANK": "0"}).leads
+    assert not read_launch(TORCHRUN).leads
+    assert read_launch({**TORCHRUN, "RANK": "0", "LOCAL_RANK": "0"}).leads
     assert read_launch({}) == read_launch({"MASTER_ADDR": "somewhere", "LOCAL_RANK": "3"}) == Launch(0, 1, 0)
 
 
@@ -209,13 +160,6 @@ def test_more_processes_than_samples(tmp_path: Path) -> None:
 
 # Two processes
 
-HALF, WHOLE = 4, 8
-# Adam divides by a gradient's size, and so magnifies the rounding of gradients near zero; eps bounds that.
-COMMON = {
-    "training.updates": WHOLE, "training.save_every": HALF, "training.validate_every": 2, "training.keep": 9,
-    "training.batch_size": 5, "learning_rate.peak": 1e-3, "adam.clip_norm": 0.5,
-    "adam.eps": 1e-4, "learning_rate.warmup_updates": 0,
-}  # fmt: skip
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     # 5 samples are 2 and 3; the whole batch's codes are looked at together.
     "gumbel": ("dvae", {"objective.kl_weight": "{start: 2, end: 2, updates: 0}"}),
@@ -226,12 +170,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
                            "learning_rate.plateau_threshold": 0.9}),
     "prior": ("prior", {"training.micro_batch": 1}),
 }  # fmt: skip
-
-
-def command(chain: Chain, stage: str, out: Path, changes: dict[str, Any]) -> list[Any]:
-    source = ["--data", chain.train] if stage == "dvae" else ["--tokens", chain.tokens]
-    sets = [word for key, value in {**COMMON, **changes}.items() for word in ("--set", f"{stage}.{key}={value}")]
-    return [f"train-{stage}", chain.recipe, *source, "--out", out, *sets]
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +196,9 @@ def together(by_hand: Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     assert told[0][1].count("validation after") == 4 * WHOLE // 2 + 2 + 2
     assert told[0][1].splitlines()[-1].startswith(refused)
-    assert told[1][0] == "" and told[1][1].startswith(refused) and len(told[1][1].splitlines()) == 1
+    assert told[1][0] == ""
+    assert told[1][1].startswith(refused)
+    assert len(told[1][1].splitlines()) == 1
     assert not list((root / "different").iterdir())
     return root
 
@@ -312,11 +252,14 @@ def test_a_process_that_ends_or_hangs_ends_the_other(
     ended += start([told], timeout=5)
     deadline = time.monotonic() + 60
     while not list(out.glob("step-*/manifest.json")):
-        assert time.monotonic() < deadline and ended[0].poll() is None
+        assert time.monotonic() < deadline
+        assert ended[0].poll() is None
         time.sleep(0.05)
     ended[1].send_signal(how)
     _, error = ended[0].communicate(timeout=30)
-    assert ended[0].returncode == 2 and "Traceback" not in error
+    assert ended[0].returncode == 2
+    assert "Traceback" not in error
     line = error.splitlines()[-1]
-    assert line.startswith("dalle: process 0 of 2: lost the others (") and "goes on from the last checkpoint" in line
+    assert line.startswith("dalle: process 0 of 2: lost the others (")
+    assert "goes on from the last checkpoint" in line
     assert open_checkpoint(out).step >= 10

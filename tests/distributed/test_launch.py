@@ -47,7 +47,8 @@ def test_srun_meets_at_the_first_machine() -> None:
     without = {key: value for key, value in SRUN.items() if key != "SLURM_JOB_NODELIST"}
     assert read_launch(without).meeting["MASTER_ADDR"] == "10.0.0.9"
     ports = {read_launch({**SRUN, "SLURM_JOB_ID": str(job)}).meeting["MASTER_PORT"] for job in range(50)}
-    assert len(ports) == 50 and all(1024 < int(port) < 32768 for port in ports)
+    assert len(ports) == 50
+    assert all(1024 < int(port) < 32768 for port in ports)
     assert read_launch({**SRUN, "MASTER_PORT": "1234"}).meeting["MASTER_PORT"] == "1234"
 
 
@@ -78,7 +79,8 @@ def test_a_batch_script_and_a_single_task_are_alone() -> None:
 def test_what_contradicts_itself_is_refused(environment: dict[str, str], changes: dict[str, str], words: str) -> None:
     with pytest.raises(UserError) as caught:
         read_launch({**environment, **changes})
-    assert words in str(caught.value) and len(str(caught.value).splitlines()) == 1
+    assert words in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_the_same_command_without_its_number_of_processes() -> None:
@@ -184,7 +186,9 @@ def gone(processes: list[int]) -> bool:
 def test_all_end_well(started) -> None:  # type: ignore[no-untyped-def]
     launcher, processes = started("end")
     _, error = launcher.communicate(timeout=60)
-    assert launcher.returncode == 0 and error == "" and gone(processes)
+    assert launcher.returncode == 0
+    assert error == ""
+    assert gone(processes)
 
 
 @pytest.mark.parametrize(("what", "how"), [("fail", "ended with exit code 4"), ("wait", "was ended by SIGKILL")])
@@ -193,7 +197,8 @@ def test_one_that_fails_is_named_and_takes_the_others_along(started, what: str, 
     if what == "wait":
         os.kill(processes[1], signal.SIGKILL)
     _, error = launcher.communicate(timeout=60)
-    assert launcher.returncode == 2 and gone(processes)
+    assert launcher.returncode == 2
+    assert gone(processes)
     first, last = error.splitlines()
     assert first == f"process 1 of 3 {how}; waiting for the others"
     assert last.startswith(f"process 1 of 3 {how}; processes 0, 2 hung and were ended: ")
@@ -203,7 +208,8 @@ def test_signals_and_exit_codes_are_passed_on(started, tmp_path: Path) -> None: 
     launcher, processes = started("leave")
     launcher.send_signal(signal.SIGUSR1)
     launcher.communicate(timeout=60)
-    assert launcher.returncode == 75 and gone(processes)
+    assert launcher.returncode == 75
+    assert gone(processes)
     assert all((tmp_path / f"told-{rank}").exists() for rank in range(3))
 
 

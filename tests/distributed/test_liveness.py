@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 from helpers import hanging
+from helpers.log_lines import lines
 from helpers.running import ENVIRONMENT, smallest_recipe, write_recipe
 from helpers.token_stores import write_tokens
-from test_stopping import lines
 
 from dalle_cli.distributed import liveness as roll_call
 from dalle_cli.distributed import spawn as local
@@ -67,7 +67,8 @@ def test_of_processes_that_this_command_started(tmp_path: Path) -> None:
     try:
         deadline = time.monotonic() + 120
         while not any(line["step"] >= 14 for line in lines(run)):
-            assert time.monotonic() < deadline and launcher.poll() is None
+            assert time.monotonic() < deadline
+            assert launcher.poll() is None
             time.sleep(0.05)
         children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
         (stopped,) = [pid for pid in children if b"\0RANK=1\0" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes()]
@@ -77,7 +78,8 @@ def test_of_processes_that_this_command_started(tmp_path: Path) -> None:
         if launcher.poll() is None:
             os.killpg(launcher.pid, signal.SIGKILL)
             launcher.communicate()
-    assert launcher.returncode == 2 and "Traceback" not in error
+    assert launcher.returncode == 2
+    assert "Traceback" not in error
     assert "dalle: process 0 of 2: lost the others (" in error
     assert "process 1 does not answer: it ended or hangs" in error
     assert error.splitlines()[-1].startswith(
@@ -108,8 +110,10 @@ def test_who_is_absent_is_found_by_halves() -> None:
         asked.append(ranks)
         return not {5, 900} & set(ranks)
 
-    assert roll_call._absent(are_there, 0, 1024) == [5, 900] and len(asked) < 50
+    assert roll_call._absent(are_there, 0, 1024) == [5, 900]
+    assert len(asked) < 50
     assert roll_call._absent(lambda _: True, 0, 1024) == []
     assert roll_call.describe([5, 900]).startswith("processes 5, 900 do not answer")
     assert "one was too late" in roll_call.describe([])
-    assert roll_call.roll_call(0, 2) is None and "never came" in roll_call.describe(None)
+    assert roll_call.roll_call(0, 2) is None
+    assert "never came" in roll_call.describe(None)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import two_machines
-from helpers.running import ENVIRONMENT
+from helpers.four_processes import four_processes
 from helpers.two_machines import (
     COLUMNS,
     LARGE,
@@ -48,14 +45,6 @@ from dalle_cli.prior.train import TokenBatch
 Arrays = dict[str, NDArray[np.float64]]
 MACHINES, OWN_RANK = 2, RANK // PARTS
 LOW = ("wide", "ragged", "tall")
-
-
-def four_processes(scenario: str, folder: Path, timeout: float = 600) -> list[dict[str, Any]]:
-    """What each of the four found."""
-    command = [sys.executable, two_machines.__file__, scenario, str(folder)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, done.stderr
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(two_machines.PROCESSES)]
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +181,8 @@ def test_a_nan_poisons_nothing(found: list[dict[str, Any]]) -> None:
         assert all(torch.equal(value, case["before"][key]) for key, value in case["after"].items())
         assert all(torch.equal(case["next"][name], case["wanted"][name]) for name in SHARDS)
         assert all(case["next"][name].isfinite().all() for name in SHARDS)
-        assert "error.wide" not in case["some"] and "error.tall" in case["some"]
+        assert "error.wide" not in case["some"]
+        assert "error.tall" in case["some"]
         assert not [key for key in case["none"] if key.startswith("error.")]
 
 
@@ -282,8 +272,10 @@ def test_a_matrix_at_a_time_comes_to_the_same(found: list[dict[str, Any]]) -> No
         assert all(torch.equal(value, case["state"][key]) for key, value in own["warm"]["state"].items())
         assert case["bytes"] == sum(own["warm"]["bytes"])
         # What is not finite is alone in it.
-        assert case["broken"]["wide"].isnan().all() and "error.wide" not in case["after"]
-        assert case["broken"]["tall"].isfinite().all() and "error.tall" in case["after"]
+        assert case["broken"]["wide"].isnan().all()
+        assert "error.wide" not in case["after"]
+        assert case["broken"]["tall"].isfinite().all()
+        assert "error.tall" in case["after"]
 
 
 def test_first_factors_are_of_seed_and_name(found: list[dict[str, Any]]) -> None:
@@ -302,8 +294,10 @@ def test_one_machine_sends_nothing(found: list[dict[str, Any]]) -> None:
 def test_a_state_of_something_else_is_refused(found: list[dict[str, Any]]) -> None:
     for own in found:
         other, kind, size = own["refused"]
-        assert other.startswith("'error.other' is no part of") and kind.startswith("'moment.wide' is no part of")
-        assert "wide is (12, 19)" in size and "(12, 20)" in size
+        assert other.startswith("'error.other' is no part of")
+        assert kind.startswith("'moment.wide' is no part of")
+        assert "wide is (12, 19)" in size
+        assert "(12, 20)" in size
 
 
 @pytest.mark.parametrize("wrong", [{"rank": -1}, {"start_update": -1}, {"min_compression": -0.5}, {"ranks": 4}])
@@ -346,7 +340,8 @@ def one_process(study: Study) -> tuple[list[float], Prior]:
 
 def test_whole_gradients_are_one_process_on_the_global_batch(trained: list[dict[str, Any]]) -> None:
     losses, _ = one_process(TINY)
-    assert len(losses) == 20 and losses[-1] < 0.85 * losses[0]
+    assert len(losses) == 20
+    assert losses[-1] < 0.85 * losses[0]
     for own in trained:
         np.testing.assert_allclose(own["whole"]["losses"], losses, atol=1e-5, rtol=0)
 
@@ -363,7 +358,8 @@ def test_low_rank_trains_and_begins_when_told(trained: list[dict[str, Any]]) -> 
         assert low[-1] < 0.85 * low[0]
         assert max(abs(a - b) for a, b in zip(whole, low, strict=True)) > 1e-4
         # The losses stand before their updates: the first compressed one shows in the next.
-        assert late[:6] == whole[:6] and late[6] != whole[6]
+        assert late[:6] == whole[:6]
+        assert late[6] != whole[6]
 
 
 def test_in_16_bit_it_trains_as_in_32(trained: list[dict[str, Any]]) -> None:
@@ -384,7 +380,8 @@ def test_bytes_of_training_are_those_of_the_shards(trained: list[dict[str, Any]]
     low = sum(sent(shape, rank) for shape in shapes if is_compressed(shape, rank))
     assert {own["whole"]["bytes"] for own in trained} == {4 * (rest + sum(rows * n for rows, n in shapes))}
     assert {own["low rank"]["bytes"] for own in trained} == {in_32_bit}
-    assert low and {own["16 bit"]["bytes"] for own in trained} == {in_32_bit - 2 * low}
+    assert low
+    assert {own["16 bit"]["bytes"] for own in trained} == {in_32_bit - 2 * low}
 
 
 @pytest.mark.slow
@@ -420,13 +417,18 @@ def test_the_papers_table(d_model: int, rank: int, percent: int) -> None:
 
 
 def test_past_break_even_a_matrix_goes_whole() -> None:
-    assert is_compressed((20, 20), 9) and not is_compressed((20, 20), 10)
-    assert sent((20, 20), 9) == 360 and sent((20, 20), 10) == sent((20, 20), 99) == 400
-    assert not is_compressed((20, 20), 4, min_compression=2.5) and is_compressed((20, 20), 4, min_compression=2.4)
+    assert is_compressed((20, 20), 9)
+    assert not is_compressed((20, 20), 10)
+    assert sent((20, 20), 9) == 360
+    assert sent((20, 20), 10) == sent((20, 20), 99) == 400
+    assert not is_compressed((20, 20), 4, min_compression=2.5)
+    assert is_compressed((20, 20), 4, min_compression=2.4)
     assert sent((20, 10), 99, min_compression=0) == 300
     assert not is_compressed((20, 20), 0, min_compression=0)
-    assert compression([(20, 20)], 10) == 0 and compression([(20, 20)], 5) == 0.5
-    assert shard_shape((10, 7), 4) == (3, 7) and shard_rank(9, 4) == 3
+    assert compression([(20, 20)], 10) == 0
+    assert compression([(20, 20)], 5) == 0.5
+    assert shard_shape((10, 7), 4) == (3, 7)
+    assert shard_rank(9, 4) == 3
 
 
 def test_few_matrices_are_compressed_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,13 +37,13 @@ def all_codes(codes: int) -> list[Tensor]:
 
 
 def log_q(model: DVAE, tokens: Tensor) -> Tensor:
-    """ln q(z|x) of the codes (1, 1, POSITIONS), by the definition: a sum over positions."""
+    """Ln q(z|x) of the codes (1, 1, POSITIONS), by the definition: a sum over positions."""
     log_probabilities = model.encoder(phi(PIXELS, EPS)).log_softmax(dim=1)
     return sum((log_probabilities[0, int(code), 0, at] for at, code in enumerate(tokens.flatten())), torch.zeros(()))
 
 
 def likelihood(model: DVAE, tokens: Tensor) -> Tensor:
-    """ln p(x|z) per value."""
+    """Ln p(x|z) per value."""
     return log_likelihood(phi(PIXELS, EPS), *model.decode_tokens(tokens), FLOOR)[0]
 
 
@@ -80,7 +80,8 @@ def every_draw(model: DVAE, codes: int, samples: int) -> Iterator[tuple[float, T
     """Each thing that drawing ``samples`` codes of the picture can give, with its probability: (S, 1, 1, P)."""
     with torch.no_grad():
         probability = [float(log_q(model, z).double().exp()) for z in all_codes(codes)]
-    assert sum(probability) == pytest.approx(1, abs=1e-5) and max(probability) < 0.9
+    assert sum(probability) == pytest.approx(1, abs=1e-5)
+    assert max(probability) < 0.9
     for draw in itertools.product(range(len(probability)), repeat=samples):
         weight = 1.0
         for which in draw:

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.killed_runs import SHARD, SMALL_SHARDS, files, finish
 from helpers.running import ENVIRONMENT, Chain
-from test_resume import SHARD, SMALL_SHARDS, files, finish
 
 from dalle_cli.config.schema import DataSettings, DvaeModel
 from dalle_cli.data.images import BadImage
@@ -139,7 +139,8 @@ def test_large_pictures_are_encoded_by_parts(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("dalle_cli.dvae.encode.MOST_ACTIVATIONS", 3 * 16 * 16 * 4)
     assert torch.equal(encode_pictures(model, pictures, 0.1), whole)
     assert sizes == [3, 3, 1]
-    assert MOST_ACTIVATIONS // (256 * 256 * 256) == 8 and MOST_ACTIVATIONS // (64 * 64 * 32) > BLOCK
+    assert MOST_ACTIVATIONS // (256 * 256 * 256) == 8
+    assert MOST_ACTIVATIONS // (64 * 64 * 32) > BLOCK
 
 
 def strike(command: list[object], store: Path, kills: int, seed: int, longest: float) -> int:

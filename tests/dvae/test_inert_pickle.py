@@ -70,7 +70,8 @@ def refusal(path: Path) -> str:
     with pytest.raises(UserError) as refused:
         load(path)
     message = str(refused.value)
-    assert message.startswith(f"{path}: ") and message.isprintable()
+    assert message.startswith(f"{path}: ")
+    assert message.isprintable()
     return message
 
 
@@ -122,7 +123,8 @@ def test_code_is_named_and_not_run(tmp_path: Path, call: Call, layout: str, name
     path = write(tmp_path / "encoder.pkl", pickled, layout)
     refused = call("import-dvae", path, path, tmp_path / "out").mistake()
     assert f"{path}: it names {named!r}, which is not admitted; nothing of it was run" in refused
-    assert not marker.exists() and not (tmp_path / "out").exists()
+    assert not marker.exists()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -252,9 +254,11 @@ def test_more_objects_than_a_module_can_have(tmp_path: Path) -> None:
 def test_an_object_that_holds_itself(tmp_path: Path) -> None:
     body = ROOT + b")\x81q\x00}" + text("_modules") + b"}" + text("blocks") + b"h\x00ss" + b"b."
     root = load(write(tmp_path / "encoder.pkl", b"\x80\x02" + body, "zip"))
-    assert isinstance(root, Instance) and root.state is not None
+    assert isinstance(root, Instance)
+    assert root.state is not None
     modules = root.state["_modules"]
-    assert isinstance(modules, dict) and modules["blocks"] is root
+    assert isinstance(modules, dict)
+    assert modules["blocks"] is root
 
 
 def tensor(numel: int, offset: int, shape: list[int], stride: list[int], key: str = "0") -> bytes:
@@ -269,7 +273,9 @@ def test_a_tensor_within_its_storage_is_read(tmp_path: Path, layout: str) -> Non
     with open_torch_file(path, CLASSES) as file:
         assert isinstance(file.root, StoredTensor)
         ((name, values),) = read_tensors(file, {"w": file.root})
-    assert name == "w" and values.tolist() == [[2.0, 4.0]] and values.dtype == torch.float32
+    assert name == "w"
+    assert values.tolist() == [[2.0, 4.0]]
+    assert values.dtype == torch.float32
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -413,7 +419,8 @@ def test_a_name_is_only_a_name() -> None:
     admitted = Admitted(frozenset({"os Thing"}), {}, frozenset({"os system"}), lambda saved: saved)
     assert read_pickle(io.BytesIO(b"\x80\x02cos\nsystem\n."), admitted) == Symbol("os system")
     made = read_pickle(io.BytesIO(b"\x80\x02cos\nThing\n)\x81}X\x01\x00\x00\x00aK\x05sb."), admitted)
-    assert isinstance(made, Instance) and (made.kind, made.state) == ("os Thing", {"a": 5})
+    assert isinstance(made, Instance)
+    assert (made.kind, made.state) == ("os Thing", {"a": 5})
     with pytest.raises(BadPickle, match=r"'os\.system'"):
         read_pickle(io.BytesIO(b"\x80\x02cos\nsystem\n."), PLAIN)
 
@@ -458,6 +465,8 @@ def test_damage_of_any_kind_is_one_line(
     try:
         sizes, weights = read_released(path, decoder)
     except UserError as error:
-        assert str(error).isprintable() and "\n" not in str(error)
+        assert str(error).isprintable()
+        assert "\n" not in str(error)
     else:
-        assert sizes.n_hid == 4 and all(value.isfinite().all() for value in weights.values())
+        assert sizes.n_hid == 4
+        assert all(value.isfinite().all() for value in weights.values())

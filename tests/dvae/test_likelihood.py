@@ -59,8 +59,10 @@ def test_float32_stays_finite_with_gradients_over_the_pixels_and_far_parameters(
     log_prob = logit_laplace_log_prob(x, mu, bounded_ln_b(raw, -5.0))
     log_prob.sum().backward()
     assert torch.isfinite(log_prob).all()
-    assert mu.grad is not None and torch.isfinite(mu.grad).all()
-    assert raw.grad is not None and torch.isfinite(raw.grad).all()
+    assert mu.grad is not None
+    assert torch.isfinite(mu.grad).all()
+    assert raw.grad is not None
+    assert torch.isfinite(raw.grad).all()
 
 
 def test_bounded_ln_b_has_its_floor_and_is_the_identity_far_above() -> None:

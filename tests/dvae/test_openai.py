@@ -91,7 +91,8 @@ def test_logits_tokens_and_pictures_are_those_of_the_modules(tmp_path: Path, cal
         torch.testing.assert_close(model.encoder(x), logits, atol=1e-4, rtol=0)
         torch.testing.assert_close(torch.cat(model(x), dim=1), output, atol=1e-4, rtol=0)
     tokens = encode_pictures(model, pictures, EPS)
-    assert torch.equal(tokens, logits.argmax(dim=1)) and len(tokens.unique()) > 3
+    assert torch.equal(tokens, logits.argmax(dim=1))
+    assert len(tokens.unique()) > 3
     assert float((decode_pictures(model, tokens, EPS).float() - rebuilt).abs().max()) <= 0.5 + 1e-2
     assert float(rebuilt.std()) > 20  # the pictures are not all one grey
 
@@ -105,7 +106,8 @@ def test_the_checkpoint_is_one_of_ours(tmp_path: Path, call: Call) -> None:
     model = recipe.dvae.model
     assert (model.n_hid, model.n_init, model.blocks_per_group, model.codebook_size) == (8, 5, 1, 64)
     raw, ema = checkpoint.tensors("raw"), checkpoint.tensors("ema")
-    assert raw.keys() == ema.keys() and all(torch.equal(raw[name], ema[name]) for name in raw)
+    assert raw.keys() == ema.keys()
+    assert all(torch.equal(raw[name], ema[name]) for name in raw)
     _, state = checkpoint.trainer()
     assert state == {"imported": {path.name: sha256_file(path) for path in pair}}
     again = import_dvae(*pair, tmp_path / "again", 64)
@@ -183,7 +185,8 @@ def test_the_published_package_computes_the_same(tmp_path: Path, layout: str) ->
     with torch.no_grad():
         torch.testing.assert_close(model.encoder(x), theirs["logits"], atol=1e-4, rtol=0)
         torch.testing.assert_close(torch.cat(model(x), dim=1), theirs["output"], atol=1e-4, rtol=0)
-    assert torch.equal(tokens, theirs["tokens"]) and len(tokens.unique()) > 3
+    assert torch.equal(tokens, theirs["tokens"])
+    assert len(tokens.unique()) > 3
     rebuilt = decode_pictures(model, tokens, EPS).permute(0, 3, 1, 2).float()
     assert float((rebuilt - theirs["rebuilt"] * 255).abs().max()) <= 0.5 + 1e-2
 

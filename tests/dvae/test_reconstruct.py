@@ -75,7 +75,8 @@ def test_pictures_and_figures(dvae: Checkpoint, call: Call, tmp_path: Path) -> N
         mse = np.mean((original.astype(float) / 255 - rebuilt.astype(float) / 255) ** 2)
         assert line["mse"] == pytest.approx(mse, abs=1e-8)
         assert line["psnr"] == pytest.approx(10 * math.log10(1 / mse), abs=1e-3)
-        assert -1 <= line["ssim"] < 0.9 and rebuilt.std() > 5
+        assert -1 <= line["ssim"] < 0.9
+        assert rebuilt.std() > 5
     assert np.array_equal(halves(done.lines[2]["png"])[0], np.asarray(fit))
     means = {name: np.mean([line[name] for line in done.lines]) for name in ("psnr", "ssim", "mse")}
     last = done.err.splitlines()[-1]
@@ -102,7 +103,8 @@ def test_folders_and_tars_beside_files(dvae: Checkpoint, call: Call, tmp_path: P
     done = call("reconstruct", *specs, "--dvae", dvae.path, "--out", tmp_path / "out", "--size", 16)
     assert done.code == 0, done.err
     keys = [line["key"] for line in done.lines]
-    assert keys[:3] == [str(tmp_path / "one.webp"), "cats/a cat", "dogs/a cat"] and len(keys) == 6
+    assert keys[:3] == [str(tmp_path / "one.webp"), "cats/a cat", "dogs/a cat"]
+    assert len(keys) == 6
     names = [Path(line["png"]).name for line in done.lines]
     assert names[:3] == ["00000-one.png", "00001-a_cat.png", "00002-a_cat.png"]
     for line in done.lines:
@@ -138,13 +140,15 @@ def test_bad_pictures_are_passed_over_and_named(dvae: Checkpoint, call: Call, tm
     assert done.code == 0
     assert [line["key"] for line in done.lines] == ["good"]
     assert "skipped junk: no image of a known format\n" in done.err
-    assert "skipped cut: " in done.err and f"skipped {missing}: the image cannot be read: No such file" in done.err
+    assert "skipped cut: " in done.err
+    assert f"skipped {missing}: the image cannot be read: No such file" in done.err
     assert f"skipped {pipe}: the image is not an ordinary file\n" in done.err  # to read it would take for ever
     assert "4 of 5 pictures skipped\n" in done.err
 
     refused = call("reconstruct", missing, tmp_path / "in" / "junk.jpg", "--dvae", dvae.path, "--out", tmp_path / "no")
     assert f"none of the 2 pictures can be read ({missing}: the image cannot be read: " in refused.mistake()
-    assert not (tmp_path / "no").exists() and refused.out == ""
+    assert not (tmp_path / "no").exists()
+    assert refused.out == ""
 
 
 def test_mistakes_are_one_line(dvae: Checkpoint, call: Call, tmp_path: Path) -> None:
@@ -178,7 +182,9 @@ def test_a_terminal_gets_a_table_with_the_means(
     rows = shown.decode().splitlines()
     for line in lines:
         (row,) = [row for row in rows if line["key"] in row]
-        assert f"{line['psnr']:.5g}" in row and f"{line['ssim']:.5g}" in row and f"{line['mse']:.5g}" in row
+        assert f"{line['psnr']:.5g}" in row
+        assert f"{line['ssim']:.5g}" in row
+        assert f"{line['mse']:.5g}" in row
     (mean,) = [row for row in rows if "mean of 2" in row]
     assert f"{np.mean([line['psnr'] for line in lines]):.5g}" in mean
     assert "{" not in shown.decode()

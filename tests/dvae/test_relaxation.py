@@ -131,7 +131,8 @@ def test_marginal_kl_is_the_entropy_gap_of_the_mean_posterior() -> None:
     assert float(kl_to_uniform(even).mean()) == pytest.approx(math.log(4))
     dead = torch.tensor([0.0, 0.0, -1e4]).view(1, 3, 1, 1).requires_grad_()
     marginal_kl(dead).backward()  # type: ignore[no-untyped-call]
-    assert dead.grad is not None and bool(dead.grad.isfinite().all())
+    assert dead.grad is not None
+    assert bool(dead.grad.isfinite().all())
 
 
 @pytest.mark.parametrize(("weight", "codes_in_use"), [(0.0, 4), (-1.0, 2)])

@@ -395,7 +395,8 @@ def test_exhibits_are_originals_beside_what_their_codes_decode_to() -> None:
     with torch.no_grad():
         (grid,) = task.exhibits().values()
         rebuilt = reconstruct(task.model(phi(pictures(3), EPS))[0], EPS)
-    assert grid.dtype == torch.uint8 and grid.shape == (3, 2 * 18 + 2, 4 * 18 + 2)
+    assert grid.dtype == torch.uint8
+    assert grid.shape == (3, 2 * 18 + 2, 4 * 18 + 2)
     for place, (original, copy) in enumerate(zip(pictures(3), rebuilt, strict=True)):
         top, left = 2 + place // 2 * 18, 2 + place % 2 * 36
         assert torch.equal(grid[:, top : top + 16, left : left + 16], original)

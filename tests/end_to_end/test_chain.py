@@ -52,7 +52,9 @@ def test_the_chain_by_hand(by_hand: Chain) -> None:
         done = by_hand.stages[name]
         assert done.out == f"{place}\n", name  # stdout: where the result is, and nothing else
         assert place.exists()
-        assert done.err and "\x1b" not in done.err and "Warning" not in done.err
+        assert done.err
+        assert "\x1b" not in done.err
+        assert "Warning" not in done.err
     assert not (by_hand.root / "unused").exists()  # every place was named; none was taken from the recipe
 
     source, reader = open_source(str(by_hand.train)), TokenReader(by_hand.tokens)
@@ -81,12 +83,14 @@ def test_sample_piped_into_rerank_prints_the_best(by_hand: Chain) -> None:
     (best,) = [json.loads(line) for line in done.stdout.splitlines()]
     assert (best["prompt"], best["rank"], best["seed"]) == (CAPTION, 1, 0)
     with Image.open(best["png"]) as picture:
-        assert picture.format == "PNG" and picture.size == (32, 32)
+        assert picture.format == "PNG"
+        assert picture.size == (32, 32)
     drawn = [json.loads(line) for line in (by_hand.root / "all.jsonl").read_text().splitlines()]
     assert [line["index"] for line in drawn] == [0, 1, 2, 3]
     assert {key: best[key] for key in drawn[0]} == drawn[best["index"]]
     store = zarr.open_group(best["store"], mode="r")
-    assert store["tokens"].shape == (4, 4, 4) and int(np.asarray(store["tokens"]).max()) < 16
+    assert store["tokens"].shape == (4, 4, 4)
+    assert int(np.asarray(store["tokens"]).max()) < 16
     scores = np.asarray(store["log_likelihood"])
     assert [line["log_likelihood"] for line in drawn] == pytest.approx(scores, abs=1e-4)
 
@@ -118,7 +122,8 @@ def test_a_sample_is_a_function_of_its_prompt_seed_and_index(by_hand: Chain, cal
         return {(line["prompt"], line["index"]): Path(line["png"]).read_bytes() for line in done.lines}
 
     whole = draw("whole", CAPTION, "a red cross", "--n", 5)
-    assert len(whole) == 10 and len(set(whole.values())) > 5
+    assert len(whole) == 10
+    assert len(set(whole.values())) > 5
     for name, arguments in {
         "alone": (CAPTION, "--n", 1),
         "fewer": (CAPTION, "--n", 3, "--batch-size", 2),
@@ -134,12 +139,14 @@ def test_the_same_request_again_is_the_same_samples(by_hand: Chain, call: Call) 
     assert folder.parent == by_hand.prior.parent / "samples"  # beside the prior's run
     times = {file: file.stat().st_mtime_ns for file in folder.glob("*.png")}
     again = call("sample", by_hand.prior, CAPTION, "--batch-size", 2)
-    assert len(times) == 4 and again.out == first.out
+    assert len(times) == 4
+    assert again.out == first.out
     assert times == {file: file.stat().st_mtime_ns for file in folder.glob("*.png")}
     other = call("sample", by_hand.prior, CAPTION, "--temperature", 0.5)
     assert Path(other.lines[0]["png"]).parent != folder
     refused = call("sample", by_hand.prior, CAPTION, "--temperature", 0.5, "--out", folder).mistake()
-    assert str(folder) in refused and "--out" in refused
+    assert str(folder) in refused
+    assert "--out" in refused
 
 
 def test_prompts_of_a_file_of_a_source_and_left_out(by_hand: Chain, call: Call, tmp_path: Path) -> None:
@@ -192,7 +199,9 @@ def test_debug_shows_the_traceback(by_hand: Chain) -> None:
     assert "nowhere.yaml" in plain.mistake()
     for arguments in (("--debug", "show", "nowhere.yaml"), ("show", "nowhere.yaml", "--debug")):
         done = run(*arguments)
-        assert done.code == 1 and "Traceback" in done.err and "UserError" in done.err
+        assert done.code == 1
+        assert "Traceback" in done.err
+        assert "UserError" in done.err
 
 
 def test_ctrl_c_says_how_to_go_on(by_hand: Chain, tmp_path: Path) -> None:
@@ -211,7 +220,8 @@ def test_ctrl_c_says_how_to_go_on(by_hand: Chain, tmp_path: Path) -> None:
         time.sleep(0.02)
     process.send_signal(2)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in err
+    assert process.returncode == 130
+    assert "Traceback" not in err
     assert err.splitlines()[-1] == "dalle: stopped; run the same command again to go on"
 
 
@@ -234,7 +244,8 @@ print("\\f".join(texts))
     assert len(texts) == len(COMMANDS)
     for name, text in zip(COMMANDS, texts, strict=True):
         assert f"dalle {name}" in text.partition("Example:")[2], name
-        assert "Usage: " in text and "--help" in text
+        assert "Usage: " in text
+        assert "--help" in text
 
 
 def test_help_lists_the_commands_in_the_order_of_the_pipeline_within_a_moment() -> None:
@@ -270,7 +281,8 @@ def test_shells_complete_commands_and_options() -> None:
         capture_output=True,
         text=True,
     )
-    assert script.returncode == 0 and "_dalle_completion" in script.stdout
+    assert script.returncode == 0
+    assert "_dalle_completion" in script.stdout
 
     def complete(words: str) -> list[str]:
         line = f"""source /dev/stdin; COMP_WORDS=({words}); COMP_CWORD={len(words.split()) - 1}

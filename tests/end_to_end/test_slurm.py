@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.killed_runs import TIMED, files
 from helpers.running import smallest_recipe, write_recipe
 from helpers.slurm_cluster import ROOT, Cluster, missing
 from helpers.tiny_chain import HELD_OUT, SEEN, build_chain
 from helpers.token_stores import write_tokens
-from test_resume import TIMED, files
 from typer.main import get_command
 
 from dalle_cli.app import app
@@ -65,10 +65,12 @@ def test_every_stage_has_a_file_that_names_what_there_is() -> None:
     assert set(jobs) == STAGES
     for stage, file in jobs.items():
         command, *words = command_of(file)
-        assert command == stage and '"$@"' in RUNS.findall(file.read_text())[0]
+        assert command == stage
+        assert '"$@"' in RUNS.findall(file.read_text())[0]
         assert {word for word in words if word.startswith("--")} <= options_of(command), stage
         assert re.search(r"^#SBATCH --requeue$", file.read_text(), re.MULTILINE), stage
-        assert file.stat().st_mode & 0o111 and f"`{file.name}`" in (FOLDER / "README.md").read_text()
+        assert file.stat().st_mode & 0o111
+        assert f"`{file.name}`" in (FOLDER / "README.md").read_text()
 
 
 def test_examples_name_what_there_is() -> None:
@@ -139,8 +141,10 @@ def test_a_job_that_is_signalled_and_preempted_ends_as_one_left_in_peace(slurm: 
     assert [each["JobState"] for each in facts] == ["COMPLETED", "COMPLETED"], said
     assert facts[1]["Restarts"] == "2"
     stood = [int(step) for step in re.findall(r"struck/step-(\d+) of \d+ updates and leaves with exit code 75", said)]
-    assert len(stood) == 2 and 60 <= stood[0] == first < stood[1] < updates
-    assert said.count("goes on from step-") == 2 and said.count("queued again to go on") == 2
+    assert len(stood) == 2
+    assert 60 <= stood[0] == first < stood[1] < updates
+    assert said.count("goes on from step-") == 2
+    assert said.count("queued again to go on") == 2
 
     last = f"step-{updates:08d}"
     assert files(struck / last) == files(calm / last)

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from conftest import Call
 from helpers.running import Chain
+from helpers.scorers import ColourScorer
 from PIL import Image
-from test_fid import ColourScorer
 
 from dalle_cli.errors import UserError
-from dalle_cli.fid import feature_cache
+from dalle_cli.fid import features as feature_cache
 from dalle_cli.fid.comparison import Settings, compare_systems
 from dalle_cli.fid.features import Features, cached_features, clip_features
 from dalle_cli.fid.metrics import frechet_distance
@@ -125,7 +125,9 @@ def test_pool_curve_and_blur_are_the_figures_of_those_pictures(features: Feature
     best = [4 * caption for caption in range(6)]  # samples lie best first
     assert ours.pictures.paths[0].name == "0-3.png"  # type: ignore[attr-defined]
     assert figures["fid"] == pytest.approx(frechet_distance(measured(best), reference), rel=1e-6)
-    assert figures["n_generated"] == 6 and figures["fid_error"] > 0 and figures["clip_is"] > 1
+    assert figures["n_generated"] == 6
+    assert figures["fid_error"] > 0
+    assert figures["clip_is"] > 1
     assert [(p["size"], p["repeats"]) for p in figures["pool"]] == [(1, 3), (2, 3), (4, 1)]
     for place, point in enumerate(figures["pool"]):
         fids = []
@@ -155,7 +157,8 @@ def test_accuracy_of_the_shapes_world_against_the_pool(features: Features, tmp_p
     real = open_pictures(str(tmp_path), 16)
     found = compare_systems([ours], real, features, Settings((0,), [1, 3], 2), tmp_path / "cache")["systems"][0]
     shares = found["accuracy"]["seen pairs"]["by_pool_size"]
-    assert shares["3"]["value"] == 1 and shares["1"]["value"] == pytest.approx(1 / 3, abs=0.01)
+    assert shares["3"]["value"] == 1
+    assert shares["1"]["value"] == pytest.approx(1 / 3, abs=0.01)
 
 
 # Systems
@@ -168,9 +171,12 @@ def test_captions_join_folders_by_id_and_lines_by_id_or_prompt(tmp_path: Path) -
     assert gan.captions == ["a cat", "a dog"]
     assert [path.name for path in gan.pictures.paths] == ["001.png", "002.png"]  # type: ignore[attr-defined]
     by_prompt = system("p", write_lines(tmp_path / "p", ["a dog", "other", "a cat"], 2), captions)
-    assert by_prompt.captions == ["a cat"] * 2 + ["a dog"] * 2 and len(by_prompt.pools) == 2
+    assert by_prompt.captions == ["a cat"] * 2 + ["a dog"] * 2
+    assert len(by_prompt.pools) == 2
     twice = system("t", tmp_path / "p" / "lines.jsonl", {**captions, "7": "a cat"}, limit=2)
-    assert len(twice.pools) == 2 and len(twice.pictures) == 4 and twice.groups.tolist() == [0, 0, 1, 1]  # type: ignore[union-attr]
+    assert len(twice.pools) == 2
+    assert len(twice.pictures) == 4
+    assert twice.groups.tolist() == [0, 0, 1, 1]
     manifest = write_lines(tmp_path / "i", ["A Cat!", "A Dog!"], 1, scores=False)
     lines = [json.loads(line) | {"id": f"0{i}"} for i, line in enumerate(manifest.read_text().splitlines(), start=1)]
     manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -184,7 +190,8 @@ def test_captions_join_folders_by_id_and_lines_by_id_or_prompt(tmp_path: Path) -
 def test_a_limit_keeps_whole_captions_by_the_seed(tmp_path: Path) -> None:
     manifest = write_lines(tmp_path / "ours", [f"c{i}" for i in range(7)], 3)
     some = system("ours", manifest, limit=4)
-    assert len(some.pictures) == 12 and len(some.pools) == 4
+    assert len(some.pictures) == 12
+    assert len(some.pools) == 4
     assert [pool.prompt for pool in some.pools] == list(dict.fromkeys(some.captions or []))
     assert some.captions == system("ours", manifest, limit=4).captions
     real = system("real", write_folder(tmp_path / "real", 9), limit=5)
@@ -280,10 +287,12 @@ def test_features_are_kept_by_content(features: Features, tmp_path: Path, monkey
     with monkeypatch.context() as patched:
         patched.setattr(Features, "extract", None)
         again = cached_features(moved, found, features, cache)
-    assert again.logits is not None and first.logits is not None
+    assert again.logits is not None
+    assert first.logits is not None
     np.testing.assert_array_equal(again.logits.numpy(), first.logits.numpy())
     blurred = cached_features(moved, found, features, cache, blur=2)
-    assert len(list(cache.iterdir())) == 6 and (blurred.vectors != first.vectors).any()
+    assert len(list(cache.iterdir())) == 6
+    assert (blurred.vectors != first.vectors).any()
     other = clip_features(ColourScorer(), CLASSES[:2])
     assert cached_features(moved, found, other, cache).logits.shape[1] == 2  # type: ignore[union-attr]
     # A damaged file is measured again, and so is the chunk with a picture that has changed.
@@ -306,7 +315,8 @@ def test_the_page_has_figures_curves_and_pictures_side_by_side(features: Feature
     found = compare_systems([ours, gan], real, features, Settings([0, 1], [1, 2], 2, 3), tmp_path / "cache")
     figures = {"reference": "real", "size": 8, "seed": 0, "bootstrap": 3} | found
     grid = choose_grid([ours, gan], true_pictures_of(None, real), 2, seed=0)
-    assert len(grid) == 2 and {row.caption for row in grid} < set(prompts)
+    assert len(grid) == 2
+    assert {row.caption for row in grid} < set(prompts)
     row = grid[0]
     best, generated, true = row.pictures
     place = prompts.index(row.caption)
@@ -315,8 +325,12 @@ def test_the_page_has_figures_curves_and_pictures_side_by_side(features: Feature
     np.testing.assert_array_equal(true, np.asarray(noise(60 + int(row.caption))))
     page = write_evaluation(figures, grid, tmp_path / "out")
     text = page.read_text()
-    assert text.count("<img ") == 4 + 6 and "http" not in text and "ours &lt;x&gt;" in text and "<x>" not in text
-    assert "never with published ones" in text and "Side by side" in text
+    assert text.count("<img ") == 4 + 6
+    assert "http" not in text
+    assert "ours &lt;x&gt;" in text
+    assert "<x>" not in text
+    assert "never with published ones" in text
+    assert "Side by side" in text
     names = {path.name for path in (tmp_path / "out").iterdir()}
     plots = {
         f"{name}.{kind}" for name in ("blur_fid", "blur_score", "pool_fid", "pool_score") for kind in ("png", "svg")
@@ -354,16 +368,19 @@ def write_coco(root: Path, split: str = "val2014", images: int = 4) -> None:
 def test_coco_draws_captions_by_the_seed_against_the_whole_set(tmp_path: Path) -> None:
     write_coco(tmp_path / "coco")
     preset = open_preset("coco", str(tmp_path / "coco"), 3, seed=1)
-    assert len(preset.captions) == 3 and preset.warnings == []
+    assert len(preset.captions) == 3
+    assert preset.warnings == []
     for identity, caption in preset.captions.items():
         i, j = divmod(int(identity) - 100, 2)
-        assert caption == f"caption {i} {j}" and preset.pictures[identity].name == f"{i:03d}.png"
+        assert caption == f"caption {i} {j}"
+        assert preset.pictures[identity].name == f"{i:03d}.png"
     assert [path.name for path in preset.reference] == [f"{i:03d}.png" for i in range(4)]
     assert open_preset("coco", str(tmp_path / "coco"), 3, seed=1) == preset
     assert open_preset("coco", str(tmp_path / "coco"), 3, seed=2).captions != preset.captions
     file = tmp_path / "coco" / "annotations" / "captions_val2014.json"
     everything = open_preset("coco", str(file), 30_000, seed=1)
-    assert len(everything.captions) == 8 and "8 captions, all of which" in everything.warnings[0]
+    assert len(everything.captions) == 8
+    assert "8 captions, all of which" in everything.warnings[0]
     (tmp_path / "coco" / "val2014").rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"unpack val2014\.zip"):
         open_preset("coco", str(tmp_path / "coco"), 3, seed=1)
@@ -390,7 +407,8 @@ def test_cub_draws_of_the_test_part_and_names_what_is_missing(tmp_path: Path) ->
         open_preset("cub", str(tmp_path), 4, seed=0)
     (root / "train_test_split.txt").write_text("1 1\n2 0\n3 0\n4 1\n")
     preset = open_preset("cub", str(tmp_path), 4, seed=0)
-    assert preset.captions["2-1"] == f"a bird {images[1]}" and set(preset.captions) == {"2-1", "2-2", "3-1", "3-2"}
+    assert preset.captions["2-1"] == f"a bird {images[1]}"
+    assert set(preset.captions) == {"2-1", "2-2", "3-1", "3-2"}
     assert preset.reference == [root / "images" / images[1], root / "images" / images[2]]
     (root / "testclasses.txt").write_text("002.Bird\n")
     assert open_preset("cub", str(tmp_path), 4, seed=0).reference == [root / "images" / i for i in images[2:]]
@@ -411,7 +429,9 @@ def test_the_command_as_it_always_was_and_with_everything(by_hand: Chain, call: 
     assert plain.code == 0, plain.err
     figures = json.loads(plain.out)
     assert figures == json.loads((tmp_path / "fid.json").read_text())
-    assert figures["generated"] == str(manifest) and figures["n_generated"] == 10 and figures["n_reference"] == 6
+    assert figures["generated"] == str(manifest)
+    assert figures["n_generated"] == 10
+    assert figures["n_reference"] == 6
     assert {"fid", "kid_mean", "precision", "recall", "fid_error", "warnings"} <= figures.keys()
     gan = tmp_path / "gan"
     gan.mkdir()

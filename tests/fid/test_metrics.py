@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import scipy.linalg
 import torch
 import torch_fidelity
+from helpers.scorers import ColourScorer
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -63,26 +63,6 @@ def evaluate(
     return compare(one, other, features)
 
 
-class ColourScorer:
-    """A stand-in for a CLIP: pictures by their mean colours, captions by the colours that they name."""
-
-    name = identity = "colours"
-    logit_scale = 10.0
-
-    def text_features(self, captions: Sequence[str]) -> Tensor:
-        return torch.eye(3)[[("red", "green", "blue").index(caption) for caption in captions]]
-
-    def prepare(self, picture: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.array(picture))
-
-    def prepared_features(self, prepared: Sequence[Tensor]) -> Tensor:
-        return self.image_features([picture.numpy() for picture in prepared])
-
-    def image_features(self, images: Sequence[np.ndarray] | np.ndarray) -> Tensor:
-        means = torch.tensor(np.stack([image.mean(axis=(0, 1)) for image in images]), dtype=torch.float32)
-        return torch.nn.functional.normalize(means, dim=1)
-
-
 @pytest.mark.parametrize(("n", "m", "d"), [(400, 300, 16), (50, 60, 8), (10, 12, 24)])
 def test_fid_is_the_frechet_distance_by_a_matrix_square_root(n: int, m: int, d: int) -> None:
     a, b = normal(n, d, 1), normal(m, d, 2, scale=1.5, shift=0.3)
@@ -130,7 +110,8 @@ def test_kid_is_the_unbiased_cubic_mmd() -> None:
 def test_kid_subsets_follow_the_counts_and_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = normal(30, 5, 1), normal(80, 5, 2)
     figures = kernel_distance(a, b, seed=1)
-    assert (figures["kid_subset_size"], figures["kid_subsets"]) == (30, 100) and figures["kid_std"] > 0
+    assert (figures["kid_subset_size"], figures["kid_subsets"]) == (30, 100)
+    assert figures["kid_std"] > 0
     assert kernel_distance(a, b, seed=1) == figures != kernel_distance(a, b, seed=2)
     monkeypatch.setattr(fid, "KID_SUBSETS", 2)
     assert kernel_distance(normal(1200, 3, 1), normal(1100, 3, 2))["kid_subset_size"] == 1000
@@ -139,7 +120,8 @@ def test_kid_subsets_follow_the_counts_and_the_seed(monkeypatch: pytest.MonkeyPa
 def test_inception_score_of_closed_forms() -> None:
     certain = torch.eye(7).repeat(20, 1) * 1000
     mean, std, splits = inception_score(certain)
-    assert mean == pytest.approx(7) and (std, splits) == (None, 1)
+    assert mean == pytest.approx(7)
+    assert (std, splits) == (None, 1)
     assert inception_score(torch.zeros(50, 7))[0] == pytest.approx(1)
     assert inception_score(certain[:1].repeat(50, 1))[0] == pytest.approx(1)
     # Half the pictures certain of class 0, half undecided: by hand.
@@ -147,7 +129,9 @@ def test_inception_score_of_closed_forms() -> None:
     by_hand = np.exp(0.5 * np.log(1 / 0.75) + 0.5 * (0.5 * np.log(0.5 / 0.75) + 0.5 * np.log(0.5 / 0.25)))
     assert inception_score(mixed)[0] == pytest.approx(by_hand)
     mean, std, splits = inception_score(torch.randn(3000, 5, generator=torch.Generator().manual_seed(0)))
-    assert splits == 3 and std is not None and mean > 1
+    assert splits == 3
+    assert std is not None
+    assert mean > 1
 
 
 def test_inception_score_is_the_exponential_of_the_mean_divergence() -> None:
@@ -180,7 +164,8 @@ def test_bootstrap_sets_are_whole_captions_and_their_spread_is_the_means() -> No
         drawn = groups[rows]
         # As many captions as there are, each with all of its pictures as often as it was drawn.
         times = {g: (drawn == g).sum() / (groups == g).sum() for g in set(drawn.tolist())}
-        assert all(value == int(value) for value in times.values()) and sum(times.values()) == 5
+        assert all(value == int(value) for value in times.values())
+        assert sum(times.values()) == 5
     # With equal spreads, FID is nearly the squared difference of means, 5 in one dimension: its deviation is known.
     reference = torch.randn(4000, 2, generator=torch.Generator().manual_seed(0))
     generated = torch.randn(400, 2, generator=torch.Generator().manual_seed(1)) + torch.tensor([5.0, 0.0])
@@ -216,7 +201,8 @@ def test_clip_features_go_through_torch_fidelity_unchanged() -> None:
     assert result["fid"] == pytest.approx(peer["frechet_inception_distance"], rel=1e-3)
     assert result["kid_mean"] == pytest.approx(peer["kernel_inception_distance_mean"], rel=1e-3)
     assert result["clip_is"] == pytest.approx(peer["inception_score_mean"], rel=1e-9)
-    assert result["features"] == "clip-image colours" and "inception_score" not in result
+    assert result["features"] == "clip-image colours"
+    assert "inception_score" not in result
     assert (result["n_generated"], result["n_reference"], result["feature_dimensions"]) == (12, 20, 3)
 
 
@@ -229,7 +215,8 @@ def test_clip_features_have_unit_mean_square_and_classes_are_similarities() -> N
     assert extracted.logits is not None
     np.testing.assert_allclose(extracted.logits.numpy(), 10 * unit[:, 1:], rtol=1e-5)
     some = extracted.rows([4, 1])
-    assert len(some) == 2 and torch.equal(some.vectors, extracted.vectors[[4, 1]])
+    assert len(some) == 2
+    assert torch.equal(some.vectors, extracted.vectors[[4, 1]])
     assert clip_features(ColourScorer()).extract(ArrayPictures(images)).logits is None
     with pytest.raises(ValueError, match="two or more"):
         clip_features(ColourScorer(), ["red"])
@@ -243,7 +230,8 @@ def test_too_few_pictures_are_refused_or_warned_of() -> None:
         evaluate(ArrayPictures(pictures(2)), ArrayPictures(pictures(0)), features)
     few = evaluate(ArrayPictures(pictures(3)), ArrayPictures(pictures(9)), features)
     assert any("3 generated pictures for 3 feature dimensions: the cov" in warning for warning in few["warnings"])
-    assert any("precision and recall need more than 3" in w for w in few["warnings"]) and few["precision"] is None
+    assert any("precision and recall need more than 3" in w for w in few["warnings"])
+    assert few["precision"] is None
     assert evaluate(ArrayPictures(pictures(9, 1)), ArrayPictures(pictures(9)), features)["warnings"] == []
     assert "clip_is" not in few
 
@@ -301,9 +289,8 @@ def test_inception_measures_with_the_file_that_is_given(weights: Path) -> None:
     assert result["kid_mean"] == pytest.approx(peer["kernel_inception_distance_mean"], rel=1e-2, abs=1e-6)
     assert result["inception_score"] == pytest.approx(peer["inception_score_mean"], rel=1e-6)
     assert result["feature_dimensions"] == 2048
-    assert any("not the published" in w for w in result["warnings"]) and any(
-        "singular" in w for w in result["warnings"]
-    )
+    assert any("not the published" in w for w in result["warnings"])
+    assert any("singular" in w for w in result["warnings"])
 
 
 def test_inception_files_that_will_not_do_are_named(tmp_path: Path) -> None:
@@ -347,7 +334,8 @@ def test_a_folder_of_pictures_is_read_in_order_of_its_paths(tmp_path: Path) -> N
     (tmp_path / "a.txt").write_text("a caption")
     dataset = open_pictures(str(tmp_path), 16)
     assert [int(dataset[i].float().mean()) for i in range(len(dataset))] == [10, 20, 30]
-    assert dataset[0].shape == (3, 16, 16) and dataset[0].dtype == torch.uint8
+    assert dataset[0].shape == (3, 16, 16)
+    assert dataset[0].dtype == torch.uint8
 
 
 def test_a_manifest_and_the_lines_of_samples_are_told_apart(tmp_path: Path) -> None:

@@ -50,7 +50,8 @@ def strike(which: int, how: int) -> dict[int, tuple[str, int | None, float]]:
     said = {}
     try:
         for ours, _ in pipes:
-            assert ours.poll(60) and ours.recv() == "at work"
+            assert ours.poll(60)
+            assert ours.recv() == "at work"
         os.kill(processes[which].pid or 0, how)
         began = time.monotonic()
         for rank in set(range(COUNT)) - {which}:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import select
+import sqlite3
 import subprocess
 import time
 import urllib.error
@@ -108,3 +109,15 @@ def wait_until(true: Any, seconds: float = 30) -> None:
     while not true():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)
+
+
+Stored = dict[tuple[str, str, str], str]
+
+
+def stored(folder: Path) -> Stored:
+    """Every vote in the database, read by SQLite alone."""
+    with sqlite3.connect(folder / "votes.sqlite") as db:
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        rows = db.execute("SELECT annotator, item, question, answer FROM votes").fetchall()
+    db.close()
+    return {(annotator, item, question): answer for annotator, item, question, answer in rows}

@@ -30,7 +30,7 @@ class Done:
         return [json.loads(line) for line in self.out.splitlines()]
 
     def mistake(self) -> str:
-        """stderr's one line of a user's mistake: exit code 2, no traceback."""
+        """Stderr's one line of a user's mistake: exit code 2, no traceback."""
         assert self.code == 2, self.err
         assert "Traceback" not in self.err
         lines = [line for line in self.err.splitlines() if line.startswith("dalle: ")]

@@ -15,8 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from test_parallel import free_ports
-
+from helpers.processes import free_ports
 from helpers.running import ENVIRONMENT
 
 ROOT = Path(__file__).parents[2]
@@ -115,7 +114,7 @@ class Cluster:
                 daemon.wait()
 
     def ask(self, *command: str) -> str:
-        """stdout of a client of Slurm's, empty where it fails."""
+        """Stdout of a client of Slurm's, empty where it fails."""
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=300)
         return done.stdout.strip()
 

@@ -182,7 +182,8 @@ def resumed(here: Here) -> dict[str, Any]:
 
 def not_finite(here: Here) -> dict[str, Any]:
     """The second machine's "wide" holds a NaN in the third step; and what the next step makes of it, beside a reducer
-    that starts there with the factors and without errors."""
+    that starts there with the factors and without errors.
+    """
     reducer = here.reducer(SETTINGS["warm"])
     for step in range(2):
         here.step(reducer, step)
@@ -206,7 +207,8 @@ def not_finite(here: Here) -> dict[str, Any]:
 
 def halves(here: Here) -> dict[str, Any]:
     """bfloat16 gradients, one of them in float32 too, and what the same numbers come to in float32; and a NaN of the
-    second machine."""
+    second machine.
+    """
     rounded = {name: value.bfloat16() for name, value in gradients(here.rank, 0).items()}
     exact = {name: value.float() for name, value in rounded.items()}
     mixed = copied(rounded) | {"tall": exact["tall"].clone()}

@@ -13,8 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from helpers.human_study_folder import serving, small_study, wait_until
-from test_human_study_server import stored
+from helpers.human_study_folder import serving, small_study, stored, wait_until
 
 from dalle_cli.human_study.study import QUESTIONS, SIDES
 

@@ -38,8 +38,10 @@ FLEISS_EXAMPLE = [
 
 def test_kappa_of_the_textbooks_example() -> None:
     found = fleiss_kappa(np.array(FLEISS_EXAMPLE))
-    assert found is not None and found.kappa is not None
-    assert round(found.kappa, 3) == 0.210 and round(found.observed, 3) == 0.378
+    assert found is not None
+    assert found.kappa is not None
+    assert round(found.kappa, 3) == 0.210
+    assert round(found.observed, 3) == 0.378
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=0, max_size=6), min_size=1, max_size=8))
@@ -53,7 +55,8 @@ def test_kappa_is_what_counting_pairs_of_votes_gives(items: list[list[int]]) -> 
     shares = [np.mean([one == other for one, other in permutations(votes, 2)]) for votes in judged]
     pooled = [vote for votes in judged for vote in votes]
     by_chance = np.mean([one == other for one in pooled for other in pooled])
-    assert found is not None and found.observed == pytest.approx(np.mean(shares))
+    assert found is not None
+    assert found.observed == pytest.approx(np.mean(shares))
     if len(set(pooled)) == 1:
         assert found.kappa is None
     else:
@@ -68,12 +71,14 @@ def test_wilson_is_its_closed_form(case: tuple[int, int]) -> None:
     centre = (share + z * z / (2 * of)) / (1 + z * z / of)
     half = z / (1 + z * z / of) * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of))
     found = wilson(wins, of)
-    assert found is not None and found.value == share
+    assert found is not None
+    assert found.value == share
     assert (found.low, found.high) == pytest.approx((centre - half, centre + half), abs=1e-9)
 
 
 def test_shares_of_nothing_and_the_sign_test() -> None:
-    assert wilson(0, 0) is None and sign_test(0, 0) is None
+    assert wilson(0, 0) is None
+    assert sign_test(0, 0) is None
     # Two-sided, of a fair coin: 9 or 10 heads or tails of 10.
     assert sign_test(9, 10) == pytest.approx(2 * (10 + 1) / 2**10)
 
@@ -95,7 +100,8 @@ def test_a_study_shows_each_pair_and_tells_nothing_of_its_systems(tmp_path: Path
     out = tmp_path / "study"
     study = make_study(StudyRequest(systems, tmp_path / "captions.txt", image_size=SIZE), out)
     key = load_key(out, study)
-    assert load_study(out) == study and list(key.systems) == ["mine", "theirs"]
+    assert load_study(out) == study
+    assert list(key.systems) == ["mine", "theirs"]
 
     shown = {}
     for item in study.pairs:
@@ -103,7 +109,8 @@ def test_a_study_shows_each_pair_and_tells_nothing_of_its_systems(tmp_path: Path
         assert item.caption == f"caption {caption_id}"
         for side, system in (("left", key.items[item.id].left), ("right", key.items[item.id].right)):
             with Image.open(out / "pictures" / getattr(item, side)) as picture:
-                assert picture.info == {} and len(picture.getexif()) == 0
+                assert picture.info == {}
+                assert len(picture.getexif()) == 0
                 expected = {"mine": mine, "theirs": theirs}[system][caption_id]
                 assert np.array_equal(np.asarray(picture), expected)
             shown[caption_id, system] = getattr(item, side)
@@ -125,7 +132,8 @@ def test_checks_put_one_of_the_pictures_beside_noise(tmp_path: Path) -> None:
         for picture in (tmp_path / system).iterdir():
             with Image.open(picture) as image:
                 sources[np.asarray(image).tobytes()] = f"caption number {picture.stem}", system
-    assert len(study.checks) == 6 and Counter(item.check for item in study.checks) == {"left": 3, "right": 3}
+    assert len(study.checks) == 6
+    assert Counter(item.check for item in study.checks) == {"left": 3, "right": 3}
     systems: Counter[str] = Counter()
     for item in study.checks:
         assert item.id not in key.items
@@ -135,7 +143,8 @@ def test_checks_put_one_of_the_pictures_beside_noise(tmp_path: Path) -> None:
         assert caption == item.caption
         systems[system] += 1
         with Image.open(out / "pictures" / noise) as image:
-            assert np.asarray(image).tobytes() not in sources and np.asarray(image).std() > 60
+            assert np.asarray(image).tobytes() not in sources
+            assert np.asarray(image).std() > 60
     assert systems == {"mine": 3, "theirs": 3}
 
 
@@ -153,10 +162,12 @@ def test_the_same_request_makes_the_same_bytes_and_another_seed_other_sides(tmp_
         assert (tmp_path / "again" / file.relative_to(out)).read_bytes() == file.read_bytes()
     sides = {entry.caption_id: entry.left for entry in load_key(out, study).items.values()}
     other, other_sides = again("other", seed=1)
-    assert other_sides.keys() == sides.keys() and other_sides != sides
+    assert other_sides.keys() == sides.keys()
+    assert other_sides != sides
     assert {item.id for item in other.items}.isdisjoint(item.id for item in study.items)
     fewer, fewer_sides = again("fewer", pairs=5)
-    assert len(fewer.pairs) == 5 == len(fewer_sides) and fewer_sides.keys() < sides.keys()
+    assert len(fewer.pairs) == 5 == len(fewer_sides)
+    assert fewer_sides.keys() < sides.keys()
 
 
 def test_pictures_of_any_size_and_format_are_shown_in_one(tmp_path: Path) -> None:
@@ -204,10 +215,12 @@ def test_lines_of_sample_and_rerank_belong_by_their_prompts(tmp_path: Path, call
         0,
     )
     assert (done.code, done.out) == (0, f"{out}\n"), done.err
-    assert "1 captions come again" in done.err and "1 of 3 captions have no picture" in done.err
+    assert "1 captions come again" in done.err
+    assert "1 of 3 captions have no picture" in done.err
     study = load_study(out)
     key = load_key(out, study)
-    assert key.captions_left_out == 1 and not study.checks
+    assert key.captions_left_out == 1
+    assert not study.checks
     found = {}
     for item in study.items:
         for side in ("left", "right"):
@@ -224,7 +237,8 @@ def test_lines_of_sample_and_rerank_belong_by_their_prompts(tmp_path: Path, call
     refused = call(
         "human-study", "make", tmp_path / "x", "--system", f"one={sampled}", "--system", f"best={doubled}", *arguments
     ).mistake()
-    assert "doubled.jsonl" in refused and "'picture a'" in refused
+    assert "doubled.jsonl" in refused
+    assert "'picture a'" in refused
 
 
 def test_systems_of_other_captions_are_refused_by_example(tmp_path: Path, call: Call) -> None:
@@ -242,9 +256,13 @@ def test_systems_of_other_captions_are_refused_by_example(tmp_path: Path, call: 
     mine, theirs = f"mine={tmp_path / 'mine'}", f"theirs={tmp_path / 'theirs'}"
     for systems in ((mine, theirs), (theirs, mine)):
         refused = make(*systems)
-        assert "system theirs" in refused and "caption 2 ('a blue dog')" in refused and "1 such captions" in refused
+        assert "system theirs" in refused
+        assert "caption 2 ('a blue dog')" in refused
+        assert "1 such captions" in refused
     refused = make(mine, f"strangers={tmp_path / 'strangers'}")
-    assert "none of the 2 pictures" in refused and "'x7'" in refused and "('1', 'a red cat')" in refused
+    assert "none of the 2 pictures" in refused
+    assert "'x7'" in refused
+    assert "('1', 'a red cat')" in refused
     assert "two systems, not 1" in make(mine)
     assert "two systems, not 3" in make(mine, theirs, f"again={tmp_path / 'mine'}")
     assert "is given twice" in make(mine, mine)
@@ -264,7 +282,8 @@ def test_systems_of_other_captions_are_refused_by_example(tmp_path: Path, call: 
     assert (tmp_path / "full" / "votes.sqlite").read_bytes() == b"kept"
     refused = call("human-study", "make", tmp_path / "study", "--system", mine, "--system", f"same={tmp_path / 'mine'}",
                    "--captions", tmp_path / "captions.txt", "--pairs", 4).mistake()  # fmt: skip
-    assert "--pairs 4" in refused and "only 3" in refused
+    assert "--pairs 4" in refused
+    assert "only 3" in refused
 
 
 def test_captions_of_json_lines_and_of_coco(tmp_path: Path) -> None:
@@ -310,7 +329,8 @@ def test_a_question_is_asked_until_it_has_its_votes_and_once_of_each(tmp_path: P
                 votes.record(annotator, task.item, "realistic", task.item.check or "left")
                 assert votes.work(annotator).tasks[0].questions == ("caption",)  # the pair begun is finished first
                 votes.record(annotator, task.item, "caption", task.item.check or "right")
-            assert votes.work(annotator).tasks == () and votes.work(annotator).done == 6
+            assert votes.work(annotator).tasks == ()
+            assert votes.work(annotator).done == 6
         assert {task.item.id for task in votes.work("c").tasks} == {item.id for item in study.checks}
         with pytest.raises(Refused, match="2 annotators"):
             votes.record("c", study.pairs[0], "caption", "left")
@@ -391,7 +411,9 @@ def test_majorities_ties_and_exclusions_by_hand(tmp_path: Path) -> None:
 
     realistic, caption = found["questions"]["realistic"], found["questions"]["caption"]
     assert {name: entry["pairs"] for name, entry in realistic["majority"].items()} == {"mine": 2, "theirs": 1}
-    assert realistic["votes"] == {"mine": 4, "theirs": 5} and realistic["ties"] == 0 and realistic["decided"] == 3
+    assert realistic["votes"] == {"mine": 4, "theirs": 5}
+    assert realistic["ties"] == 0
+    assert realistic["decided"] == 3
     assert realistic["pairs_by_votes"] == {"mine": [1, 0, 2, 0], "theirs": [0, 2, 0, 1]}
     assert realistic["agreement"] == pytest.approx((1 / 3 + 1 / 3 + 1) / 3)
     assert realistic["majority"]["mine"]["share"]["value"] == pytest.approx(2 / 3)
@@ -402,8 +424,10 @@ def test_majorities_ties_and_exclusions_by_hand(tmp_path: Path) -> None:
         ("A1", 4, 0, False), ("A2", 0, 0, False), ("A3", 0, 0, False), ("A4", 4, 4, True),
     ]  # fmt: skip
     warnings = "\n".join(found["warnings"])
-    assert "caption: 3 of 3 pairs have fewer than the 3 votes" in warnings and "realistic: 3" not in warnings
-    assert "excluded by the attention checks: A4" in warnings and "split evenly" in warnings
+    assert "caption: 3 of 3 pairs have fewer than the 3 votes" in warnings
+    assert "realistic: 3" not in warnings
+    assert "excluded by the attention checks: A4" in warnings
+    assert "split evenly" in warnings
 
 
 def test_the_report_is_a_page_a_plot_and_tables_without_names(tmp_path: Path, call: Call) -> None:
@@ -424,21 +448,25 @@ def test_the_report_is_a_page_a_plot_and_tables_without_names(tmp_path: Path, ca
         entry = found["questions"][question]
         assert entry["majority"]["mine"] == {"pairs": 5, "share": {"value": 1.0, "low": pytest.approx(0.5655, abs=1e-4),
                                                                     "high": 1.0}}  # fmt: skip
-        assert entry["fleiss_kappa"] is None and entry["agreement"] == 1.0 and entry["p_value"] == 2 / 2**5
+        assert entry["fleiss_kappa"] is None
+        assert entry["agreement"] == 1.0
+        assert entry["p_value"] == 2 / 2**5
     assert [annotator["checks_wrong"] for annotator in found["annotators"]] == [0, 0, 0]
 
     with (out / "report" / "pairs.csv").open() as file:
         pairs = list(csv.DictReader(file))
-    assert len(pairs) == 10 and {(p["votes mine"], p["votes theirs"], p["majority"]) for p in pairs} == {
-        ("3", "0", "mine")
-    }
+    assert len(pairs) == 10
+    assert {(p["votes mine"], p["votes theirs"], p["majority"]) for p in pairs} == {("3", "0", "mine")}
     with (out / "report" / "votes.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 3 * len(study.items) * 2
     assert Counter((row["system"], row["check"]) for row in rows) == {("mine", ""): 30, ("", "right"): 24}
     page = (out / "report" / "report.html").read_text()
-    assert page.count("data:image/jpeg") == 10 and "<svg" in page and "100.0" in page
-    assert "http://" not in page.replace("http://www.w3.org/", "") and "https://" not in page
+    assert page.count("data:image/jpeg") == 10
+    assert "<svg" in page
+    assert "100.0" in page
+    assert "http://" not in page.replace("http://www.w3.org/", "")
+    assert "https://" not in page
     with Image.open(out / "report" / "votes.png") as plot:
         assert plot.width > 1000
     assert b"<svg" in (out / "report" / "votes.svg").read_bytes()[:400]
@@ -446,5 +474,6 @@ def test_the_report_is_a_page_a_plot_and_tables_without_names(tmp_path: Path, ca
     assert not any(name in written for name in (b"zebedee", b"florence", b"dougal"))
     before = {file.name: file.read_bytes() for file in (out / "report").iterdir()}
     done = call("human-study", "report", out)
-    assert done.out == f"{out / 'report' / 'report.html'}\n" and "100.0%" in done.err
+    assert done.out == f"{out / 'report' / 'report.html'}\n"
+    assert "100.0%" in done.err
     assert before == {file.name: file.read_bytes() for file in (out / "report").iterdir()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import re
-import sqlite3
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -15,21 +14,11 @@ from urllib.parse import urlsplit
 
 import pytest
 from conftest import Call
-from helpers.human_study_folder import Served, serving, small_study
+from helpers.human_study_folder import Served, Stored, serving, small_study, stored
 
 from dalle_cli.human_study.study import QUESTIONS, SIDES, load_key
 
 ANNOTATORS = ("anna", "ben", "cleo", "dan", "eva")
-Stored = dict[tuple[str, str, str], str]
-
-
-def stored(folder: Path) -> Stored:
-    """Every vote in the database, read by SQLite alone."""
-    with sqlite3.connect(folder / "votes.sqlite") as db:
-        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-        rows = db.execute("SELECT annotator, item, question, answer FROM votes").fetchall()
-    db.close()
-    return {(annotator, item, question): answer for annotator, item, question, answer in rows}
 
 
 def annotate(served: Served, annotator: str, checks: dict[str, str]) -> tuple[Stored, list[str]]:
@@ -41,7 +30,8 @@ def annotate(served: Served, annotator: str, checks: dict[str, str]) -> tuple[St
         items.append(task["item"])
         for side in SIDES:
             status, picture, _ = served.get(task[side].lstrip("/"))
-            assert status == 200 and picture.startswith(b"\x89PNG")
+            assert status == 200
+            assert picture.startswith(b"\x89PNG")
         for number, question in enumerate(task["questions"]):
             answer = checks.get(task["item"]) or SIDES[(int(task["item"][-1], 16) + number + len(annotator)) % 2]
             assert served.vote(annotator, task["item"], question["id"], answer) == (200, {"kept": answer})
@@ -63,16 +53,19 @@ def test_five_annotators_at_once_vote_on_everything_and_are_told_nothing(tmp_pat
         assert served.next("anna") == {"annotator": "anna", "done": 10, "total": 10, "tasks": []}
         # All votes are given: a sixth has only the checks to answer.
         sixth = served.next("fay")
-        assert (sixth["done"], sixth["total"]) == (0, 4) and {task["item"] for task in sixth["tasks"]} < checks.keys()
+        assert (sixth["done"], sixth["total"]) == (0, 4)
+        assert {task["item"] for task in sixth["tasks"]} < checks.keys()
         status, refused = served.vote("fay", study.pairs[0].id, "caption", "left")
-        assert status == 409 and "5 annotators" in refused["error"]
+        assert status == 409
+        assert "5 annotators" in refused["error"]
         sizes = {len(served.get(f"pictures/{item.left}")[1]) for item in study.items}
     given: Stored = {}
     for votes, items in found:
         assert sorted(items) == [item.id for item in study.items]  # each once, and both questions of it together
         given |= votes
     assert len({tuple(items) for _, items in found}) == 5  # each in an order of their own
-    assert len(given) == 5 * 10 * 2 and stored(folder) == given
+    assert len(given) == 5 * 10 * 2
+    assert stored(folder) == given
     assert len(sizes) == 1
 
     for _, body, headers in everything:
@@ -82,7 +75,8 @@ def test_five_annotators_at_once_vote_on_everything_and_are_told_nothing(tmp_pat
     assert [task.keys() for task in tasks] == [{"item", "caption", "left", "right", "questions"}] * 2
     page = b"".join(body for _, body, _ in everything[:3]).decode()
     assert not re.search(r"https?://|//\w+\.", page.replace("data:", ""))  # works offline
-    assert 'name="viewport"' in page and "default-src 'none'" in everything[0][2]["Content-Security-Policy"]
+    assert 'name="viewport"' in page
+    assert "default-src 'none'" in everything[0][2]["Content-Security-Policy"]
 
     (tmp_path / "key.json").rename(key)
     done = call("human-study", "report", folder, "--json")
@@ -95,7 +89,8 @@ def test_five_annotators_at_once_vote_on_everything_and_are_told_nothing(tmp_pat
             left = sum(given[name, item.id, question] == "left" for name in ANNOTATORS)
             by_hand[sides[item.id].left if left >= 3 else sides[item.id].right] += 1
         assert {name: won["pairs"] for name, won in entry["majority"].items() if won["pairs"]} == by_hand
-        assert entry["with_all_votes"] == 6 and entry["ties"] == 0
+        assert entry["with_all_votes"] == 6
+        assert entry["ties"] == 0
     assert [(a["checks_answered"], a["checks_wrong"]) for a in figures["annotators"]] == [(8, 0)] * 5
 
 
@@ -122,7 +117,8 @@ def test_bad_and_repeated_posts_are_refused_and_change_nothing(tmp_path: Path) -
         assert served.post(good) == (200, {"kept": "left"})
         for repeated in (vote, {**vote, "answer": "right"}, {**vote, "annotator": "  ANNA "}):
             status, refused = served.post(json.dumps(repeated).encode())
-            assert status == 409 and "before, with left" in refused["error"]
+            assert status == 409
+            assert "before, with left" in refused["error"]
         bad: dict[str, Any] = {
             "annotator": ["", " ", "x" * 65, 7, None, "a\u0000b", "\ud800", ["anna"]],
             "item": ["", "no such item", item.upper() + "0", 7, None, [item], "../key.json"],
@@ -174,10 +170,12 @@ def test_only_the_pages_and_the_pictures_are_served(tmp_path: Path) -> None:
         ):
             answer = raw(served, b"GET /" + path.encode() + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
             assert answer.startswith(b"HTTP/1.1 404 "), path
-            assert b"mine" not in answer and b"PNG" not in answer
+            assert b"mine" not in answer
+            assert b"PNG" not in answer
         assert served.get(f"pictures/{picture}")[0] == 200
         _, _, headers = served.get(f"pictures/{picture}")
-        assert headers.keys().isdisjoint({"Last-Modified", "ETag"}) and headers["Server"].strip() == "dalle"
+        assert headers.keys().isdisjoint({"Last-Modified", "ETag"})
+        assert headers["Server"].strip() == "dalle"
         assert urlsplit(served.url).hostname == "127.0.0.1"
 
 
@@ -256,6 +254,5 @@ def test_what_cannot_be_served_is_said(tmp_path: Path, call: Call) -> None:
 @pytest.mark.parametrize("command", ["", "make", "serve", "report"])
 def test_help_has_an_example(call: Call, command: str) -> None:
     done = call("human-study", *([command] if command else []), "--help")
-    assert done.code == 0 and f"dalle human-study {command or 'make'}" in " ".join(
-        done.out.partition("Example:")[2].split()
-    )
+    assert done.code == 0
+    assert f"dalle human-study {command or 'make'}" in " ".join(done.out.partition("Example:")[2].split())

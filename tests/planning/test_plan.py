@@ -13,9 +13,9 @@ import pytest
 import torch
 from helpers import planned_peaks
 from helpers.peak_memory import peak_bytes
+from helpers.processes import free_ports
 from helpers.running import ENVIRONMENT
 from helpers.token_stores import write_tokens
-from test_parallel import free_ports
 from typer.testing import CliRunner
 
 import dalle_cli.planning.fits_here as this_machine
@@ -93,9 +93,10 @@ def hand(recipe: Recipe, gpus: int = 4) -> dict[str, tuple[int, str]]:
 
 
 def test_bytes_of_the_zero_stages_by_hand() -> None:
-    """d = 16, 2 layers: 12 * 256 * 2 = 6144 in matrices, 13 * 16 * 2 = 416 in gains and biases; outside of resblocks
+    """D = 16, 2 layers: 12 * 256 * 2 = 6144 in matrices, 13 * 16 * 2 = 416 in gains and biases; outside of resblocks
     (408 + 8 + 64 + 4 + 4) * 16 + 2 * 16 + 17 * (401 + 64) = 15,745. In 16 bit 6144 * 2 = 12,288 bytes, in 32 bit
-    416 * 4 = 1664 whole on each process and 62,980."""
+    416 * 4 = 1664 whole on each process and 62,980.
+    """
     alone, four = 12_288 + 1664 + 62_980, 1664 + (12_288 + 62_980) // 4
     average = 4 * (6144 + 416 + 15_745)
     average_of_four = 1664 + (4 * (6144 + 15_745)) // 4
@@ -126,14 +127,16 @@ def test_what_zero_brings_together_by_stage() -> None:
     once = {zero: peaks(recipe, counts, machines, 1, accumulates=False).passes for zero, recipe in recipes.items()}
     more = {zero: peaks(recipe, counts, machines, 1, accumulates=True).passes for zero, recipe in recipes.items()}
     matrices = 4 * counts.effective
-    assert once[1] == once[2] and once[3] < once[2] - matrices // 2
+    assert once[1] == once[2]
+    assert once[3] < once[2] - matrices // 2
     gradients = matrices + 4 * sum(counts.others)
     assert more[1] - more[2] == gradients - gradients // 4
 
 
 def test_powersgds_state_by_hand() -> None:
     """Rank 8 of 4 shards is 2 a shard. Of a layer the shards are (12, 16), (4, 16), (16, 16), (4, 64); factors have 56,
-    40, 64 and 136 numbers, fewer than each, so all go through factors. Right ones are (16 + 16 + 16 + 64) * 2."""
+    40, 64 and 136 numbers, fewer than each, so all go through factors. Right ones are (16 + 16 + 16 + 64) * 2.
+    """
     recipe = tiny(prior__sharding__zero=3, prior__powersgd__rank=8)
     counts = count_parameters(recipe)
     parts = held(recipe.prior, counts, Machines(4, 2, 0))
@@ -255,7 +258,8 @@ def test_the_paper_s_machines_hold_the_largest_prior() -> None:
     recipe = load_recipe(RECIPES / "12b.yaml")
     counts = count_parameters(recipe)
     found = fit(recipe, counts, machines)
-    assert found.fits and 8 * found.in_place("cpu") < 100 * GB
+    assert found.fits
+    assert 8 * found.in_place("cpu") < 100 * GB
     for override in ("prior.training.ema_every=1", "prior.powersgd.offload=none"):
         without = load_recipe(RECIPES / "12b.yaml", [override])
         assert not fit(without, counts, machines).fits
@@ -274,7 +278,8 @@ def test_what_a_checkpoint_takes() -> None:
     found, numbers = saving(recipe.prior, counts, machines), 6144 + 416 + 15_745
     assert found.model == 4 * numbers * (1 + 1 + 2)
     assert found.own == 4 * (12 * 256 * 2 // 4 + 112 * 2 * 2)
-    assert found.whole == found.model + 8 * found.own and found.first_machine == found.model + 4 * found.own
+    assert found.whole == found.model + 8 * found.own
+    assert found.first_machine == found.model + 4 * found.own
     assert found.seconds(1000.0) == found.first_machine / 1000
     assert found.share(1000.0, 2.0) == pytest.approx(found.seconds(1000.0) / (found.seconds(1000.0) + 10))
     drawn = tiny(prior__sharding__zero=3, prior__powersgd__rank=8, prior__powersgd__warm_start=False)
@@ -349,11 +354,14 @@ def test_named_settings_make_it_fit() -> None:
     counts, machines = count_parameters(recipe), Machines(8, 1, 16 * GB)
     assert not fit(recipe, counts, machines).fits
     found = mend(recipe, counts, machines)
-    assert found.fit.fits and found.settings
+    assert found.fit.fits
+    assert found.settings
     overrides = [option.removeprefix("--set ") for option in found.options()]
     changed = load_recipe(RECIPES / "1b.yaml", overrides)
     again = plan(changed, machines, Assumptions())
-    assert again["memory"]["fits"] and again["change"] is None and again["memory"]["peak"] == found.fit.peak
+    assert again["memory"]["fits"]
+    assert again["change"] is None
+    assert again["memory"]["peak"] == found.fit.peak
     # As few as do: without one of them it does not fit, nor with a larger micro-batch.
     for override in overrides:
         fewer = load_recipe(RECIPES / "1b.yaml", [other for other in overrides if other != override])
@@ -371,7 +379,9 @@ def test_where_no_setting_does_larger_machines_are_named() -> None:
     assert found.machines.gpus > 1 or not found.fit.fits
     assert found.settings["prior.training.micro_batch"] == 1
     larger = would_fit(recipe, counts, 80 * GB)
-    assert larger is not None and larger.fit.fits and larger.machines.nodes == 1
+    assert larger is not None
+    assert larger.fit.fits
+    assert larger.machines.nodes == 1
 
 
 def test_too_many_processes_and_odd_groups_are_refused() -> None:
@@ -413,7 +423,9 @@ def test_the_command_prints_json_and_tables() -> None:
     ):
         assert expected in done.stdout
     table = invoke("plan", RECIPES / "12b.yaml", "--table")
-    assert table.exit_code == 0 and "85.9%" in table.stdout and "12.09e9" in table.stdout
+    assert table.exit_code == 0
+    assert "85.9%" in table.stdout
+    assert "12.09e9" in table.stdout
 
 
 @pytest.mark.parametrize(
@@ -433,12 +445,14 @@ def test_the_command_prints_json_and_tables() -> None:
 )
 def test_bad_values_are_told(arguments: list[str], said: str) -> None:
     done = invoke("plan", RECIPES / "1b.yaml", *arguments)
-    assert isinstance(done.exception, UserError) and said in str(done.exception)
+    assert isinstance(done.exception, UserError)
+    assert said in str(done.exception)
 
 
 def test_a_plan_of_nothing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = invoke("plan", "--nodes", 2)
-    assert isinstance(done.exception, UserError) and "name a recipe" in str(done.exception)
+    assert isinstance(done.exception, UserError)
+    assert "name a recipe" in str(done.exception)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"no recipe there has prior\.powersgd\.rank"):
         compression_table(None)
@@ -466,10 +480,12 @@ def test_what_cannot_fit_is_refused_before_anything_is_written(tmp_path: Path, m
     done = invoke("train-prior", RECIPES / "12b.yaml")
     assert isinstance(done.exception, UserError)
     lines = str(done.exception).splitlines()
-    assert len(lines) == 3 and not list(tmp_path.iterdir())
+    assert len(lines) == 3
+    assert not list(tmp_path.iterdir())
     for said in ("recipe 12b", "12.29e9 parameters", "weights 25.0 GB, gradients 25.0 GB, moments 50.0 GB", "25.0 GB"):
         assert said in lines[0]
-    assert "GPUs of 80.0 GB would fit" in lines[1] and "--set prior.training.micro_batch=" in lines[1]
+    assert "GPUs of 80.0 GB would fit" in lines[1]
+    assert "--set prior.training.micro_batch=" in lines[1]
     with pytest.raises(UserError, match=r"here would fit, with \d+\.\d GB: --set prior.training.micro_batch="):
         train_prior(load_recipe(RECIPES / "1b.yaml"), tmp_path / "t.zarr", tmp_path / "run")
     assert not list(tmp_path.iterdir())
@@ -496,13 +512,17 @@ def test_a_dry_run_looks_at_everything_and_writes_nothing(tmp_path: Path) -> Non
     held_out = len(split_holdout(np.arange(80), 0.25, 0)[1])
     done = invoke(*start, *fitting, "--tokens", store)
     assert done.exit_code == 0, done.output
-    assert "Plan for the prior of 1b" in done.stdout and f"{80 - held_out} to train, {held_out} held out" in done.stdout
+    assert "Plan for the prior of 1b" in done.stdout
+    assert f"{80 - held_out} to train, {held_out} held out" in done.stdout
     done = invoke(*start, *fitting, "--tokens", tmp_path / "nowhere.zarr")
-    assert done.exit_code == 0 and "not there yet" in done.stdout
+    assert done.exit_code == 0
+    assert "not there yet" in done.stdout
     # It ends as the real start would, after the plan is printed.
     done = invoke(*start, "--tokens", tmp_path / "nowhere.zarr")
-    assert isinstance(done.exception, UserError) and "recipe 1b" in str(done.exception)
+    assert isinstance(done.exception, UserError)
+    assert "recipe 1b" in str(done.exception)
     assert "DOES NOT FIT" in done.stdout
     done = invoke(*start, *small, "--tokens", store)
-    assert isinstance(done.exception, UserError) and "codebook_size = 64, the recipe says 8192" in str(done.exception)
+    assert isinstance(done.exception, UserError)
+    assert "codebook_size = 64, the recipe says 8192" in str(done.exception)
     assert sorted(tmp_path.rglob("*")) == before

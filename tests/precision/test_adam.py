@@ -155,4 +155,5 @@ def test_parameters_without_gradient_and_their_moments_stay() -> None:
     optimizer.step()
     assert torch.equal(still, before)
     assert all(torch.equal(optimizer.state[still][k], v) for k, v in state.items())
-    assert optimizer.state[moving]["step"] == 2 and math.isfinite(moving.sum().item())
+    assert optimizer.state[moving]["step"] == 2
+    assert math.isfinite(moving.sum().item())

@@ -60,7 +60,7 @@ def unscaled(prior: Prior, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_a_gradient_that_float16_loses_is_kept() -> None:
-    """y = x + w x in closed form: dy/dw = x, dy/dx = 1 + w, under an incoming gradient of 2^-30."""
+    """Y = x + w x in closed form: dy/dw = x, dy/dx = 1 + w, under an incoming gradient of 2^-30."""
     incoming, x_value, w_value = 2.0**-30, 1.5, 0.25
 
     def gradients(scale: float | None) -> tuple[float, float]:
@@ -76,7 +76,8 @@ def test_a_gradient_that_float16_loses_is_kept() -> None:
 
 def test_two_blocks_that_no_common_scale_serves() -> None:
     """dL/da is 2^28 times the incoming gradient, a sum over the stream, and dL/db is 2^-14 times it: 42 octaves, two
-    more than from float16's least number to its largest."""
+    more than from float16's least number to its largest.
+    """
 
     def gradients(first: float, second: float) -> tuple[float, set[float]]:
         x = torch.full((2**14,), 2.0**14)

@@ -121,7 +121,8 @@ def test_paper_windows() -> None:
     assert raster_offsets("row", 32, 11) == tuple(range(33))
     assert raster_offsets("column", 32, 11) == tuple(range(0, 1024, 32))
     conv = raster_offsets("conv", 32, 11)
-    assert len(conv) == 5 * 11 + 6 and conv[-1] == 5 * 32 + 5
+    assert len(conv) == 5 * 11 + 6
+    assert conv[-1] == 5 * 32 + 5
     assert len(raster_offsets("conv", 3, 11)) == 9
     row, column, conv_windows = (windows_of(kind, 32, 11) for kind in ("row", "column", "conv"))
     assert (row.blocks, row.queries, row.keys) == (32, 32, 64)

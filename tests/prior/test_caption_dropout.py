@@ -60,7 +60,8 @@ def test_emptied_rows_differ_from_the_others_in_their_length_alone(store: Path) 
     for step, (a, b) in enumerate(zip(plain.batches(0, 6), dropped.batches(0, 6), strict=True)):
         empty = torch.from_numpy(empty_captions(0, step, np.arange(BATCH), 0.5))
         assert b.length.equal(torch.where(empty, 0, a.length))
-        assert b.image.equal(a.image) and b.text.equal(a.text)
+        assert b.image.equal(a.image)
+        assert b.text.equal(a.text)
         emptied += int(empty.sum())
     assert 10 < emptied < 38
 
@@ -83,4 +84,6 @@ def test_the_model_sees_paddings_alone_and_learns_no_text_from_them(store: Path)
     ((part, share),) = every.micro_batches(batch, None)
     with torch.no_grad():
         found = every.loss(part, 0)
-    assert share == 1 and float(found["text"]) == 0 and float(found["image"]) > 0
+    assert share == 1
+    assert float(found["text"]) == 0
+    assert float(found["image"]) > 0

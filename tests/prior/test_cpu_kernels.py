@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.profiler import profile
 
-from dalle_cli.prior import thin
+from dalle_cli.prior import cpu_kernels as thin
 from dalle_cli.prior.cpu_kernels import FEW, has_bags, thin_bmm
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -43,7 +43,8 @@ def test_it_is_a_product(streams: int, n: int, inner: int, width: int, dtype: to
     for b in (whole[:, :inner].contiguous(), whole[:, 3 : inner + 3], turned):
         wanted = a.double() @ b.double()
         found, called = operators(a, b)
-        assert found.shape == (streams, n, width) and found.dtype == dtype
+        assert found.shape == (streams, n, width)
+        assert found.dtype == dtype
         # Sums run in 32 bit, and the result is rounded once.
         rounding = inner * torch.finfo(torch.float32).eps + torch.finfo(dtype).eps
         assert ((found - wanted).abs() <= rounding * (a.double().abs() @ b.double().abs())).all()

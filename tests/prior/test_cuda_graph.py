@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from test_decode import IMAGE_VOCAB, LAYOUTS, build, check_against_the_whole_stream, inputs, recomputed
+from helpers.decoding import IMAGE_VOCAB, LAYOUTS, build, check_against_the_whole_stream, inputs, recomputed
 from torch import Tensor
 
 from dalle_cli.config.layout import KINDS, AttentionKind
@@ -84,7 +84,8 @@ def test_a_cpu_takes_the_step_as_it_is() -> None:
     decoder = Decoder(prior)
     cache = decoder.prefill(inputs(prior, 1, 2)[0]).fork(2)
     step = stepper(decoder, cache)
-    assert isinstance(step, partial) and step.func == decoder.step
+    assert isinstance(step, partial)
+    assert step.func == decoder.step
 
 
 @pytest.mark.parametrize("fault", ["no capture", "others", None])

@@ -3,79 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from itertools import chain
 
 import pytest
 import torch
+from helpers.decoding import (
+    LAYOUTS,
+    build,
+    check_against_the_whole_stream,
+    decoded,
+    inputs,
+    recomputed,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
 from dalle_cli.config.layout import KINDS, AttentionKind
-from dalle_cli.config.schema import PriorModel
 from dalle_cli.prior import cpu_kernels as packed
-from dalle_cli.prior import decode, thin
+from dalle_cli.prior import cpu_kernels as thin
+from dalle_cli.prior import decode
 from dalle_cli.prior.attention import raster_offsets
 from dalle_cli.prior.cpu_kernels import PackedLinear
-from dalle_cli.prior.decode import Cache, Decoder, Prefix, Slots
-from dalle_cli.prior.model import Linear, Prior
+from dalle_cli.prior.decode import Decoder, Slots
+from dalle_cli.prior.model import Linear
 
-LAYOUTS = ["row ...", "column ...", "conv ...", "full ...", "row column conv full row conv", "paper"]
 SIZES = [(3, 1, 5), (5, 7, 3), (3, 7, 11), (5, 1, 1), (1, 2, 3), (8, 16, 11), (12, 16, 5)]
-TEXT_VOCAB, IMAGE_VOCAB = 13, 9
-
-
-def build(layout: str, grid: int, text: int, kernel: int) -> Prior:
-    model = PriorModel(layers=6, heads=2, d_head=4, d_model=8, grid=grid, conv_kernel=kernel, layout=layout)
-    prior = Prior(model, text, TEXT_VOCAB, IMAGE_VOCAB)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in prior.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return prior.eval()
-
-
-def inputs(prior: Prior, captions: int, n: int, given: int = 0) -> tuple[Tensor, Tensor]:
-    """Text ids (C, T) of different lengths, and images (C, n, S) that agree in the first ``given`` tokens."""
-    generator = torch.Generator().manual_seed(2)
-    text = torch.randint(TEXT_VOCAB, (captions, prior.text_length), generator=generator)
-    length = torch.arange(captions) % prior.text_length + 1
-    images = torch.randint(IMAGE_VOCAB, (captions, n, prior.image_length), generator=generator)
-    images[..., :given] = images[:, :1, :given]
-    return prior.with_padding(text, length), images
-
-
-Stepping = Callable[[Decoder, Cache], Callable[[int, Tensor], Tensor]]
-"""A way to take decoding steps, from position and token to logits."""
-
-
-def plain(decoder: Decoder, cache: Cache) -> Callable[[int, Tensor], Tensor]:
-    return partial(decoder.step, cache)
-
-
-def decoded(decoder: Decoder, prefix: Prefix, images: Tensor, stepping: Stepping = plain) -> Tensor:
-    """Logits (C, n, S - P, V) of the positions behind the prefix."""
-    step = stepping(decoder, prefix.fork(images.shape[1]))
-    logits = [prefix.logits[:, None].expand(-1, images.shape[1], -1)]
-    for position in range(prefix.positions, decoder.image_length - 1):
-        logits.append(step(position, images[..., position]))
-    return torch.stack(logits, dim=2)
-
-
-@torch.no_grad()
-def recomputed(prior: Prior, text_ids: Tensor, images: Tensor) -> Tensor:
-    n = images.shape[1]
-    flat = prior.image_logits(prior(text_ids.repeat_interleave(n, 0), images.flatten(0, 1)))
-    return flat.unflatten(0, images.shape[:2])
-
-
-def check_against_the_whole_stream(prior: Prior, captions: int, n: int, stepping: Stepping = plain) -> None:
-    text_ids, images = inputs(prior, captions, n)
-    decoder = Decoder(prior)
-    found = decoded(decoder, decoder.prefill(text_ids), images, stepping)
-    wanted = recomputed(prior, text_ids, images)
-    assert wanted.std() > 0.1
-    assert (found - wanted).abs().max() < 1e-4
 
 
 @pytest.fixture(params=[False, True], ids=["products", "bags"])
@@ -190,7 +142,8 @@ def test_packed_linear_is_linear(dtype: torch.dtype, packs: bool, gelu: bool, mo
             rounded = [y.to(dtype).double() for y in (x, linear.weight, linear.bias)]
             wanted = F.linear(*rounded)
         wanted = F.gelu(wanted) if gelu else wanted
-        assert found.dtype == dtype and found.shape == wanted.shape
+        assert found.dtype == dtype
+        assert found.shape == wanted.shape
         assert torch.allclose(found.double(), wanted, atol=1e-5 if dtype == torch.float32 else 0.02)
 
 
@@ -215,7 +168,8 @@ def test_a_build_with_other_operators_decodes_without_them(
     monkeypatch.setattr(packed, operator, other)
     packed.packs.cache_clear()
     try:
-        assert not packed.packs(torch.float32) and not packed.packs(torch.bfloat16)
+        assert not packed.packs(torch.float32)
+        assert not packed.packs(torch.bfloat16)
         prior = build("row ...", 3, 4, 3)
         text_ids, images = inputs(prior, captions=1, n=2)
         decoder = Decoder(prior)

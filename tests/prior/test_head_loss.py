@@ -42,7 +42,8 @@ def test_unlikely_targets_have_a_finite_loss() -> None:
     loss = head_loss(x, weight, bias, torch.tensor([0, 1]))
     assert loss == 500
     loss.backward()
-    assert x.grad is not None and x.grad.tolist() == [[500.0], [0.0]]
+    assert x.grad is not None
+    assert x.grad.tolist() == [[500.0], [0.0]]
 
 
 def test_without_gradients() -> None:
@@ -66,7 +67,8 @@ def test_autocast_multiplies_in_16_bit_and_sums_in_32() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found = head_loss(x, weight, bias, targets)
     wanted = F.cross_entropy(F.linear(x, weight, bias), targets, reduction="sum")
-    assert found.dtype == torch.float32 and found != wanted
+    assert found.dtype == torch.float32
+    assert found != wanted
     assert abs(found / wanted - 1) < 0.01
     gradients = [torch.autograd.grad(loss, (x, weight, bias)) for loss in (found, wanted)]
     for one, other in zip(*gradients, strict=True):

@@ -106,14 +106,16 @@ def test_parts_of_a_batch_sum_to_the_whole() -> None:
         share = (rows.stop - rows.start) / 6
         part = prior.loss(text[rows], length[rows], image[rows], count * share)
         text_mean, image_mean = text_mean + share * part.text, image_mean + share * part.image
-    assert abs(text_mean - whole.text) < 1e-9 and abs(image_mean - whole.image) < 1e-9
+    assert abs(text_mean - whole.text) < 1e-9
+    assert abs(image_mean - whole.image) < 1e-9
 
 
 def test_one_text_position() -> None:
     prior = small(text=1)
     text, length, image = batch(3, text=1)
     found = prior.loss(text, length, image)
-    assert found.text == 0 and found.image > 0
+    assert found.text == 0
+    assert found.image > 0
     (found.text + found.image).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in prior.parameters())
 
@@ -156,7 +158,8 @@ def test_decayed_parameters_are_the_matrices_of_resblocks() -> None:
         for module in prior.resblocks.modules()
         if not isinstance(module, nn.LayerNorm) and hasattr(module, "weight")
     }
-    assert decayed == matrices and len(decayed) == 4 * 5
+    assert decayed == matrices
+    assert len(decayed) == 4 * 5
 
 
 def test_checkpointing_changes_nothing() -> None:
@@ -178,7 +181,8 @@ def test_16_bit_resblocks() -> None:
     assert prior(prior.with_padding(text, length), image).dtype == torch.float32
     found = prior.loss(text, length, image)
     sum(found).backward()
-    assert abs(found.image - wanted.image) < 0.05 and abs(found.text - wanted.text) < 0.05
+    assert abs(found.image - wanted.image) < 0.05
+    assert abs(found.text - wanted.text) < 0.05
 
 
 def test_sizes_of_the_paper() -> None:
@@ -214,4 +218,5 @@ def test_overfits_a_batch() -> None:
         loss = prior.loss(text, length, image)
         sum(loss).backward()
         optimizer.step()
-    assert loss.text < 0.05 and loss.image < 0.05
+    assert loss.text < 0.05
+    assert loss.image < 0.05

@@ -83,11 +83,14 @@ def test_true_pictures_are_right_and_swapped_ones_wrong(tmp_path: Path, split: s
     n = 16
     lines = ranked_pictures(tmp_path, split, n, lambda i: i)
     true = accuracy(judge(pools(lines, "lines")))
-    assert (true.best.value, true.best.error, true.best.prompts) == (1.0, 0.0, len(lines)) and len(lines) > n - 3
+    assert (true.best.value, true.best.error, true.best.prompts) == (1.0, 0.0, len(lines))
+    assert len(lines) > n - 3
     swapped = judge(pools(ranked_pictures(tmp_path, split, n, lambda i: (i + 1) % n), "lines"))
     assert {item.group for item in swapped} == {group}
     wrong = accuracy(swapped)
-    assert wrong.best.value == 0 and wrong.single is not None and wrong.single.value == 0
+    assert wrong.best.value == 0
+    assert wrong.single is not None
+    assert wrong.single.value == 0
 
 
 def judged(right: list[bool], indices: list[int] | None = None) -> Judged:
@@ -97,20 +100,25 @@ def judged(right: list[bool], indices: list[int] | None = None) -> Judged:
 
 def test_figures_of_a_group_by_hand() -> None:
     found = accuracy([judged([True, False, False, True]), judged([False, True, False, False])])
-    assert found.single is not None and found.any_right is not None
+    assert found.single is not None
+    assert found.any_right is not None
     assert (found.prompts, found.samples, found.pool_size) == (2, 8, 4)
     assert found.single.value == pytest.approx((2 / 4 + 1 / 4) / 2)
-    assert found.best.value == 0.5 and found.best.error == pytest.approx((0.25 / 2) ** 0.5)
+    assert found.best.value == 0.5
+    assert found.best.error == pytest.approx((0.25 / 2) ** 0.5)
     assert found.any_right.value == 1.0
     # Of the six pairs of four, the best is sample 1 in three, sample 2 in two, sample 3 in one.
     assert found.by_pool_size[2].value == pytest.approx((3 / 6 + 2 / 6) / 2)
-    assert found.by_pool_size[1] == found.single and found.by_pool_size[4] == found.best
+    assert found.by_pool_size[1] == found.single
+    assert found.by_pool_size[4] == found.best
 
 
 def test_the_best_alone_tell_nothing_of_single_samples() -> None:
     found = accuracy([judged([True, True], indices=[6, 3]), judged([False, True])])
     assert found.best.value == 0.5
-    assert found.single is None and found.any_right is None and found.by_pool_size == {}
+    assert found.single is None
+    assert found.any_right is None
+    assert found.by_pool_size == {}
 
 
 def test_lines_are_gathered_by_caption_best_first() -> None:
@@ -130,7 +138,8 @@ def test_a_held_out_pair_anywhere_counts() -> None:
     groups = {caption: (claim := claim_of(caption)) and group_of(claim) for caption in (SEEN, HELD_OUT, "a cat")}
     assert groups == {SEEN: "seen pairs", HELD_OUT: "held-out pairs", "a cat": None}
     both = claim_of("a large red tee left of a small green bar")
-    assert both is not None and group_of(both) == "held-out pairs"
+    assert both is not None
+    assert group_of(both) == "held-out pairs"
 
 
 def test_captions_of_the_sheet_are_the_first_of_each_kind() -> None:
@@ -140,7 +149,8 @@ def test_captions_of_the_sheet_are_the_first_of_each_kind() -> None:
     seen = [pool("a large red tee"), *(pool(f"words {i}") for i in range(20))]
     held = [pool(HELD_OUT)] * 20
     both = choose_captions(seen + held)
-    assert len(both) == 12 and both == seen[:6] + held[:6]
+    assert len(both) == 12
+    assert both == seen[:6] + held[:6]
     assert choose_captions(seen) == seen[:12]
     assert choose_captions(held) == held[:12]
     assert choose_captions(held + seen[:2]) == held[:10] + seen[:2]
@@ -201,14 +211,20 @@ def test_the_report_of_a_whole_chain(chain: TinyChain, tmp_path: Path) -> None:
     assert report.html == tmp_path / "out" / "report.html"
     text = report.html.read_text()
     page = Page(text)
-    assert page.links == [] and not re.search(r"url\(|@import|<script", text)
+    assert page.links == []
+    assert not re.search(r"url\(|@import|<script", text)
     assert page.headings == [
         "Captions drawn right", "Samples", "Accuracy and reranking", "dVAE reconstructions", "Use of the codebook",
         "Training", "FID", "Data", "How samples were drawn", "Artifacts", "Commands",
     ]  # fmt: skip
-    assert "the smallest <chain>" in page.text and "g <x>" in page.text and "few <pictures>" in page.text
-    assert "CLIP features" in page.text and "Inception features" in page.text
-    assert "never with published FID" in page.text and page.text.count("✓") == 6 and "✗" not in page.text
+    assert "the smallest <chain>" in page.text
+    assert "g <x>" in page.text
+    assert "few <pictures>" in page.text
+    assert "CLIP features" in page.text
+    assert "Inception features" in page.text
+    assert "never with published FID" in page.text
+    assert page.text.count("✓") == 6
+    assert "✗" not in page.text
     assert len(page.images) == 2 + 2 + 1 + 6
 
     figures = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -216,9 +232,11 @@ def test_the_report_of_a_whole_chain(chain: TinyChain, tmp_path: Path) -> None:
     assert figures["result"] in page.text.replace("\xa0", " ")
     assert set(figures["oracle"]["groups"]) == {"seen pairs", "held-out pairs"}
     assert figures["oracle"]["groups"]["seen pairs"]["samples"] == SAMPLES
-    assert figures["missing"] == [] and [fid["fid"] for fid in figures["fid"]] == [12.34, 12.34]
+    assert figures["missing"] == []
+    assert [fid["fid"] for fid in figures["fid"]] == [12.34, 12.34]
     assert figures["contact_sheet"]["captions"] == [SEEN, HELD_OUT]
-    assert figures["stages"]["prior"]["step"] == 2 and figures["stages"]["prior"]["last"]["step"] == 2
+    assert figures["stages"]["prior"]["step"] == 2
+    assert figures["stages"]["prior"]["last"]["step"] == 2
     paths = {row["artifact"]: row["path"] for row in figures["artifacts"]}
     assert paths == {
         "tokenizer": "tokenizer/tokenizer.json", "token store": "tokens.zarr", "dVAE": "dvae/step-00000002",
@@ -268,10 +286,14 @@ def test_an_evaluation_and_the_commands_in_the_run_are_found(chain: TinyChain, t
     assert set(figures["curves"][0]["plots"]) == {"blur_fid", "pool_fid"}
     assert page.headings.index("Blur and reranking") == page.headings.index("FID") + 1
     assert {"FID against blur, both sides blurred", "FID against the size of the reranking pool"} <= page.images.keys()
-    assert "counts <differ>" in page.text and "dalle eval-fid --page 'run/e <b>'" in page.text
-    assert "dalle train-prior tiny.yaml --set 'a b'" in page.text and "f" * 16 in page.text
-    assert figures["samples"][0]["captions"] == 2 and figures["samples"][0]["settings"]["n"] == SAMPLES
-    assert figures["data"]["source"] == str(chain.recipe.data.train) and figures["data"]["source"] in page.text
+    assert "counts <differ>" in page.text
+    assert "dalle eval-fid --page 'run/e <b>'" in page.text
+    assert "dalle train-prior tiny.yaml --set 'a b'" in page.text
+    assert "f" * 16 in page.text
+    assert figures["samples"][0]["captions"] == 2
+    assert figures["samples"][0]["settings"]["n"] == SAMPLES
+    assert figures["data"]["source"] == str(chain.recipe.data.train)
+    assert figures["data"]["source"] in page.text
 
 
 def test_the_codebooks_use_and_psnr_are_those_of_the_files(chain: TinyChain, tmp_path: Path) -> None:
@@ -308,9 +330,11 @@ def test_other_captions_are_shown_beside_their_true_pictures(chain: TinyChain, t
     cats = tmp_path / "cats.jsonl"
     cats.write_text("".join(json.dumps({**line, "prompt": "a cat <b>"}) + "\n" for line in lines))
     report = write_report(chain.recipe, cats, [], tmp_path)
-    assert report.figures["oracle"] is None and "1 captions drawn" in report.figures["result"]
+    assert report.figures["oracle"] is None
+    assert "1 captions drawn" in report.figures["result"]
     page = Page(report.html.read_text())
-    assert "Captions drawn right" not in page.headings and "Accuracy and reranking" not in page.headings
+    assert "Captions drawn right" not in page.headings
+    assert "Accuracy and reranking" not in page.headings
 
 
 def test_pools_cut_to_their_best_and_strange_captions_are_told(chain: TinyChain, tmp_path: Path) -> None:
@@ -321,7 +345,9 @@ def test_pools_cut_to_their_best_and_strange_captions_are_told(chain: TinyChain,
     cut.write_text("".join(json.dumps(line) + "\n" for line in kept))
     report = write_report(chain.recipe, cut, [], tmp_path)
     warnings = report.figures["oracle"]["warnings"]
-    assert len(warnings) == 2 and "1 captions are not of the shapes world" in warnings[0] and "--top" in warnings[1]
+    assert len(warnings) == 2
+    assert "1 captions are not of the shapes world" in warnings[0]
+    assert "--top" in warnings[1]
     assert report.figures["oracle"]["groups"]["seen pairs"]["single"] is None
     assert warnings[1] in Page(report.html.read_text()).text
 
@@ -342,7 +368,8 @@ def test_stages_that_are_missing_or_damaged_are_named(chain: TinyChain, tmp_path
         assert expected in told
     page = Page(report.html.read_text())
     assert all(text in page.text for text in report.figures["missing"])
-    assert report.figures["reconstructions"] is None and report.figures["codebook"] is None
+    assert report.figures["reconstructions"] is None
+    assert report.figures["codebook"] is None
 
 
 def test_artifacts_of_another_chain_are_marked(chain: TinyChain, tmp_path: Path) -> None:
@@ -380,6 +407,7 @@ def test_the_command_prints_the_place_and_a_table(chain: TinyChain, tmp_path: Pa
     )
     assert result.exit_code == 0, result.output
     assert result.stdout.strip() == str(tmp_path / "o" / "report.html")
-    assert "Captions drawn right" in result.stderr and "PSNR" in result.stderr
+    assert "Captions drawn right" in result.stderr
+    assert "PSNR" in result.stderr
     nothing = CliRunner().invoke(app, ["report", str(write_recipe(tmp_path))])
     assert isinstance(nothing.exception, UserError)

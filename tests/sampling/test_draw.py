@@ -90,7 +90,8 @@ def test_draws_are_where_the_uniform_falls(probabilities: np.ndarray, uniform: f
     share = probabilities / probabilities.sum()
     drawn = int(draw_tokens(torch.from_numpy(share).log(), torch.tensor(uniform, dtype=torch.float64)))
     assert share[drawn] > 0
-    assert share[:drawn].sum() <= uniform + 1e-12 and uniform <= share[: drawn + 1].sum() + 1e-12
+    assert share[:drawn].sum() <= uniform + 1e-12
+    assert uniform <= share[: drawn + 1].sum() + 1e-12
 
 
 @given(total=st.floats(1e-300, 1e300), below=st.integers(1, 2**20))
@@ -98,7 +99,8 @@ def test_edges_of_the_uniform(total: float, below: int) -> None:
     logits = torch.tensor([-math.inf, 0.0, 0.0, -math.inf])
     last = 1 - 2.0**-53
     assert draw_tokens(logits.expand(2, 4), torch.tensor([0.0, last], dtype=torch.float64)).tolist() == [1, 2]
-    assert last * BELOW_ONE * total < total and (1 - below * 2.0**-53) * BELOW_ONE * total < total
+    assert last * BELOW_ONE * total < total
+    assert (1 - below * 2.0**-53) * BELOW_ONE * total < total
 
 
 def test_draws_from_a_large_vocabulary() -> None:
@@ -109,7 +111,8 @@ def test_draws_from_a_large_vocabulary() -> None:
     cumulative = np.cumsum(logits.double().softmax(-1).numpy(), axis=-1)
     for c, n in itertools.product(range(5), range(7)):
         at, number = int(found[c, n]), float(u[c, n])
-        assert cumulative[c, n, at] > number - 1e-6 and (at == 0 or cumulative[c, n, at - 1] < number + 1e-6)
+        assert cumulative[c, n, at] > number - 1e-6
+        assert at == 0 or cumulative[c, n, at - 1] < number + 1e-6
 
 
 @pytest.mark.parametrize(("vocab", "temperature"), [(2, 1.0), (3, 1.0), (3, 0.7)])
@@ -180,7 +183,8 @@ def test_prefixes_of_different_length_go_together() -> None:
         tokens, log_likelihood = sample_images(decoder, ids, n, u, settings_, prefix, torch.tensor(given))
         assert tokens.equal(torch.cat([one[0] for one in alone]))
         assert torch.allclose(log_likelihood, torch.cat([one[1] for one in alone]), atol=1e-5)
-    assert tokens[2].equal(prefix[2].expand(n, -1)) and log_likelihood[2].tolist() == [0.0] * n
+    assert tokens[2].equal(prefix[2].expand(n, -1))
+    assert log_likelihood[2].tolist() == [0.0] * n
 
 
 MEMORY = """
@@ -219,7 +223,8 @@ def test_temperature_0_takes_the_likeliest() -> None:
     tokens, log_likelihood = sample_images(Decoder(prior), ids, 2, uniforms(2, 2, 9), SamplingSettings(temperature=0))
     with torch.no_grad():
         likeliest = prior.image_logits(prior(ids, tokens[:, 0])).argmax(-1)
-    assert tokens[:, 0].equal(likeliest) and tokens[:, 1].equal(likeliest)
+    assert tokens[:, 0].equal(likeliest)
+    assert tokens[:, 1].equal(likeliest)
     assert torch.allclose(log_likelihood[:, 0], prior.log_likelihood(ids, likeliest), atol=1e-5)
 
 
@@ -266,7 +271,8 @@ def test_guidance_of_1_is_the_prior_itself_and_of_0_knows_no_caption() -> None:
     decoder = Decoder(prior)
     plain = sample_images(decoder, ids, n, u, SamplingSettings())
     one = sample_images(decoder, ids, n, u, SamplingSettings(guidance=1.0), empty=empty)
-    assert one[0].equal(plain[0]) and one[1].equal(plain[1])
+    assert one[0].equal(plain[0])
+    assert one[1].equal(plain[1])
     blind = sample_images(decoder, ids, n, u, SamplingSettings(guidance=0.0), empty=empty)[0]
     assert blind.equal(sample_images(decoder, empty.expand(2, -1), n, u, SamplingSettings())[0])
     with pytest.raises(ValueError, match="empty caption"):

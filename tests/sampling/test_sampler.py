@@ -83,16 +83,19 @@ def test_batches_of_any_size_resumed_by_any_other(sampler: Sampler, tmp_path: Pa
     lines = list(sampler.run(request(1), tmp_path / "one"))
     assert [(line["prompt_index"], line["index"]) for line in lines] == [(p, i) for p in range(4) for i in range(N)]
     tokens, log_likelihood = drawn(tmp_path / "one")
-    assert len(np.unique(tokens, axis=0)) == 4 * N and (log_likelihood < 0).all()
+    assert len(np.unique(tokens, axis=0)) == 4 * N
+    assert (log_likelihood < 0).all()
     for first, then, rows in [(2, 64, 3), (2, 7, 4), (64, None, 5), (7, 2, 8), (3, 6, 1)]:
         out = tmp_path / f"{first}-{then}"
         run = sampler.run(request(first), out)
         stopped = [next(run) for _ in range(rows)]
         run.close()
         again = list(sampler.run(request(then), out))
-        assert again[:rows] == stopped and len(again) == 4 * N
+        assert again[:rows] == stopped
+        assert len(again) == 4 * N
         found = drawn(out)
-        assert np.array_equal(found[0], tokens) and np.allclose(found[1], log_likelihood, atol=1e-4)
+        assert np.array_equal(found[0], tokens)
+        assert np.allclose(found[1], log_likelihood, atol=1e-4)
         for line, other in zip(again, lines, strict=True):
             assert Path(line["png"]).read_bytes() == Path(other["png"]).read_bytes()
 
@@ -101,9 +104,11 @@ def test_lines_come_while_later_samples_are_drawn(sampler: Sampler, tmp_path: Pa
     run = sampler.run(request(1), tmp_path / "s")
     for row in range(4 * N):
         line = next(run)
-        assert Path(line["png"]).is_file() and int(zarr.open_group(line["store"], mode="r").attrs["rows"]) > row
+        assert Path(line["png"]).is_file()
+        assert int(zarr.open_group(line["store"], mode="r").attrs["rows"]) > row
         assert len(counted) <= row + 2
-    assert next(run, None) is None and counted == [1] * 4 * N
+    assert next(run, None) is None
+    assert counted == [1] * 4 * N
 
 
 @pytest.fixture
@@ -133,7 +138,8 @@ def test_any_sample_is_drawn_again_alone(
     assert [line["index"] for line in some.lines] == [1, 2] * 4
     assert pictures(some.lines).items() <= pictures(whole).items()
     far = call("sample", places.prior, PROMPTS[0], "--index", 100, "--seed", 7, "--out", tmp_path / "c")
-    assert [line["index"] for line in far.lines] == [100] and not pictures(far.lines).items() & pictures(whole).items()
+    assert [line["index"] for line in far.lines] == [100]
+    assert not pictures(far.lines).items() & pictures(whole).items()
     refused = call("sample", places.prior, PROMPTS[1], "--index", 1, "--seed", 7, "--out", tmp_path / "a").mistake()
     assert "other prompts, settings or models" in refused
 
@@ -166,7 +172,8 @@ def test_a_share_goes_on_where_it_stopped(sampler: Sampler, whole: list[dict[str
     first = next(run)
     run.close()
     again = list(sampler.run(share, tmp_path / "s"))
-    assert again[0] == first and len(again) == len(share.rows) == 2
+    assert again[0] == first
+    assert len(again) == len(share.rows) == 2
     assert pictures(again).items() <= pictures(whole).items()
 
 
@@ -202,7 +209,8 @@ def test_ids_of_prompts_are_kept(places: RunFolders, call: Call, tmp_path: Path)
 
 def test_guidance_is_refused_where_captions_were_never_dropped(places: RunFolders, call: Call, tmp_path: Path) -> None:
     refused = call("sample", places.prior, "a star", "--guidance", 3, "--out", tmp_path / "s").mistake()
-    assert "prior.caption_dropout: 0" in refused and str(places.prior) in refused
+    assert "prior.caption_dropout: 0" in refused
+    assert str(places.prior) in refused
     assert not (tmp_path / "s").exists()
     assert call("sample", places.prior, "a star", "--guidance", 1, "--out", tmp_path / "s").code == 0
 
@@ -240,7 +248,8 @@ def test_the_given_rows_stay_and_the_drawn_ones_are_scored(
     dvae, prior = load_dvae(sampler.dvae_checkpoint), load_prior(sampler.prior_checkpoint)
     cut = torch.from_numpy(eval_crop(Image.open(given), 32).copy())[None]
     encoded = encode_pictures(dvae, cut, 0.1)[0].numpy()
-    assert (tokens[:, :rows] == encoded[:rows]).all() and len(np.unique(encoded[:rows])) > 1
+    assert (tokens[:, :rows] == encoded[:rows]).all()
+    assert len(np.unique(encoded[:rows])) > 1
     assert len(np.unique(tokens[:, rows:], axis=0)) == 4 * N
     recipe = sampler.prior_checkpoint.recipe()
     text = prior.with_padding(*text_tensors(sampler.tokenizer.encode(PROMPTS), recipe.tokenizer.text_length))
@@ -357,6 +366,7 @@ def test_16_bit_samples_are_others(places: RunFolders, call: Call, tmp_path: Pat
     assert call("sample", places.prior, *PROMPTS, "--out", full).code == 0
     assert call("sample", places.prior, *PROMPTS, "--out", half, "--precision", "bf16").code == 0
     a, b = drawn(full), drawn(half)
-    assert not np.array_equal(a[1], b[1]) and abs(a[1].mean() / b[1].mean() - 1) < 0.1
+    assert not np.array_equal(a[1], b[1])
+    assert abs(a[1].mean() / b[1].mean() - 1) < 0.1
     refused = call("sample", places.prior, *PROMPTS, "--out", full, "--precision", "bf16").mistake()
     assert str(full) in refused

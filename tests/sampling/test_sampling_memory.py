@@ -108,7 +108,8 @@ def test_a_power_of_two_that_fits() -> None:
     for free in (1, 10**4, 10**5, 10**6, 10**9, None):
         for most in (1, 64, 100, 512):
             found = need.samples(free, 512, most)
-            assert found & (found - 1) == 0 and 1 <= found <= most
+            assert found & (found - 1) == 0
+            assert 1 <= found <= most
             if free is not None and found > 1:
                 assert need.of(found, 512) <= SHARE * free
             if free is not None and 2 * found <= most:

@@ -28,9 +28,12 @@ def test_bench_encode(tmp_path: Path, call: Call) -> None:
     assert call("make-shapes", tmp_path / "shapes", "--n", 30, "--test-n", 1, "--size", 32).code == 0
     recipe = write_recipe(tmp_path, smallest_recipe(tmp_path / "run", None))
     found = bench("bench-encode", recipe, "--data", tmp_path / "shapes" / "train", "--rounds", 2, "--seconds", 0.05)
-    assert found["pictures"] >= 128 and found["image_size"] == 32 and found["n_hid"] == 8
+    assert found["pictures"] >= 128
+    assert found["image_size"] == 32
+    assert found["n_hid"] == 8
     for kind in ("encoder", "pipeline"):
-        assert found[f"{kind}_pictures_per_second"] > 0 and found[f"{kind}_pictures_per_cpu_second"] > 0
+        assert found[f"{kind}_pictures_per_second"] > 0
+        assert found[f"{kind}_pictures_per_cpu_second"] > 0
     ratio = found["pipeline_pictures_per_second"] / found["encoder_pictures_per_second"]
     assert found["ratio"] == pytest.approx(ratio, rel=0.01)
 
@@ -38,7 +41,8 @@ def test_bench_encode(tmp_path: Path, call: Call) -> None:
 def test_bench_store(tmp_path: Path) -> None:
     arguments = ("--rows", 9000, "--batch", 100, "--rounds", 1, "--dir", tmp_path / "made")
     found = bench("bench-store", *arguments)
-    assert found["rows"] == 9000 and found["memmap_bytes"] == 9000 * 2 * (256 + 1024)
+    assert found["rows"] == 9000
+    assert found["memmap_bytes"] == 9000 * 2 * (256 + 1024)
     assert found["store_bytes"] < found["memmap_bytes"]
     assert found["epoch_decoded_bytes"] == found["memmap_bytes"]
     assert all(found[f"{kind}_store_rows_per_second"] > 0 for kind in ("epoch", "anywhere", "uncached"))

@@ -32,7 +32,8 @@ def test_steps_between_the_timed_ones_are_interpolated() -> None:
 def test_a_cache_is_widened_in_all_its_parts() -> None:
     cache: dict[str, Any] = {"offset": 5, "attention": (torch.ones(1, 2, 3), torch.zeros(1, 2, 3))}
     found = _widened(cache, 4)
-    assert found["offset"] == 5 and [part.shape for part in found["attention"]] == [(4, 2, 3)] * 2
+    assert found["offset"] == 5
+    assert [part.shape for part in found["attention"]] == [(4, 2, 3)] * 2
 
 
 def test_a_small_run() -> None:
@@ -48,7 +49,8 @@ def test_a_small_run() -> None:
         (64, "dalle fp32, 1 caption"),
         (64, "dalle bf16, 1 caption"),
     ]
-    assert len(lines) == 8 and not found["ratios"]
+    assert len(lines) == 8
+    assert not found["ratios"]
     for row in found["rows"]:
         assert row["tokens_per_second"] == pytest.approx(16 * row["images_per_second"])
         assert row["whole_images_tokens_per_second"] > 0

@@ -32,13 +32,16 @@ def test_a_study_prints_what_the_runs_found_and_goes_on(tmp_path: Path) -> None:
     for row in rows:
         run = tmp_path / "out" / f"width-{row['width']}-rate-{row['rate']:g}"
         last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-        assert last["step"] == row["updates"] and last["val_raw_text"] == row["raw_text"] != row["text"]
+        assert last["step"] == row["updates"]
+        assert last["val_raw_text"] == row["raw_text"] != row["text"]
         assert abs(row["loss"] - row["text"] / 8 - row["image"] * 7 / 8) < 1e-6
         assert f"{row['image']:.4f}" in done.stdout
     assert done.stdout.count("best of its width") == 2
     assert (tmp_path / "out" / "study.png").read_bytes().startswith(b"\x89PNG")
     again = study()
-    assert again.stdout == done.stdout and again.stderr.count("already trained") == 4
+    assert again.stdout == done.stdout
+    assert again.stderr.count("already trained") == 4
 
     refused = study("--widths", "9")
-    assert refused.returncode == 2 and "--widths 9: is no multiple" in refused.stderr
+    assert refused.returncode == 2
+    assert "--widths 9: is no multiple" in refused.stderr

@@ -88,15 +88,18 @@ SQUARE = found("blue", "square", "large", 0.5, 0.7)
 
 
 def test_relations() -> None:
-    assert relation(STAR, SQUARE) == "above" and relation(SQUARE, STAR) == "below"
+    assert relation(STAR, SQUARE) == "above"
+    assert relation(SQUARE, STAR) == "below"
     aside = found("blue", "square", "large", 0.9, 0.3)
-    assert relation(STAR, aside) == "left of" and relation(aside, STAR) == "right of"
+    assert relation(STAR, aside) == "left of"
+    assert relation(aside, STAR) == "right of"
     assert relation(STAR, found("blue", "square", "large", 0.7, 0.42)) is None
 
 
 def test_holding_and_partly_holding() -> None:
     claim = Claim((STAR.fact, SQUARE.fact), "above")
-    assert holds(claim, Reading((SQUARE, STAR))) and partial(claim, Reading((SQUARE, STAR))) == 1
+    assert holds(claim, Reading((SQUARE, STAR)))
+    assert partial(claim, Reading((SQUARE, STAR))) == 1
     # One fact wrong of eight: two things, six attributes, a relation and their number.
     for wrong in (
         found("green", "star", "small", 0.5, 0.2),
@@ -108,12 +111,14 @@ def test_holding_and_partly_holding() -> None:
         assert not holds(claim, reading)
         assert partial(claim, reading) == 7 / 8
     extra = found("green", "ell", "small", 0.1, 0.1)
-    assert not holds(claim, Reading((SQUARE, STAR, extra))) and partial(claim, Reading((SQUARE, STAR, extra))) == 7 / 8
+    assert not holds(claim, Reading((SQUARE, STAR, extra)))
+    assert partial(claim, Reading((SQUARE, STAR, extra))) == 7 / 8
     assert partial(claim, Reading((SQUARE,))) == 3 / 8
     assert partial(claim, Reading(())) == 0
     alone = Claim((Fact("small", "red", "star"),), None)
     assert holds(alone, Reading((STAR,)))
-    assert not holds(alone, Reading((STAR, SQUARE))) and partial(alone, Reading((STAR, SQUARE))) == 3 / 4
+    assert not holds(alone, Reading((STAR, SQUARE)))
+    assert partial(alone, Reading((STAR, SQUARE))) == 3 / 4
 
 
 def test_any_picture_is_read() -> None:

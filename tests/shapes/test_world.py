@@ -42,7 +42,8 @@ def test_captions_say_the_scenes_facts(row: tuple[int, str, int], caption_seed: 
     this = scene(*row)
     for text in [*phrasings(this), captions(this, np.random.default_rng(caption_seed))]:
         assert parse_caption(text) == this.claim
-        assert text == text.lower() and text == " ".join(text.split())
+        assert text == text.lower()
+        assert text == " ".join(text.split())
 
 
 def test_parsing_by_hand() -> None:
@@ -161,7 +162,8 @@ def test_rendered_areas_and_colours_are_those_of_the_geometry(size: int) -> None
     for index in range(60):
         this = scene(4, "heldout", index)
         picture = render(this, size)
-        assert picture.shape == (size, size, 3) and picture.dtype == np.uint8
+        assert picture.shape == (size, size, 3)
+        assert picture.dtype == np.uint8
         paper = np.array(BACKGROUND)
         covered = (picture != paper).any(axis=2)
         area = sum(unit[t.shape] * (t.radius * size) ** 2 for t in this.things)
@@ -221,9 +223,11 @@ def test_shards_hold_the_scenes_and_are_the_same_bytes_every_time(tmp_path: Path
         assert (np.asarray(Image.open(io.BytesIO(member("00000024.png")))) == render(this, 32)).all()
         assert parse_caption(member("00000024.txt").decode()) == this.claim
         facts = json.loads(member("00000024.json"))
-        assert facts["relation"] == this.relation and facts["things"][0]["colour"] == this.things[0].colour
+        assert facts["relation"] == this.relation
+        assert facts["things"][0]["colour"] == this.things[0].colour
     world = json.loads((tmp_path / "a/world.json").read_text())
-    assert world["seed"] == 3 and world["held_out"] == sorted([list(pair) for pair in HELD_OUT])
+    assert world["seed"] == 3
+    assert world["held_out"] == sorted([list(pair) for pair in HELD_OUT])
 
 
 def test_a_rows_bytes_do_not_depend_on_how_many_are_made(tmp_path: Path) -> None:

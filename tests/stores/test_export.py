@@ -113,7 +113,9 @@ def test_parts_are_the_whole(count: int, recipe: Recipe, tmp_path: Path) -> None
     assert save(tmp_path / "step-00000003", recipe, count) == [None] * count
     found = open_checkpoint(tmp_path, "prior")
     found.check(0, 1)
-    assert found.step == 3 and found.belongs == BELONGS and len(found.files) == 2 * count
+    assert found.step == 3
+    assert found.belongs == BELONGS
+    assert len(found.files) == 2 * count
     for which, seed in (("raw", 1), ("ema", 2)):
         loaded, expected = found.tensors(which), tensors(recipe, seed)
         assert loaded.keys() == expected.keys()
@@ -122,7 +124,8 @@ def test_parts_are_the_whole(count: int, recipe: Recipe, tmp_path: Path) -> None
         for rows in (slice(0, 7), slice(5, 200), slice(399, 401), slice(None)):
             assert torch.equal(files.read(name, rows), expected[name][rows])
     moments, state = found.trainer()
-    assert state == {"step": 3} and moments["step.norm.weight"] == 3.0
+    assert state == {"step": 3}
+    assert moments["step.norm.weight"] == 3.0
     assert torch.equal(moments["exp_avg.image_row"], tensors(recipe, 1)["image_row"])
     for rank in range(count):
         assert float((found.own_state(rank, count) or {})["error.x"][0]) == rank
@@ -145,7 +148,8 @@ def test_one_that_cannot_write_keeps_all_from_it(
     monkeypatch.setattr("dalle_cli.stores.checkpoint.save_tensors", full)
     for raised in save(tmp_path / "step-00000003", recipe, 2, seed=5):
         assert isinstance(raised, UserError)
-        assert str(raised).startswith("process 1 of 2: ") and "no space left on the disk" in str(raised)
+        assert str(raised).startswith("process 1 of 2: ")
+        assert "no space left on the disk" in str(raised)
     assert open_checkpoint(tmp_path).files == before
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
 
@@ -215,9 +219,11 @@ def test_what_is_exported_is_the_same(size: str | None, recipe: Recipe, tmp_path
     found = open_checkpoint(run)
     done = call("export", run, *([] if size is None else [tmp_path / "out", "--shard-size", size]))
     out = run / "exported" if size is None else tmp_path / "out"
-    assert done.code == 0 and done.out.strip() == str(out)
+    assert done.code == 0
+    assert done.out.strip() == str(out)
     exported = open_checkpoint(out, "prior")
-    assert exported.identity == found.identity and exported.belongs == found.belongs
+    assert exported.identity == found.identity
+    assert exported.belongs == found.belongs
     expected = found.tensors()
     assert all(torch.equal(value, expected[name]) for name, value in exported.tensors().items())
     assert dict(load_prior(exported).named_parameters()).keys() == expected.keys()
@@ -229,7 +235,8 @@ def test_what_is_exported_is_the_same(size: str | None, recipe: Recipe, tmp_path
         assert len(files) == len(expected)
     else:
         largest = max(20_000, *(tensor.nbytes for tensor in expected.values()))
-        assert len(files) > 1 and max((out / name).stat().st_size for name in files) < largest + 5000
+        assert len(files) > 1
+        assert max((out / name).stat().st_size for name in files) < largest + 5000
     assert open_checkpoint(run).path == found.path
 
 

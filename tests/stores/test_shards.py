@@ -98,7 +98,8 @@ def files(store: Path) -> dict[str, bytes]:
 @given(samples=st.integers(0, 10**6), multiple=st.integers(1, 5000), of=st.integers(1, 300))
 def test_shards_part_the_rows(samples: int, multiple: int, of: int) -> None:
     shares = [Shard(number, of).rows(samples, multiple) for number in range(1, of + 1)]
-    assert shares[0].start == 0 and shares[-1].stop == samples
+    assert shares[0].start == 0
+    assert shares[-1].stop == samples
     assert all(one.stop == two.start for one, two in itertools.pairwise(shares))
     assert all(share.start % multiple == 0 or share.start == samples for share in shares)
     whole_files = [-(-len(share) // multiple) for share in shares]
@@ -106,7 +107,8 @@ def test_shards_part_the_rows(samples: int, multiple: int, of: int) -> None:
 
 
 def test_shards_are_counted_from_one() -> None:
-    assert parse_shard("3/8") == Shard(3, 8) and str(Shard(3, 8)) == "3/8"
+    assert parse_shard("3/8") == Shard(3, 8)
+    assert str(Shard(3, 8)) == "3/8"
     for wrong in ("0/8", "9/8", "3", "3/0", "a/b", "-1/2", "1/8/2", " 1/8", "1/8\n", "", "0/0", "٣/٨"):
         with pytest.raises(UserError, match=r"I/N with I from 1 to N"):
             parse_shard(wrong)
@@ -180,7 +182,8 @@ def test_nothing_is_copied_and_the_shares_stay_whole(tmp_path: Path) -> None:
         assert merge_store(store) == {"image": 30}
         assert files(parts_folder(store)) == before
         data = [path for path in store.rglob("c/*") if path.is_file()] + list(store.glob("image/c/*/0/0"))
-        assert len(data) == 3 * 8 and all(path.stat().st_nlink == 2 for path in data)
+        assert len(data) == 3 * 8
+        assert all(path.stat().st_nlink == 2 for path in data)
         whole = files(store)
         assert merge_store(store) == {"image": 30}  # again: nothing to do
         shutil.rmtree(parts_folder(store) / "image-0002-of-0003.zarr")
@@ -286,7 +289,8 @@ def test_the_command_prints_the_store(tmp_path: Path, call: Call) -> None:
         make_shares(store, "image", 9, 5)  # more processes than files: some shares hold nothing
         done = call("merge", store)
     assert (done.code, done.out) == (0, f"{store}\n")
-    assert "9 rows of image" in done.err and f"{store}.parts is no longer needed" in done.err
+    assert "9 rows of image" in done.err
+    assert f"{store}.parts is no longer needed" in done.err
 
 
 # The report of skips
@@ -344,6 +348,7 @@ def test_many_kinds_of_skips_keep_the_attributes_small(tmp_path: Path) -> None:
                 writer.finish()
         merge_store(tmp_path / "tokens")
     counts = TokenReader(tmp_path / "calm").part("image")["skipped"]
-    assert sum(counts.values()) == 300 and len(counts) == tokens.MOST_REASONS + 1
+    assert sum(counts.values()) == 300
+    assert len(counts) == tokens.MOST_REASONS + 1
     assert counts[tokens.OTHER_REASONS] == 200
     assert files(tmp_path / "tokens") == files(tmp_path / "calm")

@@ -134,7 +134,8 @@ def test_a_store_reads_back_as_written_wherever_its_writer_died(
                 break
         check(path, rows)
         again = PartWriter(path, "text", IDENTITY)
-        assert again.complete and again.rows == rows
+        assert again.complete
+        assert again.rows == rows
 
 
 @given(shard=st.sampled_from([2, 4]), rows=st.integers(1, 11), wrong=st.data())
@@ -187,7 +188,8 @@ def test_a_reader_of_a_growing_store_sees_committed_rows_only(tmp_path: Path) ->
         writer.append(*text_rows(0, 4))
         early = TokenReader(tmp_path / "t")
         writer.append(*text_rows(4, 8))
-        assert len(early) == 4 and len(TokenReader(tmp_path / "t")) == 8
+        assert len(early) == 4
+        assert len(TokenReader(tmp_path / "t")) == 8
         with pytest.raises(UserError, match="its text part stops at row 8"):
             early.__class__(tmp_path / "t").require_complete()
         assert early.read("text", np.array([], np.int64)).shape == (0, TEXT)
@@ -255,9 +257,11 @@ def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path: Path) -> None:
         found = open_checkpoint(place, "prior")
         assert (found.path, found.kind, found.step) == (path, "prior", 7)
         assert (found.belongs, found.metrics) == ({"dvae": "d" * 64}, {"loss": 0.25})
-        assert equal(found.tensors("raw"), tensors(7)) and equal(found.tensors(), tensors(8))
+        assert equal(found.tensors("raw"), tensors(7))
+        assert equal(found.tensors(), tensors(8))
         moments, state = found.trainer()
-        assert equal(moments, tensors(9)) and state["plateau"] == {"best": float("inf"), "stale": 1}
+        assert equal(moments, tensors(9))
+        assert state["plateau"] == {"best": float("inf"), "stale": 1}
         assert found.recipe() == Recipe(name="saved", seed=5) == load_recipe(path / "recipe.yaml")
         assert found.identity == sha256_file(path / "ema.safetensors")
     names = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()}
@@ -311,7 +315,8 @@ def test_a_directory_is_whole_or_absent(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), new_directory(target) as folder:
         (folder / "a").write_text("2")
         raise ZeroDivisionError
-    assert [p.name for p in target.parent.iterdir()] == ["target"] and (target / "a").read_text() == "1"
+    assert [p.name for p in target.parent.iterdir()] == ["target"]
+    assert (target / "a").read_text() == "1"
     with new_directory(target) as folder:
         (folder / "b").write_text("3")
     assert [p.name for p in target.iterdir()] == ["b"]
@@ -325,7 +330,8 @@ def test_a_file_is_the_old_or_the_new(tmp_path: Path) -> None:
         pytest.raises(UserError, match="no space left"),
     ):
         write_atomically(file, "new")
-    assert [p.name for p in tmp_path.iterdir()] == ["file"] and file.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert file.read_text() == "old"
 
 
 @pytest.mark.parametrize(
@@ -335,7 +341,8 @@ def test_a_file_is_the_old_or_the_new(tmp_path: Path) -> None:
 def test_faults_of_the_disk_are_one_line(tmp_path: Path, number: int, words: str) -> None:
     with pytest.raises(UserError, match=words) as refused, new_directory(tmp_path / "place"):
         raise OSError(number, "as the system says it")
-    assert str(tmp_path / "place") in str(refused.value) and "\n" not in str(refused.value)
+    assert str(tmp_path / "place") in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("role", ["dvae", "tokenizer"])

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import Call
+from helpers.killed_runs import TIMED, finish, kill
 from helpers.running import Chain, smallest_recipe
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_resume import TIMED, finish, kill
 
 from dalle_cli.config.schema import Recipe
 from dalle_cli.distributed.device import explain_out_of_memory
@@ -66,7 +66,8 @@ def test_what_a_dead_process_wrote_of_later_updates_is_dropped(tmp_path: Path) -
     assert points(tmp_path)["validation/loss"] == [(step, value + step) for step, value in losses if step % 2 == 0]
     assert points(tmp_path) == points_of_lines(tmp_path)
     images = board(tmp_path).Images("validation/grid")
-    assert [image.step for image in images] == [2, 4, 6, 8] and {(i.width, i.height) for i in images} == {(5, 4)}
+    assert [image.step for image in images] == [2, 4, 6, 8]
+    assert {(i.width, i.height) for i in images} == {(5, 4)}
 
 
 def test_a_line_cut_short_is_dropped(tmp_path: Path) -> None:
@@ -105,7 +106,8 @@ def test_killed_training_loses_and_repeats_no_point(by_hand: Chain, tmp_path: Pa
         assert [step for step, _ in points(calm)[f"validation/{name}"]] == list(range(5, 61, 5))
     grids = [[(i.step, i.encoded_image_string) for i in board(run).Images("validation/reconstructions")]
              for run in (struck, calm)]  # fmt: skip
-    assert grids[0] == grids[1] and [step for step, _ in grids[1]] == list(range(5, 61, 5))
+    assert grids[0] == grids[1]
+    assert [step for step, _ in grids[1]] == list(range(5, 61, 5))
 
 
 def test_a_run_goes_on_between_two_lines_of_its_log(by_hand: Chain, tmp_path: Path, call: Call) -> None:

@@ -125,7 +125,8 @@ def test_every_epoch_is_a_permutation_and_batches_run_on_across_epochs(
     for epoch in range(len(stream) // size):
         assert sorted(stream[epoch * size : (epoch + 1) * size]) == rows.tolist()
     left = stream[len(stream) // size * size :]
-    assert len(set(left.tolist())) == len(left) and set(left.tolist()) <= set(rows.tolist())
+    assert len(set(left.tolist())) == len(left)
+    assert set(left.tolist()) <= set(rows.tolist())
     # Whatever was asked before, in any order, by any reader.
     for step in random.Random(seed).sample(range(steps), steps):
         np.testing.assert_array_equal(BatchOrder(rows, batch, seed).batch(step)[0], batches[step][0])
@@ -136,7 +137,9 @@ def test_epochs_and_seeds_differ() -> None:
     rows = np.arange(500)
     first, second = (BatchOrder(rows, 500, 0).batch(step)[0].tolist() for step in (0, 1))
     other = BatchOrder(rows, 500, 1).batch(0)[0].tolist()
-    assert first != second and first != other and first != rows.tolist()
+    assert first != second
+    assert first != other
+    assert first != rows.tolist()
 
 
 def test_rows_beyond_a_window_are_all_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,12 +171,14 @@ def test_the_holdout_depends_on_each_row_alone(size: int, seed: int, share: floa
         assert set(held.tolist()) == {row for row in larger_held.tolist() if row < size}
     subset = np.array(sorted(some.sample(range(5000), 1000)))
     assert set(split_holdout(subset, share, seed)[1].tolist()) == set(subset.tolist()) & set(larger_held.tolist())
-    assert np.all(np.diff(larger_training) > 0) and np.all(np.diff(larger_held) > 0)
+    assert np.all(np.diff(larger_training) > 0)
+    assert np.all(np.diff(larger_held) > 0)
 
 
 def test_a_holdout_of_nothing_and_of_everything() -> None:
     training, held = split_holdout(np.arange(10), 0.0, 0)
-    assert training.tolist() == list(range(10)) and held.size == 0
+    assert training.tolist() == list(range(10))
+    assert held.size == 0
     with pytest.raises(UserError, match=r"data.holdout: 1.0 leaves none of 10 samples"):
         split_holdout(np.arange(10), 1.0, 0)
     small = [len(split_holdout(np.arange(20), 0.001, seed)[1]) for seed in range(5)]
@@ -242,7 +247,8 @@ def test_accumulation_is_the_whole_batch_for_the_prior() -> None:
     with torch.no_grad():
         text, image = task.model.loss(batch.text, batch.length, batch.image)
         naive = [float(task.model.loss(part.text, part.length, part.image).text) for part in batch.split(1)]
-    assert whole[1]["text"] == pytest.approx(float(text)) and whole[1]["image"] == pytest.approx(float(image))
+    assert whole[1]["text"] == pytest.approx(float(text))
+    assert whole[1]["image"] == pytest.approx(float(image))
     assert whole[1]["loss"] == pytest.approx(float(text) / 8 + float(image) * 7 / 8)
     assert abs(sum(naive) / 6 - float(text)) > 0.01  # the test would see the wrong weights
     # Validation goes through the same parts.
@@ -335,7 +341,8 @@ def test_decay_touches_matrices_only() -> None:
     optimizer = TrainingState(task.model, task.decayed(), recipe.prior.adam, recipe.prior.learning_rate).optimizer
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     names = {name for name, p in task.model.named_parameters() if id(p) in decayed}
-    assert names and all("resblocks" in name and name.endswith("weight") and "norm" not in name for name in names)
+    assert names
+    assert all("resblocks" in name and name.endswith("weight") and "norm" not in name for name in names)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(task.model.parameters()))
 
 
@@ -348,6 +355,7 @@ def test_batches_of_pictures_do_not_depend_on_the_workers_or_on_where_a_run_begi
         return [batch for batch, _, _ in pictures.batches(start, 6)]
 
     whole = batches(0, 0)
-    assert whole[0].shape == (8, 3, 32, 32) and whole[0].dtype == torch.uint8
+    assert whole[0].shape == (8, 3, 32, 32)
+    assert whole[0].dtype == torch.uint8
     for workers, start in ((2, 0), (0, 4), (1, 3)):
         assert all(torch.equal(a, b) for a, b in zip(batches(workers, start), whole[start:], strict=True))

@@ -102,8 +102,10 @@ def test_a_peak_is_the_recipes_or_measured_once(monkeypatch: pytest.MonkeyPatch)
     product = torch.mm
     monkeypatch.setattr("torch.mm", lambda a, b: calls.append(a.shape) or product(a, b))
     found, words = peak_tflops(None, torch.float64, cpu)
-    assert peak_tflops(None, torch.float64, cpu)[0] == found > 0 and calls == [(512, 512)] * 4
-    assert words.startswith("measured by a float64 product of 512 x 512, ") and "monitoring.peak_tflops" in words
+    assert peak_tflops(None, torch.float64, cpu)[0] == found > 0
+    assert calls == [(512, 512)] * 4
+    assert words.startswith("measured by a float64 product of 512 x 512, ")
+    assert "monitoring.peak_tflops" in words
 
 
 # FLOPs
@@ -225,14 +227,16 @@ def test_scales_and_skipped_updates_are_counted_and_kept(tmp_path: Path) -> None
     assert [line["skipped_updates"] for line in lines] == [0, 1, 1, 2]
     assert [line["skipped"] > 0 for line in lines] == [False, True, False, True]
     assert [line["scales_at_bounds"] for line in lines] == [1, 2, 2, 2]
-    assert lines[0]["log2_scale_max"] == 24 and lines[0]["log2_scale_min"] == 13
+    assert lines[0]["log2_scale_max"] == 24
+    assert lines[0]["log2_scale_min"] == 13
     assert lines[2]["log2_scale_min"] == pytest.approx(13.001 - 0.5)
 
     saved = tmp_path / "step-00000004"
     save_checkpoint(saved, kind="prior", step=4, recipe=recipe, belongs={}, metrics={}, **first.contents(4))
     second = state()
     second.load(open_checkpoint(saved))
-    assert update(second, None)["skipped_updates"] == 2 and update(second, 1)["skipped_updates"] == 3
+    assert update(second, None)["skipped_updates"] == 2
+    assert update(second, 1)["skipped_updates"] == 3
 
 
 # Weights & Biases
@@ -258,10 +262,12 @@ def test_weights_and_biases_has_what_the_journal_has(store: Path, tmp_path: Path
     assert (done := run(12)).returncode == 0 and "goes on from step-00000008" in done.stderr, done.stderr
 
     told = [json.loads(line) for line in (tmp_path / "sent" / "init.jsonl").read_text().splitlines()]
-    assert len(told) == 2 and len({each["id"] for each in told}) == 1
+    assert len(told) == 2
+    assert len({each["id"] for each in told}) == 1
     for each in told:
         assert (each["project"], each["name"], each["resume"]) == ("shapes", "smallest prior", "allow")
-        assert each["config"]["stage"] == "prior" and each["config"]["prior"]["model"]["layers"] == 3
+        assert each["config"]["stage"] == "prior"
+        assert each["config"]["prior"]["model"]["layers"] == 3
     sent = tmp_path / "sent" / f"{told[0]['id']}.jsonl"
     assert sent.with_suffix(".finished").exists()
     found = [json.loads(line) for line in sent.read_text().splitlines()]
@@ -280,7 +286,8 @@ def test_weights_and_biases_has_what_the_journal_has(store: Path, tmp_path: Path
 
     (tmp_path / "sent" / "broken").touch()
     failed = run(14)
-    assert failed.returncode == 2 and "Traceback" not in failed.stderr
+    assert failed.returncode == 2
+    assert "Traceback" not in failed.stderr
     assert failed.stderr.splitlines()[-1] == (
         "dalle: --wandb shapes: Weights & Biases does not start (api_key not configured (no-tty)); run wandb login, or "
         "set WANDB_MODE=offline, or leave it out"

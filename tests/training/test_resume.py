@@ -4,53 +4,16 @@ from __future__ import annotations
 
 import json
 import random
-import signal
-import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from helpers.running import DALLE, ENVIRONMENT, Chain
+from helpers.killed_runs import SHARD, SMALL_SHARDS, TIMED, Command, files, finish, kill
+from helpers.running import DALLE, Chain
 
-from dalle_cli.training.throughput import PACE
-
-TIMED = frozenset({"seconds", *PACE})
-"""What differs in the journal between two runs of the same recipe."""
 KILLS = 3
-SHARD = 64
-# Whole shards are 4096 rows; with small ones a small store has many, in the same code.
-SMALL_SHARDS = (
-    "from dalle_cli.stores import tokens; "
-    f"tokens.ROWS_PER_SHARD = tokens.ROWS_PER_CHUNK = {SHARD}; "
-    "from dalle_cli.text import tokenize; tokenize.SHARDS_AT_ONCE = 1; "
-    "from dalle_cli.app import main; main()"
-)
-Command = Sequence[object]
-
-
-def finish(command: Command, program: Sequence[str] = (DALLE,)) -> str:
-    """Run ``command`` to its end; its stdout."""
-    done = subprocess.run([*program, *map(str, command)], env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def kill(command: Command, ready: Callable[[], bool], delay: float, program: Sequence[str] = (DALLE,)) -> bool:
-    """Run ``command`` and kill it ``delay`` seconds after ``ready``; False if it ended before."""
-    process = subprocess.Popen(
-        [*program, *map(str, command)], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 60
-    while process.poll() is None and not ready():
-        assert time.monotonic() < deadline, "the command makes no progress"
-        time.sleep(0.001)
-    time.sleep(delay)
-    process.kill()
-    return process.wait() == -signal.SIGKILL
 
 
 def kill_often(
@@ -68,12 +31,6 @@ def kill_often(
         stood.append(progress())
     assert stood[-1] < most, "the last kill came too late to interrupt anything"
     return stood
-
-
-def files(folder: Path, *without: str) -> dict[str, str]:
-    """sha256 of every file below ``folder``."""
-    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    return {name: sha256(path.read_bytes()).hexdigest() for name, path in found.items() if name not in without}
 
 
 def rows_in(store: Path, part: str | None) -> Callable[[], int]:
@@ -153,7 +110,8 @@ def test_killed_writers_of_a_token_store_end_with_the_same_bytes(by_hand: Chain,
 
         finish(command(calm), program)
         stood = kill_often(command(struck), rows_in(struck, part), rows, 0.04, program)
-        assert len(set(stood)) == KILLS and all(row % SHARD == 0 for row in stood)
+        assert len(set(stood)) == KILLS
+        assert all(row % SHARD == 0 for row in stood)
         finish(command(struck), program)
         assert rows_in(struck, part)() == rows
         assert files(struck) == files(calm)

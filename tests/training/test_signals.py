@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -14,10 +13,11 @@ from typing import Any
 
 import pytest
 from conftest import Call
+from helpers.killed_runs import files
+from helpers.log_lines import lines
+from helpers.processes import start
 from helpers.running import DALLE, ENVIRONMENT, Chain, smallest_recipe, write_recipe
 from helpers.token_stores import write_tokens
-from test_parallel import start
-from test_resume import TIMED, files
 
 from dalle_cli.errors import RESUMABLE
 from dalle_cli.stores.checkpoint import open_checkpoint
@@ -39,17 +39,12 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], list[Any]
     return lambda out: ["train-prior", recipe, "--tokens", store, "--out", out]
 
 
-def lines(run: Path) -> list[dict[str, Any]]:
-    """The journal without what depends on the time."""
-    found = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").is_file() else []
-    return [{key: value for key, value in json.loads(line).items() if key not in TIMED} for line in found]
-
-
 def wait_for(step: int, run: Path, processes: Sequence[subprocess.Popen[str]]) -> None:
     """Until the run has logged an update from ``step`` on."""
     deadline = time.monotonic() + 600
     while not any(line["step"] >= step for line in lines(run)):
-        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+        assert time.monotonic() < deadline
+        assert all(process.poll() is None for process in processes)
         time.sleep(0.002)
 
 
@@ -68,7 +63,8 @@ def test_two_signals_one_after_another(told: Callable[[Path], list[Any]], tmp_pa
         process.send_signal(which)
         process.send_signal(which)  # again, while it may be saving
         out, err = process.communicate(timeout=600)
-        assert (process.returncode, out) == (RESUMABLE, "") and "Traceback" not in err
+        assert (process.returncode, out) == (RESUMABLE, "")
+        assert "Traceback" not in err
         saved = open_checkpoint(struck)
         assert stood + 50 <= saved.step < UPDATES
         assert err.splitlines()[-1] == (
@@ -77,7 +73,8 @@ def test_two_signals_one_after_another(told: Callable[[Path], list[Any]], tmp_pa
         )
         stood = saved.step
     done = call(*told(struck))
-    assert done.code == 0 and f"goes on from step-{stood:08d}" in done.err
+    assert done.code == 0
+    assert f"goes on from step-{stood:08d}" in done.err
     last = f"step-{UPDATES:08d}"
     assert files(struck / last) == files(calm / last)
     assert lines(struck) == lines(calm)
@@ -120,7 +117,8 @@ def test_workers_outlive_a_signal_to_the_whole_group(by_hand: Chain, tmp_path: P
     os.killpg(process.pid, signal.SIGTERM)
     _, err = process.communicate(timeout=600)
     assert process.returncode == RESUMABLE, err
-    assert "SIGTERM: saved" in err.splitlines()[-1] and open_checkpoint(out).step >= 20
+    assert "SIGTERM: saved" in err.splitlines()[-1]
+    assert open_checkpoint(out).step >= 20
     with pytest.raises(ProcessLookupError):  # no worker is left
         os.killpg(process.pid, 0)
 
@@ -154,12 +152,14 @@ def test_torchrun(to: str, told: Callable[[Path], list[Any]], tmp_path: Path) ->
         children = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True)
         os.kill(int(children.stdout.split()[-1]), signal.SIGUSR1)
     _, err = process.communicate(timeout=600)
-    assert process.returncode != 0 and "leaves with exit code 75" in err
+    assert process.returncode != 0
+    assert "leaves with exit code 75" in err
     stood = open_checkpoint(struck).step
     assert 40 <= stood < UPDATES
     process = torchrun(struck)
     _, err = process.communicate(timeout=600)
-    assert process.returncode == 0 and f"goes on from step-{stood:08d}" in err
+    assert process.returncode == 0
+    assert f"goes on from step-{stood:08d}" in err
     last = f"step-{UPDATES:08d}"
     assert files(struck / last) == files(calm / last)
     assert lines(struck) == lines(calm)

@@ -25,7 +25,8 @@ def test_the_best_is_framed_and_every_picture_is_there() -> None:
     row = Row("a red star", flat(200, 0, 9), [flat(0, 200, 9), flat(0, 9, 200), flat(9, 9, 9)])
     sheet = contact_sheet([row], best_label="", others_label="")
     frame, best = box(sheet, BEST), box(sheet, (200, 0, 9))
-    assert frame is not None and best is not None
+    assert frame is not None
+    assert best is not None
     assert (best[2] - best[0], best[3] - best[1]) == (96, 96)
     assert frame == (best[0] - FRAME, best[1] - FRAME, best[2] + FRAME, best[3] + FRAME)
     places = [box(sheet, colour) for colour in ((0, 200, 9), (0, 9, 200), (9, 9, 9))]
@@ -41,7 +42,8 @@ def test_rows_stand_below_one_another_and_only_tagged_ones_have_a_label() -> Non
     tops = [place[1] for colour in ((1, 2, 3), (4, 5, 6), (7, 8, 9)) if (place := box(sheet, colour))]
     assert tops[1] - tops[0] == tops[2] - tops[1] > 96
     tag = box(sheet, TAG)
-    assert tag is not None and tops[1] < tag[1] < tag[3] < tops[1] + 96
+    assert tag is not None
+    assert tops[1] < tag[1] < tag[3] < tops[1] + 96
     assert box(contact_sheet([rows[0]]), TAG) is None
 
 
@@ -83,7 +85,8 @@ def test_wrapping_keeps_to_its_width_and_loses_nothing_but_the_tail(text: str, w
         assert font.getlength(line) <= width or len(line) == 1
     plain, joined = "".join(text.split()), "".join("".join(result).split())
     if joined != plain:
-        assert joined.endswith("…") and plain.startswith(joined[:-1])
+        assert joined.endswith("…")
+        assert plain.startswith(joined[:-1])
         assert len(result) == lines
 
 
@@ -93,11 +96,15 @@ def test_side_by_side_puts_each_reconstruction_under_its_original() -> None:
     sheet = side_by_side(originals, copies, columns=3, title="dVAE")
     for i in range(5):
         above, below = box(sheet, (10 + i, 0, 0)), box(sheet, (10 + i, 0, 99))
-        assert above is not None and below is not None
+        assert above is not None
+        assert below is not None
         assert (above[0], above[2] - above[0], above[3] - above[1]) == (below[0], 96, 96)
         assert 0 < below[1] - above[3] < 8
     first, fourth = box(sheet, (10, 0, 0)), box(sheet, (13, 0, 0))
-    assert first is not None and fourth is not None and fourth[0] == first[0] and fourth[1] > first[1] + 2 * 96
+    assert first is not None
+    assert fourth is not None
+    assert fourth[0] == first[0]
+    assert fourth[1] > first[1] + 2 * 96
     with pytest.raises(ValueError, match="no pairs"):
         side_by_side(originals, copies[:2])
 

@@ -88,15 +88,19 @@ def test_a_token_store(chain: TinyChain) -> None:
     assert found["source"] == chain.recipe.data.train
     assert found["tokenizer"] == describe(chain.places.tokenizer)["sha256"]
     assert found["dvae"] == sha256_file(next(chain.places.dvae.glob("step-*")) / "ema.safetensors")
-    assert found["arrays"]["image"]["shape"] == [ROWS, 4, 4] and found["arrays"]["image"]["dtype"] == "uint16"
+    assert found["arrays"]["image"]["shape"] == [ROWS, 4, 4]
+    assert found["arrays"]["image"]["dtype"] == "uint16"
     group = zarr.open_group(str(chain.places.tokens), mode="r")
     for row, caption in enumerate(found["captions"]):
-        assert caption["caption"] == group["caption"][row] and caption["tokens"] == group["text_length"][row]
+        assert caption["caption"] == group["caption"][row]
+        assert caption["tokens"] == group["text_length"][row]
     assert len(found["captions"]) == 5
     on_disk = sum(file.stat().st_size for file in chain.places.tokens.rglob("c/*") if file.is_file())
     assert found["bytes"] >= on_disk > 0
     text = shown(found)
-    assert "40 x 4 x 4" in text and found["dvae"] in text and found["captions"][0]["caption"] in text
+    assert "40 x 4 x 4" in text
+    assert found["dvae"] in text
+    assert found["captions"][0]["caption"] in text
 
 
 def test_an_unfinished_store_says_so_and_counts_what_was_skipped(tmp_path: Path) -> None:
@@ -108,7 +112,9 @@ def test_an_unfinished_store_says_so_and_counts_what_was_skipped(tmp_path: Path)
     assert found["skipped"] == {"text": {"empty caption": 2}}
     assert [c["tokens"] for c in found["captions"]] == [2, 0, 0]
     text = shown(found)
-    assert "empty caption" in text and "unfinished" in text and "not begun" in text
+    assert "empty caption" in text
+    assert "unfinished" in text
+    assert "not begun" in text
 
 
 def describe_new(path: Path, rows: int) -> dict[str, object]:
@@ -131,7 +137,8 @@ def test_a_sample_store(chain: TinyChain, inner: str) -> None:
     found = describe(chain.places.samples / inner)
     assert found["what"] == "sample store"
     assert found["prompts"] == [SEEN, HELD_OUT]
-    assert found["rows"] == found["committed"] == 2 * SAMPLES and found["complete"]
+    assert found["rows"] == found["committed"] == 2 * SAMPLES
+    assert found["complete"]
     assert found["prior"] == describe(chain.places.prior)["identity"]
     assert SEEN in shown(found)
 
@@ -151,20 +158,23 @@ def test_a_checkpoint_or_its_run(chain: TinyChain, kind: str) -> None:
         )
     assert found["belongs"] == json.loads((step / "manifest.json").read_text())["belongs"]
     text = shown(found)
-    assert found["identity"] in text and "2 of 2 updates" in text
+    assert found["identity"] in text
+    assert "2 of 2 updates" in text
 
 
 def test_counts_of_a_recipe_are_those_of_its_checkpoints(chain: TinyChain) -> None:
     recipe = describe(chain.recipe_file)
     assert recipe["prior"]["parameters"]["total"] == describe(chain.places.prior)["parameters"]
     assert recipe["dvae"]["parameters"]["total"] == describe(chain.places.dvae)["parameters"]
-    assert recipe["name"] == "tiny" and recipe["grid"] == 4
+    assert recipe["name"] == "tiny"
+    assert recipe["grid"] == 4
 
 
 def test_a_tokenizer(chain: TinyChain) -> None:
     found = describe(chain.places.tokenizer)
     assert found == describe(chain.places.tokenizer / "tokenizer.json")
-    assert found["what"] == "tokenizer" and found["vocab_size"] == 300
+    assert found["what"] == "tokenizer"
+    assert found["vocab_size"] == 300
     words = [text.strip() for text in found["examples"].values()]
     assert "small" in words
     assert found["sha256"] in shown(found)
@@ -200,6 +210,9 @@ def test_the_command_prints_json_or_tables(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["show", str(recipe), "--json", "--set", "seed=7"])
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    assert found["seed"] == 7 and found == describe(recipe, ["seed=7"])
+    assert found["seed"] == 7
+    assert found == describe(recipe, ["seed=7"])
     plain = CliRunner().invoke(app, ["show", str(recipe)])
-    assert plain.exit_code == 0 and "Recipe tiny" in plain.stdout and "Prior" in plain.stdout
+    assert plain.exit_code == 0
+    assert "Recipe tiny" in plain.stdout
+    assert "Prior" in plain.stdout

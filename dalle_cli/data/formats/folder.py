@@ -77,7 +77,7 @@ class FolderSource:
         return read_image_file(self._root / f"{self._keys[i]}.{self._kinds[self._kind_of[i]][0]}")
 
     def _pairs(self, below: str, folders: list[str]) -> dict[str, list[str]]:
-        """stem -> [image's extension, caption's extension], "" for none, of one folder; its folders go to `folders`."""
+        """Stem -> [image's extension, caption's extension], "" for none, of one folder; its folders go to `folders`."""
         pairs: dict[str, list[str]] = {}
         for name in sorted(self._files(below, folders)):
             stem, extension = split_extension(name)

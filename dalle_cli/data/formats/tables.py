@@ -36,7 +36,8 @@ class Columns:
 
 def find_columns(names: Iterable[str]) -> Columns | None:
     """The first known name of each kind, in any case; all of caption_0, caption_1, ... count. None without a picture
-    or without a caption."""
+    or without a caption.
+    """
     spelled = {name.strip().lower(): name for name in reversed(list(names))}
     image = next((spelled[name] for name in IMAGE_COLUMNS if name in spelled), None)
     caption = next(((spelled[name],) for name in CAPTION_COLUMNS if name in spelled), None)

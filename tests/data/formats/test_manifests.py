@@ -95,7 +95,8 @@ def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, endin
         expected.setdefault(path, []).append(caption.strip())
         write(root, {path: path})
     source = open_source(manifest)
-    assert source.skipped == [] and source.format == f"{ending} manifest"
+    assert source.skipped == []
+    assert source.format == f"{ending} manifest"
     found = contents(source)
     assert [(key, image) for key, image, _ in found] == [(p.rpartition(".")[0], p.encode()) for p in expected]
     for (_, _, read), wanted in zip(found, expected.values(), strict=True):
@@ -225,7 +226,8 @@ def test_broken_rows_are_told_and_shift_nothing(tmp_path: Path) -> None:
     ]
     assert [where for where, _ in source.skipped] == ["line 2", "line 3", "line 9", "line 10", "line 11"]
     assert source.skipped[0] == ("line 2", "has 3 fields, not 2")
-    assert "not well-formed" in source.skipped[1][1] and source.skipped[2][1] == "names no picture"
+    assert "not well-formed" in source.skipped[1][1]
+    assert source.skipped[2][1] == "names no picture"
     assert source.describe() == f"csv manifest {tmp_path}/m.csv: 4 samples, 5 left out"
 
 
@@ -390,7 +392,8 @@ def test_conceptual_captions_layout(tmp_path: Path) -> None:
 def test_a_folder_with_its_metadata(tmp_path: Path) -> None:
     write(tmp_path, {"train/1.jpg": "1", "train/2.jpg": "2", "metadata.csv": "file_name,text\ntrain/2.jpg,two\n"})
     source = open_source(tmp_path)
-    assert source.name == str(tmp_path) and contents(source) == [("train/2", b"2", ["two"])]
+    assert source.name == str(tmp_path)
+    assert contents(source) == [("train/2", b"2", ["two"])]
     write(tmp_path, {"metadata.jsonl": "{}"})
     with pytest.raises(UserError, match="holds 2 manifests"):
         open_source(tmp_path)

@@ -22,7 +22,7 @@ def write(root: Path, files: dict[str, bytes | str]) -> Path:
 
 
 def contents(source: Source) -> dict[str, tuple[bytes | str, list[str] | str]]:
-    """key -> (image bytes, captions), a reason in the place of what cannot be read; as a pickled copy reads it."""
+    """Key -> (image bytes, captions), a reason in the place of what cannot be read; as a pickled copy reads it."""
     source = pickle.loads(pickle.dumps(source))
     found = {}
     for i in range(len(source)):
@@ -33,7 +33,8 @@ def contents(source: Source) -> dict[str, tuple[bytes | str, list[str] | str]]:
             except BadSample as error:
                 row.append(str(error))
         found[source.key(i)] = (row[0], row[1])
-    assert list(found) == sorted(found) and len(found) == len(source)
+    assert list(found) == sorted(found)
+    assert len(found) == len(source)
     return found
 
 
@@ -96,7 +97,8 @@ def test_coco_without_its_pictures_says_where_it_looked(tmp_path: Path) -> None:
         UserError, match=r"its pictures are missing: unpack val2017\.zip \(looked for 000000000009\.jpg in "
     ) as no:
         open_source(tmp_path)
-    assert f"{tmp_path}/val2017, " in str(no.value) and str(tmp_path / file) in str(no.value)
+    assert f"{tmp_path}/val2017, " in str(no.value)
+    assert str(tmp_path / file) in str(no.value)
 
 
 def test_coco_entries_that_cannot_be_used(tmp_path: Path) -> None:
@@ -191,7 +193,8 @@ def test_cub_with_parts_missing(tmp_path: Path) -> None:
     gone = "cannot be read: No such file or directory"
     assert found[CUB_NAMES[1]] == (CUB_NAMES[1].encode(), f"the caption {gone}")
     assert found[CUB_NAMES[0]][1] == ["one", "three"]
-    assert found[CUB_NAMES[2]][0] == f"the image {gone}" and len(found[CUB_NAMES[2]][1]) == 10
+    assert found[CUB_NAMES[2]][0] == f"the image {gone}"
+    assert len(found[CUB_NAMES[2]][1]) == 10
     assert source.skipped == [
         ("line 4", "its path leads out of the folder"),
         ("line 6", "is not a number and a path"),
@@ -280,7 +283,8 @@ def test_what_is_nothing_known_lists_what_was_looked_for(tmp_path: Path) -> None
         with pytest.raises(UserError) as refusal:
             open_source(tmp_path / name)
         message = str(refusal.value)
-        assert message.startswith(str(tmp_path / name)) and "\n" not in message
+        assert message.startswith(str(tmp_path / name))
+        assert "\n" not in message
         assert all(kind.looks in message for kind in FORMATS)
 
 
@@ -289,4 +293,5 @@ def test_unreadable_manifests_are_one_line(tmp_path: Path) -> None:
         write(tmp_path, {name: b"\0\1\2" * 100 + b"\n" + bytes(range(256))})
         with pytest.raises(UserError) as refusal:
             open_source(tmp_path / name)
-        assert str(tmp_path / name) in str(refusal.value) and "\n" not in str(refusal.value)
+        assert str(tmp_path / name) in str(refusal.value)
+        assert "\n" not in str(refusal.value)

@@ -40,7 +40,7 @@ def link(name: str, kind: bytes) -> tarfile.TarInfo:
 
 
 def contents(source: Source) -> dict[str, tuple[bytes, str]]:
-    """key -> (image bytes, captions joined by "|", or the reason why there is none)."""
+    """Key -> (image bytes, captions joined by "|", or the reason why there is none)."""
     found = {}
     for i in range(len(source)):
         try:
@@ -48,7 +48,8 @@ def contents(source: Source) -> dict[str, tuple[bytes, str]]:
         except BadSample as error:
             caption = f"BAD {error}"
         found[source.key(i)] = (source.image_bytes(i), caption)
-    assert list(found) == sorted(found) and len(found) == len(source)
+    assert list(found) == sorted(found)
+    assert len(found) == len(source)
     return found
 
 
@@ -78,7 +79,8 @@ def test_one_shard(tmp_path: Path) -> None:
         "c": (b"C", "BAD no caption (no .txt or .json member beside the image)"),
     }
     assert source.skipped == [("lone", "a caption without an image")]
-    assert source.format == "webdataset" and source.name == str(path)
+    assert source.format == "webdataset"
+    assert source.name == str(path)
     assert source.describe() == f"webdataset {path}: 4 samples, 1 left out"
 
 

@@ -126,12 +126,14 @@ def test_a_view_has_the_hash_of_the_cropped_picture() -> None:
     images = [photo(seed, 320, 320) for seed in range(6)]
     distances = []
     views = view_hashes(pictures(images).thumbnails)
-    assert views.shape == (6, VIEWS) and (views[:, 0] == hashes(pictures(images).thumbnails)).all()
+    assert views.shape == (6, VIEWS)
+    assert (views[:, 0] == hashes(pictures(images).thumbnails)).all()
     for view in range(0, VIEWS, 7):
         (top, bottom), (left, right) = (INTERVALS[i] for i in divmod(view, len(INTERVALS)))
         crops = [cropped(image, left, top, right, bottom) for image in images]
         distances += np.bitwise_count(hashes(pictures(crops).thumbnails) ^ views[:, view]).tolist()
-    assert max(distances) <= 4 and np.mean(distances) < 1.5
+    assert max(distances) <= 4
+    assert np.mean(distances) < 1.5
 
 
 def test_symmetric_drawings_hash_the_same_under_noise() -> None:
@@ -177,7 +179,9 @@ def test_similarity_is_the_best_views_cosine_of_gradients() -> None:
         np.testing.assert_allclose(similarity_of_view(a, b, np.full(3, view)), expected, atol=1e-4)
     best = np.max([similarity_of_view(a, b, np.full(3, view)) for view in range(VIEWS)], axis=0)
     np.testing.assert_allclose(similarity(a, b), best, atol=1e-5)
-    assert similarity(a, b)[0] > 0.95 and similarity(a, b)[1] < 0.5 and similarity(a, b)[2] > 0.9
+    assert similarity(a, b)[0] > 0.95
+    assert similarity(a, b)[1] < 0.5
+    assert similarity(a, b)[2] > 0.9
     np.testing.assert_allclose(similarity(a, a), 1, atol=1e-5)
 
 
@@ -212,7 +216,8 @@ def test_the_index_misses_nothing_up_to_seven_bits(seed: int, n: int, probes: in
 def test_many_equal_hashes_are_looked_at_in_pieces() -> None:
     stored = np.zeros(1500, np.uint64)
     pieces = [near for near in HashIndex(stored).near(np.zeros(1500, np.uint64))]
-    assert max(len(piece.probe) for piece in pieces) <= 2**21 and len(pieces) == 8
+    assert max(len(piece.probe) for piece in pieces) <= 2**21
+    assert len(pieces) == 8
     assert sum(len(piece.probe) for piece in pieces) == 4 * 1500**2
 
 
@@ -364,7 +369,8 @@ def test_thumbnails_are_kept_and_a_killed_run_goes_on(folders: tuple[Path, Path]
     file.write_bytes(kept[: 10 * SIDE * SIDE * 3 + 17])  # killed in the middle of the eleventh
     with pytest.raises(AssertionError):
         overlap(_Unread(source), None, tmp_path)
-    assert overlap(source, None, tmp_path).lines() == whole and file.read_bytes() == kept
+    assert overlap(source, None, tmp_path).lines() == whole
+    assert file.read_bytes() == kept
     overlap(open_source(folders[1]), None, tmp_path)
     assert len(list(tmp_path.iterdir())) == 2  # another source is another file
 
@@ -373,7 +379,8 @@ def test_equal_thumbnails_are_joined(folders: tuple[Path, Path], tmp_path: Path)
     source = open_source(folders[0])
     found = read_pictures(source, tmp_path, max_pixels=MAX_PIXELS, workers=1)
     places = {source.key(i): int(found.first[i]) for i in range(len(source))}
-    assert places["s05"] == places["a05"] >= 0 and places["r05"] != places["a05"]
+    assert places["s05"] == places["a05"] >= 0
+    assert places["r05"] != places["a05"]
     assert {key for key, place in places.items() if place < 0} == {"white1", "white2", "z"}
     assert len(found) == len(source) - 3 - 2
     assert (found.first[found.rows] == np.arange(len(found))).all()
@@ -396,8 +403,10 @@ def test_the_command_and_then_the_exclusion(call: Call, folders: tuple[Path, Pat
     settings["data"]["exclude"] = str(out)
     recipe = write_recipe(tmp_path, settings)
     rest = call("overlap", train, evaluation, "--recipe", recipe, "--workers", 1)
-    assert rest.out == "" and "0 of 39 pictures" in rest.err
-    assert call("train-tokenizer", recipe).code == 0 and call("tokenize-text", recipe).code == 0
+    assert rest.out == ""
+    assert "0 of 39 pictures" in rest.err
+    assert call("train-tokenizer", recipe).code == 0
+    assert call("tokenize-text", recipe).code == 0
     shown = json.loads(call("show", tmp_path / "run" / "tokens.zarr", "--json").out)
     assert shown["skipped"]["text"]["excluded: dup.jsonl"] == 4
 
@@ -408,9 +417,13 @@ def test_nothing_found_is_an_empty_file(call: Call, folders: tuple[Path, Path], 
     photo(5000).save(lone / "x.png")
     out = tmp_path / "dup.jsonl"
     done = call("overlap", lone, "--out", out, "--sheet", tmp_path / "x.png", "--workers", 1)
-    assert done.code == 0 and out.read_text() == "" and not (tmp_path / "x.png").exists()
+    assert done.code == 0
+    assert out.read_text() == ""
+    assert not (tmp_path / "x.png").exists()
     assert "there is no pair to show" in done.err
 
 
 def test_cuts_are_what_the_text_says() -> None:
-    assert CUTS == (0.0, 0.025, 0.05) and len(INTERVALS) == 9 and VIEWS == 81
+    assert CUTS == (0.0, 0.025, 0.05)
+    assert len(INTERVALS) == 9
+    assert VIEWS == 81

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dalle_cli.distributed import matmul
+from dalle_cli.distributed import device as matmul
 from dalle_cli.distributed.device import fast_matmul
 
 AMD = {"cpu_name": "AMD EPYC", "avx512_f": True, "amx_tile": False}
