@@ -39,7 +39,7 @@ _STYLE = f"""
 
 def page(results: Results, figures: Mapping[str, Any], plot: str, folder: Path) -> str:
     """The whole document. ``figures`` is what report.json holds, ``plot`` an SVG file's text."""
-    style = files("dalle_cli.views").joinpath("page.css").read_text(encoding="utf-8")
+    style = files("dalle_cli.views").joinpath("templates/page.css").read_text(encoding="utf-8")
     first, second = map(escape, results.names)
     return f"""<!doctype html>
 <html lang="en">

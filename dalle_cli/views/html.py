@@ -1,18 +1,45 @@
-"""Parts of the pages that evaluation writes: each is one file, with style and pictures inside, that fetches nothing."""
+"""HTML pages from templates: each page is one file with style and pictures inside, and fetches nothing."""
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from html import escape
 from importlib.resources import files
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 Pngs = Mapping[str, bytes]
 
 
+def render(template: str, **values: object) -> str:
+    """Return the page that a file of the ``templates`` folder makes of ``values``, which are escaped."""
+    return _environment().get_template(template).render(values)
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("dalle_cli.views", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["png_uri"] = png_uri
+    environment.filters["unbroken"] = lambda text: text.replace(" %", "\u00a0%").replace(" ± ", "\u00a0±\u00a0")
+    return environment
+
+
+def png_uri(png: bytes) -> str:
+    """Return a PNG as a data URI."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
 def document(title: str, body: str, style: str = "") -> str:
     """The whole page; ``body`` is HTML and begins with its header, ``style`` is added to the pages' own."""
-    common = files("dalle_cli.views").joinpath("page.css").read_text(encoding="utf-8")
+    common = files("dalle_cli.views").joinpath("templates/page.css").read_text(encoding="utf-8")
     return f"""<!doctype html>
 <html lang="en">
 <head>
