@@ -83,20 +83,20 @@ def pixels(x: Tensor) -> Tensor:
     return planes.div_(255).sub_(mean).div_(std)
 
 
-def contrastive_loss(model: CLIP, images: Tensor, text_ids: Tensor, captions_apart: bool = False) -> Tensor:
+def contrastive_loss(model: CLIP, images: Tensor, text_ids: Tensor, caption_negatives: bool = False) -> Tensor:
     """Symmetric cross-entropy of a batch of pairs of images (:func:`pixels`) and ids (:func:`clip_text_ids`).
 
     Equal captions in a batch count as mismatches of one another, as in CLIP, so the loss has a floor above
     zero where captions repeat.
 
-    With ``captions_apart`` a caption is to be closer to its picture than to other captions, too. What pictures'
+    With ``caption_negatives`` a caption is to be closer to its picture than to other captions, too. What pictures'
     features do not show yet, such as relations, is noise in captions', where it may be unlearned; then neither has
     anything to learn it from.
     """
     image_features, text_features, scale = model(images, text_ids)
     similarities = scale * image_features @ text_features.T
     others = similarities.T
-    if captions_apart:
+    if caption_negatives:
         _, which = torch.unique(text_ids, dim=0, return_inverse=True)
         equal = which[:, None] == which
         captions = (scale * text_features @ text_features.T).masked_fill(equal, -torch.inf)

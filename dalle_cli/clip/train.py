@@ -73,8 +73,8 @@ class ClipTask:
             flip=False,
             workers=training.workers,
         )
-        alike = self.recipe.clip.objective.alike
-        arrange = AlikePictures(self.reader, alike) if alike > 1 else None
+        together = self.recipe.clip.objective.hard_negatives
+        arrange = AlikePictures(self.reader, together) if together > 1 else None
         for batch, rows, epochs in pictures.batches(start, stop, arrange):
             yield batch, self._text_ids(*self.reader.epoch_text(rows, epochs))
 
@@ -87,8 +87,8 @@ class ClipTask:
 
     def loss(self, batch: tuple[Tensor, Tensor], step: int) -> dict[str, Tensor]:
         images, text_ids = (part.to(self.group.device) for part in batch)
-        apart = self.recipe.clip.objective.captions_apart
-        return {"loss": contrastive_loss(self.model, pixels(images.permute(0, 2, 3, 1)), text_ids, apart)}
+        caption_negatives = self.recipe.clip.objective.caption_negatives
+        return {"loss": contrastive_loss(self.model, pixels(images.permute(0, 2, 3, 1)), text_ids, caption_negatives)}
 
     def validate(self, step: int) -> dict[str, float]:
         if self.validation is None:
@@ -152,7 +152,7 @@ def train_clip(recipe: Recipe, source: Source, store: Path, out: Path) -> Checkp
     if text["text_length"] != recipe.tokenizer.text_length or text["vocab_size"] > recipe.tokenizer.vocab_size:
         raise UserError(f"{store}: was made with another tokenizer.text_length or vocab_size than the recipe's")
     belongs = {"tokenizer": text["tokenizer"]}
-    if recipe.clip.objective.alike > 1:
+    if recipe.clip.objective.hard_negatives > 1:
         belongs["dvae"] = reader.part("image")["identity"]["dvae"]
     if steps_in(out):
         load_clip(open_checkpoint(out, "clip"))  # or that of an earlier version would go on

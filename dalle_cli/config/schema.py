@@ -274,7 +274,7 @@ class Sharding(Settings):
     """ZeRO inside a machine (paper, section 2.4), where several processes train together."""
 
     zero: Literal[0, 1, 2, 3] = Field(0, description="ZeRO stage: 0 none, 1 moments, 2 + gradients, 3 + parameters")
-    offload: Literal["none", "cpu", "nvme"] = Field("none", description="where sharded weights and moments wait")
+    offload: Literal["none", "cpu"] = Field("none", description="where sharded weights and moments wait")
     node_size: Positive | None = Field(
         None, description="processes that shard a model among them; those of a machine by default"
     )
@@ -344,14 +344,16 @@ class ClipModel(Settings):
 
 
 class ClipObjective(Settings):
-    """What a small CLIP of little training needs to learn more than which things are there."""
+    """Negatives that teach a small CLIP relations between things, not only which things a picture shows."""
 
-    alike: Positive = Field(
+    hard_negatives: Positive = Field(
         1,
-        description="pictures of like codes that stand together in a batch, so that what tells them apart is learned, "
-        "for a second of CPU each 8,192; 1: batches are at random",
+        description="size of the groups of pictures with similar image tokens that a batch consists of, so that CLIP "
+        "has to learn what tells them apart; finding them takes a second of CPU per 8,192 pictures; 1: random batches",
     )
-    captions_apart: bool = Field(False, description="captions of a batch are to be unlike one another, too")
+    caption_negatives: bool = Field(
+        False, description="contrast a caption with the other captions of its batch too, not only with its pictures"
+    )
 
 
 class ClipSettings(Settings):
@@ -362,10 +364,10 @@ class ClipSettings(Settings):
     training: Training = Training(updates=20_000, batch_size=256)
 
     @model_validator(mode="after")
-    def _a_batch_holds_those_alike(self) -> ClipSettings:
-        if self.training.batch_size % self.objective.alike:
+    def _groups_fill_the_batch(self) -> ClipSettings:
+        if self.training.batch_size % self.objective.hard_negatives:
             raise ValueError(
-                f"objective.alike {self.objective.alike} does not divide training.batch_size "
+                f"objective.hard_negatives {self.objective.hard_negatives} does not divide training.batch_size "
                 f"{self.training.batch_size}; choose a divisor"
             )
         return self

@@ -247,8 +247,6 @@ def refuse_unbuilt(sharding: Sharding, powersgd: PowerSgd, group: Group) -> None
     Raises:
         UserError: naming the key and the mend.
     """
-    if sharding.offload == "nvme":
-        raise UserError("prior.sharding.offload: nvme is not built; set it to cpu, or to none")
     if sharding.offload == "cpu" and group.device.type != "cpu" and (group.size == 1 or not sharding.zero):
         raise UserError(
             "prior.sharding.offload: cpu is for several processes with prior.sharding.zero of 1 to 3; set it to none, "

@@ -103,7 +103,11 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> TinyChain:
 
 
 def clip_task(chain: TinyChain, workers: int) -> ClipTask:
-    changes = ["clip.objective.alike=2", "clip.objective.captions_apart=true", f"clip.training.workers={workers}"]
+    changes = [
+        "clip.objective.hard_negatives=2",
+        "clip.objective.caption_negatives=true",
+        f"clip.training.workers={workers}",
+    ]
     recipe = load_recipe(chain.places.root.parent / "tiny.yaml", changes)
     return ClipTask(
         recipe, open_source(str(recipe.data.train)), TokenReader(chain.places.tokens), build_recipe_clip(recipe)
@@ -124,7 +128,7 @@ def test_training_takes_these_batches_and_this_loss(chain: TinyChain, workers: i
         with torch.no_grad():
             loss = task.loss((pictures, text_ids), step)["loss"]
             images = pixels(pictures.permute(0, 2, 3, 1))
-            assert loss == contrastive_loss(task.model, images, text_ids, captions_apart=True)
+            assert loss == contrastive_loss(task.model, images, text_ids, caption_negatives=True)
             assert loss != contrastive_loss(task.model, images, text_ids)
 
 

@@ -135,7 +135,7 @@ def test_captions_are_kept_from_other_captions_too() -> None:
     text[3] = text[0]  # an equal caption cannot be another one
     ids = clip_text_ids(text, torch.tensor([5, 2, 3, 5]), VOCAB)
     with torch.no_grad():
-        loss = contrastive_loss(model, images, ids, captions_apart=True).item()
+        loss = contrastive_loss(model, images, ids, caption_negatives=True).item()
         a, b = (f.double().numpy() for f in (model.encode_image(images), model.encode_text(ids)))
     a, b = (f / np.linalg.norm(f, axis=1, keepdims=True) for f in (a, b))
     expected = 0.0
