@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from dalle_cli.commands.options import named_systems
+
 
 def command(
     pictures: Annotated[
@@ -156,12 +158,4 @@ def _named(pictures: list[str], systems: list[str], captions_only: bool) -> dict
         raise UserError("give GENERATED and REFERENCE, or --system NAME=GENERATED ... REFERENCE")
     else:
         return {"generated": pictures[0]}
-    named: dict[str, str] = {}
-    for given in systems:
-        name, _, spec = given.partition("=")
-        if not name.strip() or not spec.strip():
-            raise UserError(f"--system {given}: is not NAME=GENERATED; write e.g. --system ours=ranked.jsonl")
-        if name in named:
-            raise UserError(f"--system {given}: the name {name} is given twice; name the systems differently")
-        named[name] = spec
-    return named
+    return named_systems(systems, "NAME=GENERATED", "ours=ranked.jsonl")

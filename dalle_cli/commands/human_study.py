@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from dalle_cli.commands.options import named_systems
+
 app = typer.Typer(
     help="Compare two systems' pictures by people's votes: a blinded study, its web page, its figures.\n\n"
     'Example: [bold]dalle human-study make study --system gan=dm-gan --system "ours=best.jsonl" --captions captions.txt'
@@ -45,17 +47,9 @@ def make(
     Example: [bold]dalle human-study make study --system gan=dm-gan --system ours=best.jsonl --captions captions.txt
     [/bold]
     """
-    from dalle_cli.errors import UserError
     from dalle_cli.human_study.make import StudyRequest, make_study
 
-    systems: dict[str, str] = {}
-    for given in system:
-        name, _, spec = given.partition("=")
-        if not name.strip() or not spec.strip():
-            raise UserError(f"--system {given}: is not NAME=PICTURES; write e.g. --system ours=best.jsonl")
-        if name in systems:
-            raise UserError(f"--system {given}: the name {name} is given twice; name the systems differently")
-        systems[name] = spec
+    systems = named_systems(system, "NAME=PICTURES", "ours=best.jsonl")
     make_study(StudyRequest(systems, captions, annotators, pairs, checks, size, seed), out)
     typer.echo(out)
 

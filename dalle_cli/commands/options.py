@@ -142,3 +142,25 @@ def folders(recipe: Recipe) -> RunFolders:
     from dalle_cli.config.run_folders import RunFolders
 
     return RunFolders(Path(recipe.run))
+
+
+def named_systems(given: list[str], metavar: str, example: str) -> dict[str, str]:
+    """Parse the values of ``--system``, such as ``ours=ranked.jsonl``, into where each system's pictures are by name.
+
+    Args:
+        given: The values as typed.
+        metavar: The form of a value as the help shows it, for the error message.
+        example: A correct value, for the error message.
+
+    Raises:
+        UserError: a value lacks its name or its right side, or two have the same name.
+    """
+    systems: dict[str, str] = {}
+    for value in given:
+        name, _, spec = value.partition("=")
+        if not name.strip() or not spec.strip():
+            raise UserError(f"--system {value}: is not {metavar}; write e.g. --system {example}")
+        if name in systems:
+            raise UserError(f"--system {value}: the name {name} is given twice; name the systems differently")
+        systems[name] = spec
+    return systems
