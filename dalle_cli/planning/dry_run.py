@@ -13,7 +13,7 @@ from dalle_cli.distributed.launch import read_launch
 from dalle_cli.planning.cost import assume
 from dalle_cli.planning.fits_here import this_machine
 from dalle_cli.planning.plan import plan
-from dalle_cli.prior.train import check_sizes, refuse_unbuilt
+from dalle_cli.prior.train import require_same_sizes, refuse_unsupported
 from dalle_cli.stores.checkpoint import steps_in
 from dalle_cli.stores.held_out import split_store
 from dalle_cli.stores.tokens import TokenReader
@@ -29,7 +29,7 @@ def dry_run(recipe: Recipe, store: Path, out: Path) -> dict[str, Any]:
     launch = read_launch()
     machines = this_machine(launch)
     device = torch.device("cpu" if machines.on_cpu else "cuda")
-    refuse_unbuilt(recipe.prior.sharding, recipe.prior.powersgd, Group(launch.rank, launch.size, device))
+    refuse_unsupported(recipe.prior.sharding, recipe.prior.powersgd, Group(launch.rank, launch.size, device))
     found = plan(recipe, machines, assume(recipe))
     steps = steps_in(out) if out.is_dir() else []
     start = {
@@ -43,7 +43,7 @@ def dry_run(recipe: Recipe, store: Path, out: Path) -> dict[str, Any]:
     if store.exists():
         reader = TokenReader(store)
         reader.require_complete()
-        check_sizes(recipe, reader)
+        require_same_sizes(recipe, reader)
         training, held_out = split_store(reader, recipe)
         start["rows"] = {"training": len(training), "held_out": len(held_out)}
     return {**found, "start": start}

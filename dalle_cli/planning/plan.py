@@ -255,7 +255,7 @@ def _change(found: Mend) -> dict[str, Any]:
 def _time(recipe: Recipe, counts: Counts, machines: Machines, assumed: Assumptions) -> dict[str, Any]:
     training, flops = recipe.prior.training, count_flops(recipe, counts)
     samples = -(-training.batch_size // machines.world)
-    compute = samples * flops.done / (assumed.peak_flops * assumed.share)
+    compute = samples * flops.executed / (assumed.peak_flops * assumed.share)
     traffic = between_machines(recipe.prior, counts, machines)
     on_link = {"whole": traffic.on_link(traffic.whole), "sent": traffic.on_link(traffic.sent)}
     seconds = {
@@ -284,7 +284,7 @@ def _time(recipe: Recipe, counts: Counts, machines: Machines, assumed: Assumptio
         },
         "time": {
             "model_flops": training.batch_size * flops.model,
-            "recomputed_flops": training.batch_size * (flops.done - flops.model),
+            "recomputed_flops": training.batch_size * (flops.executed - flops.model),
             "compute_seconds": compute,
             "step_seconds": step,
             "tokens_per_second": training.batch_size * tokens / step,

@@ -1,4 +1,4 @@
-"""Numbers of the prior's parameters and of its floating-point operations, counted without storage."""
+"""Parameter and FLOP counts of the prior, without allocating it."""
 
 from __future__ import annotations
 
@@ -11,29 +11,28 @@ from dalle_cli.prior.attention import is_dense, windows_of
 from dalle_cli.prior.model import build_prior
 
 BACKWARD = 2
-"""Operations of a backward pass, in units of the forward pass."""
+"""FLOPs of a backward pass, in units of the forward pass."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Numbers of the prior's parameters.
-
-    ``matrices`` are those of the resblocks, (out, in), held in the recipe's precision and compressed by PowerSGD. All
-    others are in 32 bit: ``small`` are the resblocks' gains and biases, whole on every process, ``others`` embeddings,
-    unembeddings and the last gain.
-    """
+    """Sizes of the prior's parameters."""
 
     matrices: tuple[tuple[int, int], ...]
+    """Shapes (out, in) of the resblocks' matrices: held in the recipe's precision, and compressed by PowerSGD."""
     small: int
+    """Size of the resblocks' gains and biases: 32 bit, and whole on every rank."""
     others: tuple[int, ...]
+    """Sizes of the embeddings, unembeddings and the last gain and bias: 32 bit."""
 
     @property
     def effective(self) -> int:
-        """What the paper's table of models counts: the numbers of the matrices, 12 d^2 a layer."""
+        """Size of the matrices, 12 d^2 a layer: the number of parameters in the paper's table of models."""
         return sum(rows * columns for rows, columns in self.matrices)
 
     @property
     def other(self) -> int:
+        """Size of everything else."""
         return self.small + sum(self.others)
 
     @property
@@ -42,7 +41,7 @@ class Counts:
 
 
 def count_parameters(recipe: Recipe) -> Counts:
-    """Counted on the model itself, built without storage."""
+    """Count the parameters of the recipe's prior, which is built on the meta device."""
     with torch.device("meta"):
         prior = build_prior(recipe)
     matrices = prior.decayed_parameters()
@@ -54,42 +53,42 @@ def count_parameters(recipe: Recipe) -> Counts:
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating-point operations of one sample: a multiplication and an addition are two."""
+    """FLOPs of one sample; a multiplication and an addition count as two."""
 
     matrices: int
-    """Of the resblocks, forward."""
+    """Forward pass through the resblocks' matrices."""
     attention: int
-    """Scores and weighted sums, forward, of all that is computed: blocks of queries and windows are dense."""
+    """Scores and weighted sums of the forward pass, as computed: in dense blocks, masked entries included."""
     heads: int
-    """Unembeddings, forward, of all positions that can be counted."""
+    """Forward pass through the unembeddings, of all positions that can be counted by the loss."""
     recomputes: bool
-    """Whether the resblocks run forward once more, for the backward pass."""
+    """True if the backward pass runs the resblocks forward once more."""
 
     @property
     def model(self) -> int:
-        """Of training without what is recomputed: what MFU counts."""
+        """FLOPs of training on one sample without recomputation, which MFU counts."""
         return (1 + BACKWARD) * (self.matrices + self.attention + self.heads)
 
     @property
-    def done(self) -> int:
-        """Of training, all."""
+    def executed(self) -> int:
+        """FLOPs of training on one sample, recomputation included."""
         return self.model + (self.matrices + self.attention if self.recomputes else 0)
 
 
 def count_flops(recipe: Recipe, counts: Counts) -> Flops:
-    """Of one sample of the recipe's prior."""
+    """Count the FLOPs of one sample of the recipe's prior."""
     model, text, image = recipe.prior.model, recipe.tokenizer.text_length, recipe.grid**2
     length = text + image
-    looked_at = 0
+    scores = 0
     for kind in model.attention_kinds():
         if is_dense(kind, model.grid):
-            looked_at += length**2
+            scores += length**2
         else:
-            looked_at += length * text + image * windows_of(kind, model.grid, model.conv_kernel).keys
+            scores += length * text + image * windows_of(kind, model.grid, model.conv_kernel).keys
     classes = (text - 1) * (recipe.tokenizer.vocab_size + 1) + image * recipe.dvae.model.codebook_size
     return Flops(
         matrices=2 * counts.effective * length,
-        attention=2 * 2 * model.d_model * looked_at,
+        attention=2 * 2 * model.d_model * scores,
         heads=2 * model.d_model * classes,
         recomputes=model.checkpoint_resblocks,
     )

@@ -1,7 +1,7 @@
-"""The cross-entropy of a vocabulary head without its logits: a slice of rows becomes loss and gradients at once.
+"""Cross-entropy of a vocabulary head that never holds all logits: loss and gradients are computed slice by slice.
 
-Whole logits are the largest tensors of a training step (1024 x 8192 for the image tokens of one sample), and derived
-gradients hold three of them.
+The logits are the largest tensors of a training step (1024 x 8192 for the image tokens of one sample), and autograd
+would hold three tensors of their size.
 """
 
 from __future__ import annotations
@@ -14,29 +14,31 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 CHUNK = 2**24
-"""About so many logits exist at a time."""
+"""Approximate number of logits that exist at a time."""
 
 
 def head_loss(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
-    """Sum over N rows of the cross-entropy, in nats, of softmax(weight x + bias) against ``targets``.
+    """Return the cross-entropy of softmax(weight x + bias) against ``targets``, in nats, summed over N rows.
 
-    Products run in the type of ``weight``, or autocast's; softmax and sums in at least 32 bit. ``backward`` runs once.
+    Products run in the type of ``weight`` or of autocast, softmax and sums in 32 bit or more. ``backward`` can run only
+    once.
 
     Args:
         x: (N, d).
-        weight: (V, d), with ``bias`` (V,).
+        weight: (V, d).
+        bias: (V,).
         targets: (N,) int64, in 0 .. V - 1.
     """
     device = x.device.type
     kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    if not torch.is_grad_enabled():  # a function's inputs would be said to need gradients all the same
+    if not torch.is_grad_enabled():  # needs_input_grad of an autograd function ignores no_grad
         weight, bias = weight.detach(), bias.detach()
     with torch.autocast(device, enabled=False):
         return _HeadLoss.apply(x.to(kind), weight.to(kind), bias, targets)  # type: ignore[no-any-return]
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Gradients are made in the forward pass, where the softmax is at hand; the backward pass scales them."""
+    """The loss, with gradients computed in the forward pass, where the softmax is at hand; backward scales them."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
@@ -52,7 +54,7 @@ class _HeadLoss(torch.autograd.Function):
             logits = F.linear(x[part], weight).to(loss.dtype).add_(bias)
             peak, chosen = logits.amax(-1, keepdim=True), logits.gather(-1, target)
             probabilities = torch.softmax(logits, dim=-1, out=logits)
-            # The greatest probability is 1 / sum exp(logit - peak).
+            # The largest probability is 1 / sum exp(logit - peak).
             log_sum = peak - probabilities.amax(-1, keepdim=True).log()
             loss += (log_sum - chosen).sum()
             if wanted:
@@ -70,5 +72,5 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            raise RuntimeError("backward through a head's loss runs once: it scales its gradients in place")
+            raise RuntimeError("backward through head_loss runs once: it scales its gradients in place")
         return *(gradient.mul_(d_loss) for gradient in gradients), None

@@ -1,9 +1,9 @@
-"""The prior: a sparse transformer over one stream of text and image tokens (paper, 2.2 and appendix B).
+"""The prior: a sparse transformer over one stream of text and image tokens (paper, section 2.2 and appendix B).
 
-The stream has T text positions, then S = grid x grid image positions in raster order, without a token that
-begins it: the output at a position predicts the next one, the last text position predicts the first image
-token, and the first text token is given. Residual stream, embeddings, gains, biases and heads stay in 32 bit;
-the resblocks' matrices set the type that a resblock computes in.
+The stream has T text positions, then S = grid x grid image positions in raster order. It has no start token: the
+output at a position predicts the next position, the last text position predicts the first image token, and the first
+text token is given. Residual stream, embeddings, gains, biases and heads stay in 32 bit; a resblock computes in the
+type of its matrices.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,15 @@ from dalle_cli.config.schema import PriorModel, Recipe
 from dalle_cli.precision.resblock import scaled_residual
 from dalle_cli.prior.attention import attend
 from dalle_cli.prior.head_loss import head_loss
+from dalle_cli.stores.checkpoint import Checkpoint
 
 INIT_STD = 0.02
+Precision = Literal["fp32", "bf16", "fp16"]
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class PriorLoss(NamedTuple):
-    """Mean cross-entropies in nats: of the counted text positions, and of the image tokens."""
+    """Mean cross-entropies in nats, of the counted text positions and of the image tokens."""
 
     text: Tensor
     image: Tensor
@@ -46,22 +49,22 @@ class Linear(nn.Module):
         kind = self.weight.dtype
         x = x.to(kind)
         if x.device.type == "cpu" and kind == torch.float32 and not torch.is_autocast_enabled("cpu"):
-            # A product with a bias writes it to the result first and reads it again, which takes longer.
+            # PyTorch's product with a bias first writes the bias to the result and reads it again, which is slower.
             return F.linear(x, self.weight).add_(self.bias)
         return F.linear(x, self.weight, self.bias.to(kind))
 
 
 class Head(Linear):
-    """Logits over a vocabulary; given ``targets`` instead the sum of the cross-entropies against them."""
+    """Logits over a vocabulary, or with ``targets`` the sum of the cross-entropies against them."""
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
         return super().forward(x) if targets is None else head_loss(x, self.weight, self.bias, targets)
 
 
 class Resblock(nn.Module):
-    """x + branch(x), both (B, A, d); the branch begins with the layer norm, and subclasses give it.
+    """A residual block x + branch(x), both (B, A, d); subclasses define the branch, which begins with the layer norm.
 
-    With a ``gradient_scale`` the backward pass runs through the branch with gradients multiplied by it, see
+    If ``gradient_scale`` is set, the backward pass through the branch runs on gradients multiplied by it; see
     ``precision/resblock.py``.
     """
 
@@ -80,7 +83,7 @@ class Resblock(nn.Module):
 
 
 class AttentionResblock(Resblock):
-    """Multi-head attention of one kind."""
+    """A residual block of multi-head attention of one kind."""
 
     def __init__(self, model: PriorModel, kind: AttentionKind, text_length: int) -> None:
         super().__init__(model.d_model)
@@ -97,7 +100,7 @@ class AttentionResblock(Resblock):
 
 
 class MlpResblock(Resblock):
-    """A GELU perceptron, four times as wide inside."""
+    """A residual block with a GELU perceptron of four times the width."""
 
     def __init__(self, d_model: int) -> None:
         super().__init__(d_model)
@@ -111,14 +114,14 @@ class MlpResblock(Resblock):
 class Prior(nn.Module):
     """The sparse transformer.
 
+    A layer is two ``resblocks``, attention and perceptron.
+
     Args:
         model: sizes and layout.
-        text_length: T, text positions of the stream.
-        text_vocab: BPE tokens; ids from ``text_vocab`` on are paddings, one for each text position.
-        image_vocab: the dVAE's codebook size.
-        seed: of the initial weights, see ``initialize``. Built on the meta device the prior has none.
-
-    ``resblocks`` alternates attention and perceptron, two a layer.
+        text_length: T, the number of text positions.
+        text_vocab: number of BPE tokens; ids from ``text_vocab`` on are padding tokens, one for each text position.
+        image_vocab: size of the dVAE's codebook.
+        seed: seed of the initial weights. A prior built on the meta device is not initialized.
     """
 
     def __init__(self, model: PriorModel, text_length: int, text_vocab: int, image_vocab: int, seed: int = 0) -> None:
@@ -146,19 +149,20 @@ class Prior(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Give all parameters their ``initial_values`` of ``seed``."""
+        """Set all parameters to their ``initial_values``."""
         for (_, parameter), (_, value) in zip(self.named_parameters(), self.initial_values(seed), strict=True):
             parameter.copy_(value)
 
     @property
     def heads(self) -> list[nn.Module]:
-        """The unembeddings of text and image."""
+        """Return the unembeddings of text and image."""
         return [self.text_head, self.image_head]
 
     def initial_values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
-        """Each parameter's name and its initial value (float32), one after another, drawn from (seed, its name).
+        """Yield the name and the initial value (float32) of each parameter; a value depends on (seed, name) alone.
 
-        Normal with std 0.02, a resblock's output matrix with 0.02 / sqrt(resblocks); biases 0, gains 1.
+        Values are normal with std 0.02, or 0.02 / sqrt(resblocks) for the output matrix of a resblock. Biases are 0 and
+        gains 1.
         """
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
@@ -173,16 +177,16 @@ class Prior(nn.Module):
                 yield name, torch.empty(parameter.shape).normal_(0.0, std, generator=generator)
 
     def cast_resblocks(self, dtype: torch.dtype) -> Prior:
-        """Hold the matrices of the resblocks in ``dtype``; everything else stays as it is."""
+        """Cast the matrices of the resblocks to ``dtype``; all else stays as it is."""
         for parameter in self.decayed_parameters().values():
             parameter.data = parameter.data.to(dtype)
         return self
 
     def decayed_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that weight decay touches, by name: the matrices of the resblocks' linears.
+        """Return the parameters that weight decay applies to, by name: the matrices of the resblocks.
 
-        Not biases, gains and embeddings, and not the heads, which are unembeddings (paper, appendix B.2). The
-        same set is held in 16 bit in mixed precision, and is what PowerSGD compresses.
+        Biases, gains, embeddings and unembeddings are not decayed (paper, appendix B.2). The same matrices are in 16
+        bit in mixed precision, and PowerSGD compresses them.
         """
         return {
             name: parameter
@@ -191,10 +195,10 @@ class Prior(nn.Module):
         }
 
     def with_padding(self, text: Tensor, length: Tensor) -> Tensor:
-        """Caption ids (B, T) -> ids with each position's own padding from ``length`` (B,) on.
+        """Replace the caption ids (B, T) from ``length`` (B,) on by the padding token of their position.
 
         Raises:
-            ValueError: ``text`` has not T columns.
+            ValueError: ``text`` does not have T columns.
         """
         if text.shape[-1] != self.text_length:
             raise ValueError(f"text has {text.shape[-1]} positions, the prior {self.text_length}")
@@ -202,16 +206,16 @@ class Prior(nn.Module):
         return torch.where(position < length[:, None].long(), text.long(), self.text_vocab + position)
 
     def embed_text(self, text_ids: Tensor) -> Tensor:
-        """(..., T) ids with paddings -> (..., T, d)."""
+        """Embed ids with paddings, (..., T) -> (..., T, d)."""
         return F.embedding(text_ids, self.text_embedding) + self.text_position
 
     def embed_image(self, image: Tensor) -> Tensor:
-        """(B, S) image tokens in raster order -> (B, S, d)."""
-        places = (self.image_row[:, None] + self.image_column).flatten(0, 1)
-        return F.embedding(image, self.image_embedding) + places
+        """Embed image tokens in raster order, (B, S) -> (B, S, d)."""
+        positions = (self.image_row[:, None] + self.image_column).flatten(0, 1)
+        return F.embedding(image, self.image_embedding) + positions
 
     def forward(self, text_ids: Tensor, image: Tensor) -> Tensor:
-        """Text ids (B, T) with paddings, image tokens (B, S) -> normed hidden states (B, T + S, d)."""
+        """Return the normed hidden states (B, T + S, d) of text ids (B, T) with paddings and image tokens (B, S)."""
         x = torch.cat([self.embed_text(text_ids), self.embed_image(image)], dim=1)
         for block in self.resblocks:
             if self.model.checkpoint_resblocks and torch.is_grad_enabled():
@@ -221,35 +225,35 @@ class Prior(nn.Module):
         return self.norm(x)  # type: ignore[no-any-return]
 
     def text_logits(self, hidden: Tensor) -> Tensor:
-        """(B, T + S, d) -> logits (B, T - 1, V_text + 1) of text positions from 1; last class: padding."""
+        """Return the logits (B, T - 1, V_text + 1) of text positions 1 to T - 1; the last class is padding."""
         return self.text_head(hidden[:, : self.text_length - 1])  # type: ignore[no-any-return]
 
     def image_logits(self, hidden: Tensor) -> Tensor:
-        """(B, T + S, d) -> (B, S, V_image): logits of all image positions."""
+        """Return the logits (B, S, V_image) of all image positions."""
         return self.image_head(hidden[:, self.text_length - 1 : -1])  # type: ignore[no-any-return]
 
     def text_counts(self, text_length: Tensor) -> Tensor:
-        """How many text positions of each caption of ``text_length`` (B,) tokens the loss counts: its tokens
-        after the first, and the one padding that ends a caption shorter than T.
+        """Return the number of text positions that the loss counts, for captions of ``text_length`` (B,) tokens.
+
+        These are a caption's tokens after the first, and the first padding of a caption shorter than T.
         """
         return text_length.long().clamp(max=self.text_length - 1)
 
     def loss(
         self, text: Tensor, text_length: Tensor, image: Tensor, text_count: Tensor | float | None = None
     ) -> PriorLoss:
-        """Mean cross-entropies of a batch.
+        """Return the mean cross-entropies of a batch.
 
-        The text's counts predicted caption tokens and, where a caption is shorter than T, the one padding
-        that ends it. Later paddings are certain once the first stands, and would dilute the mean. The image's
-        counts all S.
+        The text's mean is over ``text_counts`` positions: paddings after the first are certain and would dilute it.
+        The image's mean is over all S tokens.
 
         Args:
-            text: (B, T) caption ids; what stands from ``text_length`` on is ignored.
-            text_length: (B,) tokens of each caption.
+            text: (B, T) caption ids; those from ``text_length`` on are ignored.
+            text_length: (B,) number of tokens of each caption.
             image: (B, S) image tokens, int64.
-            text_count: the text's divisor in place of this batch's own count. A part of a batch passes the
-                whole's count times its share of the rows; both means, weighted by the shares, then sum to the
-                whole's.
+            text_count: divisor of the text's sum; by default the number of counted positions. For a micro-batch, give
+                the whole batch's number times the micro-batch's share of the rows: then the means of all micro-batches,
+                weighted by their shares, add up to those of the whole batch.
         """
         text_ids = self.with_padding(text, text_length)
         hidden = self(text_ids, image)
@@ -262,25 +266,25 @@ class Prior(nn.Module):
         return PriorLoss(text_sum / count, image_sum / image.numel())
 
     def log_likelihood(self, text_ids: Tensor, image: Tensor) -> Tensor:
-        """Ln p(image | text) in nats, (B,) float64, for text ids (B, T) with paddings and image (B, S)."""
+        """Return ln p(image | text) in nats, (B,) float64, of text ids (B, T) with paddings and images (B, S)."""
         log_probabilities = self.image_logits(self(text_ids, image)).double().log_softmax(-1)
         return log_probabilities.gather(-1, image[..., None])[..., 0].sum(-1)
 
 
 class LossModule(nn.Module):
-    """The prior's loss as the forward pass of a module, around which ``fully_shard`` gathers parameters."""
+    """A module whose forward pass is the prior's loss: ``fully_shard`` gathers parameters around forward passes."""
 
     def __init__(self, prior: Prior) -> None:
         super().__init__()
         self.prior = prior
 
     def forward(self, text: Tensor, length: Tensor, image: Tensor, text_count: float) -> PriorLoss:
-        """See ``Prior.loss``."""
+        """Return ``Prior.loss``."""
         return self.prior.loss(text, length, image, text_count)
 
 
 def build_prior(recipe: Recipe) -> Prior:
-    """The recipe's prior with its initial weights, or without storage inside ``torch.device("meta")``."""
+    """Build the recipe's prior with its initial weights, or without storage under ``torch.device("meta")``."""
     return Prior(
         recipe.prior.model,
         text_length=recipe.tokenizer.text_length,
@@ -288,3 +292,11 @@ def build_prior(recipe: Recipe) -> Prior:
         image_vocab=recipe.dvae.model.codebook_size,
         seed=recipe.seed,
     )
+
+
+def load_prior(checkpoint: Checkpoint) -> Prior:
+    """Load the prior of a checkpoint for sampling, with its EMA weights."""
+    with torch.device("meta"):
+        model = build_prior(checkpoint.recipe())
+    model.load_state_dict(checkpoint.tensors("ema"), assign=True)
+    return model.eval().requires_grad_(False)

@@ -24,7 +24,7 @@ from dalle_cli.dvae.model import DVAE
 from dalle_cli.dvae.train import load_dvae
 from dalle_cli.errors import UserError
 from dalle_cli.prior.decode import Decoder
-from dalle_cli.prior.train import load_prior
+from dalle_cli.prior.model import load_prior
 from dalle_cli.progress import progress
 from dalle_cli.sampling.batch_size import DECODED_AT_ONCE, MOST, free_memory, sampling_need
 from dalle_cli.sampling.draw import sample_images

@@ -15,7 +15,7 @@ from bench_prior.timing import Contender, race
 from dalle_cli.config.schema import Recipe, SamplingSettings
 from dalle_cli.prior.decode import Decoder
 from dalle_cli.prior.model import Prior, build_prior
-from dalle_cli.prior.train import in_16_bit, sample_work
+from dalle_cli.prior.train import sample_work, set_precision
 from dalle_cli.sampling.draw import sample_images
 from dalle_cli.training.state import TrainingState
 from dalle_cli.training.throughput import peak_tflops
@@ -40,7 +40,7 @@ def _step(recipe: Recipe, device: str) -> dict[str, Any]:
     """Forward, backward, clipping and optimizer on one micro-batch; products of the model alone count as FLOPs."""
     stage = recipe.prior
     prior = build_prior(recipe)
-    scaling = in_16_bit(prior, stage.precision, 1)
+    scaling = set_precision(prior, stage.precision, 1)
     prior.to(device)
     state = TrainingState(prior, set(prior.decayed_parameters()), stage.adam, stage.learning_rate, scaling)
 

@@ -189,7 +189,7 @@ def test_what_cannot_be_shared_is_refused(
 
 INITIALISE = """
 import json, pathlib, resource, sys
-from dalle_cli.prior.train import sharded_prior
+from dalle_cli.prior.train import shard_prior
 from dalle_cli.config.load import load_recipe
 from dalle_cli.distributed.group import join_group
 
@@ -199,7 +199,7 @@ def peak():
 recipe = load_recipe(pathlib.Path(sys.argv[1]), sys.argv[2:])
 with join_group() as group:
     before = peak()
-    made = sharded_prior(recipe, group)
+    made, _ = shard_prior(recipe, group)
     own = sum(p.nbytes for p in made.parameters.values())
     row = float(group.sum(made.parameters["image_row"].sum()))
     print(json.dumps({"peak": peak() - before, "own": own, "row": row}))

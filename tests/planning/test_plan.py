@@ -304,7 +304,7 @@ def test_operations_are_those_that_a_counter_sees(layout: str) -> None:
 
     found = count_flops(recipe, count_parameters(recipe))
     assert found.model == training_flops(forward)
-    assert found.done == found.model
+    assert found.executed == found.model
 
 
 def test_time_and_cost_by_hand() -> None:
@@ -312,8 +312,8 @@ def test_time_and_cost_by_hand() -> None:
     machines = Machines(2, 4, 10**9)
     found = plan(recipe, machines, Assumptions(peak_flops=1e6, share=0.5, interconnect=8e3, price=2.0))
     flops = count_flops(recipe, count_parameters(recipe))
-    assert flops.done == 3 * flops.heads + 4 * (flops.matrices + flops.attention)
-    compute = 2 * flops.done / 0.5e6  # 16 samples of 8 processes
+    assert flops.executed == 3 * flops.heads + 4 * (flops.matrices + flops.attention)
+    compute = 2 * flops.executed / 0.5e6  # 16 samples of 8 processes
     link = found["between_machines"]["a_machine_on_the_link"]["sent"]
     assert found["time"]["compute_seconds"] == pytest.approx(compute)
     assert found["time"]["step_seconds"] == pytest.approx(compute + link / 1e3)

@@ -13,7 +13,8 @@ from helpers.token_stores import write_tokens
 
 from dalle_cli.config.load import load_recipe
 from dalle_cli.errors import UserError
-from dalle_cli.prior.train import load_prior, train_prior
+from dalle_cli.prior.model import load_prior
+from dalle_cli.prior.train import train_prior
 from dalle_cli.stores.checkpoint import Checkpoint
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}

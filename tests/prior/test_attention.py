@@ -1,4 +1,4 @@
-"""Attention against a reference that loops over all pairs of positions, from the words of the patterns."""
+"""Tests of attention against a dense reference, whose mask follows the definition of each kind pair by pair."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from dalle_cli.prior.attention import (
 
 
 def may_look(kind: AttentionKind, text: int, grid: int, kernel: int, i: int, j: int) -> bool:
-    """Whether stream position i attends to stream position j."""
+    """Return whether stream position i attends to stream position j."""
     if j > i:
         return False
     if j < text:
@@ -39,7 +39,7 @@ def may_look(kind: AttentionKind, text: int, grid: int, kernel: int, i: int, j: 
     if kind == "column":
         return query % grid == key % grid
     if kind == "conv":
-        # Some step of at most k//2 rows up and k//2 columns aside, taken along the raster, leads to the key.
+        # A step of at most k // 2 rows up and k // 2 columns aside, along the raster, leads to the key.
         half = kernel // 2
         steps = ((up, aside) for up in range(half + 1) for aside in range(-half, half + 1))
         return any(up * grid + aside == behind for up, aside in steps)
@@ -83,8 +83,7 @@ def test_values_and_gradients(kind: AttentionKind, grid: int, text: int, kernel:
 @pytest.mark.parametrize("kind", ["row", "conv"])
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_any_blocks(kind: AttentionKind, data: st.DataObject) -> None:
-    """Small images are one block, and large ones blocks of one or two rows; others must give the same."""
+def test_blocks_of_any_number_of_rows_give_the_same(kind: AttentionKind, data: st.DataObject) -> None:
     grid, text, kernel = data.draw(st.integers(1, 8)), data.draw(st.integers(1, 4)), data.draw(st.sampled_from([1, 3]))
     rows = data.draw(st.sampled_from([r for r in range(1, grid + 1) if grid % r == 0]))
     offsets = raster_offsets(kind, grid, kernel)
@@ -107,17 +106,15 @@ def test_larger_images(
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 400), st.integers(1, 3))
-def test_chunks_take_each_stream_once(batch: int, heads: int, chunk: int, text: int) -> None:
-    qkv = torch.zeros(batch, text + 16, 3, heads, 1)
-    pattern = Pattern(text, windows_of("row", 4, 3), by_column=False)
+def test_chunks_of_any_size_give_the_same(batch: int, heads: int, chunk: int, text: int) -> None:
+    qkv = random_qkv(text, 4, batch, heads)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "CHUNK", chunk * 16)
-        for part in attention._chunks(qkv, pattern):
-            qkv[part] += 1
-    assert (qkv == 1).all()
+        found = attend("row", qkv, text, 4, 3)
+        assert_same(found, reference("row", qkv, text, 4, 3), qkv)
 
 
-def test_paper_windows() -> None:
+def test_windows_of_the_paper() -> None:
     assert raster_offsets("row", 32, 11) == tuple(range(33))
     assert raster_offsets("column", 32, 11) == tuple(range(0, 1024, 32))
     conv = raster_offsets("conv", 32, 11)
@@ -130,7 +127,7 @@ def test_paper_windows() -> None:
     assert (conv_windows.blocks, conv_windows.queries, conv_windows.keys) == (16, 64, 256)
 
 
-def test_descriptions() -> None:
+def test_description_of_attention() -> None:
     assert attention.describe_attention("row", 256, 32, 11) == "blocks of 32 queries x (256 text + 64 image)"
     assert attention.describe_attention("full", 256, 32, 11) == "dense, by scaled_dot_product_attention"
 
@@ -154,14 +151,14 @@ def test_softmax_of_16_bit_runs_in_32() -> None:
     pattern = Pattern(text, windows_of("row", 1, 3), by_column=False)
     zeros = Weights(torch.zeros(1, text + 1, text, dtype=torch.bfloat16), torch.zeros(1, 1, 1, dtype=torch.bfloat16))
     weights = pattern.softmax_(zeros)
-    # A sum in bfloat16 would stall at 256: equal terms below half a unit in the last place are lost.
+    # A sum of ones in bfloat16 would stall at 256, where adding one more is rounded away.
     assert torch.allclose(weights.text[:, -2:].float(), torch.tensor(1 / text), rtol=0.01)
     assert torch.allclose(weights.window.float(), torch.tensor(1 / (text + 1)), rtol=0.01)
 
 
 def test_inference_then_training() -> None:
     window_bias.cache_clear()
-    attention._causal_bias.cache_clear()
+    attention.causal_bias.cache_clear()
     with torch.inference_mode():
         attend("row", random_qkv(2, 4).detach(), 2, 4, 3)
     qkv = random_qkv(2, 4)
@@ -170,7 +167,7 @@ def test_inference_then_training() -> None:
 
 
 class Shapes(TorchDispatchMode):
-    """Records the shape of every tensor that an operation returns."""
+    """A recorder of the shape of every tensor that an operation returns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -196,6 +193,6 @@ def test_nothing_is_quadratic_in_the_stream(kind: AttentionKind) -> None:
     assert not [shape for shape in shapes.seen for pair in pairwise(shape) if pair in large]
 
 
-def test_wrong_stream_is_refused() -> None:
+def test_a_stream_of_another_length_is_refused() -> None:
     with pytest.raises(ValueError, match="17 positions"):
         attend("row", random_qkv(1, 4), 2, 4, 3)

@@ -1,4 +1,4 @@
-"""A head's loss in slices against the cross-entropy of whole logits."""
+"""Tests of the sliced cross-entropy against the cross-entropy of whole logits."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""The prior's stream, losses and initial weights."""
+"""Tests of the prior: its stream, losses and initial weights."""
 
 from __future__ import annotations
 
 import math
-import time
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ def small(layers: int = 5, text: int = TEXT, seed: int = 0, **settings: object) 
     model = PriorModel(layers=layers, heads=2, d_head=4, d_model=8, grid=GRID, conv_kernel=3, **settings)
     prior = Prior(model, text, TEXT_VOCAB, IMAGE_VOCAB, seed=seed)
     with torch.no_grad():
-        for parameter in prior.parameters():  # at std 0.02 nearly nothing depends on anything
+        for parameter in prior.parameters():  # with a std of 0.02 outputs would hardly depend on inputs
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7)))
     return prior.double()
 
@@ -33,7 +32,7 @@ def batch(size: int = 4, text: int = TEXT) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def test_paddings_are_their_positions_own() -> None:
+def test_each_position_has_its_own_padding() -> None:
     prior = small()
     text = torch.tensor([[1, 2, 3, 4, 5], [1, 2, 3, 4, 5], [1, 2, 3, 4, 5]])
     padded = prior.with_padding(text, torch.tensor([5, 2, 0]))
@@ -44,7 +43,7 @@ def test_paddings_are_their_positions_own() -> None:
 
 
 @pytest.mark.parametrize("layout", ["paper", "row ...", "column ...", "conv ...", "full ..."])
-def test_outputs_depend_on_the_past_only(layout: str) -> None:
+def test_outputs_depend_on_the_past_alone(layout: str) -> None:
     prior = small(layout=layout)
     text, _, image = batch(1)
     ids = prior.with_padding(text, torch.tensor([4]))
@@ -89,14 +88,14 @@ def test_loss_is_the_mean_over_counted_positions() -> None:
     assert torch.allclose(prior.log_likelihood(ids, image), -per_image, atol=1e-9)
 
 
-def test_loss_ignores_what_stands_behind_the_caption() -> None:
+def test_loss_ignores_tokens_after_the_caption() -> None:
     prior = small()
     text, length, image = batch()
     other = torch.where(torch.arange(TEXT) < length[:, None], text, (text + 1) % TEXT_VOCAB)
     assert prior.loss(text, length, image) == prior.loss(other, length, image)
 
 
-def test_parts_of_a_batch_sum_to_the_whole() -> None:
+def test_losses_of_micro_batches_sum_to_that_of_the_batch() -> None:
     prior = small()
     text, length, image = batch(6)
     whole = prior.loss(text, length, image)
@@ -120,7 +119,7 @@ def test_one_text_position() -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in prior.parameters())
 
 
-def test_initial_loss_is_that_of_a_guess() -> None:
+def test_initial_loss_is_that_of_a_uniform_guess() -> None:
     model = PriorModel(layers=4, heads=2, d_head=16, d_model=32, grid=GRID)
     found = Prior(model, TEXT, 300, 200).loss(*batch())
     assert abs(found.text - math.log(301)) < 0.05
@@ -143,7 +142,6 @@ def test_initial_weights() -> None:
             residual = "resblocks" in name and "out.weight" in name
             wanted = 0.02 / math.sqrt(2 * 4) if residual else 0.02
             assert abs(a.std().item() / wanted - 1) < 6 / math.sqrt(2 * a.numel())
-    meta_first = Prior(model, TEXT, 300, 200, seed=5)
     with torch.device("meta"):
         meta_first = Prior(model, TEXT, 300, 200)
     meta_first.to_empty(device="cpu").initialize(5)
@@ -162,7 +160,7 @@ def test_decayed_parameters_are_the_matrices_of_resblocks() -> None:
     assert len(decayed) == 4 * 5
 
 
-def test_checkpointing_changes_nothing() -> None:
+def test_recomputing_activations_changes_no_gradient() -> None:
     gradients = []
     for checkpoint in (False, True):
         prior = small(checkpoint_resblocks=checkpoint)
@@ -186,11 +184,10 @@ def test_16_bit_resblocks() -> None:
 
 
 def test_sizes_of_the_paper() -> None:
-    start = time.process_time()
     with torch.device("meta"):
         prior = Prior(PriorModel(), 256, 16384, 8192)
     found = sum(parameter.numel() for parameter in prior.parameters())
-    assert time.process_time() - start < 5
+    assert all(parameter.is_meta for parameter in prior.parameters())
     d = 3968
     block = 12 * d * d + 9 * d + 4 * d
     embeddings = (16384 + 256 + 256 + 8192 + 64) * d
@@ -198,7 +195,7 @@ def test_sizes_of_the_paper() -> None:
     assert 12.0e9 < found < 12.4e9
 
 
-def test_nothing_is_held_beside_the_parameters() -> None:
+def test_no_tensors_are_kept_beside_the_parameters() -> None:
     prior = small()
     assert not list(prior.buffers())
     for module in prior.modules():
@@ -211,7 +208,7 @@ def test_overfits_a_batch() -> None:
     prior = Prior(PriorModel(layers=3, heads=2, d_head=16, d_model=32, grid=GRID), TEXT, TEXT_VOCAB, IMAGE_VOCAB)
     text, length, image = batch(4)
     length = length.clamp(min=1)
-    text[:, 0] = torch.arange(4)  # the first token is given: it tells the captions apart
+    text[:, 0] = torch.arange(4)  # the first token is given and tells the captions apart
     optimizer = torch.optim.Adam(prior.parameters(), lr=1e-2)
     for _ in range(60):
         optimizer.zero_grad()

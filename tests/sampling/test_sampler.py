@@ -23,7 +23,7 @@ from dalle_cli.data.images import eval_crop
 from dalle_cli.dvae.encode import encode_pictures
 from dalle_cli.dvae.train import load_dvae
 from dalle_cli.errors import UserError
-from dalle_cli.prior.train import load_prior
+from dalle_cli.prior.model import load_prior
 from dalle_cli.sampling import sampler as pipeline
 from dalle_cli.sampling.request import Prime, SampleRequest, shard_folder
 from dalle_cli.sampling.sampler import Sampler, text_tensors

@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 from dalle_cli.config.load import load_recipe
 from dalle_cli.config.schema import Recipe
 from dalle_cli.errors import UserError
-from dalle_cli.prior.model import build_prior
-from dalle_cli.prior.train import load_prior
+from dalle_cli.prior.model import build_prior, load_prior
 from dalle_cli.stores.checkpoint import open_checkpoint, save_checkpoint, save_parts
 from dalle_cli.stores.export import export_checkpoint
 from dalle_cli.stores.tensor_files import Part, TensorFiles, index_entries, join_entries, part_file, save_tensors

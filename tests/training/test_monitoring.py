@@ -22,7 +22,7 @@ from dalle_cli.dvae.model import DVAE, Conv2d
 from dalle_cli.dvae.train import DvaeTask
 from dalle_cli.precision.gradient_scaling import HIGHEST
 from dalle_cli.prior.model import build_prior
-from dalle_cli.prior.train import PriorTask, in_16_bit, train_prior
+from dalle_cli.prior.train import PriorTask, set_precision, train_prior
 from dalle_cli.stores.checkpoint import open_checkpoint, save_checkpoint
 from dalle_cli.stores.tokens import TokenReader
 from dalle_cli.training.state import TrainingState
@@ -209,7 +209,7 @@ def test_scales_and_skipped_updates_are_counted_and_kept(tmp_path: Path) -> None
 
     def state() -> TrainingState:
         model = build_prior(recipe)
-        scaling = in_16_bit(model, "fp16", replicas=1)
+        scaling = set_precision(model, "fp16", replicas=1)
         adam, rate = recipe.prior.adam, recipe.prior.learning_rate
         return TrainingState(model, set(model.decayed_parameters()), adam, rate, scaling)
 

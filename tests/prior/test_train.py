@@ -1,4 +1,4 @@
-"""Captions that are replaced by the empty one in training, for classifier-free guidance."""
+"""Tests of the prior's batches: captions dropped for classifier-free guidance."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from helpers.token_stores import write_tokens
 from dalle_cli.config.schema import Recipe
 from dalle_cli.distributed.group import Group
 from dalle_cli.prior.model import build_prior
-from dalle_cli.prior.train import PriorTask, empty_captions
+from dalle_cli.prior.train import PriorTask, dropped_captions
 from dalle_cli.stores.tokens import TokenReader
 
 BATCH = 8
@@ -42,31 +42,31 @@ def store(tmp_path: Path) -> Path:
     return write_tokens(tmp_path / "tokens.zarr", 20, 5, 300, 2, 16)
 
 
-def test_the_share_is_what_the_recipe_says() -> None:
-    places = np.arange(1000)
+def test_captions_are_dropped_independently_at_the_recipe_s_rate() -> None:
+    indices = np.arange(1000)
     for share in (0.0, 0.1, 0.5, 1.0):
-        drawn = np.stack([empty_captions(0, step, places, share) for step in range(50)])
+        drawn = np.stack([dropped_captions(0, step, indices, share) for step in range(50)])
         assert abs(drawn.mean() - share) < 5 * np.sqrt(share * (1 - share) / drawn.size) + 1e-12
         if 0 < share < 1:
-            # Neither a place nor a step has its fate: means over the other vary as those of independent draws.
+            # Means over steps, and over the samples of a step, vary as much as those of independent draws.
             for axis, count in ((0, 50), (1, 1000)):
                 assert drawn.mean(axis).std() == pytest.approx(np.sqrt(share * (1 - share) / count), rel=0.3)
-    assert not np.array_equal(empty_captions(0, 0, places, 0.5), empty_captions(1, 0, places, 0.5))
+    assert not np.array_equal(dropped_captions(0, 0, indices, 0.5), dropped_captions(1, 0, indices, 0.5))
 
 
-def test_emptied_rows_differ_from_the_others_in_their_length_alone(store: Path) -> None:
-    plain, dropped = task(store, 0.0), task(store, 0.5)
-    emptied = 0
-    for step, (a, b) in enumerate(zip(plain.batches(0, 6), dropped.batches(0, 6), strict=True)):
-        empty = torch.from_numpy(empty_captions(0, step, np.arange(BATCH), 0.5))
-        assert b.length.equal(torch.where(empty, 0, a.length))
+def test_dropped_captions_have_length_0_and_all_else_stays(store: Path) -> None:
+    plain, dropping = task(store, 0.0), task(store, 0.5)
+    count = 0
+    for step, (a, b) in enumerate(zip(plain.batches(0, 6), dropping.batches(0, 6), strict=True)):
+        dropped = torch.from_numpy(dropped_captions(0, step, np.arange(BATCH), 0.5))
+        assert b.length.equal(torch.where(dropped, 0, a.length))
         assert b.image.equal(a.image)
         assert b.text.equal(a.text)
-        emptied += int(empty.sum())
-    assert 10 < emptied < 38
+        count += int(dropped.sum())
+    assert 10 < count < 38
 
 
-def test_processes_and_resumed_runs_empty_the_same_rows(store: Path) -> None:
+def test_several_ranks_and_resumed_runs_drop_the_same_captions(store: Path) -> None:
     whole = [batch.length for batch in task(store, 0.5).batches(0, 4)]
     parts = [[batch.length for batch in task(store, 0.5, Group(rank, 3)).batches(0, 4)] for rank in range(3)]
     assert all(torch.cat(some).equal(alone) for *some, alone in zip(*parts, whole, strict=True))
@@ -74,16 +74,16 @@ def test_processes_and_resumed_runs_empty_the_same_rows(store: Path) -> None:
     assert all(a.equal(b) for a, b in zip(resumed, whole[2:], strict=True))
 
 
-def test_the_model_sees_paddings_alone_and_learns_no_text_from_them(store: Path) -> None:
-    every = task(store, 1.0)
-    batch = next(iter(every.batches(0, 1)))
+def test_a_dropped_caption_is_all_padding_and_adds_no_text_loss(store: Path) -> None:
+    all_dropped = task(store, 1.0)
+    batch = next(iter(all_dropped.batches(0, 1)))
     assert not batch.length.any()
-    prior = every.model
+    prior = all_dropped.model
     ids = prior.with_padding(batch.text, batch.length)
     assert ids.equal((prior.text_vocab + torch.arange(5)).expand(BATCH, -1))
-    ((part, share),) = every.micro_batches(batch, None)
+    ((part, share),) = all_dropped.micro_batches(batch, None)
     with torch.no_grad():
-        found = every.loss(part, 0)
+        found = all_dropped.loss(part, 0)
     assert share == 1
     assert float(found["text"]) == 0
     assert float(found["image"]) > 0
