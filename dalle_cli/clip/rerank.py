@@ -23,7 +23,7 @@ from torch import Tensor
 from dalle_cli.clip.scoring import Scorer
 from dalle_cli.data.images import BadImage, decode_image
 from dalle_cli.data.source import is_unicode
-from dalle_cli.data.workers import cores
+from dalle_cli.data.workers import available_cores
 from dalle_cli.errors import UserError
 from dalle_cli.progress import log
 
@@ -141,7 +141,7 @@ def _prepared(lines: Iterable[Line], scorer: Scorer, batch: int) -> Iterator[Bat
     """
     queue: Queue[Batch | BaseException | None] = Queue(BATCHES_AHEAD)
     stopped = threading.Event()
-    beside = torch.cuda.is_available() or torch.get_num_threads() < cores()
+    beside = torch.cuda.is_available() or torch.get_num_threads() < available_cores()
 
     def put(item: Batch | BaseException | None) -> bool:
         while not stopped.is_set():
@@ -169,7 +169,7 @@ def _prepared(lines: Iterable[Line], scorer: Scorer, batch: int) -> Iterator[Bat
         except BaseException as error:  # raised again where the lines are used
             put(error)
 
-    with ThreadPoolExecutor(min(cores(), MOST_DECODERS), "decode") as pool:
+    with ThreadPoolExecutor(min(available_cores(), MOST_DECODERS), "decode") as pool:
         # A daemon: it may wait for a line of standard input that never comes.
         threading.Thread(target=read, name="read", daemon=True).start()
         try:

@@ -24,8 +24,8 @@ from dalle_cli.clip.model import (
 )
 from dalle_cli.config.schema import Recipe
 from dalle_cli.data.images import BadImage
-from dalle_cli.data.open_source import BadSample, Source
-from dalle_cli.data.picture_loader import TrainingPictures, cut_picture
+from dalle_cli.data.picture_loader import TrainingPictures, load_eval_picture
+from dalle_cli.data.source import BadSample, Source
 from dalle_cli.distributed.device import choose_device
 from dalle_cli.distributed.group import ALONE, Group
 from dalle_cli.distributed.launch import read_launch
@@ -115,7 +115,7 @@ class ClipTask:
         pictures, rows = [], []
         for row in self.held_out[: self.recipe.clip.training.validation_samples]:
             try:
-                pictures.append(cut_picture(self.source, int(row), self.recipe.image_size, self.recipe.data))
+                pictures.append(load_eval_picture(self.source, int(row), self.recipe.image_size, self.recipe.data))
             except (BadSample, BadImage):
                 continue
             rows.append(int(row))

@@ -13,7 +13,7 @@ from dalle_cli.errors import UserError
 if TYPE_CHECKING:
     from dalle_cli.config.run_folders import RunFolders
     from dalle_cli.config.schema import Recipe
-    from dalle_cli.data.open_source import Source
+    from dalle_cli.data.source import Source
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 SetOption = Annotated[
@@ -79,7 +79,7 @@ def recipe_for(source: str, path: Path | None, overrides: list[str] | None) -> R
 
 def read_source(recipe: Recipe) -> Source:
     """The recipe's source of training pictures, opened; what its index found broken is said on stderr."""
-    from dalle_cli.data.exclude import WithoutExcluded
+    from dalle_cli.data.exclude import SourceWithExclusions
     from dalle_cli.data.open_source import open_source
     from dalle_cli.progress import log
 
@@ -87,7 +87,7 @@ def read_source(recipe: Recipe) -> Source:
         raise UserError("data.train: the recipe names no pictures; add it, or give --data SOURCE")
     source = open_source(recipe.data.train)
     if recipe.data.exclude is not None:
-        source = WithoutExcluded(source, Path(recipe.data.exclude))
+        source = SourceWithExclusions(source, Path(recipe.data.exclude))
     log(source.describe())
     for key, reason in source.skipped[:10]:
         log(f"  left out: {key}: {reason}")

@@ -43,7 +43,7 @@ def command(
 
     from dalle_cli.data.open_source import open_source
     from dalle_cli.data.overlap.search import find_overlap
-    from dalle_cli.data.workers import cores
+    from dalle_cli.data.workers import available_cores
     from dalle_cli.progress import log
     from dalle_cli.stores.files import write_atomically
 
@@ -52,7 +52,7 @@ def command(
     two = None if evaluation is None else open_source(evaluation)
     with tempfile.TemporaryDirectory(prefix="dalle-overlap-") as passing:
         found = find_overlap(
-            one, two, cache or Path(passing), max_pixels=limit, workers=workers or cores(), similar=similarity
+            one, two, cache or Path(passing), max_pixels=limit, workers=workers or available_cores(), similar=similarity
         )
     log(found.summary())
     if sheet is not None:

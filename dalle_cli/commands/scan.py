@@ -23,7 +23,7 @@ def command(
 ) -> None:
     """Look at a source before training: sizes, captions, broken files, and what each filter would drop.
 
-    Every picture is decoded. A filter that is off is tried at a customary value; those of [bold]data.filters[/bold]
+    Every picture is decoded. A filter that is off is tried at a typical value; those of [bold]data.filters[/bold]
     in the recipe that are on are marked.
 
     Example: [bold]dalle scan runs/shapes/train --recipe recipes/own-data.yaml --out runs/scan[/bold]
@@ -32,12 +32,12 @@ def command(
 
     from dalle_cli.data.languages import Detector
     from dalle_cli.data.scan import scan
-    from dalle_cli.data.workers import cores
+    from dalle_cli.data.workers import available_cores
 
     settings = recipe_for(source, recipe, set_)
     detector = Detector() if languages else None
     opened = read_source(settings)
-    found = scan(opened, settings.data, settings.image_size, workers=workers or cores(), detector=detector)
+    found = scan(opened, settings.data, settings.image_size, workers=workers or available_cores(), detector=detector)
     if out is not None:
         from dalle_cli.stores.files import write_atomically, write_json
         from dalle_cli.views.source_sheets import examples_sheet

@@ -12,7 +12,7 @@ from dalle_cli.data.source import BadSample, Source
 from dalle_cli.errors import UserError
 
 
-class WithoutExcluded:
+class SourceWithExclusions:
     """``source`` with some of its samples out of use: they keep their places, and reading them raises BadSample.
 
     Its name tells the exclusion, so that what was made with one is not continued with another.

@@ -129,24 +129,24 @@ PICTURE_MEASURES: dict[str, Callable[[Image.Image, Filters], float]] = {
 }
 
 
-def keep_captions(captions: list[str], filters: Filters) -> tuple[list[str], str | None]:
+def filter_captions(captions: list[str], filters: Filters) -> tuple[list[str], str | None]:
     """The captions that pass every caption filter, and why the first was refused if none passes."""
-    refusals = [next(caption_refusals(caption, filters), None) for caption in captions]
+    refusals = [next(failed_caption_filters(caption, filters), None) for caption in captions]
     kept = [caption for caption, refusal in zip(captions, refusals, strict=True) if refusal is None]
     return kept, None if kept else next((_reason(name) for name in refusals if name is not None), "no caption")
 
 
-def picture_refusal(image: Image.Image, filters: Filters) -> str | None:
+def picture_rejection(image: Image.Image, filters: Filters) -> str | None:
     """Why a picture at its own size is left out; None if it passes every picture filter."""
-    return next((_reason(name) for name in picture_refusals(image, filters)), None)
+    return next((_reason(name) for name in failed_picture_filters(image, filters)), None)
 
 
-def caption_refusals(caption: str, filters: Filters) -> Iterator[str]:
+def failed_caption_filters(caption: str, filters: Filters) -> Iterator[str]:
     """Names of the filters that refuse ``caption``, in their order in the recipe."""
     return _refusals(CAPTION_MEASURES, caption, filters)
 
 
-def picture_refusals(image: Image.Image, filters: Filters) -> Iterator[str]:
+def failed_picture_filters(image: Image.Image, filters: Filters) -> Iterator[str]:
     """Names of the filters that refuse ``image``, in their order in the recipe."""
     return _refusals(PICTURE_MEASURES, image, filters)
 
@@ -162,7 +162,7 @@ def picture_identity(filters: Filters) -> dict[str, Any] | None:
     return _on(PICTURE_MEASURES, filters) or None
 
 
-def customary(filters: Filters, image_size: int) -> Filters:
+def with_typical_limits(filters: Filters, image_size: int) -> Filters:
     """Every filter on: as ``filters`` has it, or else at a value that suits English captions of a web crawl.
 
     These values are ours, to see what a filter would drop; neither paper gives them.

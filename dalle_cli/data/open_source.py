@@ -23,8 +23,6 @@ from dalle_cli.data.formats.webdataset import WebDatasetSource
 from dalle_cli.data.source import IMAGE_EXTENSIONS, BadSample, Source
 from dalle_cli.errors import UserError
 
-__all__ = ["FORMATS", "BadSample", "Source", "expand_braces", "is_manifest", "open_source"]
-
 MANIFEST_ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
 
 _BRACES = re.compile(r"\{([^{}]*)\}")

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dalle_cli.config.schema import DataSettings
-from dalle_cli.data.filters import picture_refusal
+from dalle_cli.data.batch_order import BatchOrder, Reorder
+from dalle_cli.data.filters import picture_rejection
 from dalle_cli.data.images import BadImage, decode_image, eval_crop, train_crop
-from dalle_cli.data.open_source import BadSample, Source
-from dalle_cli.data.order import Arrange, BatchOrder
+from dalle_cli.data.source import BadSample, Source
 from dalle_cli.data.workers import ignore_stop_signals
 from dalle_cli.errors import UserError
 from dalle_cli.randomness import numpy_generator
@@ -26,7 +26,7 @@ MOST_REPLACEMENTS = 100
 """Samples tried for one place of a batch."""
 
 
-def cut_picture(source: Source, row: int, image_size: int, data: DataSettings) -> np.ndarray:
+def load_eval_picture(source: Source, row: int, image_size: int, data: DataSettings) -> np.ndarray:
     """Sample ``row`` as evaluation and encoding see it: (image_size, image_size, 3) uint8.
 
     Raises:
@@ -37,7 +37,7 @@ def cut_picture(source: Source, row: int, image_size: int, data: DataSettings) -
 
 def _whole_picture(source: Source, row: int, data: DataSettings) -> Image.Image:
     image = decode_image(source.image_bytes(row), data.max_pixels)
-    if (refusal := picture_refusal(image, data.filters)) is not None:
+    if (refusal := picture_rejection(image, data.filters)) is not None:
         raise BadImage(refusal)
     return image
 
@@ -62,12 +62,12 @@ class TrainingPictures:
     """What of each batch is wanted here; other processes take the rest."""
 
     def batches(
-        self, start: int, stop: int, arrange: Arrange | None = None
+        self, start: int, stop: int, reorder: Reorder | None = None
     ) -> Iterator[tuple[Tensor, np.ndarray, np.ndarray]]:
-        """For each update: pictures (B, 3, S, S) uint8, their rows (B,) and epochs (B,); ``arrange`` as of BatchOrder,
+        """For each update: pictures (B, 3, S, S) uint8, their rows (B,) and epochs (B,); ``reorder`` as of BatchOrder,
         which works in this process.
         """
-        order = BatchOrder(self.rows, self.batch_size, self.seed, self.part, arrange)
+        order = BatchOrder(self.rows, self.batch_size, self.seed, self.part, reorder)
         loader = DataLoader(
             _Items(self),
             batch_sampler=_Steps(order, start, stop),
@@ -135,7 +135,7 @@ def _stack(items: Sequence[tuple[np.ndarray, int, int]]) -> tuple[Tensor, np.nda
 
 
 @dataclass
-class Block:
+class PictureBlock:
     """Consecutive samples of a source as encoding sees them."""
 
     keys: list[str]
@@ -161,7 +161,7 @@ class _Decoder(Dataset[tuple[list[str], dict[str, str]]]):
         reasons: dict[str, str] = {}
         for i, row in enumerate(rows):
             try:
-                pictures[i] = cut_picture(self.source, row, pictures.shape[1], self.data)
+                pictures[i] = load_eval_picture(self.source, row, pictures.shape[1], self.data)
             except (BadSample, BadImage) as error:
                 pictures[i] = 0
                 reasons[keys[i]] = str(error)
@@ -170,7 +170,7 @@ class _Decoder(Dataset[tuple[list[str], dict[str, str]]]):
 
 def consecutive_pictures(
     source: Source, rows: range, *, block: int, image_size: int, data: DataSettings, workers: int, pinned: bool = False
-) -> Iterator[Block]:
+) -> Iterator[PictureBlock]:
     """``rows`` of the source in blocks of ``block``, in order, decoded by ``workers`` processes ahead of their use.
 
     ``pinned``: in page-locked memory, from which a copy to a GPU need not be waited for.
@@ -191,7 +191,7 @@ def consecutive_pictures(
     )
     for number, (keys, reasons) in enumerate(loader):
         pictures = room[number % places, : len(keys)]
-        yield Block(keys, pictures.pin_memory() if pinned else pictures, reasons)
+        yield PictureBlock(keys, pictures.pin_memory() if pinned else pictures, reasons)
 
 
 def _start_in_training(worker: int) -> None:

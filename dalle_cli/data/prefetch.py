@@ -10,7 +10,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def ahead(items: Iterator[T], count: int) -> Iterator[T]:
+def prefetch(items: Iterator[T], count: int) -> Iterator[T]:
     """The same ``items``, up to ``count`` of them made by a thread while earlier ones are in use.
 
     What ``items`` raises is raised in their place. The thread ends when the iterator is closed or used up, and

@@ -14,15 +14,15 @@ from dalle_cli.config.schema import DataSettings, Filters
 from dalle_cli.data.filters import (
     CAPTION_MEASURES,
     PICTURE_MEASURES,
-    caption_refusals,
-    customary,
-    keep_captions,
-    picture_refusals,
+    failed_caption_filters,
+    failed_picture_filters,
+    filter_captions,
+    with_typical_limits,
 )
 from dalle_cli.data.images import BadImage, decode_image
 from dalle_cli.data.languages import Detector
 from dalle_cli.data.source import BadSample, Source
-from dalle_cli.data.workers import blocks_of, in_order
+from dalle_cli.data.workers import map_blocks, split_blocks
 from dalle_cli.progress import progress
 
 QUANTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
@@ -98,7 +98,7 @@ class _Look:
         if captions and image is not None:
             tally.usable += 1
             on = self.data.filters
-            tally.kept += keep_captions(captions, on)[1] is None and not any(picture_refusals(image, on))
+            tally.kept += filter_captions(captions, on)[1] is None and not any(failed_picture_filters(image, on))
 
     def _captions(self, tally: Tally, row: int, key: str) -> tuple[list[str], str | None]:
         try:
@@ -112,7 +112,7 @@ class _Look:
             tally.measure("characters a caption", len(caption))
             if self.detector is not None:
                 tally.languages[self.detector(caption)] += 1
-        refused = [set(caption_refusals(caption, self.tried)) for caption in captions]
+        refused = [set(failed_caption_filters(caption, self.tried)) for caption in captions]
         for name in CAPTION_MEASURES:
             if all(name in names for names in refused):
                 self._drop(tally, name, key, captions[0])
@@ -130,7 +130,7 @@ class _Look:
         tally.measure("height", image.height)
         tally.measure("shorter side", min(image.size))
         tally.measure("width / height", image.width / image.height)
-        for name in picture_refusals(image, self.tried):
+        for name in failed_picture_filters(image, self.tried):
             self._drop(tally, name, key, f"{image.width} x {image.height}")
         return image, None
 
@@ -146,13 +146,13 @@ def scan(
 ) -> dict[str, Any]:
     """All there is to say of the source, as plain values that JSON can hold.
 
-    Every filter is tried: at the recipe's value where it is on, else at a customary one (``customary``).
+    Every filter is tried: at the recipe's value where it is on, else at a typical one (``with_typical_limits``).
     """
-    tried = customary(data.filters, image_size)
+    tried = with_typical_limits(data.filters, image_size)
     tally = Tally()
-    blocks = blocks_of(range(len(source)), _BLOCK)
+    blocks = split_blocks(range(len(source)), _BLOCK)
     with progress("scan", len(source), "samples") as bar:
-        for block, found in zip(blocks, in_order(_Look(source, data, tried, detector), blocks, workers), strict=True):
+        for block, found in zip(blocks, map_blocks(_Look(source, data, tried, detector), blocks, workers), strict=True):
             tally.add(found)
             bar.advance(len(block))
     index = Counter(_kind(reason) for _, reason in source.skipped)

@@ -24,12 +24,12 @@ _AHEAD = 4
 _function: Callable[[Any], Any]
 
 
-def cores() -> int:
+def available_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def in_order(function: Callable[[range], T], blocks: Sequence[range], workers: int) -> Iterator[T]:
+def map_blocks(function: Callable[[range], T], blocks: Sequence[range], workers: int) -> Iterator[T]:
     """``function`` of each of ``blocks``, by ``workers`` processes, or in this one where that is one.
 
     ``function`` reaches a process once, when it starts: it may hold a large index. It has one thread for matrices:
@@ -67,7 +67,7 @@ def in_order(function: Callable[[range], T], blocks: Sequence[range], workers: i
             raise
 
 
-def blocks_of(rows: range, size: int) -> list[range]:
+def split_blocks(rows: range, size: int) -> list[range]:
     """``rows`` in blocks of ``size``, the last one shorter."""
     return [rows[at : at + size] for at in range(0, len(rows), size)]
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dalle_cli.config.schema import DOWNSAMPLING, Recipe
 from dalle_cli.data.filters import picture_identity
-from dalle_cli.data.open_source import Source
-from dalle_cli.data.picture_loader import Block, consecutive_pictures
+from dalle_cli.data.picture_loader import PictureBlock, consecutive_pictures
+from dalle_cli.data.source import Source
 from dalle_cli.distributed.device import choose_device, limit_threads
 from dalle_cli.dvae.model import DVAE
 from dalle_cli.dvae.objective import phi, reconstruct
@@ -51,13 +51,13 @@ def pictures_at_once(model: DVAE, height: int, width: int) -> int:
     return max(1, MOST_ACTIVATIONS // (height * width * model.settings.n_hid))
 
 
-def encode_blocks(model: DVAE, blocks: Iterable[Block], eps: float) -> Iterator[tuple[Block, np.ndarray]]:
+def encode_blocks(model: DVAE, blocks: Iterable[PictureBlock], eps: float) -> Iterator[tuple[PictureBlock, np.ndarray]]:
     """Each block with its pictures' tokens, (n, S / 8, S / 8) uint16.
 
     A block is handed out when the next one is queued, so that a GPU goes on while this process fetches and writes.
     """
     device = next(model.parameters()).device
-    queued: tuple[Block, Tensor] | None = None
+    queued: tuple[PictureBlock, Tensor] | None = None
     for block in blocks:
         tokens = encode_pictures(model, block.pictures.to(device, non_blocking=True), eps)
         if queued is not None:
@@ -110,7 +110,7 @@ def encode_source(
     return {"rows": writer.rows, "skipped": sum(writer.state["skipped"].values())}
 
 
-def encode_into(writer: PartWriter, model: DVAE, blocks: Iterable[Block], eps: float, left: int) -> None:
+def encode_into(writer: PartWriter, model: DVAE, blocks: Iterable[PictureBlock], eps: float, left: int) -> None:
     """Append the tokens of ``blocks``, which hold ``left`` samples, by whole shards."""
     keys: list[str] = []
     tokens: list[np.ndarray] = []

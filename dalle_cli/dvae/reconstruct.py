@@ -19,8 +19,8 @@ from PIL import Image
 
 from dalle_cli.config.schema import DOWNSAMPLING
 from dalle_cli.data.images import BadImage, decode_image, eval_crop
-from dalle_cli.data.open_source import BadSample, open_source
-from dalle_cli.data.source import IMAGE_EXTENSIONS, read_image_file, split_extension
+from dalle_cli.data.open_source import open_source
+from dalle_cli.data.source import IMAGE_EXTENSIONS, BadSample, read_image_file, split_extension
 from dalle_cli.distributed.device import choose_device, limit_threads
 from dalle_cli.dvae.encode import decode_pictures, encode_pictures
 from dalle_cli.dvae.objective import LEAST_MSE

@@ -15,8 +15,8 @@ from torchvision.utils import make_grid
 
 from dalle_cli.config.schema import DOWNSAMPLING, Recipe
 from dalle_cli.data.images import BadImage
-from dalle_cli.data.open_source import BadSample, Source
-from dalle_cli.data.picture_loader import TrainingPictures, cut_picture
+from dalle_cli.data.picture_loader import TrainingPictures, load_eval_picture
+from dalle_cli.data.source import BadSample, Source
 from dalle_cli.distributed.group import ALONE, Group, join_group
 from dalle_cli.dvae.model import DVAE
 from dalle_cli.dvae.objective import dvae_loss, merge_metrics, phi, reconstruct, validation_metrics
@@ -151,7 +151,7 @@ class DvaeTask:
         pictures = []
         for row in self.held_out[: self.recipe.dvae.training.validation_samples]:
             try:
-                pictures.append(cut_picture(self.source, int(row), self.recipe.image_size, self.recipe.data))
+                pictures.append(load_eval_picture(self.source, int(row), self.recipe.image_size, self.recipe.data))
             except (BadSample, BadImage):
                 continue
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous() if pictures else None
@@ -187,7 +187,7 @@ def _refuse_unreadable(source: Source, recipe: Recipe) -> None:
     reason = ""
     for row in range(0, len(source), max(1, len(source) // 100)):  # spread: the first may all be filtered
         try:
-            cut_picture(source, row, recipe.image_size, recipe.data)
+            load_eval_picture(source, row, recipe.image_size, recipe.data)
         except (BadSample, BadImage) as error:
             reason = reason or f"{source.key(row)}: {error}"
         else:

@@ -16,7 +16,8 @@ from torch.utils.data import Dataset
 
 from dalle_cli.clip.rerank import read_manifest
 from dalle_cli.data.images import BadImage, decode_image, eval_crop, picture_size
-from dalle_cli.data.open_source import BadSample, Source, is_manifest, open_source
+from dalle_cli.data.open_source import is_manifest, open_source
+from dalle_cli.data.source import BadSample, Source
 from dalle_cli.errors import UserError
 
 TRUNCATE = 4.0

@@ -17,7 +17,7 @@ from dalle_cli.data.source import BadSample, read_caption_file
 from dalle_cli.errors import UserError
 from dalle_cli.fid.pictures import FilePictures, Pictures, SomePictures, SourcePictures, open_pictures
 from dalle_cli.randomness import numpy_generator
-from dalle_cli.shapes.accuracy import Pool, pools
+from dalle_cli.shapes.accuracy import Pool, group_by_caption
 from dalle_cli.stores.scores import sample_stores, store_lines
 
 Line = dict[str, Any]
@@ -81,7 +81,7 @@ def open_system(
     lines = [line for group in groups for line in group]
     ranked = []
     if all(isinstance(line.get("score"), float | int) for line in lines):
-        ranked = [pool for group in groups for pool in pools(_with_ranks(group), spec)]
+        ranked = [pool for group in groups for pool in group_by_caption(_with_ranks(group), spec)]
         lines = [line for pool in ranked for line in pool.lines]
     prompts = [str(line["prompt"]).strip() for line in lines]
     pictures = FilePictures([Path(line["png"]) for line in lines], size)

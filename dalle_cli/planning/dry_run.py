@@ -13,7 +13,7 @@ from dalle_cli.distributed.launch import read_launch
 from dalle_cli.planning.cost import assume
 from dalle_cli.planning.fits_here import this_machine
 from dalle_cli.planning.plan import plan
-from dalle_cli.prior.train import require_same_sizes, refuse_unsupported
+from dalle_cli.prior.train import refuse_unsupported, require_same_sizes
 from dalle_cli.stores.checkpoint import steps_in
 from dalle_cli.stores.held_out import split_store
 from dalle_cli.stores.tokens import TokenReader

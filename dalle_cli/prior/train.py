@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from dalle_cli.config.schema import PowerSgd, Recipe, Sharding
-from dalle_cli.data.order import WINDOW, BatchOrder
-from dalle_cli.data.prefetch import ahead
+from dalle_cli.data.batch_order import WINDOW, BatchOrder
+from dalle_cli.data.prefetch import prefetch
 from dalle_cli.distributed.device import fast_matmul
 from dalle_cli.distributed.group import ALONE, Group, join_group
 from dalle_cli.errors import UserError
@@ -188,7 +188,7 @@ class PriorTask:
         return sample_work(self.recipe)
 
     def batches(self, start: int, stop: int) -> Iterator[TokenBatch]:
-        return ahead(self._read(start, stop), PREFETCHED_BATCHES)
+        return prefetch(self._read(start, stop), PREFETCHED_BATCHES)
 
     def _read(self, start: int, stop: int) -> Iterator[TokenBatch]:
         seed, size, share = self.recipe.seed, self.recipe.prior.training.batch_size, self.recipe.prior.caption_dropout

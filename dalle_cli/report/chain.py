@@ -11,7 +11,8 @@ from typing import Any
 
 from dalle_cli.config.run_folders import RunFolders
 from dalle_cli.config.schema import Recipe
-from dalle_cli.data.open_source import Source, open_source
+from dalle_cli.data.open_source import open_source
+from dalle_cli.data.source import Source
 from dalle_cli.errors import UserError
 from dalle_cli.stores.checkpoint import Checkpoint, Kind, open_checkpoint
 from dalle_cli.stores.provenance import commands_of, read_commands

@@ -12,8 +12,8 @@ from PIL import Image
 
 from dalle_cli.config.schema import Recipe
 from dalle_cli.data.images import BadImage, decode_image, eval_crop
-from dalle_cli.data.open_source import BadSample, Source
-from dalle_cli.data.picture_loader import cut_picture
+from dalle_cli.data.picture_loader import load_eval_picture
+from dalle_cli.data.source import BadSample, Source
 from dalle_cli.dvae.encode import decode_pictures, encode_pictures
 from dalle_cli.dvae.objective import codebook_perplexity, dead_codes, validation_metrics
 from dalle_cli.dvae.train import load_dvae
@@ -111,7 +111,7 @@ def reconstructions(checkpoint: Checkpoint, source: Source) -> Reconstructions |
     pictures = []
     for row in held_out if len(held_out) else training_rows:
         try:
-            pictures.append(cut_picture(source, int(row), recipe.image_size, recipe.data))
+            pictures.append(load_eval_picture(source, int(row), recipe.image_size, recipe.data))
         except (BadSample, BadImage):
             continue
         if len(pictures) == PAIRS:

@@ -24,7 +24,7 @@ from dalle_cli.report.exhibits import (
     true_pictures,
 )
 from dalle_cli.report.page import features_badge, page
-from dalle_cli.shapes.accuracy import Judged, Pool, accuracies, accuracy_figures, judge, pools
+from dalle_cli.shapes.accuracy import JudgedPool, Pool, accuracies, accuracy_figures, group_by_caption, judge
 from dalle_cli.stores.files import write_atomically, write_json
 from dalle_cli.stores.samples import STORE
 from dalle_cli.views import plots
@@ -149,7 +149,7 @@ def _told(group: str, share: dict[str, float]) -> str:
 def _read_ranked(file: Path) -> list[Pool]:
     try:
         with file.open(encoding="utf-8") as stream:
-            found = pools(read_manifest(stream, str(file)), str(file))
+            found = group_by_caption(read_manifest(stream, str(file)), str(file))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: cannot be read ({error}); name a file of dalle rerank's lines") from None
     if not found:
@@ -244,7 +244,7 @@ def _oracle(samples: list[Pool], pngs: dict[str, bytes]) -> dict[str, Any] | Non
     }
 
 
-def _warnings(samples: list[Pool], judged: list[Judged]) -> list[str]:
+def _warnings(samples: list[Pool], judged: list[JudgedPool]) -> list[str]:
     warnings = []
     if len(judged) < len(samples):
         warnings.append(f"{len(samples) - len(judged)} captions are not of the shapes world and are not judged")

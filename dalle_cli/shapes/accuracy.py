@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dalle_cli.errors import UserError
-from dalle_cli.shapes.oracle import holds, read
+from dalle_cli.shapes.oracle import detect, matches_claim
 from dalle_cli.shapes.world import HELD_OUT, Claim, parse_caption
 
 Line = dict[str, Any]
@@ -40,7 +40,7 @@ class Pool:
 
 
 @dataclass(frozen=True)
-class Judged:
+class JudgedPool:
     """Which samples of a pool show what the caption says, best first."""
 
     pool: Pool
@@ -48,7 +48,7 @@ class Judged:
     right: tuple[bool, ...]
 
 
-def pools(lines: Iterable[Line], name: str) -> list[Pool]:
+def group_by_caption(lines: Iterable[Line], name: str) -> list[Pool]:
     """Ranked lines gathered by caption, captions in their order, samples best first.
 
     A caption that was asked for twice was drawn twice alike: its samples count once.
@@ -82,7 +82,7 @@ def group_of(claim: Claim) -> Group:
     return "held-out pairs" if any((t.colour, t.shape) in HELD_OUT for t in claim.things) else "seen pairs"
 
 
-def judge(ranked: Sequence[Pool], advance: Callable[[], None] | None = None) -> list[Judged]:
+def judge(ranked: Sequence[Pool], advance: Callable[[], None] | None = None) -> list[JudgedPool]:
     """Look at every picture of the pools whose captions are of the shapes world; the others are left out.
 
     Raises:
@@ -92,8 +92,8 @@ def judge(ranked: Sequence[Pool], advance: Callable[[], None] | None = None) -> 
     for pool in ranked:
         claim = claim_of(pool.prompt)
         if claim is not None:
-            right = tuple(holds(claim, read(load_picture(line))) for line in pool.lines)
-            judged.append(Judged(pool, group_of(claim), right))
+            right = tuple(matches_claim(claim, detect(load_picture(line))) for line in pool.lines)
+            judged.append(JudgedPool(pool, group_of(claim), right))
         if advance is not None:
             advance()
     return judged
@@ -139,7 +139,7 @@ class Accuracy:
     by_pool_size: dict[int, Share]
 
 
-def accuracy(judged: Sequence[Judged], sizes: Sequence[int] | None = None) -> Accuracy:
+def accuracy(judged: Sequence[JudgedPool], sizes: Sequence[int] | None = None) -> Accuracy:
     """The figures of some captions, each counting alike, by pools of ``sizes`` if not of 1, 2, 4 ... samples.
 
     Needs at least one caption, and no size above the smallest pool's.
@@ -165,7 +165,7 @@ def accuracy(judged: Sequence[Judged], sizes: Sequence[int] | None = None) -> Ac
     )
 
 
-def accuracies(judged: Sequence[Judged], sizes: Sequence[int] | None = None) -> dict[str, Accuracy]:
+def accuracies(judged: Sequence[JudgedPool], sizes: Sequence[int] | None = None) -> dict[str, Accuracy]:
     """The figures of each group that has captions."""
     own = {name: [item for item in judged if item.group == name] for name in GROUPS}
     return {name: accuracy(items, sizes) for name, items in own.items() if items}

@@ -6,6 +6,7 @@ picture: blur, noise, drifting colours.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
@@ -30,7 +31,7 @@ _BLURS = (0.6, 1.3)  # sigmas, pixels, of the templates a silhouette is compared
 
 
 @dataclass(frozen=True)
-class Found:
+class Detection:
     """A thing seen in a picture; `x`, `y`, `radius` are fractions of its side.
 
     `confidence` is the overlap (intersection over union of soft silhouettes) with the best template, 0 to 1.
@@ -49,14 +50,7 @@ class Found:
         return Fact(self.size, self.colour, self.shape)
 
 
-@dataclass(frozen=True)
-class Reading:
-    """Everything seen in a picture, the largest thing first."""
-
-    things: tuple[Found, ...]
-
-
-def read(picture: NDArray[np.uint8]) -> Reading:
+def detect(picture: NDArray[np.uint8]) -> list[Detection]:
     """What a square (side, side, 3) uint8 picture holds. ValueError only for another form of array."""
     if picture.ndim != 3 or picture.shape[2] != 3 or picture.shape[0] != picture.shape[1]:
         raise ValueError(f"a picture is (side, side, 3), not {picture.shape}")
@@ -74,7 +68,7 @@ def read(picture: NDArray[np.uint8]) -> Reading:
         mask = labels[window] == label
         if mask.sum() >= _SPECK * labels.size:
             found.append(_measure(difference[window], mask, background, window, labels.shape[0]))
-    return Reading(tuple(sorted(found, key=lambda thing: -thing.radius)))
+    return sorted(found, key=lambda thing: -thing.radius)
 
 
 def _background(pixels: Floats) -> Floats:
@@ -85,7 +79,7 @@ def _background(pixels: Floats) -> Floats:
 
 def _measure(
     difference: Floats, mask: NDArray[np.bool_], background: Floats, window: tuple[slice, ...], side: int
-) -> Found:
+) -> Detection:
     """One connected patch; `difference` from the background and `mask` are cut to its `window`."""
     strength = np.linalg.norm(difference, axis=2)
     # The colour is that of the patch's full-strength core; its edge is mixed with the background.
@@ -105,7 +99,7 @@ def _measure(
     overlap, shape, centre, radius = max(fits)
     x, y = (float(c + w.start) / side for c, w in zip(centre, reversed(window), strict=True))
     size = "small" if radius / side < _SIZE_BORDER else "large"
-    return Found(colour, shape, size, x, y, radius / side, overlap)
+    return Detection(colour, shape, size, x, y, radius / side, overlap)
 
 
 def _fit(
@@ -140,7 +134,7 @@ def _moments(points: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
 _MOMENTS = {shape: _moments(OUTLINES[shape]) for shape in SHAPES}
 
 
-def relation(a: Found, b: Found) -> str | None:
+def relation(a: Detection, b: Detection) -> str | None:
     """How `a` stands to `b`: above, below, left of, right of; None where neither axis clearly leads."""
     across, down = b.x - a.x, b.y - a.y
     if abs(down) > _LEVEL * abs(across):
@@ -150,12 +144,12 @@ def relation(a: Found, b: Found) -> str | None:
     return None
 
 
-def holds(claim: Claim, reading: Reading) -> bool:
+def matches_claim(claim: Claim, detections: Sequence[Detection]) -> bool:
     """Whether the picture holds what is claimed and nothing else: number of things, attributes, relation."""
-    return len(reading.things) == len(claim.things) and partial(claim, reading) == 1.0
+    return len(detections) == len(claim.things) and match_score(claim, detections) == 1.0
 
 
-def partial(claim: Claim, reading: Reading) -> float:
+def match_score(claim: Claim, detections: Sequence[Detection]) -> float:
     """The share of the claim's facts that the picture bears out, 0 to 1, in the pairing that suits it best.
 
     The facts are the number of things, size, colour and shape of each thing claimed, and the relation if any.
@@ -163,12 +157,12 @@ def partial(claim: Claim, reading: Reading) -> float:
     wanted = len(claim.things)
     facts = 1 + 3 * wanted + (claim.relation is not None)
     # A picture with too few things leaves places empty.
-    seen: list[Found | None] = [*reading.things, *[None] * (wanted - len(reading.things))]
+    seen: list[Detection | None] = [*detections, *[None] * (wanted - len(detections))]
     best = max(_facts_right(claim, chosen) for chosen in permutations(seen, wanted))
-    return (best + (len(reading.things) == wanted)) / facts
+    return (best + (len(detections) == wanted)) / facts
 
 
-def _facts_right(claim: Claim, chosen: tuple[Found | None, ...]) -> int:
+def _facts_right(claim: Claim, chosen: tuple[Detection | None, ...]) -> int:
     right = 0
     for fact, found in zip(claim.things, chosen, strict=True):
         if found is not None:

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from dalle_cli.shapes.oracle import Found, read
+from dalle_cli.shapes.oracle import Detection, detect
 from dalle_cli.shapes.world import BACKGROUND, COLOURS, HELD_OUT, SHAPES, WORLD_FACTS, Fact, counter_rng, paint
 from dalle_cli.shapes.writer import Row, World, write_world
 
@@ -70,7 +70,7 @@ def changed(top: Panel, change: str) -> Panel:
     return Panel(size, colour, top.shape, "black" if change == "on black" else top.ground, top.x)
 
 
-def panels(seed: int, split: str, index: int) -> Panels:
+def random_panels(seed: int, split: str, index: int) -> Panels:
     """The picture of a row. "train" and "seen" have no held-out pair on top, "heldout" has one."""
     rng = counter_rng(seed, "panels", split, index)
     pairs = [pair for pair in _PAIRS if (pair in HELD_OUT) == (split == "heldout")]
@@ -101,7 +101,7 @@ def render_panels(this: Panels, size: int = 64, *, bottom: bool = True) -> NDArr
     return np.rint(picture).astype(np.uint8)
 
 
-def read_panel(half: NDArray[np.uint8]) -> tuple[str, list[tuple[Fact, Found]]]:
+def read_panel(half: NDArray[np.uint8]) -> tuple[str, list[tuple[Fact, Detection]]]:
     """What a half (side / 2, side, 3) uint8 shows: its ground, and each thing's size, colour and shape."""
     height, width, _ = half.shape
     if 2 * height != width:
@@ -115,12 +115,12 @@ def read_panel(half: NDArray[np.uint8]) -> tuple[str, list[tuple[Fact, Found]]]:
     middle = sum(RADII.values()) / 2
     things = [
         (Fact("small" if found.radius < middle else "large", found.colour, found.shape), found)
-        for found in read(square).things
+        for found in detect(square)
     ]
     return ("black" if ground.mean() < 128 else "white"), things
 
 
-def bottom_holds(top: Panel, change: str, picture: NDArray[np.uint8]) -> bool:
+def bottom_matches(top: Panel, change: str, picture: NDArray[np.uint8]) -> bool:
     """Whether the bottom half of ``picture`` (side, side, 3) uint8 is ``top`` changed, and shows nothing else.
 
     Judged are the ground, the number of things, and the thing's size, colour and shape; not its place.
@@ -131,7 +131,7 @@ def bottom_holds(top: Panel, change: str, picture: NDArray[np.uint8]) -> bool:
 
 
 def _row(seed: int, split: str, index: int, size: int) -> Row:
-    this = panels(seed, split, index)
+    this = random_panels(seed, split, index)
     return Row(asdict(this), render_panels(this, size), this.caption)
 
 

@@ -118,7 +118,7 @@ def counter_rng(seed: int, what: str, split: str, index: int) -> np.random.Gener
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=words)))
 
 
-def scene(seed: int, split: str, index: int) -> Scene:
+def random_scene(seed: int, split: str, index: int) -> Scene:
     """The scene of a row. "train" and "seen" hold no held-out pair, "heldout" at least one."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: one of {', '.join(SPLITS)}")
@@ -264,7 +264,7 @@ def phrasings(scene: Scene) -> list[str]:
     return [form.format(*pair, r=words) for form in _PAIR_FORMS for pair, r in told for words in _words(r)]
 
 
-def captions(scene: Scene, rng: np.random.Generator) -> str:
+def random_caption(scene: Scene, rng: np.random.Generator) -> str:
     """One caption of the scene, lower-case, words separated by single blanks; `rng` picks the phrasing."""
     forms = phrasings(scene)
     return forms[int(rng.integers(len(forms)))]
@@ -296,8 +296,8 @@ def parse_caption(text: str) -> Claim:
 
 
 def _row(seed: int, split: str, index: int, size: int) -> Row:
-    this = scene(seed, split, index)
-    text = captions(this, counter_rng(seed, "caption", split, index))
+    this = random_scene(seed, split, index)
+    text = random_caption(this, counter_rng(seed, "caption", split, index))
     return Row(asdict(this), render(this, size), text)
 
 

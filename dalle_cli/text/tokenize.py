@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from dalle_cli.config.schema import Filters, Recipe, TokenizerSettings
-from dalle_cli.data.filters import caption_identity, keep_captions
-from dalle_cli.data.open_source import BadSample, Source
-from dalle_cli.data.prefetch import ahead
-from dalle_cli.data.workers import cores
+from dalle_cli.data.filters import caption_identity, filter_captions
+from dalle_cli.data.prefetch import prefetch
+from dalle_cli.data.source import BadSample, Source
+from dalle_cli.data.workers import available_cores
 from dalle_cli.errors import UserError
 from dalle_cli.progress import progress
 from dalle_cli.randomness import SPLITMIX_STEP, splitmix64, stream_seed
@@ -131,7 +131,7 @@ class CaptionEncoder:
             tokens[rows, version] = ids.padded(length)
             lengths[rows, version] = np.minimum(ids.counts, length)
 
-        with ThreadPoolExecutor(cores()) as pool:
+        with ThreadPoolExecutor(available_cores()) as pool:
             list(pool.map(fill, range(most)))
         return {
             "text_epochs": tokens,
@@ -170,7 +170,7 @@ def train_tokenizer(recipe: Recipe, source: Source, out: Path) -> Tokenizer:
     with progress("train-tokenizer", len(source), "samples") as bar:
 
         def captions() -> Iterator[str]:
-            for block in ahead(_read(source, range(len(source)), recipe.data.filters), 1):
+            for block in prefetch(_read(source, range(len(source)), recipe.data.filters), 1):
                 yield from chain.from_iterable(block.captions)
                 bar.advance(len(block.keys))
             bar.say("train-tokenizer: all captions read; merging")
@@ -206,7 +206,7 @@ def tokenize_source(recipe: Recipe, source: Source, tokenizer: Tokenizer, out: P
     if not writer.complete:
         encoder = CaptionEncoder(tokenizer, settings, recipe.seed)
         # While a block is written, the next is encoded and the one after it read.
-        blocks = ahead(_encode(encoder, ahead(_read(source, todo, recipe.data.filters), 1)), 1)
+        blocks = prefetch(_encode(encoder, prefetch(_read(source, todo, recipe.data.filters), 1)), 1)
         with progress("tokenize-text", writer.rows + len(todo), "pictures", writer.rows) as bar:
             for block, found in blocks:
                 skipped = {block.keys[at]: reason for at, reason in sorted((found.reasons | block.reasons).items())}
@@ -256,7 +256,7 @@ def _read(source: Source, rows: range, filters: Filters) -> Iterator[_Block]:
                 block.reasons[place] = str(error)
             else:
                 if filtered:
-                    captions, reason = keep_captions(captions, filters)
+                    captions, reason = filter_captions(captions, filters)
                     if reason is not None:
                         block.reasons[place] = reason
             block.captions.append(captions)

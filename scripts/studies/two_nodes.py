@@ -21,13 +21,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dalle_cli.config.schema import LearningRate, PowerSgd, PriorModel, PriorObjective, PriorSettings
-from dalle_cli.data.order import BatchOrder
+from dalle_cli.data.batch_order import BatchOrder
 from dalle_cli.distributed.group import Group, form_nodes
 from dalle_cli.distributed.power_sgd import PowerSgdReducer
 from dalle_cli.prior.model import Prior
 from dalle_cli.prior.train import TokenBatch
 from dalle_cli.progress import progress
-from dalle_cli.shapes.world import captions, counter_rng, phrasings, render, scene
+from dalle_cli.shapes.world import counter_rng, phrasings, random_caption, random_scene, render
 from dalle_cli.training.schedules import learning_rate
 
 MACHINES = 2
@@ -89,7 +89,7 @@ class Outcome:
 @cache
 def vocabulary() -> dict[str, int]:
     """The words of the shapes world's captions."""
-    texts = (text for index in range(500) for text in phrasings(scene(0, "train", index)))
+    texts = (text for index in range(500) for text in phrasings(random_scene(0, "train", index)))
     return {word: i for i, word in enumerate(sorted({word for text in texts for word in text.split()}))}
 
 
@@ -101,8 +101,8 @@ def shapes_tokens(grid: int, indices: range, seed: int = 0) -> TokenBatch:
     text = torch.zeros(len(indices), TEXT_LENGTH, dtype=torch.int64)
     length, image = [], []
     for row, index in enumerate(indices):
-        this = scene(seed, "train", index)
-        ids = [words[word] for word in captions(this, counter_rng(seed, "caption", "train", index)).split()]
+        this = random_scene(seed, "train", index)
+        ids = [words[word] for word in random_caption(this, counter_rng(seed, "caption", "train", index)).split()]
         text[row, : len(ids)] = torch.tensor(ids)
         length.append(len(ids))
         pixels = render(this, grid * PATCH).reshape(grid, PATCH, grid, PATCH, 3).mean((1, 3))

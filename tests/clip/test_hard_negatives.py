@@ -24,9 +24,9 @@ from dalle_cli.clip.hard_negatives import AlikePictures, neighbours_together
 from dalle_cli.clip.model import contrastive_loss, pixels
 from dalle_cli.clip.train import ClipTask, build_recipe_clip, load_clip, train_clip
 from dalle_cli.config.load import load_recipe
+from dalle_cli.data.batch_order import REORDER_BLOCK, BatchOrder
 from dalle_cli.data.open_source import open_source
-from dalle_cli.data.order import ARRANGED, BatchOrder
-from dalle_cli.data.picture_loader import cut_picture
+from dalle_cli.data.picture_loader import load_eval_picture
 from dalle_cli.errors import UserError
 from dalle_cli.stores.checkpoint import open_checkpoint, steps_in
 from dalle_cli.stores.tokens import TokenReader
@@ -59,7 +59,7 @@ def test_batches_hold_pictures_of_the_same_codes(tmp_path: Path) -> None:
     rows = np.arange(100, 1000)
 
     def epoch(seed: int) -> np.ndarray:
-        order = BatchOrder(rows, len(rows), seed, arrange=AlikePictures(reader, TOGETHER))
+        order = BatchOrder(rows, len(rows), seed, reorder=AlikePictures(reader, TOGETHER))
         return order.batch(0)[0]
 
     first, again, other = epoch(0), epoch(0), epoch(1)
@@ -82,16 +82,16 @@ def test_rows_are_arranged_lot_by_lot_when_their_turn_comes() -> None:
         lots.append(rows.tolist())
         return rows[::-1]
 
-    rows = np.arange(2 * ARRANGED + 7)
-    order, plain = BatchOrder(rows, 1000, 0, arrange=backwards), BatchOrder(rows, len(rows), 0).batch(0)[0]
+    rows = np.arange(2 * REORDER_BLOCK + 7)
+    order, plain = BatchOrder(rows, 1000, 0, reorder=backwards), BatchOrder(rows, len(rows), 0).batch(0)[0]
     first = order.batch(0)[0]
-    assert lots == [plain[:ARRANGED].tolist()]
-    np.testing.assert_array_equal(first, plain[:ARRANGED][::-1][:1000])
+    assert lots == [plain[:REORDER_BLOCK].tolist()]
+    np.testing.assert_array_equal(first, plain[:REORDER_BLOCK][::-1][:1000])
     all_rows = np.concatenate([order.batch(step)[0] for step in range(len(rows) // 1000 + 1)])[: len(rows)]
-    lots_of_plain = [plain[:ARRANGED], plain[ARRANGED : 2 * ARRANGED], plain[2 * ARRANGED :]]
+    lots_of_plain = [plain[:REORDER_BLOCK], plain[REORDER_BLOCK : 2 * REORDER_BLOCK], plain[2 * REORDER_BLOCK :]]
     np.testing.assert_array_equal(all_rows, np.concatenate([lot[::-1] for lot in lots_of_plain]))
     # From the middle, as a run that goes on: the same.
-    np.testing.assert_array_equal(BatchOrder(rows, 1000, 0, arrange=backwards).batch(9)[0], all_rows[9000:10000])
+    np.testing.assert_array_equal(BatchOrder(rows, 1000, 0, reorder=backwards).batch(9)[0], all_rows[9000:10000])
 
 
 # Training
@@ -118,12 +118,12 @@ def clip_task(chain: TinyChain, workers: int) -> ClipTask:
 def test_training_takes_these_batches_and_this_loss(chain: TinyChain, workers: int) -> None:
     task = clip_task(chain, workers)
     size = task.recipe.clip.training.batch_size
-    order = BatchOrder(task.training_rows, size, task.recipe.seed, arrange=AlikePictures(task.reader, 2))
+    order = BatchOrder(task.training_rows, size, task.recipe.seed, reorder=AlikePictures(task.reader, 2))
     plain = BatchOrder(task.training_rows, size, task.recipe.seed)
     for step, (pictures, text_ids) in zip(range(2, 4), task.batches(2, 4), strict=True):
         rows = order.batch(step)[0]
         assert rows.tolist() != plain.batch(step)[0].tolist()
-        wanted = np.stack([cut_picture(task.source, row, 32, task.recipe.data) for row in rows.tolist()])
+        wanted = np.stack([load_eval_picture(task.source, row, 32, task.recipe.data) for row in rows.tolist()])
         np.testing.assert_array_equal(pictures.permute(0, 2, 3, 1).numpy(), wanted)
         with torch.no_grad():
             loss = task.loss((pictures, text_ids), step)["loss"]

@@ -90,7 +90,7 @@ def test_scores_are_the_same_whether_pictures_are_prepared_beside_the_model_or_b
     lines = draw(tmp_path, "bright", range(70)) + draw(tmp_path, "dark", range(70))
     found = []
     for more in (0, 1):
-        monkeypatch.setattr("dalle_cli.clip.rerank.cores", lambda more=more: torch.get_num_threads() + more)
+        monkeypatch.setattr("dalle_cli.clip.rerank.available_cores", lambda more=more: torch.get_num_threads() + more)
         found.append(list(score(lines, ShadeScorer(), 64)))
     assert found[0] == found[1]
     assert [line["score"] for line in found[0][:70]] == pytest.approx([shade / 255 for shade in range(70)])

@@ -15,19 +15,20 @@ from PIL import Image
 
 from dalle_cli.config.load import dump_recipe, load_recipe
 from dalle_cli.config.schema import DataSettings, Filters
-from dalle_cli.data.exclude import WithoutExcluded, read_keys
+from dalle_cli.data.exclude import SourceWithExclusions, read_keys
 from dalle_cli.data.filters import (
     CAPTION_MEASURES,
     PICTURE_MEASURES,
     caption_identity,
-    caption_refusals,
-    customary,
-    keep_captions,
+    failed_caption_filters,
+    filter_captions,
     picture_identity,
-    picture_refusal,
+    picture_rejection,
+    with_typical_limits,
 )
-from dalle_cli.data.open_source import BadSample, open_source
+from dalle_cli.data.open_source import open_source
 from dalle_cli.data.picture_loader import TrainingPictures
+from dalle_cli.data.source import BadSample
 from dalle_cli.errors import UserError
 
 OFF = Filters(max_aspect_ratio=None)
@@ -52,8 +53,8 @@ OFF = Filters(max_aspect_ratio=None)
 )
 def test_a_limit_itself_passes_and_beyond_it_not(name: str, limit: float, passes: str, refused: str) -> None:
     filters = OFF.model_copy(update={name: limit})
-    assert keep_captions([passes], filters) == ([passes], None)
-    assert keep_captions([refused], filters) == ([], f"filtered: {name}")
+    assert filter_captions([passes], filters) == ([passes], None)
+    assert filter_captions([refused], filters) == ([], f"filtered: {name}")
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,7 @@ def test_a_limit_itself_passes_and_beyond_it_not(name: str, limit: float, passes
     ],
 )
 def test_boilerplate_is_refused(caption: str) -> None:
-    assert list(caption_refusals(caption, OFF.model_copy(update={"max_boilerplate": 0.6}))) == ["max_boilerplate"]
+    assert list(failed_caption_filters(caption, OFF.model_copy(update={"max_boilerplate": 0.6}))) == ["max_boilerplate"]
 
 
 @pytest.mark.parametrize(
@@ -104,39 +105,39 @@ def test_boilerplate_is_refused(caption: str) -> None:
     ],
 )
 def test_descriptions_are_no_boilerplate(caption: str) -> None:
-    assert list(caption_refusals(caption, OFF.model_copy(update={"max_boilerplate": 0.6}))) == []
+    assert list(failed_caption_filters(caption, OFF.model_copy(update={"max_boilerplate": 0.6}))) == []
 
 
 def test_a_recipe_may_add_boilerplate() -> None:
     filters = OFF.model_copy(update={"max_boilerplate": 0.5})
-    assert keep_captions(["ACME catalogue item"], filters)[1] is None
+    assert filter_captions(["ACME catalogue item"], filters)[1] is None
     more = filters.model_copy(update={"boilerplate": ["acme catalogue"]})
-    assert keep_captions(["ACME catalogue item"], more) == ([], "filtered: max_boilerplate")
+    assert filter_captions(["ACME catalogue item"], more) == ([], "filtered: max_boilerplate")
 
 
 @pytest.mark.parametrize(
     "caption", ["a-" * 500_000, "photo " * 200_000, "a.b@" * 250_000, "1 " * 500_000, "\t" * 10**6]
 )
 def test_a_caption_of_a_megabyte_takes_no_minutes(caption: str) -> None:
-    everything = customary(Filters(), 256)
-    assert "max_characters" in list(caption_refusals(caption, everything))
+    everything = with_typical_limits(Filters(), 256)
+    assert "max_characters" in list(failed_caption_filters(caption, everything))
 
 
 def test_of_several_captions_those_that_pass_are_kept_in_order() -> None:
     filters = OFF.model_copy(update={"min_words": 2, "max_words": 3})
     captions = ["dog", "a dog", "one two three four", "a red dog"]
-    assert keep_captions(captions, filters) == (["a dog", "a red dog"], None)
-    assert keep_captions(captions[2::-2], filters) == ([], "filtered: max_words")
-    assert keep_captions([], filters) == ([], "no caption")
+    assert filter_captions(captions, filters) == (["a dog", "a red dog"], None)
+    assert filter_captions(captions[2::-2], filters) == ([], "filtered: max_words")
+    assert filter_captions([], filters) == ([], "no caption")
 
 
 @given(st.lists(st.text(max_size=60), max_size=4))
 @settings(max_examples=200, deadline=None)
 def test_any_text_can_be_judged(captions: list[str]) -> None:
-    assert keep_captions(captions, OFF)[0] == captions  # all filters off
-    everything = customary(Filters(), 256)
-    kept, reason = keep_captions(captions, everything)
-    assert kept == [caption for caption in captions if not list(caption_refusals(caption, everything))]
+    assert filter_captions(captions, OFF)[0] == captions  # all filters off
+    everything = with_typical_limits(Filters(), 256)
+    kept, reason = filter_captions(captions, everything)
+    assert kept == [caption for caption in captions if not list(failed_caption_filters(caption, everything))]
     assert (reason is None) == bool(kept)
 
 
@@ -147,14 +148,14 @@ def test_any_text_can_be_judged(captions: list[str]) -> None:
 def test_aspect_ratio_is_filtered_by_default_as_in_the_paper(turned: bool) -> None:
     for width, height, refusal in ((64, 64, None), (200, 100, None), (201, 100, "filtered: max_aspect_ratio")):
         size = (height, width) if turned else (width, height)
-        assert picture_refusal(Image.new("RGB", size), Filters()) == refusal
-        assert picture_refusal(Image.new("RGB", size), OFF) is None
+        assert picture_rejection(Image.new("RGB", size), Filters()) == refusal
+        assert picture_rejection(Image.new("RGB", size), OFF) is None
 
 
 def test_small_pictures() -> None:
     filters = OFF.model_copy(update={"min_side": 50})
-    assert picture_refusal(noise(50, 80), filters) is None
-    assert picture_refusal(noise(80, 49), filters) == "filtered: min_side"
+    assert picture_rejection(noise(50, 80), filters) is None
+    assert picture_rejection(noise(80, 49), filters) == "filtered: min_side"
 
 
 def test_pictures_of_one_colour() -> None:
@@ -163,10 +164,10 @@ def test_pictures_of_one_colour() -> None:
     grain = Image.fromarray(rng.normal(20, 10, (640, 640, 3)).clip(0, 255).astype(np.uint8))
     small_thing = Image.new("RGB", (640, 640), "white")
     small_thing.paste((0, 0, 0), (300, 300, 380, 380))
-    assert picture_refusal(Image.new("RGB", (640, 640), "navy"), filters) == "filtered: min_contrast"
-    assert picture_refusal(grain, filters) == "filtered: min_contrast"  # a dark frame's sensor noise
-    assert picture_refusal(small_thing, filters) is None
-    assert picture_refusal(noise(640, 640), filters) is None
+    assert picture_rejection(Image.new("RGB", (640, 640), "navy"), filters) == "filtered: min_contrast"
+    assert picture_rejection(grain, filters) == "filtered: min_contrast"  # a dark frame's sensor noise
+    assert picture_rejection(small_thing, filters) is None
+    assert picture_rejection(noise(640, 640), filters) is None
 
 
 # --- Recipe
@@ -174,9 +175,9 @@ def test_pictures_of_one_colour() -> None:
 
 def test_every_filter_of_the_recipe_is_implemented_and_none_else() -> None:
     assert {*CAPTION_MEASURES, *PICTURE_MEASURES, "boilerplate"} == set(Filters.model_fields)
-    everything = customary(Filters(), 64)
+    everything = with_typical_limits(Filters(), 64)
     assert all(getattr(everything, name) is not None for name in Filters.model_fields)
-    assert customary(Filters(min_words=7), 64).min_words == 7
+    assert with_typical_limits(Filters(min_words=7), 64).min_words == 7
 
 
 def test_an_identity_holds_what_changes_its_part_only() -> None:
@@ -229,7 +230,7 @@ def test_excluded_samples_keep_their_places(tmp_path: Path) -> None:
     lines.write_text('{"key": "b", "match": "a"}\n\n{"key": "d"}\n{"key": "elsewhere"}\n')
     plain.write_text("b\nd\n")
     for file in (lines, plain):
-        less = WithoutExcluded(source, file)
+        less = SourceWithExclusions(source, file)
         assert [less.key(i) for i in range(len(less))] == list("abcd")
         assert less.count == 2
         assert less.captions(0) == ["caption a"]
@@ -239,7 +240,7 @@ def test_excluded_samples_keep_their_places(tmp_path: Path) -> None:
                 with pytest.raises(BadSample, match=f"excluded: {file.name}"):
                     read(row)
         assert f"2 excluded by {file}" in less.describe()
-    assert WithoutExcluded(source, lines).name != WithoutExcluded(source, plain).name
+    assert SourceWithExclusions(source, lines).name != SourceWithExclusions(source, plain).name
     assert read_keys(lines)[0] == {"b", "d", "elsewhere"}
 
 
@@ -254,11 +255,11 @@ def test_a_wrong_file_of_keys_is_refused(tmp_path: Path) -> None:
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises(UserError, match=told):
-            WithoutExcluded(source, tmp_path / name)
+            SourceWithExclusions(source, tmp_path / name)
     with pytest.raises(UserError, match="cannot be read"):
-        WithoutExcluded(source, tmp_path / "missing.txt")
+        SourceWithExclusions(source, tmp_path / "missing.txt")
     (tmp_path / "empty.jsonl").write_text("")  # nothing was found: nothing is left out
-    assert WithoutExcluded(source, tmp_path / "empty.jsonl").count == 0
+    assert SourceWithExclusions(source, tmp_path / "empty.jsonl").count == 0
 
 
 # --- Training and stores

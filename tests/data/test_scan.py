@@ -21,7 +21,7 @@ from dalle_cli.config.schema import DataSettings, Filters
 from dalle_cli.data.languages import Detector
 from dalle_cli.data.open_source import open_source
 from dalle_cli.data.scan import QUANTILES, _quantiles, examples, scan
-from dalle_cli.data.workers import blocks_of, in_order
+from dalle_cli.data.workers import map_blocks, split_blocks
 from dalle_cli.errors import UserError
 
 
@@ -109,14 +109,14 @@ class _Fails:
 
 
 def test_blocks_come_in_order_and_errors_come_through() -> None:
-    blocks = blocks_of(range(40), 3)
+    blocks = split_blocks(range(40), 3)
     assert [*blocks[0]] == [0, 1, 2]
     assert len(blocks) == 14
     assert [*blocks[-1]] == [39]
     for workers in (1, 3):
-        assert list(in_order(_Fails(), blocks, workers)) == [sum(block) for block in blocks]
+        assert list(map_blocks(_Fails(), blocks, workers)) == [sum(block) for block in blocks]
         with pytest.raises(UserError, match="here"):
-            list(in_order(_Fails(), blocks_of(range(90), 3), workers))
+            list(map_blocks(_Fails(), split_blocks(range(90), 3), workers))
 
 
 class _Dies:
@@ -128,7 +128,7 @@ class _Dies:
 
 def test_a_worker_that_is_killed_is_one_line() -> None:
     with pytest.raises(UserError, match="a worker process was killed"):
-        list(in_order(_Dies(), blocks_of(range(12), 3), 2))
+        list(map_blocks(_Dies(), split_blocks(range(12), 3), 2))
 
 
 def _runs(process: int) -> bool:
@@ -140,11 +140,11 @@ def _runs(process: int) -> bool:
 def test_a_killed_run_leaves_no_worker() -> None:
     code = (
         "import os, time\n"
-        "from dalle_cli.data.workers import blocks_of, in_order\n"
+        "from dalle_cli.data.workers import split_blocks, map_blocks\n"
         "def slow(block):\n"
         "    os.write(1, b'%d\\n' % os.getpid())\n"  # one write: an unbuffered print's two may cross another's
         "    time.sleep(60)\n"
-        "list(in_order(slow, blocks_of(range(4), 1), 2))\n"
+        "list(map_blocks(slow, split_blocks(range(4), 1), 2))\n"
     )
     run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert run.stdout is not None

@@ -22,8 +22,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dalle_cli.config.schema import Recipe
-from dalle_cli.data.open_source import Source, open_source
-from dalle_cli.data.order import BatchOrder
+from dalle_cli.data.batch_order import BatchOrder
+from dalle_cli.data.open_source import open_source
+from dalle_cli.data.source import Source
 from dalle_cli.distributed.group import Group, buckets
 from dalle_cli.distributed.launch import Launch, read_launch
 from dalle_cli.dvae.model import DVAE

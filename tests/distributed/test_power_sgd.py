@@ -28,7 +28,7 @@ from pydantic import ValidationError
 from studies.two_nodes import Study, shapes_tokens
 
 from dalle_cli.config.schema import PowerSgd, PriorSettings
-from dalle_cli.data.order import BatchOrder
+from dalle_cli.data.batch_order import BatchOrder
 from dalle_cli.distributed.compression import (
     compression,
     is_compressed,

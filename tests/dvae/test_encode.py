@@ -17,9 +17,9 @@ from helpers.running import ENVIRONMENT, Chain
 
 from dalle_cli.config.schema import DataSettings, DvaeModel
 from dalle_cli.data.images import BadImage
-from dalle_cli.data.open_source import Source, open_source
-from dalle_cli.data.picture_loader import PREFETCH, consecutive_pictures, cut_picture
-from dalle_cli.data.source import BadSample
+from dalle_cli.data.open_source import open_source
+from dalle_cli.data.picture_loader import PREFETCH, consecutive_pictures, load_eval_picture
+from dalle_cli.data.source import BadSample, Source
 from dalle_cli.dvae.encode import BLOCK, MOST_ACTIVATIONS, encode_pictures
 from dalle_cli.dvae.model import DVAE
 from dalle_cli.dvae.objective import phi
@@ -56,7 +56,7 @@ def in_a_loop(source: Source, model: DVAE, eps: float) -> np.ndarray:
         pictures, broken = [], []
         for row in range(start, min(start + BLOCK, len(source))):
             try:
-                pictures.append(cut_picture(source, row, 32, DATA))
+                pictures.append(load_eval_picture(source, row, 32, DATA))
             except (BadSample, BadImage):
                 pictures.append(np.zeros((32, 32, 3), np.uint8))
                 broken.append(row - start)
@@ -101,7 +101,7 @@ def test_blocks_hold_their_pictures_as_long_as_is_said(shapes: Path, workers: in
                 if key in held.reasons:
                     assert not picture.any()
                 else:
-                    np.testing.assert_array_equal(picture, cut_picture(source, row, 32, DATA))  # type: ignore[arg-type]
+                    np.testing.assert_array_equal(picture, load_eval_picture(source, row, 32, DATA))  # type: ignore[arg-type]
         seen += block.keys
         before = block
     assert seen == [source.key(row) for row in rows]

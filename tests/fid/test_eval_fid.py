@@ -29,7 +29,7 @@ from dalle_cli.fid.pictures import FilePictures, open_pictures, survey
 from dalle_cli.fid.pools import best_of_subsets, parse_pool_sizes, parse_radii
 from dalle_cli.fid.presets import open_preset
 from dalle_cli.fid.systems import System, open_system
-from dalle_cli.shapes.world import phrasings, render, scene
+from dalle_cli.shapes.world import phrasings, random_scene, render
 
 Line = dict[str, Any]
 CLASSES = ["red", "green", "blue"]
@@ -146,10 +146,10 @@ def test_pool_curve_and_blur_are_the_figures_of_those_pictures(features: Feature
 def test_accuracy_of_the_shapes_world_against_the_pool(features: Features, tmp_path: Path) -> None:
     lines = []
     for i in range(4):
-        caption = phrasings(scene(0, "seen", i))[0]
+        caption = phrasings(random_scene(0, "seen", i))[0]
         for rank, drawn in enumerate((i, i + 20, i + 40), start=1):  # only the best is right
             file = tmp_path / f"{i}-{rank}.png"
-            Image.fromarray(render(scene(0, "seen", drawn))).save(file)
+            Image.fromarray(render(random_scene(0, "seen", drawn))).save(file)
             lines.append({"prompt": caption, "png": str(file), "index": rank - 1, "score": 1 / rank, "rank": rank})
     manifest = tmp_path / "shapes.jsonl"
     manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -29,17 +29,17 @@ from dalle_cli.errors import UserError
 from dalle_cli.report.exhibits import choose_captions, true_pictures
 from dalle_cli.report.report import write_report
 from dalle_cli.shapes.accuracy import (
-    Judged,
+    JudgedPool,
     Pool,
     accuracy,
     best_of_subset,
     claim_of,
+    group_by_caption,
     group_of,
     judge,
     pool_sizes,
-    pools,
 )
-from dalle_cli.shapes.world import phrasings, render, scene
+from dalle_cli.shapes.world import phrasings, random_scene, render
 from dalle_cli.stores.provenance import read_commands, record_command
 from dalle_cli.stores.tokens import TokenReader
 
@@ -72,8 +72,8 @@ def ranked_pictures(folder: Path, split: str, count: int, drawn: Callable[[int],
     lines: dict[str, Line] = {}
     for i in range(count):
         file = folder / f"{split}-{i}.png"
-        Image.fromarray(render(scene(0, split, drawn(i)))).save(file)
-        caption = phrasings(scene(0, split, i))[0]
+        Image.fromarray(render(random_scene(0, split, drawn(i)))).save(file)
+        caption = phrasings(random_scene(0, split, i))[0]
         lines[caption] = {"prompt": caption, "png": str(file), "index": 0, "score": 0.5, "rank": 1}
     return list(lines.values())
 
@@ -82,10 +82,10 @@ def ranked_pictures(folder: Path, split: str, count: int, drawn: Callable[[int],
 def test_true_pictures_are_right_and_swapped_ones_wrong(tmp_path: Path, split: str, group: str) -> None:
     n = 16
     lines = ranked_pictures(tmp_path, split, n, lambda i: i)
-    true = accuracy(judge(pools(lines, "lines")))
+    true = accuracy(judge(group_by_caption(lines, "lines")))
     assert (true.best.value, true.best.error, true.best.prompts) == (1.0, 0.0, len(lines))
     assert len(lines) > n - 3
-    swapped = judge(pools(ranked_pictures(tmp_path, split, n, lambda i: (i + 1) % n), "lines"))
+    swapped = judge(group_by_caption(ranked_pictures(tmp_path, split, n, lambda i: (i + 1) % n), "lines"))
     assert {item.group for item in swapped} == {group}
     wrong = accuracy(swapped)
     assert wrong.best.value == 0
@@ -93,9 +93,9 @@ def test_true_pictures_are_right_and_swapped_ones_wrong(tmp_path: Path, split: s
     assert wrong.single.value == 0
 
 
-def judged(right: list[bool], indices: list[int] | None = None) -> Judged:
+def judged(right: list[bool], indices: list[int] | None = None) -> JudgedPool:
     lines = tuple({"index": i} for i in (indices or range(len(right))))
-    return Judged(Pool("a large red tee", lines), "seen pairs", tuple(right))
+    return JudgedPool(Pool("a large red tee", lines), "seen pairs", tuple(right))
 
 
 def test_figures_of_a_group_by_hand() -> None:
@@ -126,12 +126,12 @@ def test_lines_are_gathered_by_caption_best_first() -> None:
         {"prompt": p, "png": "x", "index": i, "score": s, "rank": r}
         for p, i, s, r in [("b", 0, 0.1, 3), ("a", 0, 0.5, 1), ("b", 2, 0.3, 2), ("b", 1, 0.3, 1)]
     ]
-    found = pools(lines, "f")
+    found = group_by_caption(lines, "f")
     assert [(pool.prompt, [line["index"] for line in pool.lines]) for pool in found] == [("b", [1, 2, 0]), ("a", [0])]
     twice = [{**line, "seed": 0, "store": "s", "png": f"{n}.png"} for n in range(2) for line in lines]
-    assert [[line["png"] for line in pool.lines] for pool in pools(twice, "f")] == [["0.png"] * 3, ["0.png"]]
+    assert [[line["png"] for line in pool.lines] for pool in group_by_caption(twice, "f")] == [["0.png"] * 3, ["0.png"]]
     with pytest.raises(UserError, match=r"f, sample 2: has no score and rank.*dalle rerank"):
-        pools([lines[0], {"prompt": "a", "png": "x"}], "f")
+        group_by_caption([lines[0], {"prompt": "a", "png": "x"}], "f")
 
 
 def test_a_held_out_pair_anywhere_counts() -> None:

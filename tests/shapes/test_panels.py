@@ -26,10 +26,10 @@ from dalle_cli.shapes.panels import (
     RADII,
     Panel,
     Panels,
-    bottom_holds,
+    bottom_matches,
     changed,
     make_panels,
-    panels,
+    random_panels,
     read_panel,
     render_panels,
 )
@@ -71,7 +71,7 @@ def test_captions_tell_nothing_of_the_top() -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**40), st.sampled_from(SPLITS), st.integers(0, 2**40))
 def test_tops_that_are_held_out_stay_out(seed: int, split: str, index: int) -> None:
-    this = panels(seed, split, index)
+    this = random_panels(seed, split, index)
     assert ((this.top.colour, this.top.shape) in HELD_OUT) == (split == "heldout")
     assert this.bottom == changed(this.top, this.change)
     assert this.change != f"in {this.top.colour}"
@@ -83,7 +83,7 @@ def test_tops_that_are_held_out_stay_out(seed: int, split: str, index: int) -> N
 
 
 def test_the_world_is_varied() -> None:
-    many = [panels(0, "train", index) for index in range(1000)]
+    many = [random_panels(0, "train", index) for index in range(1000)]
     kinds = Counter("colour" if this.change.startswith("in ") else this.change for this in many)
     assert sorted(kinds) == ["colour", "on black", "same", "smaller"]
     assert min(kinds.values()) > 200
@@ -93,7 +93,7 @@ def test_the_world_is_varied() -> None:
 
 def test_a_picture_is_two_halves() -> None:
     for index in range(40):
-        this = panels(1, SPLITS[index % 3], index)
+        this = random_panels(1, SPLITS[index % 3], index)
         for size in (64, 128):
             picture = render_panels(this, size)
             assert picture.shape == (size, size, 3)
@@ -116,7 +116,7 @@ def test_a_picture_is_two_halves() -> None:
 
 
 def test_a_same_bottom_is_its_top_token_for_token() -> None:
-    this = next(p for p in (panels(2, "train", index) for index in range(99)) if p.change == "same")
+    this = next(p for p in (random_panels(2, "train", index) for index in range(99)) if p.change == "same")
     picture = render_panels(this)
     assert (picture[:32] == picture[32:]).all()
 
@@ -125,9 +125,9 @@ def test_a_same_bottom_is_its_top_token_for_token() -> None:
 def test_rendered_bottoms_are_read_right(damaged: bool) -> None:
     right = 0
     for index in range(200):
-        this = panels(3, SPLITS[index % 3], index)
+        this = random_panels(3, SPLITS[index % 3], index)
         picture = worn(render_panels(this), index) if damaged else render_panels(this)
-        right += bottom_holds(this.top, this.change, picture)
+        right += bottom_matches(this.top, this.change, picture)
         ground, things = read_panel(picture[:32])
         assert ground == "white"
         assert [fact for fact, _ in things] == [this.top.fact]
@@ -136,15 +136,15 @@ def test_rendered_bottoms_are_read_right(damaged: bool) -> None:
 
 def test_wrong_bottoms_are_not_taken_for_right_ones() -> None:
     for index in range(40):
-        this = panels(4, "heldout", index)
+        this = random_panels(4, "heldout", index)
         for change in {*CHANGES, this.change}:
             other = Panels(this.top, change, changed(this.top, change))
-            assert bottom_holds(this.top, this.change, render_panels(other)) == (other.bottom == this.bottom)
+            assert bottom_matches(this.top, this.change, render_panels(other)) == (other.bottom == this.bottom)
         for shape in SHAPES:
             bottom = Panel(this.bottom.size, this.bottom.colour, shape, this.bottom.ground, this.bottom.x)
             picture = render_panels(Panels(this.top, this.change, bottom))
-            assert bottom_holds(this.top, this.change, picture) == (shape == this.top.shape)
-        assert not bottom_holds(this.top, this.change, render_panels(this, bottom=False))
+            assert bottom_matches(this.top, this.change, picture) == (shape == this.top.shape)
+        assert not bottom_matches(this.top, this.change, render_panels(this, bottom=False))
 
 
 def test_any_half_is_read_and_other_arrays_are_refused() -> None:
@@ -178,12 +178,12 @@ def test_shards_hold_the_world(tmp_path: Path, call: Call) -> None:
     assert call("make-shapes", tmp_path / "a", "--panels", "--n", 5, "--test-n", 2, "--size", 32).code == 0
     with tarfile.open(tmp_path / "a" / "heldout" / "panels-00000.tar") as tar:
         files = {member.name: tar.extractfile(member).read() for member in tar.getmembers()}  # type: ignore[union-attr]
-    assert files["00000001.txt"].decode() == panels(0, "heldout", 1).caption
-    assert panels_of(json.loads(files["00000001.json"])) == panels(0, "heldout", 1)
+    assert files["00000001.txt"].decode() == random_panels(0, "heldout", 1).caption
+    assert panels_of(json.loads(files["00000001.json"])) == random_panels(0, "heldout", 1)
     refused = call("make-shapes", tmp_path / "a", "--n", 5, "--test-n", 2, "--size", 32).mistake()
     assert "holds another shapes world" in refused
     assert "'panels'" in refused
     with pytest.raises(UserError, match="multiple of 16"):
         make_panels(tmp_path / "b", 1, 1, 0, size=40)
     assert RADII["small"] < RADII["large"]
-    assert isinstance(panels(0, "seen", 0).top.fact, Fact)
+    assert isinstance(random_panels(0, "seen", 0).top.fact, Fact)

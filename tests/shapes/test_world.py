@@ -24,13 +24,13 @@ from dalle_cli.shapes.world import (
     SPLITS,
     Claim,
     Fact,
-    captions,
     coverage,
     make_shapes,
     parse_caption,
     phrasings,
+    random_caption,
+    random_scene,
     render,
-    scene,
 )
 
 rows = st.tuples(st.integers(0, 2**40), st.sampled_from(SPLITS), st.integers(0, 2**40))
@@ -39,8 +39,8 @@ rows = st.tuples(st.integers(0, 2**40), st.sampled_from(SPLITS), st.integers(0, 
 @settings(max_examples=60, deadline=None)
 @given(rows, st.integers(0, 2**32))
 def test_captions_say_the_scenes_facts(row: tuple[int, str, int], caption_seed: int) -> None:
-    this = scene(*row)
-    for text in [*phrasings(this), captions(this, np.random.default_rng(caption_seed))]:
+    this = random_scene(*row)
+    for text in [*phrasings(this), random_caption(this, np.random.default_rng(caption_seed))]:
         assert parse_caption(text) == this.claim
         assert text == text.lower()
         assert text == " ".join(text.split())
@@ -69,7 +69,7 @@ def test_parsing_by_hand() -> None:
 
 
 def test_every_phrasing_of_a_pair_is_different_and_both_sides_are_told() -> None:
-    this = next(s for s in (scene(0, "train", i) for i in range(99)) if s.relation == "left of")
+    this = next(s for s in (random_scene(0, "train", i) for i in range(99)) if s.relation == "left of")
     told = phrasings(this)
     assert len(set(told)) == len(told) == 20
     first = " ".join(this.things[0].fact)
@@ -79,7 +79,7 @@ def test_every_phrasing_of_a_pair_is_different_and_both_sides_are_told() -> None
 @settings(max_examples=60, deadline=None)
 @given(rows)
 def test_things_are_inside_apart_and_in_their_relation(row: tuple[int, str, int]) -> None:
-    this = scene(*row)
+    this = random_scene(*row)
     for thing in this.things:
         assert thing.radius == SIZES[thing.size]
         for centre in (thing.x, thing.y):
@@ -99,7 +99,7 @@ def test_things_are_inside_apart_and_in_their_relation(row: tuple[int, str, int]
 @settings(max_examples=60, deadline=None)
 @given(rows)
 def test_held_out_pairs_stay_out(row: tuple[int, str, int]) -> None:
-    held = [(thing.colour, thing.shape) in HELD_OUT for thing in scene(*row).things]
+    held = [(thing.colour, thing.shape) in HELD_OUT for thing in random_scene(*row).things]
     assert any(held) if row[1] == "heldout" else not any(held)
 
 
@@ -138,14 +138,14 @@ def test_coverage_is_that_of_another_librarys_outline(shape: str) -> None:
 
 
 def test_the_world_is_varied_and_its_splits_are_different_streams() -> None:
-    many = [scene(0, "train", i) for i in range(2000)]
+    many = [random_scene(0, "train", i) for i in range(2000)]
     assert 0.77 < sum(s.relation is not None for s in many) / 2000 < 0.83
     free = len(COLOURS) * len(SHAPES) - len(HELD_OUT)
     assert len({(t.colour, t.shape) for s in many for t in s.things}) == free
     assert min(Counter(s.relation for s in many).values()) > 300
     # The lattice is finite, so a few scenes come twice, mostly those of a single thing.
-    assert len(set(many) | {scene(0, "seen", i) for i in range(2000)}) > 3600
-    assert scene(0, "train", 1) != scene(1, "train", 1)
+    assert len(set(many) | {random_scene(0, "seen", i) for i in range(2000)}) > 3600
+    assert random_scene(0, "train", 1) != random_scene(1, "train", 1)
 
 
 @pytest.mark.parametrize("size", [32, 64, 128])
@@ -160,7 +160,7 @@ def test_rendered_areas_and_colours_are_those_of_the_geometry(size: int) -> None
         "post": 2.0,
     }
     for index in range(60):
-        this = scene(4, "heldout", index)
+        this = random_scene(4, "heldout", index)
         picture = render(this, size)
         assert picture.shape == (size, size, 3)
         assert picture.dtype == np.uint8
@@ -186,7 +186,7 @@ def test_rendered_areas_and_colours_are_those_of_the_geometry(size: int) -> None
 def test_render_refuses_odd_sizes() -> None:
     for size in (24, 65):
         with pytest.raises(ValueError, match="multiple of 8"):
-            render(scene(0, "train", 0), size)
+            render(random_scene(0, "train", 0), size)
 
 
 def digest(folder: Path) -> dict[str, str]:
@@ -219,7 +219,7 @@ def test_shards_hold_the_scenes_and_are_the_same_bytes_every_time(tmp_path: Path
             assert file is not None
             return file.read()
 
-        this = scene(3, "train", 24)
+        this = random_scene(3, "train", 24)
         assert (np.asarray(Image.open(io.BytesIO(member("00000024.png")))) == render(this, 32)).all()
         assert parse_caption(member("00000024.txt").decode()) == this.claim
         facts = json.loads(member("00000024.json"))

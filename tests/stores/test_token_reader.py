@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dalle_cli.data import order
-from dalle_cli.data.order import WINDOW, BatchOrder
-from dalle_cli.data.prefetch import ahead
+from dalle_cli.data import batch_order
+from dalle_cli.data.batch_order import WINDOW, BatchOrder
+from dalle_cli.data.prefetch import prefetch
 from dalle_cli.stores import tokens
 from dalle_cli.stores.tokens import CACHED_ROWS, PartWriter, TokenReader
 
@@ -95,7 +95,7 @@ def test_an_epoch_in_training_order_decodes_each_shard_once(store: tuple[Path, d
     """Also where rows are left out, so that a window of so many usable rows would be wider than the cache."""
     path, values = store
     window = 5 * FILE
-    with small_files(), mock.patch.object(order, "WINDOW", window):
+    with small_files(), mock.patch.object(batch_order, "WINDOW", window):
         reader = TokenReader(path, cached_rows=window)
         rows = reader.usable()
         np.testing.assert_array_equal(rows, np.flatnonzero((values["text_length"] > 0) & (values["image_ok"] > 0)))
@@ -174,7 +174,7 @@ def test_items_come_in_order_and_no_more_are_made_than_said() -> None:
             yield item
 
     taken = []
-    for item in ahead(items(), 3):
+    for item in prefetch(items(), 3):
         time.sleep(0.002)
         taken.append(item)
         assert len(made) <= len(taken) + 3 + 1  # and the one in the making
@@ -189,7 +189,7 @@ def test_they_are_made_while_others_are_in_use() -> None:
         started.set()
         yield 1
 
-    found = ahead(items(), 1)
+    found = prefetch(items(), 1)
     assert next(found) == 0
     assert started.wait(10)  # nobody has asked for it
     assert list(found) == [1]
@@ -200,7 +200,7 @@ def test_an_error_stands_where_its_item_would() -> None:
         yield 1
         raise ValueError("broken")
 
-    found = ahead(items(), 4)
+    found = prefetch(items(), 4)
     assert next(found) == 1
     with pytest.raises(ValueError, match="broken"):
         next(found)
@@ -216,7 +216,7 @@ def test_a_closed_reader_ends_its_thread() -> None:
         finally:
             ended.set()
 
-    found = ahead(items(), 2)
+    found = prefetch(items(), 2)
     assert next(found) == 0
     found.close()  # type: ignore[attr-defined]
     assert ended.wait(10)

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dalle_cli.config.schema import Adam, LearningRate, Ramp, Recipe
+from dalle_cli.data.batch_order import BatchOrder
 from dalle_cli.data.open_source import open_source
-from dalle_cli.data.order import BatchOrder
 from dalle_cli.data.picture_loader import TrainingPictures
 from dalle_cli.dvae.model import DVAE
 from dalle_cli.dvae.objective import dvae_loss, phi
@@ -143,7 +143,7 @@ def test_epochs_and_seeds_differ() -> None:
 
 
 def test_rows_beyond_a_window_are_all_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dalle_cli.data.order.WINDOW", 7)
+    monkeypatch.setattr("dalle_cli.data.batch_order.WINDOW", 7)
     drawn, _ = BatchOrder(np.arange(40), 40, 0).batch(0)
     assert sorted(drawn.tolist()) == list(range(40))
     windows = {tuple(sorted(drawn[i : i + 7] // 7)) for i in range(0, 35, 7)}

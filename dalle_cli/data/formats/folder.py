@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dalle_cli.data.compact import Strings, sort_order
+from dalle_cli.data.index import PackedStrings, argsort_strings
 from dalle_cli.data.source import (
     IMAGE_EXTENSIONS,
     BadSample,
@@ -51,9 +51,9 @@ class FolderSource:
             looked = ", ".join(sorted(IMAGE_EXTENSIONS))
             why = f"; left out: {self.skipped[0][0]}: {self.skipped[0][1]}" if self.skipped else ""
             raise UserError(f"{root}: no images found (looked for {looked} in the folder and those below it){why}")
-        order = sort_order(keys)
+        order = argsort_strings(keys)
         self.skipped.sort()
-        self._keys = Strings(keys[i] for i in order)
+        self._keys = PackedStrings(keys[i] for i in order)
         self._kinds = list(kinds)
         self._kind_of = np.array(kind_of, np.int32)[order]
         self._silent = sum(not self._kinds[kind][1] for kind in kind_of)

@@ -9,8 +9,8 @@ from typing import Literal
 
 import numpy as np
 
-from dalle_cli.data.compact import DIGEST_BYTES, digest, group_equal
 from dalle_cli.data.formats.tables import URL, BadRow, Row, Table
+from dalle_cli.data.index import HASH_BYTES, group_by_hash, hash_string
 from dalle_cli.data.source import (
     BadSample,
     clean_captions,
@@ -53,15 +53,15 @@ class ManifestSource:
             image = normal_path(row.image)
             urls += URL.match(image) is not None
             places.append(row.place)
-            images += digest(image)
-            keys += digest(row.key if table.key_column is not None else split_extension(image)[0])
+            images += hash_string(image)
+            keys += hash_string(row.key if table.key_column is not None else split_extension(image)[0])
         if not places:
             why = f"; left out: {self.skipped[0][0]}: {self.skipped[0][1]}" if self.skipped else ""
             raise UserError(f"{table.path}: names no pictures{why}")
-        rows, self._begins = group_equal(images)
+        rows, self._begins = group_by_hash(images)
         self._places = np.frombuffer(places, np.int64)[rows]
         firsts = rows[self._begins[:-1]]
-        self._key = self._kind_of_key(np.frombuffer(keys, np.uint8).reshape(-1, DIGEST_BYTES)[firsts].tobytes())
+        self._key = self._kind_of_key(np.frombuffer(keys, np.uint8).reshape(-1, HASH_BYTES)[firsts].tobytes())
         self._refuse_unreachable(only_urls=urls == len(places))
 
     def describe(self) -> str:
@@ -106,7 +106,7 @@ class ManifestSource:
 
     def _kind_of_key(self, keys: bytes) -> Literal["column", "stem", "path"]:
         """What tells the pictures apart, from the digests of their keys. UserError if their key column does not."""
-        pictures, begins = group_equal(keys)
+        pictures, begins = group_by_hash(keys)
         unique = len(begins) - 1 == len(pictures)
         if self._table.key_column is None:
             return "stem" if unique else "path"

@@ -10,8 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dalle_cli.data.compact import Strings
 from dalle_cli.data.formats.tables import BadRow, Row, file_state, find_columns, looked_for
+from dalle_cli.data.index import PackedStrings
 from dalle_cli.data.source import BadSample
 from dalle_cli.errors import UserError
 
@@ -39,8 +39,8 @@ class ParquetTable:
                 _refuse_type(path, columns.key, schema.field(columns.key).type, integers=True)
             self.key_column = columns.key
             self._caption_columns = list(columns.captions)
-            self._images = Strings(_strings(path, columns.image))
-            self._keys = None if columns.key is None else Strings(_strings(path, columns.key))
+            self._images = PackedStrings(_strings(path, columns.image))
+            self._keys = None if columns.key is None else PackedStrings(_strings(path, columns.key))
         except pa.ArrowException as error:
             raise UserError(f"{path}: is no readable Parquet file ({str(error).splitlines()[0]})") from None
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from dalle_cli.data.compact import Strings
 from dalle_cli.data.formats.manifest import ManifestSource
 from dalle_cli.data.formats.tables import BadRow, DelimitedTable, Row, Table, open_delimited
+from dalle_cli.data.index import PackedStrings
 from dalle_cli.data.source import is_unicode, read_caption_file
 from dalle_cli.errors import UserError
 
@@ -79,9 +79,9 @@ class CocoTable:
             raise UserError(f"{path}: holds no captions; name the captions_*.json of COCO's annotations")
         order = sorted(names, key=names.__getitem__)
         sorted_captions = [[caption for _, caption in sorted(captions.get(number, []))] for number in order]
-        self._ids = Strings(str(number) for number in order)
-        self._images = Strings(names[number] for number in order)
-        self._captions = Strings(caption for several in sorted_captions for caption in several)
+        self._ids = PackedStrings(str(number) for number in order)
+        self._images = PackedStrings(names[number] for number in order)
+        self._captions = PackedStrings(caption for several in sorted_captions for caption in several)
         self._begins = np.array([0, *accumulate(map(len, sorted_captions))])
 
     def rows(self) -> Iterator[Row | BadRow]:
@@ -175,7 +175,7 @@ class CubTable:
                 images.append(image)
             elif line.strip():
                 self._bad.append(BadRow(f"line {i + 1}", reason))
-        self._images = Strings(sorted(images))
+        self._images = PackedStrings(sorted(images))
 
     def rows(self) -> Iterator[Row | BadRow]:
         yield from self._bad

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dalle_cli.data.compact import Strings, sort_order
+from dalle_cli.data.index import PackedStrings, argsort_strings
 from dalle_cli.data.source import (
     IMAGE_EXTENSIONS,
     MAX_CAPTION_BYTES,
@@ -85,13 +85,13 @@ class WebDatasetSource:
             why = f"; left out: {self.skipped[0][0]}: {self.skipped[0][1]}" if self.skipped else ""
             kinds = ", ".join(sorted(IMAGE_EXTENSIONS))
             raise UserError(f"{name}: no samples found (looked for members ending in {kinds} in .tar shards){why}")
-        order = sort_order(keys)
+        order = argsort_strings(keys)
         shard_of = np.repeat(np.arange(len(shards), dtype=np.int32), counts)
         again = {second for first, second in pairwise(order) if keys[first] == keys[second]}
         for i in sorted(again):
             self.skipped.append((keys[i], f"the key comes again in {self._shards[shard_of[i]]}"))
         order = [i for i in order if i not in again]
-        self._keys = Strings(keys[i] for i in order)
+        self._keys = PackedStrings(keys[i] for i in order)
         self._shard_of = shard_of[order]
         self._spans = np.concatenate(spans)[order]
 

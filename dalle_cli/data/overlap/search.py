@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dalle_cli.data.compact import DIGEST_BYTES, group_equal
+from dalle_cli.data.index import HASH_BYTES, group_by_hash
 from dalle_cli.data.overlap.hash_index import HashIndex
 from dalle_cli.data.overlap.hashes import (
     VIEWS,
@@ -29,7 +29,7 @@ from dalle_cli.data.overlap.hashes import (
 )
 from dalle_cli.data.overlap.thumbnails import read_thumbnails
 from dalle_cli.data.source import Source
-from dalle_cli.data.workers import blocks_of, in_order
+from dalle_cli.data.workers import map_blocks, split_blocks
 from dalle_cli.progress import progress
 
 SIMILAR = 0.8
@@ -137,12 +137,12 @@ def read_pictures(source: Source, cache: Path, *, max_pixels: int, workers: int)
     thumbnails = read_thumbnails(source, cache, max_pixels=max_pixels, workers=workers)
     usable = np.empty(len(thumbnails), bool)
     digests = bytearray()
-    for block in blocks_of(range(len(thumbnails)), _BLOCK):
+    for block in split_blocks(range(len(thumbnails)), _BLOCK):
         part = np.asarray(thumbnails[block.start : block.stop])
         usable[block.start : block.stop] = comparable(part)
         for picture in part:
-            digests += blake2b(picture, digest_size=DIGEST_BYTES).digest()
-    items, begins = group_equal(digests)
+            digests += blake2b(picture, digest_size=HASH_BYTES).digest()
+    items, begins = group_by_hash(digests)
     firsts = items[begins[:-1]]
     kept = usable[firsts]
     first = np.empty(len(thumbnails), dtype=np.int64)
@@ -156,8 +156,8 @@ def near_duplicates(a: Pictures, b: Pictures | None, *, workers: int, similar: f
     found: list[Pairs] = []
     with progress("overlap", sum(len(search.whole) for search in searches), "pictures") as bar:
         for turned, search in enumerate(searches):
-            blocks = blocks_of(range(len(search.whole)), _BLOCK)
-            for block, pairs in zip(blocks, in_order(search, blocks, workers), strict=True):
+            blocks = split_blocks(range(len(search.whole)), _BLOCK)
+            for block, pairs in zip(blocks, map_blocks(search, blocks, workers), strict=True):
                 found.append(Pairs(pairs.b, pairs.a, pairs.distance, pairs.similarity) if turned else pairs)
                 bar.advance(len(block))
     one, two = (np.concatenate([np.empty(0, np.int64), *(pairs[i] for pairs in found)]) for i in (0, 1))
@@ -177,7 +177,7 @@ class _Search:
 
     def __init__(self, whole: Pictures, cut: Pictures, similar: float) -> None:
         self.whole, self.cut, self.similar = whole, cut, similar
-        parts = [hashes(cut.at(block)) for block in blocks_of(range(len(cut)), _BLOCK)]
+        parts = [hashes(cut.at(block)) for block in split_blocks(range(len(cut)), _BLOCK)]
         self._index = HashIndex(np.concatenate(parts) if parts else np.empty(0, np.uint64))
 
     def __call__(self, block: range) -> Pairs:

@@ -12,7 +12,7 @@ import numpy as np
 from dalle_cli.data.images import BadImage, decode_image
 from dalle_cli.data.overlap.hashes import SIDE, Thumbnails, thumbnail
 from dalle_cli.data.source import BadSample, Source
-from dalle_cli.data.workers import blocks_of, in_order
+from dalle_cli.data.workers import map_blocks, split_blocks
 from dalle_cli.progress import progress
 from dalle_cli.stores.files import explain_os_errors
 
@@ -54,8 +54,8 @@ def read_thumbnails(source: Source, folder: Path, *, max_pixels: int, workers: i
             done = out.tell() // _BYTES  # thumbnails are written in order: those that are whole are right
             out.truncate(done * _BYTES)
             with progress("thumbnails", len(source), "pictures", done) as bar:
-                blocks = blocks_of(range(done, len(source)), _BLOCK)
-                for block, made in zip(blocks, in_order(_Read(source, max_pixels), blocks, workers), strict=True):
+                blocks = split_blocks(range(done, len(source)), _BLOCK)
+                for block, made in zip(blocks, map_blocks(_Read(source, max_pixels), blocks, workers), strict=True):
                     out.write(made)
                     bar.advance(len(block))
     return np.memmap(file, np.uint8, "r", shape=(len(source), SIDE, SIDE, 3))

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dalle_cli.data.compact import DIGEST_BYTES, Strings, digest, group_equal
 from dalle_cli.data.formats.tables import Columns, find_columns
-from dalle_cli.data.open_source import Source, open_source
-from dalle_cli.data.source import BadSample
+from dalle_cli.data.index import HASH_BYTES, PackedStrings, group_by_hash, hash_string
+from dalle_cli.data.open_source import open_source
+from dalle_cli.data.source import BadSample, Source
 from dalle_cli.errors import UserError
 
 Rows = Sequence[tuple[str, str]]  # (path, caption)
@@ -404,7 +404,7 @@ def test_a_folder_with_its_metadata(tmp_path: Path) -> None:
 
 @given(st.lists(st.integers(0, 6), max_size=40))
 def test_groups_of_equal_items(values: list[int]) -> None:
-    items, begins = group_equal(b"".join(digest(str(value)) for value in values))
+    items, begins = group_by_hash(b"".join(hash_string(str(value)) for value in values))
     expected: dict[int, list[int]] = {}
     for i, value in enumerate(values):
         expected.setdefault(value, []).append(i)
@@ -412,13 +412,13 @@ def test_groups_of_equal_items(values: list[int]) -> None:
 
 
 def test_digests_tell_strings_apart() -> None:
-    assert len({digest(f"{a}/{b}") for a in range(100) for b in range(100)}) == 10_000
-    assert len(digest("\udcff")) == DIGEST_BYTES
+    assert len({hash_string(f"{a}/{b}") for a in range(100) for b in range(100)}) == 10_000
+    assert len(hash_string("\udcff")) == HASH_BYTES
 
 
 @given(st.lists(st.text(st.characters(codec="utf-8"), max_size=8)))
 def test_strings_are_a_list_of_strings(strings: list[str]) -> None:
-    packed = pickle.loads(pickle.dumps(Strings(strings)))
+    packed = pickle.loads(pickle.dumps(PackedStrings(strings)))
     assert [packed[i] for i in range(len(packed))] == strings
     assert [packed[i - len(packed)] for i in range(len(packed))] == strings
     with pytest.raises(IndexError):

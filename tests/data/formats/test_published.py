@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from dalle_cli.data.open_source import FORMATS, Source, open_source
-from dalle_cli.data.source import BadSample
+from dalle_cli.data.open_source import FORMATS, open_source
+from dalle_cli.data.source import BadSample, Source
 from dalle_cli.errors import UserError
 
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from dalle_cli.data.formats.folder import FolderSource
 from dalle_cli.data.formats.webdataset import WebDatasetSource
-from dalle_cli.data.open_source import BadSample, Source, expand_braces, open_source
-from dalle_cli.data.source import split_extension
+from dalle_cli.data.open_source import expand_braces, open_source
+from dalle_cli.data.source import BadSample, Source, split_extension
 from dalle_cli.errors import UserError
-from dalle_cli.shapes.world import make_shapes, parse_caption, scene
+from dalle_cli.shapes.world import make_shapes, parse_caption, random_scene
 
 
 def write_tar(path: Path, *members: tuple[str, bytes] | tarfile.TarInfo) -> Path:
@@ -340,7 +340,9 @@ def test_the_shapes_world_is_a_source(tmp_path: Path) -> None:
     make_shapes(tmp_path, n=12, test_n=3, seed=5, size=32, shard_rows=5)
     source = open_source(tmp_path / "train")
     assert [source.key(i) for i in (0, 11)] == ["shapes-00000/00000000", "shapes-00002/00000011"]
-    assert [parse_caption(*source.captions(i)) for i in range(12)] == [scene(5, "train", i).claim for i in range(12)]
+    assert [parse_caption(*source.captions(i)) for i in range(12)] == [
+        random_scene(5, "train", i).claim for i in range(12)
+    ]
     with pytest.raises(UserError, match="in its folders heldout, seen, train"):
         open_source(tmp_path)
 

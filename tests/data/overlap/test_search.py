@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.fft import dctn
 
-from dalle_cli.data.open_source import Source, open_source
+from dalle_cli.data.open_source import open_source
 from dalle_cli.data.overlap.hash_index import NEAR, HashIndex
 from dalle_cli.data.overlap.hashes import (
     COMPARED,
@@ -40,7 +40,8 @@ from dalle_cli.data.overlap.search import (
     near_duplicates,
     read_pictures,
 )
-from dalle_cli.shapes.world import render, scene
+from dalle_cli.data.source import Source
+from dalle_cli.shapes.world import random_scene, render
 
 MAX_PIXELS = 10**8
 
@@ -66,7 +67,7 @@ def photo(seed: int, width: int = 160, height: int = 120) -> Image.Image:
 @cache
 def drawing(seed: int) -> Image.Image:
     """A scene of the shapes world, large: flat colours, much symmetry."""
-    return Image.fromarray(render(scene(0, "train", seed), 192))
+    return Image.fromarray(render(random_scene(0, "train", seed), 192))
 
 
 def jpeg(image: Image.Image, quality: int = 50) -> Image.Image:

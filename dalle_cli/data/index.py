@@ -9,10 +9,10 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
-DIGEST_BYTES = 16
+HASH_BYTES = 16
 
 
-class Strings:
+class PackedStrings:
     """An immutable list of strings: their UTF-8 one behind the other, and where each begins."""
 
     def __init__(self, strings: Iterable[str]) -> None:
@@ -31,18 +31,18 @@ class Strings:
         return self._data[self._begins[i] : self._begins[i + 1]].tobytes().decode()
 
 
-def digest(string: str) -> bytes:
-    """DIGEST_BYTES that stand for the string where it is only to be told apart from millions of others."""
-    return blake2b(string.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest()
+def hash_string(string: str) -> bytes:
+    """HASH_BYTES that stand for the string where it is only to be told apart from millions of others."""
+    return blake2b(string.encode("utf-8", "surrogatepass"), digest_size=HASH_BYTES).digest()
 
 
-def group_equal(digests: bytes | bytearray) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def group_by_hash(digests: bytes | bytearray) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Which of n items are the same, from their n digests one behind the other.
 
     Returns (items, begins): group g is items[begins[g]:begins[g + 1]], ascending; groups stand in the order of their
     first items. Shapes (n,) and (groups + 1,).
     """
-    halves = np.frombuffer(digests, np.uint64).reshape(-1, DIGEST_BYTES // 8)
+    halves = np.frombuffer(digests, np.uint64).reshape(-1, HASH_BYTES // 8)
     order = np.lexsort(halves.T)  # stable: equal ones stay ascending
     changes = (np.diff(halves[order], axis=0) != 0).any(axis=1)
     starts = np.flatnonzero(np.concatenate([np.ones(min(len(order), 1), bool), changes]))
@@ -56,6 +56,6 @@ def group_equal(digests: bytes | bytearray) -> tuple[NDArray[np.int64], NDArray[
     return order[np.arange(len(order)) + shift], begins
 
 
-def sort_order(strings: Sequence[str]) -> list[int]:
+def argsort_strings(strings: Sequence[str]) -> list[int]:
     """The places of the strings in their order, equal ones as they come."""
     return sorted(range(len(strings)), key=strings.__getitem__)

@@ -13,16 +13,16 @@ WINDOW = 2**18
 """Rows are shuffled within windows of so many consecutive rows of the source and windows among themselves, so that a
 store larger than memory is still read in few large reads. A source of one window is shuffled whole."""
 
-ARRANGED = 8192
+REORDER_BLOCK = 8192
 """Rows that are arranged at a time."""
-Arrange = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+Reorder = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 
 class BatchOrder:
     """Endless epochs over ``rows``, ascending; batches run on across the border of epochs, so no row is dropped.
 
-    ``part`` of each batch is wanted here; other processes take the rest. ``arrange``, if given, puts each
-    ARRANGED consecutive rows of an epoch in another order, when their turn comes.
+    ``part`` of each batch is wanted here; other processes take the rest. ``reorder``, if given, puts each
+    REORDER_BLOCK consecutive rows of an epoch in another order, when their turn comes.
     """
 
     def __init__(
@@ -31,11 +31,11 @@ class BatchOrder:
         batch_size: int,
         seed: int,
         part: slice = slice(None),
-        arrange: Arrange | None = None,
+        reorder: Reorder | None = None,
     ) -> None:
         if len(rows) == 0:
             raise ValueError("no rows to draw batches from")
-        self.rows, self.batch_size, self.seed, self.part, self.arrange = rows, batch_size, seed, part, arrange
+        self.rows, self.batch_size, self.seed, self.part, self.reorder = rows, batch_size, seed, part, reorder
         self._epoch = lru_cache(maxsize=2)(self._permutation)
         self._lot = lru_cache(maxsize=2)(self._arranged)
 
@@ -51,19 +51,19 @@ class BatchOrder:
 
     def _rows(self, epoch: int, places: np.ndarray) -> np.ndarray:
         """What stands at ``places`` (n,) of an epoch, (n,)."""
-        if self.arrange is None:
+        if self.reorder is None:
             whole: np.ndarray = self._epoch(epoch)[places]
             return whole
         rows = np.empty(len(places), dtype=np.int64)
-        lots, within = np.divmod(places, ARRANGED)
+        lots, within = np.divmod(places, REORDER_BLOCK)
         for lot in np.unique(lots):
             rows[lots == lot] = self._lot(epoch, int(lot))[within[lots == lot]]
         return rows
 
     def _arranged(self, epoch: int, lot: int) -> np.ndarray:
-        assert self.arrange is not None
-        rows = self._epoch(epoch)[lot * ARRANGED : (lot + 1) * ARRANGED]
-        return self.arrange(rows, numpy_generator(self.seed, "arrange", epoch, lot))
+        assert self.reorder is not None
+        rows = self._epoch(epoch)[lot * REORDER_BLOCK : (lot + 1) * REORDER_BLOCK]
+        return self.reorder(rows, numpy_generator(self.seed, "arrange", epoch, lot))
 
     def _permutation(self, epoch: int) -> np.ndarray:
         rng = numpy_generator(self.seed, "epoch", epoch)
