@@ -108,13 +108,13 @@ def _lines(manifests: list[Path]) -> Iterator[dict[str, Any]]:
 
 
 def _draw_sheet(shown: list[list[dict[str, Any]]], sheet: Path) -> None:
-    from dalle_cli.report.exhibits import samples_sheet
     from dalle_cli.shapes.accuracy import Pool
     from dalle_cli.stores.files import write_atomically
     from dalle_cli.views.contact_sheet import png_bytes
+    from dalle_cli.views.sample_sheet import sample_sheet
 
     rows = [Pool(pool[0]["prompt"], tuple(pool)) for pool in shown]
-    write_atomically(sheet, png_bytes(samples_sheet(rows, {}, "Best by CLIP")))
+    write_atomically(sheet, png_bytes(sample_sheet(rows, "Best by CLIP")))
 
 
 def _write(store: Path, scores: dict[int, float], scorer: str) -> None:

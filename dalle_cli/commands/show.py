@@ -15,19 +15,21 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     set_: SetOption = None,
 ) -> None:
-    """Say what a recipe, token store, sample store, checkpoint or tokenizer is.
+    """Describe a recipe, token store, sample store, checkpoint or tokenizer.
 
-    Of a recipe: its sizes, counted on the models themselves. Of an artifact: what it holds and what it belongs to.
+    A recipe: its main settings and its models' sizes, counted on the models themselves. An artifact: what it holds
+    and which artifacts it belongs to.
 
     Example: [bold]dalle show recipes/12b.yaml[/bold]
     """
     import json
+    from dataclasses import asdict
 
     from dalle_cli.views.describe import describe
 
     found = describe(path, set_ or ())
     if as_json:
-        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(found if isinstance(found, dict) else asdict(found), indent=2, ensure_ascii=False))
         return
     from rich.console import Console
 

@@ -2,7 +2,8 @@
 
 A recipe is one YAML file that describes a whole chain: data, tokenizer, dVAE, prior, CLIP, sampling. Defaults are
 the paper's (Ramesh et al. 2021, arXiv 2102.12092, sections 2 and 3, appendices A to E), so that a recipe says only
-what it changes. Every key is documented here and nowhere else: ``dalle show RECIPE`` prints them resolved.
+what it changes. Every key is documented here and nowhere else. A checkpoint holds its recipe with every key resolved;
+``dalle show RECIPE`` prints the main settings and the sizes of the models.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""What ``dalle show`` says of a recipe, a token store, a sample store, a checkpoint or a tokenizer, as plain values."""
+"""Describe an artifact for ``dalle show``: a recipe, token store, sample store, checkpoint or tokenizer."""
 
 from __future__ import annotations
 
 import json
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,18 +23,129 @@ UNDERSTOOD = (
     "dalle show understands a recipe (.yaml), a token store, a sample store or its folder, a checkpoint or the run "
     "it lies in, and a tokenizer (tokenizer.json or its folder)"
 )
-CAPTIONS = 5
+CAPTION_EXAMPLES = 5
 TOKEN_EXAMPLES = 24
-BYTES = 256
+BYTE_TOKENS = 256
+"""Number of tokens of a byte-level BPE that are single bytes; they come first."""
 
 
-def describe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Everything worth knowing of ``path``, with its kind under ``"what"``; JSON can hold all of it.
+@dataclass(frozen=True)
+class ArrayDescription:
+    """An array of a store; ``bytes`` counts its files on disk."""
 
-    ``overrides`` are ``--set``'s, for a recipe.
+    shape: list[int]
+    dtype: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class PartDescription:
+    """The text or the image part of a token store; ``made_with`` holds the settings and hashes it was made with."""
+
+    rows: int
+    complete: bool
+    made_with: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class CaptionExample:
+    """A caption of a token store and its number of tokens."""
+
+    row: int
+    tokens: int
+    caption: str
+
+
+@dataclass(frozen=True)
+class TokenStoreDescription:
+    """A token store: its parts, what they were made from, what was skipped, and its first captions."""
+
+    what: str = field(default="token store", init=False)
+    path: str
+    rows: int
+    usable_rows: int | None
+    """Number of rows with a caption and an image; None until both parts exist."""
+    complete: bool
+    parts: dict[str, PartDescription]
+    source: str | list[str] | None
+    """Source of both parts, or the sources where they differ."""
+    tokenizer: str | None
+    dvae: str | None
+    skipped: dict[str, dict[str, int]]
+    """Number of skipped rows for each reason, by part."""
+    arrays: dict[str, ArrayDescription]
+    bytes: int
+    captions: list[CaptionExample]
+
+
+@dataclass(frozen=True)
+class SampleStoreDescription:
+    """A sample store: how many samples of which prompts, and the settings they are drawn with."""
+
+    what: str = field(default="sample store", init=False)
+    path: str
+    rows: int
+    committed: int
+    complete: bool
+    samples_a_prompt: int
+    prompts: list[str]
+    seed: int
+    settings: dict[str, Any]
+    prior: str
+    arrays: dict[str, ArrayDescription]
+
+
+@dataclass(frozen=True)
+class FileDescription:
+    """A file of a checkpoint; ``bytes`` is None if it is missing, ``sha256`` None if the manifest has none."""
+
+    bytes: int | None
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class CheckpointDescription:
+    """A checkpoint: how far it was trained, its files, and the artifacts it belongs to by hash."""
+
+    what: str = field(default="checkpoint", init=False)
+    path: str
+    kind: str
+    step: int
+    updates: int
+    identity: str
+    parameters: int | None
+    recipe: str
+    belongs: dict[str, str]
+    metrics: dict[str, float]
+    files: dict[str, FileDescription]
+    checkpoints_in_run: list[str]
+
+
+@dataclass(frozen=True)
+class TokenizerDescription:
+    """A tokenizer; ``examples`` maps token ids, as text, to the text that each stands for."""
+
+    what: str = field(default="tokenizer", init=False)
+    path: str
+    vocab_size: int
+    sha256: str
+    examples: dict[str, str]
+
+
+Description = (
+    TokenStoreDescription | SampleStoreDescription | CheckpointDescription | TokenizerDescription | dict[str, Any]
+)
+
+
+def describe(path: Path, overrides: Sequence[str] = ()) -> Description:
+    """Describe what ``path`` holds; ``asdict`` of the result is JSON, with the kind under ``"what"``.
+
+    Args:
+        path: A recipe or an artifact.
+        overrides: Settings of ``--set``, for a recipe.
 
     Raises:
-        UserError: ``path`` is nothing that is understood, or is damaged.
+        UserError: ``path`` is none of what ``UNDERSTOOD`` lists, or is damaged.
     """
     if path.suffix in (".yaml", ".yml"):
         return describe_recipe(load_recipe(path, overrides))
@@ -49,14 +161,15 @@ def describe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         return _describe_checkpoint(path)
     if path.name == "tokenizer.json" or (path / "tokenizer.json").is_file():
         return _describe_tokenizer(path)
-    places = RunFolders(path)
-    stages = [p for p in (places.tokenizer, places.tokens, places.dvae, places.prior, places.clip) if p.exists()]
+    folders = RunFolders(path)
+    stages = [p for p in (folders.tokenizer, folders.tokens, folders.dvae, folders.prior, folders.clip) if p.exists()]
     if stages:
-        raise UserError(f"{path}: is the folder of a whole chain; show one of {', '.join(str(p) for p in stages)}")
-    raise UserError(f"{path}: nothing known; {UNDERSTOOD}")
+        raise UserError(f"{path}: is the folder of a whole run; show one of {', '.join(str(p) for p in stages)}")
+    raise UserError(f"{path}: is not an artifact of dalle; {UNDERSTOOD}")
 
 
-def _describe_store(path: Path) -> dict[str, Any]:
+def _describe_store(path: Path) -> Description:
+    """Describe a Zarr group: a token store or a sample store."""
     import zarr
 
     try:
@@ -68,106 +181,101 @@ def _describe_store(path: Path) -> dict[str, Any]:
         return _describe_samples(path)
     if kind != "dalle-tokens":
         raise UserError(f"{path}: is a Zarr group of another program; {UNDERSTOOD}")
+    return _describe_tokens(path, group)
+
+
+def _describe_tokens(path: Path, group: Any) -> TokenStoreDescription:
     reader = TokenReader(path)
     present: list[Literal["text", "image"]] = [part for part in ("text", "image") if part in reader.attributes]
     parts = {part: reader.part(part) for part in present}
-    rows = len(reader) if parts else 0
     arrays = _arrays(path, group)
-    skipped = {part: state["skipped"] for part, state in parts.items()}
-    identities = {part: state["identity"] for part, state in parts.items()}
-    captions: list[dict[str, Any]] = []
+    captions: list[CaptionExample] = []
     if "text" in parts and parts["text"]["rows"]:
-        first = range(min(CAPTIONS, int(parts["text"]["rows"])))
-        lengths = reader.read("text_length", np.array(first, dtype=np.int64))
+        rows = range(min(CAPTION_EXAMPLES, int(parts["text"]["rows"])))
+        lengths = reader.read("text_length", np.array(rows, dtype=np.int64))
         captions = [
-            {"row": row, "tokens": int(length), "caption": caption}
-            for row, length, caption in zip(first, lengths, reader.strings("caption", first), strict=True)
+            CaptionExample(row, int(length), caption)
+            for row, length, caption in zip(rows, lengths, reader.strings("caption", rows), strict=True)
         ]
-    sources = {str(identity["source"]) for identity in identities.values()}
-    return {
-        "what": "token store",
-        "path": str(path),
-        "rows": rows,
-        "usable_rows": len(reader.usable()) if len(parts) == 2 else None,
-        "complete": len(parts) == 2 and all(state["complete"] for state in parts.values()),
-        "parts": {
-            part: {"rows": state["rows"], "complete": state["complete"], "made_with": state["identity"]}
-            for part, state in parts.items()
+    sources = {str(state["identity"]["source"]) for state in parts.values()}
+    return TokenStoreDescription(
+        path=str(path),
+        rows=len(reader) if parts else 0,
+        usable_rows=len(reader.usable()) if len(parts) == 2 else None,
+        complete=len(parts) == 2 and all(state["complete"] for state in parts.values()),
+        parts={
+            part: PartDescription(state["rows"], state["complete"], state["identity"]) for part, state in parts.items()
         },
-        "source": sources.pop() if len(sources) == 1 else sorted(sources) or None,
-        "tokenizer": identities.get("text", {}).get("tokenizer"),
-        "dvae": identities.get("image", {}).get("dvae"),
-        "skipped": skipped,
-        "arrays": arrays,
-        "bytes": sum(array["bytes"] for array in arrays.values()),
-        "captions": captions,
-    }
+        source=sources.pop() if len(sources) == 1 else sorted(sources) or None,
+        tokenizer=parts["text"]["identity"].get("tokenizer") if "text" in parts else None,
+        dvae=parts["image"]["identity"].get("dvae") if "image" in parts else None,
+        skipped={part: state["skipped"] for part, state in parts.items()},
+        arrays=arrays,
+        bytes=sum(array.bytes for array in arrays.values()),
+        captions=captions,
+    )
 
 
-def _describe_samples(path: Path) -> dict[str, Any]:
+def _describe_samples(path: Path) -> SampleStoreDescription:
     import zarr
 
     group: Any = zarr.open_group(str(path), mode="r", zarr_format=3)
     request = dict(group.attrs["request"])
     total, committed = int(group["tokens"].shape[0]), int(group.attrs["rows"])
-    return {
-        "what": "sample store",
-        "path": str(path),
-        "rows": total,
-        "committed": committed,
-        "complete": committed == total,
-        "samples_a_prompt": request["settings"]["n"],
-        "prompts": request["prompts"],
-        "seed": request["seed"],
-        "settings": request["settings"],
-        "prior": request["prior"],
-        "arrays": _arrays(path, group),
-    }
+    return SampleStoreDescription(
+        path=str(path),
+        rows=total,
+        committed=committed,
+        complete=committed == total,
+        samples_a_prompt=request["settings"]["n"],
+        prompts=request["prompts"],
+        seed=request["seed"],
+        settings=request["settings"],
+        prior=request["prior"],
+        arrays=_arrays(path, group),
+    )
 
 
-def _arrays(path: Path, group: Any) -> dict[str, dict[str, Any]]:
+def _arrays(path: Path, group: Any) -> dict[str, ArrayDescription]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # zarr wonders at the store's skipped-*.jsonl
+        warnings.simplefilter("ignore")  # zarr warns of the store's skipped-*.jsonl
         arrays = sorted(group.arrays())
     return {
-        name: {
-            "shape": list(array.shape),
-            "dtype": "string" if array.dtype.kind not in "biuf" else str(array.dtype),
-            "bytes": sum(file.stat().st_size for file in (path / name).rglob("*") if file.is_file()),
-        }
+        name: ArrayDescription(
+            shape=list(array.shape),
+            dtype="string" if array.dtype.kind not in "biuf" else str(array.dtype),
+            bytes=sum(file.stat().st_size for file in (path / name).rglob("*") if file.is_file()),
+        )
         for name, array in arrays
     }
 
 
-def _describe_checkpoint(path: Path) -> dict[str, Any]:
+def _describe_checkpoint(path: Path) -> CheckpointDescription:
     checkpoint = open_checkpoint(path)
     recipe = checkpoint.recipe()
     run = checkpoint.path.parent if checkpoint.path.name.startswith("step-") else None
     files = [*checkpoint.files, "recipe.yaml", "trainer/optimizer.safetensors", "trainer/state.json"]
-    return {
-        "what": "checkpoint",
-        "path": str(checkpoint.path),
-        "kind": checkpoint.kind,
-        "step": checkpoint.step,
-        "updates": getattr(recipe, checkpoint.kind).training.updates,
-        "identity": checkpoint.identity,
-        "parameters": _values_in(checkpoint.path / "ema.safetensors"),
-        "recipe": recipe.name,
-        "belongs": checkpoint.belongs,
-        "metrics": checkpoint.metrics,
-        "files": {
-            name: {"bytes": _size(checkpoint.path / name), "sha256": checkpoint.files.get(name)} for name in files
-        },
-        "checkpoints_in_run": [folder.name for folder in steps_in(run)] if run else [],
-    }
+    return CheckpointDescription(
+        path=str(checkpoint.path),
+        kind=checkpoint.kind,
+        step=checkpoint.step,
+        updates=getattr(recipe, checkpoint.kind).training.updates,
+        identity=checkpoint.identity,
+        parameters=_count_parameters(checkpoint.path / "ema.safetensors"),
+        recipe=recipe.name,
+        belongs=dict(checkpoint.belongs),
+        metrics=dict(checkpoint.metrics),
+        files={name: FileDescription(_size(checkpoint.path / name), checkpoint.files.get(name)) for name in files},
+        checkpoints_in_run=[folder.name for folder in steps_in(run)] if run else [],
+    )
 
 
 def _size(file: Path) -> int | None:
     return file.stat().st_size if file.is_file() else None
 
 
-def _values_in(file: Path) -> int | None:
-    """How many numbers a safetensors file holds, from its header alone; None when there is no such file."""
+def _count_parameters(file: Path) -> int | None:
+    """Count the values of a safetensors file by its header alone; None if there is no such file."""
     if not file.is_file():
         return None
     try:
@@ -181,17 +289,16 @@ def _values_in(file: Path) -> int | None:
     return sum(int(np.prod(tensor["shape"])) for name, tensor in header.items() if name != "__metadata__")
 
 
-def _describe_tokenizer(path: Path) -> dict[str, Any]:
+def _describe_tokenizer(path: Path) -> TokenizerDescription:
     from dalle_cli.text.bpe import Tokenizer
 
     tokenizer = Tokenizer.load(path)
     size = tokenizer.vocab_size
-    first = BYTES if size > BYTES + 1 else 0  # the bytes themselves come first and tell nothing
+    first = BYTE_TOKENS if size > BYTE_TOKENS + 1 else 0
     ids = sorted({round(first + i * (size - 1 - first) / (TOKEN_EXAMPLES - 1)) for i in range(TOKEN_EXAMPLES)})
-    return {
-        "what": "tokenizer",
-        "path": tokenizer.name,
-        "vocab_size": size,
-        "sha256": tokenizer.identity,
-        "examples": {str(i): tokenizer.decode([i]) for i in ids},
-    }
+    return TokenizerDescription(
+        path=tokenizer.name,
+        vocab_size=size,
+        sha256=tokenizer.identity,
+        examples={str(i): tokenizer.decode([i]) for i in ids},
+    )

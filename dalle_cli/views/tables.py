@@ -1,4 +1,4 @@
-"""``describe``'s values as tables for people."""
+"""Tables on the terminal: what ``dalle show`` and ``dalle scan`` found."""
 
 from __future__ import annotations
 
@@ -10,62 +10,37 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dalle_cli.views.describe import (
+    ArrayDescription,
+    CheckpointDescription,
+    Description,
+    SampleStoreDescription,
+    TokenizerDescription,
+    TokenStoreDescription,
+)
+
 LONGEST_LIST = 12
 SHOWN_QUANTILES = ("0%", "5%", "50%", "95%", "100%")
 
 
-def render(found: dict[str, Any], console: Console) -> None:
+def render(found: Description, console: Console) -> None:
     """Print what ``describe`` found."""
-    show = {
-        "recipe": _recipe,
-        "token store": _token_store,
-        "sample store": _sample_store,
-        "checkpoint": _checkpoint,
-        "tokenizer": _tokenizer,
-    }
-    print_tables(console, show[found["what"]](found))
-
-
-def render_report(figures: dict[str, Any], console: Console) -> None:
-    """A report's main figures, in short."""
-
-    def share(value: dict[str, float] | None) -> str:
-        return "" if value is None else f"{100 * value['value']:.1f} ± {100 * value['error']:.1f} %"
-
-    if figures["oracle"] is not None:
-        groups = figures["oracle"]["groups"].items()
-        rows = [(n, g["prompts"], share(g["single"]), share(g["best"]), share(g["any_right"])) for n, g in groups]
-        pool = next(iter(groups))[1]["pool_size"]
-        columns = ["", "captions", "single sample", f"best of {pool} by CLIP", f"any of {pool}"]
-        print_tables(console, [grid_table("Captions drawn right", columns, rows, right=range(1, 5))])
-    recon, codebook = figures["reconstructions"], figures["codebook"]
-    print_tables(
-        console,
-        [
-            pairs_table(
-                f"Report of {figures['name']}",
-                [
-                    ("result", figures["result"]),
-                    *(("note", text) for text in (figures["oracle"] or {"warnings": []})["warnings"]),
-                    *((s["name"], f"update {s['step']:,} of {s['updates']:,}") for s in figures["stages"].values()),
-                    (
-                        "reconstructions",
-                        f"PSNR {recon['psnr_mean']:.1f} dB, SSIM {recon['ssim_mean']:.3f}" if recon else None,
-                    ),
-                    (
-                        "codebook",
-                        f"perplexity {codebook['perplexity']:.1f} of {codebook['codes']}" if codebook else None,
-                    ),
-                    *((f"FID on {fid['features'].split()[0]}", f"{fid['fid']:.2f}") for fid in figures["fid"]),
-                    *(("missing", text) for text in figures["missing"]),
-                ],
-            )
-        ],
-    )
+    match found:
+        case TokenStoreDescription():
+            tables = _token_store(found)
+        case SampleStoreDescription():
+            tables = _sample_store(found)
+        case CheckpointDescription():
+            tables = _checkpoint(found)
+        case TokenizerDescription():
+            tables = _tokenizer(found)
+        case _:
+            tables = _recipe(found)
+    print_tables(console, tables)
 
 
 def render_scan(found: dict[str, Any], console: Console) -> None:
-    """What ``scan`` found."""
+    """Print what ``scan`` found."""
     captions = found["captions"] / max(found["samples"], 1)
     broken, filters = found["broken"], found["filters"]
     formats = ", ".join(f"{name} {count:,}" for name, count in found["picture_formats"].items())
@@ -114,9 +89,9 @@ def render_scan(found: dict[str, Any], console: Console) -> None:
 
 
 def print_tables(console: Console, tables: Iterable[Table]) -> None:
-    """Each table under its title, in bold."""
+    """Print each table under its title, which is bold."""
     for table in tables:
-        # A title of rich's own would be wrapped to the width of its table.
+        # Rich would wrap a table's own title to the width of the table.
         title, table.title = table.title, None
         console.print(Text(str(title), style="bold"), soft_wrap=True)
         console.print(table)
@@ -124,14 +99,14 @@ def print_tables(console: Console, tables: Iterable[Table]) -> None:
 
 
 def number(value: float) -> str:
-    """A count for people: ``"2,359,296"``, and from a million on also ``"12,094,799,872 (12.09e9)"``."""
+    """Format a count: ``"2,359"``, and from a million on also in short, ``"12,094,799,872 (12.09e9)"``."""
     if value < 1_000_000:
         return f"{value:,}"
     return f"{value:,} ({value / 1e9:.2f}e9)" if value >= 1e8 else f"{value:,} ({value / 1e6:.1f}e6)"
 
 
 def size(value: float) -> str:
-    """Bytes in decimal units."""
+    """Format a number of bytes in decimal units."""
     for unit in ("B", "kB", "MB", "GB"):
         if value < 1000 or unit == "GB":
             return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
@@ -140,7 +115,7 @@ def size(value: float) -> str:
 
 
 def pairs_table(title: str, rows: Iterable[tuple[str, Any]]) -> Table:
-    """Names and values; a row without a value is left out."""
+    """Return a table of names and values; a row without a value is left out."""
     table = Table(title=title, show_header=False, box=None, padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -151,7 +126,7 @@ def pairs_table(title: str, rows: Iterable[tuple[str, Any]]) -> Table:
 
 
 def grid_table(title: str, columns: list[str], rows: Iterable[Iterable[Any]], right: Iterable[int] = ()) -> Table:
-    """A table with a head; columns numbered in ``right`` are set right."""
+    """Return a table with a head; columns whose index is in ``right`` are aligned to the right."""
     table = Table(title=title, header_style="dim", box=None, padding=(0, 2))
     for place, name in enumerate(columns):
         table.add_column(name, justify="right" if place in set(right) else "left", overflow="fold")
@@ -230,96 +205,96 @@ def _compression(powersgd: dict[str, Any]) -> str:
 
 def _learning(stage: dict[str, Any]) -> list[tuple[str, str]]:
     return [
-        ("optimiser", stage["optimizer"]),
+        ("optimizer", stage["optimizer"]),
         ("learning rate", stage["schedule"]),
         ("training", f"{stage['updates']:,} updates of {stage['batch_size']:,} samples"),
     ]
 
 
-def _token_store(found: dict[str, Any]) -> list[Table]:
-    usable = found["usable_rows"]
-    parts = found["parts"].items()
-    skipped = [(part, reason, count) for part, counts in found["skipped"].items() for reason, count in counts.items()]
-    absent = [part for part in ("text", "image") if part not in found["parts"]]
-    source = found["source"]
+def _token_store(found: TokenStoreDescription) -> list[Table]:
+    usable = found.usable_rows
+    parts = found.parts.items()
+    skipped = [(part, reason, count) for part, counts in found.skipped.items() for reason, count in counts.items()]
+    absent = [part for part in ("text", "image") if part not in found.parts]
+    source = found.source
     return [
         pairs_table(
-            f"Token store {found['path']}",
+            f"Token store {found.path}",
             [
-                ("rows", f"{found['rows']:,}"),
+                ("rows", f"{found.rows:,}"),
                 ("usable rows", f"{usable:,}" if usable is not None else f"unknown until there is a part {absent[0]}"),
-                ("complete", "yes" if found["complete"] else "no"),
-                *((f"  {part}", f"{s['rows']:,} rows{'' if s['complete'] else ', unfinished'}") for part, s in parts),
+                ("complete", "yes" if found.complete else "no"),
+                *((f"  {part}", f"{s.rows:,} rows{'' if s.complete else ', unfinished'}") for part, s in parts),
                 *((f"  {part}", "not begun") for part in absent),
                 ("source", ", ".join(source) if isinstance(source, list) else source),
-                ("tokenizer", found["tokenizer"]),
-                ("dVAE", found["dvae"]),
-                ("on disk", size(found["bytes"])),
+                ("tokenizer", found.tokenizer),
+                ("dVAE", found.dvae),
+                ("on disk", size(found.bytes)),
             ],
         ),
-        _array_table(found["arrays"]),
+        _array_table(found.arrays),
         *([grid_table("Skipped", ["part", "reason", "rows"], skipped, right=[2])] if skipped else []),
         *(
             [
                 grid_table(
                     "First captions",
                     ["row", "tokens", "caption"],
-                    [(c["row"], c["tokens"], c["caption"]) for c in found["captions"]],
+                    [(c.row, c.tokens, c.caption) for c in found.captions],
                     right=[0, 1],
                 )
             ]
-            if found["captions"]
+            if found.captions
             else []
         ),
     ]
 
 
-def _sample_store(found: dict[str, Any]) -> list[Table]:
-    prompts = found["prompts"]
-    settings = found["settings"]
+def _sample_store(found: SampleStoreDescription) -> list[Table]:
+    prompts = found.prompts
+    settings = found.settings
     shown = [(row, prompt) for row, prompt in enumerate(prompts[:LONGEST_LIST])]
     more = [("...", f"and {len(prompts) - LONGEST_LIST} more")] if len(prompts) > LONGEST_LIST else []
     return [
         pairs_table(
-            f"Sample store {found['path']}",
+            f"Sample store {found.path}",
             [
-                ("samples", f"{len(prompts):,} prompts x {found['samples_a_prompt']:,} = {found['rows']:,}"),
-                ("committed", f"{found['committed']:,}{'' if found['complete'] else ', unfinished'}"),
-                ("seed", found["seed"]),
+                ("samples", f"{len(prompts):,} prompts x {found.samples_a_prompt:,} = {found.rows:,}"),
+                ("committed", f"{found.committed:,}{'' if found.complete else ', unfinished'}"),
+                ("seed", found.seed),
                 ("settings", ", ".join(f"{key} {value}" for key, value in settings.items() if value is not None)),
-                ("prior", found["prior"]),
+                ("prior", found.prior),
             ],
         ),
-        _array_table(found["arrays"]),
+        _array_table(found.arrays),
         grid_table("Prompts", ["", "caption"], [*shown, *more], right=[0]),
     ]
 
 
-def _array_table(arrays: dict[str, dict[str, Any]]) -> Table:
+def _array_table(arrays: dict[str, ArrayDescription]) -> Table:
     rows = [
-        (name, " x ".join(str(side) for side in array["shape"]), array["dtype"], size(array["bytes"]))
+        (name, " x ".join(str(side) for side in array.shape), array.dtype, size(array.bytes))
         for name, array in arrays.items()
     ]
     return grid_table("Arrays", ["name", "shape", "type", "on disk"], rows, right=[3])
 
 
-def _checkpoint(found: dict[str, Any]) -> list[Table]:
-    parameters = found["parameters"]
+def _checkpoint(found: CheckpointDescription) -> list[Table]:
+    parameters = found.parameters
     files = [
-        (name, size(file["bytes"]) if file["bytes"] is not None else "missing", file["sha256"] or "")
-        for name, file in found["files"].items()
+        (name, size(file.bytes) if file.bytes is not None else "missing", file.sha256 or "")
+        for name, file in found.files.items()
     ]
-    metrics = [(name, f"{value:.6g}") for name, value in found["metrics"].items()]
+    metrics = [(name, f"{value:.6g}") for name, value in found.metrics.items()]
     return [
         pairs_table(
-            f"Checkpoint {found['path']}",
+            f"Checkpoint {found.path}",
             [
-                ("kind", found["kind"]),
-                ("step", f"{found['step']:,} of {found['updates']:,} updates"),
+                ("kind", found.kind),
+                ("step", f"{found.step:,} of {found.updates:,} updates"),
                 ("parameters", number(parameters) if parameters is not None else None),
-                ("recipe", found["recipe"]),
-                *((f"belongs to {role}", digest) for role, digest in found["belongs"].items()),
-                ("kept in its run", ", ".join(found["checkpoints_in_run"])),
+                ("recipe", found.recipe),
+                *((f"belongs to {role}", digest) for role, digest in found.belongs.items()),
+                ("kept in its run", ", ".join(found.checkpoints_in_run)),
             ],
         ),
         grid_table("Files", ["name", "size", "sha256"], files, right=[1]),
@@ -327,16 +302,16 @@ def _checkpoint(found: dict[str, Any]) -> list[Table]:
     ]
 
 
-def _tokenizer(found: dict[str, Any]) -> list[Table]:
+def _tokenizer(found: TokenizerDescription) -> list[Table]:
     return [
         pairs_table(
-            f"Tokenizer {found['path']}",
+            f"Tokenizer {found.path}",
             [
-                ("vocabulary", f"{found['vocab_size']:,} byte-level BPE tokens"),
-                ("sha256", found["sha256"]),
+                ("vocabulary", f"{found.vocab_size:,} byte-level BPE tokens"),
+                ("sha256", found.sha256),
                 (
                     "some of its tokens",
-                    "  ".join(json.dumps(t, ensure_ascii=False) for t in found["examples"].values()),
+                    "  ".join(json.dumps(t, ensure_ascii=False) for t in found.examples.values()),
                 ),
             ],
         )

@@ -1,0 +1,90 @@
+"""Figures of a report, and its JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dalle_cli.report.artifacts import ArtifactRow
+from dalle_cli.report.evaluations import CurveFigures, EvaluationRow, features_badge
+from dalle_cli.report.image_tokens import CodebookFigures, ReconstructionFigures
+from dalle_cli.report.samples import OracleFigures, SheetFigures
+from dalle_cli.report.training import StageFigures
+from dalle_cli.shapes.accuracy import Share, accuracy_figures
+
+
+@dataclass(frozen=True)
+class DataFigures:
+    """Rows of the token store, and for each part the number of skipped rows by reason, the most frequent first."""
+
+    source: str
+    rows: int
+    usable: int | None
+    """Number of rows with a caption and an image; None until both parts exist."""
+    skipped: dict[str, dict[str, int]]
+
+
+@dataclass(frozen=True)
+class SamplesFigures:
+    """A store of samples and the settings they were drawn with; ``path`` is relative to the run's folder."""
+
+    path: str
+    captions: int
+    seed: int
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """Everything a report says; a section that has nothing to show is None or empty."""
+
+    name: str
+    description: str
+    oracle: OracleFigures | None
+    contact_sheet: SheetFigures | None
+    reconstructions: ReconstructionFigures | None
+    data: DataFigures | None
+    codebook: CodebookFigures | None
+    stages: dict[str, StageFigures]
+    fid: list[EvaluationRow]
+    curves: list[CurveFigures]
+    samples: list[SamplesFigures]
+    artifacts: list[ArtifactRow]
+    commands: list[dict[str, Any]]
+    """Lines of commands.jsonl."""
+    missing: list[str]
+
+    @property
+    def result(self) -> str:
+        """The main result in one sentence: captions drawn right, else FID, else the samples, else the training."""
+        if self.oracle is not None:
+            groups = self.oracle.groups
+            pool_size = next(iter(groups.values())).pool_size
+            best = " and ".join(_of_captions(name, group.best) for name, group in groups.items())
+            singles = [group.single for group in groups.values()]
+            line = f"The best of {pool_size} samples by CLIP is right for {best}"
+            if None not in singles:
+                single = " and ".join(f"{100 * share.value:.0f} %" for share in singles if share is not None)
+                line += f"; a single sample for {single}"
+            return f"{line}."
+        for fid in self.fid:
+            badge, _ = features_badge(fid.features)
+            return f"FID {fid.fid:.2f} on {badge}, {fid.n_generated:,} pictures against {fid.n_reference:,}."
+        if self.contact_sheet is not None:
+            sheet = self.contact_sheet
+            return f"{sheet.captions_in_all} captions drawn, ranked by {sheet.scorer}."
+        if self.stages:
+            stages = [f"{s.name} at update {s.step:,} of {s.updates:,}" for s in self.stages.values()]
+            return f"No samples yet: {', '.join(stages)}."
+        return "No samples yet, and no stage trained."
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what report.json holds."""
+        values = asdict(self) | {"result": self.result, "fid": [row.as_json() for row in self.fid]}
+        if self.oracle is not None:
+            values["oracle"]["groups"] = {name: accuracy_figures(group) for name, group in self.oracle.groups.items()}
+        return values
+
+
+def _of_captions(group: str, share: Share) -> str:
+    return f"{100 * share.value:.0f} ± {100 * share.error:.0f} % of captions with {group}"

@@ -1,0 +1,89 @@
+"""Figures and curves of the stages that a run has trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from dalle_cli.report.artifacts import NAMES, Run
+from dalle_cli.stores.checkpoint import Kind
+from dalle_cli.views import plots
+
+
+@dataclass(frozen=True)
+class StageFigures:
+    """State of a stage's training: ``step`` of ``updates``, last validation, last line of metrics.jsonl with a loss."""
+
+    name: str
+    step: int
+    updates: int
+    validation: dict[str, float]
+    last: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class _Plot:
+    """A plot of a stage's metrics over its updates."""
+
+    stage: Kind
+    curves: list[plots.Curve]
+    unit: str
+
+
+_PLOTS = {
+    "loss_dvae": _Plot(
+        "dvae",
+        [("recon_nll", "training", plots.BLUE), ("val_recon_nll", "validation", plots.ORANGE)],
+        "-ln p(x|z), nats a value",
+    ),
+    "elbo_dvae": _Plot(
+        "dvae",
+        [("elbo", "training", plots.BLUE), ("val_elbo", "validation", plots.ORANGE)],
+        "ELBO, nats a value",
+    ),
+    "psnr_dvae": _Plot("dvae", [("val_psnr", "validation", plots.ORANGE)], "PSNR, dB"),
+    "kl_dvae": _Plot(
+        "dvae",
+        [("kl_per_position", "training", plots.BLUE), ("val_kl_per_position", "validation", plots.ORANGE)],
+        "KL, nats a token",
+    ),
+    "loss_prior": _Plot(
+        "prior",
+        [
+            ("image", "image", plots.BLUE),
+            ("val_image", "image, validation", plots.BLUE),
+            ("text", "text", plots.ORANGE),
+            ("val_text", "text, validation", plots.ORANGE),
+        ],
+        "nats a token",
+    ),
+    "loss_clip": _Plot(
+        "clip",
+        [("loss", "training", plots.BLUE), ("val_loss", "validation", plots.ORANGE)],
+        "nats a picture",
+    ),
+}
+
+
+def stage_figures(run: Run) -> dict[str, StageFigures]:
+    """Return the figures of each stage of the run that has a checkpoint."""
+    return {
+        kind: StageFigures(
+            name=NAMES[kind],
+            step=checkpoint.step,
+            updates=getattr(checkpoint.recipe(), kind).training.updates,
+            validation=checkpoint.metrics,
+            last=next((line for line in reversed(run.metrics(kind)) if "loss" in line), None),
+        )
+        for kind, checkpoint in run.checkpoints.items()
+    }
+
+
+def training_curves(run: Run) -> dict[str, bytes]:
+    """Draw the plots that the run's metrics have points for, as PNG."""
+    drawn = {
+        name: plots.loss_curves(run.metrics(plot.stage), plot.curves, plot.unit)
+        for name, plot in _PLOTS.items()
+        if plot.stage in run.checkpoints
+    }
+    return {name: png for name, png in drawn.items() if png is not None}

@@ -1,0 +1,83 @@
+"""The report's page: text from outside is shown as text."""
+
+from __future__ import annotations
+
+import io
+
+from helpers.html_page import Page
+from PIL import Image
+
+from dalle_cli.report.artifacts import CheckpointRow, Reference
+from dalle_cli.report.evaluations import CurveFigures, EvaluationRow
+from dalle_cli.report.figures import DataFigures, Figures, SamplesFigures
+from dalle_cli.report.page import page
+from dalle_cli.report.samples import OracleFigures, SheetFigures
+from dalle_cli.report.training import StageFigures
+from dalle_cli.shapes.accuracy import Accuracy, Share
+
+
+def hostile(name: str) -> str:
+    return f"<script>{name}</script>\"><img src=x onerror='alert(1)'>&amp;"
+
+
+def png() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_script_in_any_value_is_shown_as_text() -> None:
+    share = Share(0.5, 4)
+    figures = Figures(
+        name=hostile("name"),
+        description=hostile("description"),
+        oracle=OracleFigures({hostile("group"): Accuracy(4, 8, 2, share, share, share, {})}, [hostile("oracle")]),
+        contact_sheet=SheetFigures([hostile("caption")], 1, hostile("scorer"), []),
+        reconstructions=None,
+        data=DataFigures(hostile("source"), 4, 4, {hostile("part"): {hostile("reason"): 1}}),
+        codebook=None,
+        stages={"dvae": StageFigures(hostile("stage"), 1, 2, {hostile("metric"): 0.5}, None)},
+        fid=[
+            EvaluationRow(
+                file=hostile("file"),
+                command=hostile("fid command"),
+                features=hostile("features"),
+                fid=1.0,
+                kid_mean=0.1,
+                kid_std=0.1,
+                score_name=hostile("score"),
+                score=1.0,
+                n_generated=2,
+                n_reference=2,
+                generated=hostile("generated"),
+                reference=hostile("reference"),
+                warnings=[hostile("warning")],
+                values={},
+            )
+        ],
+        curves=[CurveFigures(hostile("curves"), hostile("of"), {"blur_fid": "blur_fid_0"})],
+        samples=[SamplesFigures(hostile("store"), 1, hostile("seed"), {hostile("setting"): hostile("value")})],
+        artifacts=[
+            CheckpointRow(
+                artifact=hostile("artifact"),
+                path=hostile("path"),
+                step=1,
+                sha256="<script>sha</script>",
+                belongs=[Reference(hostile("role"), "<script>own</script>", None)],
+                recipe="tiny",
+            )
+        ],
+        commands=[{name: hostile(name) for name in ("artifact", "command", "finished")}],
+        missing=[hostile("missing")],
+    )
+    names = ("bars", "pool_size", "contact_sheet", "loss_dvae", "blur_fid_0")
+    found = Page(page(figures, dict.fromkeys(names, png()), hostile("recipe")))
+    assert "script" not in found.tags
+    assert len(found.images) == len(names)
+    shown = (
+        *("name", "description", "group", "oracle", "scorer", "source", "part", "reason", "stage", "metric", "file"),
+        *("fid command", "features", "score", "generated", "reference", "warning", "curves", "of", "store", "seed"),
+        *("setting", "value", "artifact", "path", "role", "command", "finished", "missing", "recipe"),
+    )
+    for name in shown:
+        assert hostile(name) in found.text.replace("\xa0", " "), name
