@@ -1,290 +1,212 @@
-"""A small prior trained by several machines whose gradients meet through PowerSGD: loss, bytes and time of each rank.
+#!/usr/bin/env python3
+"""Measure what PowerSGD does to loss, bytes and update time where the network between two nodes is slow.
 
-Machines are groups of processes. Inside one, parameters, gradients and moments are split as ZeRO does, by the plainest
-means; between them ``distributed/power_sgd.py`` is at work. The data are the shapes world's scenes with words as text
-tokens and the colours of patches as image tokens, so that nothing has to be trained or downloaded before.
+    sudo .venv/bin/python scripts/studies/two_nodes.py --tokens runs/quickstart/tokens.zarr
+    .venv/bin/python scripts/studies/two_nodes.py --tokens runs/quickstart/tokens.zarr --mbit 0 --updates 100
+
+Runs ``dalle train-prior`` on two nodes of two processes each: once with gradients sent whole, and once through factors
+of each of --ranks. The nodes are network namespaces of this machine, joined by a link of --mbit, which needs root and
+Debian's iproute2. Without them, or with --mbit 0, all processes share the loopback interface: losses and bytes are the
+same, and times say nothing about a network. Writes study.json into --out and prints a table. It takes some ten minutes
+on two cores; a run that is complete is not repeated.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
+import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
-import numpy as np
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from dalle_cli.errors import UserError
+from dalle_cli.progress import log
+from dalle_cli.stores.files import write_json
 
-from dalle_cli.config.schema import LearningRate, PowerSgd, PriorModel, PriorObjective, PriorSettings
-from dalle_cli.data.batch_order import BatchOrder
-from dalle_cli.distributed.group import Group, form_nodes
-from dalle_cli.distributed.power_sgd import PowerSgdReducer
-from dalle_cli.prior.model import Prior
-from dalle_cli.prior.train import TokenBatch
-from dalle_cli.progress import progress
-from dalle_cli.shapes.world import counter_rng, phrasings, random_caption, random_scene, render
-from dalle_cli.training.schedules import learning_rate
-
-MACHINES = 2
-PATCH = 8
-LEVELS = 4
-"""Of each of red, green and blue among a patch's image tokens."""
-IMAGE_VOCAB = LEVELS**3
-TEXT_LENGTH = 16
-HELD_OUT = 256
+NODES, LOCAL_SIZE = 2, 2
+INTERFACE = "veth"
 
 
 @dataclass(frozen=True)
-class Study:
-    """Sizes of the prior, and how it is trained."""
+class Network:
+    """The network between the nodes and how a process joins it."""
 
-    layers: int = 4
-    heads: int = 4
-    d_head: int = 32
-    grid: int = 4
-    scenes: int = 4000
-    batch_size: int = 16
-    updates: int = 300
-    learning_rate: float = 3e-3
-    warmup: int = 20
-    seed: int = 0
+    description: str
+    address: str = "127.0.0.1"
+    prefixes: tuple[tuple[str, ...], ...] = ((), ())
+    """Words that a command on each node begins with."""
+    environment: dict[str, str] = field(default_factory=dict)
 
-    def prior(self) -> Prior:
-        """The untrained prior."""
-        model = PriorModel.of_heads(
-            layers=self.layers, heads=self.heads, d_head=self.d_head, grid=self.grid, conv_kernel=3
-        )
-        return Prior(model, TEXT_LENGTH, len(vocabulary()), IMAGE_VOCAB, seed=self.seed)
-
-    def rate(self, update: int) -> float:
-        """Step size after ``update`` updates."""
-        settings = LearningRate(peak=self.learning_rate, warmup_updates=self.warmup, final=self.learning_rate / 100)
-        return learning_rate(settings, update, self.updates)
+    def bytes_sent(self) -> int | None:
+        """Return the bytes the first node's interface has sent, as the kernel counts them; None on the loopback."""
+        if not self.prefixes[0]:
+            return None
+        file = f"/sys/class/net/{INTERFACE}/statistics/tx_bytes"
+        return int(subprocess.run([*self.prefixes[0], "cat", file], check=True, capture_output=True, text=True).stdout)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one setting came to."""
+    """Figures of one training run."""
 
-    settings: dict[str, float]
-    losses: list[float]
-    """Of the whole batch before each update, nats."""
-    held_out: float
-    """Loss of scenes that training left out, after the last update."""
-    bytes: int
-    """Handed to collectives between machines by this process, an update."""
+    name: str
+    loss: float
+    """Mean training loss of the last tenth of the updates, in nats."""
+    validation_loss: float
+    """Loss on held-out rows under the raw weights after the last update, in nats."""
+    bytes_between_nodes: int
+    """Bytes one process hands to collectives between nodes in an update, without the first update."""
     link_bytes: int | None
-    """Sent by this machine over its network interface, an update; None where that is not its own."""
-    step_seconds: float
-    """Median of the updates, with forward and backward pass."""
-    exchange_seconds: float
-    """Median of what of it went into the exchange between machines."""
+    """Bytes the first node sends over its interface in an update; None on the loopback interface."""
+    update_seconds: float
+    """Median time of an update."""
 
 
-@cache
-def vocabulary() -> dict[str, int]:
-    """The words of the shapes world's captions."""
-    texts = (text for index in range(500) for text in phrasings(random_scene(0, "train", index)))
-    return {word: i for i, word in enumerate(sorted({word for text in texts for word in text.split()}))}
+@contextmanager
+def network(mbit: int) -> Iterator[Network]:
+    """Join two namespaces by a link of ``mbit`` Mbit/s each way, or fall back to the loopback interface."""
+    if not mbit:
+        yield Network("loopback interface")
+        return
+    spaces = [f"dalle-{os.getpid()}-{i}" for i in range(NODES)]
+    first, second = spaces
+    commands = [
+        *(f"ip netns add {space}" for space in spaces),
+        f"ip link add {INTERFACE} netns {first} type veth peer name {INTERFACE} netns {second}",
+        *(f"ip -n {space} address add 10.213.0.{i + 1}/24 dev {INTERFACE}" for i, space in enumerate(spaces)),
+        *(f"ip -n {space} link set {name} up" for space in spaces for name in ("lo", INTERFACE)),
+        *(f"tc -n {space} qdisc add dev {INTERFACE} root tbf rate {mbit}mbit burst 64kb latency 400ms" for space in spaces),  # noqa: E501
+    ]  # fmt: skip
+    try:
+        try:
+            for command in commands:
+                subprocess.run(command.split(), check=True, capture_output=True, text=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            reason = str(getattr(error, "stderr", "") or error).strip()
+            log(f"two_nodes: no network namespaces here ({reason}); using the loopback interface instead")
+            found = Network("loopback interface")
+        else:
+            prefixes = tuple(("ip", "netns", "exec", space) for space in spaces)
+            found = Network(f"link of {mbit} Mbit/s", "10.213.0.1", prefixes, {"GLOO_SOCKET_IFNAME": INTERFACE})
+        yield found
+    finally:
+        for space in spaces:
+            if Path("/run/netns", space).exists():
+                subprocess.run(["ip", "netns", "delete", space], check=False)
 
 
-def shapes_tokens(grid: int, indices: range, seed: int = 0) -> TokenBatch:
-    """Scenes' captions as words, and pictures as ``grid`` x ``grid`` patches, each the nearest of 64 colours to its
-    mean.
+def train(command: list[str], found: Network) -> None:
+    """Run ``command`` as each rank of the two nodes; if one rank fails, end all of them.
+
+    Raises:
+        UserError: a rank failed.
     """
-    words = vocabulary()
-    text = torch.zeros(len(indices), TEXT_LENGTH, dtype=torch.int64)
-    length, image = [], []
-    for row, index in enumerate(indices):
-        this = random_scene(seed, "train", index)
-        ids = [words[word] for word in random_caption(this, counter_rng(seed, "caption", "train", index)).split()]
-        text[row, : len(ids)] = torch.tensor(ids)
-        length.append(len(ids))
-        pixels = render(this, grid * PATCH).reshape(grid, PATCH, grid, PATCH, 3).mean((1, 3))
-        levels = np.rint(pixels * ((LEVELS - 1) / 255)).astype(np.int64)
-        image.append(levels @ [LEVELS**2, LEVELS, 1])
-    return TokenBatch(text, torch.tensor(length), torch.from_numpy(np.stack(image)).flatten(1))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    size, processes = NODES * LOCAL_SIZE, []
+    try:
+        for rank in range(size):
+            node, local_rank = divmod(rank, LOCAL_SIZE)
+            launch = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": LOCAL_SIZE,
+                      "GROUP_RANK": node, "MASTER_ADDR": found.address, "MASTER_PORT": port}  # fmt: skip
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in launch.items()}}
+            program = [*found.prefixes[node], sys.executable, "-m", "dalle_cli", *command]
+            processes.append(subprocess.Popen(program, env={**environment, **found.environment}, stdout=sys.stderr))
+        while None in (codes := [process.poll() for process in processes]) and not any(codes):
+            time.sleep(0.1)
+        if failed := [rank for rank, code in enumerate(codes) if code]:
+            raise UserError(f"rank {failed[0]} failed; read its last lines above")
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
-class ShardedTraining:
-    """AdamW on this process's shards of ``prior``, whose gradients are averaged in its machine and then between them.
-
-    Each parameter, flat and padded, is split among the machine's processes in their order. All processes call the same
-    methods in the same order.
-
-    Args:
-        node: the processes of this machine.
-        reducer: averages shards' gradients between machines.
-    """
-
-    def __init__(self, prior: Prior, node: dist.ProcessGroup, reducer: PowerSgdReducer) -> None:
-        self.prior, self.node, self.reducer = prior, node, reducer
-        self.parts = dist.get_world_size(node)
-        self.named = dict(prior.named_parameters())
-        own = self._rows(p.detach() for p in self.named.values())[dist.get_rank(node)]
-        self.lengths = [self._length(p) for p in self.named.values()]
-        self.shards = dict(zip(self.named, map(nn.Parameter, own.clone().split(self.lengths)), strict=True))
-        decayed, self.adam = prior.decayed_parameters(), PriorSettings().adam
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": [self.shards[name] for name in decayed], "weight_decay": self.adam.weight_decay},
-                {"params": [p for name, p in self.shards.items() if name not in decayed], "weight_decay": 0.0},
-            ],
-            betas=(self.adam.beta1, self.adam.beta2),
-            eps=self.adam.eps,
-        )
-
-    def update(self, number: int, rate: float) -> float:
-        """One update from the gradients that the prior holds. Returns the seconds of the exchange between machines."""
-        own = self._node_mean()
-        for shard, gradient in zip(self.shards.values(), own.split(self.lengths), strict=True):
-            shard.grad = gradient
-        began = time.perf_counter()
-        self.reducer.reduce(((name, p.grad) for name, p in self.shards.items() if p.grad is not None), number)
-        seconds = time.perf_counter() - began
-        self._clip()
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self._gather()
-        return seconds
-
-    def _node_mean(self) -> Tensor:
-        """This process's shards of the gradient, averaged over its machine."""
-        rows = self._rows(p.grad for p in self.named.values() if p.grad is not None)
-        own = torch.empty(rows.shape[1])
-        dist.reduce_scatter(own, list(rows), group=self.node)
-        return own / self.parts
-
-    def _clip(self) -> None:
-        """The norm is over the machine's shards; every machine holds the same ones."""
-        gradients = [p.grad for p in self.shards.values() if p.grad is not None]
-        squares = torch.stack([gradient.double().square().sum() for gradient in gradients]).sum()
-        dist.all_reduce(squares, group=self.node)
-        if self.adam.clip_norm is not None:
-            torch._foreach_mul_(gradients, min(1.0, self.adam.clip_norm / (float(squares.sqrt()) + 1e-6)))
-
-    @torch.no_grad()
-    def _gather(self) -> None:
-        own = torch.cat([shard.detach() for shard in self.shards.values()])
-        rows = torch.empty(self.parts, len(own))
-        dist.all_gather(list(rows), own, group=self.node)
-        columns = rows.split(self.lengths, dim=1)
-        for parameter, part in zip(self.named.values(), columns, strict=True):
-            parameter.copy_(part.flatten()[: parameter.numel()].view_as(parameter))
-
-    def _length(self, tensor: Tensor) -> int:
-        return -(-tensor.numel() // self.parts)
-
-    def _rows(self, tensors: Iterator[Tensor]) -> Tensor:
-        """(parts, L): each row one process's shards of ``tensors``."""
-
-        def split(tensor: Tensor) -> Tensor:
-            padding = self._length(tensor) * self.parts - tensor.numel()
-            return nn.functional.pad(tensor.flatten(), (0, padding)).view(self.parts, -1)
-
-        return torch.cat([split(tensor) for tensor in tensors], dim=1)
-
-
-def join_machines() -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    """Join the default group as the environment says, and halve it: this process's machine, and those that hold the
-    same shards as it.
-    """
-    dist.init_process_group("gloo")
-    nodes = form_nodes(Group(dist.get_rank(), dist.get_world_size()), dist.get_world_size() // MACHINES)
-    return nodes.inside.processes, nodes.across.processes
-
-
-def train(study: Study, settings: PowerSgd, node: dist.ProcessGroup, place: dist.ProcessGroup) -> Outcome:
-    """Train the study's prior with ``settings`` on all processes."""
-    prior = study.prior()
-    columns = {name: parameter.shape[1] for name, parameter in prior.decayed_parameters().items()}
-    parts = dist.get_world_size(node)
-    reducer = PowerSgdReducer(settings, place, columns, shards=parts, seed=study.seed)
-    training = ShardedTraining(prior, node, reducer)
-    tokens, held_out = _samples(study)
-    size = dist.get_world_size()
-    order = BatchOrder(np.arange(len(tokens)), study.batch_size, study.seed)
-    losses, seconds, exchanges = [], [], []
-    link_before = _link_bytes()
-    with progress(f"rank {settings.rank}", study.updates, "updates") as bar:
-        for update in range(study.updates):
-            began = time.perf_counter()
-            rows, _ = order.batch(update)
-            batch = TokenBatch(tokens.text[rows], tokens.length[rows], tokens.image[rows])
-            count = float(prior.text_counts(batch.length).sum().clamp(min=1)) / size
-            part = batch.split(study.batch_size // size)[dist.get_rank()]
-            prior.zero_grad()
-            loss = weighted_loss(prior, part, count)
-            loss.backward()  # type: ignore[no-untyped-call]
-            exchanges.append(training.update(update, study.rate(update)))
-            seconds.append(time.perf_counter() - began)
-            loss = loss.detach()
-            dist.all_reduce(loss)
-            losses.append(float(loss) / size)
-            bar.advance(1, f"loss {losses[-1]:.4f}")
-    link_after = _link_bytes()
-    with torch.no_grad():
-        found = float(weighted_loss(prior, held_out))
+def read_outcome(name: str, run: Path, batch_size: int, link_bytes: int | None) -> Outcome:
+    """Read the figures of a finished run from its metrics.jsonl, which has a line for each update."""
+    lines = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
+    updates = [line for line in lines if "loss" in line]
+    validations = [line["val_raw_loss"] for line in lines if "val_raw_loss" in line]
     return Outcome(
-        settings.model_dump(),
-        losses,
-        found,
-        reducer.bytes_sent // study.updates,
-        None if link_before is None or link_after is None else (link_after - link_before) // study.updates,
-        median(seconds),
-        median(exchanges),
+        name,
+        mean(line["loss"] for line in updates[-max(1, len(updates) // 10) :]),
+        validations[-1],
+        round(median(line["bytes_between_nodes"] for line in updates)),
+        None if link_bytes is None else link_bytes // len(updates),
+        median(batch_size / line["samples_per_second"] for line in updates),
     )
 
 
-def weighted_loss(prior: Prior, batch: TokenBatch, text_count: float | None = None) -> Tensor:
-    """The prior's loss of a batch, see ``Prior.loss``."""
-    found, weight = prior.loss(batch.text, batch.length, batch.image, text_count), PriorObjective().text_weight
-    return weight * found.text + (1 - weight) * found.image
-
-
-@cache
-def _samples(study: Study) -> tuple[TokenBatch, TokenBatch]:
-    """What is trained on, and what is left out."""
-    tokens = shapes_tokens(study.grid, range(study.scenes + HELD_OUT), study.seed)
-    parts = [
-        TokenBatch(tokens.text[part], tokens.length[part], tokens.image[part])
-        for part in (slice(study.scenes), slice(study.scenes, None))
-    ]
-    return parts[0], parts[1]
-
-
-def _link_bytes() -> int | None:
-    """Bytes that the interface between the machines has sent, as the kernel counts them; None where all are one."""
-    name = os.environ.get("GLOO_SOCKET_IFNAME")
-    return int(Path(f"/sys/class/net/{name}/statistics/tx_bytes").read_text()) if name else None
-
-
 def table(outcomes: list[Outcome]) -> str:
-    """Loss, bytes and time of each, beside the first, which sends gradients whole."""
+    """Lay out the figures of each run beside those of the first one, which sends gradients whole."""
     whole = outcomes[0]
     lines = [
-        f"{'gradients':<12}{'loss, last tenth':>17}{'left out':>10}{'beside whole':>14}{'KB a process':>14}"
-        f"{'of whole':>10}{'KB on link':>12}{'s exchange':>12}{'s a step':>10}{'of whole':>10}"
+        f"{'gradients':<12}{'training loss':>14}{'held-out':>10}{'vs whole':>10}{'KB a process':>14}{'vs whole':>10}"
+        f"{'KB on link':>12}{'s an update':>13}{'vs whole':>10}"
     ]
     for found in outcomes:
-        tenth = found.losses[-max(1, len(found.losses) // 10) :]
         link = "" if found.link_bytes is None else f"{found.link_bytes / 1000:.0f}"
-        loss, beside = sum(tenth) / len(tenth), found.held_out / whole.held_out - 1
         lines.append(
-            f"{_name(found.settings):<12}{loss:>17.4f}{found.held_out:>10.4f}{beside:>+14.1%}"
-            f"{found.bytes / 1000:>14.1f}{found.bytes / whole.bytes:>10.1%}{link:>12}{found.exchange_seconds:>12.3f}"
-            f"{found.step_seconds:>10.3f}{found.step_seconds / whole.step_seconds:>10.2f}"
+            f"{found.name:<12}{found.loss:>14.4f}{found.validation_loss:>10.4f}"
+            f"{found.validation_loss / whole.validation_loss - 1:>+10.1%}{found.bytes_between_nodes / 1000:>14.1f}"
+            f"{found.bytes_between_nodes / whole.bytes_between_nodes:>10.1%}{link:>12}{found.update_seconds:>13.3f}"
+            f"{found.update_seconds / whole.update_seconds:>10.2f}"
         )
     return "\n".join(lines)
 
 
-def _name(settings: dict[str, float]) -> str:
-    if not settings["rank"]:
-        return "whole"
-    return f"rank {settings['rank']}" if settings["min_compression"] else "full rank"
+def main() -> None:
+    """Parse the command line, train with each setting and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=Path, required=True, help="token store to train on")
+    parser.add_argument(
+        "--recipe", type=Path, default=Path("recipes/quickstart.yaml"), help="[recipes/quickstart.yaml]"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/two-nodes"), help="folder of the runs [runs/two-nodes]")
+    parser.add_argument("--mbit", type=int, default=50, help="rate of the link between the nodes, each way [50]")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[64, 16, 4], help="PowerSGD ranks [64 16 4]")
+    parser.add_argument("--updates", type=int, default=300, help="updates of each run [300]")
+    parser.add_argument("--batch-size", type=int, default=16, help="samples of an update, all ranks together [16]")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting; repeatable")
+    options = parser.parse_args()
+    # Turn SIGTERM into an exception, so that the namespaces and processes are removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    runs = {"whole": 0, **{f"rank {rank}": rank for rank in options.ranks}}
+    try:
+        settings = {
+            "threads": 1, "prior.sharding.zero": 1, "prior.sharding.node_size": LOCAL_SIZE,
+            "prior.training.log_every": 1, "prior.training.updates": options.updates, "prior.training.batch_size": options.batch_size,
+            "prior.training.validate_every": options.updates, "prior.training.save_every": options.updates,
+        }  # fmt: skip
+        outcomes = []
+        with network(options.mbit) as found:
+            for name, rank in runs.items():
+                run = options.out / name.replace(" ", "-")
+                changes = settings | {"prior.powersgd.rank": rank}
+                overrides = [*(f"{key}={value}" for key, value in changes.items()), *options.set]
+                words = [word for override in overrides for word in ("--set", override)]
+                before = found.bytes_sent()
+                train(
+                    ["train-prior", str(options.recipe), "--tokens", str(options.tokens), "--out", str(run), *words],
+                    found,
+                )
+                sent = None if before is None else (found.bytes_sent() or 0) - before
+                outcomes.append(read_outcome(name, run, options.batch_size, sent))
+    except UserError as error:
+        parser.exit(2, f"two_nodes: {error}\n")
+    write_json(options.out / "study.json", {"network": found.description, "outcomes": [asdict(o) for o in outcomes]})
+    print(f"two nodes of {LOCAL_SIZE} processes, {found.description}, {options.updates} updates")
+    print(table(outcomes))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,315 +1,164 @@
-"""What becomes of a deep prior's gradients in float16, with no scale, one scale, and a scale for each resblock.
+#!/usr/bin/env python3
+"""Compare gradients of a deep narrow prior in float16, with no scale, one scale or one per resblock, with float32.
 
-Two things are compared with float32. *Training*: priors from the same seed on the same batches; the scales move by the
-paper's rule, but one common scale may shrink at every overflow, as loss scalers do. *Probes*: at the weights that the
-float32 run starts with and ends with, the gradients of one batch; there scales are what the rule comes to in the long
-run, the largest (in steps of 2) that overflow nothing.
+    .venv/bin/python scripts/studies/underflow.py --out runs/underflow
+    .venv/bin/python scripts/studies/underflow.py --tokens runs/quickstart/tokens.zarr --layers 24 --updates 500
 
-In the variant ``all fp16, one scale`` all but the heads is in float16, as ``model.half()`` and a loss scale have it.
-In the others the stream, embeddings, gains and biases are in float32 too.
+Writes training.csv, blocks.csv, study.json and underflow.png into --out and prints a table. Any CPU will do, but
+float16 is slow on it.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+import argparse
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from torch import Tensor, nn
+from underflow_probe import VARIANTS, Found, Line, Study, run_study, stored_tokens, synthetic_tokens
 
-from dalle_cli.config.schema import PriorModel, PriorObjective, PriorSettings
-from dalle_cli.precision.adam import Adam16
-from dalle_cli.precision.gradient_scaling import HIGHEST, LOWEST, GradientScales, GradientScaling
-from dalle_cli.prior.model import Prior, Resblock
-from dalle_cli.prior.train import read_tokens
-from dalle_cli.progress import log, progress
-from dalle_cli.randomness import numpy_generator
+from dalle_cli.errors import UserError
+from dalle_cli.stores.files import write_atomically, write_json
 from dalle_cli.stores.tokens import TokenReader
+from dalle_cli.views.plots import BLUE, GREEN, GREY, ORANGE, VIOLET, figure_png
 
-ALL_HALF = "all fp16, one scale"
-VARIANTS = ("fp32", "plain fp16", ALL_HALF, "one scale", "scale per resblock")
-OCTAVE = 1000
-STRETCHED_END = 1024.0
-Line = dict[str, float]
-Tokens = tuple[Tensor, Tensor, Tensor]
-"""Captions (B, T), their lengths (B,), image tokens (B, S), all int64."""
+COLOURS = dict(zip(VARIANTS, (GREY, ORANGE, VIOLET, BLUE, GREEN), strict=True))
 
 
-@dataclass(frozen=True)
-class Study:
-    """Sizes of the priors, and how they are trained.
+def write_study(study: Study, found: Found, out: Path) -> str:
+    """Write ``blocks.csv``, ``training.csv``, ``study.json`` and ``underflow.png`` into ``out``.
 
-    ``replicas``, M, is how many data-parallel replicas there seem to be: as in the paper the loss is divided by M in
-    each (its gradients come out M times smaller) and their gradients are summed, as if all had the same batch.
-
-    ``growth`` above 1 strains the start: the untrained prior's stream grows by that factor from resblock to resblock,
-    and so gradients fall about as much.
+    Returns:
+        A table of what was found.
     """
-
-    layers: int = 48
-    heads: int = 2
-    d_head: int = 16
-    grid: int = 8
-    text_length: int = 16
-    text_vocab: int = 64
-    image_vocab: int = 64
-    batch_size: int = 8
-    replicas: int = 1024
-    updates: int = 300
-    learning_rate: float = 1e-3
-    warmup: int = 50
-    seed: int = 0
-    growth: float = 1.0
-
-    def prior(self, variant: str = "fp32") -> Prior:
-        """The untrained prior in the types of ``variant``."""
-        model = PriorModel.of_heads(
-            layers=self.layers, heads=self.heads, d_head=self.d_head, grid=self.grid, conv_kernel=3
-        )
-        prior = Prior(model, self.text_length, self.text_vocab, self.image_vocab, seed=self.seed)
-        if variant == ALL_HALF:
-            prior.half()
-            for head in (prior.text_head, prior.image_head):
-                head.float()
-            return prior
-        return prior if variant == "fp32" else prior.cast_resblocks(torch.float16)
+    lines = found.training
+    write_json(out / "study.json", asdict(study))
+    write_atomically(out / "blocks.csv", _csv(found.blocks))
+    training = [{"update": i + 1, "variant": name, **line} for name in VARIANTS for i, line in enumerate(lines[name])]
+    write_atomically(out / "training.csv", _csv(training))
+    losses = {name: [line["loss"] for line in values] for name, values in lines.items()}
+    write_atomically(out / "underflow.png", _figure(losses, found.blocks))
+    return _table(lines, found.blocks)
 
 
-@torch.no_grad()
-def stretch(prior: Prior, growth: float, tokens: Tokens) -> None:
-    """Scale embeddings and each resblock's output so that on ``tokens`` the stream's root mean square grows
-    ``growth``-fold from resblock to resblock and ends at STRETCHED_END, which float16 still holds.
-    """
-    text, length, image = tokens
-
-    def embedded() -> Tensor:
-        return torch.cat([prior.embed_text(prior.with_padding(text, length)), prior.embed_image(image)], dim=1)
-
-    def size(x: Tensor) -> float:
-        return float(x.square().mean().sqrt())
-
-    factor = STRETCHED_END / growth ** len(prior.resblocks) / size(embedded())
-    for embedding in prior.parameters(recurse=False):
-        embedding.mul_(factor)
-    x = embedded()
-    for block in _blocks(prior):
-        block.get_parameter("out.weight").mul_(math.sqrt(growth**2 - 1) * size(x) / size(block.branch(x)))
-        x = block(x)
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
-def synthetic_tokens(study: Study, step: int) -> Tokens:
-    """The batch of an update. Captions are random; each image's first token is its caption's first, and the others
-    follow a fixed permutation of the codebook nine times in ten: learning it brings an image token of 64 from 4.16 to
-    0.73 nats.
-    """
-    permutation = numpy_generator(study.seed, "underflow", "permutation").permutation(study.image_vocab)
-    rng = numpy_generator(study.seed, "underflow", "batch", step)
-    text = rng.integers(study.text_vocab, size=(study.batch_size, study.text_length))
-    image = rng.integers(study.image_vocab, size=(study.batch_size, study.grid**2))
-    follows = rng.random(image.shape) < 0.9
-    image[:, 0] = text[:, 0] % study.image_vocab
-    for i in range(1, image.shape[1]):
-        image[:, i] = np.where(follows[:, i], permutation[image[:, i - 1]], image[:, i])
-    return torch.from_numpy(text), torch.full((len(text),), study.text_length), torch.from_numpy(image)
-
-
-def stored_tokens(reader: TokenReader, study: Study) -> Callable[[int], Tokens]:
-    """Batches of a token store, of random rows with their captions undropped."""
-    rows = reader.usable()
-
-    def batch(step: int) -> Tokens:
-        chosen = numpy_generator(study.seed, "underflow", "rows", step).choice(rows, study.batch_size)
-        tokens = read_tokens(reader, np.sort(chosen), None)
-        return tokens.text, tokens.length, tokens.image
-
-    return batch
-
-
-class Found(NamedTuple):
-    """What a study found."""
-
-    training: dict[str, list[Line]]
-    """Of each variant and update the loss before it, the gradients' norm and the share of parameters skipped."""
-    blocks: list[dict[str, Any]]
-    """The rows of ``probe`` with ``weights``, "start" or "end"."""
-
-
-def run_study(study: Study, batch: Callable[[int], Tokens]) -> Found:
-    """Train and probe all variants."""
-    log(f"underflow-study: {2 * study.layers} resblocks, d_model {study.heads * study.d_head}")
-    start = study.prior()
-    if study.growth > 1:
-        stretch(start, study.growth, batch(0))
-    initial = start.state_dict()
-    runs = {name: _train(study, name, initial, batch) for name in VARIANTS}
-    held_back = batch(study.updates)
-    rows = []
-    for moment, weights in (("start", initial), ("end", runs["fp32"][1])):
-        rows += [{"weights": moment, **row} for row in probe(study, weights, held_back)]
-    return Found({name: lines for name, (lines, _) in runs.items()}, rows)
-
-
-def _train(
-    study: Study, name: str, initial: Mapping[str, Tensor], batch: Callable[[int], Tokens]
-) -> tuple[list[Line], dict[str, Tensor]]:
-    """For each update the loss before it, the gradients' norm and the share of parameters skipped; and the weights at
-    the end.
-    """
-    prior = study.prior(name)
-    prior.load_state_dict(initial)
-    scaling = _scaling(prior, name, study.replicas)
-    decayed = prior.decayed_parameters()
-    rest = [p for n, p in prior.named_parameters() if n not in decayed]
-    adam = PriorSettings().adam
-    optimizer = Adam16(
-        [
-            {"params": list(decayed.values()), "weight_decay": adam.weight_decay, "packed": name != "fp32"},
-            {"params": rest},
-        ],
-        betas=(adam.beta1, adam.beta2),
-        eps=adam.eps,
-        seed=study.seed,
-    )
-    lines = []
-    with progress(name, study.updates, "updates") as bar:
-        for step in range(study.updates):
-            for group in optimizer.param_groups:
-                group["lr"] = study.learning_rate * min(1.0, (step + 1) / study.warmup)
-            loss = _backward(prior, batch(step), scaling)
-            squares = scaling.squares(scaling.held(prior.parameters())) * study.replicas**2
-            verdict = scaling.judge(squares, adam.clip_norm)
-            summed = [factor and factor * study.replicas for factor in verdict.factors]
-            skipped = scaling.apply(optimizer, replace(verdict, factors=summed))
-            lines.append({"loss": loss, "grad_norm": verdict.norm, "skipped": skipped})
-            bar.advance(1, f"loss {loss:.4f}")
-    return lines, {key: value.float() for key, value in prior.state_dict().items()}
-
-
-def probe(study: Study, weights: Mapping[str, Tensor], tokens: Tokens) -> list[dict[str, Any]]:
-    """Each resblock's gradients under each variant at the same ``weights``: a row for a resblock and a variant.
-
-    A row holds log2 of the resblock's scale; quantiles of log2 of the nonzero entering gradients of one replica,
-    unscaled; the shares of those that the cast to float16 makes zero (``lost``) and subnormal; the share of zeros among
-    the gradients of the resblock's matrices, and their error: the norm of their difference from float32's, relative to
-    the norm of those.
-    """
-    # All at weights that float16 holds, so that what differs is the arithmetic alone.
-    rounded = {name: value.half() for name, value in weights.items()}
-    rows: list[dict[str, Any]] = []
-    exact: list[Observed] = []
-    for name in VARIANTS:
-        prior = study.prior(name)
-        prior.load_state_dict(rounded)
-        scaling = _scaling(prior, name, study.replicas)
-        _settle(prior, scaling, tokens)
-        observed = _observe(prior, tokens, scaling)
-        exact = exact or observed
-        for i, (found, wanted) in enumerate(zip(observed, exact, strict=True)):
-            entering = found.entering[wanted.entering != 0]
-            kept = (entering * found.scale).to(torch.float32 if name == "fp32" else torch.float16).abs()
-            exponents = found.entering[found.entering != 0].abs().log2()
-            quantiles = torch.tensor([0.05, 0.5, 0.95])
-            low, middle, high = exponents.quantile(quantiles).tolist() if len(exponents) else [math.nan] * 3
-            rows.append(
-                {
-                    "resblock": i,
-                    "variant": name,
-                    "log2_scale": math.log2(found.scale),
-                    "entering_log2_p05": low,
-                    "entering_log2_p50": middle,
-                    "entering_log2_p95": high,
-                    "lost": _share(kept == 0),
-                    "subnormal": _share((kept > 0) & (kept < torch.finfo(kept.dtype).smallest_normal)),
-                    "matrix_zeros": _share(found.matrices == 0),
-                    "matrix_error": float((found.matrices - wanted.matrices).norm() / wanted.matrices.norm()),
-                }
+def _table(lines: Mapping[str, Sequence[Line]], rows: Sequence[Mapping[str, Any]]) -> str:
+    def text() -> Iterator[str]:
+        losses = {name: np.array([line["loss"] for line in lines[name]]) for name in VARIANTS}
+        tenth = -(-len(losses["fp32"]) // 10)
+        yield f"{'training':<20}{'loss at first':>16}{'last tenth':>12}{'mean gap to fp32':>18}{'updates skipped':>17}"
+        for name, values in losses.items():
+            gap = np.abs(values - losses["fp32"]).mean()
+            skipped = sum(line["skipped"] > 0 for line in lines[name])
+            yield f"{name:<20}{values[0]:>16.4f}{values[-tenth:].mean():>12.4f}{gap:>18.4f}{skipped:>17}"
+        for moment in ("start", "end"):
+            yield ""
+            yield (
+                f"weights at the {moment:<5}{'log2 of scales':>16}{'entering lost':>22}{'subnormal':>11}"
+                f"{'matrices: zeros':>17}{'error':>9}{'worst':>9}"
             )
-    return rows
+            for name in VARIANTS:
+                own = [row for row in rows if row["weights"] == moment and row["variant"] == name]
+                mean = {key: np.mean([row[key] for row in own]) for key in own[0] if key not in ("weights", "variant")}
+                scales = [row["log2_scale"] for row in own]
+                worst = max(row["matrix_error"] for row in own)
+                yield (
+                    f"{name:<20}{f'{min(scales):g} to {max(scales):g}':>16}{mean['lost']:>22.2%}"
+                    f"{mean['subnormal']:>11.2%}{mean['matrix_zeros']:>17.2%}{mean['matrix_error']:>9.2%}{worst:>9.2%}"
+                )
+            exact = [row for row in rows if row["weights"] == moment and row["variant"] == "fp32"]
+            middles = [row["entering_log2_p50"] for row in exact]
+            yield f"median entering gradient 2^{min(middles):.1f} to 2^{max(middles):.1f} over the resblocks"
+
+    return "\n".join(text())
 
 
-@dataclass
-class _Whole:
-    """A prior as one block: all its gradients are under a scale, since its loss is multiplied by it."""
+def _figure(losses: Mapping[str, Sequence[float]], rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """PNG: loss curves, and at the trained weights the entering gradients, what is lost of them, and the errors."""
+    end = [row for row in rows if row["weights"] == "end"]
 
-    prior: Prior
-    gradient_scale: float | None = None
+    def of(name: str, key: str) -> list[float]:
+        return [row[key] for row in end if row["variant"] == name]
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        return self.prior.parameters()
-
-
-def _scaling(prior: Prior, name: str, replicas: int) -> GradientScaling:
-    if name == ALL_HALF:
-        return GradientScaling([_Whole(prior)], GradientScales(1, replicas, window=1), skip="update")
-    blocks = _blocks(prior)
-    if name == "one scale":
-        return GradientScaling(blocks, GradientScales(1, replicas, window=1), skip="update")
-    if name == "scale per resblock":
-        return GradientScaling(blocks, GradientScales(len(blocks), replicas))
-    return GradientScaling([], GradientScales(0, replicas))
-
-
-def _settle(prior: Prior, scaling: GradientScaling, tokens: Tokens) -> None:
-    """Lower each scale from its largest value until nothing overflows."""
-    scales = scaling.scales
-    scales.exponents = [HIGHEST] * len(scales)
-    while True:
-        scaling.hand_out()
-        _backward(prior, tokens, scaling)
-        finite = scaling.squares(scaling.held(prior.parameters())).isfinite().tolist()
-        lowered = [i for i in range(len(scales)) if not finite[i] and scales.exponents[i] > LOWEST]
-        if not lowered:
-            return
-        for i in lowered:
-            scales.exponents[i] -= OCTAVE
+    with plt.rc_context({"font.size": 8, "axes.grid": True, "grid.color": "#eceef2", "legend.frameon": False}):
+        drawn, ((training, exponents), (lost, errors)) = plt.subplots(
+            2, 2, figsize=(9, 6.4), dpi=160, constrained_layout=True
+        )
+        for name, colour in COLOURS.items():
+            # The last one is dashed: where curves are the same, the one below it shows.
+            look = {"color": colour, "linestyle": "--" if name == "scale per resblock" else "-", "linewidth": 1.2}
+            training.plot(range(1, len(losses[name]) + 1), losses[name], label=name, **look)
+            if name != "fp32":
+                lost.plot(of(name, "lost"), label=name, **look)
+                errors.plot(of(name, "matrix_error"), label=name, **look)
+                exponents.plot(of(name, "log2_scale"), label=f"log2 of scale: {name}", **look)
+        blocks = range(len(of("fp32", "lost")))
+        exponents.fill_between(blocks, of("fp32", "entering_log2_p05"), of("fp32", "entering_log2_p95"),
+                               color=GREY, alpha=0.25, linewidth=0, label="5% to 95% of gradients")  # fmt: skip
+        exponents.plot(of("fp32", "entering_log2_p50"), color=GREY, label="their median")
+        for level, what in ((-14, "least normal"), (-24, "least subnormal")):
+            exponents.axhline(level, color="black", linewidth=0.7, linestyle=":")
+            exponents.annotate(f"float16's {what}", (0, level), fontsize=7, xytext=(0, 2), textcoords="offset points")
+        training.set(title="training", xlabel="updates", ylabel="loss, nats")
+        exponents.set(title="entering gradients (log2) and scales", xlabel="resblock")
+        lost.set(title="share of entering gradients that become zero", xlabel="resblock", ylim=(-0.02, 1.02))
+        errors.set(title="error of the matrices' gradients", xlabel="resblock", yscale="log")
+        for axes in (training, exponents, lost, errors):
+            axes.legend(fontsize=6.5)
+        return figure_png(drawn)
 
 
-class Observed(NamedTuple):
-    """Gradients of a resblock, flat, in float32 and without scales, as one of the replicas finds them."""
-
-    entering: Tensor
-    matrices: Tensor
-    scale: float
-
-
-def _observe(prior: Prior, tokens: Tokens, scaling: GradientScaling) -> list[Observed]:
-    entering: dict[Resblock, Tensor] = {}
-
-    def watch(block: Resblock, _: Any, output: Tensor) -> None:
-        output.register_hook(lambda gradient: entering.update({block: gradient.flatten().float()}))
-
-    hooks = [block.register_forward_hook(watch) for block in _blocks(prior)]
-    _backward(prior, tokens, scaling)
-    for hook in hooks:
-        hook.remove()
-    loss_scale, observed = _loss_scale(scaling), []
-    for block in _blocks(prior):
-        scale = block.gradient_scale or loss_scale
-        matrices = [p.grad.flatten().float() for p in block.parameters() if p.dim() == 2 and p.grad is not None]
-        observed.append(Observed(entering[block] / loss_scale, torch.cat(matrices) / scale, scale))
-    return observed
-
-
-def _blocks(prior: Prior) -> list[Resblock]:
-    return cast(list[Resblock], list(prior.resblocks))
-
-
-def _loss_scale(scaling: GradientScaling) -> float:
-    whole = [block.gradient_scale or 1.0 for block in scaling.blocks if isinstance(block, _Whole)]
-    return whole[0] if whole else 1.0
-
-
-def _backward(prior: Prior, tokens: Tokens, scaling: GradientScaling) -> float:
-    """Leave the gradients that one of the replicas finds with the parameters; returns the loss."""
-    prior.zero_grad()
-    found, weight = prior.loss(*tokens), PriorObjective().text_weight
-    loss = weight * found.text + (1 - weight) * found.image
-    (loss * (_loss_scale(scaling) / scaling.scales.replicas)).backward()  # type: ignore[no-untyped-call]
-    return float(loss.detach())
+def main() -> None:
+    """Parse the command line, run the study and print its table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/underflow"), help="[runs/underflow]")
+    parser.add_argument("--tokens", type=Path, help="a token store, whose sizes replace those below [synthetic tokens]")
+    parser.add_argument("--threads", type=int, help="CPU threads [all]")
+    for field in fields(Study):
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=type(field.default),
+            default=field.default,
+            help=f"[{field.default}]",
+        )
+    given = vars(parser.parse_args())
+    out, tokens, threads = (given.pop(name) for name in ("out", "tokens", "threads"))
+    if threads:
+        torch.set_num_threads(threads)
+    study = Study(**given)
+    try:
+        if tokens is None:
+            batch = partial(synthetic_tokens, study)
+        else:
+            reader = TokenReader(tokens)
+            reader.require_complete()
+            text, image = reader.part("text")["identity"], reader.part("image")["identity"]
+            study = replace(
+                study,
+                grid=image["grid"],
+                image_vocab=image["codebook_size"],
+                text_length=text["text_length"],
+                text_vocab=text["vocab_size"],
+            )
+            batch = stored_tokens(reader, study)
+        print(write_study(study, run_study(study, batch), out))
+    except UserError as error:
+        parser.exit(2, f"underflow: {error}\n")
 
 
-def _share(which: Tensor) -> float:
-    return float(which.float().mean()) if which.numel() else 0.0
+if __name__ == "__main__":
+    main()

@@ -160,7 +160,7 @@ def test_the_study_prints_a_share_for_each_kind_of_top(tmp_path: Path) -> None:
     settings_ = smallest_recipe(tmp_path / "run", tmp_path / "run" / "shapes" / "train")
     settings_["data"] |= {"crop": False, "flip": False}
     recipe = write_recipe(tmp_path, settings_)
-    script = Path(__file__).parents[2] / "scripts" / "panels-study"
+    script = Path(__file__).parents[2] / "scripts" / "studies" / "panels.py"
     command = [sys.executable, script, "--recipe", recipe, "--pictures", "40", "--tops", "5"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=ENVIRONMENT)
     again = subprocess.run(command, capture_output=True, text=True, check=True, env=ENVIRONMENT)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Speed of `dalle tokenize-text` against bare `encode_batch` of the tokenizers library on the same captions.
 
-    .venv/bin/python scripts/bench-tokenize --captions 200000 --rounds 5 --json
+    .venv/bin/python scripts/bench/tokenize.py --captions 200000 --rounds 5 --json
 
 Each round runs both by turns, and tokenize-text with BPE dropout besides; the figures are medians. A ratio of 1 is the
 library's speed: of wall time (which also shows what runs beside it on the machine) and of CPU time.
@@ -62,12 +62,14 @@ class Captions:
 
 
 def measure(work: Callable[[], object]) -> dict[str, float]:
+    """Time ``work`` once, in seconds of wall clock and of CPU."""
     wall, cpu = time.perf_counter(), time.process_time()
     work()
     return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
 
 
 def main() -> None:
+    """Parse the command line, measure and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--captions", type=int, default=200_000)
     parser.add_argument("--rounds", type=int, default=5)

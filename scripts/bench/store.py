@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""How fast a token store opens and feeds batches, against a plain memory map of the same rows.
+"""Compare how fast a token store opens and feeds batches with a plain memory map of the same rows.
 
-    scripts/bench-store --rows 1000000 --rounds 5 --json
+    scripts/bench/store.py --rows 1000000 --rounds 5 --json
 
 Makes a store of the paper's sizes (256 text and 32 x 32 image tokens a row) and two .npy files of the same values, and
 reads by turns, in one process:
@@ -82,6 +82,7 @@ def measure(work: Callable[[], None]) -> tuple[float, float]:
 
 
 def main() -> None:
+    """Parse the command line, measure and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--batch", type=int, default=512)
@@ -104,6 +105,7 @@ def main() -> None:
 
 
 def bench(store: Path, plain: dict[str, np.ndarray], given: argparse.Namespace) -> dict[str, float]:
+    """Measure opening, reading of usable rows and batches, by turns with the memory map."""
     openings = [measure(lambda: len(TokenReader(store))) for _ in range(OPENINGS)]
     usable = [measure(lambda: TokenReader(store).usable()) for _ in range(3)]
     rows = TokenReader(store).usable()

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""How a small dVAE learns by each of the two estimators: Gumbel-softmax, and REINFORCE with a leave-one-out baseline.
+"""Compare the two gradient estimators of a small dVAE: Gumbel-softmax, and REINFORCE with a leave-one-out baseline.
 
-    .venv/bin/python scripts/dvae-study                                  # the shapes world, some minutes on one core
-    .venv/bin/python scripts/dvae-study --data photos --updates 20000    # your pictures, for longer
+    .venv/bin/python scripts/studies/dvae.py                  # the shapes world, some minutes on one core
+    .venv/bin/python scripts/studies/dvae.py --data photos --updates 20000  # your pictures, for longer
 
-Trains the same model from the same initial weights on the same batches once by each, and prints what its validations
-found on pictures that training left out: under the averaged weights, ELBO (beta = 1) in nats a value, the others of the
-likeliest codes. Killed, it goes on where it stopped.
+Trains the same model from the same initial weights on the same batches with each estimator and prints its validations
+on held-out pictures under the EMA weights: the ELBO (beta = 1) in nats a value, and the other figures for the
+likeliest codes. A killed study resumes when it is run again.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dalle_cli.shapes.world import make_shapes
+from dalle_cli.config.schema import Recipe
 from dalle_cli.data.open_source import open_source
 from dalle_cli.dvae.train import train_dvae
-from dalle_cli.config.schema import Recipe
+from dalle_cli.shapes.world import make_shapes
 
 ESTIMATORS = ("gumbel", "reinforce")
 COLUMNS = {"elbo": "ELBO", "psnr": "PSNR", "ssim": "SSIM", "mse": "MSE", "codebook_perplexity": "perplexity",
@@ -44,7 +44,7 @@ def study_recipe(estimator: str, source: str, options: argparse.Namespace) -> Re
     }  # fmt: skip
     return Recipe.model_validate(
         {
-            "name": f"dvae-study-{estimator}",
+            "name": f"dvae-{estimator}",
             "image_size": 32,
             "threads": 1,
             "data": {"train": source, "holdout": 0.1, "crop": False, "flip": False},
@@ -67,12 +67,13 @@ def validations(run: Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    """Parse the command line, run the study and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", metavar="SOURCE", help="pictures; the shapes world by default")
     parser.add_argument("--updates", type=int, default=4000, help="of each run [4000]")
     parser.add_argument("--rows", type=int, default=8, help="validations of each run [8]")
     parser.add_argument("--marginal-kl-weight", type=float, default=50.0, help="keeps codes in use; paper: 0 [50]")
-    parser.add_argument("--out", type=Path, default=Path("runs/dvae-study"), help="[runs/dvae-study]")
+    parser.add_argument("--out", type=Path, default=Path("runs/dvae"), help="[runs/dvae-study]")
     parser.add_argument("--json", action="store_true", help="print the validations as JSON")
     options = parser.parse_args()
     if options.data is None and not (options.out / "shapes").exists():

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""How close `dalle encode-images` comes to the speed of its model.
+"""Compare the speed of `dalle encode-images` with that of its bare encoder.
 
 Measures, by turns and in one process, the encoder on batches that lie in memory, and the whole pipeline (reading,
 decoding, cutting, encoding, writing the token store), and prints their medians and ratio. Run it in the environment
 that scripts/venv makes:
 
-    .venv/bin/python scripts/bench-encode recipes/quickstart.yaml --data runs/quickstart/shapes/train
-    .venv/bin/python scripts/bench-encode --dvae runs/quickstart/dvae --data photos --json
+    .venv/bin/python scripts/bench/encode.py recipes/quickstart.yaml --data runs/quickstart/shapes/train
+    .venv/bin/python scripts/bench/encode.py --dvae runs/quickstart/dvae --data photos --json
 
 A recipe stands for its dVAE with initial weights, which are as fast as trained ones. The source is begun again where
 it is too short for --seconds.
@@ -81,6 +81,7 @@ def measure(work: Callable[[], None]) -> dict[str, float]:
 
 
 def main() -> None:
+    """Parse the command line, measure and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="?", type=Path)
     parser.add_argument("--dvae", type=Path, help="a dVAE checkpoint or its run, instead of a recipe")
@@ -105,7 +106,7 @@ def main() -> None:
             parser.error("the recipe names no pictures: give --data")
         source = open_source(spec)
     except UserError as error:
-        parser.exit(2, f"bench-encode: {error}\n")
+        parser.exit(2, f"encode: {error}\n")
 
     limit_threads(recipe)
     device = choose_device()

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench_prior.model import ModelSizes, build_prior
-from bench_prior.naive import make_naive, naive_loss
-from bench_prior.timing import SIDE, Contender, libraries, race, square_product
 from dalle_cli.prior.model import Prior
+from prior_parts.model import ModelSizes, build_prior
+from prior_parts.naive import make_naive, naive_loss
+from prior_parts.timing import SIDE, Contender, libraries, race, square_product
 
 Log = Callable[[str], None]
 GOALS = {1: 2.6, 4: 3.0}
@@ -43,8 +43,10 @@ def measure(sizes: Sizes, peer: Any | None, device: str, log: Log) -> dict[str, 
         contenders, flops, peaks = _contenders(sizes, batch, peer, device, names)
         taken = race(contenders, sizes.rounds, device)
         rates = {name: 2 * SIDE**3 / taken[name] for name in peaks}
-        for name in rates:
-            rows.append({"batch": batch, "name": name, "ms": taken[name] * 1e3, "gflops": rates[name] / 1e9})
+        rows += [
+            {"batch": batch, "name": name, "ms": taken[name] * 1e3, "gflops": rate / 1e9}
+            for name, rate in rates.items()
+        ]
         for name in flops:
             rate = flops[name] / taken[name]
             row = {

@@ -1,4 +1,4 @@
-"""What a result was measured on."""
+"""The description of the machine that a result was measured on."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import torch
 
 
 def describe_machine(device: str) -> dict[str, str | int]:
-    """Processor, versions, date and command of this run."""
+    """Return the processor, versions, date and command of this run."""
     found: dict[str, str | int] = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": shlex.join(["scripts/bench-prior", *sys.argv[1:]]),
+        "command": shlex.join(["scripts/bench/prior", *sys.argv[1:]]),
         "processor": f"{_processor()}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),

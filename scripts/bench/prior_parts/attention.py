@@ -1,4 +1,4 @@
-"""Each attention pattern, forward and backward, against dense attention with a mask and without."""
+"""Time each attention pattern, forward and backward, against dense attention with and without a mask."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from bench_prior.flex import flex
-from bench_prior.naive import mask_of
-from bench_prior.timing import Contender, libraries, race
 from dalle_cli.config.layout import AttentionKind
 from dalle_cli.prior.attention import attend
+from prior_parts.flex import flex
+from prior_parts.naive import mask_of
+from prior_parts.timing import Contender, libraries, race
 
 Log = Callable[[str], None]
 KINDS: tuple[AttentionKind, ...] = ("row", "column", "conv")
 GPU_BATCH, GPU_GOAL = 8, 2.5
-"""On a GPU the goal is over dense causal attention, which is flash attention there, at this batch."""
+"""The goal on a GPU is a speed-up over dense causal attention, which is flash attention there, at GPU_BATCH."""
 GOALS = {
     ("row", "mask"): 4.0,
     ("column", "mask"): 4.0,
@@ -30,6 +30,8 @@ GOALS = {
 
 @dataclass(frozen=True)
 class Sizes:
+    """Sizes of the attention layer, and how often it is timed."""
+
     heads: int = 8
     d_head: int = 64
     grid: int = 32
@@ -40,7 +42,7 @@ class Sizes:
 
 
 def measure(sizes: Sizes, device: str, log: Log) -> dict[str, Any]:
-    """Rows with milliseconds of each contender, and our speed-ups."""
+    """Return rows with the milliseconds of each contender, and our speed-ups."""
     rows: list[dict[str, Any]] = []
     ratios: list[dict[str, Any]] = []
     names = libraries() if device == "cpu" else ("GPU",)

@@ -9,7 +9,7 @@ from typing import Any
 from unittest.mock import MagicMock
 
 UNUSED = ("omegaconf", "pkg_resources", "requests", "taming", "taming.models", "taming.models.vqgan")
-"""What the package imports for its other dVAEs; stand-ins are enough for the transformer."""
+"""Packages that the peer imports for its other dVAEs; stand-ins are enough for the transformer."""
 
 
 def load_peer() -> Any | None:

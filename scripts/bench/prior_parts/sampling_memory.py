@@ -1,7 +1,7 @@
-"""Peak memory of sampling, each case in a process of its own: with our caches, and as one writes it first, with the
-whole stream computed anew by masked dense attention.
+"""Measure the peak memory of sampling, each case in a process of its own.
 
-The last tokens of an image are drawn behind a prefix of all others: then the caches are as full as they get.
+Sampling with our caches is compared with the naive way, which recomputes the whole stream by masked dense attention.
+The last tokens of an image are drawn after a prefix of all others, so that the caches are full.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from bench_prior import memory
-from bench_prior.model import build_prior
-from bench_prior.naive import make_naive
-from bench_prior.sampling import ANEW_BATCH, Log, Sizes
 from dalle_cli.config.schema import SamplingSettings
 from dalle_cli.prior.cpu_kernels import Precision
 from dalle_cli.prior.decode import Decoder
 from dalle_cli.sampling.draw import draw_tokens, sample_images
+from prior_parts import memory
+from prior_parts.model import build_prior
+from prior_parts.naive import make_naive
+from prior_parts.sampling import ANEW_BATCH, Log, Sizes
 
 ANEW = "mask, whole stream anew"
 LAST = 3

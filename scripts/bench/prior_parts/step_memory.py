@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from bench_prior import memory
-from bench_prior.naive import make_naive, naive_loss
-from bench_prior.peer import load_peer
-from bench_prior.step import PEER, Sizes, build_ours, build_peer, draw_batch, ours, step_of
 from dalle_cli.distributed.device import fast_matmul
+from prior_parts import memory
+from prior_parts.naive import make_naive, naive_loss
+from prior_parts.peer import load_peer
+from prior_parts.step import PEER, Sizes, build_ours, build_peer, draw_batch, ours, step_of
 
 Log = Callable[[str], None]
 CASES = ("dalle", "dalle, resblocks recomputed", "mask and whole logits", PEER)

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-
-from bench_prior import sampling_memory
-from bench_prior.model import build_prior
-from bench_prior.sampling import AS_CALLED, CACHED, Sizes, _ratios, _widened, mean_over_image, measure, our_turn, texts
+from prior_parts import sampling_memory
+from prior_parts.model import build_prior
+from prior_parts.sampling import AS_CALLED, CACHED, Sizes, _ratios, _widened, mean_over_image, measure, our_turn, texts
 
 from dalle_cli.config.schema import SamplingSettings
 from dalle_cli.prior.decode import Decoder

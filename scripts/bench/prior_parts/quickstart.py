@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench_prior.timing import SIDE, square_product
 from dalle_cli.config.load import load_recipe
 from dalle_cli.config.schema import Recipe
 from dalle_cli.distributed.device import fast_matmul
@@ -22,9 +21,10 @@ from dalle_cli.prior.train import PriorTask
 from dalle_cli.stores.tokens import ROWS_PER_SHARD, PartWriter, TokenReader
 from dalle_cli.training.loop import Run
 from dalle_cli.training.state import TrainingState
+from prior_parts.timing import SIDE, square_product
 
 Log = Callable[[str], None]
-RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
+RECIPE = Path(__file__).parents[3] / "recipes" / "quickstart.yaml"
 ROWS, UPDATES, PRODUCT_EVERY = 20_000, 200, 10
 WAIT_GOAL = 0.01
 

@@ -1,21 +1,17 @@
-"""What scripts/bench-prior compares is the same computation, and its table holds what was measured."""
+"""What scripts/bench/prior compares is the same computation, and its table holds what was measured."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-
-from bench_prior import attention, recipe, step
-from bench_prior.flex import flex
-from bench_prior.naive import make_naive, naive_loss
-from bench_prior.report import render
-from bench_prior.timing import Contender, libraries, race
 from helpers.running import smallest_recipe
+from prior_parts import attention, recipe, step
+from prior_parts.flex import flex
+from prior_parts.naive import make_naive, naive_loss
+from prior_parts.report import render
+from prior_parts.timing import Contender, libraries, race
 
 from dalle_cli.config.layout import AttentionKind
 from dalle_cli.config.schema import PriorModel, Recipe
@@ -98,5 +94,5 @@ def test_what_sampling_reads() -> None:
 
 def test_a_race_gives_medians_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0, 9, 0, 9, 0, 1, 0, 5, 0, 3])  # two that warm up, then 1, 5 and 3
-    monkeypatch.setattr("bench_prior.timing.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("prior_parts.timing.time.perf_counter", lambda: next(clock))
     assert race({"one": Contender(lambda: None, fast=False)}, 3) == {"one": 3}

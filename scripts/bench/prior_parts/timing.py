@@ -13,7 +13,7 @@ import torch
 from dalle_cli.distributed.device import fast_matmul
 
 SIDE = 2048
-"""Of the square product that stands for the machine's peak."""
+"""Side of the square matrix product that stands for the machine's peak."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Runs the parts and writes what they found; see scripts/bench-prior."""
+"""Run the parts and write their results; see scripts/bench/prior."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from bench_prior import attention, quickstart, recipe, sampling, sampling_memory, step, step_memory
-from bench_prior.machine import describe_machine
-from bench_prior.peer import load_peer
-from bench_prior.quickstart import UPDATES
-from bench_prior.report import render
 from dalle_cli.config.load import load_recipe
 from dalle_cli.distributed.device import keep_freed_memory
+from prior_parts import attention, quickstart, recipe, sampling, sampling_memory, step, step_memory
+from prior_parts.machine import describe_machine
+from prior_parts.peer import load_peer
+from prior_parts.quickstart import UPDATES
+from prior_parts.report import render
 
 ON_CPU_ONLY = ("step-memory", "quickstart", "sampling", "sampling-memory")
 ON_GPU = ("recipe",)
@@ -26,13 +26,14 @@ ON_GPU = ("recipe",)
 
 
 def log(line: str) -> None:
+    """Print a line of progress on stderr."""
     print(line, file=sys.stderr, flush=True)
 
 
 def parts(
     device: str, with_peer: bool, quick: bool, path: Path, changes: list[str]
 ) -> dict[str, Callable[[], dict[str, Any]]]:
-    """What can be measured, by name; ``path`` and ``changes`` are of the part ``recipe``."""
+    """Return the parts that can be run, by name; ``path`` and ``changes`` name the recipe of the part ``recipe``."""
     peer = load_peer() if with_peer else None
     attention_sizes, step_sizes, sampling_sizes, updates = attention.Sizes(), step.Sizes(), sampling.Sizes(), UPDATES
     if device == "cuda":
@@ -54,7 +55,8 @@ def parts(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="scripts/bench-prior", description=__doc__)
+    """Parse the command line, measure and print the results."""
+    parser = argparse.ArgumentParser(prog="scripts/bench/prior", description=__doc__)
     parser.add_argument(
         "parts", nargs="*", help="attention, step, step-memory, quickstart, sampling, sampling-memory, recipe"
     )

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench_prior.model import ModelSizes, build_prior
 from dalle_cli.config.schema import SamplingSettings
 from dalle_cli.prior.cpu_kernels import Precision
 from dalle_cli.prior.decode import Decoder
 from dalle_cli.sampling.draw import draw_tokens, filter_logits, sample_images
+from prior_parts.model import ModelSizes, build_prior
 
 Turn = Callable[[], object]
 Log = Callable[[str], None]
@@ -57,13 +57,13 @@ class Sizes(ModelSizes):
 
 @dataclass
 class Contender:
-    """What is timed: ``begin`` readies a turn at an image position, and ``turns`` of it make one measurement."""
+    """A timed way to sample: ``begin`` readies a turn at an image position, and ``turns`` calls make one measurement."""
 
     name: str
     turns: int
     begin: Callable[[int], Turn]
     read: Callable[[], object] | None = None
-    """What comes before an image's first turn, where it is counted."""
+    """Work before an image's first turn, where it is counted."""
     whole: Callable[[], object] | None = None
     """Draws a batch of whole images."""
     steps: dict[int, float] = field(default_factory=dict)
@@ -93,6 +93,7 @@ def measure(sizes: Sizes, peer: Any | None, log: Log) -> dict[str, Any]:
 
 
 def describe(row: dict[str, Any]) -> str:
+    """Return a row of results as a line of text."""
     return (
         f"sampling  batch {row['batch']:>2}  {row['name']:<42} {row['tokens_per_second']:>9.1f} tokens/s "
         f"{row['images_per_second']:>9.4f} images/s"
@@ -159,11 +160,10 @@ def texts(decoder: Decoder, captions: int) -> Tensor:
 
 
 def our_turn(decoder: Decoder, text_ids: Tensor, place: int, uniforms: Tensor) -> Callable[[], Tensor]:
-    """One turn of ``sample_images`` at each call, along the row of image tokens that begins at ``place`` and back to
-    its beginning; gives the tokens (C, n) drawn for that position.
+    """Return a function that runs one step of ``sample_images`` at each call and gives the (C, n) tokens it drew.
 
-    Tokens before the row are all 0. From the second time along it the caches hold later positions where they should
-    hold earlier ones, which takes as long.
+    The steps run along the row of image tokens that begins at ``place``, again and again. Tokens before the row are
+    all 0. From the second pass on the caches hold later positions in place of earlier ones, which takes as long.
     """
     captions, n, length = uniforms.shape
     prefix = decoder.prefill(text_ids, text_ids.new_zeros(captions, place))

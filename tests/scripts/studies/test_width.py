@@ -1,4 +1,4 @@
-"""scripts/width-study at sizes of seconds: what it prints is what the runs' journals say, and it goes on."""
+"""scripts/studies/width.py at sizes of seconds: what it prints is what the runs' journals say, and it goes on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from helpers.running import ENVIRONMENT, smallest_recipe, write_recipe
 from helpers.token_stores import write_tokens
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "width-study"
+SCRIPT = Path(__file__).parents[3] / "scripts" / "studies" / "width.py"
 
 
 def test_a_study_prints_what_the_runs_found_and_goes_on(tmp_path: Path) -> None:

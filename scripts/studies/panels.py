@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""How often the prior draws the right bottom below a top that it has never seen: image-to-image, judged by measuring.
+"""Measure how often the prior draws the right bottom half below a top half that it has never seen (image to image).
 
-    .venv/bin/python scripts/panels-study              # makes the pictures, trains and draws: as long as the quickstart
-    .venv/bin/python scripts/panels-study --set prior.training.updates=6000
+    .venv/bin/python scripts/studies/panels.py    # makes the pictures, trains, draws; as long as the quickstart
+    .venv/bin/python scripts/studies/panels.py --set prior.training.updates=6000
 
-Every caption asks for the exact same shape on the bottom, changed in one way; the pictures that are given have an
-empty bottom half, and tops of (colour, shape) pairs that training never had on top (or, for comparison, did). Prints
-the share of samples whose bottom the oracle finds right, for each change, and beside it the share of right pictures
-whose bottom is still read right behind the dVAE, which no prior can exceed. Writes OUT/panels.json and OUT/panels.png.
-Killed, it goes on where it stopped.
+Every caption asks for the exact same shape on the bottom, changed in one way. The given pictures have an empty bottom
+half and a top half with a (colour, shape) pair that training never had on top, or, for comparison, one that it had.
+Prints the share of samples whose bottom the oracle finds right, for each change, beside the share of right pictures
+whose bottom the oracle still finds right after the dVAE, which no prior can exceed. Writes panels.json and panels.png
+into the run's folder. A killed study resumes when it is run again.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ GROUPS = {"unseen tops": "heldout", "seen tops": "seen"}
 
 
 def trained(recipe: Recipe, places: RunFolders, pictures: int, test: int) -> Sampler:
-    """The chain on its pictures, made where it is not there yet."""
+    """Run the stages of the chain that are missing and return a sampler of its prior."""
     make_panels(places.root / "shapes", pictures, test, recipe.seed, recipe.image_size)
     source = open_source(str(places.root / "shapes" / "train"))
     if not (places.tokenizer / "tokenizer.json").is_file():
@@ -58,7 +58,7 @@ def trained(recipe: Recipe, places: RunFolders, pictures: int, test: int) -> Sam
 
 
 def draw(sampler: Sampler, recipe: Recipe, scenes: Sequence[Panels], folder: Path, seed: int) -> list[dict[str, Any]]:
-    """The manifest's lines of the samples below each scene's top."""
+    """Draw the bottom half below each scene's top half and return the manifest lines of the samples."""
     folder.mkdir(parents=True, exist_ok=True)
     tops = [folder / f"top-{number:04d}.png" for number in range(len(scenes))]
     for scene, file in zip(scenes, tops, strict=True):
@@ -69,7 +69,7 @@ def draw(sampler: Sampler, recipe: Recipe, scenes: Sequence[Panels], folder: Pat
 
 
 def after_dvae(checkpoint: Checkpoint, recipe: Recipe, scenes: Sequence[Panels]) -> list[bool]:
-    """Whether each scene's own picture, bottom and all, is still right once the dVAE has encoded and decoded it."""
+    """Return whether each scene's own picture is still right after the dVAE has encoded and decoded it."""
     dvae, eps = load_dvae(checkpoint), recipe.dvae.objective.logit_laplace_eps
     pictures = torch.from_numpy(np.stack([render_panels(scene, recipe.image_size) for scene in scenes]))
     decoded = decode_pictures(dvae, encode_pictures(dvae, pictures, eps), eps).numpy()
@@ -77,11 +77,12 @@ def after_dvae(checkpoint: Checkpoint, recipe: Recipe, scenes: Sequence[Panels])
 
 
 def kind(scene: Panels) -> str:
+    """Return the kind of change that a scene's caption asks for."""
     return "in another colour" if scene.change.startswith("in ") else scene.change
 
 
 def table(scenes: Sequence[Panels], right: np.ndarray, ceiling: Sequence[bool]) -> dict[str, dict[str, float]]:
-    """Shares by kind of change; the error is the standard error over tops, whose samples are not independent."""
+    """Return shares by kind of change; the error is the standard error over tops, as samples of one are dependent."""
     found = {}
     for name in ["all", *dict.fromkeys(kind(scene) for scene in scenes)]:
         chosen = np.array([name in ("all", kind(scene)) for scene in scenes])
@@ -93,6 +94,7 @@ def table(scenes: Sequence[Panels], right: np.ndarray, ceiling: Sequence[bool]) 
 
 
 def main() -> None:
+    """Parse the command line, run the study and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, default=Path("recipes/panels.yaml"), help="[recipes/panels.yaml]")
     parser.add_argument("--pictures", type=int, default=20_000, help="to train on [20000]")
@@ -129,4 +131,4 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        raise SystemExit(f"panels-study: {error}") from None
+        raise SystemExit(f"panels: {error}") from None

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Which learning rate suits priors of several widths, at the same compute for each: the larger, the fewer updates.
+"""Find the peak learning rate that suits priors of several widths at equal compute: wider ones get fewer updates.
 
-    .venv/bin/python scripts/width-study --tokens runs/quickstart/tokens.zarr
-    .venv/bin/python scripts/width-study --tokens runs/quickstart/tokens.zarr --set prior.learning_rate.schedule=plateau
+    .venv/bin/python scripts/studies/width.py --tokens runs/quickstart/tokens.zarr
+    .venv/bin/python scripts/studies/width.py --tokens runs/quickstart/tokens.zarr --petaflops 0.01
 
-Trains the recipe's prior once for each width and peak rate, on a token store such as the quickstart's, and prints what
-the last validation found on samples that training left out, in nats a token: text and image apart, under the averaged
-weights (EMA) beside the raw ones. Writes study.json and study.png into --out. Killed, it goes on where it stopped; a
-run that is done is not done again.
+Trains the recipe's prior once for each width and peak rate, on a token store such as the quickstart's, and prints the
+last validation losses on held-out samples in nats a token, for text and image, under the EMA weights and under the raw
+ones. Writes study.json and study.png into --out. A killed study resumes when it is run again; a finished run is not
+repeated.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 
-from dalle_cli.errors import UserError
-from dalle_cli.views.plots import BLUE, GREEN, ORANGE, STYLE, VIOLET, figure_png
-from dalle_cli.prior.train import sample_work, train_prior
 from dalle_cli.config.load import load_recipe
 from dalle_cli.config.schema import Recipe
+from dalle_cli.errors import UserError
+from dalle_cli.prior.train import sample_work, train_prior
 from dalle_cli.stores.files import write_atomically, write_json
+from dalle_cli.views.plots import BLUE, GREEN, ORANGE, STYLE, VIOLET, figure_png
 
 LOSSES = ("text", "image", "loss")
 VALIDATIONS = 4
@@ -33,15 +33,17 @@ WARMUP_SHARE = 0.03
 
 
 def integers(text: str) -> list[int]:
+    """Parse whole numbers parted by commas."""
     return [int(part) for part in text.split(",")]
 
 
 def floats(text: str) -> list[float]:
+    """Parse numbers parted by commas."""
     return [float(part) for part in text.split(",")]
 
 
 def study_recipe(options: argparse.Namespace, width: int, rate: float) -> Recipe:
-    """The recipe at this width and peak rate, with as many updates as its compute allows."""
+    """Return the recipe at this width and peak rate, with as many updates as its compute allows."""
     d_head = load_recipe(options.recipe, options.set).prior.model.d_head
     if width % d_head:
         raise UserError(f"--widths {width}: is no multiple of the recipe's d_head {d_head}")
@@ -64,16 +66,16 @@ def study_recipe(options: argparse.Namespace, width: int, rate: float) -> Recipe
 
 
 def last_validation(run: Path) -> dict[str, float]:
-    """The last line of validation scalars in a run's metrics.jsonl."""
+    """Return the last line of validation scalars in a run's metrics.jsonl."""
     for text in reversed((run / "metrics.jsonl").read_text().splitlines()):
         line: dict[str, float] = json.loads(text)
         if "val_loss" in line:
             return line
-    raise UserError(f"{run}: training left no samples out to validate on; --set data.holdout=0.02")
+    raise UserError(f"{run}: no samples are held out for validation; --set data.holdout=0.02")
 
 
 def figure(rows: list[dict[str, Any]]) -> bytes:
-    """PNG: losses over the peak rate, a line for each width, dashed under the raw weights."""
+    """Draw losses against the peak rate as a PNG, one line a width, dashed for the raw weights."""
     widths = sorted({row["width"] for row in rows})
     with plt.rc_context({**STYLE, "figure.figsize": (9.6, 3.0)}):
         drawn, panels = plt.subplots(1, len(LOSSES))
@@ -90,6 +92,7 @@ def figure(rows: list[dict[str, Any]]) -> bytes:
 
 
 def main() -> None:
+    """Parse the command line, run the study and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=Path, required=True, help="token store to train on")
     parser.add_argument(
@@ -99,7 +102,7 @@ def main() -> None:
     parser.add_argument("--rates", type=floats, default="1e-3,3e-3,9e-3", help="peak rates [1e-3,3e-3,9e-3]")
     parser.add_argument("--petaflops", type=float, default=0.05, help="compute of each run, 1e15 operations [0.05]")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting; repeatable")
-    parser.add_argument("--out", type=Path, default=Path("runs/width-study"), help="[runs/width-study]")
+    parser.add_argument("--out", type=Path, default=Path("runs/width"), help="[runs/width-study]")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     try:
@@ -111,7 +114,7 @@ def main() -> None:
                 losses = {name: found[f"val_{name}"] for loss in LOSSES for name in (loss, f"raw_{loss}")}
                 rows.append({"width": width, "rate": rate, "updates": recipe.prior.training.updates, **losses})
     except UserError as error:
-        parser.exit(2, f"width-study: {error}\n")
+        parser.exit(2, f"width: {error}\n")
     write_json(options.out / "study.json", {"torch": torch.__version__, "petaflops": options.petaflops, "rows": rows})
     write_atomically(options.out / "study.png", figure(rows))
     print(f"{'width':>6} {'rate':>8} {'updates':>8}" + "".join(f"{f'{x} EMA':>10} {'raw':>8}" for x in LOSSES))

@@ -1,5 +1,6 @@
-"""A recipe's prior as a whole, meant for a GPU: an update's share of the matmul peak, and sampling's of what its reads
-would take at the memory's bandwidth.
+"""Measure a recipe's whole prior, usually on a GPU.
+
+An update is measured as a share of the matmul peak, sampling as a share of the memory bandwidth that its reads need.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench_prior.timing import Contender, race
 from dalle_cli.config.schema import Recipe, SamplingSettings
 from dalle_cli.prior.decode import Decoder
 from dalle_cli.prior.model import Prior, build_prior
@@ -19,6 +19,7 @@ from dalle_cli.prior.train import sample_work, set_precision
 from dalle_cli.sampling.draw import sample_images
 from dalle_cli.training.state import TrainingState
 from dalle_cli.training.throughput import peak_tflops
+from prior_parts.timing import Contender, race
 
 Log = Callable[[str], None]
 MICRO_BATCH, SAMPLES, ROUNDS = 8, 64, 3
@@ -95,7 +96,7 @@ def _sampling(recipe: Recipe, device: str) -> dict[str, Any]:
 
 
 def bytes_read(decoder: Decoder, samples: int) -> int:
-    """What drawing ``samples`` images of one caption has to read: at each step all matrices and the readable cache."""
+    """Return the bytes that drawing ``samples`` images of one caption reads: all matrices and the cache at each step."""
     matrices = cached = 0
     steps = range(decoder.image_length - 1)
     for layer in decoder.layers:

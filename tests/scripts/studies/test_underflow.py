@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 from helpers.token_stores import write_tokens
-from studies.underflow import VARIANTS, Study, probe, stretch, synthetic_tokens
+from underflow_probe import VARIANTS, Study, probe, stretch, synthetic_tokens
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "underflow-study"
+SCRIPT = Path(__file__).parents[3] / "scripts" / "studies" / "underflow.py"
 TINY = Study(layers=3, heads=2, d_head=8, grid=4, text_length=4, text_vocab=16, image_vocab=16, batch_size=2)
 
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""How close `dalle rerank` comes to the speed of its CLIP.
+"""Compare the speed of `dalle rerank` with that of its bare CLIP.
 
 Measures, by turns and in one process, open_clip's image encoder on batches of prepared pictures that lie in memory, and
 reranking whole (reading lines, reading and decoding PNGs, preparing them, measuring, ranking), and prints their medians
 and ratio. Run it in the environment that scripts/venv makes:
 
-    .venv/bin/python scripts/bench-rerank --model ViT-B-32
-    .venv/bin/python scripts/bench-rerank --clip runs/quickstart/clip --manifest runs/quickstart/samples.jsonl --json
+    .venv/bin/python scripts/bench/rerank.py --model ViT-B-32
+    .venv/bin/python scripts/bench/rerank.py --clip runs/quickstart/clip --manifest runs/quickstart/samples.jsonl --json
 
 An open_clip model has random weights, which are as fast as trained ones. Without --manifest, random pictures are
 written as PNG files of --size, which are as slow to decode as any.
@@ -36,8 +36,8 @@ from dalle_cli.clip.load import load_scorer
 from dalle_cli.clip.rerank import BATCH, Line, read_manifest, rerank
 from dalle_cli.clip.scoring import OpenClipScorer, Scorer
 from dalle_cli.data.images import decode_image
-from dalle_cli.errors import UserError
 from dalle_cli.distributed.device import choose_device
+from dalle_cli.errors import UserError
 
 PROMPTS = ("a large red circle", "two green squares", "a small blue star above a large yellow triangle")
 
@@ -97,6 +97,7 @@ def bare_model(scorer: Any, lines: list[Line], batch: int) -> Callable[[], None]
 
 
 def main() -> None:
+    """Parse the command line, measure and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="name of an open_clip model [ViT-B-32]")
     parser.add_argument("--clip", help="a run of train-clip instead")
@@ -122,7 +123,7 @@ def main() -> None:
                 scorer = RandomOpenClip(given.model or "ViT-B-32", device)
             bare = bare_model(scorer, lines, given.batch_size)
         except (OSError, UserError) as error:
-            parser.exit(2, f"bench-rerank: {error}\n")
+            parser.exit(2, f"rerank: {error}\n")
         text = "\n".join(json.dumps(line) for line in lines)
 
         def whole() -> None:
