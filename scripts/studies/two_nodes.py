@@ -184,7 +184,8 @@ def main() -> None:
     try:
         settings = {
             "threads": 1, "prior.sharding.zero": 1, "prior.sharding.node_size": LOCAL_SIZE,
-            "prior.training.log_every": 1, "prior.training.updates": options.updates, "prior.training.batch_size": options.batch_size,
+            "prior.training.log_every": 1, "prior.training.updates": options.updates,
+            "prior.training.batch_size": options.batch_size,
             "prior.training.validate_every": options.updates, "prior.training.save_every": options.updates,
         }  # fmt: skip
         outcomes = []

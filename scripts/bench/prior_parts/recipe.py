@@ -96,7 +96,7 @@ def _sampling(recipe: Recipe, device: str) -> dict[str, Any]:
 
 
 def bytes_read(decoder: Decoder, samples: int) -> int:
-    """Return the bytes that drawing ``samples`` images of one caption reads: all matrices and the cache at each step."""
+    """Return the bytes read to draw ``samples`` images of one caption: all matrices and the cache at each step."""
     matrices = cached = 0
     steps = range(decoder.image_length - 1)
     for layer in decoder.layers:

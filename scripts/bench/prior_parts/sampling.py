@@ -57,7 +57,7 @@ class Sizes(ModelSizes):
 
 @dataclass
 class Contender:
-    """A timed way to sample: ``begin`` readies a turn at an image position, and ``turns`` calls make one measurement."""
+    """A timed way to sample: ``begin`` readies a turn at an image position; ``turns`` calls are measured at once."""
 
     name: str
     turns: int
