@@ -27,7 +27,7 @@ def bench(name: str, *arguments: object) -> dict[str, float]:
 def test_bench_encode(tmp_path: Path, call: Call) -> None:
     assert call("make-shapes", tmp_path / "shapes", "--n", 30, "--test-n", 1, "--size", 32).code == 0
     recipe = write_recipe(tmp_path, smallest_recipe(tmp_path / "run", None))
-    found = bench("encode.py", recipe, "--data", tmp_path / "shapes" / "train", "--rounds", 2, "--seconds", 0.05)
+    found = bench("encode", recipe, "--data", tmp_path / "shapes" / "train", "--rounds", 2, "--seconds", 0.05)
     assert found["pictures"] >= 128
     assert found["image_size"] == 32
     assert found["n_hid"] == 8
@@ -40,10 +40,10 @@ def test_bench_encode(tmp_path: Path, call: Call) -> None:
 
 def test_bench_store(tmp_path: Path) -> None:
     arguments = ("--rows", 9000, "--batch", 100, "--rounds", 1, "--dir", tmp_path / "made")
-    found = bench("store.py", *arguments)
+    found = bench("store", *arguments)
     assert found["rows"] == 9000
     assert found["memmap_bytes"] == 9000 * 2 * (256 + 1024)
     assert found["store_bytes"] < found["memmap_bytes"]
     assert found["epoch_decoded_bytes"] == found["memmap_bytes"]
     assert all(found[f"{kind}_store_rows_per_second"] > 0 for kind in ("epoch", "anywhere", "uncached"))
-    assert bench("store.py", *arguments)["store_bytes"] == found["store_bytes"]  # found again
+    assert bench("store", *arguments)["store_bytes"] == found["store_bytes"]  # found again
