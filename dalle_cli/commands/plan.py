@@ -1,4 +1,4 @@
-"""``dalle plan``."""
+"""``dalle plan``: what training a prior takes on given machines."""
 
 from __future__ import annotations
 
@@ -14,40 +14,45 @@ def command(
     recipe: Annotated[
         Path | None, typer.Argument(metavar="[RECIPE]", help="The recipe, a YAML file.", show_default=False)
     ] = None,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a machine, a process each.")] = 8,
-    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a machine, one process each.")] = 8,
+    nodes: Annotated[int, typer.Option(min=1, help="Number of machines.")] = 1,
     gpu_memory: Annotated[str, typer.Option(metavar="SIZE", help="Memory of a GPU.")] = "16GB",
     interconnect: Annotated[
         str | None,
-        typer.Option(metavar="RATE", help="What a machine's link carries, such as 100Gbit.", show_default=False),
+        typer.Option(
+            metavar="RATE", help="Rate of a machine's link to the others, such as 100Gbit.", show_default=False
+        ),
     ] = None,
     peak_tflops: Annotated[
         float | None,
         typer.Option(
-            help="Peak of a GPU in the precision trained in. \\[monitoring.peak_tflops, or 125, a V100's]",
+            help="Peak of a GPU in the recipe's precision. \\[monitoring.peak_tflops, or 125, a V100's]",
             show_default=False,
         ),
     ] = None,
-    share: Annotated[float, typer.Option(help="Share of the peak that training reaches: a guess.")] = 0.3,
-    price: Annotated[float | None, typer.Option(min=0.0, help="Of a GPU for an hour.", show_default=False)] = None,
+    share: Annotated[float, typer.Option(help="Share of the peak that training reaches.")] = 0.3,
+    price: Annotated[
+        float | None, typer.Option(min=0.0, help="Price of a GPU for an hour.", show_default=False)
+    ] = None,
     disk: Annotated[
-        str, typer.Option(metavar="SIZE", help="What a machine writes of a checkpoint in a second: a guess.")
+        str, typer.Option(metavar="SIZE", help="Bytes a machine writes of a checkpoint in a second.")
     ] = "1GB",
     table: Annotated[
-        bool, typer.Option("--table", help="Compression by PowerSGD: of RECIPE, or of all in recipes/ that have it.")
+        bool, typer.Option("--table", help="Print PowerSGD's compression, of RECIPE or of all in recipes/.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     set_: SetOption = None,
 ) -> None:
-    """Say what training a recipe's prior takes on given machines: memory, traffic, time and cost.
+    """Plan a prior's training on given machines: memory, traffic, time and cost.
 
-    Counted from the model's shapes, nothing is allocated or run. Where it does not fit, the settings that make it fit
-    are named. All that is assumed is printed.
+    The plan is computed from the model's shapes; nothing is allocated or run. If the recipe does not fit, the plan
+    names settings with which it does. It prints all its assumptions.
 
     Example: [bold]dalle plan recipes/12b.yaml --gpus-per-node 8 --nodes 128 --gpu-memory 16GB --interconnect
     100Gbit[/bold]
     """
     import json
+    from dataclasses import asdict
 
     from dalle_cli.errors import UserError
     from dalle_cli.planning.units import parse_bytes, parse_rate
@@ -67,7 +72,7 @@ def command(
     if table:
         rows = compression_table([recipe] if recipe is not None else None, set_ or [])
         if as_json:
-            typer.echo(json.dumps(rows, indent=2))
+            typer.echo(json.dumps([asdict(row) for row in rows], indent=2))
             return
         from rich.console import Console
 
@@ -80,7 +85,7 @@ def command(
     assumed = assume(settings, peak_tflops, share=share, interconnect=rate, price=price, disk=written)
     found = plan(settings, Machines(gpus_per_node, nodes, memory), assumed)
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        typer.echo(json.dumps(asdict(found), indent=2))
         return
     from rich.console import Console
 

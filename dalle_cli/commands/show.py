@@ -29,7 +29,7 @@ def command(
 
     found = describe(path, set_ or ())
     if as_json:
-        typer.echo(json.dumps(found if isinstance(found, dict) else asdict(found), indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(asdict(found), indent=2, ensure_ascii=False))
         return
     from rich.console import Console
 

@@ -1,4 +1,4 @@
-"""``dalle train-prior``."""
+"""``dalle train-prior``: train the prior on a token store."""
 
 from __future__ import annotations
 
@@ -31,17 +31,16 @@ def command(
     gpus: GpusOption = None,
     wandb: WandbOption = None,
     dry: Annotated[
-        bool, typer.Option("--dry-run", help="Check environment, store and memory, print the plan, write nothing.")
+        bool, typer.Option("--dry-run", help="Check environment, store and memory, print the plan, and write nothing.")
     ] = False,
 ) -> None:
     """Train the prior, the sparse transformer that models a caption's image tokens.
 
-    Killed, it goes on from the newest checkpoint when run again, and ends with the same bytes. Runs on a GPU where
-    there is one, and in several processes with --gpus, or under torchrun, DeepSpeed's launcher or srun, each on its
-    part of every batch.
+    After it was killed, the same command resumes from the newest checkpoint and ends with the same bytes. It uses a GPU
+    if there is one. --gpus, torchrun or srun start several processes, each of which trains on its part of every batch.
 
-    SIGTERM and SIGUSR1, to any of the processes, have it save at the end of the update in hand and leave with exit
-    code 75: run again, it goes on from there. scripts/slurm has the batch files that do so.
+    On SIGTERM or SIGUSR1 to any process, it saves a checkpoint after the current update and exits with code 75; the
+    same command resumes from there. The batch files in scripts/slurm do this.
 
     Example: [bold]dalle train-prior recipes/quickstart.yaml[/bold]
     """
@@ -54,11 +53,11 @@ def command(
         _dry_run(settings, tokens or places.tokens, out or places.prior, leads)
         return
 
-    from dalle_cli.planning.fits_here import refuse_what_cannot_fit
+    from dalle_cli.planning.this_machine import refuse_too_large
     from dalle_cli.prior.train import train_prior
     from dalle_cli.stores.provenance import record_command
 
-    refuse_what_cannot_fit(settings)
+    refuse_too_large(settings)
     checkpoint = train_prior(settings, tokens or places.tokens, out or places.prior)
     if leads:
         record_command(checkpoint.path, checkpoint.identity)
@@ -66,14 +65,13 @@ def command(
 
 
 def _dry_run(settings: Recipe, tokens: Path, out: Path, leads: bool) -> None:
-    """Print the plan; then refuse what the real start would refuse."""
+    """Print the plan, then refuse what a real start would refuse."""
     from rich.console import Console
 
-    from dalle_cli.planning.dry_run import dry_run
-    from dalle_cli.planning.fits_here import refuse_what_cannot_fit
+    from dalle_cli.planning.this_machine import dry_run, refuse_too_large
     from dalle_cli.views.plan_tables import render_plan
 
-    found = dry_run(settings, tokens, out)
+    plan, start = dry_run(settings, tokens, out)
     if leads:
-        render_plan(found, Console())
-    refuse_what_cannot_fit(settings)
+        render_plan(plan, Console(), start)
+    refuse_too_large(settings)

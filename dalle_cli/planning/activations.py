@@ -1,6 +1,6 @@
-"""Bytes of a micro-batch's activations on their way through the prior, counted from the shapes that the code makes.
+"""Memory of the activations of a micro-batch in the prior, counted from the shapes that the code makes.
 
-Kept true, with the rest of a plan, by a test against the allocator's peak in real training.
+A test compares the whole plan with the allocator's peak in real training.
 """
 
 from __future__ import annotations
@@ -15,26 +15,28 @@ from dalle_cli.prior.head_loss import CHUNK as HEAD_CHUNK
 
 
 @dataclass(frozen=True)
-class Pass:
-    """Bytes of a resblock at work on a micro-batch."""
+class BlockMemory:
+    """Bytes that a resblock takes for a micro-batch."""
 
-    kept: int
-    """From its forward to its backward pass, its input among it."""
+    saved: int
+    """Tensors saved from the forward to the backward pass, the block's input included."""
     forward: int
-    """At most, beside what is kept."""
+    """Peak of the forward pass, besides ``saved``."""
     backward: int
-    """At most, beside what is kept and the gradients of weights; ``stream`` among it."""
+    """Peak of the backward pass, ``stream`` included, besides ``saved`` and the gradients of weights."""
     stream: int
-    """The gradient at the block's end, in 32 bit and as the branch takes it."""
-    alone: int
-    """At most, where no backward pass follows."""
+    """Gradient of the block's output, in 32 bit and as the branch takes it."""
+    inference: int
+    """Peak of a forward pass that no backward pass follows."""
     gradients: int
+    """Gradients of the block's matrices."""
     largest_gradient: int
+    """Gradient of the block's largest matrix."""
 
 
 @dataclass(frozen=True)
-class Stream:
-    """``batch`` samples on their way through the prior."""
+class Activations:
+    """Activations of a micro-batch of ``batch`` samples."""
 
     recipe: Recipe
     batch: int
@@ -42,24 +44,26 @@ class Stream:
 
     @property
     def numbers(self) -> int:
-        """Of the residual stream."""
+        """Number of values of the residual stream."""
         return self.batch * (self.text + self.image) * self.recipe.prior.model.d_model
 
     @property
     def bytes(self) -> int:
-        """Of the residual stream, always in 32 bit."""
+        """Bytes of the residual stream, which is always in 32 bit."""
         return BYTES_32 * self.numbers
 
     @property
     def text(self) -> int:
+        """Number of text positions."""
         return self.recipe.tokenizer.text_length
 
     @property
     def image(self) -> int:
+        """Number of image positions."""
         return self.recipe.grid**2
 
-    def resblocks(self) -> list[Pass]:
-        """All of them, first one first."""
+    def resblocks(self) -> list[BlockMemory]:
+        """Return the memory of each resblock, first to last."""
         model = self.recipe.prior.model
         kinds = model.attention_kinds()
         of_kind = {
@@ -69,84 +73,92 @@ class Stream:
         return [block for kind in kinds for block in (of_kind[kind], mlp)]
 
     def head(self) -> int:
-        """The loss at its peak, beside the gradients of the unembeddings (see ``prior/head_loss.py``): the normed
-        stream, the image's rows of it, both heads' gradients of their rows, a slice of logits. As many text positions
-        as there can be.
+        """Return the peak of the loss, besides the gradients of the unembeddings (see ``prior/head_loss.py``).
+
+        It holds the normed stream, the image's rows of it, the gradients of the rows of both heads, and a slice of
+        logits. The number of text rows is the largest possible.
         """
         d, codes = self.recipe.prior.model.d_model, self.recipe.dvae.model.codebook_size
         rows_text, rows_image = self.batch * (self.text - 1), self.batch * self.image
-        at_once = min(rows_image, max(1, HEAD_CHUNK // codes))
-        return self.bytes + BYTES_32 * (d * (rows_text + 2 * rows_image) + at_once * codes)
-
-    @property
-    def _own(self) -> int:
-        """Bytes of the stream as the inside of a resblock has it."""
-        return self._width * self.numbers
+        slice_rows = min(rows_image, max(1, HEAD_CHUNK // codes))
+        return self.bytes + BYTES_32 * (d * (rows_text + 2 * rows_image) + slice_rows * codes)
 
     @property
     def _width(self) -> int:
+        """Bytes of a value inside a resblock."""
         return BYTES_32 if self.recipe.prior.precision == "fp32" else BYTES_16
 
     @property
+    def _inner(self) -> int:
+        """Bytes of the stream in the type that resblocks compute in."""
+        return self._width * self.numbers
+
+    @property
     def _cast(self) -> int:
-        """Bytes of the stream in the other type, where the inside of a resblock has another."""
+        """Bytes of a 32-bit copy of the stream if resblocks compute in 16 bit, else 0."""
         return 0 if self._width == BYTES_32 else self.bytes
 
-    def _norm(self) -> int:
-        """What a layer norm keeps, its input among it, and the input of the linear layer behind it."""
-        return self.bytes + 2 * BYTES_32 * self.batch * (self.text + self.image) + self._own
+    @property
+    def _stream_gradient(self) -> int:
+        return self.bytes + (self._inner if self._cast else 0)
 
-    def _mlp(self) -> Pass:
-        d, inside = self.recipe.prior.model.d_model, 4 * self._own
-        stream = self.bytes + (self._own if self._cast else 0)
-        return Pass(
-            kept=self._norm() + 2 * inside,
-            forward=self._cast + self._own,
-            backward=stream + inside,
+    def _norm(self) -> int:
+        """Return what a layer norm saves, its input included, plus the input of the linear layer after it."""
+        return self.bytes + 2 * BYTES_32 * self.batch * (self.text + self.image) + self._inner
+
+    def _mlp(self) -> BlockMemory:
+        d, hidden, stream = self.recipe.prior.model.d_model, 4 * self._inner, self._stream_gradient
+        return BlockMemory(
+            saved=self._norm() + 2 * hidden,
+            forward=self._cast + self._inner,
+            backward=stream + hidden,
             stream=stream,
-            alone=self.bytes + self._own + 2 * inside,
+            inference=self.bytes + self._inner + 2 * hidden,
             gradients=8 * d**2 * self._width,
             largest_gradient=4 * d**2 * self._width,
         )
 
-    def _dense(self) -> Pass:
+    def _dense(self) -> BlockMemory:
         sums = BYTES_32 * self.batch * self.recipe.prior.model.heads * (self.text + self.image)
-        return self._attention(4 * self._own + sums, self._own, 7 * self._own, 4 * self._own)
+        return self._attention(4 * self._inner + sums, self._inner, 7 * self._inner, 4 * self._inner)
 
-    def _sparse(self, kind: AttentionKind) -> Pass:
+    def _sparse(self, kind: AttentionKind) -> BlockMemory:
+        """Return the memory of a block of sparse attention, which works on one chunk of streams after another."""
         model, length = self.recipe.prior.model, self.text + self.image
-        windows, side = windows_of(kind, model.grid, model.conv_kernel), model.d_head
+        windows, d_head = windows_of(kind, model.grid, model.conv_kernel), model.d_head
         weights = length * self.text + self.image * windows.keys
         samples, heads = chunk_on_cpu(self.batch, model.heads, weights) if self.on_cpu else (self.batch, model.heads)
-        part = self._width * samples * heads
-        # Numbers of a stream, or of its part that stands in windows.
-        whole, image, in_windows = length * side, self.image * side, windows.blocks * windows.keys * side
+        chunk = self._width * samples * heads
+        # Values of a stream, of its image, and of the image copied to windows.
+        whole, image, in_windows = length * d_head, self.image * d_head, windows.blocks * windows.keys * d_head
         cut = in_windows if windows.above else 0
         softmax = max(self.image * (self.text + windows.keys), 2 * self.text**2)
         mix = whole + image + cut
-        spread = max(in_windows + image, image + whole) + self.text * side
-        # What a part worked on is given up only once the next one's is there.
-        last = min(part, self._width * (self.batch * model.heads - samples * heads))
+        spread = max(in_windows + image, image + whole) + self.text * d_head
+        # The tensors of a chunk are freed only after those of the next chunk are allocated.
+        previous = min(chunk, self._width * (self.batch * model.heads - samples * heads))
         return self._attention(
-            # Queries, keys, values, the result; the weights.
-            kept=4 * self._own + self._width * self.batch * model.heads * weights,
-            forward=3 * self._own + part * max(softmax, mix),
-            # Gradients of the result and of queries, keys and values; a part's, with those of its weights.
-            backward=4 * self._own
-            + part * (whole + weights)
-            + max(part * max(mix, spread), part * cut + last * weights),
-            alone=4 * self._own + last * (3 * whole + weights) + part * (3 * whole + weights + max(softmax, mix)),
+            # Queries, keys, values and the result; the weights.
+            saved=4 * self._inner + self._width * self.batch * model.heads * weights,
+            forward=3 * self._inner + chunk * max(softmax, mix),
+            # Gradients of the result and of queries, keys and values; those of a chunk with its weights.
+            backward=4 * self._inner
+            + chunk * (whole + weights)
+            + max(chunk * max(mix, spread), chunk * cut + previous * weights),
+            inference=4 * self._inner
+            + previous * (3 * whole + weights)
+            + chunk * (3 * whole + weights + max(softmax, mix)),
         )
 
-    def _attention(self, kept: int, forward: int, backward: int, alone: int) -> Pass:
-        d = self.recipe.prior.model.d_model
-        stream = self.bytes + (self._own if self._cast else 0)
-        return Pass(
-            kept=self._norm() + kept,
+    def _attention(self, saved: int, forward: int, backward: int, inference: int) -> BlockMemory:
+        """Return the memory of an attention resblock, given that of the attention itself."""
+        d, stream = self.recipe.prior.model.d_model, self._stream_gradient
+        return BlockMemory(
+            saved=self._norm() + saved,
             forward=forward,
             backward=stream + backward,
             stream=stream,
-            alone=self.bytes + alone,
+            inference=self.bytes + inference,
             gradients=4 * d**2 * self._width,
             largest_gradient=3 * d**2 * self._width,
         )

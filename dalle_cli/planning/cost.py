@@ -1,4 +1,4 @@
-"""How long an update of the prior takes and what it costs, from its floating-point operations."""
+"""Time and cost of the prior's training, from its FLOPs, its traffic and its checkpoints."""
 
 from __future__ import annotations
 
@@ -6,77 +6,130 @@ from dataclasses import dataclass
 from typing import Any
 
 from dalle_cli.config.schema import PriorSettings, Recipe
-from dalle_cli.planning.memory import Machines, held
-from dalle_cli.prior.counts import Counts
+from dalle_cli.planning.memory import Machines, training_state
+from dalle_cli.prior.counts import Counts, count_flops
 
 HOUR = 3600
 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What no recipe says. By default the paper's GPU, a V100: its data sheet's 125e12 operations a second in 16 bit,
-    and a share of them that is a guess until one has measured.
-    """
+    """Figures that no recipe gives; by default those of the paper's GPU, a V100."""
 
     peak_flops: float = 125e12
-    """Of a GPU, a second."""
+    """FLOP/s of a GPU at its peak: the V100's in 16 bit, from its data sheet."""
     share: float = 0.3
-    """Of the peak that training reaches."""
+    """Share of the peak that training reaches: a guess until it is measured."""
     interconnect: float | None = None
-    """Bits a second that a machine's link to the others carries, each way."""
+    """Bits per second that a machine's link to the others carries, each way."""
     price: float | None = None
-    """Of a GPU for an hour."""
+    """Price of a GPU for an hour."""
     disk: float = 1e9
-    """Bytes a second that a machine writes to where checkpoints go: a guess too."""
+    """Bytes per second that a machine writes of a checkpoint: a guess."""
 
 
 def assume(recipe: Recipe, peak_tflops: float | None = None, **given: Any) -> Assumptions:
-    """``given``, with the peak named, or else the recipe's, or else the default."""
+    """Return the assumptions ``given``, with the given peak, or else the recipe's, or else the default."""
     peak = peak_tflops or recipe.monitoring.peak_tflops
     return Assumptions(**given) if peak is None else Assumptions(1e12 * peak, **given)
 
 
 @dataclass(frozen=True)
-class Saving:
-    """Bytes of a checkpoint.
+class TrainingTime:
+    """Time and cost of training, without checkpoints."""
 
-    The processes that hold the model together, or the first one where each holds all, write weights, average and
-    moments; every process what PowerSGD keeps for it. All write at once, and go on when the last one has.
+    model_flops: int
+    """FLOPs of an update without recomputation."""
+    recomputed_flops: int
+    """FLOPs of an update that are recomputation."""
+    compute_seconds: float
+    """Seconds of an update without traffic between machines."""
+    step_seconds: float
+    """Seconds of an update."""
+    tokens_per_second: float
+    mfu: float
+    updates: int
+    hours: float
+    gpu_hours: float
+    cost: float | None
+    """Price of all GPU hours; None without a price."""
+
+
+def training_time(
+    recipe: Recipe, counts: Counts, machines: Machines, assumed: Assumptions, traffic_seconds: float
+) -> TrainingTime:
+    """Return the time and cost of training.
+
+    Args:
+        recipe: the recipe.
+        counts: sizes of its prior's parameters.
+        machines: the machines to train on.
+        assumed: what no recipe says.
+        traffic_seconds: seconds of an update in which gradients cross between machines.
     """
+    training, flops = recipe.prior.training, count_flops(recipe, counts)
+    samples = -(-training.batch_size // machines.processes)
+    compute = samples * flops.executed / (assumed.peak_flops * assumed.share)
+    step = compute + traffic_seconds
+    hours = training.updates * step / HOUR
+    tokens = recipe.tokenizer.text_length + recipe.grid**2
+    return TrainingTime(
+        model_flops=training.batch_size * flops.model,
+        recomputed_flops=training.batch_size * (flops.executed - flops.model),
+        compute_seconds=compute,
+        step_seconds=step,
+        tokens_per_second=training.batch_size * tokens / step,
+        mfu=training.batch_size * flops.model / (step * machines.processes * assumed.peak_flops),
+        updates=training.updates,
+        hours=hours,
+        gpu_hours=machines.processes * hours,
+        cost=None if assumed.price is None else assumed.price * machines.processes * hours,
+    )
 
+
+@dataclass(frozen=True)
+class CheckpointCost:
+    """Bytes and time of a checkpoint."""
+
+    bytes: int
     model: int
-    own: int
-    """Of each process, for itself."""
-    machines: Machines
-    every: int
-    """Updates from one to the next."""
-
-    @property
-    def whole(self) -> int:
-        return self.model + self.machines.world * self.own
-
-    @property
-    def first_machine(self) -> int:
-        """Of the machine that writes the most."""
-        return self.model + self.machines.gpus * self.own
-
-    def seconds(self, disk: float) -> float:
-        """Where a machine writes ``disk`` bytes a second."""
-        return self.first_machine / disk
-
-    def share(self, disk: float, step: float) -> float:
-        """Of training's time, where an update takes ``step`` seconds."""
-        saving = self.seconds(disk)
-        return saving / (saving + self.every * step)
+    """Bytes of weights, EMA weights and moments, which the first machine writes."""
+    each_process: int
+    """Bytes of PowerSGD's state, which every rank writes for itself."""
+    first_machine: int
+    """Bytes that the first machine writes, more than any other."""
+    seconds: float
+    """Seconds that training waits for a checkpoint."""
+    every_updates: int
+    """Updates from one checkpoint to the next."""
+    share: float
+    """Share of the training time that is spent on checkpoints."""
 
 
-def saving(stage: PriorSettings, counts: Counts, machines: Machines) -> Saving:
-    """Of the recipe's prior."""
-    parts = held(stage, counts, machines)
-    kept = ["PowerSGD's errors", *(["PowerSGD's factors"] if stage.powersgd.warm_start else [])]
-    return Saving(
-        sum(parts[name].whole for name in ("weights", "average", "moments")),
-        sum(parts[name].each for name in kept if name in parts),
-        machines,
-        stage.training.save_every,
+def checkpoint_cost(
+    stage: PriorSettings, counts: Counts, machines: Machines, disk: float, step_seconds: float
+) -> CheckpointCost:
+    """Return the cost of a checkpoint.
+
+    Args:
+        stage: the recipe's prior.
+        counts: sizes of its parameters.
+        machines: the machines to train on. All write at once, and training goes on when the last has written.
+        disk: bytes per second that a machine writes.
+        step_seconds: seconds of an update.
+    """
+    parts = training_state(stage, counts, machines)
+    powersgd = ["PowerSGD error buffers", *(["PowerSGD factors"] if stage.powersgd.warm_start else [])]
+    model = sum(parts[name].whole for name in ("weights", "EMA weights", "moments"))
+    each = sum(parts[name].each for name in powersgd if name in parts)
+    first = model + machines.gpus * each
+    seconds, every = first / disk, stage.training.save_every
+    return CheckpointCost(
+        bytes=model + machines.processes * each,
+        model=model,
+        each_process=each,
+        first_machine=first,
+        seconds=seconds,
+        every_updates=every,
+        share=seconds / (seconds + every * step_seconds),
     )

@@ -1,10 +1,11 @@
-"""What crosses between machines in an update of the prior, with PowerSGD and without."""
+"""Traffic between machines in an update of the prior, with and without PowerSGD (paper, section 2.5)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from dalle_cli.config.load import load_recipe
 from dalle_cli.config.schema import PriorSettings, Recipe
@@ -21,35 +22,47 @@ from dalle_cli.errors import UserError
 from dalle_cli.planning.memory import BYTES_16, BYTES_32, Machines, shards_of, uses_powersgd
 from dalle_cli.prior.counts import Counts, count_parameters
 
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class WholeAndSent(Generic[T]):
+    """A quantity of the gradients sent whole, and of what the recipe sends."""
+
+    whole: T
+    sent: T
+
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that cross in an update, as they are handed to the collectives."""
+    """Traffic of an update."""
 
-    whole: int
-    """Of a process: the gradients of its shards as they are, in the types they have."""
-    sent: int
-    """Of a process: through PowerSGD's factors, where the recipe has them, in 16 bit where it trains in it; all else in
-    32 bit then."""
-    small: int
-    """Of a machine: gains and biases, which all its processes have."""
-    processes: int
-    """Of a machine, that each hand over their own."""
-    nodes: int
-
-    def on_link(self, handed: int) -> float:
-        """Bytes that a machine sends, and receives, where each process hands over ``handed``: of k machines each passes
-        2 (k - 1) / k of them on, in a ring of all-reduce as in ``mean_16``.
-        """
-        return (self.processes * handed + self.small) * 2 * (self.nodes - 1) / self.nodes
+    a_process: WholeAndSent[int]
+    """Bytes that a rank hands to the collectives: the gradients of its shards."""
+    a_machine_on_the_link: WholeAndSent[float]
+    """Bytes that a machine sends, and receives."""
+    seconds: WholeAndSent[float | None]
+    """Seconds on the link; None if its rate is unknown."""
+    compression: float
+    """Share of a rank's bytes that PowerSGD saves."""
 
 
-def between_machines(stage: PriorSettings, counts: Counts, machines: Machines) -> Traffic:
-    """Of the recipe's prior. Without ZeRO one ring goes through all processes, and once through each machine.
+def between_machines(
+    stage: PriorSettings, counts: Counts, machines: Machines, interconnect: float | None = None
+) -> Traffic:
+    """Return the traffic between machines.
 
-    Messages of factors in 16 bit are filled up to equal parts for all machines; those few bytes are left out.
+    With ZeRO each rank of a machine is part of a ring through all machines. Without it a single ring goes through all
+    ranks, and once through each machine. PowerSGD sends factors in 16 bit if the recipe trains in 16 bit, and all else
+    in 32 bit. Padding of its messages is not counted.
+
+    Args:
+        stage: the recipe's prior.
+        counts: sizes of its parameters.
+        machines: the machines to train on.
+        interconnect: bits per second that a machine's link carries each way, if known.
     """
-    shards, sharded = shards_of(stage, machines), stage.sharding.zero > 0
+    shards, rings = shards_of(stage, machines), machines.gpus if stage.sharding.zero > 0 else 1
     width = BYTES_32 if stage.precision == "fp32" else BYTES_16
     shapes = [shard_shape(matrix, shards) for matrix in counts.matrices]
     others = BYTES_32 * sum(-(-number // shards) for number in counts.others)
@@ -60,39 +73,66 @@ def between_machines(stage: PriorSettings, counts: Counts, machines: Machines) -
         widths = [width if is_compressed(shape, rank, least) else BYTES_32 for shape in shapes]
         handed = others
         handed += sum(each * sent(shape, rank, least) for each, shape in zip(widths, shapes, strict=True))
-    return Traffic(whole, handed, BYTES_32 * counts.small, machines.gpus if sharded else 1, machines.nodes)
+
+    def on_link(of_rank: int) -> float:
+        # In a ring all-reduce among k machines each sends 2 (k - 1) / k times its bytes, as in ``mean_16``.
+        return (rings * of_rank + BYTES_32 * counts.small) * 2 * (machines.nodes - 1) / machines.nodes
+
+    def seconds(size: float) -> float | None:
+        return None if interconnect is None else 8 * size / interconnect
+
+    link = WholeAndSent(on_link(whole), on_link(handed))
+    return Traffic(
+        WholeAndSent(whole, handed),
+        link,
+        WholeAndSent(seconds(link.whole), seconds(link.sent)),
+        1 - handed / whole,
+    )
 
 
-def compression_row(recipe: Recipe, counts: Counts) -> dict[str, float | int | str]:
-    """The recipe's line of the paper's table 1, at eight GPUs a machine: shares that are not sent.
+@dataclass(frozen=True)
+class CompressionRow:
+    """A recipe's row of the paper's table 1, for eight GPUs per machine: shares of the gradients that are not sent."""
 
-    ``paper`` is its closed form, ``shards`` of the numbers of this project's shards of the resblocks' matrices,
-    ``bytes`` of all gradients' bytes, as they are handed to the collectives.
-    """
+    recipe: str
+    effective_parameters: int
+    d_model: int
+    rank: int
+    paper: float
+    """The paper's closed form."""
+    shards: float
+    """Share of the values of this project's shards of the resblocks' matrices."""
+    bytes: float
+    """Share of the bytes of all gradients, as they are handed to the collectives."""
+
+
+def compression_row(recipe: Recipe, counts: Counts) -> CompressionRow:
+    """Return the recipe's row of the compression table."""
     gpus, stage = GPUS_PER_MACHINE, recipe.prior
     sharded = stage.model_copy(update={"sharding": stage.sharding.model_copy(update={"zero": 3, "node_size": None})})
     traffic = between_machines(sharded, counts, Machines(gpus, nodes=2, memory=0))
     rank = stage.powersgd.rank
     shapes = [shard_shape(matrix, gpus) for matrix in counts.matrices]
-    return {
-        "recipe": recipe.name,
-        "effective_parameters": counts.effective,
-        "d_model": stage.model.d_model,
-        "rank": rank,
-        "paper": paper_compression(stage.model.d_model, rank, gpus),
-        "shards": compression(shapes, shard_rank(rank, gpus), stage.powersgd.min_compression),
-        "bytes": 1 - traffic.sent / traffic.whole,
-    }
+    return CompressionRow(
+        recipe=recipe.name,
+        effective_parameters=counts.effective,
+        d_model=stage.model.d_model,
+        rank=rank,
+        paper=paper_compression(stage.model.d_model, rank, gpus),
+        shards=compression(shapes, shard_rank(rank, gpus), stage.powersgd.min_compression),
+        bytes=traffic.compression,
+    )
 
 
-def compression_table(
-    files: Sequence[Path] | None, overrides: Sequence[str] = ()
-) -> list[dict[str, float | int | str]]:
-    """``compression_row`` of the recipes in ``files``, or of all in the folder recipes/ that have PowerSGD; small ones
-    first.
+def compression_table(files: Sequence[Path] | None, overrides: Sequence[str] = ()) -> list[CompressionRow]:
+    """Return the rows of recipes, smallest first.
+
+    Args:
+        files: recipes; None takes all in the folder recipes/ that use PowerSGD.
+        overrides: settings as given by ``--set``.
 
     Raises:
-        UserError: none of them has it.
+        UserError: none of the recipes uses PowerSGD.
     """
     found = sorted(Path("recipes").glob("*.yaml")) if files is None else files
     recipes = [recipe for file in found if (recipe := load_recipe(file, overrides)).prior.powersgd.rank]
@@ -100,4 +140,4 @@ def compression_table(
         named = "recipes/: no recipe there" if files is None else f"{files[0]}: the recipe"
         raise UserError(f"{named} has prior.powersgd.rank above 0; name one that has, or give it with --set")
     rows = [compression_row(recipe, count_parameters(recipe)) for recipe in recipes]
-    return sorted(rows, key=lambda row: row["effective_parameters"])
+    return sorted(rows, key=lambda row: row.effective_parameters)

@@ -6,31 +6,39 @@ import re
 
 from dalle_cli.errors import UserError
 
-_PREFIXES = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_DECIMAL = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 
 def parse_bytes(text: str, option: str) -> int:
-    """Bytes, such as ``16GB`` (decimal) or ``16GiB``.
+    """Parse a number of bytes, such as ``16GB`` (decimal) or ``16GiB``.
+
+    Args:
+        text: the value of a command-line option.
+        option: the option's name, for the error message.
 
     Raises:
-        UserError: ``text`` is none, or no more than 0; the line names ``option``.
+        UserError: ``text`` is not a number of bytes above 0.
     """
-    return int(_parse(text, "B", {**_PREFIXES, **_BINARY}, f"{option} {text}: write bytes, such as 16GB or 80GiB"))
+    return int(_parse(text, "B", {**_DECIMAL, **_BINARY}, f"{option} {text}: write bytes, such as 16GB or 80GiB"))
 
 
 def parse_rate(text: str, option: str) -> float:
-    """Bits a second, such as ``100Gbit`` or ``50Mbit/s``.
+    """Parse a rate in bits per second, such as ``100Gbit`` or ``50Mbit/s``.
+
+    Args:
+        text: the value of a command-line option.
+        option: the option's name, for the error message.
 
     Raises:
-        UserError: ``text`` is none, or no more than 0; the line names ``option``.
+        UserError: ``text`` is not a rate above 0.
     """
-    wrong = f"{option} {text}: write bits a second, such as 100Gbit"
-    return _parse(text.strip().removesuffix("/s"), "bit", _PREFIXES, wrong)
+    message = f"{option} {text}: write bits a second, such as 100Gbit"
+    return _parse(text.strip().removesuffix("/s"), "bit", _DECIMAL, message)
 
 
-def _parse(text: str, unit: str, prefixes: dict[str, int], wrong: str) -> float:
+def _parse(text: str, unit: str, prefixes: dict[str, int], message: str) -> float:
     found = re.fullmatch(rf"([0-9]+(?:\.[0-9]+)?) *([A-Za-z]*?){unit}", text.strip())
     if found is None or found[2] not in prefixes or not float(found[1]):
-        raise UserError(wrong)
+        raise UserError(message)
     return float(found[1]) * prefixes[found[2]]

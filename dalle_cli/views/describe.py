@@ -17,7 +17,7 @@ from dalle_cli.errors import UserError
 from dalle_cli.stores.checkpoint import open_checkpoint, steps_in
 from dalle_cli.stores.samples import STORE
 from dalle_cli.stores.tokens import TokenReader
-from dalle_cli.views.describe_recipe import describe_recipe
+from dalle_cli.views.describe_recipe import RecipeDescription, describe_recipe
 
 UNDERSTOOD = (
     "dalle show understands a recipe (.yaml), a token store, a sample store or its folder, a checkpoint or the run "
@@ -133,7 +133,7 @@ class TokenizerDescription:
 
 
 Description = (
-    TokenStoreDescription | SampleStoreDescription | CheckpointDescription | TokenizerDescription | dict[str, Any]
+    RecipeDescription | TokenStoreDescription | SampleStoreDescription | CheckpointDescription | TokenizerDescription
 )
 
 

@@ -1,7 +1,8 @@
-"""A recipe's sizes, counted on the models it describes; these are built without storage, so the 12e9 one is cheap."""
+"""Sizes of a recipe, counted on the models themselves, which are built without storage."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -14,96 +15,220 @@ from dalle_cli.distributed.compression import paper_compression
 from dalle_cli.distributed.device import fast_matmul
 from dalle_cli.dvae.model import DVAE
 from dalle_cli.prior.attention import describe_attention
-from dalle_cli.prior.model import Prior
+from dalle_cli.prior.counts import count_parameters
 
 BYTES_16, BYTES_32 = 2, 4
-_PIECES = 4
-"""Pieces of a list of layers that are spelled out; a longer one is shortened in its middle."""
+LONGEST_LAYER_LIST = 4
+"""Number of items of a list of layers that are printed; a longer list is shortened in its middle."""
 
 
-def describe_recipe(recipe: Recipe) -> dict[str, Any]:
-    """The recipe's stages with their sizes and settings. Counts are of parameters, bytes decimal."""
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens of a sample."""
+
+    text: int
+    image: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingLength:
+    """The part of a stage's training settings that says how long it trains."""
+
+    updates: int
+    batch_size: int
+    micro_batch: int | None
+    ema_decay: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimization(TrainingLength):
+    """The training settings of a stage, optimizer and learning rate in words."""
+
+    precision: str
+    optimizer: str
+    schedule: str
+
+
+@dataclass(frozen=True)
+class DvaeParameters:
+    """Parameter counts of the dVAE."""
+
+    encoder: int
+    decoder: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DvaeSizes(Optimization):
+    """Sizes of the dVAE."""
+
+    n_hid: int
+    n_init: int
+    blocks_per_group: int
+    codebook_size: int
+    checkpoint_resblocks: bool
+    parameters: DvaeParameters
+    estimator: str
+
+
+@dataclass(frozen=True)
+class PriorParameters:
+    """Parameter counts of the prior."""
+
+    total: int
+    effective: int
+    """Matrices of the resblocks, 12 d^2 a layer: the number in the paper's table of models."""
+    other: int
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    """Bytes of the prior's weights in mixed precision."""
+
+    resblock_matrices_16_bit: int
+    others_32_bit: int
+    total: int
+    everything_16_bit: int
+    """Bytes if all weights were in 16 bit."""
+
+
+@dataclass(frozen=True)
+class Compression:
+    """PowerSGD's rank and the share of gradients that it saves by the paper's formula."""
+
+    rank: int
+    compression: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorSizes(Optimization):
+    """Sizes of the prior."""
+
+    parameters: PriorParameters
+    layers: int
+    heads: int
+    d_head: int
+    d_model: int
+    attention: dict[str, str]
+    """Layers of each kind of attention, numbered from 1, in words."""
+    attention_of_each_layer: list[str]
+    attention_as: dict[str, str]
+    """Way in which each kind of attention is computed, in words."""
+    cpu_matmul: str
+    """Library that computes 32-bit matrix products on this CPU."""
+    weight_bytes: WeightBytes
+    sharding: dict[str, Any]
+    powersgd: Compression
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipSizes(TrainingLength):
+    """Sizes of the CLIP."""
+
+    embed_dim: int
+    patch_size: int
+    vision_width: int
+    vision_layers: int
+    text_width: int
+    text_layers: int
+    head_width: int
+
+
+@dataclass(frozen=True)
+class RecipeDescription:
+    """A recipe's stages, their sizes and settings."""
+
+    what: str = field(default="recipe", init=False)
+    name: str
+    description: str
+    run: str
+    seed: int
+    image_size: int
+    grid: int
+    """Image tokens per side."""
+    tokens: Tokens
+    data: dict[str, Any]
+    tokenizer: dict[str, Any]
+    dvae: DvaeSizes
+    prior: PriorSizes
+    clip: ClipSizes
+    sampling: dict[str, Any]
+
+
+def describe_recipe(recipe: Recipe) -> RecipeDescription:
+    """Return the sizes and settings of a recipe's stages."""
     text, image = recipe.tokenizer.text_length, recipe.grid**2
-    return {
-        "what": "recipe",
-        "name": recipe.name,
-        "description": recipe.description,
-        "run": recipe.run,
-        "seed": recipe.seed,
-        "image_size": recipe.image_size,
-        "grid": recipe.grid,
-        "tokens": {"text": text, "image": image, "total": text + image},
-        "data": recipe.data.model_dump(),
-        "tokenizer": recipe.tokenizer.model_dump(),
-        "dvae": _dvae(recipe),
-        "prior": _prior(recipe),
-        "clip": recipe.clip.model.model_dump() | _training(recipe.clip.training),
-        "sampling": recipe.sampling.model_dump(),
-    }
+    return RecipeDescription(
+        name=recipe.name,
+        description=recipe.description,
+        run=recipe.run,
+        seed=recipe.seed,
+        image_size=recipe.image_size,
+        grid=recipe.grid,
+        tokens=Tokens(text, image, text + image),
+        data=recipe.data.model_dump(),
+        tokenizer=recipe.tokenizer.model_dump(),
+        dvae=_dvae(recipe),
+        prior=_prior(recipe),
+        clip=ClipSizes(**recipe.clip.model.model_dump(), **_length(recipe.clip.training)),
+        sampling=recipe.sampling.model_dump(),
+    )
 
 
-def _dvae(recipe: Recipe) -> dict[str, Any]:
+def _dvae(recipe: Recipe) -> DvaeSizes:
     stage = recipe.dvae
     with torch.device("meta"):
         model = DVAE(stage.model)
     encoder, decoder = _count(model.encoder), _count(model.decoder)
-    return {
+    return DvaeSizes(
         **stage.model.model_dump(),
-        "parameters": {"encoder": encoder, "decoder": decoder, "total": encoder + decoder},
-        "estimator": stage.objective.estimator,
-        "precision": stage.precision,
-        "optimizer": _optimizer(stage.adam),
-        "schedule": _schedule(stage.learning_rate),
-        **_training(stage.training),
-    }
+        parameters=DvaeParameters(encoder, decoder, encoder + decoder),
+        estimator=stage.objective.estimator,
+        precision=stage.precision,
+        optimizer=_optimizer(stage.adam),
+        schedule=_schedule(stage.learning_rate),
+        **_length(stage.training),
+    )
 
 
-def _prior(recipe: Recipe) -> dict[str, Any]:
+def _prior(recipe: Recipe) -> PriorSizes:
     stage, model = recipe.prior, recipe.prior.model
-    with torch.device("meta"):
-        prior = Prior(model, recipe.tokenizer.text_length, recipe.tokenizer.vocab_size, recipe.dvae.model.codebook_size)
-    total = _count(prior)
-    # What the paper's table of models counts, and what is held in 16 bit: the resblocks' matrices, 12 d^2 a layer.
-    matrices = sum(p.numel() for name, p in prior.named_parameters() if name.startswith("resblocks.") and p.ndim == 2)
+    counts = count_parameters(recipe)
     kinds = model.attention_kinds()
-    layers = {kind: [i for i, own in enumerate(kinds, start=1) if own == kind] for kind in KINDS}
+    layers = {kind: [i for i, other in enumerate(kinds, start=1) if other == kind] for kind in KINDS if kind in kinds}
     rank = stage.powersgd.rank
+    in_16, in_32 = counts.effective * BYTES_16, counts.other * BYTES_32
     with fast_matmul() as library:
         pass
-    return {
-        "parameters": {"total": total, "effective": matrices, "other": total - matrices},
-        "layers": model.layers,
-        "heads": model.heads,
-        "d_head": model.d_head,
-        "d_model": model.d_model,
-        "attention": {kind: compact(numbers) for kind, numbers in layers.items() if numbers},
-        "attention_of_each_layer": list(kinds),
-        "attention_as": {
+    return PriorSizes(
+        parameters=PriorParameters(counts.total, counts.effective, counts.other),
+        layers=model.layers,
+        heads=model.heads,
+        d_head=model.d_head,
+        d_model=model.d_model,
+        attention={kind: format_layers(numbers) for kind, numbers in layers.items()},
+        attention_of_each_layer=list(kinds),
+        attention_as={
             kind: describe_attention(kind, recipe.tokenizer.text_length, model.grid, model.conv_kernel)
-            for kind, numbers in layers.items()
-            if numbers
+            for kind in layers
         },
-        "cpu_matmul": library,
-        "weight_bytes": {
-            "resblock_matrices_16_bit": matrices * BYTES_16,
-            "others_32_bit": (total - matrices) * BYTES_32,
-            "total": matrices * BYTES_16 + (total - matrices) * BYTES_32,
-            "everything_16_bit": total * BYTES_16,
-        },
-        "precision": stage.precision,
-        "sharding": stage.sharding.model_dump(),
-        "powersgd": {"rank": rank, "compression": paper_compression(model.d_model, rank) if rank else None},
-        "optimizer": _optimizer(stage.adam),
-        "schedule": _schedule(stage.learning_rate),
-        **_training(stage.training),
-    }
+        cpu_matmul=library,
+        weight_bytes=WeightBytes(in_16, in_32, in_16 + in_32, counts.total * BYTES_16),
+        precision=stage.precision,
+        sharding=stage.sharding.model_dump(),
+        powersgd=Compression(rank, paper_compression(model.d_model, rank) if rank else None),
+        optimizer=_optimizer(stage.adam),
+        schedule=_schedule(stage.learning_rate),
+        **_length(stage.training),
+    )
 
 
-def compact(numbers: list[int]) -> str:
-    """Ascending layer numbers in few words: ``"2, 6, 10 ... 62"``, ``"1, 3-5, 7-9 ... 63"``, ``"64"``."""
+def format_layers(numbers: list[int]) -> str:
+    """Format ascending layer numbers, such as ``"2, 6, 10 ... 62"``, ``"1, 3-5, 7-9 ... 63"`` or ``"64"``."""
     steps = {b - a for a, b in pairwise(numbers)}
     if len(steps) == 1 and steps != {1}:
-        pieces = [str(number) for number in numbers]
+        items = [str(number) for number in numbers]
     else:
         runs: list[list[int]] = []
         for number in numbers:
@@ -111,23 +236,18 @@ def compact(numbers: list[int]) -> str:
                 runs[-1].append(number)
             else:
                 runs.append([number])
-        pieces = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
-    if len(pieces) > _PIECES:
-        return f"{', '.join(pieces[: _PIECES - 1])} ... {pieces[-1]}"
-    return ", ".join(pieces)
+        items = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    if len(items) > LONGEST_LAYER_LIST:
+        return f"{', '.join(items[: LONGEST_LAYER_LIST - 1])} ... {items[-1]}"
+    return ", ".join(items)
 
 
 def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _training(training: Training) -> dict[str, Any]:
-    return {
-        "updates": training.updates,
-        "batch_size": training.batch_size,
-        "micro_batch": training.micro_batch,
-        "ema_decay": training.ema_decay,
-    }
+def _length(training: Training) -> dict[str, Any]:
+    return training.model_dump(include={"updates", "batch_size", "micro_batch", "ema_decay"})
 
 
 def _optimizer(adam: Adam) -> str:

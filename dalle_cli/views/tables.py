@@ -18,6 +18,7 @@ from dalle_cli.views.describe import (
     TokenizerDescription,
     TokenStoreDescription,
 )
+from dalle_cli.views.describe_recipe import Compression, Optimization, RecipeDescription
 
 LONGEST_LIST = 12
 SHOWN_QUANTILES = ("0%", "5%", "50%", "95%", "100%")
@@ -34,7 +35,7 @@ def render(found: Description, console: Console) -> None:
             tables = _checkpoint(found)
         case TokenizerDescription():
             tables = _tokenizer(found)
-        case _:
+        case RecipeDescription():
             tables = _recipe(found)
     print_tables(console, tables)
 
@@ -135,79 +136,79 @@ def grid_table(title: str, columns: list[str], rows: Iterable[Iterable[Any]], ri
     return table
 
 
-def _recipe(found: dict[str, Any]) -> list[Table]:
-    tokens, dvae, prior = found["tokens"], found["dvae"], found["prior"]
-    clip, sampling, weights = found["clip"], found["sampling"], prior["weight_bytes"]
-    counts, side = prior["parameters"], found["image_size"]
-    sharding = prior["sharding"]
+def _recipe(found: RecipeDescription) -> list[Table]:
+    tokens, dvae, prior = found.tokens, found.dvae, found.prior
+    clip, sampling, weights = found.clip, found.sampling, prior.weight_bytes
+    counts, side = prior.parameters, found.image_size
+    sharding = prior.sharding
     return [
         pairs_table(
-            f"Recipe {found['name']}",
+            f"Recipe {found.name}",
             [
-                ("description", found["description"]),
-                ("pictures", f"{side} x {side}, from {found['data']['train'] or '--data'}"),
-                ("grid", f"{found['grid']} x {found['grid']} image tokens"),
-                ("tokens a sample", f"{tokens['text']} text + {tokens['image']} image = {tokens['total']}"),
-                ("vocabularies", f"{found['tokenizer']['vocab_size']} text, {dvae['codebook_size']} image"),
-                ("run", found["run"]),
+                ("description", found.description),
+                ("pictures", f"{side} x {side}, from {found.data['train'] or '--data'}"),
+                ("grid", f"{found.grid} x {found.grid} image tokens"),
+                ("tokens a sample", f"{tokens.text} text + {tokens.image} image = {tokens.total}"),
+                ("vocabularies", f"{found.tokenizer['vocab_size']} text, {dvae.codebook_size} image"),
+                ("run", found.run),
             ],
         ),
         pairs_table(
             "dVAE",
             [
-                ("parameters", number(dvae["parameters"]["total"])),
-                ("  encoder", number(dvae["parameters"]["encoder"])),
-                ("  decoder", number(dvae["parameters"]["decoder"])),
-                ("estimator", dvae["estimator"]),
-                ("precision", dvae["precision"]),
+                ("parameters", number(dvae.parameters.total)),
+                ("  encoder", number(dvae.parameters.encoder)),
+                ("  decoder", number(dvae.parameters.decoder)),
+                ("estimator", dvae.estimator),
+                ("precision", dvae.precision),
                 *_learning(dvae),
             ],
         ),
         pairs_table(
             "Prior",
             [
-                ("parameters", number(counts["total"])),
-                ("  effective", f"{number(counts['effective'])}: matrices of the resblocks, 12 d^2 a layer"),
-                ("  other", f"{number(counts['other'])}: embeddings, unembeddings, biases, gains"),
-                ("layers", prior["layers"]),
-                ("d_model", f"{prior['heads']} heads x {prior['d_head']} = {prior['d_model']}"),
+                ("parameters", number(counts.total)),
+                ("  effective", f"{number(counts.effective)}: matrices of the resblocks, 12 d^2 a layer"),
+                ("  other", f"{number(counts.other)}: embeddings, unembeddings, biases, gains"),
+                ("layers", prior.layers),
+                ("d_model", f"{prior.heads} heads x {prior.d_head} = {prior.d_model}"),
                 *(
-                    (f"  {kind} attention", f"layers {layers}: {prior['attention_as'][kind]}")
-                    for kind, layers in prior["attention"].items()
+                    (f"  {kind} attention", f"layers {layers}: {prior.attention_as[kind]}")
+                    for kind, layers in prior.attention.items()
                 ),
-                ("matmul on this CPU", f"{prior['cpu_matmul']}, in 32 bit"),
+                ("matmul on this CPU", f"{prior.cpu_matmul}, in 32 bit"),
                 (
                     "weights",
-                    f"{size(weights['total'])}: {size(weights['resblock_matrices_16_bit'])} of matrices in 16 bit, "
-                    f"{size(weights['others_32_bit'])} of others in 32",
+                    f"{size(weights.total)}: {size(weights.resblock_matrices_16_bit)} of matrices in 16 bit, "
+                    f"{size(weights.others_32_bit)} of others in 32",
                 ),
-                ("precision", prior["precision"]),
+                ("precision", prior.precision),
                 ("sharding", f"ZeRO {sharding['zero']}, offload {sharding['offload']}" if sharding["zero"] else "none"),
-                ("PowerSGD", _compression(prior["powersgd"])),
+                ("PowerSGD", _compression(prior.powersgd)),
                 *_learning(prior),
             ],
         ),
         pairs_table(
             "CLIP and sampling",
             [
-                ("CLIP", f"patches of {clip['patch_size']}, {clip['embed_dim']}-d; "
-                         f"{clip['vision_layers']} + {clip['text_layers']} layers; "
-                         f"{clip['updates']:,} updates of {clip['batch_size']:,}"),
+                ("CLIP", f"patches of {clip.patch_size}, {clip.embed_dim}-d; "
+                         f"{clip.vision_layers} + {clip.text_layers} layers; "
+                         f"{clip.updates:,} updates of {clip.batch_size:,}"),
                 ("samples", f"{sampling['n']} a caption at temperature {sampling['temperature']:g}"),
             ],
         ),
     ]  # fmt: skip
 
 
-def _compression(powersgd: dict[str, Any]) -> str:
-    return f"rank {powersgd['rank']}, compression {powersgd['compression']:.1%}" if powersgd["rank"] else "none"
+def _compression(powersgd: Compression) -> str:
+    return f"rank {powersgd.rank}, compression {powersgd.compression:.1%}" if powersgd.rank else "none"
 
 
-def _learning(stage: dict[str, Any]) -> list[tuple[str, str]]:
+def _learning(stage: Optimization) -> list[tuple[str, str]]:
     return [
-        ("optimizer", stage["optimizer"]),
-        ("learning rate", stage["schedule"]),
-        ("training", f"{stage['updates']:,} updates of {stage['batch_size']:,} samples"),
+        ("optimizer", stage.optimizer),
+        ("learning rate", stage.schedule),
+        ("training", f"{stage.updates:,} updates of {stage.batch_size:,} samples"),
     ]
 
 

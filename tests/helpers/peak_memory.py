@@ -1,4 +1,4 @@
-"""The allocator's own account of a CPU run: the most bytes of tensors that were alive at once."""
+"""Peak memory of work on the CPU, from the records of PyTorch's allocator."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(work: Callable[[], Any]) -> int:
-    """Bytes that PyTorch's allocator for the CPU had given out at most, beside those before ``work``."""
+    """Run ``work`` and return the most bytes of tensors that it had allocated at a time."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         work()
     results: Any = recorded.profiler.kineto_results  # type: ignore[union-attr]
     events = sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
-    alive = peak = 0
+    allocated = peak = 0
     for event in events:
-        alive += event.nbytes()
-        peak = max(peak, alive)
+        allocated += event.nbytes()
+        peak = max(peak, allocated)
     return peak

@@ -1,7 +1,8 @@
-"""One of several processes that train priors, for test_plan.py: python planned_peaks.py RECIPES STORE FOLDER.
+"""One rank of a run that measures the peak memory of training priors: python -m helpers.planned_peaks.
 
-RECIPES is a JSON list of whole recipes. Prints the most bytes of tensors that this process held in each, as JSON. Adam
-and what PowerSGD keeps are worked on in small parts, so that for small models too its sums and factors take the most.
+It takes the arguments RECIPES STORE FOLDER. RECIPES is a JSON list of whole recipes. The script prints the rank's peak
+bytes of each as a JSON list. Adam and PowerSGD's state work on small chunks here, so that PowerSGD's sums and factors
+take the most even in small models.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from dalle_cli.config.schema import Recipe
-from dalle_cli.distributed import error_buffers as kept
+from dalle_cli.distributed import error_buffers
 from dalle_cli.precision import adam
 from dalle_cli.prior.train import train_prior
 from dalle_cli.progress import silence
@@ -23,15 +24,15 @@ CHUNK = 2**14
 
 
 def main() -> None:
-    told, store, folder = sys.argv[1:]
+    recipes, store, folder = sys.argv[1:]
     silence()
-    adam.CHUNK = kept.CHUNK = CHUNK
-    port, found = int(os.environ["MASTER_PORT"]), []
-    for place, values in enumerate(json.loads(told)):
-        os.environ["MASTER_PORT"] = str(port + place)
-        recipe, out = Recipe.model_validate(values), Path(folder) / str(place)
-        found.append(peak_bytes(partial(train_prior, recipe, Path(store), out)))
-    print(json.dumps(found))
+    adam.CHUNK = error_buffers.CHUNK = CHUNK
+    port, peaks = int(os.environ["MASTER_PORT"]), []
+    for i, values in enumerate(json.loads(recipes)):
+        os.environ["MASTER_PORT"] = str(port + i)
+        recipe, out = Recipe.model_validate(values), Path(folder) / str(i)
+        peaks.append(peak_bytes(partial(train_prior, recipe, Path(store), out)))
+    print(json.dumps(peaks))
 
 
 if __name__ == "__main__":

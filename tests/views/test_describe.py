@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from dalle_cli.errors import UserError
 from dalle_cli.stores.files import sha256_file
 from dalle_cli.stores.tokens import PartWriter
 from dalle_cli.views.describe import Description, describe
-from dalle_cli.views.describe_recipe import compact
+from dalle_cli.views.describe_recipe import format_layers
 from dalle_cli.views.tables import render
 
 
@@ -40,18 +41,18 @@ def test_the_papers_largest_model_is_counted_without_its_memory(tmp_path: Path) 
     described: list[Description] = []
     assert peak_bytes(lambda: described.append(describe(recipe))) < 2**30  # the weights alone would take 48 GB
     found = described[0]
-    prior, d, layers = found["prior"], 3968, 64
+    prior, d, layers = found.prior, 3968, 64
     # Matrices of a layer: d x 3d, d x d, d x 4d, 4d x d. The rest of a layer: two norms' gain and bias (4d), biases of
     # 3d, d, 4d and d. Outside the layers: embeddings, the last norm, unembeddings with their biases.
-    assert prior["parameters"]["effective"] == 12 * d**2 * layers == 12_092_178_432
+    assert prior.parameters.effective == 12 * d**2 * layers == 12_092_178_432
     outside = (16384 + 256 + 256 + 8192 + 32 + 32) * d + 2 * d + (d + 1) * (16385 + 8192)
-    assert prior["parameters"]["total"] == (12 * d**2 + 13 * d) * layers + outside
-    assert prior["weight_bytes"]["total"] == 2 * 12 * d**2 * layers + 4 * (13 * d * layers + outside)
-    assert prior["powersgd"]["compression"] == pytest.approx(0.86, abs=0.005)
-    assert found["tokens"] == {"text": 256, "image": 1024, "total": 1280}
-    assert prior["attention"] == {"row": "1, 3-5, 7-9 ... 63", "column": "2, 6, 10 ... 62", "conv": "64"}
-    assert prior["attention_of_each_layer"] == paper_layout(64)
-    assert json.loads(json.dumps(found)) == found
+    assert prior.parameters.total == (12 * d**2 + 13 * d) * layers + outside
+    assert prior.weight_bytes.total == 2 * 12 * d**2 * layers + 4 * (13 * d * layers + outside)
+    assert prior.powersgd.compression == pytest.approx(0.86, abs=0.005)
+    assert asdict(found.tokens) == {"text": 256, "image": 1024, "total": 1280}
+    assert prior.attention == {"row": "1, 3-5, 7-9 ... 63", "column": "2, 6, 10 ... 62", "conv": "64"}
+    assert prior.attention_of_each_layer == paper_layout(64)
+    assert json.loads(json.dumps(asdict(found))) == asdict(found)
     text = shown(found)
     for expected in ("12.09e9", "256 text + 1024 image = 1280", "62 heads x 64 = 3968", "85.9%", "2, 6, 10 ... 62"):
         assert expected in text
@@ -62,9 +63,9 @@ def test_compression_is_the_papers_table(tmp_path: Path, rank: int, d_model: int
     recipe = tmp_path / "r.yaml"
     recipe.write_text("")
     sizes = [f"prior.model.heads={d_model // 64}", f"prior.model.d_model={d_model}", f"prior.powersgd.rank={rank}"]
-    found = describe(recipe, sizes)["prior"]
-    assert round(100 * found["powersgd"]["compression"]) == percent
-    assert found["d_model"] == d_model
+    found = describe(recipe, sizes).prior
+    assert round(100 * found.powersgd.compression) == percent
+    assert found.d_model == d_model
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,7 @@ def test_compression_is_the_papers_table(tmp_path: Path, rank: int, d_model: int
     ],
 )
 def test_layers_in_few_words(numbers: list[int], words: str) -> None:
-    assert compact(numbers) == words
+    assert format_layers(numbers) == words
 
 
 def test_a_token_store(chain: TinyChain) -> None:
@@ -163,10 +164,10 @@ def test_a_checkpoint_or_its_run(chain: TinyChain, kind: str) -> None:
 
 def test_counts_of_a_recipe_are_those_of_its_checkpoints(chain: TinyChain) -> None:
     recipe = describe(chain.recipe_file)
-    assert recipe["prior"]["parameters"]["total"] == describe(chain.places.prior).parameters
-    assert recipe["dvae"]["parameters"]["total"] == describe(chain.places.dvae).parameters
-    assert recipe["name"] == "tiny"
-    assert recipe["grid"] == 4
+    assert recipe.prior.parameters.total == describe(chain.places.prior).parameters
+    assert recipe.dvae.parameters.total == describe(chain.places.dvae).parameters
+    assert recipe.name == "tiny"
+    assert recipe.grid == 4
 
 
 def test_a_tokenizer(chain: TinyChain) -> None:
@@ -210,7 +211,7 @@ def test_the_command_prints_json_or_tables(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["seed"] == 7
-    assert found == describe(recipe, ["seed=7"])
+    assert found == asdict(describe(recipe, ["seed=7"]))
     plain = CliRunner().invoke(app, ["show", str(recipe)])
     assert plain.exit_code == 0
     assert "Recipe tiny" in plain.stdout

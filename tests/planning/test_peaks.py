@@ -1,0 +1,114 @@
+"""Tests of planned peaks against the allocator's peaks in real training."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import planned_peaks
+from helpers.peak_memory import peak_bytes
+from helpers.prior_recipes import sized_prior
+from helpers.processes import free_ports
+from helpers.running import ENVIRONMENT
+from helpers.token_stores import write_tokens
+
+from dalle_cli.config.schema import Recipe
+from dalle_cli.planning import peaks
+from dalle_cli.planning.fit import check_fit
+from dalle_cli.planning.memory import Machines
+from dalle_cli.planning.peaks import phase_peaks
+from dalle_cli.prior import attention
+from dalle_cli.prior.counts import count_parameters
+from dalle_cli.prior.train import train_prior
+
+TESTS = Path(__file__).parents[1]
+ALONE = Machines(1, 1, 0, on_cpu=True)
+SIZES = {"square": (3, 4, 32, 8, 16, 16), "wide": (2, 4, 64, 4, 32, 8), "long": (3, 2, 32, 16, 48, 4)}
+"""Layers, heads, d_head, grid, text positions and batch size of three priors."""
+
+
+def measured_and_planned(folder: Path, recipe: Recipe, on_cpu: bool = True) -> tuple[int, int]:
+    model = recipe.prior.model
+    store = write_tokens(folder / "t.zarr", 80, recipe.tokenizer.text_length, 400, model.grid, 64)
+    measured = peak_bytes(lambda: train_prior(recipe, store, folder / "run"))
+    return measured, check_fit(recipe, count_parameters(recipe), Machines(1, 1, 0, on_cpu)).peak
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("size", SIZES)
+def test_planned_peak_is_the_measured_one(size: str, precision: str, checkpointed: bool, tmp_path: Path) -> None:
+    settings = {"prior__precision": precision, "prior__model__checkpoint_resblocks": checkpointed}
+    measured, planned = measured_and_planned(tmp_path, sized_prior(*SIZES[size], **settings))
+    assert planned == pytest.approx(measured, rel=0.1)
+
+
+def test_planned_peak_of_micro_batches(tmp_path: Path) -> None:
+    recipe = sized_prior(*SIZES["square"], prior__training__micro_batch=4, prior__precision="bf16")
+    measured, planned = measured_and_planned(tmp_path, recipe)
+    assert planned == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("phase", "recipe"),
+    [
+        ("update", sized_prior(1, 8, 32, 4, 8, 2, prior__precision="bf16")),
+        ("validation", sized_prior(2, 4, 32, 8, 16, 1, data__holdout=0.9)),
+    ],
+    ids=["update", "validation"],
+)
+def test_planned_peak_of_other_phases(phase: str, recipe: Recipe, tmp_path: Path) -> None:
+    assert check_fit(recipe, count_parameters(recipe), ALONE).peak_phase == phase
+    measured, planned = measured_and_planned(tmp_path, recipe)
+    assert planned == pytest.approx(measured, rel=0.1)
+
+
+def test_attention_without_chunks_as_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = sized_prior(2, 4, 8, 16, 64, 16)
+    counts = count_parameters(recipe)
+    monkeypatch.setattr(attention, "CHUNK", 2**20)
+    in_chunks = check_fit(recipe, counts, ALONE).peak
+    assert check_fit(recipe, counts, Machines(1, 1, 0)).peak > 1.1 * in_chunks
+    monkeypatch.setattr(attention, "CHUNK", 2**62)
+    measured, planned = measured_and_planned(tmp_path, recipe, on_cpu=False)
+    assert planned == pytest.approx(measured, rel=0.1)
+
+
+def test_two_machines_with_powersgd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two machines of one rank each: the update takes the most, because of PowerSGD's sums and factors."""
+    shards = {"prior__sharding__zero": 3, "prior__sharding__node_size": 1, "prior__powersgd__rank": 64}
+    recipes = [sized_prior(2, 8, 32, 4, 8, 2, **shards, prior__precision=precision) for precision in ("fp16", "fp32")]
+    store, (port, _) = write_tokens(tmp_path / "t.zarr", 80, 8, 400, 4, 64), free_ports(2)
+    argument = json.dumps([recipe.model_dump(mode="json") for recipe in recipes])
+    processes = []
+    for rank in range(2):
+        place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+        environment = {**ENVIRONMENT, "MASTER_ADDR": "127.0.0.1", **{key: str(value) for key, value in place.items()}}
+        command = [sys.executable, "-m", "helpers.planned_peaks", argument, str(store), str(tmp_path / "run")]
+        processes.append(subprocess.Popen(command, cwd=TESTS, env=environment, stdout=subprocess.PIPE, text=True))
+    measured = [json.loads(process.communicate(timeout=600)[0].splitlines()[-1]) for process in processes]
+    monkeypatch.setattr(peaks, "ADAM_CHUNK", planned_peaks.CHUNK)
+    monkeypatch.setattr(peaks, "ERROR_CHUNK", planned_peaks.CHUNK)
+    for i, recipe in enumerate(recipes):
+        planned = check_fit(recipe, count_parameters(recipe), Machines(1, 2, 0, on_cpu=True))
+        assert planned.peak_phase == "update"
+        for of_rank in measured:
+            assert planned.peak == pytest.approx(of_rank[i], rel=0.1)
+
+
+def test_gathered_weights_and_gradients_by_stage_of_zero() -> None:
+    """Stage 3 holds fewer whole weights than 1 and 2; stage 1 holds whole gradients over several micro-batches."""
+    recipes = {zero: sized_prior(8, 4, 32, 4, 8, 16, prior__sharding__zero=zero) for zero in (1, 2, 3)}
+    counts, machines = count_parameters(recipes[1]), Machines(4, 1, 0)
+    once = {
+        zero: phase_peaks(recipe, counts, machines, 1, accumulates=False).passes for zero, recipe in recipes.items()
+    }
+    more = {zero: phase_peaks(recipe, counts, machines, 1, accumulates=True).passes for zero, recipe in recipes.items()}
+    matrices = 4 * counts.effective
+    assert once[1] == once[2]
+    assert once[3] < once[2] - matrices // 2
+    gradients = matrices + 4 * sum(counts.others)
+    assert more[1] - more[2] == gradients - gradients // 4
