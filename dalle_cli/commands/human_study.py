@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dalle_cli.commands.options import named_systems
 
+if TYPE_CHECKING:
+    from dalle_cli.human_study.results import StudyFigures
+
 app = typer.Typer(
     help="Compare two systems' pictures by people's votes: a blinded study, its web page, its figures.\n\n"
-    'Example: [bold]dalle human-study make study --system gan=dm-gan --system "ours=best.jsonl" --captions captions.txt'
-    "[/bold]",
+    "Example: [bold]dalle human-study make runs/quickstart/study --system single=runs/quickstart/samples.jsonl "
+    "--system best=runs/quickstart/ranked.jsonl --captions runs/quickstart/samples.jsonl[/bold]",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
-StudyArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The study's folder, that make wrote.")]
+StudyArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The study's folder, as make wrote it.")]
 
 
 @app.command(no_args_is_help=True)
@@ -38,14 +41,15 @@ def make(
     size: Annotated[int, typer.Option(min=8, help="Side of the pictures shown, cropped and resized alike.")] = 256,
     seed: Annotated[int, typer.Option(min=0, help="Decides sides, checks and names.")] = 0,
 ) -> None:
-    """Make a study: each caption's two pictures on random sides, under names that say nothing.
+    """Make a study: each caption's two pictures on random sides, under random names.
 
-    A picture belongs to a caption by its file's name, the id of the caption: the number of its line in a text file,
-    "id" in a .jsonl file, the annotation's id in COCO's. Lines of dalle sample or rerank belong by their prompts; of
-    several for one prompt the one of rank 1 is taken, or else the first. Attention checks show a picture beside noise.
+    The pictures of a folder are named by the ids of their captions: the number of its line in a text file, "id" in a
+    .jsonl file, the annotation's id in COCO's file. Lines of dalle sample or rerank are matched by their prompts; of
+    several lines for one prompt, the one of rank 1 is taken, or else the first. Attention checks show a picture
+    beside noise.
 
-    Example: [bold]dalle human-study make study --system gan=dm-gan --system ours=best.jsonl --captions captions.txt
-    [/bold]
+    Example: [bold]dalle human-study make runs/quickstart/study --system single=runs/quickstart/samples.jsonl --system
+    best=runs/quickstart/ranked.jsonl --captions runs/quickstart/samples.jsonl[/bold]
     """
     from dalle_cli.human_study.make import StudyRequest, make_study
 
@@ -62,11 +66,12 @@ def serve(
     ),
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
 ) -> None:
-    """Serve a study as a web page until ctrl-C; every vote is on the disk before it is acknowledged.
+    """Serve a study as a web page until ctrl-C; every vote is on disk before it is acknowledged.
 
-    It can be stopped and started at any time. Each annotator enters a name once, and is asked what still lacks votes.
+    The server can be stopped and started again at any time. Each annotator enters a name once, and is asked about the
+    pairs that still lack votes.
 
-    Example: [bold]dalle human-study serve study --port 8000[/bold]
+    Example: [bold]dalle human-study serve runs/quickstart/study --port 8000[/bold]
     """
     import socket
 
@@ -77,11 +82,11 @@ def serve(
         print(server.address, flush=True)
         if host == "0.0.0.0":
             log(f"on other devices: http://{socket.gethostname()}:{server.server_port}/, or this machine's address")
-        log("ctrl-C stops it; every vote is kept")
+        log("ctrl-C stops the server; every vote is kept")
         try:
             server.serve_forever()
         except KeyboardInterrupt:
-            log("stopped; start it again to go on")
+            log("stopped; run the same command again to resume")
 
 
 @app.command(no_args_is_help=True)
@@ -91,24 +96,26 @@ def report(
 ) -> None:
     """Report the votes: majority shares with 95% intervals, Fleiss' kappa, attention checks, plot and page.
 
-    Writes OUT/report: report.html, report.json, pairs.csv, votes.csv, votes.png and votes.svg. May run while the
+    Writes report.html, report.json, pairs.csv, votes.csv, votes.png and votes.svg into OUT/report. May run while the
     study is served.
 
-    Example: [bold]dalle human-study report study[/bold]
+    Example: [bold]dalle human-study report runs/quickstart/study[/bold]
     """
     import json
+    from dataclasses import asdict
 
     from dalle_cli.human_study.report import write_report
 
     figures, page = write_report(out)
     if as_json:
-        typer.echo(json.dumps(figures, indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(asdict(figures), indent=2, ensure_ascii=False))
         return
     _print(figures)
     typer.echo(page)
 
 
-def _print(figures: dict[str, Any]) -> None:
+def _print(figures: StudyFigures) -> None:
+    """Print the majorities and the warnings on stderr."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -117,17 +124,17 @@ def _print(figures: dict[str, Any]) -> None:
     table = Table(title="Majority vote", title_justify="left", box=None, pad_edge=False)
     for column in ("question", "system", "pairs won", "share", "95% interval", "Fleiss' kappa"):
         table.add_column(column, justify="left" if column in ("question", "system") else "right")
-    for found in figures["questions"].values():
-        for place, (name, entry) in enumerate(found["majority"].items()):
-            share, kappa = entry["share"], found["fleiss_kappa"]
+    for found in figures.questions.values():
+        for place, (name, entry) in enumerate(found.majority.items()):
+            share, kappa = entry.share, found.fleiss_kappa
             table.add_row(
-                found["wording"] if place == 0 else "",
+                found.wording if place == 0 else "",
                 Text(name),
-                f"{entry['pairs']} of {found['decided']}",
-                "" if share is None else f"{100 * share['value']:.1f}%",
-                "" if share is None else f"{100 * share['low']:.1f} - {100 * share['high']:.1f}",
+                f"{entry.pairs} of {found.decided}",
+                "" if share is None else f"{100 * share.value:.1f}%",
+                "" if share is None else f"{100 * share.low:.1f} - {100 * share.high:.1f}",
                 "" if kappa is None or place else f"{kappa:.3f}",
             )
     console.print(table)
-    for warning in figures["warnings"]:
+    for warning in figures.warnings:
         console.print(Text(f"note: {warning}"))

@@ -1,1 +1,1 @@
-"""Blinded comparison of two systems' pictures by people: making the study, serving it, reporting the votes."""
+"""Blinded comparison of two systems' pictures by people: make the study, serve it, report the votes."""

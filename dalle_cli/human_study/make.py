@@ -1,4 +1,4 @@
-"""Making a study: pairs of pictures on random sides, and attention checks among them."""
+"""Make a study: pairs of pictures on random sides, and attention checks among them."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from dalle_cli.progress import log, progress
 from dalle_cli.randomness import numpy_generator, stream_seed
 from dalle_cli.stores.files import new_directory, write_atomically
 
-PAIRS_PER_CHECK, LEAST_CHECKS = 10, 4
+PAIRS_PER_CHECK, MIN_CHECKS = 10, 4
 
 
 @dataclass(frozen=True)
 class StudyRequest:
-    """What to make: ``systems`` are the two names and where their pictures are."""
+    """Settings of a study; ``systems`` has the path of each system's pictures by name."""
 
     systems: Mapping[str, str]
     captions: Path
     annotators: int = 5
     pairs: int | None = None
-    """Captions drawn by the seed; all if None."""
+    """Number of captions, drawn by the seed; all if None."""
     checks: int | None = None
-    """Attention checks; if None one in ten pairs, at least four."""
+    """Number of attention checks; if None one for ten pairs, at least four."""
     image_size: int = 256
     seed: int = 0
 
@@ -42,22 +42,23 @@ class StudyRequest:
 def make_study(request: StudyRequest, out: Path) -> Study:
     """Write the study's folder, whole or not at all.
 
-    Every picture is centre-cropped, resized to one size and stored uncompressed under a name that says nothing, so
-    that neither names, dimensions, numbers of bytes nor metadata tell systems apart. Half of the pairs have the
-    first system on their left. A check shows one of the study's pictures beside uniform noise.
+    Every picture is centre-cropped, resized to one size and stored uncompressed under a random name, so that neither
+    names, dimensions, file sizes nor metadata tell the systems apart. Half of the pairs have the first system on
+    their left. A check shows one of the study's pictures beside uniform noise.
 
     Raises:
-        UserError: not two systems, a caption drawn by one of them only, a broken picture, or ``out`` holds something.
+        UserError: there are not two systems, only one of them drew some caption, a picture is broken, or ``out``
+            holds something.
     """
     if len(request.systems) != 2:
         raise UserError(f"a study compares two systems, not {len(request.systems)}; give --system NAME=PICTURES twice")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists; its votes are kept: choose another folder, or remove it yourself")
+        raise UserError(f"{out}: exists and may hold votes; choose another folder, or remove it yourself")
     captions = _distinct(read_captions(request.captions))
     first, second = (read_system(name, spec, captions) for name, spec in request.systems.items())
     for system in (first, second):
         if system.others:
-            log(f"system {system.name}: {system.others} pictures are of no caption of {request.captions}; left out")
+            log(f"system {system.name}: {system.others} pictures belong to no caption of {request.captions}; left out")
     drawn = check_same_captions((first, second), captions)
     if left_out := len(captions) - len(drawn):
         log(f"{left_out} of {len(captions)} captions have no picture in either system; left out")
@@ -69,7 +70,7 @@ def make_study(request: StudyRequest, out: Path) -> Study:
         items, sides = writer.pairs(chosen, (first, second))
         checks = request.checks
         if checks is None:
-            checks = max(LEAST_CHECKS, -(-len(chosen) // PAIRS_PER_CHECK))
+            checks = max(MIN_CHECKS, -(-len(chosen) // PAIRS_PER_CHECK))
         items += writer.checks(chosen, (first, second), checks)
         study = Study(
             annotators=request.annotators,
@@ -92,31 +93,31 @@ def make_study(request: StudyRequest, out: Path) -> Study:
 
 @dataclass(frozen=True)
 class _Writer:
-    """Writes pictures as it makes the items that show them."""
+    """Makes items and writes their pictures."""
 
     folder: Path
     request: StudyRequest
     captions: Mapping[str, str]
 
     def pairs(self, chosen: list[str], systems: tuple[System, System]) -> tuple[list[Item], dict[str, KeyItem]]:
-        items, key, same = [], {}, 0
+        items, key, equal = [], {}, 0
         sides = self._sides("pair", len(chosen))
         with progress("human-study make", len(chosen), "pairs") as bar:
             for place, identity in enumerate(chosen):
                 shown = systems if sides[place] == "left" else systems[::-1]
                 pictures = [_read(system.pictures[identity], self.request.image_size) for system in shown]
-                same += np.array_equal(pictures[0], pictures[1])
+                equal += np.array_equal(pictures[0], pictures[1])
                 left, right = (self._write("pair", place, side, p) for side, p in zip(SIDES, pictures, strict=True))
                 name = self._name("pair", place, "item")
                 items.append(Item(id=name, caption=self.captions[identity], left=left, right=right))
                 key[name] = KeyItem(caption_id=identity, left=shown[0].name, right=shown[1].name)
                 bar.advance()
-        if same:
-            log(f"{same} pairs show the same picture twice: votes on them are tosses of a coin")
+        if equal:
+            log(f"{equal} pairs show the same picture twice; votes on them tell nothing")
         return items, key
 
     def checks(self, chosen: list[str], systems: tuple[System, System], count: int) -> list[Item]:
-        """Pictures of the two systems in turn, beside noise."""
+        """Make attention checks: pictures of the two systems in turn, beside noise."""
         size, seed, items = self.request.image_size, self.request.seed, []
         captions = numpy_generator(seed, "human-study", "checks").permutation(len(chosen))
         for place, right_answer in enumerate(self._sides("check", count)):
@@ -130,7 +131,7 @@ class _Writer:
         return items
 
     def _sides(self, what: str, count: int) -> list[Side]:
-        """Each side equally often (to one), in random order."""
+        """Return ``count`` sides in random order, each equally often up to one."""
         order = numpy_generator(self.request.seed, "human-study", "sides", what).permutation(count)
         return [SIDES[place % 2] for place in order]
 
@@ -144,13 +145,13 @@ class _Writer:
 
 
 def _distinct(captions: Mapping[str, str]) -> dict[str, str]:
-    """The first id of each caption, so that no pair is asked about twice."""
+    """Keep the first id of each caption, so that no pair is asked about twice."""
     first: dict[str, str] = {}
     for identity, caption in captions.items():
         first.setdefault(caption, identity)
     distinct = {identity: caption for caption, identity in first.items()}
     if repeats := len(captions) - len(distinct):
-        log(f"{repeats} captions come again; the first of each is used")
+        log(f"{repeats} captions are repeated; the first of each is used")
     return distinct
 
 
@@ -171,7 +172,7 @@ def _read(path: Path, size: int) -> NDArray[np.uint8]:
 
 
 def _png(picture: NDArray[np.uint8]) -> bytes:
-    """Uncompressed: a compressed picture's length tells a smooth system from a rough one in a browser's tools."""
+    """Encode without compression, since a compressed file's size tells smooth pictures from rough ones."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, format="PNG", compress_level=0)
     return buffer.getvalue()

@@ -1,52 +1,70 @@
-"""A study's report: figures, tables, plot and one HTML page in ``report/`` of the study's folder."""
+"""Write a study's report: figures, tables, plot and one HTML page in ``report/`` of the study's folder."""
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+from PIL import Image
+
+from dalle_cli.data.images import read_picture
 from dalle_cli.errors import UserError
-from dalle_cli.human_study.plot import draw
-from dalle_cli.human_study.report_page import page
-from dalle_cli.human_study.results import Results, count_votes, figures, system_on
-from dalle_cli.human_study.study import VOTES, load_key, load_study
+from dalle_cli.human_study.plot import COLOURS, draw
+from dalle_cli.human_study.results import PairVotes, Results, StudyFigures, count_votes, study_figures, system_on
+from dalle_cli.human_study.study import PICTURES, QUESTIONS, VOTES, load_key, load_study
 from dalle_cli.human_study.votes import Vote, Votes
 from dalle_cli.stores.files import write_atomically
+from dalle_cli.views.html import render
 
 REPORT = "report"
+SHOWN_PAIRS, THUMBNAIL_SIDE = 24, 192
 
 
-def write_report(folder: Path) -> tuple[dict[str, Any], Path]:
-    """The figures and the HTML page's path. May run while the study is served.
+@dataclass(frozen=True)
+class _Picture:
+    """One system's picture of a pair, as the page shows it."""
+
+    uri: str
+    votes: list[tuple[PairVotes, int]]
+    """Votes on each question, and the number of them for this system."""
+
+
+def write_report(folder: Path) -> tuple[StudyFigures, Path]:
+    """Write the report of the votes cast so far; the study may be served meanwhile.
 
     Writes report.html, report.json, pairs.csv (each pair's votes), votes.csv (every vote, unblinded) and the plot as
     votes.png and votes.svg. Annotators are numbered there; their names stay in the votes' database.
+
+    Returns:
+        The figures, and the path of the page.
 
     Raises:
         UserError: ``folder`` holds no whole study, or nobody has voted.
     """
     study = load_study(folder)
     key = load_key(folder, study)
+    nobody = f"{folder}: nobody has voted yet; start dalle human-study serve {folder}"
     if not (folder / VOTES).is_file():
-        raise UserError(f"{folder}: nobody has voted yet; start dalle human-study serve {folder}")
+        raise UserError(nobody)
     with Votes(folder, study) as store:
         votes = store.all()
     if not votes:
-        raise UserError(f"{folder}: nobody has voted yet; start dalle human-study serve {folder}")
+        raise UserError(nobody)
     results = count_votes(study, key, votes)
-    found, out = figures(results), folder / REPORT
-    svg = draw(results, "svg")
+    figures, out = study_figures(results), folder / REPORT
+    svg = draw(figures, "svg")
     write_atomically(out / "votes.svg", svg)
-    write_atomically(out / "votes.png", draw(results, "png"))
-    write_atomically(out / "report.json", json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(out / "votes.png", draw(figures, "png"))
+    write_atomically(out / "report.json", json.dumps(asdict(figures), indent=2, ensure_ascii=False) + "\n")
     write_atomically(out / "pairs.csv", _csv(_pair_rows(results)))
     write_atomically(out / "votes.csv", _csv(_vote_rows(results, votes)))
-    write_atomically(out / "report.html", page(results, found, svg.decode(), folder))
-    return found, out / "report.html"
+    write_atomically(out / "report.html", _page(results, figures, svg.decode(), folder / PICTURES))
+    return figures, out / "report.html"
 
 
 def _pair_rows(results: Results) -> Iterable[Sequence[object]]:
@@ -59,18 +77,57 @@ def _pair_rows(results: Results) -> Iterable[Sequence[object]]:
 
 
 def _vote_rows(results: Results, votes: Sequence[Vote]) -> Iterable[Sequence[object]]:
-    by_name = {annotator.name: annotator for annotator in results.annotators}
     yield "annotator", "excluded", "at", "item", "question", "side", "system", "check"
     for vote in votes:
-        item, annotator = results.study.by_id[vote.item], by_name[vote.annotator]
+        item, annotator = results.study.by_id[vote.item], results.annotators[vote.annotator]
         if item.check is None:
-            judged = system_on(results.key, item, vote.answer), ""
+            system, check = system_on(results.key, item, vote.answer), ""
         else:
-            judged = "", "right" if vote.answer == item.check else "wrong"
-        yield annotator.label, int(annotator.excluded), vote.at, item.id, vote.question, vote.answer, *judged
+            system, check = "", "right" if vote.answer == item.check else "wrong"
+        excluded = int(annotator.excluded)
+        yield annotator.label, excluded, vote.at, item.id, vote.question, vote.answer, system, check
 
 
 def _csv(rows: Iterable[Sequence[object]]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
+
+
+def _page(results: Results, figures: StudyFigures, plot: str, pictures: Path) -> str:
+    """Return the report as one HTML page; ``plot`` is an SVG file's text."""
+    majority = figures.questions["realistic"].majority
+    winner = max(results.names, key=lambda name: majority[name].pairs)
+    shares = {question: figures.questions[question].majority[winner].share for question in QUESTIONS}
+    votes = {(pair.item.id, pair.question): pair for pair in results.pairs}
+    pairs = []
+    for name in list(results.key.items)[:SHOWN_PAIRS]:
+        item, entry = results.study.by_id[name], results.key.items[name]
+        files = {entry.left: item.left, entry.right: item.right}
+        shown = [
+            _Picture(
+                _thumbnail(pictures / files[system]),
+                [(votes[name, question], votes[name, question].votes[place]) for question in QUESTIONS],
+            )
+            for place, system in enumerate(results.names)
+        ]
+        pairs.append((item.caption, shown))
+    return render(
+        "human_study.html",
+        figures=figures,
+        names=results.names,
+        winner=winner,
+        shares={question: share for question, share in shares.items() if share is not None},
+        plot=plot[plot.index("<svg") :],
+        pairs=pairs,
+        colours=COLOURS,
+    )
+
+
+def _thumbnail(path: Path) -> str:
+    """Return the picture, small, as a JPEG data URI."""
+    picture = Image.fromarray(read_picture(path, "make the study anew"))
+    picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    buffer = io.BytesIO()
+    picture.save(buffer, format="JPEG", quality=88)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,15 +1,14 @@
-"""From votes and key to figures: who is excluded, each pair's votes for each system, majorities and agreement."""
+"""Figures of a study: excluded annotators, each pair's votes, majorities and agreement."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from dalle_cli.human_study.agreement import CONFIDENCE, fleiss_kappa, sign_test, wilson
+from dalle_cli.human_study.statistics import CONFIDENCE, Share, fleiss_kappa, sign_test, wilson
 from dalle_cli.human_study.study import (
     QUESTIONS,
     SIDES,
@@ -24,13 +23,13 @@ from dalle_cli.human_study.study import (
 from dalle_cli.human_study.votes import Vote
 
 FEW_PAIRS = 30
+"""Number of pairs below which the report warns of wide intervals."""
 
 
 @dataclass(frozen=True)
-class Annotator:
-    """One annotator's part. ``label`` stands for the name, which no report shows."""
+class AnnotatorFigures:
+    """Votes of one annotator; ``label`` stands for the name, which no report shows."""
 
-    name: str
     label: str
     votes: int
     checks_answered: int
@@ -40,7 +39,7 @@ class Annotator:
 
 @dataclass(frozen=True)
 class PairVotes:
-    """Votes that count on one question of one pair, by system in the key's order."""
+    """Votes that count on one question about one pair, for each system in the key's order."""
 
     item: Item
     question: Question
@@ -48,53 +47,104 @@ class PairVotes:
 
     @property
     def winner(self) -> int | None:
-        """The system most annotators chose; None where they are split evenly or none voted."""
+        """Index of the system that most annotators chose; None if they are split evenly or nobody voted."""
         first, second = self.votes
         return None if first == second else int(second > first)
 
 
 @dataclass(frozen=True)
 class Results:
-    """A study's outcome."""
+    """A study with its votes counted; ``annotators`` are by name, in the order of their first votes."""
 
     study: Study
     key: Key
-    annotators: Sequence[Annotator]
+    annotators: Mapping[str, AnnotatorFigures]
     pairs: Sequence[PairVotes]
 
     @property
     def names(self) -> tuple[str, str]:
+        """Names of the two systems in the key's order."""
         first, second = self.key.systems
         return first, second
 
-    def of(self, question: Question) -> list[PairVotes]:
-        """Every pair's votes on the question, in the order of the study's items."""
+    def pairs_of(self, question: Question) -> list[PairVotes]:
+        """Return every pair's votes on the question, in the order of the study's items."""
         return [pair for pair in self.pairs if pair.question == question]
 
 
+@dataclass(frozen=True)
+class Majority:
+    """Number of pairs that a system won by majority vote, and its share of the decided pairs."""
+
+    pairs: int
+    share: Share | None
+
+
+@dataclass(frozen=True)
+class QuestionFigures:
+    """Outcome of one question; dictionaries are by system."""
+
+    wording: str
+    majority: dict[str, Majority]
+    decided: int
+    """Number of pairs that one system won."""
+    ties: int
+    without_votes: int
+    with_all_votes: int
+    p_value: float | None
+    votes: dict[str, int]
+    pairs_by_votes: dict[str, list[int]]
+    """Number of pairs in which 0, 1, ... annotators chose the system, among pairs with all their votes."""
+    fleiss_kappa: float | None
+    agreement: float | None
+    pairs_in_kappa: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyFigures:
+    """Contents of report.json."""
+
+    format: str = field(default="dalle-human-study-report", init=False)
+    version: int = field(default=1, init=False)
+    study: str
+    systems: dict[str, str]
+    captions: str
+    captions_left_out: int
+    seed: int
+    pairs: int
+    checks: int
+    annotators_wanted: int
+    confidence: float
+    exclusion_rule: str
+    questions: dict[Question, QuestionFigures]
+    annotators: list[AnnotatorFigures]
+    warnings: list[str]
+
+
 def count_votes(study: Study, key: Key, votes: Sequence[Vote]) -> Results:
-    """The votes of annotators who did not fail, by pair, question and system."""
+    """Count the votes by pair, question and system, without those of excluded annotators."""
     annotators = _annotators(study, votes)
-    excluded = {annotator.name for annotator in annotators if annotator.excluded}
-    kept = Counter((vote.item, vote.question, vote.answer) for vote in votes if vote.annotator not in excluded)
+    counted = Counter(
+        (vote.item, vote.question, vote.answer) for vote in votes if not annotators[vote.annotator].excluded
+    )
     names = list(key.systems)
     pairs = []
     for question in QUESTIONS:
         for item in study.pairs:
             by_system = [0, 0]
             for side in SIDES:
-                by_system[names.index(system_on(key, item, side))] += kept[item.id, question, side]
+                by_system[names.index(system_on(key, item, side))] += counted[item.id, question, side]
             pairs.append(PairVotes(item, question, (by_system[0], by_system[1])))
     return Results(study, key, annotators, pairs)
 
 
 def system_on(key: Key, item: Item, side: Side) -> str:
-    """Whose picture is on a side of a pair."""
+    """Return the name of the system whose picture is on a side of a pair."""
     return key.items[item.id].left if side == "left" else key.items[item.id].right
 
 
-def figures(results: Results) -> dict[str, Any]:
-    """What report.json holds."""
+def study_figures(results: Results) -> StudyFigures:
+    """Return the figures of a study."""
     study, key = results.study, results.key
     questions = {question: _question(results, question) for question in QUESTIONS}
     rule = (
@@ -103,30 +153,24 @@ def figures(results: Results) -> dict[str, Any]:
         if study.checks
         else "The study has no attention checks; nobody is excluded."
     )
-    return {
-        "format": "dalle-human-study-report",
-        "version": 1,
-        "study": study.sha256,
-        "systems": key.systems,
-        "captions": key.captions,
-        "captions_left_out": key.captions_left_out,
-        "seed": key.seed,
-        "pairs": len(study.pairs),
-        "checks": len(study.checks),
-        "annotators_wanted": study.annotators,
-        "confidence": CONFIDENCE,
-        "exclusion_rule": rule,
-        "questions": questions,
-        "annotators": [
-            {name: value for name, value in asdict(annotator).items() if name != "name"}
-            for annotator in results.annotators
-        ],
-        "warnings": _warnings(results, questions),
-    }
+    return StudyFigures(
+        study=study.sha256,
+        systems=key.systems,
+        captions=key.captions,
+        captions_left_out=key.captions_left_out,
+        seed=key.seed,
+        pairs=len(study.pairs),
+        checks=len(study.checks),
+        annotators_wanted=study.annotators,
+        confidence=CONFIDENCE,
+        exclusion_rule=rule,
+        questions=questions,
+        annotators=list(results.annotators.values()),
+        warnings=_warnings(results, questions),
+    )
 
 
-def _annotators(study: Study, votes: Sequence[Vote]) -> list[Annotator]:
-    """In the order of their first votes."""
+def _annotators(study: Study, votes: Sequence[Vote]) -> dict[str, AnnotatorFigures]:
     total: Counter[str] = Counter()
     answered: Counter[str] = Counter()
     wrong: Counter[str] = Counter()
@@ -136,59 +180,57 @@ def _annotators(study: Study, votes: Sequence[Vote]) -> list[Annotator]:
         if right_answer is not None:
             answered[vote.annotator] += 1
             wrong[vote.annotator] += vote.answer != right_answer
-    return [
-        Annotator(name, f"A{place}", count, answered[name], wrong[name], wrong[name] > study.wrong_allowed)
-        for place, (name, count) in enumerate(total.items(), start=1)
-    ]
-
-
-def _question(results: Results, question: Question) -> dict[str, Any]:
-    pairs, names, wanted = results.of(question), results.names, results.study.annotators
-    winners = [pair.winner for pair in pairs]
-    voted = [sum(pair.votes) for pair in pairs]
-    decided = len(pairs) - winners.count(None)
-    shares = [wilson(winners.count(place), decided) for place in (0, 1)]
-    agreement = fleiss_kappa(np.array([pair.votes for pair in pairs], dtype=np.int64).reshape(-1, 2))
     return {
-        "wording": WORDING[question],
-        "majority": {
-            name: {"pairs": winners.count(place), "share": None if share is None else asdict(share)}
-            for place, (name, share) in enumerate(zip(names, shares, strict=True))
-        },
-        "decided": decided,
-        "ties": sum(winner is None and votes > 0 for winner, votes in zip(winners, voted, strict=True)),
-        "without_votes": voted.count(0),
-        "with_all_votes": sum(votes >= wanted for votes in voted),
-        "p_value": sign_test(winners.count(0), decided),
-        "votes": {name: sum(pair.votes[place] for pair in pairs) for place, name in enumerate(names)},
-        "pairs_by_votes": {
-            name: [
-                sum(sum(p.votes) == wanted and p.votes[place] == votes for p in pairs) for votes in range(wanted + 1)
-            ]
-            for place, name in enumerate(names)
-        },
-        "fleiss_kappa": None if agreement is None else agreement.kappa,
-        "agreement": None if agreement is None else agreement.observed,
-        "pairs_in_kappa": sum(votes >= 2 for votes in voted),
+        name: AnnotatorFigures(f"A{number}", count, answered[name], wrong[name], wrong[name] > study.wrong_allowed)
+        for number, (name, count) in enumerate(total.items(), start=1)
     }
 
 
-def _warnings(results: Results, questions: dict[Question, dict[str, Any]]) -> list[str]:
-    found = []
+def _question(results: Results, question: Question) -> QuestionFigures:
+    pairs, names, wanted = results.pairs_of(question), results.names, results.study.annotators
+    winners = [pair.winner for pair in pairs]
+    totals = [sum(pair.votes) for pair in pairs]
+    decided = len(pairs) - winners.count(None)
+    agreement = fleiss_kappa(np.array([pair.votes for pair in pairs], dtype=np.int64).reshape(-1, 2))
+    complete = [pair.votes for pair in pairs if sum(pair.votes) == wanted]
+    return QuestionFigures(
+        wording=WORDING[question],
+        majority={
+            name: Majority(winners.count(system), wilson(winners.count(system), decided))
+            for system, name in enumerate(names)
+        },
+        decided=decided,
+        ties=sum(winner is None and votes > 0 for winner, votes in zip(winners, totals, strict=True)),
+        without_votes=totals.count(0),
+        with_all_votes=sum(votes >= wanted for votes in totals),
+        p_value=sign_test(winners.count(0), decided),
+        votes={name: sum(pair.votes[system] for pair in pairs) for system, name in enumerate(names)},
+        pairs_by_votes={
+            name: [sum(votes[system] == count for votes in complete) for count in range(wanted + 1)]
+            for system, name in enumerate(names)
+        },
+        fleiss_kappa=None if agreement is None else agreement.kappa,
+        agreement=None if agreement is None else agreement.observed,
+        pairs_in_kappa=sum(votes >= 2 for votes in totals),
+    )
+
+
+def _warnings(results: Results, questions: Mapping[Question, QuestionFigures]) -> list[str]:
+    warnings = []
     pairs, wanted = len(results.study.pairs), results.study.annotators
-    for question, figure in questions.items():
-        if lacking := pairs - figure["with_all_votes"]:
-            found.append(
+    for question, figures in questions.items():
+        if lacking := pairs - figures.with_all_votes:
+            warnings.append(
                 f"{question}: {lacking} of {pairs} pairs have fewer than the {wanted} votes wanted; serve the study to "
-                "more annotators, who are asked for these alone"
+                "more annotators, who are asked about these alone"
             )
-        if figure["ties"]:
-            found.append(f"{question}: {figure['ties']} pairs are split evenly and count for neither system")
+        if figures.ties:
+            warnings.append(f"{question}: {figures.ties} pairs are split evenly and count for neither system")
     if pairs < FEW_PAIRS:
-        found.append(f"{pairs} pairs are few: the intervals are wide, and hold for these captions alone")
-    excluded = [annotator.label for annotator in results.annotators if annotator.excluded]
+        warnings.append(f"{pairs} pairs are few: the intervals are wide, and hold for these captions alone")
+    excluded = [annotator.label for annotator in results.annotators.values() if annotator.excluded]
     if excluded:
-        found.append(f"excluded by the attention checks: {', '.join(excluded)}")
+        warnings.append(f"excluded by the attention checks: {', '.join(excluded)}")
     if not results.study.checks:
-        found.append("the study has no attention checks: votes given without looking count like the others")
-    return found
+        warnings.append("the study has no attention checks: votes given without looking count like the others")
+    return warnings

@@ -1,8 +1,8 @@
-"""The study as a small local web page: three files, the pictures by their opaque names, and two calls.
+"""Serve a study as a small web page: three files, the pictures under their random names, and two calls.
 
-``GET /api/next?annotator=NAME`` says what to show next, ``POST /api/vote`` keeps one answer and replies when it is
-on the disk. The server knows only what ``study.json`` holds: it never opens the key, and no path of a request
-reaches the file system.
+``GET /api/next?annotator=NAME`` returns what to show next. ``POST /api/vote`` records one answer and replies once it
+is on disk. The server knows only what ``study.json`` holds: it never opens the key, and no path of a request reaches
+the file system.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from urllib.parse import parse_qs, urlsplit
 
 from dalle_cli.errors import UserError
 from dalle_cli.human_study.study import PICTURES, WORDING, Item, Question, Side, load_study
-from dalle_cli.human_study.votes import Refused, Task, Votes, annotator_name
+from dalle_cli.human_study.votes import Task, VoteRefused, Votes, annotator_name
 from dalle_cli.progress import log
 
 MAX_BODY_BYTES = 4096
-SECONDS_OF_SILENCE = 60
-"""After which a connection is closed; the page opens another."""
+IDLE_SECONDS = 60
+"""Seconds without a request after which a connection is closed; the page opens another."""
 PAGE_FILES = {"/": ("index.html", "text/html"), "/study.css": ("study.css", "text/css"),
               "/study.js": ("study.js", "text/javascript")}  # fmt: skip
 _HEADERS = {
@@ -39,11 +39,11 @@ _HEADERS = {
 
 
 class BadRequest(Exception):
-    """A request that is not well-formed, and why."""
+    """A request is not well-formed; the message says why."""
 
 
 @dataclass(frozen=True)
-class _Post:
+class _PostedVote:
     annotator: str
     item: Item
     question: Question
@@ -51,13 +51,13 @@ class _Post:
 
 
 class StudyServer(ThreadingHTTPServer):
-    """Serves one study. ``serve_forever`` runs it; ``address`` is where."""
+    """Server of one study; ``serve_forever`` runs it."""
 
     daemon_threads = True
     request_queue_size = 64
 
     def __init__(self, folder: Path, host: str = "127.0.0.1", port: int = 0) -> None:
-        """Binds at once; port 0 takes a free one.
+        """Bind the address at once; port 0 takes a free one.
 
         Raises:
             UserError: ``folder`` holds no whole study, its votes cannot be opened, or the address cannot be bound.
@@ -82,18 +82,21 @@ class StudyServer(ThreadingHTTPServer):
 
     @property
     def address(self) -> str:
+        """URL of the page."""
         return f"http://{self.server_name}:{self.server_port}/"
 
     def server_bind(self) -> None:
-        # HTTPServer's asks the network for the host's full name, which can take long and is of no use here.
+        """Bind the socket without looking up the host's full name, which can take long and is not needed."""
         TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exception(), ConnectionError):  # a phone that went out of reach is no fault
+        """Report an error, unless a client such as a phone out of reach dropped its connection."""
+        if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
     def server_close(self) -> None:
+        """Close the socket and the votes."""
         super().server_close()
         if hasattr(self, "votes"):
             self.votes.close()
@@ -103,7 +106,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: StudyServer
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "dalle", ""
-    timeout = SECONDS_OF_SILENCE
+    timeout = IDLE_SECONDS
     disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
@@ -121,32 +124,32 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         if urlsplit(self.path).path != "/api/vote":
-            self.close_connection = True  # its body is not read
+            self.close_connection = True  # the body is left unread
             self._json(HTTPStatus.NOT_FOUND, {"error": "there is no such page"})
             return
         self._answer(self._vote)
 
     def _answer(self, call: Callable[[], dict[str, Any]]) -> None:
-        """The call's result as JSON, or why there is none. Only what is kept is answered with 200."""
+        """Answer with the call's result as JSON, or with the reason of its failure. 200 means a vote was recorded."""
         try:
             self._json(HTTPStatus.OK, call())
         except BadRequest as error:
             self._json(HTTPStatus.BAD_REQUEST, {"error": str(error)})
-        except Refused as error:
+        except VoteRefused as error:
             self._json(HTTPStatus.CONFLICT, {"error": str(error)})
         except sqlite3.Error as error:
             log(f"votes: {error}")
-            self._json(HTTPStatus.SERVICE_UNAVAILABLE, {"error": "the vote could not be kept; try again"})
+            self._json(HTTPStatus.SERVICE_UNAVAILABLE, {"error": "the vote could not be recorded; try again"})
 
     def _next(self, query: str) -> dict[str, Any]:
         annotator = _annotator(parse_qs(query).get("annotator", [""])[0])
         work = self.server.votes.work(annotator)
-        # The second is for the page to load its pictures ahead.
+        # The page prefetches the pictures of the second task.
         return {
             "annotator": annotator,
             "done": work.done,
             "total": work.done + len(work.tasks),
-            "tasks": [_shown(task) for task in work.tasks[:2]],
+            "tasks": [_task_json(task) for task in work.tasks[:2]],
         }
 
     def _vote(self) -> dict[str, Any]:
@@ -154,13 +157,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.votes.record(vote.annotator, vote.item, vote.question, vote.answer)
         return {"kept": vote.answer}
 
-    def _read_vote(self) -> _Post:
+    def _read_vote(self) -> _PostedVote:
         try:
             length = int(self.headers.get("Content-Length", ""))
         except ValueError:
             length = -1
         if not 0 <= length <= MAX_BODY_BYTES:
-            self.close_connection = True  # what follows is not read
+            self.close_connection = True  # the body is left unread
             raise BadRequest(f"a vote comes with a Content-Length of at most {MAX_BODY_BYTES}")
         body = self.rfile.read(length)
         if len(body) < length:
@@ -181,7 +184,7 @@ class _Handler(BaseHTTPRequestHandler):
         for name, kind in (("question", Question), ("answer", Side)):
             if vote[name] not in get_args(kind):
                 raise BadRequest(f"{name} is one of {', '.join(get_args(kind))}")
-        return _Post(_annotator(vote["annotator"]), item, vote["question"], vote["answer"])
+        return _PostedVote(_annotator(vote["annotator"]), item, vote["question"], vote["answer"])
 
     def _json(self, status: HTTPStatus, value: Any) -> None:
         self._send(status, json.dumps(value, ensure_ascii=False).encode(), "application/json")
@@ -195,7 +198,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: requests name annotators."""
+        """Log nothing, since requests name annotators."""
 
 
 def _url(picture: str) -> str:
@@ -211,8 +214,8 @@ def _annotator(name: Any) -> str:
         raise BadRequest(f"annotator: {error}") from None
 
 
-def _shown(task: Task) -> dict[str, Any]:
-    """What a page may know of an item: not whether it is a check, let alone whose pictures it shows."""
+def _task_json(task: Task) -> dict[str, Any]:
+    """Return what a page may know of a task: not whether it is a check, nor which systems it shows."""
     return {
         "item": task.item.id,
         "caption": task.item.caption,

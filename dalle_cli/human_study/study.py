@@ -1,7 +1,7 @@
-"""What a study's folder holds: ``study.json`` and ``pictures/`` for the server, ``key.json`` for the report alone.
+"""A study's files: ``study.json`` and ``pictures/`` for the server, ``key.json`` for the report alone.
 
-Nothing of the served part says which system made a picture: the key is the only place where sides have names, and
-the server never opens it.
+Nothing in the served part tells which system made a picture. Only the key names the systems, and the server never
+opens it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WORDING: dict[Question, str] = {
 }
 STUDY, KEY, PICTURES, VOTES = "study.json", "key.json", "pictures", "votes.sqlite"
 WRONG_SHARE_PERCENT = 20
-"""An annotator fails who answers more than this share of all the study's check questions wrongly."""
+"""Share of all the study's check questions that an annotator may answer wrongly without being excluded."""
 
 
 class _Stored(BaseModel):
@@ -33,52 +33,54 @@ class _Stored(BaseModel):
 
 
 class Item(_Stored):
-    """One screen of the study: a caption between two pictures, named by files of ``pictures/``."""
+    """A caption and two pictures, which are file names in ``pictures/``."""
 
     id: str
     caption: str
     left: str = Field(pattern=r"^[0-9a-f]{16}\.png$")
     right: str = Field(pattern=r"^[0-9a-f]{16}\.png$")
     check: Side | None = None
-    """The side that an attentive annotator chooses, of attention checks only."""
+    """Side that an attentive annotator chooses; None unless the item is an attention check."""
 
 
 class Study(_Stored):
-    """The served part. Items are in the order of their ids, which says nothing."""
+    """The served part. Items are sorted by their ids, which are random."""
 
     format: Literal["dalle-human-study"] = "dalle-human-study"
     version: Literal[1] = 1
     annotators: int = Field(ge=1)
-    """Votes wanted on each question of each pair."""
+    """Number of votes wanted on each question of each pair."""
     image_size: int
     items: tuple[Item, ...]
 
     @cached_property
     def sha256(self) -> str:
-        """Names the study in its key and its votes, so that those of another are refused."""
+        """Hash by which the key and the votes name this study, so that another study's are refused."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
     @cached_property
     def by_id(self) -> dict[str, Item]:
+        """Items by their ids."""
         return {item.id: item for item in self.items}
 
     @cached_property
     def pairs(self) -> tuple[Item, ...]:
-        """The items that count, attention checks left out."""
+        """Items that are not attention checks."""
         return tuple(item for item in self.items if item.check is None)
 
     @cached_property
     def checks(self) -> tuple[Item, ...]:
+        """Items that are attention checks."""
         return tuple(item for item in self.items if item.check is not None)
 
     @property
     def wrong_allowed(self) -> int:
-        """Wrong answers to check questions that an annotator is forgiven."""
+        """Number of wrong answers to check questions that do not exclude an annotator."""
         return len(self.checks) * len(QUESTIONS) * WRONG_SHARE_PERCENT // 100
 
 
 class KeyItem(_Stored):
-    """Which caption a pair shows and whose picture is on its left."""
+    """Id of the caption that a pair shows, and the system on each side."""
 
     caption_id: str
     left: str
@@ -86,28 +88,36 @@ class KeyItem(_Stored):
 
 
 class Key(_Stored):
-    """The secret part: systems by name, and the sides of each pair."""
+    """The secret part: the systems, and the sides of each pair by item id."""
 
     study: str
     systems: dict[str, str]
-    """Each system's name and where its pictures came from, in the order they were given."""
+    """Path of each system's pictures by name, in the order given."""
     captions: str
     captions_left_out: int
-    """Captions of which no system had a picture."""
+    """Number of captions of which no system had a picture."""
     seed: int
     items: dict[str, KeyItem]
 
 
 def load_study(folder: Path) -> Study:
-    """The study in ``folder``. Raises UserError if there is none."""
+    """Read the study in ``folder``.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
     return _load(folder / STUDY, Study)
 
 
 def load_key(folder: Path, study: Study) -> Key:
-    """The key of ``study``. Raises UserError if it is missing or another study's."""
+    """Read the key of ``study`` from its folder.
+
+    Raises:
+        UserError: the key is missing, or is another study's.
+    """
     key = _load(folder / KEY, Key)
     if key.study != study.sha256 or key.items.keys() != {item.id for item in study.pairs}:
-        raise UserError(f"{folder / KEY}: is the key of another study; put back the one that was made with {STUDY}")
+        raise UserError(f"{folder / KEY}: is the key of another study; put back the one made together with {STUDY}")
     return key
 
 
@@ -118,7 +128,7 @@ def _load(path: Path, kind: type[_Kind]) -> _Kind:
     try:
         return kind.model_validate_json(path.read_bytes())
     except FileNotFoundError:
-        raise UserError(f"{path}: is missing; name a folder that dalle human-study make wrote") from None
+        raise UserError(f"{path}: no such file; name a folder that dalle human-study make wrote") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except ValidationError as error:

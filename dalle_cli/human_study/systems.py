@@ -1,4 +1,4 @@
-"""One system's pictures by caption id: a folder of files named by it, or lines of ``dalle sample`` or ``rerank``."""
+"""Read a system's pictures by caption: a folder of files named by caption id, or lines of ``dalle sample``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dalle_cli.errors import UserError
 
 @dataclass(frozen=True)
 class System:
-    """Pictures of the captions that the study knows; ``others`` were of none of them."""
+    """Pictures of a system by caption id; ``others`` counts its pictures of no caption of the study."""
 
     name: str
     spec: str
@@ -23,13 +23,18 @@ class System:
 
 
 def read_system(name: str, spec: str, captions: Mapping[str, str]) -> System:
-    """The system's picture of each caption it has one of.
+    """Read the system's picture of each caption that it has one of.
 
-    Of a manifest's lines for one prompt it is the one of rank 1, or the first where none has a rank: a single
-    sample, not chosen. Prompts and captions are compared without the blanks around them.
+    If a manifest has several lines for one prompt, the line of rank 1 is used, or the first line if none has a rank.
+    Prompts and captions are compared without surrounding blanks.
+
+    Args:
+        name: The system's name.
+        spec: A folder of pictures named by caption ids, or a .jsonl file of ``dalle sample`` or ``dalle rerank``.
+        captions: The study's captions by id.
 
     Raises:
-        UserError: there is no such folder or file, it has a caption's picture twice, or none of any caption.
+        UserError: there is no such folder or file, it has two pictures of a caption, or it has none of any caption.
     """
     path = Path(spec)
     if path.is_dir():
@@ -47,17 +52,17 @@ def read_system(name: str, spec: str, captions: Mapping[str, str]) -> System:
         raise UserError(f"system {name}: {spec} holds no picture")
     if not pictures:
         raise UserError(
-            f"system {name}: none of the {len(found)} pictures of {spec} is of a caption of the study: its first "
+            f"system {name}: none of the {len(found)} pictures of {spec} belongs to a caption of the study: its first "
             f"{kind} is {next(iter(found))!r}, the first caption is {next(iter(captions.items()))!r}"
         )
     return System(name, spec, pictures, len(found.keys() - set(names.values())))
 
 
 def check_same_captions(systems: tuple[System, System], captions: Mapping[str, str]) -> list[str]:
-    """The ids of the captions that both systems drew.
+    """Return the ids of the captions that both systems drew.
 
     Raises:
-        UserError: one has a picture of a caption that the other has none of; an example is named.
+        UserError: a caption was drawn by only one of the systems.
     """
     for one, other in (systems, systems[::-1]):
         lacking = [identity for identity in captions if identity in one.pictures and identity not in other.pictures]
@@ -65,7 +70,7 @@ def check_same_captions(systems: tuple[System, System], captions: Mapping[str, s
             example = f"{lacking[0]} ({captions[lacking[0]]!r})"
             raise UserError(
                 f"system {other.name}: {other.spec} has no picture of caption {example}, which system {one.name} has; "
-                f"{len(lacking)} such captions in all: draw them, or leave them out of the captions"
+                f"{len(lacking)} such captions in all; draw them, or leave them out of the captions"
             )
     return [identity for identity in captions if identity in systems[0].pictures]
 
@@ -79,7 +84,7 @@ def _named_files(folder: Path) -> dict[str, Path]:
         identity = normal_id(stem)
         if identity in found:
             raise UserError(
-                f"{folder}: {found[identity].name} and {path.name} are both of caption {identity}; keep one"
+                f"{folder}: {found[identity].name} and {path.name} both belong to caption {identity}; keep one"
             )
         found[identity] = path
     return found
@@ -91,7 +96,7 @@ def _by_prompt(path: Path, spec: str) -> dict[str, Path]:
         for line in read_manifest(lines, spec):
             prompt, picture, best = line["prompt"].strip(), Path(line["png"]), line.get("rank") == 1
             if best and prompt in chosen and chosen[prompt][0] and chosen[prompt][1] != picture:
-                raise UserError(f"{spec}: two pictures are of rank 1 for {prompt!r}; rank them together")
+                raise UserError(f"{spec}: two pictures have rank 1 for {prompt!r}; rank them together")
             if prompt not in chosen or (best and not chosen[prompt][0]):
                 chosen[prompt] = best, picture
     return {prompt: picture for prompt, (_, picture) in chosen.items()}

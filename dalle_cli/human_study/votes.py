@@ -1,7 +1,7 @@
-"""The votes, in SQLite: one for each annotator, item and question, on the disk before it is acknowledged.
+"""Store of a study's votes in SQLite: a row for each annotator, item and question, synced to disk when recorded.
 
-Everything else (progress, who is asked what next, who failed) is read from the votes, so a server that is killed
-and started again knows all it knew.
+Progress, the next question and the excluded annotators are all computed from the votes, so a server that is killed
+loses nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dalle_cli.errors import UserError
 from dalle_cli.human_study.study import QUESTIONS, VOTES, Item, Question, Side, Study
 from dalle_cli.randomness import numpy_generator
 
-LONGEST_NAME = 64
+MAX_NAME_LENGTH = 64
 _TABLES = """
 CREATE TABLE IF NOT EXISTS study (sha256 TEXT NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS votes (
@@ -28,31 +28,33 @@ CREATE TABLE IF NOT EXISTS votes (
     PRIMARY KEY (annotator, item, question)
 ) STRICT;
 """
-# The checks' answers come from the study, into a table of this connection alone.
+# A table of this connection alone, filled from study.json.
 _CHECKS = "CREATE TEMP TABLE checks (item TEXT PRIMARY KEY, answer TEXT NOT NULL)"
-_FAILED = """
+_EXCLUDED = """
 SELECT annotator FROM votes JOIN checks USING (item) WHERE votes.answer <> checks.answer
 GROUP BY annotator HAVING count(*) > ?
 """
 
 
-class Refused(Exception):
-    """A vote that is well-formed but does not count, and why."""
+class VoteRefused(Exception):
+    """A well-formed vote was not recorded; the message says why."""
 
 
 @dataclass(frozen=True)
 class Vote:
+    """An answer of an annotator to a question about an item."""
+
     annotator: str
     item: str
     question: Question
     answer: Side
     at: str
-    """UTC, ISO 8601."""
+    """Time in UTC, ISO 8601."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """An item and what an annotator is still to be asked about it, in the order of asking."""
+    """An item and the questions that an annotator is still to be asked about it, in order."""
 
     item: Item
     questions: tuple[Question, ...]
@@ -60,25 +62,33 @@ class Task:
 
 @dataclass(frozen=True)
 class Work:
-    """What an annotator has done and has to do; ``tasks`` begins with the next one."""
+    """Number of items that an annotator has done, and the tasks left, the next one first."""
 
     done: int
     tasks: tuple[Task, ...]
 
 
 def annotator_name(text: str) -> str:
-    """One spelling of a name: ``ANNA `` is ``anna``. Raises ValueError unless it is 1 to 64 printable characters."""
+    """Normalize an annotator's name: ``ANNA `` becomes ``anna``.
+
+    Raises:
+        ValueError: the name is not 1 to 64 printable characters.
+    """
     name = " ".join(unicodedata.normalize("NFKC", text).split()).casefold()
-    if not 1 <= len(name) <= LONGEST_NAME or not name.isprintable():
-        raise ValueError(f"a name has 1 to {LONGEST_NAME} printable characters")
+    if not 1 <= len(name) <= MAX_NAME_LENGTH or not name.isprintable():
+        raise ValueError(f"a name has 1 to {MAX_NAME_LENGTH} printable characters")
     return name
 
 
 class Votes:
-    """A study's votes; may be used from several threads, and by several processes at once."""
+    """Votes of a study; several threads and several processes may use them at once."""
 
     def __init__(self, folder: Path, study: Study) -> None:
-        """Opens ``folder``'s votes, or begins them. Raises UserError if they are another study's or no votes."""
+        """Open the votes in ``folder``, or create them.
+
+        Raises:
+            UserError: the file holds another study's votes, or is no database.
+        """
         self.study = study
         self._lock = Lock()
         path = folder / VOTES
@@ -93,15 +103,15 @@ class Votes:
         except sqlite3.Error as error:
             raise UserError(f"{path}: cannot be used ({error}); is it a study's, and may it be written?") from None
         if self._db.execute("SELECT sha256 FROM study").fetchall() != [(study.sha256,)]:
-            raise UserError(f"{path}: holds the votes of another study; put them back to where they belong")
+            raise UserError(f"{path}: holds the votes of another study; move them back to their own folder")
         rows = [(item.id, item.check) for item in study.checks]
         self._db.executemany("INSERT INTO checks VALUES (?, ?)", rows)
 
     def record(self, annotator: str, item: Item, question: Question, answer: Side) -> None:
-        """Keep one vote: it is on the disk when this returns.
+        """Record one vote; it is on disk when this returns.
 
         Raises:
-            Refused: the annotator answered this before, or others have given all answers that are wanted.
+            VoteRefused: the annotator answered this before, or it has all the votes wanted.
         """
         with self._lock, self._transaction():
             mine = (annotator, item.id, question)
@@ -109,16 +119,16 @@ class Votes:
                 "SELECT answer FROM votes WHERE (annotator, item, question) = (?, ?, ?)", mine
             ).fetchone()
             if before is not None:
-                raise Refused(f"this was answered before, with {before[0]}; the first answer is kept")
+                raise VoteRefused(f"this was answered before, with {before[0]}; the first answer is kept")
             if item.check is None and self._counts().get((item.id, question), 0) >= self.study.annotators:
-                raise Refused(f"{self.study.annotators} annotators have answered this already")
+                raise VoteRefused(f"{self.study.annotators} annotators have answered this already")
             at = datetime.now(UTC).isoformat(timespec="milliseconds")
             self._db.execute("INSERT INTO votes VALUES (?, ?, ?, ?, ?)", (*mine, answer, at))
 
     def work(self, annotator: str) -> Work:
-        """What ``annotator`` has done, and all that may still be asked, in an order of the annotator's own.
+        """Return what ``annotator`` has done and may still be asked, in this annotator's random order.
 
-        A question is asked until it has the votes that are wanted, those of annotators who failed not counted; a
+        A question about a pair is asked until it has the votes wanted, not counting those of excluded annotators. A
         check is put to everyone.
         """
         with self._lock:
@@ -139,12 +149,13 @@ class Votes:
         return Work(len({item for item, _ in rows} - unfinished), tuple(tasks))
 
     def all(self) -> list[Vote]:
-        """Every vote, in the order of their times."""
+        """Return every vote, ordered by time."""
         with self._lock:
             rows = self._db.execute("SELECT annotator, item, question, answer, at FROM votes ORDER BY at, rowid")
             return [Vote(*row) for row in rows]
 
     def close(self) -> None:
+        """Close the database."""
         self._db.close()
 
     def __enter__(self) -> Votes:
@@ -154,9 +165,9 @@ class Votes:
         self.close()
 
     def _counts(self) -> dict[tuple[str, str], int]:
-        """Votes on each item and question, without those of annotators who failed the checks."""
+        """Count the votes on each item and question, without those of excluded annotators."""
         rows = self._db.execute(
-            f"SELECT item, question, count(*) FROM votes WHERE annotator NOT IN ({_FAILED}) GROUP BY item, question",
+            f"SELECT item, question, count(*) FROM votes WHERE annotator NOT IN ({_EXCLUDED}) GROUP BY item, question",
             (self.study.wrong_allowed,),
         )
         return {(item, question): count for item, question, count in rows}
@@ -173,7 +184,7 @@ class Votes:
 
 
 def _order(study: Study, annotator: str) -> list[Item]:
-    """All items shuffled for this annotator, the checks spread evenly among the pairs."""
+    """Return all items shuffled for this annotator, the checks spread evenly among the pairs."""
     random = numpy_generator(int(study.sha256[:15], 16), "human-study", "order", annotator)
     pairs = [study.pairs[place] for place in random.permutation(len(study.pairs))]
     checks = [study.checks[place] for place in random.permutation(len(study.checks))]

@@ -30,7 +30,7 @@ class Page(HTMLParser):
         self.tags.add(tag)
         if tag == "img":
             kind, _, data = str(values["src"]).partition(",")
-            assert kind == "data:image/png;base64"
+            assert kind in ("data:image/png;base64", "data:image/jpeg;base64")
             self.images[str(values["alt"])] = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
         self.links += [
             str(value) for name, value in attrs if name in ("href", "src") and not str(value).startswith("data:")

@@ -1,4 +1,4 @@
-"""A small study for the tests of dalle human-study, its server in a process of its own, and annotators over HTTP."""
+"""A small study for the tests of dalle human-study, its server in another process, and requests to it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ SIZE = 32
 
 
 def write_pictures(folder: Path, names: list[str], seed: int, size: int = SIZE) -> dict[str, np.ndarray]:
-    """Random pictures, so that each is told from every other, as folder/NAME.png."""
+    """Write random pictures, all different, as folder/NAME.png."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(seed)
     pictures = {name: random.integers(0, 256, (size, size, 3), np.uint8) for name in names}
@@ -37,7 +37,7 @@ def write_pictures(folder: Path, names: list[str], seed: int, size: int = SIZE) 
 
 
 def small_study(root: Path, pairs: int = 6, **settings: Any) -> tuple[Path, Study]:
-    """Systems ``mine`` and ``theirs`` on as many captions; pictures named by line numbers."""
+    """Make a study of the systems ``mine`` and ``theirs``, with pictures named by the captions' line numbers."""
     names = [str(number) for number in range(1, pairs + 1)]
     captions = root / "captions.txt"
     for seed, system in enumerate(("mine", "theirs")):
@@ -75,7 +75,7 @@ class Served:
 
 
 def send(request: urllib.request.Request) -> tuple[int, bytes, dict[str, str]]:
-    """Status, body and headers, whether or not the server is content."""
+    """Return status, body and headers, also of an answer that refuses the request."""
     try:
         with urllib.request.urlopen(request, timeout=30) as response:
             return response.status, response.read(), dict(response.headers)
@@ -86,7 +86,7 @@ def send(request: urllib.request.Request) -> tuple[int, bytes, dict[str, str]]:
 
 @contextmanager
 def serving(folder: Path, port: int = 0) -> Iterator[Served]:
-    """``dalle human-study serve`` in a process of its own, killed at the end."""
+    """Run ``dalle human-study serve`` in another process, killed at the end."""
     process = subprocess.Popen(
         [DALLE, "human-study", "serve", str(folder), "--port", str(port)],
         env=ENVIRONMENT,
@@ -97,17 +97,18 @@ def serving(folder: Path, port: int = 0) -> Iterator[Served]:
     try:
         assert process.stdout is not None
         ready, _, _ = select.select([process.stdout], [], [], 60)
-        assert ready, "the server does not start"
+        assert ready, "the server did not start within 60 s"
         yield Served(process, process.stdout.readline().strip())
     finally:
         process.kill()
         process.wait()
 
 
-def wait_until(true: Any, seconds: float = 30) -> None:
+def wait_until(true: Callable[[], bool], seconds: float = 30) -> None:
+    """Wait until ``true()``; fail if that takes longer than ``seconds``."""
     deadline = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, f"not true within {seconds} s"
         time.sleep(0.02)
 
 
@@ -115,7 +116,7 @@ Stored = dict[tuple[str, str, str], str]
 
 
 def stored(folder: Path) -> Stored:
-    """Every vote in the database, read by SQLite alone."""
+    """Return every vote in the database, read by SQLite alone."""
     with sqlite3.connect(folder / "votes.sqlite") as db:
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         rows = db.execute("SELECT annotator, item, question, answer FROM votes").fetchall()

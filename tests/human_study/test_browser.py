@@ -41,7 +41,7 @@ def chromium() -> Iterator[Any]:
 
 
 class Annotator:
-    """One person at one page, who answers by one means and remembers what was answered."""
+    """An annotator at one page, who answers by one means of input and remembers the answers."""
 
     def __init__(self, chromium: Any, url: str, name: str, means: str, checks: dict[str, str]) -> None:
         self.name, self.means, self.checks = name, means, checks
@@ -58,7 +58,7 @@ class Annotator:
         self.page.keyboard.press("Enter")
 
     def shown(self) -> dict[str, Any] | None:
-        """The item and question that the page takes an answer to now."""
+        """Return the item and question that the page takes an answer to now."""
         found: dict[str, Any] | None = self.page.evaluate(
             "() => ready && !document.getElementById('judge').hidden"
             " ? {item: task.item, question: task.questions[0].id} : null"
@@ -152,8 +152,8 @@ def test_both_pictures_fit_on_the_screen(tmp_path: Path, chromium: Any) -> None:
             page.wait_for_selector(READY)
             left, right = (page.locator(f'.choice[data-side="{side}"] img').bounding_box() for side in SIDES)
             for box in (left, right):
-                assert box["x"] >= 0 and box["x"] + box["width"] <= width, (width, height)
-                assert box["y"] >= 0 and box["y"] + box["height"] <= height, (width, height)
+                assert 0 <= box["x"] <= width - box["width"], (width, height)
+                assert 0 <= box["y"] <= height - box["height"], (width, height)
                 assert box["width"] == pytest.approx(box["height"], abs=1)
                 assert box["width"] >= 0.45 * min(width, height), (width, height)
             assert left["width"] == right["width"]

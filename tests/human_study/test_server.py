@@ -22,7 +22,7 @@ ANNOTATORS = ("anna", "ben", "cleo", "dan", "eva")
 
 
 def annotate(served: Served, annotator: str, checks: dict[str, str]) -> tuple[Stored, list[str]]:
-    """One scripted annotator, from the first item to the last: checks are answered rightly, pairs by the name."""
+    """Answer every item in one annotator's name: checks rightly, pairs by item and name."""
     given: Stored = {}
     items = []
     while tasks := served.next(annotator)["tasks"]:
@@ -95,7 +95,7 @@ def test_five_annotators_at_once_vote_on_everything_and_are_told_nothing(tmp_pat
 
 
 def raw(served: Served, text: bytes) -> bytes:
-    """What comes back for bytes that no client library would send."""
+    """Return the server's answer to bytes that no client library would send."""
     connection = http.client.HTTPConnection(urlsplit(served.url).netloc, timeout=30)
     connection.connect()
     assert connection.sock is not None
@@ -130,7 +130,8 @@ def test_bad_and_repeated_posts_are_refused_and_change_nothing(tmp_path: Path) -
         bodies += [json.dumps({**vote, "system": "mine"}), json.dumps([vote]), "null", "7", "", "{", "[" * 3000]
         for body in bodies:
             status, refused = served.post(body.encode())
-            assert status == 400 and refused["error"], body
+            assert status == 400, body
+            assert refused["error"], body
         for body in (b"\xff\xfe\x00", good[:-1], b" " * 5000, good + b" " * 5000):
             assert served.post(body)[0] == 400, body[:50]
         assert served.post(good, kind="application/x-www-form-urlencoded")[0] == 400
@@ -147,7 +148,7 @@ def test_bad_and_repeated_posts_are_refused_and_change_nothing(tmp_path: Path) -
             assert raw(served, method + b" /api/vote HTTP/1.1\r\nHost: x\r\n\r\n").startswith(b"HTTP/1.1 501 ")
         assert raw(served, b"\x16\x03\x01 no http at all\r\n\r\n")
         assert stored(folder) == {("anna", item, "realistic"): "left"}
-        assert served.vote("anna", item, "caption", "right") == (200, {"kept": "right"})  # it goes on as before
+        assert served.vote("anna", item, "caption", "right") == (200, {"kept": "right"})  # the server still works
 
 
 def test_only_the_pages_and_the_pictures_are_served(tmp_path: Path) -> None:
