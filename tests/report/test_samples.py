@@ -1,4 +1,4 @@
-"""Which captions and true pictures the contact sheet shows."""
+"""Captions and true pictures on the contact sheet."""
 
 from __future__ import annotations
 

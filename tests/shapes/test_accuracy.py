@@ -1,4 +1,4 @@
-"""How often samples show what their captions say: figures against other computations."""
+"""Accuracy of samples on captions of the shapes world, against other computations."""
 
 from __future__ import annotations
 
