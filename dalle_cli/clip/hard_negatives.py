@@ -1,9 +1,9 @@
-"""Batches of pictures that are alike, so that a contrastive loss has to look at what tells them apart.
+"""Batches with hard negatives, so that a contrastive loss has to learn what tells similar pictures apart.
 
-Among pictures at random the things in them tell which caption is whose. A CLIP so trained becomes a bag of words: it
-knows what is there, and not what is left of what. Neighbours in its batches teach it the rest (Yuksekgonul et al. 2023,
-arXiv 2210.01936, who took those of a trained CLIP). Here they are pictures made of the same codes of the dVAE, wherever
-these lie: things that were moved are the same codes in other places.
+In a batch of random pictures, the things in them are enough to match captions. A CLIP trained on such batches becomes a
+bag of words: it knows what is in a picture, but not what is left of what. Hard negatives teach it the rest. Yuksekgonul
+et al. (2023, arXiv 2210.01936) took the nearest neighbours by a trained CLIP. Here they are pictures made of the same
+dVAE codes, wherever the codes lie: a thing that was moved is the same codes in other places.
 """
 
 from __future__ import annotations
@@ -13,40 +13,47 @@ import numpy as np
 from dalle_cli.stores.tokens import TokenReader
 
 BUCKETS = 1024
-"""Codes are counted modulo so many."""
+"""Number of buckets that codes are counted in, modulo."""
 
 
-class AlikePictures:
-    """Puts rows in an order where each ``together`` consecutive ones are pictures made of like codes: ``arrange`` of
-    ``training.order.BatchOrder``. The same rows and generator give the same order on every machine.
+class HardNegativeOrder:
+    """Order of rows in which each group of consecutive rows holds pictures made of similar codes.
+
+    It is the ``reorder`` of ``data.batch_order.BatchOrder``. The same rows and generator give the same order on every
+    machine.
+
+    Args:
+        reader: the token store with the codes.
+        group_size: number of pictures in a group.
     """
 
-    def __init__(self, reader: TokenReader, together: int) -> None:
-        self.reader, self.together = reader, together
+    def __init__(self, reader: TokenReader, group_size: int) -> None:
+        self.reader, self.group_size = reader, group_size
 
     def __call__(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """``rows`` (n,), which come in random order, as groups in random order; rows that make no group stand last.
+        """Reorder ``rows`` (n,), given in random order, by groups in random order; an incomplete group comes last.
 
         It takes about 8 n^2 bytes.
         """
-        ordered = rows[neighbours_together(self._bags(rows), self.together)]
-        whole = len(rows) // self.together * self.together
-        groups = rng.permutation(ordered[:whole].reshape(-1, self.together))
+        ordered = rows[group_neighbours(self._code_counts(rows), self.group_size)]
+        whole = len(rows) // self.group_size * self.group_size
+        groups = rng.permutation(ordered[:whole].reshape(-1, self.group_size))
         return np.concatenate([groups.ravel(), ordered[whole:]])
 
-    def _bags(self, rows: np.ndarray) -> np.ndarray:
-        """How often each code stands in each picture, (n, buckets) float32; codes that none has are left out."""
+    def _code_counts(self, rows: np.ndarray) -> np.ndarray:
+        """Return how often each picture uses each code, (n, buckets) float32, without the codes that none uses."""
         codes = self.reader.read("image", rows).reshape(len(rows), -1).astype(np.int64) % BUCKETS
-        bags = np.zeros((len(rows), BUCKETS), np.float32)
-        np.add.at(bags, (np.arange(len(rows))[:, None], codes), 1)
-        return bags[:, bags.any(0)]
+        counts = np.zeros((len(rows), BUCKETS), np.float32)
+        np.add.at(counts, (np.arange(len(rows))[:, None], codes), 1)
+        return counts[:, counts.any(0)]
 
 
-def neighbours_together(points: np.ndarray, together: int) -> np.ndarray:
-    """An order of ``points`` (n, d), (n,): the first that is left, with its nearest of those that are left, and so on.
+def group_neighbours(points: np.ndarray, group_size: int) -> np.ndarray:
+    """Return an order (n,) of ``points`` (n, d) that puts nearest neighbours into one group.
 
-    Of equally near ones the first come first. Points are whole numbers, so that distances are exact, below 2^24, and no
-    rounding decides (pictures of up to 53 x 53 codes are as near).
+    Each group is the first point not yet taken and the nearest of the others not yet taken; of equally near ones the
+    first are taken. Points hold whole numbers, so squared distances are exact below 2^24 and no rounding decides. That
+    covers pictures of up to 53 x 53 codes.
     """
     squares = (points**2).sum(1)
     distances = points @ points.T
@@ -59,10 +66,10 @@ def neighbours_together(points: np.ndarray, together: int) -> np.ndarray:
             continue
         left[first] = False
         others = np.flatnonzero(left)
-        # Which of equal ones a partition takes is the processor's choice, so places decide.
+        # Places break ties: which of equal ones a partition takes would depend on the processor.
         keys = distances[first, others].astype(np.int64) * len(points) + others
-        if together <= len(others):
-            keys = np.partition(keys, together - 2)[: together - 1]
+        if group_size <= len(others):
+            keys = np.partition(keys, group_size - 2)[: group_size - 1]
         others = np.sort(keys) % len(points)
         left[others] = False
         order += [first, *others]

@@ -1,4 +1,4 @@
-"""A small CLIP of open_clip's own classes that reads our BPE ids (Radford et al. 2021, arXiv 2103.00020)."""
+"""A small CLIP (Radford et al. 2021, arXiv 2103.00020), built of open_clip's classes, that reads our BPE ids."""
 
 from __future__ import annotations
 
@@ -11,28 +11,33 @@ from torch import Tensor, nn
 from dalle_cli.config.schema import ClipModel
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
-"""Mean of red, green and blue, of pixels in [0, 1]: the figures that published CLIPs are trained with."""
+"""Mean of red, green and blue of pixels in [0, 1], as published CLIPs are trained with."""
 
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
-"""Standard deviation of red, green and blue, of pixels in [0, 1]."""
+"""Standard deviation of red, green and blue of pixels in [0, 1]."""
 
 MAX_LOGIT_SCALE = math.log(100)
-"""Ceiling of the learned log-scale of similarities, as in CLIP's training."""
+"""Upper limit of the learned log-scale of similarities, as in CLIP's training."""
 
 PAD = 0
 
 
 def build_clip(settings: ClipModel, image_size: int, text_length: int, text_vocab: int, *, seed: int = 0) -> CLIP:
-    """A randomly initialised CLIP for pictures of ``image_size`` a side and ``text_length`` tokens.
+    """Build a randomly initialized CLIP.
 
-    Patches have sine-cosine positions, and their mean is the picture's feature: with little training that finds places
-    far sooner than learned positions and a class token do (Beyer et al. 2022, arXiv 2205.01580).
+    Patches have sine-cosine positions, and their mean is the picture's feature. With little training, this learns
+    places far sooner than learned positions and a class token do (Beyer et al. 2022, arXiv 2205.01580).
 
-    The vocabulary is the BPE's ``text_vocab`` ids and one end-of-text id, ``text_vocab``; the context is
-    ``text_length + 1``, see :func:`clip_text_ids`. A caption's feature is taken at its end-of-text token,
-    found as the highest id of its row. The text transformer is causal, so padding, which stands behind that
-    token, cannot reach the feature. Weights depend on ``seed`` alone; the global random state is left as it
-    was.
+    The vocabulary is the BPE's ids and one end-of-text id, ``text_vocab``. The context is ``text_length + 1``, see
+    :func:`clip_text_ids`. A caption's feature is taken at its end-of-text token, which is found as the highest id of
+    its row. The text transformer is causal, so the padding behind that token cannot reach the feature.
+
+    Args:
+        settings: sizes of both transformers.
+        image_size: side of the pictures, in pixels.
+        text_length: most tokens of a caption.
+        text_vocab: number of BPE ids.
+        seed: seed that the weights depend on; the global random state is left as it was.
     """
     vision = CLIPVisionCfg(
         layers=settings.vision_layers,
@@ -59,10 +64,12 @@ def build_clip(settings: ClipModel, image_size: int, text_length: int, text_voca
 
 
 def clip_text_ids(text: Tensor, length: Tensor, text_vocab: int) -> Tensor:
-    """Captions as the text transformer reads them: tokens, end-of-text, padding.
+    """Return captions as the text transformer reads them: tokens, end-of-text, padding; (B, T + 1) int64.
 
-    ``text`` (B, T) holds BPE ids below ``text_vocab`` in its first ``length`` (B,) columns; the rest is
-    ignored. Returns (B, T + 1) int64.
+    Args:
+        text: (B, T) BPE ids below ``text_vocab``.
+        length: (B,) number of tokens of each caption; what stands behind them in ``text`` is ignored.
+        text_vocab: the end-of-text id.
     """
     batch, positions = text.shape
     if length.shape != (batch,):
@@ -75,7 +82,7 @@ def clip_text_ids(text: Tensor, length: Tensor, text_vocab: int) -> Tensor:
 
 
 def pixels(x: Tensor) -> Tensor:
-    """Pictures (B, H, W, 3) uint8 as the vision transformer reads them: (B, 3, H, W) standardised floats."""
+    """Return pictures (B, H, W, 3) uint8 as the vision transformer reads them: (B, 3, H, W) standardized floats."""
     if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[-1] != 3:
         raise TypeError(f"pictures are (B, H, W, 3) uint8, not {tuple(x.shape)} {x.dtype}")
     mean, std = (torch.tensor(values, device=x.device)[:, None, None] for values in (PIXEL_MEAN, PIXEL_STD))
@@ -84,33 +91,42 @@ def pixels(x: Tensor) -> Tensor:
 
 
 def contrastive_loss(model: CLIP, images: Tensor, text_ids: Tensor, caption_negatives: bool = False) -> Tensor:
-    """Symmetric cross-entropy of a batch of pairs of images (:func:`pixels`) and ids (:func:`clip_text_ids`).
+    """Return the symmetric cross-entropy of a batch of pairs.
 
-    Equal captions in a batch count as mismatches of one another, as in CLIP, so the loss has a floor above
-    zero where captions repeat.
+    Equal captions in a batch count as mismatches of one another, as in CLIP, so where captions repeat the loss has a
+    floor above zero.
 
-    With ``caption_negatives`` a caption is to be closer to its picture than to other captions, too. What pictures'
-    features do not show yet, such as relations, is noise in captions', where it may be unlearned; then neither has
-    anything to learn it from.
+    Args:
+        model: the CLIP.
+        images: (B, 3, H, W) pictures, see :func:`pixels`.
+        text_ids: (B, T + 1) captions, see :func:`clip_text_ids`.
+        caption_negatives: whether a caption's negatives include the batch's other captions, besides its pictures. As
+            long as picture features do not show relations, relations in caption features are noise to the loss, and
+            captions that differ in them alone become alike; then neither side can learn them from the other.
     """
     image_features, text_features, scale = model(images, text_ids)
     similarities = scale * image_features @ text_features.T
     others = similarities.T
     if caption_negatives:
-        _, which = torch.unique(text_ids, dim=0, return_inverse=True)
-        equal = which[:, None] == which
+        _, caption = torch.unique(text_ids, dim=0, return_inverse=True)
+        equal = caption[:, None] == caption
         captions = (scale * text_features @ text_features.T).masked_fill(equal, -torch.inf)
         others = torch.cat([others, captions], dim=1)
     return pairs_cross_entropy(similarities, others)
 
 
 def pairs_cross_entropy(of_images: Tensor, of_captions: Tensor) -> Tensor:
-    """Mean cross-entropy of a batch's images and of its captions, logits (B, B or more); the i-th belong together."""
+    """Return the mean of the cross-entropies of images and of captions; the i-th image belongs to the i-th caption.
+
+    Args:
+        of_images: (B, B or more) logits of each image.
+        of_captions: (B, B or more) logits of each caption.
+    """
     own = torch.arange(len(of_images), device=of_images.device)
     return (nn.functional.cross_entropy(of_images, own) + nn.functional.cross_entropy(of_captions, own)) / 2
 
 
 @torch.no_grad()
 def clamp_logit_scale(model: CLIP) -> None:
-    """Keep the learned scale of similarities within [1, 100]; call it after each update."""
+    """Clamp the learned scale of similarities to [1, 100], to be called after each update."""
     model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)

@@ -1,7 +1,7 @@
-"""Reranking: of each caption's samples, the pictures that CLIP finds closest to it (paper, section 2.6).
+"""Reranking of each caption's samples by how close CLIP finds them to it (paper, section 2.6).
 
-Lines are scored while they come in. Files are read and pictures decoded and prepared by threads, beside the model where
-it leaves cores idle, and batches run across captions, so that the model is what takes the time.
+Lines are scored while they come in. So that the model is the bottleneck, threads read, decode and prepare the pictures,
+while the model runs if it leaves cores idle, and batches run across captions.
 """
 
 from __future__ import annotations
@@ -15,32 +15,35 @@ from pathlib import Path
 from queue import Full, Queue
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from dalle_cli.clip.scoring import Scorer
-from dalle_cli.data.images import BadImage, decode_image
+from dalle_cli.data.images import read_picture
 from dalle_cli.data.source import is_unicode
 from dalle_cli.data.workers import available_cores
 from dalle_cli.errors import UserError
 from dalle_cli.progress import log
 
 Line = dict[str, Any]
+"""A sample as ``dalle sample`` prints it: it has ``prompt`` and ``png``, and any other keys are passed on."""
 BATCH = 64
 BATCHES_AHEAD = 3
-"""How far reading and decoding run ahead of the model."""
+"""Number of batches that reading and decoding run ahead of the model."""
 PIECE = 32
-"""Pictures that a thread prepares at once: handing over each by itself would cost as much as decoding a small one."""
-MOST_DECODERS = 16
+"""Pictures that a thread prepares in one task; a task of one would cost as much as decoding a small picture."""
+MAX_DECODERS = 16
 
 
 def read_manifest(lines: Iterable[str], name: str) -> Iterator[Line]:
-    """The JSON lines of ``dalle sample``, as they come in.
+    """Yield the JSON lines of ``dalle sample``, as they come in.
+
+    Args:
+        lines: the lines.
+        name: name of their file, for errors.
 
     Raises:
-        UserError: a line is no JSON object with ``prompt`` and ``png``, named by its number.
+        UserError: a line is no JSON object with ``prompt`` and ``png``.
     """
     for number, text in enumerate(_texts(lines, name), start=1):
         if not text.strip():
@@ -68,46 +71,54 @@ def _texts(lines: Iterable[str], name: str) -> Iterator[str]:
 
 
 def rerank(lines: Iterable[Line], scorer: Scorer, *, batch: int = BATCH, gather: bool = False) -> Iterator[list[Line]]:
-    """Each prompt's lines with ``score`` (cosine similarity), ``rank`` (from 1) and ``scorer``, best first.
+    """Yield each prompt's lines with ``score`` (cosine similarity), ``rank`` (from 1) and ``scorer``, best first.
 
-    A prompt's lines leave when the next prompt begins and their batch is scored, so that a stream of many prompts is
-    never held whole. With ``gather`` all lines are held, and a prompt's lines need not stand together.
+    A prompt's lines are yielded when the next prompt begins and their batch is scored, so a stream of many prompts is
+    never in memory whole. It is logged when a prompt comes a second time, and at the end how many captions were cut.
+
+    Args:
+        lines: samples, the samples of a prompt one after another.
+        scorer: the CLIP.
+        batch: number of pictures that are scored at once.
+        gather: collect all lines before any is yielded, so that a prompt's samples need not be consecutive.
 
     Raises:
-        UserError: a picture is missing or cannot be read, or is of another size than the others of its store.
+        UserError: a picture is missing or cannot be read, or has another size than the others of its store.
     """
     pools: dict[str, list[Line]] = {}
-    gone: set[str] = set()
-    told = False
+    done: set[str] = set()
+    warned = False
     for line in score(lines, scorer, batch):
         prompt = line["prompt"]
         if prompt not in pools and not gather:
             for earlier, pool in pools.items():
-                gone.add(earlier)
+                done.add(earlier)
                 yield _ranked(pool, scorer)
             pools.clear()
-            if prompt in gone and not told:
-                told = True
+            if prompt in done and not warned:
+                warned = True
                 log(
-                    f"rerank: the samples of {prompt!r} do not stand together and are ranked apart; name their files "
-                    "as arguments, and they are ranked together"
+                    f"rerank: the samples of {prompt!r} are not consecutive and are ranked apart; name their files as "
+                    "arguments to rank them together"
                 )
         pools.setdefault(prompt, []).append(line)
     for pool in pools.values():
         yield _ranked(pool, scorer)
+    if scorer.captions_cut:
+        log(f"rerank: captions cut to the tokens that CLIP reads: {scorer.captions_cut}")
 
 
 def best_of_all(pools: Iterable[list[Line]], top: int | None) -> list[Line]:
-    """The best lines of all prompts together, ranked anew."""
+    """Return the best lines of all prompts together, with new ranks; all lines if ``top`` is None."""
     lines = sorted((line for pool in pools for line in pool), key=lambda line: -line["score"])
     return [{**line, "rank": rank} for rank, line in enumerate(lines[:top], start=1)]
 
 
 def score(lines: Iterable[Line], scorer: Scorer, batch: int = BATCH) -> Iterator[Line]:
-    """The lines with an unrounded ``score``, in their order.
+    """Yield the lines with an unrounded ``score``, in their order.
 
-    Batches are every ``batch`` lines, whenever these come in, so that the same lines have the same scores. Captions'
-    features are kept.
+    A batch is always ``batch`` lines, however slowly they come in, so the same lines have the same scores. Features of
+    captions are computed once.
 
     Raises:
         UserError: see :func:`rerank`.
@@ -115,7 +126,7 @@ def score(lines: Iterable[Line], scorer: Scorer, batch: int = BATCH) -> Iterator
     texts: dict[str, Tensor] = {}
     sizes: dict[str, tuple[int, ...]] = {}
     for chunk, pieces in _prepared(lines, scorer, batch):
-        # In the order of lines, so that it is the first bad picture that is named.
+        # In the order of the lines, so that the first bad picture is the one named.
         pictures = [picture for piece in pieces for picture in piece.result()]
         for line, (_, size) in zip(chunk, pictures, strict=True):
             _check_size(line, size, sizes)
@@ -129,19 +140,19 @@ def score(lines: Iterable[Line], scorer: Scorer, batch: int = BATCH) -> Iterator
 
 
 Piece = list[tuple[Tensor, tuple[int, ...]]]
-"""Prepared pictures and their heights and widths."""
+"""Prepared pictures, each with its height and width."""
 Batch = tuple[list[Line], list[Future[Piece]]]
 
 
 def _prepared(lines: Iterable[Line], scorer: Scorer, batch: int) -> Iterator[Batch]:
-    """Batches of lines with their pictures, which threads prepare; a thread reads ahead, as far as BATCHES_AHEAD.
+    """Yield batches of lines with their pictures, which threads prepare; a thread reads up to BATCHES_AHEAD ahead.
 
-    Where the model has all cores for itself, its pictures are prepared before it starts: beside it they would take
-    those cores, and the interpreter's lock, from it.
+    Where the model uses all cores, a batch's pictures are prepared before the model runs. Prepared at the same time,
+    they would take cores, and the interpreter's lock, from it.
     """
     queue: Queue[Batch | BaseException | None] = Queue(BATCHES_AHEAD)
     stopped = threading.Event()
-    beside = torch.cuda.is_available() or torch.get_num_threads() < available_cores()
+    overlap = torch.cuda.is_available() or torch.get_num_threads() < available_cores()
 
     def put(item: Batch | BaseException | None) -> bool:
         while not stopped.is_set():
@@ -153,7 +164,7 @@ def _prepared(lines: Iterable[Line], scorer: Scorer, batch: int) -> Iterator[Bat
         return False
 
     def prepare(piece: list[Line]) -> Piece:
-        pictures = map(_read_png, piece)
+        pictures = (read_picture(Path(line["png"]), "draw it again with dalle sample") for line in piece)
         return [(scorer.prepare(picture), picture.shape[:2]) for picture in pictures]
 
     def begin(chunk: list[Line]) -> list[Future[Piece]]:
@@ -163,14 +174,14 @@ def _prepared(lines: Iterable[Line], scorer: Scorer, batch: int) -> Iterator[Bat
         rest = iter(lines)
         try:
             while chunk := list(islice(rest, batch)):
-                if not put((chunk, begin(chunk) if beside else [])):
+                if not put((chunk, begin(chunk) if overlap else [])):
                     return
             put(None)
-        except BaseException as error:  # raised again where the lines are used
+        except BaseException as error:  # raised again in the thread that uses the lines
             put(error)
 
-    with ThreadPoolExecutor(min(available_cores(), MOST_DECODERS), "decode") as pool:
-        # A daemon: it may wait for a line of standard input that never comes.
+    with ThreadPoolExecutor(min(available_cores(), MAX_DECODERS), "decode") as pool:
+        # A daemon thread, since it may wait for a line of standard input that never comes.
         threading.Thread(target=read, name="read", daemon=True).start()
         try:
             while (item := queue.get()) is not None:
@@ -184,36 +195,25 @@ def _prepared(lines: Iterable[Line], scorer: Scorer, batch: int) -> Iterator[Bat
 
 
 def _ranked(pool: list[Line], scorer: Scorer) -> list[Line]:
-    # Ties keep the order of the samples, so that the result does not depend on the sort.
+    # Python's sort is stable, so ties keep the order of the samples.
     ordered = sorted(pool, key=lambda line: -line["score"])
     return [{**line, "rank": rank, "scorer": scorer.name} for rank, line in enumerate(ordered, start=1)]
 
 
 def printed(line: Line) -> str:
-    """The line as JSON, its score rounded to six digits."""
+    """Return the line as JSON, its score rounded to six digits."""
     return json.dumps({**line, "score": round(line["score"], 6)}, ensure_ascii=False)
 
 
 def _check_size(line: Line, size: tuple[int, ...], sizes: dict[str, tuple[int, ...]]) -> None:
-    """Samples of one store are of one size: another is not what ``dalle sample`` wrote."""
+    """Refuse a picture of another size than its store's others, which ``dalle sample`` did not write."""
     store = line.get("store")
     if not isinstance(store, str):
         return
     expected = sizes.setdefault(store, size)
     if size != expected:
-        told = [" x ".join(map(str, reversed(sides))) for sides in (size, expected)]
+        here, others = (" x ".join(map(str, reversed(sides))) for sides in (size, expected))
         raise UserError(
-            f"{line['png']}: is {told[0]} pixels where other samples of {store} are {told[1]}; draw it again with "
+            f"{line['png']}: is {here} pixels where other samples of {store} are {others}; draw it again with "
             "dalle sample"
         )
-
-
-def _read_png(line: Line) -> NDArray[np.uint8]:
-    path = Path(line["png"])
-    try:
-        with path.open("rb", buffering=0) as file:
-            return np.asarray(decode_image(file.read()))
-    except FileNotFoundError:
-        raise UserError(f"{path}: the sample's picture is missing; draw it again with dalle sample") from None
-    except (OSError, BadImage) as error:
-        raise UserError(f"{path}: cannot be read as a picture ({error})") from None

@@ -1,4 +1,4 @@
-"""Scorers: how well a picture matches a caption, by our own CLIP or by a published one through open_clip."""
+"""Scorers of how well a picture matches a caption: our own CLIP, or a published one through open_clip."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -26,14 +26,17 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from dalle_cli.clip.model import clip_text_ids, pixels
+from dalle_cli.clip.train import load_clip
+from dalle_cli.config.run_folders import run_of
+from dalle_cli.distributed.device import limit_threads
 from dalle_cli.errors import UserError
+from dalle_cli.stores.checkpoint import check_belongs, open_checkpoint
 from dalle_cli.stores.files import sha256_file
+from dalle_cli.text.bpe import Tokenizer
+from dalle_cli.text.encode import CaptionEncoder
 
 Pictures = Sequence[NDArray[np.uint8]] | NDArray[np.uint8]
 """Pictures (H, W, 3) uint8, in a list (sizes may differ) or as one array (n, H, W, 3)."""
-
-Tokenize = Callable[[list[str]], tuple[NDArray[np.integer[Any]], NDArray[np.integer[Any]]]]
-"""Captions -> BPE ids (n, text_length) and token counts (n,)."""
 
 BATCH = 128
 _WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".npz")
@@ -41,48 +44,64 @@ _SCHEMAS = ("hf-hub:", "local-dir:")
 
 
 class Scorer(Protocol):
-    """What reranking and evaluation ask of a CLIP. Features are unit vectors, float32, on the CPU."""
+    """A CLIP for reranking and evaluation. Its features are unit vectors, float32, on the CPU."""
 
     @property
     def name(self) -> str:
-        """Which model this is, for the outputs that carry its scores."""
+        """Name of the model, for outputs that carry its scores."""
         ...
 
     @property
     def identity(self) -> str:
-        """Hash of the weights and of how pictures are prepared, for what is kept of its features."""
+        """Hash of the weights and of the preparation of pictures, for caches of features."""
         ...
 
     @property
     def logit_scale(self) -> float:
-        """The learned factor that turns cosine similarities into logits."""
+        """Learned factor that turns cosine similarities into logits."""
+        ...
+
+    @property
+    def captions_cut(self) -> int:
+        """Number of captions cut so far because they have more tokens than the model reads, if it is known."""
         ...
 
     def text_features(self, captions: Sequence[str]) -> Tensor:
-        """(n, d) unit vectors of n captions."""
+        """Return the unit vectors of n captions, (n, d)."""
         ...
 
     def prepare(self, picture: NDArray[np.uint8]) -> Tensor:
-        """A picture (H, W, 3) as ``prepared_features`` takes it; may be called in several threads at once."""
+        """Prepare a picture (H, W, 3) for ``prepared_features``; several threads may call this at once."""
         ...
 
     def prepared_features(self, prepared: Sequence[Tensor]) -> Tensor:
-        """(n, d) unit vectors of n pictures, measured as one batch."""
+        """Return the unit vectors of n prepared pictures, (n, d), computed as one batch."""
         ...
 
     def image_features(self, pictures: Pictures) -> Tensor:
-        """(n, d) unit vectors of n pictures, in batches."""
+        """Return the unit vectors of n pictures, (n, d), computed in batches."""
         ...
 
 
 class OwnScorer:
-    """Scores by a CLIP of our own; pictures of other sizes than its own are cropped and resized."""
+    """Scorer by a CLIP of our own; pictures of another size than the model's are cropped and resized.
 
-    def __init__(self, model: CLIP, tokenize: Tokenize, image_size: int, *, name: str = "clip") -> None:
+    Args:
+        model: the CLIP.
+        encoder: encoder of captions with the tokenizer that the model was trained with.
+        image_size: side of the pictures that the model reads.
+        name: name of the model in outputs.
+    """
+
+    def __init__(self, model: CLIP, encoder: CaptionEncoder, image_size: int, *, name: str = "clip") -> None:
         self.model = model.eval()
-        self.tokenize = tokenize
+        self.encoder = encoder
         self.image_size = image_size
         self.name = name
+
+    @property
+    def captions_cut(self) -> int:
+        return self.encoder.cut
 
     @property
     def logit_scale(self) -> float:
@@ -94,13 +113,13 @@ class OwnScorer:
         device = self.model.logit_scale.device
         features = []
         for chunk in _chunks(captions):
-            ids, length = (torch.from_numpy(np.asarray(a, np.int64)) for a in self.tokenize(list(chunk)))
+            ids, length = map(torch.from_numpy, self.encoder.encode(list(chunk)))
             ids = clip_text_ids(ids, length, end_of_text).to(device)
             features.append(self.model.encode_text(ids, normalize=True).float().cpu())
         return _joined(features)
 
     def prepare(self, picture: NDArray[np.uint8]) -> Tensor:
-        # Copied only where torch could not write to it.
+        # from_numpy needs a contiguous and writable array; others are copied.
         return torch.from_numpy(np.require(self._sized(picture), requirements=["C", "W"]))
 
     @torch.inference_mode()
@@ -124,16 +143,24 @@ class OwnScorer:
 
 
 class OpenClipScorer:
-    """Scores by a published CLIP.
+    """Scorer by a published CLIP.
 
-    ``model_name`` is one of open_clip's names and ``pretrained`` a tag of it, such as ``ViT-B-32`` and
-    ``laion2b_s34b_b79k``, or the path of a weights file of that model. A ``hf-hub:owner/name`` or
-    ``local-dir:folder``, as either argument, names model and weights at once.
+    Weights are read as tensors only; a file that holds other objects is refused. A weights file does not say which
+    activation it was trained with: OpenAI's weights need a model name that ends in ``-quickgelu``.
 
-    A file does not say which activation it was trained with: for OpenAI's weights take the ``-quickgelu``
-    name. Weights are read as tensors only; a file that holds other objects is refused. Raises UserError for
-    an unknown name or tag, a missing or unfit file, and for weights that cannot be fetched.
+    Args:
+        model_name: one of open_clip's names, such as ``ViT-B-32``. A ``hf-hub:owner/name`` or ``local-dir:folder``, as
+            this or the next argument, names model and weights at once.
+        pretrained: a tag of that model, such as ``laion2b_s34b_b79k``, or the path of a weights file.
+        device: device that the model computes on.
+        cache_dir: folder of downloaded weights; None for open_clip's own.
+
+    Raises:
+        UserError: the name or tag is unknown, the file is missing or does not fit, or weights cannot be downloaded.
     """
+
+    captions_cut = 0
+    """Always 0, because open_clip's tokenizers cut without a count."""
 
     def __init__(self, model_name: str, pretrained: str, *, device: str = "cpu", cache_dir: str | None = None) -> None:
         if pretrained.startswith(_SCHEMAS):
@@ -145,7 +172,7 @@ class OpenClipScorer:
             options = {"pretrained": pretrained, **_file_preprocessing(model_name, pretrained)}
         with _quiet(), _no_waiting_for_a_network():
             try:
-                # Of open_clip's loaders only this one refuses to go on with random weights.
+                # The only loader of open_clip that raises instead of keeping random weights.
                 self.model, self.preprocess = open_clip.create_model_from_pretrained(
                     model_name, device=device, cache_dir=cache_dir, weights_only=True, **options
                 )
@@ -192,6 +219,44 @@ class OpenClipScorer:
         return _weights_hash(self.model, re.sub(" at 0x[0-9a-f]+", "", repr(self.preprocess)))
 
 
+def load_scorer(
+    clip: str | None,
+    pretrained: str | None,
+    tokenizer: Path | None,
+    beside: Path,
+    device: torch.device | str = "cpu",
+) -> Scorer:
+    """Load the scorer that a command's options name.
+
+    Args:
+        clip: ``--clip``: a run of train-clip, or an open_clip model; None for the CLIP of the run of ``beside``.
+        pretrained: ``--pretrained``: tag or weights file of an open_clip model.
+        tokenizer: ``--tokenizer``, for our own CLIP; None for the one of its run.
+        beside: a file in a run's folders, such as a sample.
+        device: device that the model computes on.
+
+    Raises:
+        UserError: there is no such CLIP, or the tokenizer is not the one it was trained with.
+    """
+    if pretrained is not None or (clip is not None and clip.startswith(_SCHEMAS)):
+        if clip is None:
+            raise UserError("--pretrained needs --clip with the open_clip model's name, such as ViT-B-32")
+        return OpenClipScorer(clip, pretrained or "", device=str(device))
+    folder = Path(clip) if clip is not None else run_of(beside).clip
+    if not folder.exists():
+        raise UserError(
+            f"{folder}: no CLIP there; train one with dalle train-clip, or give --clip MODEL --pretrained TAG|FILE"
+        )
+    checkpoint = open_checkpoint(folder, "clip")
+    bpe = Tokenizer.load(tokenizer or run_of(checkpoint.path).tokenizer)
+    check_belongs(checkpoint, "tokenizer", bpe.identity, bpe.name)
+    recipe = checkpoint.recipe()
+    limit_threads(recipe)
+    name = f"{checkpoint.path} sha256:{checkpoint.identity[:12]}"
+    encoder = CaptionEncoder(bpe, recipe.tokenizer)
+    return OwnScorer(load_clip(checkpoint).to(device), encoder, recipe.image_size, name=name)
+
+
 def _weights_hash(model: torch.nn.Module, preparation: str) -> str:
     digest = hashlib.sha256(preparation.encode())
     for name, tensor in sorted(model.state_dict().items()):
@@ -212,7 +277,7 @@ def _joined(features: list[Tensor]) -> Tensor:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """open_clip logs an error before it raises it; ours says the same in one line."""
+    """Silence open_clip's log of an error that it raises next, since ours says the same in one line."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -223,7 +288,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _no_waiting_for_a_network() -> Iterator[None]:
-    """Where the hub's host has no address, let its client use its cache or fail, not retry for a minute."""
+    """Let the hub's client use its cache or fail at once where there is no network; it would retry for a minute."""
     before = hub.HF_HUB_OFFLINE
     try:
         if not getproxies():
@@ -253,19 +318,19 @@ def _check_names(model_name: str, pretrained: str) -> None:
 def _near(word: str, known: list[str]) -> str:
     lower = {name.lower(): name for name in known}
     near = [lower[name] for name in difflib.get_close_matches(word.lower(), lower, n=5, cutoff=0.4)]
-    return f"; near names: {', '.join(near)}" if near else f"; some there are: {', '.join(sorted(known)[:5])}"
+    return f"; near names: {', '.join(near)}" if near else f"; some that exist: {', '.join(sorted(known)[:5])}"
 
 
 def _file_preprocessing(model_name: str, pretrained: str) -> dict[str, Any]:
-    """How pictures are to be prepared for a weights file: as for the model's tags, where these agree."""
+    """Return the preparation of pictures for a weights file: that of the model's tags, where these agree."""
     if open_clip.is_pretrained_cfg(model_name, pretrained):
         return {}
     tags = open_clip.list_pretrained_tags_by_model(model_name)
     keys = ("mean", "std", "interpolation", "resize_mode")
-    ways = {tuple(open_clip.get_pretrained_cfg(model_name, tag).get(key) for key in keys) for tag in tags}
-    if len(ways) != 1:
+    preparations = {tuple(open_clip.get_pretrained_cfg(model_name, tag).get(key) for key in keys) for tag in tags}
+    if len(preparations) != 1:
         return {}
-    return {f"image_{key}": value for key, value in zip(keys, ways.pop(), strict=True) if value is not None}
+    return {f"image_{key}": value for key, value in zip(keys, preparations.pop(), strict=True) if value is not None}
 
 
 def _cannot_load(model_name: str, pretrained: str, error: Exception) -> str:

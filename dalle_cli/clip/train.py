@@ -1,4 +1,4 @@
-"""Training a small CLIP on the pictures and captions of the prior, so that the chain is whole without a download."""
+"""Training of a small CLIP on the prior's pictures and captions, so that reranking needs no download."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from open_clip.model import CLIP
 from torch import Tensor
 
-from dalle_cli.clip.hard_negatives import AlikePictures
+from dalle_cli.clip.hard_negatives import HardNegativeOrder
 from dalle_cli.clip.model import (
     build_clip,
     clamp_logit_scale,
@@ -39,7 +39,7 @@ from dalle_cli.training.throughput import SampleWork, training_flops
 
 @dataclass
 class ClipTask:
-    """The contrastive loss over batches of (picture, caption); pictures are cropped but never mirrored."""
+    """The contrastive loss on batches of (picture, caption); pictures are cropped but never flipped."""
 
     recipe: Recipe
     source: Source
@@ -73,8 +73,8 @@ class ClipTask:
             flip=False,
             workers=training.workers,
         )
-        together = self.recipe.clip.objective.hard_negatives
-        arrange = AlikePictures(self.reader, together) if together > 1 else None
+        group_size = self.recipe.clip.objective.hard_negatives
+        arrange = HardNegativeOrder(self.reader, group_size) if group_size > 1 else None
         for batch, rows, epochs in pictures.batches(start, stop, arrange):
             yield batch, self._text_ids(*self.reader.epoch_text(rows, epochs))
 
@@ -97,7 +97,7 @@ class ClipTask:
         image_features, text_features, scale = self.model(pixels(images.permute(0, 2, 3, 1)), text_ids)
         logits = scale * image_features @ text_features.T
         loss = pairs_cross_entropy(logits, logits.T)
-        # An equal caption ranks as well as the picture's own, so ties count as right.
+        # An equal caption ranks as high as the picture's own, so ties count as right.
         recall = (logits >= logits.diagonal()[:, None] + 1e-4).sum(dim=1).eq(0).float().mean()
         return {"loss": float(loss), "caption_recall_at_1": float(recall)}
 
@@ -134,7 +134,7 @@ def train_clip(recipe: Recipe, source: Source, store: Path, out: Path) -> Checkp
     """Train the recipe's CLIP on the source's pictures and the store's captions into the run's folder ``out``.
 
     Raises:
-        UserError: see ``Run.train``; or the store was made from another source, there are several processes, or ``out``
+        UserError: see ``Run.train``; or the store was made from another source, there is more than one rank, or ``out``
             holds a CLIP of an earlier version.
     """
     if (processes := read_launch().size) > 1:
@@ -155,7 +155,7 @@ def train_clip(recipe: Recipe, source: Source, store: Path, out: Path) -> Checkp
     if recipe.clip.objective.hard_negatives > 1:
         belongs["dvae"] = reader.part("image")["identity"]["dvae"]
     if steps_in(out):
-        load_clip(open_checkpoint(out, "clip"))  # or that of an earlier version would go on
+        load_clip(open_checkpoint(out, "clip"))  # refuses a CLIP of an earlier version before it is trained further
     device = choose_device()
     task = ClipTask(recipe, source, reader, build_recipe_clip(recipe).to(device), Group(device=device))
     stage = recipe.clip
@@ -173,7 +173,7 @@ def train_clip(recipe: Recipe, source: Source, store: Path, out: Path) -> Checkp
 
 
 def build_recipe_clip(recipe: Recipe) -> CLIP:
-    """The recipe's CLIP with its initial weights."""
+    """Build the recipe's CLIP with its initial weights."""
     return build_clip(
         recipe.clip.model,
         recipe.image_size,
@@ -184,13 +184,13 @@ def build_recipe_clip(recipe: Recipe) -> CLIP:
 
 
 def load_clip(checkpoint: Checkpoint) -> CLIP:
-    """The CLIP of a checkpoint (its EMA weights), ready for scoring.
+    """Load the EMA weights of a CLIP checkpoint, ready for scoring.
 
     Raises:
-        UserError: it is damaged, or of an earlier version, whose pictures' positions were learned.
+        UserError: the checkpoint is damaged, or of an earlier version, whose image positions were learned.
     """
     model, weights = build_recipe_clip(checkpoint.recipe()), checkpoint.tensors("ema")
-    # The last bit of a sine is the processor's.
+    # Not bit for bit: the last bit of a sine depends on the processor.
     if not torch.allclose(weights["visual.positional_embedding"], model.visual.positional_embedding, atol=1e-3):
         raise UserError(
             f"{checkpoint.path}: is a CLIP of an earlier version of dalle; delete {checkpoint.path.parent} and run "

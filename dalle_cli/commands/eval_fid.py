@@ -76,7 +76,7 @@ def command(
     """
     import json
 
-    from dalle_cli.data.captions import read_captions
+    from dalle_cli.data.captions import read_captions_by_id
     from dalle_cli.errors import UserError
     from dalle_cli.fid.pools import parse_pool_sizes, parse_radii
     from dalle_cli.fid.presets import open_preset
@@ -100,7 +100,7 @@ def command(
         write_atomically(write_captions, "\n".join(lines) + "\n")
         typer.echo(write_captions)
         return
-    wanted = published.captions if published else read_captions(captions) if captions is not None else None
+    wanted = published.captions if published else read_captions_by_id(captions) if captions is not None else None
 
     from dalle_cli.fid.pictures import FilePictures, open_pictures
     from dalle_cli.fid.systems import open_system
@@ -116,10 +116,10 @@ def command(
 
     device = choose_device()
     if clip is not None:
-        from dalle_cli.clip.load import load_scorer
+        from dalle_cli.clip.scoring import load_scorer
 
         scorer = load_scorer(clip, pretrained, None, beside=Path(clip), device=device)
-        named_classes = list(read_captions(classes).values()) if classes is not None else []
+        named_classes = list(read_captions_by_id(classes).values()) if classes is not None else []
         features = clip_features(scorer, named_classes, device=device)
     else:
         features = inception(inception_weights, device=str(device))

@@ -13,32 +13,34 @@ import typer
 def command(
     manifests: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[MANIFEST...]", help="Lines of dalle sample, or sample stores; stdin if left out."),
+        typer.Argument(metavar="MANIFEST", help="Lines of dalle sample, or sample stores; stdin if left out."),
     ] = None,
     clip: Annotated[
         str | None,
         typer.Option(
-            help="Run of train-clip, open_clip model name, hf-hub:name, or local-dir:folder. \\[the samples' run's]"
+            help="Run of train-clip, open_clip model name, hf-hub:name, or local-dir:folder. \\[the samples' run]"
         ),
     ] = None,
     pretrained: Annotated[
         str | None, typer.Option(help="Tag or weights file of an open_clip model.", show_default=False)
     ] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="Of our own CLIP. \\[beside its run]")] = None,
-    top: Annotated[int | None, typer.Option(min=1, help="Keep the best of each caption, or of all. \\[all]")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json of a train-clip run. \\[beside it]")] = None,
+    top: Annotated[
+        int | None, typer.Option(min=1, help="Print only the best of each caption, or of all. \\[all]")
+    ] = None,
     per_prompt: Annotated[
         bool, typer.Option("--per-prompt/--overall", help="Rank within each caption, or all samples together.")
     ] = True,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures measured at once, of one or several captions.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures scored at once, of one or several captions.")] = 64,
     sheet: Annotated[
         Path | None, typer.Option(metavar="PNG", help="Draw a contact sheet of the first captions.")
     ] = None,
-    write: Annotated[bool, typer.Option("--write/--no-write", help="Keep the scores in the samples' store.")] = True,
+    write: Annotated[bool, typer.Option("--write/--no-write", help="Write the scores into the samples' store.")] = True,
 ) -> None:
     """Score samples against their captions with CLIP and print them best first.
 
-    Prints the lines it reads with score, rank and scorer added, a caption's as soon as the next caption's samples come
-    in. The samples of a caption in several files are ranked together.
+    Prints the lines it reads with score, rank and scorer added, those of a caption as soon as the next caption begins.
+    The samples of a caption in several files are ranked together.
 
     Example: [bold]dalle sample runs/quickstart/prior "a large green star" --n 32 | dalle rerank --top 1[/bold]
     """
@@ -54,8 +56,8 @@ def command(
     if first is None:
         raise UserError(f"{named}: holds no sample; look at what dalle sample said on stderr")
 
-    from dalle_cli.clip.load import load_scorer
     from dalle_cli.clip.rerank import best_of_all, printed, rerank
+    from dalle_cli.clip.scoring import load_scorer
     from dalle_cli.distributed.device import choose_device
 
     scorer = load_scorer(clip, pretrained, tokenizer, beside=Path(first["png"]), device=choose_device())
@@ -90,7 +92,7 @@ def _lines(manifests: list[Path]) -> Iterator[dict[str, Any]]:
     from dalle_cli.stores.scores import sample_stores, store_lines
 
     if not manifests:
-        # Not sys.stdin itself, which Python closes when it ends: a thread may wait for it then.
+        # Not sys.stdin itself, which Python closes at exit, when a thread may still wait for it.
         with open(sys.stdin.fileno(), encoding="utf-8", closefd=False) as stream:
             yield from read_manifest(stream, "stdin")
     for manifest in manifests:
@@ -118,7 +120,7 @@ def _draw_sheet(shown: list[list[dict[str, Any]]], sheet: Path) -> None:
 
 
 def _write(store: Path, scores: dict[int, float], scorer: str) -> None:
-    """The lines are out already, so a store that cannot be written is only told of."""
+    """Write scores into a store; if that fails, only log it, since the lines are printed already."""
     from dalle_cli.errors import UserError
     from dalle_cli.progress import log
     from dalle_cli.stores.provenance import record_command
@@ -128,4 +130,4 @@ def _write(store: Path, scores: dict[int, float], scorer: str) -> None:
         write_scores(store, scores, scorer)
         record_command(store.parent)
     except (UserError, OSError) as error:
-        log(f"rerank: scores are not kept: {error}")
+        log(f"rerank: scores are not in the store: {error}")

@@ -27,14 +27,12 @@ def command(
     set_: SetOption = None,
     wandb: WandbOption = None,
 ) -> None:
-    """Train a small CLIP on the same pictures and captions, to rerank samples without any download.
+    """Train a small CLIP on the prior's pictures and captions, to rerank samples without any download.
 
-    Killed, it goes on from the newest checkpoint when run again, and ends with the same bytes.
+    If it is killed, run it again: it resumes from the newest checkpoint and ends with the same bytes. On SIGTERM or
+    SIGUSR1 it saves a checkpoint after the current update and exits with code 75.
 
-    SIGTERM and SIGUSR1, to any of the processes, have it save at the end of the update in hand and leave with exit
-    code 75: run again, it goes on from there. scripts/slurm has the batch files that do so.
-
-    Example: [bold]dalle train-clip recipes/quickstart.yaml --data runs/shapes/train[/bold]
+    Example: [bold]dalle train-clip recipes/quickstart.yaml[/bold]
     """
     settings = read_recipe(recipe, set_, data, wandb)
     places = folders(settings)

@@ -16,11 +16,11 @@ def command(
     out: Annotated[Path | None, typer.Option(help="Folder for tokenizer.json. [RUN/tokenizer]")] = None,
     set_: SetOption = None,
 ) -> None:
-    """Train the BPE tokenizer on a source's captions, all those of a picture that has several.
+    """Train the BPE tokenizer on all captions of a source.
 
-    They are read once and counted by word, so memory grows with the number of different words only.
+    Captions are read once and counted by word, so memory grows only with the number of different words.
 
-    Example: [bold]dalle train-tokenizer recipes/quickstart.yaml --data runs/shapes/train[/bold]
+    Example: [bold]dalle train-tokenizer recipes/quickstart.yaml[/bold]
     """
     from dalle_cli.progress import log
     from dalle_cli.stores.provenance import record_command

@@ -1,86 +1,176 @@
-"""The captions that a study asks about, each with an id by which systems name their pictures."""
+"""Captions to draw or to ask about: from text, JSON lines, COCO's captions or standard input, or from a source."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dalle_cli.data.source import BadSample, clean_caption
+from dalle_cli.config.schema import Filters
+from dalle_cli.data.filters import filter_captions
+from dalle_cli.data.open_source import open_source
+from dalle_cli.data.source import BadSample, Source, clean_caption
 from dalle_cli.errors import UserError
 
+STDIN = Path("-")
+CAPTION_KEYS = ("prompt", "caption")
+ID_KEYS = ("id", "key", "image_id", "caption_id")
+"""Names of the ids that sample lines carry on from a captions file."""
 
-def read_captions(path: Path) -> dict[str, str]:
-    """Captions by id, in the file's order.
 
-    A text file has one a line, its id the line's number from 1. A .jsonl file has objects with ``caption`` and, if
-    ids are not to be line numbers, ``id``. A .json file is COCO's captions, its ids those of the annotations.
+@dataclass(frozen=True)
+class Caption:
+    """A caption to draw, its ids in the file it comes from, and the picture whose first rows are given, if any."""
+
+    text: str
+    ids: dict[str, str | int] = field(default_factory=dict)
+    prime: Path | None = None
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A caption as a file has it: ``place`` names it in errors, ``row`` holds its fields."""
+
+    file: str
+    place: str
+    line: int | None
+    text: str
+    row: dict[str, Any]
+
+    def error(self, reason: str) -> UserError:
+        return UserError(f"{self.file}, {self.place}: {reason}")
+
+
+def read_captions(file: Path) -> list[Caption]:
+    """Read the captions of a file, whose ending names its format.
+
+    A ``.jsonl`` or ``.ndjson`` file holds a JSON object a line, with the caption as ``prompt`` or ``caption``, and
+    optionally ``id``, ``key``, ``image_id``, ``caption_id`` and, as ``prime``, a picture's path. A ``.json`` file holds
+    COCO's captions. Any other file holds one caption a line. ``-`` is standard input: JSON lines if it begins with
+    ``{``, else text.
 
     Raises:
-        UserError: the file cannot be read, holds no caption, or holds an id twice.
+        UserError: the file cannot be read, or one of its entries is no caption.
+    """
+    return [
+        Caption(entry.text, {key: entry.row[key] for key in ID_KEYS if _is_id(entry.row.get(key))}, _prime(entry))
+        for entry in _entries(file)
+    ]
+
+
+def read_captions_by_id(file: Path) -> dict[str, str]:
+    """Read captions as :func:`read_captions` does, by ``id``, in the file's order.
+
+    Without an ``id``, a line's number counts, from 1. COCO's annotations must have one.
+
+    Raises:
+        UserError: see ``read_captions``; or the file holds no caption, or an id is missing, unusable or there twice.
     """
     captions: dict[str, str] = {}
-    for where, identity, text in _entries(path):
-        try:
-            caption = clean_caption(text)
-        except BadSample as error:
-            raise UserError(f"{path}, {where}: {error}") from None
+    for entry in _entries(file):
+        given = entry.row.get("id", entry.line)
+        if not _is_id(given) or isinstance(given, bool) or not str(given).strip():
+            raise entry.error("its id is no number or word")
+        identity = normal_id(str(given).strip())
         if identity in captions:
-            raise UserError(f"{path}, {where}: the id {identity} comes twice; give each caption one of its own")
-        captions[identity] = caption
+            raise entry.error(f"the id {identity} is there twice; give each caption an id of its own")
+        captions[identity] = entry.text
     if not captions:
-        raise UserError(f"{path}: holds no caption; write one a line")
+        raise UserError(f"{file}: holds no caption; write one a line")
     return captions
 
 
 def normal_id(identity: str) -> str:
-    """``0042`` and ``42`` are one id: tools pad the numbers that they name files by."""
+    """Return the id without leading zeros, with which some tools pad the numbers in file names."""
     return str(int(identity)) if identity.isascii() and identity.isdigit() else identity
 
 
-def _entries(path: Path) -> Iterator[tuple[str, str, str]]:
-    """Where it stands, id and text of each caption."""
+def source_captions(source: Source, filters: Filters | None = None) -> Iterator[str]:
+    """Yield all captions of a source that can be read and pass the recipe's caption filters, in order."""
+    for row in range(len(source)):
+        yield from filtered_captions(source, row, filters)[0]
+
+
+def first_captions(spec: str, filters: Filters, limit: int) -> list[str]:
+    """Return the first ``limit`` different captions of the source ``spec`` that pass the filters.
+
+    Raises:
+        UserError: there is no source at ``spec``.
+    """
+    found: dict[str, None] = {}
+    for caption in source_captions(open_source(spec), filters):
+        found[caption] = None
+        if len(found) == limit:
+            break
+    return list(found)
+
+
+def filtered_captions(source: Source, row: int, filters: Filters | None) -> tuple[list[str], str | None]:
+    """Return a row's captions that pass the filters, if any are given, and the reason where there is none."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        captions = source.captions(row)
+    except BadSample as error:
+        return [], str(error)
+    return (captions, None) if filters is None else filter_captions(captions, filters)
+
+
+def _entries(file: Path) -> Iterator[_Entry]:
+    name = "stdin" if file == STDIN else str(file)
+    try:
+        text = sys.stdin.read() if file == STDIN else file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a file of captions ({error})") from None
-    if path.suffix == ".json":
-        yield from _coco(path, text)
-        return
-    for number, line in enumerate(text.splitlines(), start=1):
+        raise UserError(f"{name}: cannot be read as a file of captions ({error})") from None
+    ending = file.suffix.lower()
+    if ending in (".jsonl", ".ndjson") or (file == STDIN and text.lstrip().startswith("{")):
+        rows = _json_lines(name, text)
+    elif ending == ".json":
+        rows = _coco(name, text)
+    else:
+        lines = enumerate(text.splitlines(), start=1)
+        rows = ((number, {"caption": line}) for number, line in lines if line.strip())
+    what = "annotation" if ending == ".json" else "line"
+    for number, row in rows:
+        place = f"{what} {number}"
+        caption = next((row[key] for key in CAPTION_KEYS if key in row), None) if isinstance(row, dict) else None
+        if not isinstance(caption, str):
+            raise UserError(f"{name}, {place}: has no text under 'prompt' or 'caption'")
+        try:
+            yield _Entry(name, place, number if what == "line" else None, clean_caption(caption), row)
+        except BadSample as error:
+            raise UserError(f"{name}, {place}: {error}; write what the picture shows") from None
+
+
+def _json_lines(name: str, text: str) -> Iterator[tuple[int, Any]]:
+    # Not splitlines: a JSON string may hold a line separator such as U+2028.
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            where = f"line {number}"
-            yield where, *(_json_line(path, where, line, number) if path.suffix == ".jsonl" else (str(number), line))
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{name}, line {number}: not JSON ({error}); give one object a line") from None
+            yield number, row
 
 
-def _json_line(path: Path, where: str, line: str, number: int) -> tuple[str, str]:
-    entry = _json(path, where, line)
-    if not isinstance(entry, dict) or not isinstance(entry.get("caption"), str):
-        raise UserError(f'{path}, {where}: has no "caption"; write {{"id": ..., "caption": "..."}} in each line')
-    return _identity(path, where, entry.get("id", number)), entry["caption"]
-
-
-def _coco(path: Path, text: str) -> Iterator[tuple[str, str, str]]:
-    whole = _json(path, "the whole", text)
+def _coco(name: str, text: str) -> Iterator[tuple[int, Any]]:
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name}: is not valid JSON ({error}); JSON lines have to end in .jsonl") from None
     annotations = whole.get("annotations") if isinstance(whole, dict) else None
     if not isinstance(annotations, list):
-        raise UserError(f"{path}: is not COCO's captions (no list of annotations); lines of JSON have to end in .jsonl")
-    for number, entry in enumerate(annotations):
-        where = f"annotation {number}"
-        if not isinstance(entry, dict) or not isinstance(entry.get("caption"), str):
-            raise UserError(f"{path}, {where}: has no caption")
-        yield where, _identity(path, where, entry.get("id")), entry["caption"]
+        raise UserError(f"{name}: is not COCO's captions (no list 'annotations'); JSON lines have to end in .jsonl")
+    yield from enumerate(annotations, start=1)
 
 
-def _identity(path: Path, where: str, identity: object) -> str:
-    if isinstance(identity, bool) or not isinstance(identity, int | str) or not str(identity).strip():
-        raise UserError(f"{path}, {where}: its id is no number or word")
-    return normal_id(str(identity).strip())
+def _prime(entry: _Entry) -> Path | None:
+    prime = entry.row.get("prime")
+    if prime is not None and not isinstance(prime, str):
+        raise entry.error("its 'prime' is no path of a picture")
+    return None if prime is None else Path(prime)
 
 
-def _json(path: Path, where: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}, {where}: is not JSON ({error})") from None
+def _is_id(value: object) -> bool:
+    return isinstance(value, str | int)

@@ -49,14 +49,14 @@ def decode_image(data: bytes, max_pixels: int = 100_000_000) -> Image.Image:
         raise BadImage(f"damaged image: {reason}") from error
 
 
-def read_picture(path: Path, mend: str) -> NDArray[np.uint8]:
+def read_picture(path: Path, mend: str, max_pixels: int = 100_000_000) -> NDArray[np.uint8]:
     """Read a picture that a command names, such as a sample's PNG, as (H, W, 3) uint8.
 
     Raises:
-        UserError: the file is missing or is no whole picture; the line ends with ``mend``.
+        UserError: the file is missing, no whole picture or of more than ``max_pixels``; the line ends with ``mend``.
     """
     try:
-        return np.asarray(decode_image(read_image_file(path)))
+        return np.asarray(decode_image(read_image_file(path), max_pixels))
     except (BadSample, BadImage) as error:
         raise UserError(f"{path}: cannot be read as a picture ({error}); {mend}") from None
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dalle_cli.data.captions import read_captions
+from dalle_cli.data.captions import read_captions_by_id
 from dalle_cli.data.images import BadImage, decode_image, eval_crop
 from dalle_cli.data.source import BadSample, read_image_file
 from dalle_cli.errors import UserError
@@ -54,7 +54,7 @@ def make_study(request: StudyRequest, out: Path) -> Study:
         raise UserError(f"a study compares two systems, not {len(request.systems)}; give --system NAME=PICTURES twice")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and may hold votes; choose another folder, or remove it yourself")
-    captions = _distinct(read_captions(request.captions))
+    captions = _distinct(read_captions_by_id(request.captions))
     first, second = (read_system(name, spec, captions) for name, spec in request.systems.items())
     for system in (first, second):
         if system.others:

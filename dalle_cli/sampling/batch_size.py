@@ -1,7 +1,7 @@
-"""How many samples to draw at once: as many as memory holds, up to where more are of no use.
+"""The number of samples to draw at once: as many as memory holds, up to where more no longer raise throughput.
 
-What a number of samples takes is counted from the models' sizes: nothing has to be tried, and a machine finds the same
-number each time, unless it is short of memory.
+The memory that samples take is computed from the models' sizes. So nothing has to be tried, and a machine finds the
+same number each time unless it is short of memory.
 """
 
 from __future__ import annotations
@@ -17,86 +17,102 @@ from dalle_cli.dvae.encode import pictures_at_once
 from dalle_cli.dvae.model import DVAE
 from dalle_cli.prior.decode import READ_AT_ONCE, Decoder
 
-SHARE = 0.5
-"""Of the free memory: the rest is for other programs, for fragments and for what is not counted here."""
-MOST = {"cpu": 64, "cuda": 512}
-"""Samples at once beyond which throughput hardly grows: on one core, at the quickstart's size, 128 spare 6 % of
-the time that 64 take."""
+MEMORY_SHARE = 0.5
+"""Share of the free memory to use; the rest is for other programs, fragmentation and what is not computed here."""
+MAX_SAMPLES = {"cpu": 64, "cuda": 512}
+"""Samples at once beyond which throughput hardly grows: at the quickstart's size, one core takes 6 % less time for 128
+at once than for 64."""
 DECODED_AT_ONCE = 16
-"""Pictures that the dVAE decodes together, fewer where they are large: it is quick beside the prior, and more of them
+"""Pictures that the dVAE decodes at once, fewer where they are large. It is fast beside the prior, and larger batches
 would take most of the memory."""
 FLOAT, DOUBLE = 4, 8
-STREAM = 16
-"""Numbers of a layer at one position, in units of d_model: stream, queries, keys, values, the perceptron's inside."""
-ACTIVATIONS = 8
-"""The dVAE decoder's memory, in units of one activation of n_hid channels at every pixel."""
+LAYER_ACTIVATIONS = 16
+"""Activations of a layer at one position, in units of d_model: residual stream, queries, keys, values and MLP."""
+DECODER_ACTIVATIONS = 8
+"""Memory of the dVAE's decoder, in units of one activation of n_hid channels at every pixel."""
 
 
 @dataclass(frozen=True)
-class Need:
-    """Bytes that sampling takes beside the models' weights.
-
-    ``cache``, ``step`` and ``draw`` are of one sequence of tokens, ``text`` and ``reading`` of one caption;
-    ``picture`` of one of the ``together`` pictures that the dVAE decodes at once.
-    """
+class MemoryNeed:
+    """Bytes that sampling takes in addition to the models' weights."""
 
     cache: int
+    """Keys and values of one sequence's image tokens."""
     step: int
+    """Activations of one sequence in a step of the prior."""
     draw: int
+    """Logits and probabilities of one sequence."""
     text: int
-    reading: int
-    captions_read: int
+    """Keys and values of one caption and of the image tokens given with it."""
+    prefill: int
+    """Activations of one caption while it is read."""
+    captions_prefilled: int
+    """Number of captions that are read at once."""
     picture: int
-    together: int
+    """Activations of one picture in the dVAE's decoder."""
+    pictures_decoded: int
+    """Number of pictures that the dVAE decodes at once."""
     sequences: int
+    """Number of sequences a sample: 2 with guidance, else 1."""
 
-    def of(self, samples: int, n: int) -> int:
-        """Bytes at the peak of ``samples`` drawn at once, of captions of which each has ``n``."""
+    def peak(self, samples: int, n: int) -> int:
+        """Return the bytes at the peak of ``samples`` drawn at once, ``n`` of each caption."""
         captions = self.sequences * max(1, samples // n)
-        kept = captions * self.text
-        reading = min(captions, self.captions_read) * self.reading
+        prefilling = min(captions, self.captions_prefilled) * self.prefill
         drawing = self.sequences * samples * (self.cache + max(self.step, self.draw))
-        decoding = min(samples, self.together) * self.picture
-        return max(kept + max(reading, drawing), decoding)
+        decoding = min(samples, self.pictures_decoded) * self.picture
+        return max(captions * self.text + max(prefilling, drawing), decoding)
 
-    def samples(self, free: int | None, n: int, most: int) -> int:
-        """The largest power of two, from 1 to ``most``, of samples that need no more than SHARE of ``free`` bytes.
+    def fitting_samples(self, free: int | None, n: int, most: int) -> int:
+        """Return the largest power of two, from 1 to ``most``, of samples that take at most MEMORY_SHARE of memory.
 
-        A power of two, so that a little more or less memory seldom changes it. None is an unknown amount.
+        It is a power of two so that a little more or less memory seldom changes it.
+
+        Args:
+            free: free memory in bytes; None if unknown, which counts as enough.
+            n: samples of each caption.
+            most: upper limit.
         """
         count = 1 << (most.bit_length() - 1)
-        while free is not None and count > 1 and self.of(count, n) > SHARE * free:
+        while free is not None and count > 1 and self.peak(count, n) > MEMORY_SHARE * free:
             count //= 2
         return count
 
 
-def sampling_need(decoder: Decoder, dvae: DVAE, guided: bool, given: int = 0) -> Need:
-    """What the models' sizes say; ``given`` image tokens are read with the caption."""
+def sampling_need(decoder: Decoder, dvae: DVAE, guided: bool, given: int = 0) -> MemoryNeed:
+    """Compute the memory that sampling takes from the models' sizes.
+
+    Args:
+        decoder: the prior.
+        dvae: the dVAE, whose decoder makes the pictures.
+        guided: whether samples are drawn with classifier-free guidance.
+        given: number of image tokens that are given with each caption.
+    """
     vocabulary, d_model = decoder.image_embedding.shape
     slots = [layer.slots.count for layer in decoder.layers]
     token = 2 * d_model * decoder.dtype.itemsize
     weights = 3 * decoder.layers[0].heads * (decoder.text_length + max(slots)) * FLOAT
     positions = decoder.text_length + (decoder.image_length if given else 0)
     side = DOWNSAMPLING * decoder.grid
-    return Need(
+    return MemoryNeed(
         cache=token * sum(slots),
-        step=STREAM * d_model * FLOAT + weights,
+        step=LAYER_ACTIVATIONS * d_model * FLOAT + weights,
         draw=vocabulary * (4 * FLOAT + 3 * DOUBLE),
         text=token * (len(slots) * decoder.text_length + sum(min(count, given) for count in slots)),
-        reading=STREAM * d_model * FLOAT * positions,
-        captions_read=max(1, READ_AT_ONCE // positions),
-        picture=ACTIVATIONS * side**2 * dvae.settings.n_hid * FLOAT,
-        together=min(DECODED_AT_ONCE, pictures_at_once(dvae, side, side)),
+        prefill=LAYER_ACTIVATIONS * d_model * FLOAT * positions,
+        captions_prefilled=max(1, READ_AT_ONCE // positions),
+        picture=DECODER_ACTIVATIONS * side**2 * dvae.settings.n_hid * FLOAT,
+        pictures_decoded=min(DECODED_AT_ONCE, pictures_at_once(dvae, side, side)),
         sequences=2 if guided else 1,
     )
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that this process may still take on ``device``; None where the system does not say."""
+    """Return the bytes that this process may still take on ``device``, or None where the system does not say."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    known = [amount for amount in (_available(), *_left_to_groups()) if amount is not None]
+    known = [amount for amount in (_available(), *cgroup_headroom()) if amount is not None]
     return min(known, default=None)
 
 
@@ -108,11 +124,12 @@ def _available() -> int | None:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def _left_to_groups(
+def cgroup_headroom(
     memberships: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")
 ) -> Iterator[int]:
-    """What the limits of a container or of a batch system's job leave: of each control group that this process is in,
-    version 2 or 1, and those above it. Caches of files give way and are not counted as taken.
+    """Yield the bytes left below each memory limit of this process's control groups and those above them.
+
+    Containers and batch systems set such limits, of version 1 or 2. Inactive file caches do not count as taken.
     """
     try:
         lines = memberships.read_text().splitlines()
@@ -128,9 +145,9 @@ def _left_to_groups(
         own = mounted / controllers / path.lstrip("/")
         for group in (own, *own.parents):
             try:
-                most, taken = (int((group / name).read_text()) for name in files)
+                limit, taken = (int((group / name).read_text()) for name in files)
                 statistics = (group / "memory.stat").read_text().splitlines()
             except (OSError, ValueError):  # not of this version, not shown here, or "max"
                 continue
             inactive = "inactive_file " if not controllers else "total_inactive_file "
-            yield max(0, most - taken + sum(int(line.split()[1]) for line in statistics if line.startswith(inactive)))
+            yield max(0, limit - taken + sum(int(line.split()[1]) for line in statistics if line.startswith(inactive)))

@@ -1,11 +1,12 @@
-"""What to draw, and what of it decides the samples."""
+"""Requests for samples: captions, settings, given pictures, and the identity by which a request is found again."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,64 +16,88 @@ from PIL import Image
 from torch import Tensor
 
 from dalle_cli.config.schema import Recipe, SamplingSettings
-from dalle_cli.data.images import BadImage, decode_image, eval_crop
-from dalle_cli.data.source import BadSample, read_image_file
+from dalle_cli.data.images import eval_crop, read_picture
 from dalle_cli.dvae.encode import BLOCK, encode_pictures
 from dalle_cli.dvae.model import DVAE
 from dalle_cli.errors import UserError
 from dalle_cli.randomness import numpy_generator
 from dalle_cli.stores.checkpoint import Checkpoint
+from dalle_cli.stores.files import sha256_file
 from dalle_cli.stores.samples import request_rows
 from dalle_cli.stores.shards import WHOLE, Shard, parts_folder
 
 
 @dataclass(frozen=True)
 class Prime:
-    """Pictures whose first ``rows`` rows of tokens are given (image-to-image), one for each prompt."""
+    """Pictures whose first ``rows`` rows of tokens are given (image-to-image), one for each prompt.
+
+    Pictures of more than ``max_pixels`` are refused.
+    """
 
     pictures: Sequence[Path]
     rows: int
-    _hashes: dict[int, list[str]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    max_pixels: int
 
-    def hashes(self, max_pixels: int) -> list[str]:
-        """sha256 of each picture's file.
+    @cached_property
+    def hashes(self) -> list[str]:
+        """SHA-256 of each picture's file.
 
         Raises:
-            UserError: one cannot be read as a picture.
+            UserError: a file cannot be read as a picture.
         """
-        if max_pixels not in self._hashes:
-            found = {
-                path: hashlib.sha256(_content(path, max_pixels)[0]).hexdigest() for path in dict.fromkeys(self.pictures)
-            }
-            self._hashes[max_pixels] = [found[path] for path in self.pictures]
-        return self._hashes[max_pixels]
+        found = {}
+        for path in dict.fromkeys(self.pictures):
+            self._read(path)
+            found[path] = sha256_file(path)
+        return [found[path] for path in self.pictures]
 
     def tokens(self, dvae: DVAE, recipe: Recipe) -> Tensor:
-        """The given tokens, (C, rows * grid) int64 on the dVAE's device, of the pictures as evaluation cuts them."""
+        """Return the given tokens, (C, rows * grid) int64 on the dVAE's device; pictures are cut as in evaluation."""
         distinct = list(dict.fromkeys(self.pictures))
         device, eps = next(dvae.parameters()).device, recipe.dvae.objective.logit_laplace_eps
         encoded = []
         for begin in range(0, len(distinct), BLOCK):
-            block = [_content(path, recipe.data.max_pixels)[1] for path in distinct[begin : begin + BLOCK]]
-            cut = np.stack([eval_crop(picture, recipe.image_size) for picture in block])
-            encoded.append(encode_pictures(dvae, torch.from_numpy(cut).to(device), eps)[:, : self.rows].flatten(1))
-        place = {path: number for number, path in enumerate(distinct)}
-        return torch.cat(encoded)[[place[path] for path in self.pictures]]
+            cut = [eval_crop(self._read(path), recipe.image_size) for path in distinct[begin : begin + BLOCK]]
+            pictures = torch.from_numpy(np.stack(cut)).to(device)
+            encoded.append(encode_pictures(dvae, pictures, eps)[:, : self.rows].flatten(1))
+        index = {path: number for number, path in enumerate(distinct)}
+        return torch.cat(encoded)[[index[path] for path in self.pictures]]
+
+    def _read(self, path: Path) -> Image.Image:
+        return Image.fromarray(read_picture(path, "name a picture whose rows are given", self.max_pixels))
 
 
-def _content(path: Path, max_pixels: int) -> tuple[bytes, Image.Image]:
-    try:
-        content = read_image_file(path)
-        return content, decode_image(content, max_pixels)
-    except (BadImage, BadSample) as error:
-        raise UserError(f"{path}: cannot be read as the picture whose rows are given ({error})") from None
+def choose_prime(pictures: Sequence[Path | None], rows: str | None, grid: int, max_pixels: int) -> Prime | None:
+    """Combine ``--prime``, the primes of a captions file and ``--prime-rows``; None if there are none of these.
+
+    Args:
+        pictures: the picture of each prompt.
+        rows: ``--prime-rows``.
+        grid: rows of tokens in a picture.
+        max_pixels: most pixels of a picture.
+
+    Raises:
+        UserError: pictures come without rows, rows without pictures, or only some prompts have a picture.
+    """
+    named = [picture for picture in pictures if picture is not None]
+    if not named and rows is None:
+        return None
+    if not named:
+        raise UserError(
+            "--prime-rows: of which picture? name it with --prime, or as prime in the JSON lines of --prompts"
+        )
+    if rows is None:
+        raise UserError("--prime: how many of the picture's rows are given? say it with --prime-rows, such as 0.5")
+    if len(named) < len(pictures):
+        raise UserError(f"prompt {pictures.index(None) + 1}: has no prime, others have; give one for all with --prime")
+    return Prime(named, parse_rows(rows, grid), max_pixels)
 
 
 def parse_rows(text: str, grid: int) -> int:
-    """``--prime-rows``: rows of tokens such as ``16``, or a share of the picture below 1 such as ``0.5``.
+    """Parse ``--prime-rows``: rows of tokens such as ``16``, or a share of the picture below 1 such as ``0.5``.
 
     Raises:
-        UserError: it is neither, gives nothing, or leaves nothing to draw.
+        UserError: it is neither, or gives no row, or leaves none to draw.
     """
     try:
         value = float(text)
@@ -89,10 +114,7 @@ def parse_rows(text: str, grid: int) -> int:
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """What to draw: samples ``first`` to ``first + settings.n - 1`` of each prompt, or a ``shard`` of them all.
-
-    ``ids`` go into each prompt's manifest lines.
-    """
+    """Request for samples ``first`` to ``first + settings.n - 1`` of each prompt, or for a shard of them all."""
 
     prompts: list[str]
     settings: SamplingSettings
@@ -100,6 +122,7 @@ class SampleRequest:
     first: int = 0
     prime: Prime | None = None
     ids: Sequence[dict[str, str | int]] | None = None
+    """Ids of each prompt, which its sample lines carry."""
     shard: Shard = WHOLE
 
     def __post_init__(self) -> None:
@@ -111,31 +134,34 @@ class SampleRequest:
 
     @property
     def rows(self) -> range:
-        """The samples to draw, counted through all prompts."""
+        """Rows of the samples to draw, numbered through all prompts."""
         return request_rows(self.shard, len(self.prompts), self.settings.n)
 
     def place(self, row: int) -> tuple[int, int]:
-        """(prompt, index of the sample) of a row."""
+        """Return the prompt and the sample's index of a row."""
         prompt, index = divmod(row, self.settings.n)
         return prompt, self.first + index
 
     def batch(self, row: int, size: int) -> tuple[range, range]:
-        """The prompts and the indices of up to ``size`` samples to draw together from ``row`` on.
+        """Return the prompts and sample indices of the next batch, of up to ``size`` samples from ``row``.
 
-        Some of one prompt's, or all of several prompts'; what comes first is never left for later.
+        A batch holds some samples of one prompt, or all samples of several prompts, and skips none.
         """
         n, stop = self.settings.n, self.rows.stop
         prompt, begin = divmod(row, n)
         if begin or size < n or stop - row < n:
             end = min(begin + size, n, begin + stop - row)
             return range(prompt, prompt + 1), range(self.first + begin, self.first + end)
-        together = min(size, stop - row) // n
-        return range(prompt, prompt + together), range(self.first, self.first + n)
+        prompts = min(size, stop - row) // n
+        return range(prompt, prompt + prompts), range(self.first, self.first + n)
 
-    def identity(self, prior: Checkpoint, primes: Sequence[str] = ()) -> dict[str, Any]:
-        """What decides the samples, for the store's attributes and the default folder's name.
+    def identity(self, prior: Checkpoint) -> dict[str, Any]:
+        """Return everything that decides the samples, the same for all shards; options not used are left out.
 
-        ``primes`` are the sha256 of the given pictures. What is not asked for is not named.
+        It is the store's ``request`` attribute, and its hash names the default folder.
+
+        Raises:
+            UserError: a given picture cannot be read.
         """
         settings = self.settings.model_dump(exclude={"batch_size"})
         if self.settings.guidance == 1:
@@ -146,11 +172,11 @@ class SampleRequest:
         if self.first:
             named["first"] = self.first
         if self.prime is not None:
-            named["prime"] = {"rows": self.prime.rows, "pictures": list(primes)}
+            named["prime"] = {"rows": self.prime.rows, "pictures": self.prime.hashes}
         return named
 
     def uniforms(self, prompts: range, indices: range, positions: int) -> Tensor:
-        """Uniform numbers (prompts, indices, positions) float64, each sample's from (seed, prompt's text, index)."""
+        """Return the uniform numbers (prompts, indices, positions) float64, from each (seed, prompt's text, index)."""
         rows = [
             [numpy_generator(self.seed, "sample", self.prompts[p], index).random(positions) for index in indices]
             for p in prompts
@@ -159,11 +185,11 @@ class SampleRequest:
 
 
 def default_folder(samples: Path, identity: dict[str, Any]) -> Path:
-    """A folder of its own for each request, so that the same command finds what it drew before."""
+    """Return the folder of a request in ``samples``, which the same command finds again."""
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     return samples / digest[:12]
 
 
 def shard_folder(whole: Path, shard: Shard) -> Path:
-    """Where a shard of the request whose folder is ``whole`` is drawn: ``WHOLE.parts/samples-0003-of-0008``."""
+    """Return the folder of a shard of the request whose folder is ``whole``: ``WHOLE.parts/samples-0003-of-0008``."""
     return whole if shard == WHOLE else parts_folder(whole) / f"samples-{shard.number:04d}-of-{shard.of:04d}"

@@ -1,4 +1,4 @@
-"""BPE of captions with the ``tokenizers`` library: training and encoding."""
+"""Byte-level BPE of captions with the ``tokenizers`` library: training and encoding."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as HFTokenizer
 
 ENCODED_AT_ONCE = 4096
-"""Captions that the library gets together: enough for all cores. What it returns takes some kilobytes a caption."""
+"""Captions in one call to the library: enough for all cores, while its results take some kilobytes a caption."""
 
 
 class Tokenizer:
-    """A trained BPE tokenizer: byte-level, on lower-cased NFC text."""
+    """A trained byte-level BPE tokenizer for lower-cased NFC text."""
 
     def __init__(self, backend: HFTokenizer, name: str) -> None:
         self.backend, self.name = backend, name
-        # One canonical serialisation, so that the hash does not depend on how the file was laid out.
+        # Hash the canonical serialization, so that the file's layout does not matter.
         self.identity = hashlib.sha256(backend.to_str().encode()).hexdigest()
-        # A file may carry settings of its own.
+        # A file may set these three, but dropout and length are the recipe's.
         backend.model.dropout = None
         backend.no_truncation()
         backend.no_padding()
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
-        """Read ``tokenizer.json``, or that file in a folder.
+        """Read the file ``path``, or ``tokenizer.json`` in the folder ``path``.
 
         Raises:
-            UserError: it is missing, or no BPE tokenizer.
+            UserError: the file is missing, or is no BPE tokenizer.
         """
         from tokenizers import Tokenizer as HFTokenizer
 
@@ -63,17 +63,13 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return self.backend.get_vocab_size()
 
-    def encode(self, captions: list[str]) -> list[list[int]]:
-        """Token ids of each caption, as many as it takes."""
-        return [list(e.ids) for e in self.backend.encode_batch_fast(captions, add_special_tokens=False)]
-
-    def encode_block(self, captions: list[str]) -> Ragged:
-        """Token ids of each caption, as many as it takes, int32."""
+    def encode(self, captions: list[str]) -> Ragged:
+        """Return the token ids of each caption, int32, uncut."""
         encode = self.backend.encode_batch_fast
         return Ragged.joined([_flat(encode(part, add_special_tokens=False), "ids") for part in _parts(captions)])
 
     def encode_words(self, captions: list[str]) -> tuple[Ragged, np.ndarray]:
-        """Token ids as of ``encode_block``, and of each token the number of its word in the caption (total,)."""
+        """Return the token ids as ``encode`` does, and each token's word number within its caption, (total,)."""
         ids, words = [], []
         for part in _parts(captions):
             encodings = self.backend.encode_batch(part, add_special_tokens=False)
@@ -82,20 +78,20 @@ class Tokenizer:
         return Ragged.joined(ids), np.concatenate(words)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The caption that ``ids`` spell."""
+        """Return the caption that ``ids`` spell."""
         return str(self.backend.decode(list(ids)))
 
     def dropout(self, p: float) -> BpeDropout:
-        """Its merges, each skipped with chance ``p``."""
+        """Return this tokenizer's merges as BPE dropout that skips each with probability ``p``."""
         model = json.loads(self.backend.to_str())["model"]
         prefix = model.get("continuing_subword_prefix") or ""
         return BpeDropout(self.backend.get_vocab(), model["merges"], p, prefix)
 
 
 def _parts(captions: list[str]) -> Iterator[list[str]]:
-    """``captions`` by ENCODED_AT_ONCE, at least one part."""
-    for at in range(0, max(1, len(captions)), ENCODED_AT_ONCE):
-        yield captions[at : at + ENCODED_AT_ONCE]
+    """Yield ``captions`` in parts of ENCODED_AT_ONCE, at least one part."""
+    for start in range(0, max(1, len(captions)), ENCODED_AT_ONCE):
+        yield captions[start : start + ENCODED_AT_ONCE]
 
 
 def _flat(encodings: list[Encoding], name: Literal["ids", "word_ids"]) -> Ragged:
@@ -105,7 +101,7 @@ def _flat(encodings: list[Encoding], name: Literal["ids", "word_ids"]) -> Ragged
 
 
 def train_bpe(captions: Iterable[str], settings: TokenizerSettings, out: Path) -> Tokenizer:
-    """Train a byte-level BPE on ``captions`` (one streamed pass) and write ``out/tokenizer.json``.
+    """Train a byte-level BPE on ``captions``, read once as a stream, and write ``out/tokenizer.json``.
 
     Raises:
         UserError: there is no caption to train on.

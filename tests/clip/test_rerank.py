@@ -1,4 +1,4 @@
-"""Reranking: what it prints, keeps and draws, that it begins before its input ends, and what it refuses."""
+"""Reranking: its output, scores and sheet, that it begins before its input ends, and its refusals."""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ SHADES = {"dark": -1.0, "bright": 1.0}
 
 
 class ShadeScorer:
-    """A stand-in for a CLIP: the feature of a picture is its mean shade, of a caption what shade it asks for."""
+    """A stand-in for a CLIP: a picture's feature is its mean shade, a caption's the shade that it asks for."""
 
     name = identity = "shades"
     logit_scale = 1.0
+    captions_cut = 0
 
     def __init__(self) -> None:
         self.batches: list[int] = []
@@ -126,7 +127,8 @@ def test_a_prompt_that_comes_again_is_told_of_or_gathered(tmp_path: Path, capsys
 def test_the_first_bad_picture_is_named(tmp_path: Path) -> None:
     lines = draw(tmp_path, "dark", [1, 2, 3, 4], store="s")
     Path(lines[2]["png"]).unlink()
-    with pytest.raises(UserError, match=r"dark-2-2\.png: the sample's picture is missing"):
+    said = r"dark-2-2\.png: cannot be read as a picture \(.*No such file.*\); draw it again with dalle sample"
+    with pytest.raises(UserError, match=said):
         list(score(lines, ShadeScorer(), 2))
     Image.fromarray(np.zeros((6, 9, 3), np.uint8)).save(lines[2]["png"])
     with pytest.raises(UserError, match=r"dark-2-2\.png: is 9 x 6 pixels where other samples of s are 8 x 8"):

@@ -1,9 +1,10 @@
+"""Scorers by CLIP: published ones as open_clip itself computes them, our own, and refusals of what does not fit."""
+
 from __future__ import annotations
 
 import json
 import pickle
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ CAPTIONS = ["a red star", "a blue circle above a green square", ""]
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Path]]:
+def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """A random model of open_clip's layout and its weights in a folder."""
     folder = tmp_path_factory.mktemp("published")
     (folder / f"{NAME}.json").write_text(json.dumps(CONFIG))
@@ -45,7 +46,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, P
     )
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": CONFIG, "preprocess_cfg": {}}))
-    yield model, folder
+    return model, folder
 
 
 def pictures(n: int, *sizes: tuple[int, int]) -> list[np.ndarray]:
@@ -103,7 +104,7 @@ def test_a_pickle_that_would_run_code_is_refused(published: tuple[Any, Path], tm
     [
         ("ViT-B32", "openai", "no model 'ViT-B32'; near names: ViT-B-32"),
         ("ViT-B-32", "laion2b_s34b", "near names: laion2b_s34b_b79k"),
-        ("ViT-B-32", "zzzz", "some there are: "),
+        ("ViT-B-32", "zzzz", "some that exist: "),
         ("ViT-B-32", "missing/weights.pt", "missing/weights.pt does not exist"),
         ("ViT-S-32", "openai", "no weights for ViT-S-32"),
         ("any", "local-dir:missing", "local-dir:missing cannot be loaded"),
@@ -137,6 +138,20 @@ def test_without_a_network_the_file_to_provide_is_named(monkeypatch: pytest.Monk
     assert not hub.HF_HUB_OFFLINE
 
 
+class WordLengths:
+    """A stand-in for the encoder of captions: a word's token is its length."""
+
+    cut = 0
+
+    def encode(self, captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        ids, length = np.zeros((len(captions), 6), np.int64), np.zeros(len(captions), np.int64)
+        for row, caption in enumerate(captions):
+            words = caption.split()[:6]
+            ids[row, : len(words)] = [len(word) for word in words]
+            length[row] = len(words)
+        return ids, length
+
+
 def test_own_scorer_is_the_model_on_its_own_tokens_and_sizes() -> None:
     settings = ClipModel(
         embed_dim=16,
@@ -149,20 +164,12 @@ def test_own_scorer_is_the_model_on_its_own_tokens_and_sizes() -> None:
     )
     model = build_clip(settings, 16, 6, 40, seed=5)
 
-    def tokenize(captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        ids, length = np.zeros((len(captions), 6), np.uint16), np.zeros(len(captions), np.uint16)
-        for row, caption in enumerate(captions):
-            words = caption.split()[:6]
-            ids[row, : len(words)] = [len(word) for word in words]
-            length[row] = len(words)
-        return ids, length
-
-    scorer: Scorer = OwnScorer(model, tokenize, 16, name="clip runs/x")
+    scorer: Scorer = OwnScorer(model, WordLengths(), 16, name="clip runs/x")  # type: ignore[arg-type]
     batch = np.stack(pictures(300, (16, 16)))
     captions = ["a bb ccc", "dddd"] * 100
-    ids, length = tokenize(captions)
+    ids, length = map(torch.from_numpy, WordLengths().encode(captions))
     with torch.no_grad():
-        text = model.encode_text(clip_text_ids(torch.tensor(ids.astype(int)), torch.tensor(length.astype(int)), 40))
+        text = model.encode_text(clip_text_ids(ids, length, 40))
         image = model.encode_image(pixels(torch.from_numpy(batch)))
     torch.testing.assert_close(scorer.text_features(captions), text / text.norm(dim=1, keepdim=True))
     torch.testing.assert_close(scorer.image_features(batch), image / image.norm(dim=1, keepdim=True))

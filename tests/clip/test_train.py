@@ -1,3 +1,5 @@
+"""The CLIP model: its inputs, layout, features and loss."""
+
 from __future__ import annotations
 
 import math

@@ -1,8 +1,8 @@
 """Sources of captions without pictures, and small shards, for the tests of text and for the processes they start.
 
-    python captions.py ROWS STORE TOKENIZER [train]
+Run as a program, it makes the text part of a store, with dropout and several captions a picture:
 
-makes the text part of a store, with dropout and several captions a picture.
+    python captions.py ROWS STORE TOKENIZER [train]
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Captions:
 
 
 def uneven(rows: int) -> Captions:
-    """One caption a picture at first, then ever more, up to ten; now and then none."""
+    """Return a source with one caption a picture at first, then more and more, up to ten, and sometimes none."""
     picked: list[list[str] | None] = []
     for row in range(rows):
         rng = random.Random(row)

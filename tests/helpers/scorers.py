@@ -14,6 +14,7 @@ class ColourScorer:
 
     name = identity = "colours"
     logit_scale = 10.0
+    captions_cut = 0
 
     def text_features(self, captions: Sequence[str]) -> Tensor:
         return torch.eye(3)[[("red", "green", "blue").index(caption) for caption in captions]]

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import yaml
 
-from dalle_cli.clip.load import load_scorer
 from dalle_cli.clip.rerank import printed, rerank
+from dalle_cli.clip.scoring import load_scorer
 from dalle_cli.clip.train import train_clip
 from dalle_cli.config.load import load_recipe
 from dalle_cli.config.run_folders import RunFolders
 from dalle_cli.config.schema import Recipe
+from dalle_cli.data.captions import source_captions
 from dalle_cli.data.open_source import open_source
 from dalle_cli.dvae.encode import encode_source
 from dalle_cli.dvae.train import train_dvae
@@ -22,7 +23,7 @@ from dalle_cli.sampling.sampler import Sampler
 from dalle_cli.shapes.world import make_shapes
 from dalle_cli.stores.checkpoint import open_checkpoint
 from dalle_cli.text.bpe import train_bpe
-from dalle_cli.text.tokenize import source_captions, tokenize_source
+from dalle_cli.text.tokenize import tokenize_source
 
 SEEN, HELD_OUT = "a large red tee above a small blue square", "a large red ell"
 ROWS, SAMPLES = 40, 4

@@ -8,14 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from conftest import Call
 from helpers.human_study_folder import SIZE, small_study, write_pictures
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from dalle_cli.data.captions import read_captions
-from dalle_cli.errors import UserError
 from dalle_cli.human_study.make import StudyRequest, make_study
 from dalle_cli.human_study.study import Study, load_key, load_study
 
@@ -218,25 +215,3 @@ def test_systems_of_other_captions_are_refused_by_example(tmp_path: Path, call: 
                    "--captions", tmp_path / "captions.txt", "--pairs", 4).mistake()  # fmt: skip
     assert "--pairs 4" in refused
     assert "only 3" in refused
-
-
-def test_captions_of_json_lines_and_of_coco(tmp_path: Path) -> None:
-    lines = tmp_path / "captions.jsonl"
-    lines.write_text('{"id": "bird", "caption": "a bird"}\n\n{"id": 7, "caption": " a fish "}\n{"caption": "a cat"}\n')
-    assert read_captions(lines) == {"bird": "a bird", "7": "a fish", "4": "a cat"}
-    coco = tmp_path / "captions_val2014.json"
-    coco.write_text(json.dumps({"images": [], "annotations": [
-        {"id": 37, "image_id": 5, "caption": "A bicycle."}, {"id": 49, "image_id": 5, "caption": "A room."}
-    ]}))  # fmt: skip
-    assert read_captions(coco) == {"37": "A bicycle.", "49": "A room."}
-    for text, words in {
-        '{"id": 1, "caption": "a"}\n{"id": "01", "caption": "b"}\n': ("line 2", "1 comes twice"),
-        '{"id": 1}\n': ("line 1", "caption"),
-        '{"id": 1, "caption": "  "}\n': ("line 1", "empty"),
-        '{"id": [1], "caption": "a"}\n': ("line 1", "id"),
-        "[1\n": ("line 1", "JSON"),
-    }.items():
-        lines.write_text(text)
-        with pytest.raises(UserError) as refused:
-            read_captions(lines)
-        assert all(word in str(refused.value) for word in (str(lines), *words))

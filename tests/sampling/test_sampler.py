@@ -1,4 +1,4 @@
-"""Samples of several prompts: drawn together or alone, in shares, stopped anywhere, guided, below a given picture."""
+"""Samples of several prompts: drawn together, alone or in shards, stopped anywhere, guided, or below given rows."""
 
 from __future__ import annotations
 
@@ -26,13 +26,15 @@ from dalle_cli.errors import UserError
 from dalle_cli.prior.model import load_prior
 from dalle_cli.sampling import sampler as pipeline
 from dalle_cli.sampling.request import Prime, SampleRequest, shard_folder
-from dalle_cli.sampling.sampler import Sampler, text_tensors
+from dalle_cli.sampling.sampler import Sampler
 from dalle_cli.stores import samples as store
 from dalle_cli.stores.checkpoint import open_checkpoint
 from dalle_cli.stores.samples import STORE
 from dalle_cli.stores.shards import Shard
 from dalle_cli.text.bpe import Tokenizer
+from dalle_cli.text.encode import CaptionEncoder
 
+MAX_PIXELS = 10**6
 PROMPTS, N, GRID = ["a red star", "a large blue square above a small red cross", "a circle", "two stars"], 3, 4
 
 
@@ -113,7 +115,7 @@ def test_lines_come_while_later_samples_are_drawn(sampler: Sampler, tmp_path: Pa
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The sizes of the batches that are drawn."""
+    """Return the sizes of the batches drawn so far."""
     sizes: list[int] = []
     original = pipeline.sample_images
 
@@ -157,7 +159,7 @@ def test_shares_joined_are_the_whole(sampler: Sampler, whole: list[dict[str, Any
         if own:
             assert folder == tmp_path / "drawn.parts" / f"samples-{number:04d}-of-{of:04d}"
             tokens.append(drawn(folder)[0])
-        if of <= len(PROMPTS):  # prompts are not parted while there are enough
+        if of <= len(PROMPTS):  # prompts are not split while there are enough
             assert {line["index"] for line in own} == set(range(N))
         lines += own
     assert pictures(lines) == pictures(whole)
@@ -243,7 +245,7 @@ def test_the_given_rows_stay_and_the_drawn_ones_are_scored(
     sampler: Sampler, places: RunFolders, given: Path, tmp_path: Path
 ) -> None:
     rows = 3
-    lines = list(sampler.run(request(prime=Prime([given] * 4, rows)), tmp_path / "s"))
+    lines = list(sampler.run(request(prime=Prime([given] * 4, rows, MAX_PIXELS)), tmp_path / "s"))
     tokens, scores = drawn(tmp_path / "s")
     dvae, prior = load_dvae(sampler.dvae_checkpoint), load_prior(sampler.prior_checkpoint)
     cut = torch.from_numpy(eval_crop(Image.open(given), 32).copy())[None]
@@ -252,7 +254,8 @@ def test_the_given_rows_stay_and_the_drawn_ones_are_scored(
     assert len(np.unique(encoded[:rows])) > 1
     assert len(np.unique(tokens[:, rows:], axis=0)) == 4 * N
     recipe = sampler.prior_checkpoint.recipe()
-    text = prior.with_padding(*text_tensors(sampler.tokenizer.encode(PROMPTS), recipe.tokenizer.text_length))
+    encoded = CaptionEncoder(sampler.tokenizer, recipe.tokenizer).encode(PROMPTS)
+    text = prior.with_padding(*map(torch.from_numpy, encoded))
     flat = torch.from_numpy(tokens.astype(np.int64)).flatten(1)
     with torch.no_grad():
         logits = prior.image_logits(prior(text.repeat_interleave(N, 0), flat)).double()
@@ -265,7 +268,7 @@ def test_the_given_rows_stay_and_the_drawn_ones_are_scored(
     shown = ((mu.sigmoid() - 0.1) / 0.8).clamp(0, 1)[0].permute(1, 2, 0).numpy() * 255
     assert np.abs(np.asarray(Image.open(lines[0]["png"])).astype(float) - shown).max() <= 1
     # Another batch, resumed.
-    prime = request(2, prime=Prime([given] * 4, rows))
+    prime = request(2, prime=Prime([given] * 4, rows, MAX_PIXELS))
     run = sampler.run(prime, tmp_path / "t")
     next(run)
     run.close()
@@ -281,12 +284,12 @@ def test_a_picture_for_each_prompt(places: RunFolders, given: Path, call: Call, 
     both = call(*command, "0.5", "--prime", given)
     assert [(line["prime"], line["prime_rows"]) for line in both.lines] == [(str(other), 2), (str(given), 2)]
     again = call(*command, 2, "--prime", given)
-    assert again.out == both.out  # a share of rows is rows, and the request is the same
+    assert again.out == both.out  # 0.5 is 2 rows of 4: the same request
     one = call("sample", places.prior, "b", "--n", 1, "--prime", given, "--prime-rows", 2)
     assert set(pictures(one.lines).values()) < set(pictures(both.lines).values())
     assert call(*command, 3, "--prime", given).lines[0]["store"] != both.lines[0]["store"]
     assert "prompt 2: has no prime" in call(*command, 2).mistake()
-    # The content counts, not the name.
+    # The file's content decides, not its name.
     moved = tmp_path / "moved.png"
     moved.write_bytes(given.read_bytes())
     assert call(*command, 2, "--prime", moved).lines[0]["store"] == both.lines[0]["store"]
@@ -304,7 +307,7 @@ def test_a_picture_for_each_prompt(places: RunFolders, given: Path, call: Call, 
         (("--prime", "GIVEN", "--prime-rows", 1.5), "from 1 to 3"),
         (("--prime", "GIVEN", "--prime-rows", 0.01), "from 1 to 3"),
         (("--prime", "GIVEN", "--prime-rows", "half"), "--prime-rows half"),
-        (("--prime", "missing.png", "--prime-rows", 2), "missing.png: cannot be read as the picture"),
+        (("--prime", "missing.png", "--prime-rows", 2), "missing.png: cannot be read as a picture"),
         (("--prime", "TEXT", "--prime-rows", 2), "no image of a known format"),
     ],
 )
@@ -351,10 +354,9 @@ def test_a_disk_that_fills_up_loses_nothing(
         original(self, picture, name)
 
     monkeypatch.setattr(store.SampleStore, "_save", save)
-    lines = []
+    lines: list[dict[str, Any]] = []
     with pytest.raises(UserError, match="no space left"):
-        for line in sampler.run(request(1), tmp_path / "s"):
-            lines.append(line)
+        lines.extend(sampler.run(request(1), tmp_path / "s"))
     assert [(line["prompt_index"], line["index"]) for line in lines] == [(0, 0), (0, 1), (0, 2), (1, 0)]
     assert zarr.open_group(str(tmp_path / "s" / STORE), mode="r").attrs["rows"] == 4
     monkeypatch.setattr(store.SampleStore, "_save", original)

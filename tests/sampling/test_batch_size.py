@@ -1,4 +1,4 @@
-"""The memory that sampling takes: estimates against what the system says, and that more samples take no more."""
+"""The memory that sampling takes: estimates against measured peaks, and that more samples take no more."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from helpers.running import DALLE, ENVIRONMENT
 from helpers.untrained import make_untrained
 
 from dalle_cli.config.load import load_recipe
-from dalle_cli.sampling.batch_size import SHARE, Need, _left_to_groups, free_memory
+from dalle_cli.sampling.batch_size import MEMORY_SHARE, MemoryNeed, cgroup_headroom, free_memory
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 
@@ -53,7 +53,7 @@ with torch.inference_mode():
     before = peak()
     run(samples)
 need = sampling_need(decoder, dvae, guided)
-told = replace(need, picture=0).of(samples, samples) if what == "draw" else need.picture * samples
+told = replace(need, picture=0).peak(samples, samples) if what == "draw" else need.picture * samples
 print(peak() - before, told)
 """
 
@@ -73,7 +73,7 @@ def test_the_estimate_is_near_what_is_taken(what: str, layout: str, samples: int
     command = [sys.executable, "-c", PEAK, what, layout, str(samples), guided]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=ENVIRONMENT)
     taken, told = map(int, done.stdout.split())
-    assert taken > 40 * 2**20  # the measure sees what it is for
+    assert taken > 40 * 2**20  # the run is large enough to measure
     assert told / 2 < taken < told * 1.25
 
 
@@ -84,7 +84,7 @@ def test_512_samples_of_a_caption_take_no_more_memory_than_64(tmp_path: Path) ->
     places = make_untrained(recipe, tmp_path)
 
     def peak(n: int) -> int:
-        """Bytes that the command has at most, in a process of its own."""
+        """Return the peak memory of the command, in bytes, in a process of its own."""
         command = [DALLE, "sample", places.prior, "a small red star", "--n", str(n)]
         child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=ENVIRONMENT)
         _, status, usage = os.wait4(child.pid, 0)
@@ -99,27 +99,27 @@ def test_512_samples_of_a_caption_take_no_more_memory_than_64(tmp_path: Path) ->
 
 
 def test_a_power_of_two_that_fits() -> None:
-    need = Need(
-        cache=100, step=20, draw=30, text=1000, reading=500, captions_read=4, picture=10, together=8, sequences=1
-    )
-    assert need.of(8, 8) == 1000 + 8 * 130
-    assert need.of(8, 4) == 2 * 1000 + 8 * 130
-    assert need.of(1, 512) == 1000 + 500  # reading the caption takes more than one sample
+    sizes = {"cache": 100, "step": 20, "draw": 30, "text": 1000, "prefill": 500, "captions_prefilled": 4}
+    sizes |= {"picture": 10, "pictures_decoded": 8}
+    need = MemoryNeed(**sizes, sequences=1)
+    assert need.peak(8, 8) == 1000 + 8 * 130
+    assert need.peak(8, 4) == 2 * 1000 + 8 * 130
+    assert need.peak(1, 512) == 1000 + 500  # reading the caption takes more than one sample
     for free in (1, 10**4, 10**5, 10**6, 10**9, None):
         for most in (1, 64, 100, 512):
-            found = need.samples(free, 512, most)
+            found = need.fitting_samples(free, 512, most)
             assert found & (found - 1) == 0
             assert 1 <= found <= most
             if free is not None and found > 1:
-                assert need.of(found, 512) <= SHARE * free
+                assert need.peak(found, 512) <= MEMORY_SHARE * free
             if free is not None and 2 * found <= most:
-                assert need.of(2 * found, 512) > SHARE * free
+                assert need.peak(2 * found, 512) > MEMORY_SHARE * free
             if free is None:
                 assert 2 * found > most
-    guided = Need(100, 20, 30, 1000, 500, 4, 10, 8, sequences=2)
-    assert guided.of(8, 8) == 2 * need.of(8, 8)
-    pictures = Need(1, 1, 1, 1, 1, 1, picture=10**6, together=8, sequences=1)
-    assert pictures.of(64, 64) == pictures.of(8, 64) == 8 * 10**6
+    guided = MemoryNeed(**sizes, sequences=2)
+    assert guided.peak(8, 8) == 2 * need.peak(8, 8)
+    pictures = MemoryNeed(1, 1, 1, 1, 1, 1, picture=10**6, pictures_decoded=8, sequences=1)
+    assert pictures.peak(64, 64) == pictures.peak(8, 64) == 8 * 10**6
 
 
 def test_free_memory_of_this_machine() -> None:
@@ -141,7 +141,7 @@ def test_limits_of_control_groups(tmp_path: Path) -> None:
         "memory.limit_in_bytes": "100\n", "memory.usage_in_bytes": "150\n", "memory.stat": "total_inactive_file 10\n",
     })  # fmt: skip
     memberships.write_text("0::/job_1/step_0\n")
-    assert list(_left_to_groups(memberships, mounted)) == [630]
+    assert list(cgroup_headroom(memberships, mounted)) == [630]
     memberships.write_text("4:memory:/box\n3:cpuset:/\n0::/\n")
-    assert list(_left_to_groups(memberships, mounted)) == [0]
-    assert list(_left_to_groups(tmp_path / "none", mounted)) == []
+    assert list(cgroup_headroom(memberships, mounted)) == [0]
+    assert list(cgroup_headroom(tmp_path / "none", mounted)) == []
