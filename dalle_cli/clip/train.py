@@ -74,8 +74,8 @@ class ClipTask:
             workers=training.workers,
         )
         group_size = self.recipe.clip.objective.hard_negatives
-        arrange = HardNegativeOrder(self.reader, group_size) if group_size > 1 else None
-        for batch, rows, epochs in pictures.batches(start, stop, arrange):
+        reorder = HardNegativeOrder(self.reader, group_size) if group_size > 1 else None
+        for batch, rows, epochs in pictures.batches(start, stop, reorder):
             yield batch, self._text_ids(*self.reader.epoch_text(rows, epochs))
 
     def micro_batches(self, batch: Any, size: int | None) -> list[tuple[Any, float]]:

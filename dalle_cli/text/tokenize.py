@@ -10,8 +10,8 @@ from pathlib import Path
 from dalle_cli.config.schema import Filters, Recipe
 from dalle_cli.data.captions import filtered_captions
 from dalle_cli.data.filters import caption_identity
-from dalle_cli.data.source import Source
 from dalle_cli.data.prefetch import prefetch
+from dalle_cli.data.source import Source
 from dalle_cli.errors import UserError
 from dalle_cli.progress import progress
 from dalle_cli.stores.shards import WHOLE, Shard

@@ -24,8 +24,8 @@ from dalle_cli.clip.hard_negatives import HardNegativeOrder, group_neighbours
 from dalle_cli.clip.model import contrastive_loss, pixels
 from dalle_cli.clip.train import ClipTask, build_recipe_clip, load_clip, train_clip
 from dalle_cli.config.load import load_recipe
-from dalle_cli.data.open_source import open_source
 from dalle_cli.data.batch_order import REORDER_BLOCK, BatchOrder
+from dalle_cli.data.open_source import open_source
 from dalle_cli.data.picture_loader import load_eval_picture
 from dalle_cli.errors import UserError
 from dalle_cli.stores.checkpoint import open_checkpoint, steps_in

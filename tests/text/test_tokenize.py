@@ -33,8 +33,8 @@ from dalle_cli.clip.model import clip_text_ids
 from dalle_cli.clip.train import ClipTask
 from dalle_cli.config.load import load_recipe
 from dalle_cli.config.schema import DataSettings, Filters, Recipe, TokenizerSettings
-from dalle_cli.data.open_source import open_source
 from dalle_cli.data.batch_order import BatchOrder
+from dalle_cli.data.open_source import open_source
 from dalle_cli.errors import UserError
 from dalle_cli.prior.train import PriorTask
 from dalle_cli.shapes.world import make_shapes
