@@ -169,8 +169,8 @@ def _assumptions(machines: Machines, assumed: Assumptions) -> list[str]:
     return [
         f"a GPU does {assumed.peak_flops / 1e12:g} TFLOP/s at its peak (--peak-tflops), and training reaches "
         f"{assumed.share:.0%} of that (--share)",
-        *([link] if machines.nodes > 1 else []),
         "this share includes traffic inside a machine and to its host, reading data, and validation",
+        *([link] if machines.nodes > 1 else []),
         f"each machine writes its part of a checkpoint at {assumed.disk / 1e9:g} GB/s (--disk), and training waits",
         f"{RESERVE:.0%} of memory is reserved for what is not counted: GPU contexts, library buffers, fragmentation",
         "captions fill all text positions, and all GPUs get equally many samples",

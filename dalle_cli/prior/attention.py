@@ -189,7 +189,7 @@ class SparseAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None]:
         pattern: Pattern = ctx.pattern
         out, *saved = ctx.saved_tensors

@@ -95,8 +95,8 @@ def _parts(plan: Plan) -> Table:
         )
         for name, part in plan.memory.parts.items()
     ]
-    device = "per process" if plan.machines.on_cpu else "per GPU"
-    columns = ["", "in 16 bit", "in 32 bit", "whole", "shards", device, "offloaded to"]
+    device = "each" if plan.machines.on_cpu else "per GPU"
+    columns = ["", "16 bit", "32 bit", "whole", "shards", device, "on"]
     return grid_table("Memory that stays from update to update", columns, rows, right=range(1, 6))
 
 
