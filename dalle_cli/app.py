@@ -76,6 +76,8 @@ for panel, commands in PANELS.items():
         # rerank reads stdin when it is given nothing.
         described = paragraphs(function.__doc__)
         app.command(name, help=described, rich_help_panel=panel, no_args_is_help=name != "rerank")(function)
+for sub_command in human_study.app.registered_commands:
+    sub_command.help = paragraphs(inspect.getdoc(sub_command.callback))
 app.add_typer(human_study.app, name="human-study", rich_help_panel="5. Scores")
 
 INTERRUPTED = 130

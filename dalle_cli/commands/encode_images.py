@@ -36,7 +36,7 @@ def command(
     With --shard 3/8 it makes the third of eight shares, in STORE.parts: eight jobs that know nothing of one another,
     such as a Slurm array's (--shard $SLURM_ARRAY_TASK_ID/8), and then [bold]dalle merge STORE[/bold].
 
-    Example: [bold]dalle encode-images recipes/quickstart.yaml --data runs/shapes/train[/bold]
+    Example: [bold]dalle encode-images recipes/quickstart.yaml --data runs/quickstart/shapes/train[/bold]
     """
     settings = read_recipe(recipe, set_, data)
     places = folders(settings)

@@ -68,11 +68,12 @@ def command(
     --pool, a system whose samples have scores stands for itself with the best of each caption's whole pool. Killed,
     it goes on where it stopped.
 
-    Example: [bold]dalle eval-fid runs/quickstart/ranked.jsonl runs/shapes/seen --size 64 --clip runs/quickstart/clip
-    [/bold]
+    Example: [bold]dalle eval-fid runs/quickstart/ranked.jsonl runs/quickstart/shapes/seen --size 64
+    --clip runs/quickstart/clip[/bold]
 
-    Example: [bold]dalle eval-fid --system dm-gan=dm-gan --system ours=runs/coco/samples/all --preset coco COCO
-    --blur 0,1,2,4,8 --pool 1,2,4,...,512 --page evaluation[/bold]
+    Example: [bold]dalle eval-fid --system best=runs/quickstart/ranked.jsonl --system real=runs/quickstart/shapes/train
+    runs/quickstart/shapes/seen --size 64 --clip runs/quickstart/clip --blur 0,1,2,4,8 --pool 1,2,4,...,32
+    --page runs/quickstart/evaluation[/bold]
     """
     import json
 

@@ -23,7 +23,7 @@ def command(
 
     It holds the averaged weights alone, in safetensors. (Sampling from the training run itself works as well.)
 
-    Example: [bold]dalle export runs/1b/prior shared/1b --shard-size 5GB[/bold]
+    Example: [bold]dalle export runs/quickstart/prior runs/quickstart/export --shard-size 10MB[/bold]
     """
     largest = None if shard_size is None else parse_bytes(shard_size, "--shard-size")
 

@@ -18,7 +18,7 @@ def command(
 
     The two pickles are read as data: nothing in them is run, and whatever is no part of that dVAE is refused by name.
 
-    Example: [bold]dalle import-dvae encoder.pkl decoder.pkl runs/openai/dvae[/bold]
+    Example: [bold]dalle import-dvae encoder.pkl decoder.pkl runs/quickstart/openai-dvae[/bold]
     """
     from dalle_cli.dvae.openai import import_dvae
     from dalle_cli.stores.provenance import record_command

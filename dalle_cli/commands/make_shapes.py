@@ -22,7 +22,7 @@ def command(
 
     Some (colour, shape) pairs appear only in the split [b]heldout[/b], for zero-shot tests; of --panels, on top.
 
-    Example: [bold]dalle make-shapes runs/shapes --n 20000[/bold]
+    Example: [bold]dalle make-shapes runs/quickstart/shapes --n 20000[/bold]
     """
     from dalle_cli.progress import progress
     from dalle_cli.shapes.panels import make_panels

@@ -36,8 +36,8 @@ def command(
     Drawings that differ in a detail or a colour count as near-duplicates: look at --sheet, and raise --similarity.
     With --cache, a killed run goes on, and another EVAL takes no second reading of TRAIN.
 
-    Example: [bold]dalle overlap runs/shapes/train runs/shapes/seen --out runs/duplicates.jsonl --sheet runs/dup.png
-    [/bold]
+    Example: [bold]dalle overlap runs/quickstart/shapes/train runs/quickstart/shapes/seen
+    --out runs/quickstart/duplicates.jsonl --sheet runs/quickstart/duplicates.png[/bold]
     """
     import tempfile
 

@@ -28,7 +28,8 @@ def command(
     Into a pipe or file it prints one JSON object a picture; the means go to stderr. A picture that cannot be read is
     passed over and named there.
 
-    Example: [bold]dalle reconstruct --dvae runs/quickstart/dvae runs/shapes/seen --out runs/quickstart/seen[/bold]
+    Example: [bold]dalle reconstruct --dvae runs/quickstart/dvae runs/quickstart/shapes/seen
+    --out runs/quickstart/reconstructions[/bold]
     """
     import json
 

@@ -26,7 +26,8 @@ def command(
     Every picture is decoded. A filter that is off is tried at a typical value; those of [bold]data.filters[/bold]
     in the recipe that are on are marked.
 
-    Example: [bold]dalle scan runs/shapes/train --recipe recipes/own-data.yaml --out runs/scan[/bold]
+    Example: [bold]dalle scan runs/quickstart/shapes/train --recipe recipes/own-data.yaml
+    --out runs/quickstart/scan[/bold]
     """
     import json
 

@@ -35,7 +35,7 @@ def command(
     With --shard 3/8 it makes the third of eight shares, in STORE.parts, as encode-images does; then
     [bold]dalle merge STORE[/bold].
 
-    Example: [bold]dalle tokenize-text recipes/quickstart.yaml --data runs/shapes/train[/bold]
+    Example: [bold]dalle tokenize-text recipes/quickstart.yaml --data runs/quickstart/shapes/train[/bold]
     """
     from dalle_cli.progress import log
     from dalle_cli.stores.provenance import record_command

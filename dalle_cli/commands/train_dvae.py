@@ -38,7 +38,7 @@ def command(
     SIGTERM and SIGUSR1, to any of the processes, have it save at the end of the update in hand and leave with exit
     code 75: run again, it goes on from there. scripts/slurm has the batch files that do so.
 
-    Example: [bold]dalle train-dvae recipes/quickstart.yaml --data runs/shapes/train[/bold]
+    Example: [bold]dalle train-dvae recipes/quickstart.yaml --data runs/quickstart/shapes/train[/bold]
     """
     if starts_processes(gpus):
         return
