@@ -1,4 +1,4 @@
-# Sourced by what runs several stages: `stage COMMAND ...` is `dalle COMMAND ...`, with its name and seconds on stderr.
+# Source this file to run several stages: `stage COMMAND ...` runs `dalle COMMAND ...` and prints its name and seconds.
 stage() {
     local start=$SECONDS
     echo "== dalle $*" >&2
