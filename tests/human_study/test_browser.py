@@ -113,7 +113,7 @@ def test_five_annotators_a_reload_and_a_killed_server(tmp_path: Path, chromium: 
         served.process.wait()
         wait_until(people[1].answer_if_asked)
         people[1].page.wait_for_selector("#trouble:visible")
-        assert "not kept yet" in people[1].page.inner_text("#trouble")
+        assert "not saved yet" in people[1].page.inner_text("#trouble")
         assert people[1].shown() is None
         assert len(stored(folder)) == 11  # two of each, and one after the reload
 

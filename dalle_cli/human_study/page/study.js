@@ -1,23 +1,23 @@
 "use strict";
-// The page holds no state that matters: what is asked next is what the server says, and an answer counts when the
-// server has acknowledged it.
+// The page holds no state of its own: the server decides what is asked next, and an answer counts once the server has
+// acknowledged it.
 
-const SEEN_MS = 200; // the chosen picture is marked this long
-const REST_MS = 300; // a double tap does not answer the next question too
+const MARKED_MS = 200; // how long the chosen picture stays marked
+const PAUSE_MS = 300; // so that a double tap does not answer the next question too
 const REMEMBERED = "dalle-human-study-annotator";
 const $ = (id) => document.getElementById(id);
 const choices = [...document.querySelectorAll(".choice")];
 const wait = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
 let annotator = null;
-let task = null; // the pair that is shown, with the questions still to be asked about it
-let ready = false; // whether an answer is taken now
+let task = null; // the pair on the screen and the questions still to be asked about it
+let ready = false; // true while the page takes an answer
 
 function remember(name) {
   try {
     if (name === null) localStorage.removeItem(REMEMBERED);
     else localStorage.setItem(REMEMBERED, name);
-  } catch { /* a private window asks for the name again */ }
+  } catch { /* no storage in a private window: the name is asked again */ }
 }
 
 function remembered() {
@@ -38,7 +38,7 @@ function setReady(value) {
   $("judge").dataset.ready = String(value);
 }
 
-// The answer of the server, asked until it is there: a server that is started again is found again.
+// Return the server's answer, retrying until there is one, so that a restarted server is found again.
 async function call(url, options, waiting) {
   for (let pause = 500; ; pause = Math.min(2 * pause, 5000)) {
     try {
@@ -47,7 +47,7 @@ async function call(url, options, waiting) {
         trouble(null);
         return { status: response.status, body: await response.json() };
       }
-    } catch { /* not reachable */ }
+    } catch { /* unreachable: try again below */ }
     trouble(waiting);
     await wait(pause);
   }
@@ -57,7 +57,7 @@ async function next() {
   setReady(false);
   const me = annotator;
   const { status, body } = await call(
-    `/api/next?annotator=${encodeURIComponent(me)}`, { cache: "no-store" }, "The study is not reachable. Trying again …");
+    `/api/next?annotator=${encodeURIComponent(me)}`, { cache: "no-store" }, "The study cannot be reached. Trying again …");
   if (me !== annotator) return;
   if (status !== 200) {
     leave();
@@ -115,7 +115,7 @@ async function showQuestion() {
   }
   for (const choice of choices) choice.classList.remove("chosen", "other");
   const shown = task;
-  await wait(REST_MS);
+  await wait(PAUSE_MS);
   if (task === shown) setReady(true);
 }
 
@@ -126,10 +126,10 @@ async function choose(side) {
   const vote = { annotator, item: task.item, question: task.questions[0].id, answer: side };
   const options = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(vote) };
   const [{ status }] = await Promise.all([
-    call("/api/vote", options, "Your answer is not kept yet. Trying again …"), wait(SEEN_MS)]);
+    call("/api/vote", options, "Your answer is not saved yet. Trying again …"), wait(MARKED_MS)]);
   if (vote.annotator !== annotator) return;
   task.questions.shift();
-  // 409: answered before, in another window or before a lost reply, or no longer wanted. The server knows what is next.
+  // 409: answered before, in another window or before a lost reply, or no longer wanted. Ask the server what is next.
   if (status === 200 && task.questions.length > 0) await showQuestion();
   else await next();
 }
