@@ -13,28 +13,32 @@ from dalle_cli.commands.options import SetOption, read_source, recipe_for
 def command(
     train: Annotated[str, typer.Argument(metavar="TRAIN", help="Captioned pictures: folder, tars, manifest ...")],
     evaluation: Annotated[
-        str | None, typer.Argument(metavar="EVAL", help="Others to compare with; TRAIN itself if left out.")
+        str | None, typer.Argument(metavar="EVAL", help="Pictures to compare with; TRAIN itself by default.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="File for the lines, such as duplicates.jsonl; stdout by default.")
+        Path | None, typer.Option(help="File for the result, such as duplicates.jsonl; stdout by default.")
     ] = None,
-    sheet: Annotated[Path | None, typer.Option(help="PNG file for examples, the least similar first.")] = None,
+    sheet: Annotated[Path | None, typer.Option(help="PNG file for examples of pairs, the least similar first.")] = None,
     cache: Annotated[
-        Path | None, typer.Option(help="Folder that keeps thumbnails (3 kB a picture), to go on and to use again.")
+        Path | None, typer.Option(help="Folder that keeps thumbnails (3 kB a picture), for resuming and later runs.")
     ] = None,
-    similarity: Annotated[float, typer.Option(min=0.5, max=1, help="Of near-duplicates, at least; 1: equal.")] = 0.8,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; as many as cores by default.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="For data.max_pixels and data.exclude, of TRAIN.")] = None,
+    similarity: Annotated[
+        float, typer.Option(min=0.5, max=1, help="Least similarity of near-duplicates; 1 is equal.")
+    ] = 0.8,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per core by default.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Recipe whose data.max_pixels and data.exclude apply to TRAIN.")
+    ] = None,
     set_: SetOption = None,
 ) -> None:
     """Find near-duplicates: pictures of TRAIN that are re-encoded, rescaled or slightly cropped copies of one in EVAL.
 
     Prints a line for each such picture of TRAIN: its key, the key of its nearest match, the distance of their hashes
-    in bits, and their similarity. Without EVAL, for each picture of TRAIN that repeats an earlier one. To leave them
-    out of training, name the file in the recipe: [bold]data.exclude: duplicates.jsonl[/bold].
+    in bits, and their similarity. Without EVAL, finds the pictures of TRAIN that repeat an earlier one. To leave these
+    pictures out of training, name the file in the recipe: [bold]data.exclude: duplicates.jsonl[/bold].
 
     Drawings that differ in a detail or a colour count as near-duplicates: look at --sheet, and raise --similarity.
-    With --cache, a killed run goes on, and another EVAL takes no second reading of TRAIN.
+    With --cache, a killed run resumes, and a comparison with another EVAL does not read TRAIN again.
 
     Example: [bold]dalle overlap runs/quickstart/shapes/train runs/quickstart/shapes/seen
     --out runs/quickstart/duplicates.jsonl --sheet runs/quickstart/duplicates.png[/bold]
@@ -48,23 +52,28 @@ def command(
     from dalle_cli.stores.files import write_atomically
 
     settings = recipe_for(train, recipe, set_)
-    one, limit = read_source(settings), settings.data.max_pixels
-    two = None if evaluation is None else open_source(evaluation)
-    with tempfile.TemporaryDirectory(prefix="dalle-overlap-") as passing:
+    source, max_pixels = read_source(settings), settings.data.max_pixels
+    other = None if evaluation is None else open_source(evaluation)
+    with tempfile.TemporaryDirectory(prefix="dalle-overlap-") as temporary:
         found = find_overlap(
-            one, two, cache or Path(passing), max_pixels=limit, workers=workers or available_cores(), similar=similarity
+            source,
+            other,
+            cache or Path(temporary),
+            max_pixels=max_pixels,
+            workers=workers or available_cores(),
+            threshold=similarity,
         )
     log(found.summary())
     if sheet is not None:
         from dalle_cli.views.source_sheets import pairs_sheet
 
-        picture = pairs_sheet(found, limit)
+        picture = pairs_sheet(found, max_pixels)
         if picture is None:
-            log(f"{sheet}: not written, there is no pair to show")
+            log(f"{sheet}: not written, since there is no pair to show")
         else:
             write_atomically(sheet, picture)
     if out is None:
-        typer.echo(found.lines(), nl=False)
+        typer.echo(found.to_json_lines(), nl=False)
     else:
-        write_atomically(out, found.lines())
+        write_atomically(out, found.to_json_lines())
         typer.echo(out)

@@ -12,43 +12,41 @@ from dalle_cli.commands.options import SetOption, read_source, recipe_for
 
 def command(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="Captioned pictures: folder, tars, manifest ...")],
-    recipe: Annotated[Path | None, typer.Option(help="Its filters are tried as it sets them.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Recipe whose filters are tried at its limits.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for scan.json and a sheet of 25 examples.")] = None,
     languages: Annotated[bool, typer.Option("--languages", help="Guess each caption's language.")] = False,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes that read; as many as cores by default.")
-    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes that read; one per core by default.")] = None,
     set_: SetOption = None,
 ) -> None:
     """Look at a source before training: sizes, captions, broken files, and what each filter would drop.
 
-    Every picture is decoded. A filter that is off is tried at a typical value; those of [bold]data.filters[/bold]
-    in the recipe that are on are marked.
+    Every picture is decoded. Each filter is tried by itself: at the limit in the recipe's [bold]data.filters[/bold],
+    or at a typical limit where it is off there.
 
     Example: [bold]dalle scan runs/quickstart/shapes/train --recipe recipes/own-data.yaml
     --out runs/quickstart/scan[/bold]
     """
     import json
+    from dataclasses import asdict
 
-    from dalle_cli.data.languages import Detector
-    from dalle_cli.data.scan import scan
+    from dalle_cli.data.scan import LanguageDetector, scan
     from dalle_cli.data.workers import available_cores
 
     settings = recipe_for(source, recipe, set_)
-    detector = Detector() if languages else None
+    detector = LanguageDetector() if languages else None
     opened = read_source(settings)
     found = scan(opened, settings.data, settings.image_size, workers=workers or available_cores(), detector=detector)
     if out is not None:
         from dalle_cli.stores.files import write_atomically, write_json
         from dalle_cli.views.source_sheets import examples_sheet
 
-        write_json(out / "scan.json", found)
+        write_json(out / "scan.json", asdict(found))
         sheet = examples_sheet(opened, settings.data.max_pixels)
         if sheet is not None:
             write_atomically(out / "examples.png", sheet)
     if as_json:
-        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(asdict(found), indent=2, ensure_ascii=False))
         return
     from rich.console import Console
 

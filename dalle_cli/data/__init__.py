@@ -1,1 +1,1 @@
-"""Sources of captioned pictures, their preprocessing and the built-in shapes world."""
+"""Sources of captioned pictures: formats, filters, statistics, batch order and loading."""

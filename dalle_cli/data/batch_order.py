@@ -1,4 +1,4 @@
-"""Which rows make which batch: a pure function of (seed, step), so that a resumed run sees the same batches."""
+"""The rows of each batch as a pure function of (seed, step), so that a resumed run sees the same batches."""
 
 from __future__ import annotations
 
@@ -10,19 +10,26 @@ import numpy as np
 from dalle_cli.randomness import numpy_generator
 
 WINDOW = 2**18
-"""Rows are shuffled within windows of so many consecutive rows of the source and windows among themselves, so that a
-store larger than memory is still read in few large reads. A source of one window is shuffled whole."""
+"""Number of consecutive rows of the source that are shuffled among themselves; windows are shuffled too.
 
+A store larger than memory is thus read in few large reads. A source of one window is shuffled as a whole.
+"""
 REORDER_BLOCK = 8192
-"""Rows that are arranged at a time."""
+"""Number of rows that a ``Reorder`` function gets at a time."""
+
 Reorder = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+"""A function that returns the same rows (n,) in another order, such as one that puts hard negatives together."""
 
 
 class BatchOrder:
-    """Endless epochs over ``rows``, ascending; batches run on across the border of epochs, so no row is dropped.
+    """Endless epochs over ``rows``; a batch may span two epochs, so that no row is dropped.
 
-    ``part`` of each batch is wanted here; other processes take the rest. ``reorder``, if given, puts each
-    REORDER_BLOCK consecutive rows of an epoch in another order, when their turn comes.
+    Args:
+        rows: Row numbers (n,) in ascending order.
+        batch_size: Rows in the batch of all ranks.
+        seed: Seed of the shuffling.
+        part: The slice of each batch that this rank takes.
+        reorder: Applied to each REORDER_BLOCK consecutive rows of a shuffled epoch, when the block is reached.
     """
 
     def __init__(
@@ -36,36 +43,36 @@ class BatchOrder:
         if len(rows) == 0:
             raise ValueError("no rows to draw batches from")
         self.rows, self.batch_size, self.seed, self.part, self.reorder = rows, batch_size, seed, part, reorder
-        self._epoch = lru_cache(maxsize=2)(self._permutation)
-        self._lot = lru_cache(maxsize=2)(self._arranged)
+        self._epoch = lru_cache(maxsize=2)(self._shuffled_epoch)
+        self._block = lru_cache(maxsize=2)(self._reordered_block)
 
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows (n,) of the part and the epoch (n,) that each belongs to, for the update after ``step`` updates."""
+        """Return this rank's rows (n,) of the batch that follows ``step`` updates, and the epoch (n,) of each row."""
         places = np.arange(step * self.batch_size, (step + 1) * self.batch_size)[self.part]
-        epochs, at = np.divmod(places, len(self.rows))
+        epochs, places_in_epoch = np.divmod(places, len(self.rows))
         rows = np.empty(len(places), dtype=np.int64)
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
-            rows[chosen] = self._rows(int(epoch), at[chosen])
+            rows[chosen] = self._rows(int(epoch), places_in_epoch[chosen])
         return rows, epochs
 
     def _rows(self, epoch: int, places: np.ndarray) -> np.ndarray:
-        """What stands at ``places`` (n,) of an epoch, (n,)."""
+        """Return the rows (n,) at ``places`` (n,) of an epoch."""
         if self.reorder is None:
             whole: np.ndarray = self._epoch(epoch)[places]
             return whole
         rows = np.empty(len(places), dtype=np.int64)
-        lots, within = np.divmod(places, REORDER_BLOCK)
-        for lot in np.unique(lots):
-            rows[lots == lot] = self._lot(epoch, int(lot))[within[lots == lot]]
+        blocks, offsets = np.divmod(places, REORDER_BLOCK)
+        for block in np.unique(blocks):
+            rows[blocks == block] = self._block(epoch, int(block))[offsets[blocks == block]]
         return rows
 
-    def _arranged(self, epoch: int, lot: int) -> np.ndarray:
+    def _reordered_block(self, epoch: int, block: int) -> np.ndarray:
         assert self.reorder is not None
-        rows = self._epoch(epoch)[lot * REORDER_BLOCK : (lot + 1) * REORDER_BLOCK]
-        return self.reorder(rows, numpy_generator(self.seed, "arrange", epoch, lot))
+        rows = self._epoch(epoch)[block * REORDER_BLOCK : (block + 1) * REORDER_BLOCK]
+        return self.reorder(rows, numpy_generator(self.seed, "arrange", epoch, block))
 
-    def _permutation(self, epoch: int) -> np.ndarray:
+    def _shuffled_epoch(self, epoch: int) -> np.ndarray:
         rng = numpy_generator(self.seed, "epoch", epoch)
         borders = np.searchsorted(self.rows, np.arange(WINDOW, self.rows[-1] + 1, WINDOW))
         windows = [window for window in np.split(self.rows, borders) if len(window)]

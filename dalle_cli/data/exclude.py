@@ -1,4 +1,4 @@
-"""A source less the samples that a file names, such as the duplicates that ``dalle overlap`` found."""
+"""A source without the samples that a file names, such as the duplicates that ``dalle overlap`` found."""
 
 from __future__ import annotations
 
@@ -13,16 +13,22 @@ from dalle_cli.errors import UserError
 
 
 class SourceWithExclusions:
-    """``source`` with some of its samples out of use: they keep their places, and reading them raises BadSample.
+    """A source some of whose samples are excluded: they keep their rows, but reading them raises BadSample.
 
-    Its name tells the exclusion, so that what was made with one is not continued with another.
+    Its name includes a hash of the file, so that an artifact made with one exclusion is not continued with another.
+
+    Args:
+        source: The source with all samples.
+        file: The keys to exclude, as ``read_keys`` reads them.
+
+    Raises:
+        UserError: ``file`` cannot be read, or holds keys of which none is in ``source``.
     """
 
     def __init__(self, source: Source, file: Path) -> None:
-        """Raises UserError if ``file`` cannot be read, or holds keys and none of them is in ``source``."""
-        keys, digest = read_keys(file)
+        keys, sha256 = read_keys(file)
         self.source, self.format, self.skipped = source, source.format, source.skipped
-        self.name = f"{source.name} without {file.name} ({digest[:12]})"
+        self.name = f"{source.name} without {file.name} ({sha256[:12]})"
         self._file, self._reason = file, f"excluded: {file.name}"
         self._excluded = np.fromiter((source.key(i) in keys for i in range(len(source))), bool, len(source))
         self.count = int(self._excluded.sum())
@@ -39,23 +45,25 @@ class SourceWithExclusions:
         return self.source.key(i)
 
     def captions(self, i: int) -> list[str]:
-        self._refuse(i)
+        self._check(i)
         return self.source.captions(i)
 
     def image_bytes(self, i: int) -> bytes:
-        self._refuse(i)
+        self._check(i)
         return self.source.image_bytes(i)
 
-    def _refuse(self, i: int) -> None:
+    def _check(self, i: int) -> None:
         if self._excluded[i]:
             raise BadSample(self._reason)
 
 
 def read_keys(file: Path) -> tuple[set[str], str]:
-    """The keys in ``file`` and its SHA-256: of a .jsonl each line's "key", of any other file a key a line.
+    """Read the keys in a file and compute the file's SHA-256.
+
+    A .jsonl file has an object with a "key" in each line, any other file a key in each line.
 
     Raises:
-        UserError: it cannot be read, or a line of it is no object with a "key".
+        UserError: the file cannot be read, or a line is not an object with a "key".
     """
     try:
         data = file.read_bytes()
@@ -73,5 +81,7 @@ def _key(line: str, file: Path, number: int) -> str:
     except (ValueError, TypeError, KeyError):
         key = None
     if not isinstance(key, str):
-        raise UserError(f'{file}:{number}: is no object with a "key"; give lines of dalle overlap, or a .txt of keys')
+        raise UserError(
+            f'{file}:{number}: is not an object with a "key"; give the lines of dalle overlap, or a .txt of keys'
+        )
     return key

@@ -1,8 +1,8 @@
-"""Which captions and pictures are worth training on, as far as a look at each alone can tell.
+"""Filters that judge captions and pictures one by one, to leave out those that are not worth training on.
 
-After the paper (Ramesh et al. 2021, appendix C) and Conceptual Captions (Sharma et al. 2018, section 3), less what
-needs a trained model: language, parts of speech, named entities, adult pictures, what the picture shows.
-A filter's name says what it measures and whether its setting is the least or the most that passes.
+They follow the paper (Ramesh et al. 2021, appendix C) and Conceptual Captions (Sharma et al. 2018, section 3), except
+for what needs a trained model: language, parts of speech, named entities, adult pictures, the content of the picture.
+A filter's name says what it measures and whether its setting is the smallest or the largest value that passes.
 """
 
 from __future__ import annotations
@@ -58,40 +58,40 @@ BOILERPLATE = (
     rf"\b(?:profile|cover|featured|thumbnail|preview|related|header)\s+{_PICTURE}",
     r"\b(?:untitled|thumbnail|image not available|photo not available|file photo)\b",
 )
-"""What says where a picture is from or how it is sold, not what it shows. Matched without regard to case."""
+"""Patterns of text about a picture's origin or sale, not its content; case is ignored."""
 
 T = TypeVar("T")
 
 _WORD = re.compile(r"\w+")
-_LOOKED_AT = 2000
-"""Characters of a caption that boilerplate is looked for in: the patterns' time may grow with the square of them."""
+_BOILERPLATE_SEARCH_LENGTH = 2000
+"""Number of characters of a caption that are searched for boilerplate; the time may grow with its square."""
 
 
 def _words(caption: str) -> list[str]:
     return _WORD.findall(caption.casefold())
 
 
-def _word_run(caption: str, _: Filters) -> float:
+def _longest_word_run(caption: str, _: Filters) -> float:
     return max((sum(1 for _ in same) for _, same in groupby(_words(caption))), default=0)
 
 
-def _unique_words(caption: str, _: Filters) -> float:
+def _unique_word_share(caption: str, _: Filters) -> float:
     words = _words(caption)
     return len(set(words)) / len(words) if words else 1.0
 
 
-def _upper_case(caption: str, _: Filters) -> float:
+def _upper_case_share(caption: str, _: Filters) -> float:
     cased = [character for character in caption if character.isupper() or character.islower()]
     return sum(character.isupper() for character in cased) / len(cased) if cased else 0.0
 
 
-def _ascii_letters(caption: str, _: Filters) -> float:
+def _ascii_letter_share(caption: str, _: Filters) -> float:
     letters = [character for character in caption if character.isalpha()]
     return sum(character.isascii() for character in letters) / len(letters) if letters else 1.0
 
 
-def _boilerplate(caption: str, filters: Filters) -> float:
-    caption = " ".join(caption.split())[:_LOOKED_AT]
+def _boilerplate_share(caption: str, filters: Filters) -> float:
+    caption = " ".join(caption.split())[:_BOILERPLATE_SEARCH_LENGTH]
     total = sum(character.isalnum() for character in caption)
     covered = sum(
         sum(character.isalnum() for character in match.group())
@@ -106,7 +106,7 @@ def _boilerplate_pattern(more: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def _contrast(image: Image.Image, _: Filters) -> float:
-    # Averaged over small squares first: sensor noise does not make a black frame a picture.
+    # Average over small squares first, so that sensor noise does not give a black frame contrast.
     small = image.resize((64, 64), Image.Resampling.BOX, reducing_gap=2.0)
     return float(np.asarray(small.convert("L"), dtype=np.float32).std())
 
@@ -116,11 +116,11 @@ CAPTION_MEASURES: dict[str, Callable[[str, Filters], float]] = {
     "max_words": lambda caption, _: len(caption.split()),
     "min_characters": lambda caption, _: len(caption),
     "max_characters": lambda caption, _: len(caption),
-    "max_word_run": _word_run,
-    "min_unique_words": _unique_words,
-    "max_upper_case": _upper_case,
-    "max_boilerplate": _boilerplate,
-    "min_ascii_letters": _ascii_letters,
+    "max_word_run": _longest_word_run,
+    "min_unique_words": _unique_word_share,
+    "max_upper_case": _upper_case_share,
+    "max_boilerplate": _boilerplate_share,
+    "min_ascii_letters": _ascii_letter_share,
 }
 PICTURE_MEASURES: dict[str, Callable[[Image.Image, Filters], float]] = {
     "max_aspect_ratio": lambda image, _: max(image.size) / min(image.size),
@@ -130,44 +130,44 @@ PICTURE_MEASURES: dict[str, Callable[[Image.Image, Filters], float]] = {
 
 
 def filter_captions(captions: list[str], filters: Filters) -> tuple[list[str], str | None]:
-    """The captions that pass every caption filter, and why the first was refused if none passes."""
-    refusals = [next(failed_caption_filters(caption, filters), None) for caption in captions]
-    kept = [caption for caption, refusal in zip(captions, refusals, strict=True) if refusal is None]
-    return kept, None if kept else next((_reason(name) for name in refusals if name is not None), "no caption")
+    """Return the captions that pass every caption filter, and why the first was rejected if none passes."""
+    rejections = [next(failed_caption_filters(caption, filters), None) for caption in captions]
+    passed = [caption for caption, rejection in zip(captions, rejections, strict=True) if rejection is None]
+    return passed, None if passed else next((_reason(name) for name in rejections if name is not None), "no caption")
 
 
 def picture_rejection(image: Image.Image, filters: Filters) -> str | None:
-    """Why a picture at its own size is left out; None if it passes every picture filter."""
+    """Return why a picture (at its full size) is rejected, or None if it passes every picture filter."""
     return next((_reason(name) for name in failed_picture_filters(image, filters)), None)
 
 
 def failed_caption_filters(caption: str, filters: Filters) -> Iterator[str]:
-    """Names of the filters that refuse ``caption``, in their order in the recipe."""
-    return _refusals(CAPTION_MEASURES, caption, filters)
+    """Yield the names of the filters that ``caption`` fails, in their order in the recipe."""
+    return _failed_filters(CAPTION_MEASURES, caption, filters)
 
 
 def failed_picture_filters(image: Image.Image, filters: Filters) -> Iterator[str]:
-    """Names of the filters that refuse ``image``, in their order in the recipe."""
-    return _refusals(PICTURE_MEASURES, image, filters)
+    """Yield the names of the filters that ``image`` fails, in their order in the recipe."""
+    return _failed_filters(PICTURE_MEASURES, image, filters)
 
 
 def caption_identity(filters: Filters) -> dict[str, Any] | None:
-    """The caption filters that are on, for a token store's identity; None if all are off."""
+    """Return the caption filters that are on, for a token store's identity; None if all are off."""
     on = _on(CAPTION_MEASURES, filters)
     return on | ({"boilerplate": filters.boilerplate} if "max_boilerplate" in on else {}) or None
 
 
 def picture_identity(filters: Filters) -> dict[str, Any] | None:
-    """The picture filters that are on, for a token store's identity; None if all are off."""
+    """Return the picture filters that are on, for a token store's identity; None if all are off."""
     return _on(PICTURE_MEASURES, filters) or None
 
 
 def with_typical_limits(filters: Filters, image_size: int) -> Filters:
-    """Every filter on: as ``filters`` has it, or else at a value that suits English captions of a web crawl.
+    """Turn on every filter that is off, with a limit that suits English captions of a web crawl.
 
-    These values are ours, to see what a filter would drop; neither paper gives them.
+    These limits are ours, to show what a filter would drop; neither paper gives them.
     """
-    values: dict[str, float | None] = {
+    limits: dict[str, float | None] = {
         "min_words": 3,
         "max_words": 60,
         "min_characters": 8,
@@ -181,14 +181,16 @@ def with_typical_limits(filters: Filters, image_size: int) -> Filters:
         "min_side": image_size,
         "min_contrast": 4.0,
     }
-    return filters.model_copy(update={name: value for name, value in values.items() if getattr(filters, name) is None})
+    return filters.model_copy(update={name: limit for name, limit in limits.items() if getattr(filters, name) is None})
 
 
 def _on(measures: Iterable[str], filters: Filters) -> dict[str, Any]:
-    return {name: value for name in measures if (value := getattr(filters, name)) is not None}
+    return {name: limit for name in measures if (limit := getattr(filters, name)) is not None}
 
 
-def _refusals(measures: Mapping[str, Callable[[T, Filters], float]], sample: T, filters: Filters) -> Iterator[str]:
+def _failed_filters(
+    measures: Mapping[str, Callable[[T, Filters], float]], sample: T, filters: Filters
+) -> Iterator[str]:
     for name, limit in _on(measures, filters).items():
         value = measures[name](sample, filters)
         if value < limit if name.startswith("min") else value > limit:
@@ -196,5 +198,5 @@ def _refusals(measures: Mapping[str, Callable[[T, Filters], float]], sample: T, 
 
 
 def _reason(name: str) -> str:
-    """Without the sample's own value, so that a report can count by reason."""
+    """Return the reason for lists of skipped samples, without the sample's value so that reasons can be counted."""
     return f"filtered: {name}"

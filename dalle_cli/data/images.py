@@ -1,23 +1,24 @@
-"""Image files to pictures of the model's size: decoding of untrusted bytes, and the paper's preprocessing."""
+"""Decoding of untrusted image files, and the paper's crops to the model's size."""
 
 from __future__ import annotations
 
 import io
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from dalle_cli.data.source import BadSample, read_image_file
+from dalle_cli.data.source import IMAGE_FORMATS, BadSample, read_image_file
 from dalle_cli.errors import UserError
 
-# Named rather than left to Pillow: some of its other formats start programs (EPS) or are barely maintained.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+MAX_PIXELS = 100_000_000
+"""Number of pixels above which a picture is rejected, where a recipe does not say."""
 
 _EXIF_KEYS = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
-"""Where Pillow's ``Image.info`` may hold an orientation, TIFF's own tags apart."""
+"""Keys of Pillow's ``Image.info`` that may hold an orientation; a TIFF has it in its tags instead."""
 _ORIENTATION_TAG = 0x0112
 _ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -31,20 +32,32 @@ _ORIENTATIONS = {
 
 
 class BadImage(ValueError):
-    """Bytes that are no usable image; the message is a short reason for lists of skipped samples."""
+    """Bytes that are not a usable image; the message is a short reason for lists of skipped samples."""
 
 
-def decode_image(data: bytes, max_pixels: int = 100_000_000) -> Image.Image:
-    """An image file's first frame as RGB: turned as EXIF says, transparency on white, 16 bits cut to 8.
+class ImageHeader(NamedTuple):
+    """An image file's format and size as its header states them, before EXIF turns the picture."""
 
-    Raises BadImage for anything not whole (no image, cut short, damaged) and for more than `max_pixels`
-    pixels (refused from the header, before memory is taken). What misses nothing but its end marker is whole.
+    format: str
+    """Pillow's name, such as "JPEG"."""
+    size: tuple[int, int]
+    """Width and height."""
+
+
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode an image file's first frame to RGB.
+
+    The picture is turned as its EXIF says, transparency is laid on white, and 16-bit values are rounded to 8 bits.
+
+    Raises:
+        BadImage: the data is not an image, or is cut short or damaged (a missing end marker alone is accepted), or the
+            header states more than ``max_pixels`` pixels, which is checked before memory is allocated.
     """
     try:
         return _decode(data, max_pixels)
     except BadImage:
         raise
-    except Exception as error:  # hostile bytes make Pillow's decoders fail in every way there is
+    except Exception as error:  # hostile bytes can make Pillow's decoders raise anything
         reason = " ".join(str(error).split())[:100] or type(error).__name__
         raise BadImage(f"damaged image: {reason}") from error
 
@@ -53,7 +66,8 @@ def read_picture(path: Path, mend: str, max_pixels: int = 100_000_000) -> NDArra
     """Read a picture that a command names, such as a sample's PNG, as (H, W, 3) uint8.
 
     Raises:
-        UserError: the file is missing, no whole picture or of more than ``max_pixels``; the line ends with ``mend``.
+        UserError: the file is missing, is not a whole picture or has more than ``max_pixels``; the message ends with
+            ``mend``.
     """
     try:
         return np.asarray(decode_image(read_image_file(path), max_pixels))
@@ -61,11 +75,15 @@ def read_picture(path: Path, mend: str, max_pixels: int = 100_000_000) -> NDArra
         raise UserError(f"{path}: cannot be read as a picture ({error}); {mend}") from None
 
 
-def picture_size(data: bytes) -> tuple[int, int]:
-    """Width and height by the file's header, as stored (before EXIF turns it). Raises BadImage without one."""
+def read_header(data: bytes) -> ImageHeader:
+    """Read an image file's header.
+
+    Raises:
+        BadImage: the data does not begin as one of IMAGE_FORMATS.
+    """
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            return image.size
+        with Image.open(io.BytesIO(data), formats=list(IMAGE_FORMATS)) as image:
+            return ImageHeader(str(image.format), image.size)
     except Exception as error:
         raise BadImage("no image of a known format") from error
 
@@ -75,7 +93,7 @@ def _decode(data: bytes, max_pixels: int) -> Image.Image:
     if image.format == "PNG":
         _check_chunks(data)
     image.load()
-    orientation = _orientation(image)  # what is left of it: Pillow turns a TIFF itself, and a PNG's EXIF may come last
+    orientation = _orientation(image)  # after load: Pillow turns a TIFF itself, and a PNG's EXIF may come last
     rgb = _to_rgb(image)
     if orientation in _ORIENTATIONS:
         rgb = rgb.transpose(_ORIENTATIONS[orientation])
@@ -84,7 +102,7 @@ def _decode(data: bytes, max_pixels: int) -> Image.Image:
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=list(IMAGE_FORMATS))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's own limits
         raise BadImage("too many pixels") from error
     except UnidentifiedImageError as error:
@@ -95,21 +113,22 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
 
 
 def _check_chunks(data: bytes) -> None:
-    """Refuse a PNG with a chunk that is cut short or fails its checksum, as Pillow's ``verify`` would, which uses up
-    the image and so has it opened twice.
+    """Raise BadImage if a chunk of a PNG is cut short or fails its checksum.
+
+    Pillow's ``verify`` does the same but consumes the image, which would have to be opened twice.
     """
-    at = 8  # behind the signature
-    while (kind := data[at + 4 : at + 8]) != b"IEND":
-        end = at + 8 + int.from_bytes(data[at : at + 4], "big")
+    start = 8  # after the signature
+    while (kind := data[start + 4 : start + 8]) != b"IEND":
+        end = start + 8 + int.from_bytes(data[start : start + 4], "big")
         if end + 4 > len(data):
             raise BadImage("damaged image: truncated PNG file")
-        if zlib.crc32(memoryview(data)[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+        if zlib.crc32(memoryview(data)[start + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
             raise BadImage(f"damaged image: wrong checksum of a PNG's {kind.decode('latin-1')!r} chunk")
-        at = end + 4
+        start = end + 4
 
 
 def _orientation(image: Image.Image) -> int:
-    if not (_EXIF_KEYS & image.info.keys() or image.format == "TIFF"):  # Pillow takes longer to find nothing
+    if not (_EXIF_KEYS & image.info.keys() or image.format == "TIFF"):  # getexif is slow even where there is no EXIF
         return 1
     try:
         return int(image.getexif().get(_ORIENTATION_TAG, 1))
@@ -142,12 +161,20 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
 def train_crop(
     image: Image.Image, size: int, rng: np.random.Generator, *, flip: bool = False, crop: bool = True
 ) -> NDArray[np.uint8]:
-    """The paper's training view of an RGB image, (size, size, 3) uint8.
+    """Crop an RGB image at random for training, as the paper does for the prior (Listing 2).
 
-    The largest square there is, its offset random in the middle quarter of the room; resized
-    by area to a random side between `size` and 9/8 of it (never enlarged for that); a random `size` square of
-    that; with `flip`, mirrored half of the time (for the dVAE only: the prior would learn mirrored writing).
-    With `crop` false the view is that of `eval_crop`, and only the flip is random.
+    The largest square, its offset uniform in the middle quarter of the slack, is resized by area to a random side
+    between ``size`` and 9/8 of it (but not enlarged for that), and a random square of side ``size`` is taken.
+
+    Args:
+        image: The RGB image.
+        size: Side of the result in pixels.
+        rng: Source of the random numbers.
+        flip: Mirror half of the pictures. For the dVAE only: the prior would learn mirrored writing.
+        crop: Whether to crop at random; otherwise the crop is that of ``eval_crop``.
+
+    Returns:
+        The picture, (size, size, 3) uint8.
     """
     if crop:
         short = min(image.size)
@@ -165,23 +192,24 @@ def train_crop(
 
 
 def eval_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
-    """The central square of an RGB image resized by area, (size, size, 3) uint8; unchanged if it fits."""
+    """Crop an RGB image to its central square, resized by area: (size, size, 3) uint8."""
     short = min(image.size)
     return _resized_square(image, (image.width - short) // 2, (image.height - short) // 2, size)
 
 
-def _near_centre(room: int, rng: np.random.Generator) -> int:
-    low = 3 * room // 8
-    return int(rng.integers(low, max(low + 1, 5 * room // 8)))
+def _near_centre(slack: int, rng: np.random.Generator) -> int:
+    """Return a random offset in the middle quarter of ``slack``."""
+    low = 3 * slack // 8
+    return int(rng.integers(low, max(low + 1, 5 * slack // 8)))
 
 
 def _resized_square(image: Image.Image, left: int, top: int, side: int) -> NDArray[np.uint8]:
-    """The largest square with this corner, resized to `side`: area average down, bicubic up."""
+    """Resize the largest square with this corner to ``side``, by area average down or by bicubic interpolation up."""
     short = min(image.size)
     method = Image.Resampling.BOX if side <= short else Image.Resampling.BICUBIC
     box = (left, top, left + short, top + short)
     if image.mode != "RGB":
-        raise ValueError(f"an RGB image is wanted, not {image.mode}")
-    if image.size != (side, side):  # else Pillow would copy it
+        raise ValueError(f"expected an RGB image, not {image.mode}")
+    if image.size != (side, side):  # avoids a copy by Pillow
         image = image.resize((side, side), method, box=box)
     return np.frombuffer(image.tobytes(), np.uint8).reshape(side, side, 3)

@@ -1,4 +1,4 @@
-"""Lists for indexes of millions of samples: a few bytes an item, in arrays that pickle fast and fork without copies."""
+"""Compact arrays for an index of millions of samples, which pickle fast and are shared by forked processes."""
 
 from __future__ import annotations
 
@@ -10,52 +10,57 @@ import numpy as np
 from numpy.typing import NDArray
 
 HASH_BYTES = 16
+"""Size of a hash by which items are told apart."""
 
 
 class PackedStrings:
-    """An immutable list of strings: their UTF-8 one behind the other, and where each begins."""
+    """An immutable list of strings, stored as one UTF-8 buffer and the offset of each string in it."""
 
     def __init__(self, strings: Iterable[str]) -> None:
-        data, begins = bytearray(), array("q", [0])
+        data, offsets = bytearray(), array("q", [0])
         for string in strings:
             data += string.encode()
-            begins.append(len(data))
+            offsets.append(len(data))
         self._data = np.frombuffer(data, np.uint8)
-        self._begins = np.frombuffer(begins, np.int64)
+        self._offsets = np.frombuffer(offsets, np.int64)
 
     def __len__(self) -> int:
-        return len(self._begins) - 1
+        return len(self._offsets) - 1
 
     def __getitem__(self, i: int) -> str:
         i = range(len(self))[i]
-        return self._data[self._begins[i] : self._begins[i + 1]].tobytes().decode()
+        return self._data[self._offsets[i] : self._offsets[i + 1]].tobytes().decode()
 
 
 def hash_string(string: str) -> bytes:
-    """HASH_BYTES that stand for the string where it is only to be told apart from millions of others."""
+    """Return HASH_BYTES bytes that tell the string from millions of others."""
     return blake2b(string.encode("utf-8", "surrogatepass"), digest_size=HASH_BYTES).digest()
 
 
-def group_by_hash(digests: bytes | bytearray) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Which of n items are the same, from their n digests one behind the other.
+def group_by_hash(hashes: bytes | bytearray) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Group n items by their hashes.
 
-    Returns (items, begins): group g is items[begins[g]:begins[g + 1]], ascending; groups stand in the order of their
-    first items. Shapes (n,) and (groups + 1,).
+    Args:
+        hashes: The n hashes of HASH_BYTES each, concatenated.
+
+    Returns:
+        ``items`` (n,) and ``offsets`` (groups + 1,): group g is ``items[offsets[g]:offsets[g + 1]]``, ascending.
+        Groups are ordered by their first items.
     """
-    halves = np.frombuffer(digests, np.uint64).reshape(-1, HASH_BYTES // 8)
-    order = np.lexsort(halves.T)  # stable: equal ones stay ascending
+    halves = np.frombuffer(hashes, np.uint64).reshape(-1, HASH_BYTES // 8)
+    order = np.lexsort(halves.T)  # stable, so items of a group stay in ascending order
     changes = (np.diff(halves[order], axis=0) != 0).any(axis=1)
     starts = np.flatnonzero(np.concatenate([np.ones(min(len(order), 1), bool), changes]))
     sizes = np.diff(starts, append=len(order))
     by_first = np.argsort(order[starts])
-    begins = np.concatenate([[0], np.cumsum(sizes[by_first])])
+    offsets = np.concatenate([[0], np.cumsum(sizes[by_first])])
     if len(starts) == len(order):
-        return np.arange(len(order)), begins
-    # Item j of the result is item (j - begins[g]) of the sorted group that comes g-th.
-    shift = np.repeat(starts[by_first] - begins[:-1], sizes[by_first])
-    return order[np.arange(len(order)) + shift], begins
+        return np.arange(len(order)), offsets
+    # Item j of the result is item j - offsets[g] of the sorted group that comes g-th.
+    shift = np.repeat(starts[by_first] - offsets[:-1], sizes[by_first])
+    return order[np.arange(len(order)) + shift], offsets
 
 
 def argsort_strings(strings: Sequence[str]) -> list[int]:
-    """The places of the strings in their order, equal ones as they come."""
+    """Return the indices that sort the strings; the sort is stable."""
     return sorted(range(len(strings)), key=strings.__getitem__)

@@ -1,4 +1,4 @@
-"""Opens whatever the user names as a source of captioned images."""
+"""Opening of the source of captioned pictures that the user names, whatever its format."""
 
 from __future__ import annotations
 
@@ -26,20 +26,23 @@ from dalle_cli.errors import UserError
 MANIFEST_ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
-_MOST_SHARDS = 1_000_000
+_MAX_SHARDS = 1_000_000
 
 
 class Format(NamedTuple):
-    """A kind of source: what it looks like, and what opens it if the spec looks like that (else returns None)."""
+    """A format of sources."""
 
-    looks: str
+    description: str
+    """Appearance of such a source, for error messages."""
     open: Callable[[str, Path], Source | None]
+    """Opens a source given by its name and path; returns None if it has another format."""
 
 
 def open_source(spec: str | Path) -> Source:
-    """The source at `spec`, of the first of FORMATS that it looks like.
+    """Open the source at ``spec``, a path or a pattern of shards, by the first of FORMATS that fits.
 
-    Raises UserError if nothing is there, or nothing that can be used.
+    Raises:
+        UserError: nothing is there, or nothing that can be used.
     """
     path, name = Path(spec), str(spec)
     try:
@@ -106,7 +109,7 @@ def _open_manifest(name: str, path: Path) -> Source | None:
 
 
 def is_manifest(path: Path) -> bool:
-    """Whether the file at ``path`` ends as a manifest does and its columns name pictures and captions."""
+    """Return whether the file is a manifest: its extension is one, and its columns name pictures and captions."""
     try:
         _table(path, path.suffix.lower())
     except (UserError, OSError):
@@ -116,7 +119,7 @@ def is_manifest(path: Path) -> bool:
 
 def _table(path: Path, ending: str) -> Table:
     if ending == ".parquet":
-        from dalle_cli.data.formats.parquet import ParquetTable  # pyarrow takes longer to import than all else here
+        from dalle_cli.data.formats.parquet import ParquetTable  # pyarrow is slow to import
 
         return ParquetTable(path)
     return JsonLinesTable(path) if ending == ".jsonl" else open_delimited(path)
@@ -139,11 +142,11 @@ FORMATS = (
     Format(f"a manifest: {', '.join(MANIFEST_ENDINGS)}, or a folder with metadata.csv ...", _open_manifest),
     Format("a folder of images, at any depth, with .txt captions beside them", _open_folder),
 )
-"""All formats there are, in the order in which they are tried."""
+"""All formats, in the order in which they are tried."""
 
 
 def _known() -> str:
-    return "; ".join(kind.looks for kind in FORMATS)
+    return "; ".join(kind.description for kind in FORMATS)
 
 
 def _shards_of_pattern(pattern: str) -> list[Path]:
@@ -158,24 +161,29 @@ def _shards_of_pattern(pattern: str) -> list[Path]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """As a shell would: "a-{00..02}.{x,y}" is a-00.x, a-00.y, a-01.x, ... UserError for a bad range."""
-    pieces = _BRACES.split(pattern)  # plain text and the insides of braces by turns
+    """Expand braces as a shell does: "a-{00..02}.{x,y}" gives a-00.x, a-00.y, a-01.x, ...
+
+    Raises:
+        UserError: a range is malformed, or there are too many names.
+    """
+    pieces = _BRACES.split(pattern)  # plain text and the insides of braces alternate
     choices = [_alternatives(piece, pattern) if i % 2 else [piece] for i, piece in enumerate(pieces)]
     count = 1
     for choice in choices:
         count *= len(choice)
-    if count > _MOST_SHARDS:
-        raise UserError(f"{pattern}: stands for {count} shards, more than {_MOST_SHARDS}")
+    if count > _MAX_SHARDS:
+        raise UserError(f"{pattern}: stands for {count} shards, more than {_MAX_SHARDS}")
     return ["".join(parts) for parts in itertools.product(*choices)]
 
 
 def _alternatives(inside: str, pattern: str) -> list[str]:
+    """Return what the braces around ``inside`` stand for."""
     first, dots, last = inside.partition("..")
     if not dots:
         return inside.split(",")
     if not (re.fullmatch("[0-9]+", first) and re.fullmatch("[0-9]+", last)) or int(first) > int(last):
         raise UserError(f"{pattern}: {{{inside}}} is not a range such as {{00000..00099}}")
-    if int(last) - int(first) >= _MOST_SHARDS:
-        raise UserError(f"{pattern}: {{{inside}}} stands for more than {_MOST_SHARDS} shards")
+    if int(last) - int(first) >= _MAX_SHARDS:
+        raise UserError(f"{pattern}: {{{inside}}} stands for more than {_MAX_SHARDS} shards")
     width = len(first) if first.startswith("0") else 0
     return [f"{number:0{width}d}" for number in range(int(first), int(last) + 1)]

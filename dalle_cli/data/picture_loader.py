@@ -1,9 +1,10 @@
-"""Pictures read, decoded and cut ahead of the model by worker processes, in a given order."""
+"""Loaders whose worker processes read, decode and crop pictures before the model needs them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,65 +17,76 @@ from dalle_cli.data.batch_order import BatchOrder, Reorder
 from dalle_cli.data.filters import picture_rejection
 from dalle_cli.data.images import BadImage, decode_image, eval_crop, train_crop
 from dalle_cli.data.source import BadSample, Source
-from dalle_cli.data.workers import ignore_stop_signals
+from dalle_cli.data.workers import ignore_stop_signals, split_blocks
 from dalle_cli.errors import UserError
 from dalle_cli.randomness import numpy_generator
 
 PREFETCH = 4
-"""Batches that each worker prepares ahead."""
-MOST_REPLACEMENTS = 100
-"""Samples tried for one place of a batch."""
+"""Number of batches that each worker prefetches."""
+MAX_REPLACEMENTS = 100
+"""Number of samples tried for one place of a batch before training gives up."""
 
 
 def load_eval_picture(source: Source, row: int, image_size: int, data: DataSettings) -> np.ndarray:
-    """Sample ``row`` as evaluation and encoding see it: (image_size, image_size, 3) uint8.
+    """Load the picture of sample ``row``, cropped for evaluation and encoding: (image_size, image_size, 3) uint8.
 
     Raises:
-        BadSample, BadImage: it cannot be read or a filter refuses it, with the reason.
+        BadSample, BadImage: the picture cannot be read or a filter rejects it; the message is the reason.
     """
-    return eval_crop(_whole_picture(source, row, data), image_size)
+    return eval_crop(_load_filtered(source, row, data), image_size)
 
 
-def _whole_picture(source: Source, row: int, data: DataSettings) -> Image.Image:
+def _load_filtered(source: Source, row: int, data: DataSettings) -> Image.Image:
     image = decode_image(source.image_bytes(row), data.max_pixels)
-    if (refusal := picture_rejection(image, data.filters)) is not None:
-        raise BadImage(refusal)
+    if (reason := picture_rejection(image, data.filters)) is not None:
+        raise BadImage(reason)
     return image
+
+
+class PictureBatch(NamedTuple):
+    """Training pictures of one update."""
+
+    pictures: Tensor
+    """(B, 3, S, S) uint8."""
+    rows: np.ndarray
+    """(B,) rows of the pictures in the source."""
+    epochs: np.ndarray
+    """(B,) epoch in which each picture was drawn."""
 
 
 @dataclass
 class TrainingPictures:
-    """Random batches of training pictures, the same for the same (seed, step) whatever the number of workers.
+    """Random batches of training pictures, a function of (seed, step) whatever the number of workers.
 
-    A sample that cannot be read or is filtered is replaced by another one drawn from ``rows``, so that neither broken
-    files end a run nor a sample beside a long run of filtered ones is seen more often than others.
+    A sample that cannot be read or that a filter rejects is replaced by another one drawn from all rows. Thus broken
+    files do not end a run, and the neighbour of a long run of rejected samples is not seen more often than others.
     """
 
     source: Source
     rows: np.ndarray
+    """(n,) rows to train on, ascending."""
     image_size: int
     data: DataSettings
     seed: int
     batch_size: int
+    """Pictures in the batch of all ranks."""
     flip: bool
+    """Mirror half of the pictures."""
     workers: int
+    """Number of worker processes; 0 loads in this process."""
     part: slice = field(default_factory=lambda: slice(None))
-    """What of each batch is wanted here; other processes take the rest."""
+    """The slice of each batch that this rank takes."""
 
-    def batches(
-        self, start: int, stop: int, reorder: Reorder | None = None
-    ) -> Iterator[tuple[Tensor, np.ndarray, np.ndarray]]:
-        """For each update: pictures (B, 3, S, S) uint8, their rows (B,) and epochs (B,); ``reorder`` as of BatchOrder,
-        which works in this process.
-        """
+    def batches(self, start: int, stop: int, reorder: Reorder | None = None) -> Iterator[PictureBatch]:
+        """Yield the batches of updates ``start`` to ``stop``; ``reorder`` (see BatchOrder) runs in this process."""
         order = BatchOrder(self.rows, self.batch_size, self.seed, self.part, reorder)
         loader = DataLoader(
-            _Items(self),
-            batch_sampler=_Steps(order, start, stop),
+            _AugmentedPictures(self),
+            batch_sampler=_BatchSampler(order, start, stop),
             num_workers=self.workers,
             prefetch_factor=PREFETCH if self.workers else None,
-            collate_fn=_stack,
-            worker_init_fn=_start_in_training,
+            collate_fn=_collate,
+            worker_init_fn=_start_training_worker,
         )
         iterator = iter(loader)
         try:
@@ -82,29 +94,38 @@ class TrainingPictures:
         except BadSample as error:  # from a worker, its message is a traceback that ends with the reason
             raise UserError(str(error).strip().splitlines()[-1].rpartition("BadSample: ")[2]) from None
         finally:
-            # A traceback may keep the iterator, and so its workers; they ignore the SIGTERM that Python has for those
-            # that are left when it ends, and it would wait for them for ever.
+            # A traceback may keep the iterator, and so its workers, alive. At exit Python sends them a SIGTERM, which
+            # they ignore, and would then wait for them forever.
             if self.workers:
                 iterator._shutdown_workers()  # type: ignore[attr-defined]
 
     def picture(self, row: int, epoch: int) -> tuple[np.ndarray, int]:
-        """One augmented picture and the row it is of, which is ``row`` unless that cannot be read."""
+        """Load and augment one picture.
+
+        Returns:
+            The picture (image_size, image_size, 3) uint8 and its row, which is ``row`` unless that had to be replaced.
+
+        Raises:
+            BadSample: none of MAX_REPLACEMENTS samples can be used.
+        """
         rng = numpy_generator(self.seed, "crop", epoch, row)
         candidate = row
-        for _ in range(MOST_REPLACEMENTS):
+        for _ in range(MAX_REPLACEMENTS):
             try:
-                image = _whole_picture(self.source, candidate, self.data)
+                image = _load_filtered(self.source, candidate, self.data)
             except (BadSample, BadImage):
                 candidate = int(self.rows[rng.integers(len(self.rows))])
                 continue
             return train_crop(image, self.image_size, rng, flip=self.flip, crop=self.data.crop), candidate
         raise BadSample(
-            f"{self.source.name}: {MOST_REPLACEMENTS} samples in a row from {self.source.key(row)} on cannot be read "
+            f"{self.source.name}: {MAX_REPLACEMENTS} samples in a row from {self.source.key(row)} on cannot be read "
             "or are filtered; look at dalle scan"
         )
 
 
-class _Items(Dataset[tuple[np.ndarray, int, int]]):
+class _AugmentedPictures(Dataset[tuple[np.ndarray, int, int]]):
+    """Items (picture, row, epoch) by (row, epoch)."""
+
     def __init__(self, pictures: TrainingPictures) -> None:
         self.pictures = pictures
 
@@ -115,7 +136,9 @@ class _Items(Dataset[tuple[np.ndarray, int, int]]):
 
 
 @dataclass
-class _Steps:
+class _BatchSampler:
+    """The (row, epoch) pairs of each batch from ``start`` to ``stop``."""
+
     order: BatchOrder
     start: int
     stop: int
@@ -129,35 +152,35 @@ class _Steps:
         return self.stop - self.start
 
 
-def _stack(items: Sequence[tuple[np.ndarray, int, int]]) -> tuple[Tensor, np.ndarray, np.ndarray]:
+def _collate(items: Sequence[tuple[np.ndarray, int, int]]) -> PictureBatch:
     pictures = torch.from_numpy(np.stack([picture for picture, _, _ in items])).permute(0, 3, 1, 2)
-    return pictures, np.array([row for _, row, _ in items]), np.array([epoch for _, _, epoch in items])
+    return PictureBatch(pictures, np.array([row for _, row, _ in items]), np.array([epoch for _, _, epoch in items]))
 
 
 @dataclass
 class PictureBlock:
-    """Consecutive samples of a source as encoding sees them."""
+    """Consecutive samples of a source, cropped for encoding."""
 
     keys: list[str]
     pictures: Tensor
-    """(n, S, S, 3) uint8; zeros where a sample cannot be read. Good until the next block but one is taken."""
+    """(n, S, S, 3) uint8, zeros where a sample cannot be used. The memory is reused after the next block but one."""
     reasons: dict[str, str]
-    """Why, by key."""
+    """Why a sample cannot be used, by key."""
 
 
-class _Decoder(Dataset[tuple[list[str], dict[str, str]]]):
-    """Decodes a range of rows into its place of ``room``, which every process sees: little is left to send."""
+class _BlockDecoder(Dataset[tuple[list[str], dict[str, str]]]):
+    """Decodes block i into slot i of ``buffer`` (slots, block, S, S, 3), which all processes share; sends the rest."""
 
-    def __init__(self, source: Source, ranges: list[range], room: Tensor, data: DataSettings) -> None:
-        self.source, self.ranges, self.room, self.data = source, ranges, room, data
+    def __init__(self, source: Source, blocks: list[range], buffer: Tensor, data: DataSettings) -> None:
+        self.source, self.blocks, self.buffer, self.data = source, blocks, buffer, data
 
     def __len__(self) -> int:
-        return len(self.ranges)
+        return len(self.blocks)
 
     def __getitem__(self, index: int) -> tuple[list[str], dict[str, str]]:
-        rows = self.ranges[index]
+        rows = self.blocks[index]
         keys = [self.source.key(row) for row in rows]
-        pictures = self.room[index % len(self.room)].numpy()
+        pictures = self.buffer[index % len(self.buffer)].numpy()
         reasons: dict[str, str] = {}
         for i, row in enumerate(rows):
             try:
@@ -171,34 +194,41 @@ class _Decoder(Dataset[tuple[list[str], dict[str, str]]]):
 def consecutive_pictures(
     source: Source, rows: range, *, block: int, image_size: int, data: DataSettings, workers: int, pinned: bool = False
 ) -> Iterator[PictureBlock]:
-    """``rows`` of the source in blocks of ``block``, in order, decoded by ``workers`` processes ahead of their use.
+    """Yield the pictures of ``rows`` in order, in blocks that worker processes prefetch.
 
-    ``pinned``: in page-locked memory, from which a copy to a GPU need not be waited for.
+    Args:
+        source: The source to read.
+        rows: Rows to load.
+        block: Number of samples in a block.
+        image_size: Side of a picture in pixels.
+        data: The recipe's data settings, with the filters.
+        workers: Number of worker processes; 0 loads in this process.
+        pinned: Put pictures into page-locked memory, from which a copy to a GPU is asynchronous.
     """
-    ranges = [rows[at : at + block] for at in range(0, len(rows), block)]
-    # Those that workers are ahead, the one being taken and the two before it, which the caller may still use.
-    places = min(PREFETCH * workers + 3, len(ranges))
-    room = torch.empty(places, block, image_size, image_size, 3, dtype=torch.uint8)
+    blocks = split_blocks(rows, block)
+    # One slot for each prefetched block, the block being yielded, and the two before it that the caller may still use.
+    slots = min(PREFETCH * workers + 3, len(blocks))
+    buffer = torch.empty(slots, block, image_size, image_size, 3, dtype=torch.uint8)
     if workers:
-        room.share_memory_()
+        buffer.share_memory_()
     loader = DataLoader(
-        _Decoder(source, ranges, room, data),
+        _BlockDecoder(source, blocks, buffer, data),
         batch_size=None,
         num_workers=workers,
         prefetch_factor=PREFETCH if workers else None,
         collate_fn=tuple,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_use_one_thread,
     )
     for number, (keys, reasons) in enumerate(loader):
-        pictures = room[number % places, : len(keys)]
+        pictures = buffer[number % slots, : len(keys)]
         yield PictureBlock(keys, pictures.pin_memory() if pinned else pictures, reasons)
 
 
-def _start_in_training(worker: int) -> None:
-    _one_thread(worker)
+def _start_training_worker(worker: int) -> None:
+    _use_one_thread(worker)
     ignore_stop_signals()
 
 
-def _one_thread(_: int) -> None:
-    """A worker decodes; the cores' torch threads belong to the model."""
+def _use_one_thread(_: int) -> None:
+    """Limit a worker to one torch thread: it only decodes, and the cores belong to the model."""
     torch.set_num_threads(1)

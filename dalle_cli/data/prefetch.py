@@ -1,4 +1,4 @@
-"""Work done by a thread before its results are asked for."""
+"""Prefetching of an iterator's items by a thread."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ T = TypeVar("T")
 
 
 def prefetch(items: Iterator[T], count: int) -> Iterator[T]:
-    """The same ``items``, up to ``count`` of them made by a thread while earlier ones are in use.
+    """Yield the same items, up to ``count`` of them made by a thread while earlier ones are in use.
 
-    What ``items`` raises is raised in their place. The thread ends when the iterator is closed or used up, and
-    keeps no program from ending.
+    An exception of ``items`` is raised in the place of the item. The thread ends when the iterator is closed or
+    exhausted, and does not keep the program from ending.
     """
-    made: Queue[tuple[T] | BaseException | None] = Queue(count)
+    queue: Queue[tuple[T] | BaseException | None] = Queue(count)
     closed = Event()
 
-    def make() -> None:
+    def produce() -> None:
         try:
             for item in items:
-                made.put((item,))
+                queue.put((item,))
                 if closed.is_set():
                     return
-            made.put(None)
+            queue.put(None)
         except BaseException as error:
-            made.put(error)
+            queue.put(error)
 
-    Thread(target=make, daemon=True).start()
+    Thread(target=produce, daemon=True).start()
     try:
-        while (found := made.get()) is not None:
+        while (found := queue.get()) is not None:
             if isinstance(found, BaseException):
                 raise found
             yield found[0]
     finally:
         closed.set()
-        while not made.empty():  # a full queue would hold the thread up
-            made.get_nowait()
+        while not queue.empty():  # a full queue would block the thread
+            queue.get_nowait()

@@ -1,12 +1,10 @@
-"""A look at a source before anything is trained on it: sizes, captions, what is broken, what filters would drop."""
+"""Statistics of a source before training: sizes, captions, broken samples, and what each filter would drop."""
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from PIL import Image
 
@@ -19,46 +17,131 @@ from dalle_cli.data.filters import (
     filter_captions,
     with_typical_limits,
 )
-from dalle_cli.data.images import BadImage, decode_image
-from dalle_cli.data.languages import Detector
+from dalle_cli.data.images import BadImage, decode_image, read_header
 from dalle_cli.data.source import BadSample, Source
 from dalle_cli.data.workers import map_blocks, split_blocks
+from dalle_cli.errors import UserError
 from dalle_cli.progress import progress
 
 QUANTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
-"""Per cent."""
-EXAMPLES = 3
-"""Samples named for each filter."""
-BROKEN_NAMED = 20
+"""Reported quantiles, in per cent."""
+EXAMPLES_PER_FILTER = 3
+BROKEN_EXAMPLES = 20
+MIN_LANGUAGE_PROBABILITY = 0.5
+"""Probability below which a language is "unsure", as that of a caption of two or three words often is."""
 _BLOCK = 32
 
 
+class LanguageDetector:
+    """Guesses the language of a caption by the optional package py3langid.
+
+    Raises:
+        UserError: py3langid is not installed.
+    """
+
+    def __init__(self) -> None:
+        try:
+            from py3langid.langid import MODEL_FILE, LanguageIdentifier
+        except ImportError:
+            raise UserError('--languages needs py3langid: pip install "dalle[languages]"') from None
+        self._identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+    def __call__(self, caption: str) -> str:
+        """Return an ISO 639 code, or "unsure"."""
+        language, probability = self._identifier.classify(caption)
+        return str(language) if probability >= MIN_LANGUAGE_PROBABILITY else "unsure"
+
+
+@dataclass(frozen=True)
+class BrokenSample:
+    """A sample that cannot be used, and why."""
+
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class BrokenSamples:
+    """Samples that cannot be used: found when they were read, or left out by the source's index."""
+
+    by_reason: dict[str, int]
+    first: list[BrokenSample]
+    left_out_by_the_index: dict[str, int]
+    first_left_out_by_the_index: list[BrokenSample]
+
+
+@dataclass(frozen=True)
+class FilterExample:
+    """A sample that a filter would drop, with its first caption or its picture's size."""
+
+    key: str
+    shown: str
+
+
+@dataclass(frozen=True)
+class FilterStatistics:
+    """The samples that a filter would drop by itself."""
+
+    value: float
+    """The recipe's limit where the filter is on, else a typical one."""
+    on: bool
+    drops: int
+    """Number of samples whose picture, or whose every caption, fails the filter."""
+    examples: list[FilterExample]
+
+
+@dataclass(frozen=True)
+class ScanResult:
+    """Statistics of a source; ``dataclasses.asdict`` gives the contents of scan.json."""
+
+    source: str
+    format: str
+    samples: int
+    usable: int
+    """Samples whose picture and caption can be read, before any filter."""
+    kept: int
+    """Usable samples that pass the recipe's filters."""
+    captions: int
+    picture_formats: dict[str, int]
+    measures: dict[str, dict[str, float]]
+    """Mean and QUANTILES ("5%") of each measure."""
+    languages: dict[str, int] | None
+    """Captions by language, most frequent first; None without a detector."""
+    broken: BrokenSamples
+    filters: dict[str, FilterStatistics]
+
+
 @dataclass
-class Tally:
+class _Counts:
     """Counts over some rows; those of other rows can be added, so that memory does not grow with the source.
 
-    What is measured is counted by its value to three digits.
+    Measured values are rounded to three digits and counted.
     """
 
     samples: int = 0
     usable: int = 0
-    """With a picture and a caption that can be read, before any filter."""
     kept: int = 0
-    """Usable and passed by the recipe's filters."""
     captions: int = 0
     measures: dict[str, Counter[float]] = field(default_factory=dict)
     formats: Counter[str] = field(default_factory=Counter)
     languages: Counter[str] = field(default_factory=Counter)
     broken: Counter[str] = field(default_factory=Counter)
-    broken_named: list[dict[str, str]] = field(default_factory=list)
+    broken_examples: list[BrokenSample] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
-    """Samples by filter: pictures that it refuses, or whose captions it refuses, all of them."""
-    examples: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+    examples: dict[str, list[FilterExample]] = field(default_factory=dict)
 
     def measure(self, name: str, value: float) -> None:
+        """Count a measured value."""
         self.measures.setdefault(name, Counter())[float(f"{value:.3g}")] += 1
 
-    def add(self, other: Tally) -> None:
+    def drop(self, name: str, key: str, shown: str) -> None:
+        """Count a sample that the filter ``name`` would drop."""
+        self.dropped[name] += 1
+        examples = self.examples.setdefault(name, [])
+        if len(examples) < EXAMPLES_PER_FILTER:
+            examples.append(FilterExample(key, shown[:200]))
+
+    def add(self, other: _Counts) -> None:
         """Add the counts of the rows that come next."""
         for name in ("samples", "usable", "kept", "captions"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
@@ -66,126 +149,130 @@ class Tally:
             self.measures.setdefault(name, Counter()).update(counts)
         for name in ("formats", "languages", "broken", "dropped"):
             getattr(self, name).update(getattr(other, name))
-        self.broken_named = (self.broken_named + other.broken_named)[:BROKEN_NAMED]
-        for name, named in other.examples.items():
-            self.examples[name] = (self.examples.get(name, []) + named)[:EXAMPLES]
+        self.broken_examples = (self.broken_examples + other.broken_examples)[:BROKEN_EXAMPLES]
+        for name, examples in other.examples.items():
+            self.examples[name] = (self.examples.get(name, []) + examples)[:EXAMPLES_PER_FILTER]
 
 
 @dataclass(frozen=True)
-class _Look:
-    """Counts over a block of rows."""
+class _BlockScan:
+    """Counts the samples of a block of rows."""
 
     source: Source
     data: DataSettings
     tried: Filters
-    detector: Detector | None
+    """Filters that are all on."""
+    detector: LanguageDetector | None
 
-    def __call__(self, rows: range) -> Tally:
-        tally = Tally()
+    def __call__(self, rows: range) -> _Counts:
+        counts = _Counts()
         for row in rows:
-            self._sample(tally, row)
-        return tally
+            self._scan_sample(counts, row)
+        return counts
 
-    def _sample(self, tally: Tally, row: int) -> None:
+    def _scan_sample(self, counts: _Counts, row: int) -> None:
         key = self.source.key(row)
-        tally.samples += 1
-        captions, refused = self._captions(tally, row, key)
-        image, damaged = self._picture(tally, row, key)
-        for reason in dict.fromkeys(filter(None, (refused, damaged))):
-            tally.broken[_kind(reason)] += 1
-            if len(tally.broken_named) < BROKEN_NAMED:
-                tally.broken_named.append({"key": key, "reason": reason})
+        counts.samples += 1
+        captions, caption_error = self._scan_captions(counts, row, key)
+        image, picture_error = self._scan_picture(counts, row, key)
+        for reason in dict.fromkeys(filter(None, (caption_error, picture_error))):
+            counts.broken[_category(reason)] += 1
+            if len(counts.broken_examples) < BROKEN_EXAMPLES:
+                counts.broken_examples.append(BrokenSample(key, reason))
         if captions and image is not None:
-            tally.usable += 1
-            on = self.data.filters
-            tally.kept += filter_captions(captions, on)[1] is None and not any(failed_picture_filters(image, on))
+            counts.usable += 1
+            filters = self.data.filters
+            passes = filter_captions(captions, filters)[1] is None and not any(failed_picture_filters(image, filters))
+            counts.kept += passes
 
-    def _captions(self, tally: Tally, row: int, key: str) -> tuple[list[str], str | None]:
+    def _scan_captions(self, counts: _Counts, row: int, key: str) -> tuple[list[str], str | None]:
+        """Return the captions, and what is wrong with them."""
         try:
             captions = self.source.captions(row)
         except BadSample as error:
             return [], str(error)
-        tally.captions += len(captions)
-        tally.measure("captions a picture", len(captions))
+        counts.captions += len(captions)
+        counts.measure("captions a picture", len(captions))
         for caption in captions:
-            tally.measure("words a caption", len(caption.split()))
-            tally.measure("characters a caption", len(caption))
+            counts.measure("words a caption", len(caption.split()))
+            counts.measure("characters a caption", len(caption))
             if self.detector is not None:
-                tally.languages[self.detector(caption)] += 1
-        refused = [set(failed_caption_filters(caption, self.tried)) for caption in captions]
+                counts.languages[self.detector(caption)] += 1
+        failed = [set(failed_caption_filters(caption, self.tried)) for caption in captions]
         for name in CAPTION_MEASURES:
-            if all(name in names for names in refused):
-                self._drop(tally, name, key, captions[0])
+            if all(name in names for names in failed):
+                counts.drop(name, key, captions[0])
         return captions, None
 
-    def _picture(self, tally: Tally, row: int, key: str) -> tuple[Image.Image | None, str | None]:
+    def _scan_picture(self, counts: _Counts, row: int, key: str) -> tuple[Image.Image | None, str | None]:
+        """Return the picture, and what is wrong with it."""
         try:
             data = self.source.image_bytes(row)
             image = decode_image(data, self.data.max_pixels)
         except (BadSample, BadImage) as error:
             return None, str(error)
-        tally.formats[_format(data)] += 1
-        tally.measure("bytes a picture", len(data))
-        tally.measure("width", image.width)
-        tally.measure("height", image.height)
-        tally.measure("shorter side", min(image.size))
-        tally.measure("width / height", image.width / image.height)
+        counts.formats[read_header(data).format] += 1
+        counts.measure("bytes a picture", len(data))
+        counts.measure("width", image.width)
+        counts.measure("height", image.height)
+        counts.measure("shorter side", min(image.size))
+        counts.measure("width / height", image.width / image.height)
         for name in failed_picture_filters(image, self.tried):
-            self._drop(tally, name, key, f"{image.width} x {image.height}")
+            counts.drop(name, key, f"{image.width} x {image.height}")
         return image, None
-
-    def _drop(self, tally: Tally, name: str, key: str, shown: str) -> None:
-        tally.dropped[name] += 1
-        named = tally.examples.setdefault(name, [])
-        if len(named) < EXAMPLES:
-            named.append({"key": key, "shown": shown[:200]})
 
 
 def scan(
-    source: Source, data: DataSettings, image_size: int, *, workers: int, detector: Detector | None = None
-) -> dict[str, Any]:
-    """All there is to say of the source, as plain values that JSON can hold.
+    source: Source, data: DataSettings, image_size: int, *, workers: int, detector: LanguageDetector | None = None
+) -> ScanResult:
+    """Read every sample of a source and count what training would meet.
 
-    Every filter is tried: at the recipe's value where it is on, else at a typical one (``with_typical_limits``).
+    Args:
+        source: The source to scan.
+        data: The recipe's data settings. Every filter is tried, one that is off with ``with_typical_limits``.
+        image_size: The recipe's side of a picture in pixels.
+        workers: Number of processes that read.
+        detector: Guesses each caption's language, if given.
     """
     tried = with_typical_limits(data.filters, image_size)
-    tally = Tally()
+    counts = _Counts()
     blocks = split_blocks(range(len(source)), _BLOCK)
     with progress("scan", len(source), "samples") as bar:
-        for block, found in zip(blocks, map_blocks(_Look(source, data, tried, detector), blocks, workers), strict=True):
-            tally.add(found)
+        scans = map_blocks(_BlockScan(source, data, tried, detector), blocks, workers)
+        for block, found in zip(blocks, scans, strict=True):
+            counts.add(found)
             bar.advance(len(block))
-    index = Counter(_kind(reason) for _, reason in source.skipped)
-    return {
-        "source": source.name,
-        "format": source.format,
-        "samples": tally.samples,
-        "usable": tally.usable,
-        "kept": tally.kept,
-        "captions": tally.captions,
-        "picture_formats": dict(tally.formats.most_common()),
-        "measures": {name: _quantiles(counts) for name, counts in tally.measures.items()},
-        "languages": dict(tally.languages.most_common()) if detector is not None else None,
-        "broken": {
-            "by_reason": dict(tally.broken.most_common()),
-            "first": tally.broken_named,
-            "left_out_by_the_index": dict(index.most_common()),
-            "first_left_out_by_the_index": [{"key": k, "reason": r} for k, r in source.skipped[:BROKEN_NAMED]],
-        },
-        "filters": {
-            name: {
-                "value": getattr(tried, name),
-                "on": getattr(data.filters, name) is not None,
-                "drops": tally.dropped[name],
-                "examples": tally.examples.get(name, []),
-            }
+    left_out = Counter(_category(reason) for _, reason in source.skipped)
+    return ScanResult(
+        source=source.name,
+        format=source.format,
+        samples=counts.samples,
+        usable=counts.usable,
+        kept=counts.kept,
+        captions=counts.captions,
+        picture_formats=dict(counts.formats.most_common()),
+        measures={name: quantiles(values) for name, values in counts.measures.items()},
+        languages=dict(counts.languages.most_common()) if detector is not None else None,
+        broken=BrokenSamples(
+            by_reason=dict(counts.broken.most_common()),
+            first=counts.broken_examples,
+            left_out_by_the_index=dict(left_out.most_common()),
+            first_left_out_by_the_index=[BrokenSample(*skipped) for skipped in source.skipped[:BROKEN_EXAMPLES]],
+        ),
+        filters={
+            name: FilterStatistics(
+                value=getattr(tried, name),
+                on=getattr(data.filters, name) is not None,
+                drops=counts.dropped[name],
+                examples=counts.examples.get(name, []),
+            )
             for name in (*CAPTION_MEASURES, *PICTURE_MEASURES)
         },
-    }
+    )
 
 
 def examples(source: Source, count: int, max_pixels: int) -> Iterator[tuple[Image.Image, str]]:
-    """Pictures with their first captions, from rows that are spread evenly; those that cannot be read are left out."""
+    """Yield pictures with their first captions, from rows spread evenly; samples that cannot be read are left out."""
     n = len(source)
     for row in sorted({place * n // count for place in range(count)}):
         try:
@@ -194,8 +281,11 @@ def examples(source: Source, count: int, max_pixels: int) -> Iterator[tuple[Imag
             continue
 
 
-def _quantiles(counts: Counter[float]) -> dict[str, float]:
-    """The value below or at which each share of ``QUANTILES`` lies, and the mean."""
+def quantiles(counts: Counter[float]) -> dict[str, float]:
+    """Return the mean and QUANTILES of values given with their counts.
+
+    The quantile at p % is the smallest value such that at least p % of all values are no larger.
+    """
     values, total = sorted(counts.items()), counts.total()
     found: dict[str, float] = {"mean": sum(value * count for value, count in values) / total}
     for percent in QUANTILES:
@@ -208,11 +298,6 @@ def _quantiles(counts: Counter[float]) -> dict[str, float]:
     return found
 
 
-def _kind(reason: str) -> str:
-    """A reason without what is peculiar to one sample, to count by."""
+def _category(reason: str) -> str:
+    """Return a reason without what is specific to one sample, so that reasons can be counted."""
     return reason.split(":")[0].split(" (")[0]
-
-
-def _format(data: bytes) -> str:
-    with Image.open(io.BytesIO(data)) as image:
-        return str(image.format)

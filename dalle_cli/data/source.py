@@ -1,4 +1,4 @@
-"""What every source of captioned images offers, and what the sources share."""
+"""The interface of a source of captioned pictures, and functions that several sources share."""
 
 from __future__ import annotations
 
@@ -7,66 +7,96 @@ import os
 import re
 import stat
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
-IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp"})
+IMAGE_FORMATS: dict[str, tuple[str, ...]] = {
+    "JPEG": ("jpg", "jpeg"),
+    "PNG": ("png",),
+    "WEBP": ("webp",),
+    "GIF": ("gif",),
+    "BMP": ("bmp",),
+    "TIFF": (),
+}
+"""Formats that are decoded, by Pillow's names, and the extensions by which sources find pictures.
+
+Pillow's other formats are left out because some start programs (EPS) or are barely maintained. Files ending in .tif
+are not looked for, but a TIFF under another of these extensions, or one that a manifest names, is decoded.
+"""
+IMAGE_EXTENSIONS = frozenset(chain.from_iterable(IMAGE_FORMATS.values()))
 MAX_CAPTION_BYTES = 1 << 20
 MAX_IMAGE_BYTES = 512 << 20
 
 
 class BadSample(ValueError):
-    """One sample cannot be used; the message is a short reason for lists of skipped samples."""
+    """A sample that cannot be used; the message is a short reason for lists of skipped samples."""
 
 
 class Source(Protocol):
-    """An indexable, picklable set of pictures with captions, in an order that follows from the data alone.
+    """An indexed and picklable collection of captioned pictures, whose order follows from the data alone.
 
-    That is the order of the list they come from (the rows of a manifest), or of their keys where there is none.
-    `skipped` lists (key, member or row, reason) for what the index itself left out. Whatever is wrong with a
-    sample's content shows when it is read, as BadSample.
+    The order is that of the list that the samples come from (such as the rows of a manifest), or of the keys where
+    there is no list. Opening a source reads only its index; a defect of a sample's content raises BadSample when the
+    sample is read.
     """
 
     name: str
+    """Name that the user gave the source."""
     format: str
+    """Kind of source, such as "webdataset"."""
     skipped: list[tuple[str, str]]
+    """Key (or member, or row) and reason of each sample that the index left out."""
 
     def describe(self) -> str:
-        """One line for people: format, name, how many samples, how many left out."""
+        """Return one line for people: format, name, number of samples, number left out."""
         ...
 
     def __len__(self) -> int: ...
 
     def key(self, i: int) -> str:
-        """The sample's name: unique in the source, and the same wherever the source lies."""
+        """Return the sample's name, which is unique in the source and does not depend on where the source lies."""
         ...
 
     def captions(self, i: int) -> list[str]:
-        """All captions of the picture in their order, at least one, each stripped and never empty.
+        """Return the usable captions of the picture in order, at least one, each stripped and never empty.
 
-        One that cannot be used (not UTF-8, empty) is left out where the picture has others; BadSample, with the
-        first one's reason, if none can be used, or if there is none.
+        Raises:
+            BadSample: the picture has no caption, or none that can be used (the reason is that of the first).
         """
         ...
 
     def image_bytes(self, i: int) -> bytes:
-        """The image file as stored, for `images.decode_image`. Raises BadSample if it cannot be read."""
+        """Return the image file as stored, for ``images.decode_image``.
+
+        Raises:
+            BadSample: the file cannot be read.
+        """
         ...
 
 
 def describe(source: Source) -> str:
+    """Return the line that ``Source.describe`` begins with."""
     left_out = f", {len(source.skipped)} left out" if source.skipped else ""
     return f"{source.format} {source.name}: {len(source)} samples{left_out}"
 
 
 def text_captions(data: bytes) -> list[str]:
-    """The captions a .txt file holds, one a line: UTF-8, with or without a byte order mark; empty lines are none."""
+    """Return the captions of a .txt file's bytes, one a line: UTF-8, with or without a byte order mark.
+
+    Raises:
+        BadSample: no line can be used.
+    """
     lines = re.split(rb"\r\n|\r|\n", data.removeprefix(codecs.BOM_UTF8))
     return clean_captions([line for line in lines if line.strip()] or [b""])
 
 
 def clean_captions(captions: Sequence[str | bytes]) -> list[str]:
-    """Those that can be used, stripped. BadSample if none can, with the first one's reason."""
+    """Return the captions that can be used, stripped.
+
+    Raises:
+        BadSample: none can be used; the reason is that of the first.
+    """
     clean: list[str] = []
     reasons: list[str] = []
     for caption in captions:
@@ -82,11 +112,15 @@ def clean_captions(captions: Sequence[str | bytes]) -> list[str]:
 
 
 def clean_caption(text: str) -> str:
-    """Stripped; BadSample if nothing is left, or if it is no text (a NUL, or a lone surrogate from JSON)."""
+    """Return the caption stripped.
+
+    Raises:
+        BadSample: it is empty or not text (it holds a NUL, or a lone surrogate from JSON).
+    """
     text = text.strip()
     if not text:
         raise BadSample("the caption is empty")
-    if "\0" in text:  # what UTF-16 looks like when it is read as UTF-8
+    if "\0" in text:  # UTF-16 that is read as UTF-8 looks like this
         raise BadSample("the caption is not text in UTF-8 (it holds a NUL)")
     if not is_unicode(text):
         raise BadSample("the caption is not valid Unicode (a lone surrogate)")
@@ -94,19 +128,27 @@ def clean_caption(text: str) -> str:
 
 
 def read_caption_file(path: Path) -> list[str]:
-    """The captions of a .txt file; BadSample if it cannot be read or holds none that can be used."""
+    """Return the captions of a .txt file.
+
+    Raises:
+        BadSample: the file cannot be read, or holds no caption that can be used.
+    """
     return text_captions(_read(path, "caption", MAX_CAPTION_BYTES))
 
 
 def read_image_file(path: Path) -> bytes:
-    """The bytes of an image file; BadSample if it cannot be read."""
+    """Return the bytes of an image file.
+
+    Raises:
+        BadSample: the file cannot be read or is too large.
+    """
     return _read(path, "image", MAX_IMAGE_BYTES)
 
 
 def _read(path: Path, what: str, limit: int) -> bytes:
     try:
         found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode):  # a pipe would wait for ever, a device never end
+        if not stat.S_ISREG(found.st_mode):  # a pipe would block forever, a device might never end
             raise BadSample(f"the {what} is not an ordinary file")
         if found.st_size > limit:
             raise BadSample(f"the {what} is larger than {limit >> 20} MiB")
@@ -116,6 +158,7 @@ def _read(path: Path, what: str, limit: int) -> bytes:
 
 
 def is_unicode(text: str) -> bool:
+    """Return whether the text can be encoded as UTF-8, that is, has no lone surrogate."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -124,12 +167,12 @@ def is_unicode(text: str) -> bool:
 
 
 def printable(name: str) -> str:
-    """A file's name for people and lists, with what is not UTF-8 spelled out."""
+    """Return a file's name for messages, with bytes that are not UTF-8 as escapes."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def split_extension(path: str) -> tuple[str, str]:
-    """("a/b.c", "jpg") for "a/b.c.JPG"; the extension is lower-case and "" where the file's name has none."""
+    """Split "a/b.c.JPG" into "a/b.c" and "jpg"; the extension is "" where the file's name has none."""
     folder, slash, name = path.rpartition("/")
     stem, dot, extension = name.rpartition(".")
     if not dot or not stem:

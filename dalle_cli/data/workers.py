@@ -1,4 +1,4 @@
-"""Work on blocks of a source's rows by several processes, its results in order."""
+"""Worker processes that work on blocks of a source's rows and return results in order."""
 
 from __future__ import annotations
 
@@ -19,48 +19,49 @@ from dalle_cli.errors import STOP_SIGNALS, UserError
 
 T = TypeVar("T")
 
-_AHEAD = 4
-"""Blocks a process that are begun before their results are wanted; bounds memory."""
+_BLOCKS_IN_FLIGHT = 4
+"""Number of blocks per process that are submitted before their results are taken; it bounds memory."""
 _function: Callable[[Any], Any]
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def map_blocks(function: Callable[[range], T], blocks: Sequence[range], workers: int) -> Iterator[T]:
-    """``function`` of each of ``blocks``, by ``workers`` processes, or in this one where that is one.
+    """Yield ``function(block)`` for each block in order, computed by ``workers`` processes.
 
-    ``function`` reaches a process once, when it starts: it may hold a large index. It has one thread for matrices:
-    small ones take far longer by several, which wait for one another and keep the other processes' cores busy.
+    One worker works in this process. ``function`` is sent to each process once, when the process starts, so it may
+    hold a large index. It computes with a single BLAS thread: on small matrices several threads are far slower, since
+    they wait for one another, and they take the cores of the other processes.
 
     Raises:
-        UserError: a process was killed, as for want of memory.
+        UserError: a worker process was killed, for example for lack of memory.
     """
     workers = min(workers, len(blocks))
     if workers < 2:
         threads = ThreadpoolController()
         for block in blocks:
             with threads.limit(limits=1):
-                done = function(block)
-            yield done
+                result = function(block)
+            yield result
         return
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
     with ProcessPoolExecutor(
         workers, multiprocessing.get_context(method), initializer=_start, initargs=(function, os.getpid())
     ) as pool:
         try:
-            waiting: deque[Future[T]] = deque()
+            in_flight: deque[Future[T]] = deque()
             for block in blocks:
-                if len(waiting) == workers * _AHEAD:
-                    yield waiting.popleft().result()
-                waiting.append(pool.submit(_call, block))
-            while waiting:
-                yield waiting.popleft().result()
+                if len(in_flight) == workers * _BLOCKS_IN_FLIGHT:
+                    yield in_flight.popleft().result()
+                in_flight.append(pool.submit(_call, block))
+            while in_flight:
+                yield in_flight.popleft().result()
         except BrokenProcessPool:
             raise UserError(
-                f"a worker process was killed, perhaps for want of memory; give less than --workers {workers}"
+                f"a worker process was killed, perhaps for lack of memory; give fewer than --workers {workers}"
             ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -68,21 +69,28 @@ def map_blocks(function: Callable[[range], T], blocks: Sequence[range], workers:
 
 
 def split_blocks(rows: range, size: int) -> list[range]:
-    """``rows`` in blocks of ``size``, the last one shorter."""
-    return [rows[at : at + size] for at in range(0, len(rows), size)]
+    """Split ``rows`` into blocks of ``size``; the last one may be shorter."""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def ignore_stop_signals() -> None:
+    """Ignore STOP_SIGNALS in a worker: a launcher may signal every process, and only the trainer is to react."""
+    for stop_signal in STOP_SIGNALS:
+        signal.signal(stop_signal, signal.SIG_IGN)
 
 
 def _start(function: Callable[[Any], Any], parent: int) -> None:
+    """Prepare a worker process."""
     global _function
     _function = function
     threadpool_limits(1)
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ctrl-C ends it at once; the first process says so
-    Thread(target=_end_with, args=(parent,), daemon=True).start()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ctrl-C ends the worker at once; the parent prints the message
+    Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
 
 
-def _end_with(parent: int) -> None:
-    """A process that was killed cannot tell its workers to end."""
+def _exit_with_parent(parent: int) -> None:
+    """Exit when the parent process is gone, since a parent that was killed cannot stop its workers."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
@@ -90,9 +98,3 @@ def _end_with(parent: int) -> None:
 
 def _call(block: range) -> Any:
     return _function(block)
-
-
-def ignore_stop_signals() -> None:
-    """Ignore STOP_SIGNALS in a worker process: a launcher may signal every process, and the trainer alone obeys."""
-    for which in STOP_SIGNALS:
-        signal.signal(which, signal.SIG_IGN)

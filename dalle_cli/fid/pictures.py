@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dalle_cli.clip.rerank import read_manifest
-from dalle_cli.data.images import BadImage, decode_image, eval_crop, picture_size
+from dalle_cli.data.images import MAX_PIXELS, BadImage, decode_image, eval_crop, read_header
 from dalle_cli.data.open_source import is_manifest, open_source
 from dalle_cli.data.source import BadSample, Source
 from dalle_cli.errors import UserError
@@ -54,7 +54,6 @@ def _operator(side: int, radius: float) -> Tensor:
     return matrix.scatter_add_(1, sources, weights.expand(side, -1)).float()
 
 
-MAX_PIXELS = 100_000_000
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 
 
@@ -177,7 +176,7 @@ def survey(pictures: Pictures, advance: Callable[[], None] | None = None) -> Sur
         content = pictures.content(index)
         digests.append(hashlib.sha256(content).hexdigest())
         try:
-            sizes[index] = picture_size(content)
+            sizes[index] = read_header(content).size
         except BadImage as error:
             raise UserError(f"{pictures.name(index)}: {error}; remove or replace it") from error
         if advance is not None:

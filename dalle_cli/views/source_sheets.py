@@ -1,4 +1,4 @@
-"""Pictures of a source for people: examples with their captions, and near-duplicates side by side."""
+"""Contact sheets of a source's pictures: examples with their captions, and pairs of near-duplicates."""
 
 from __future__ import annotations
 
@@ -12,18 +12,24 @@ from dalle_cli.data.source import BadSample, Source
 from dalle_cli.views.contact_sheet import Picture, captioned_grid, png_bytes, side_by_side
 
 EXAMPLES = 25
+"""Number of pictures on a sheet of examples."""
 PAIRS = 32
+"""Largest number of pairs on a sheet of near-duplicates."""
 CELL = 176
+"""Side of a picture on a sheet in pixels."""
 
 
 def examples_sheet(source: Source, max_pixels: int) -> bytes | None:
-    """PNG of whole pictures, spread evenly over the source, with their first captions; None when none can be read."""
-    shown = [(_fitted(image), caption) for image, caption in examples(source, EXAMPLES, max_pixels)]
+    """Return a PNG of pictures spread evenly over the source, with their first captions; None if none can be read."""
+    shown = [(_fit(image), caption) for image, caption in examples(source, EXAMPLES, max_pixels)]
     return png_bytes(captioned_grid(shown, title=source.name, cell=CELL)) if shown else None
 
 
 def pairs_sheet(found: Overlap, max_pixels: int) -> bytes | None:
-    """PNG of near-duplicates, one above the other: half of them the least similar, the others spread over the rest."""
+    """Return a PNG of near-duplicates one above the other, the least similar first; None if none can be read.
+
+    Half of the pairs are the least similar ones, the other half is spread evenly over the rest.
+    """
     order = sorted(found.matches, key=lambda match: match.similarity)
     rest = order[PAIRS // 2 :]
     spread = sorted({place * len(rest) // (PAIRS // 2) for place in range(PAIRS // 2)}) if rest else []
@@ -34,8 +40,8 @@ def pairs_sheet(found: Overlap, max_pixels: int) -> bytes | None:
             pair = decode_image(one, max_pixels), decode_image(two, max_pixels)
         except (BadSample, BadImage):
             continue
-        above.append(_fitted(pair[0]))
-        below.append(_fitted(pair[1]))
+        above.append(_fit(pair[0]))
+        below.append(_fit(pair[1]))
     if not above:
         return None
     labels = ("repeats", "earlier") if found.source is found.other else ("TRAIN", "EVAL")
@@ -44,8 +50,8 @@ def pairs_sheet(found: Overlap, max_pixels: int) -> bytes | None:
     )
 
 
-def _fitted(image: Image.Image) -> Picture:
-    """The whole picture in a white square of CELL pixels."""
+def _fit(image: Image.Image) -> Picture:
+    """Scale the whole picture into a white square of side CELL."""
     scale = CELL / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     square = Image.new("RGB", (CELL, CELL), (255, 255, 255))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -19,6 +19,9 @@ from dalle_cli.views.describe import (
     TokenStoreDescription,
 )
 from dalle_cli.views.describe_recipe import Compression, Optimization, RecipeDescription
+
+if TYPE_CHECKING:
+    from dalle_cli.data.scan import ScanResult
 
 LONGEST_LIST = 12
 SHOWN_QUANTILES = ("0%", "5%", "50%", "95%", "100%")
@@ -40,20 +43,18 @@ def render(found: Description, console: Console) -> None:
     print_tables(console, tables)
 
 
-def render_scan(found: dict[str, Any], console: Console) -> None:
-    """Print what ``scan`` found."""
-    captions = found["captions"] / max(found["samples"], 1)
-    broken, filters = found["broken"], found["filters"]
-    formats = ", ".join(f"{name} {count:,}" for name, count in found["picture_formats"].items())
+def render_scan(found: ScanResult, console: Console) -> None:
+    """Print the statistics that ``scan`` found."""
+    formats = ", ".join(f"{name} {count:,}" for name, count in found.picture_formats.items())
     tables = [
         pairs_table(
-            f"Source {found['source']}",
+            f"Source {found.source}",
             [
-                ("format", found["format"]),
-                ("samples", f"{found['samples']:,}"),
-                ("usable", f"{found['usable']:,} with a caption and a whole picture"),
-                ("kept", f"{found['kept']:,} of them by the filters that are on"),
-                ("captions", f"{found['captions']:,}, {captions:.2f} a sample"),
+                ("format", found.format),
+                ("samples", f"{found.samples:,}"),
+                ("usable", f"{found.usable:,} with a caption and a whole picture"),
+                ("kept", f"{found.kept:,} of them by the filters that are on"),
+                ("captions", f"{found.captions:,}, {found.captions / max(found.samples, 1):.2f} a sample"),
                 ("pictures", formats),
             ],
         ),
@@ -62,27 +63,26 @@ def render_scan(found: dict[str, Any], console: Console) -> None:
             ["", *SHOWN_QUANTILES],
             [
                 [name, *(f"{values[share]:,.6g}" for share in SHOWN_QUANTILES)]
-                for name, values in found["measures"].items()
+                for name, values in found.measures.items()
             ],
             right=range(1, len(SHOWN_QUANTILES) + 1),
         ),
     ]
-    if found["languages"] is not None:
-        languages = list(found["languages"].items())[:LONGEST_LIST]
-        rows = [(name, f"{count:,}", f"{count / found['captions']:.1%}") for name, count in languages]
+    if found.languages is not None:
+        languages = list(found.languages.items())[:LONGEST_LIST]
+        rows = [(name, f"{count:,}", f"{count / found.captions:.1%}") for name, count in languages]
         tables.append(grid_table("Languages, guessed", ["", "captions", "share"], rows, right=[1, 2]))
-    reasons = [*broken["by_reason"].items(), *broken["left_out_by_the_index"].items()]
+    broken = found.broken
+    reasons = [*broken.by_reason.items(), *broken.left_out_by_the_index.items()]
     if reasons:
-        named = [*broken["first"], *broken["first_left_out_by_the_index"]][:LONGEST_LIST]
+        first = [*broken.first, *broken.first_left_out_by_the_index][:LONGEST_LIST]
         tables.append(grid_table("Broken", ["reason", "count"], reasons[:LONGEST_LIST], right=[1]))
-        tables.append(
-            grid_table("The first of them", ["key", "reason"], [(line["key"], line["reason"]) for line in named])
-        )
+        tables.append(grid_table("The first of them", ["key", "reason"], [(line.key, line.reason) for line in first]))
     shown = [
-        [name, f"{filter_['value']:g}", "on" if filter_["on"] else "", f"{filter_['drops']:,}",
-         f"{filter_['drops'] / max(found['samples'], 1):.1%}",
-         " | ".join(f"{example['key']}: {example['shown']}" for example in filter_["examples"])]
-        for name, filter_ in filters.items()
+        [name, f"{filter_.value:g}", "on" if filter_.on else "", f"{filter_.drops:,}",
+         f"{filter_.drops / max(found.samples, 1):.1%}",
+         " | ".join(f"{example.key}: {example.shown}" for example in filter_.examples)]
+        for name, filter_ in found.filters.items()
     ]  # fmt: skip
     columns = ["data.filters", "value", "", "drops", "share", "examples"]
     tables.append(grid_table("What each filter would drop by itself", columns, shown, right=[1, 3, 4]))

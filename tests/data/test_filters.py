@@ -249,9 +249,9 @@ def test_a_wrong_file_of_keys_is_refused(tmp_path: Path) -> None:
     source = open_source(tmp_path / "data")
     for name, text, told in (
         ("other.txt", "x\ny\n", "none of its 2 keys is in"),
-        ("bad.jsonl", '{"key": "a"}\n["a"]\n', "bad.jsonl:2: is no object"),
-        ("half.jsonl", '{"key": "a"}\n{"ke', "half.jsonl:2: is no object"),
-        ("number.jsonl", '{"key": 3}\n', "number.jsonl:1: is no object"),
+        ("bad.jsonl", '{"key": "a"}\n["a"]\n', "bad.jsonl:2: is not an object"),
+        ("half.jsonl", '{"key": "a"}\n{"ke', "half.jsonl:2: is not an object"),
+        ("number.jsonl", '{"key": 3}\n', "number.jsonl:1: is not an object"),
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises(UserError, match=told):

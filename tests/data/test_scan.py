@@ -18,9 +18,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dalle_cli.config.schema import DataSettings, Filters
-from dalle_cli.data.languages import Detector
 from dalle_cli.data.open_source import open_source
-from dalle_cli.data.scan import QUANTILES, _quantiles, examples, scan
+from dalle_cli.data.scan import QUANTILES, FilterExample, FilterStatistics, LanguageDetector, examples, quantiles, scan
 from dalle_cli.data.workers import map_blocks, split_blocks
 from dalle_cli.errors import UserError
 
@@ -48,36 +47,36 @@ def mixed(tmp_path: Path) -> Path:
 def test_counts_are_those_of_the_samples(mixed: Path) -> None:
     source = open_source(mixed)
     found = scan(source, DataSettings(filters=Filters(min_words=4)), 40, workers=1)
-    assert (found["samples"], found["usable"], found["captions"]) == (76, 74, 70 * 2 + 6)
-    assert found["kept"] == 72  # without wide and url; flat is kept, as min_contrast is off
-    assert found["picture_formats"] == {"PNG": 74, "JPEG": 1}
-    assert found["measures"]["captions a picture"] == {"mean": pytest.approx(146 / 75)} | {
+    assert (found.samples, found.usable, found.captions) == (76, 74, 70 * 2 + 6)
+    assert found.kept == 72  # without wide and url; flat is kept, as min_contrast is off
+    assert found.picture_formats == {"PNG": 74, "JPEG": 1}
+    assert found.measures["captions a picture"] == {"mean": pytest.approx(146 / 75)} | {
         f"{q}%": (2 if q >= 25 else 1) for q in QUANTILES
     }
     widths = [40 + i // 2 for i in range(70)] + [121, 48, 48, 48, 48]
     for q in QUANTILES:
-        assert found["measures"]["width"][f"{q}%"] == np.percentile(widths, q, method="inverted_cdf")
-    drops = {name: filter_["drops"] for name, filter_ in found["filters"].items() if filter_["drops"]}
+        assert found.measures["width"][f"{q}%"] == np.percentile(widths, q, method="inverted_cdf")
+    drops = {name: filter_.drops for name, filter_ in found.filters.items() if filter_.drops}
     # A sample whose other caption passes is not dropped: "one-of-two" only once, for nothing.
     assert drops == {"min_words": 1, "max_boilerplate": 1, "max_aspect_ratio": 1, "min_contrast": 1}
-    assert found["filters"]["min_words"] == {
-        "value": 4, "on": True, "drops": 1, "examples": [{"key": "url", "shown": "https://example.org/12345"}]
-    }  # fmt: skip
-    assert found["filters"]["max_boilerplate"]["on"] is False
-    assert found["filters"]["min_contrast"]["examples"] == [{"key": "flat", "shown": "48 x 48"}]
-    broken = found["broken"]
-    assert [line["key"] for line in broken["first"]] == ["zz-broken", "zz-silent"]
-    assert broken["by_reason"] == {"damaged image": 1, "no caption": 1}
-    assert broken["left_out_by_the_index"] == {"a caption without an image": 1}
-    assert found["languages"] is None
+    assert found.filters["min_words"] == FilterStatistics(
+        value=4, on=True, drops=1, examples=[FilterExample("url", "https://example.org/12345")]
+    )
+    assert found.filters["max_boilerplate"].on is False
+    assert found.filters["min_contrast"].examples == [FilterExample("flat", "48 x 48")]
+    broken = found.broken
+    assert [sample.key for sample in broken.first] == ["zz-broken", "zz-silent"]
+    assert broken.by_reason == {"damaged image": 1, "no caption": 1}
+    assert broken.left_out_by_the_index == {"a caption without an image": 1}
+    assert found.languages is None
 
 
 def test_kept_is_what_the_filters_leave(mixed: Path) -> None:
     source = open_source(mixed)
     everything = DataSettings(filters=Filters(min_words=4, min_contrast=4.0, min_side=40))
     nothing = DataSettings(filters=Filters(max_aspect_ratio=None))
-    assert scan(source, everything, 40, workers=1)["kept"] == 74 - 3  # wide, flat, url
-    assert scan(source, nothing, 40, workers=1)["kept"] == 74
+    assert scan(source, everything, 40, workers=1).kept == 74 - 3  # wide, flat, url
+    assert scan(source, nothing, 40, workers=1).kept == 74
 
 
 def test_the_number_of_processes_changes_nothing(mixed: Path) -> None:
@@ -89,7 +88,7 @@ def test_the_number_of_processes_changes_nothing(mixed: Path) -> None:
 def test_quantiles_of_counts(values: list[int]) -> None:
     from collections import Counter
 
-    found = _quantiles(Counter(map(float, values)))
+    found = quantiles(Counter(map(float, values)))
     assert found.pop("mean") == pytest.approx(np.mean(values))
     assert found == {f"{q}%": np.percentile(values, q, method="inverted_cdf") for q in QUANTILES}
 
@@ -208,9 +207,6 @@ def test_set_without_a_recipe_is_refused(call: Call, mixed: Path) -> None:
 
 
 def test_a_missing_language_package_is_named(call: Call, mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dalle_cli.data import languages
-
-    languages._identifier.cache_clear()
     monkeypatch.setitem(sys.modules, "py3langid", None)
     monkeypatch.setitem(sys.modules, "py3langid.langid", None)
     assert 'pip install "dalle[languages]"' in call("scan", mixed, "--languages").mistake()
@@ -227,5 +223,5 @@ def test_languages(tmp_path: Path) -> None:
         )
     ):
         write_sample(tmp_path, str(i), noise(32, 32), caption)
-    found = scan(open_source(tmp_path), DataSettings(), 32, workers=1, detector=Detector())
-    assert found["languages"] == {"en": 1, "fr": 1, "ja": 1, "unsure": 1}
+    found = scan(open_source(tmp_path), DataSettings(), 32, workers=1, detector=LanguageDetector())
+    assert found.languages == {"en": 1, "fr": 1, "ja": 1, "unsure": 1}

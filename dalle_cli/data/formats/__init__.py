@@ -1,1 +1,1 @@
-"""Readers of the formats that captioned pictures come in, one file each."""
+"""Readers of the formats of captioned pictures, one file for each format."""

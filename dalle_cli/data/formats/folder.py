@@ -1,4 +1,4 @@
-"""A folder of images, at any depth, each with its captions in a .txt file beside it, one caption a line."""
+"""Folders of images, each with its captions in a .txt file beside it, one caption a line."""
 
 from __future__ import annotations
 
@@ -24,9 +24,13 @@ _WANTED = IMAGE_EXTENSIONS | {"txt"}
 
 
 class FolderSource:
-    """Images under `root`, sorted by key: the path below it without the extension, "cats/0001" for cats/0001.jpg.
+    """The images at any depth of a folder, sorted by key.
 
-    Hidden files and folders are passed over; links to files are followed, links to folders are not.
+    A key is the path below the folder without the extension, such as "cats/0001" for cats/0001.jpg. Hidden files and
+    folders are ignored; links to files are followed, links to folders are not.
+
+    Raises:
+        UserError: there is no image.
     """
 
     format = "folder"
@@ -36,7 +40,7 @@ class FolderSource:
         self.skipped: list[tuple[str, str]] = []
         self._root = Path(root)
         keys: list[str] = []
-        kinds: dict[tuple[str, str], int] = {}  # (image's extension, caption's extension or "") -> its number
+        kinds: dict[tuple[str, str], int] = {}  # number of each (image's extension, caption's extension or "")
         kind_of: list[int] = []
         folders = [""]
         while folders:
@@ -48,18 +52,18 @@ class FolderSource:
                 else:
                     self._skip(below + stem, "a caption without an image")
         if not keys:
-            looked = ", ".join(sorted(IMAGE_EXTENSIONS))
+            extensions = ", ".join(sorted(IMAGE_EXTENSIONS))
             why = f"; left out: {self.skipped[0][0]}: {self.skipped[0][1]}" if self.skipped else ""
-            raise UserError(f"{root}: no images found (looked for {looked} in the folder and those below it){why}")
+            raise UserError(f"{root}: no images found (looked for {extensions} in the folder and those below it){why}")
         order = argsort_strings(keys)
         self.skipped.sort()
         self._keys = PackedStrings(keys[i] for i in order)
         self._kinds = list(kinds)
         self._kind_of = np.array(kind_of, np.int32)[order]
-        self._silent = sum(not self._kinds[kind][1] for kind in kind_of)
+        self._without_caption = sum(not self._kinds[kind][1] for kind in kind_of)
 
     def describe(self) -> str:
-        return describe(self) + (f", {self._silent} without a caption" if self._silent else "")
+        return describe(self) + (f", {self._without_caption} without a caption" if self._without_caption else "")
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -77,22 +81,22 @@ class FolderSource:
         return read_image_file(self._root / f"{self._keys[i]}.{self._kinds[self._kind_of[i]][0]}")
 
     def _pairs(self, below: str, folders: list[str]) -> dict[str, list[str]]:
-        """Stem -> [image's extension, caption's extension], "" for none, of one folder; its folders go to `folders`."""
+        """Return [image's extension, caption's extension] ("" for none) by stem; append subfolders to `folders`."""
         pairs: dict[str, list[str]] = {}
         for name in sorted(self._files(below, folders)):
             stem, extension = split_extension(name)
-            kind = 1 if extension == "txt" else 0
+            role = 1 if extension == "txt" else 0
             pair = pairs.setdefault(stem, ["", ""])
-            if pair[kind]:
-                what = ("image", "caption")[kind]
-                used = f"{stem}.{pair[kind]}"
+            if pair[role]:
+                what = ("image", "caption")[role]
+                used = f"{stem}.{pair[role]}"
                 self._skip(below + stem, f"a second {what} for this key: {below}{used} is used, not {below}{name}")
             else:
-                pair[kind] = name[len(stem) + 1 :]
+                pair[role] = name[len(stem) + 1 :]
         return pairs
 
     def _files(self, below: str, folders: list[str]) -> list[str]:
-        """The images and captions directly in a folder; the folders in it go to `folders`."""
+        """Return the images and captions directly in a folder; append its subfolders to `folders`."""
         found: list[str] = []
         try:
             with os.scandir(self._root / below) as entries:

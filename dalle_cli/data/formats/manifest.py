@@ -1,4 +1,4 @@
-"""Pictures named by a list, with their captions: a row or several for each picture."""
+"""Pictures that a manifest names with their captions, one or several rows for each picture."""
 
 from __future__ import annotations
 
@@ -23,30 +23,39 @@ from dalle_cli.data.source import (
 from dalle_cli.errors import UserError
 from dalle_cli.progress import log
 
-_ROWS_TO_SAY = 1_000_000  # a few seconds
-_PROBED = 100  # pictures whose files are looked for when a manifest is opened
+_ROWS_BETWEEN_LOG_LINES = 1_000_000  # a few seconds
+_PROBED = 100
+"""Number of pictures whose files are looked for when a manifest is opened."""
 
 
 class ManifestSource:
-    """The pictures of `table` in the order of its rows; rows of one picture bring it a caption each, or several.
+    """The pictures of a table in the order of their first rows; all rows of a picture contribute captions.
 
-    Paths are relative to `root`. A key is what the table's key column says of the picture's first row; where there is
-    no such column, the path without its extension, or with it if two pictures differ by nothing else.
+    A key is the value of the table's key column in the picture's first row. Without such a column it is the path
+    without its extension, or with the extension if two pictures differ in nothing else.
 
-    Memory: 16 bytes a picture, and 8 for each further row.
+    The index takes 16 bytes for a picture and 8 bytes for each further row.
+
+    Args:
+        name: What the user called the source.
+        format: Kind of source, for people.
+        table: The rows.
+        root: Folder that paths are relative to.
+
+    Raises:
+        UserError: there is no picture, no picture's file can be found, or keys are not unique.
     """
 
     def __init__(self, name: str, format: str, table: Table, root: Path) -> None:
-        """Raises UserError if there is no picture in it, no picture's file can be found, or keys are not unique."""
         self.name, self.format = name, format
         self.skipped: list[tuple[str, str]] = []
         self._table, self._root = table, root
         places, images, keys = array("q"), bytearray(), bytearray()
         urls = 0
         for count, row in enumerate(table.rows(), 1):
-            if count % _ROWS_TO_SAY == 0:
+            if count % _ROWS_BETWEEN_LOG_LINES == 0:
                 log(f"index {name}: {count:,} rows so far")
-            row = row if isinstance(row, BadRow) else self._checked(row)
+            row = row if isinstance(row, BadRow) else self._check(row)
             if isinstance(row, BadRow):
                 self.skipped.append((row.where, row.reason))
                 continue
@@ -58,24 +67,26 @@ class ManifestSource:
         if not places:
             why = f"; left out: {self.skipped[0][0]}: {self.skipped[0][1]}" if self.skipped else ""
             raise UserError(f"{table.path}: names no pictures{why}")
-        rows, self._begins = group_by_hash(images)
+        rows, self._offsets = group_by_hash(images)
         self._places = np.frombuffer(places, np.int64)[rows]
-        firsts = rows[self._begins[:-1]]
-        self._key = self._kind_of_key(np.frombuffer(keys, np.uint8).reshape(-1, HASH_BYTES)[firsts].tobytes())
+        first_rows = rows[self._offsets[:-1]]
+        self._key_kind = self._tell_key_kind(
+            np.frombuffer(keys, np.uint8).reshape(-1, HASH_BYTES)[first_rows].tobytes()
+        )
         self._refuse_unreachable(only_urls=urls == len(places))
 
     def describe(self) -> str:
         return describe(self)
 
     def __len__(self) -> int:
-        return len(self._begins) - 1
+        return len(self._offsets) - 1
 
     def key(self, i: int) -> str:
         place = self._rows(i)[0]
-        if self._key == "column":
+        if self._key_kind == "column":
             return self._table.key(place)
         image = normal_path(self._table.image(place))
-        return image if self._key == "path" else split_extension(image)[0]
+        return image if self._key_kind == "path" else split_extension(image)[0]
 
     def captions(self, i: int) -> list[str]:
         return clean_captions(list(chain.from_iterable(self._table.captions(place) for place in self._rows(i))))
@@ -87,12 +98,16 @@ class ManifestSource:
         return read_image_file(self._root / image)
 
     def _rows(self, i: int) -> list[int]:
-        """The places of a picture's rows."""
+        """Return the places of a picture's rows."""
         i = range(len(self))[i]
-        return list(map(int, self._places[self._begins[i] : self._begins[i + 1]]))
+        return list(map(int, self._places[self._offsets[i] : self._offsets[i + 1]]))
 
-    def _checked(self, row: Row) -> Row | BadRow:
-        """The row, or why it cannot be used. UserError if it lacks a key that it should have."""
+    def _check(self, row: Row) -> Row | BadRow:
+        """Return the row, or why it cannot be used.
+
+        Raises:
+            UserError: the key column is empty.
+        """
         if not row.image:
             return BadRow(row.where, "names no picture")
         if "\0" in row.image or not is_unicode(row.image):
@@ -104,15 +119,19 @@ class ManifestSource:
             raise UserError(f"{self._table.path}: {row.where}: the {column} is empty; fill it, or rename the column")
         return row if is_unicode(row.key) else BadRow(row.where, "the key is not UTF-8")
 
-    def _kind_of_key(self, keys: bytes) -> Literal["column", "stem", "path"]:
-        """What tells the pictures apart, from the digests of their keys. UserError if their key column does not."""
-        pictures, begins = group_by_hash(keys)
-        unique = len(begins) - 1 == len(pictures)
+    def _tell_key_kind(self, keys: bytes) -> Literal["column", "stem", "path"]:
+        """Return what tells the pictures apart, given the hashes of their keys.
+
+        Raises:
+            UserError: the key column has equal keys for two pictures.
+        """
+        pictures, offsets = group_by_hash(keys)
+        unique = len(offsets) - 1 == len(pictures)
         if self._table.key_column is None:
             return "stem" if unique else "path"
         if not unique:
-            again = begins[np.flatnonzero(np.diff(begins) > 1)[0]]
-            first, second = (self._rows(i)[0] for i in pictures[again : again + 2].tolist())
+            repeated = offsets[np.flatnonzero(np.diff(offsets) > 1)[0]]
+            first, second = (self._rows(i)[0] for i in pictures[repeated : repeated + 2].tolist())
             raise UserError(
                 f"{self._table.path}: the {self._table.key_column} {self._table.key(first)!r} stands for two pictures, "
                 f"{self._table.image(first)} and {self._table.image(second)}; give each its own, or rename the column"
@@ -120,7 +139,7 @@ class ManifestSource:
         return "column"
 
     def _refuse_unreachable(self, *, only_urls: bool) -> None:
-        """Say at once when the pictures are elsewhere, rather than skip each of them."""
+        """Raise UserError at once if the pictures are elsewhere, rather than skip each of them later."""
         if only_urls:
             raise UserError(
                 f"{self._table.path}: its pictures are URLs ({self._table.image(int(self._places[0]))} ...): download "
@@ -138,7 +157,7 @@ class ManifestSource:
 
 
 def normal_path(path: str) -> str:
-    """Without ./ and doubled slashes, so that one file has one name; links and .. are left as they are."""
+    """Remove ./ and doubled slashes, so that a file has one name; links and .. are left as they are."""
     if URL.match(path) or not ("//" in path or "./" in path):
         return path
     return PurePosixPath(path).as_posix()

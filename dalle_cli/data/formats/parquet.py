@@ -1,4 +1,4 @@
-"""Parquet manifests: the pictures' paths are kept in memory, the captions read when the first of them is asked for."""
+"""Parquet manifests: paths are kept in memory, and captions are read when the first one is asked for."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from dalle_cli.errors import UserError
 
 
 class ParquetTable:
-    """A `tables.Table`; a row's place is its number. Captions are strings or lists of strings.
+    """A `tables.Table` whose places are row numbers; captions are strings or lists of strings.
 
-    Raises UserError if it cannot be read, names no picture and caption, or holds the pictures themselves.
+    Raises:
+        UserError: the file cannot be read, has no columns of pictures and captions, or holds the pictures themselves.
     """
 
     def __init__(self, path: Path) -> None:
@@ -31,18 +32,18 @@ class ParquetTable:
             columns = find_columns(schema.names)
             if columns is None:
                 raise UserError(f"{path}: has {looked_for(schema.names)}")
-            _refuse_type(path, columns.image, schema.field(columns.image).type, integers=False)
+            _check_type(path, columns.image, schema.field(columns.image).type, integers=False)
             for name in columns.captions:
                 kind = schema.field(name).type
-                _refuse_type(path, name, kind.value_type if _is_list(kind) else kind, integers=False)
+                _check_type(path, name, kind.value_type if _is_list(kind) else kind, integers=False)
             if columns.key is not None:
-                _refuse_type(path, columns.key, schema.field(columns.key).type, integers=True)
+                _check_type(path, columns.key, schema.field(columns.key).type, integers=True)
             self.key_column = columns.key
             self._caption_columns = list(columns.captions)
             self._images = PackedStrings(_strings(path, columns.image))
             self._keys = None if columns.key is None else PackedStrings(_strings(path, columns.key))
         except pa.ArrowException as error:
-            raise UserError(f"{path}: is no readable Parquet file ({str(error).splitlines()[0]})") from None
+            raise UserError(f"{path}: is not a readable Parquet file ({str(error).splitlines()[0]})") from None
 
     def rows(self) -> Iterator[Row | BadRow]:
         for place in range(len(self._images)):
@@ -62,10 +63,10 @@ class ParquetTable:
         return [text for texts in lists for text in texts if text is not None]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_texts": None}  # workers that read pictures need no captions
+        return {**self.__dict__, "_texts": None}  # workers that read pictures do not need the captions
 
     def _read_captions(self) -> list[Any]:
-        """A chunked array of each caption column, as bytes: Arrow does not check that they are UTF-8."""
+        """Return each caption column as a chunked array of bytes, since Arrow does not check that strings are UTF-8."""
         try:
             if file_state(os.stat(self.path)) != self._state:
                 raise BadSample(f"{self.path} has changed since it was indexed")
@@ -80,7 +81,7 @@ class ParquetTable:
 
 
 def _strings(path: Path, name: str) -> Iterator[str]:
-    """One column, "" for null, stripped. What is no UTF-8 gets a replacement character, and so is found nowhere."""
+    """Yield the stripped values of a column, "" for null; a path that is not UTF-8 is replaced and thus never found."""
     with pq.ParquetFile(path) as file:
         for batch in file.iter_batches(columns=[name]):
             column = batch.column(0)
@@ -92,7 +93,8 @@ def _strings(path: Path, name: str) -> Iterator[str]:
                 yield "" if value is None else value.decode("utf-8", "replace").strip()
 
 
-def _refuse_type(path: Path, name: str, kind: Any, *, integers: bool) -> None:
+def _check_type(path: Path, name: str, kind: Any, *, integers: bool) -> None:
+    """Raise UserError if a column is not text, or (where ``integers``) integers."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     if pa.types.is_struct(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):

@@ -1,4 +1,4 @@
-"""Captioned sets as they are published: COCO, CUB-200-2011, Flickr8k and Flickr30k."""
+"""Published data sets in the layout of their archives: COCO, CUB-200-2011, Flickr8k and Flickr30k."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, islice
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dalle_cli.data.formats.manifest import ManifestSource
-from dalle_cli.data.formats.tables import BadRow, DelimitedTable, Row, Table, open_delimited
+from dalle_cli.data.formats.tables import BadRow, DelimitedLayout, DelimitedTable, Row, Table, open_delimited
 from dalle_cli.data.index import PackedStrings
 from dalle_cli.data.source import is_unicode, read_caption_file
 from dalle_cli.errors import UserError
@@ -21,28 +21,42 @@ from dalle_cli.errors import UserError
 COCO_CAPTIONS = "captions_*.json"
 CUB_CAPTIONS = ("text_c10", "text")
 FLICKR_CAPTIONS = ("Flickr8k.token.txt", "results_20130124.token", "results.csv", "captions.txt")
-"""As the authors publish them, and as Kaggle does: Flickr30k's and Flickr8k's."""
+"""Names of the captions' file: two by the authors, then Kaggle's of Flickr30k and of Flickr8k."""
 FLICKR_FOLDERS = ("", "Flickr8k_text", "flickr30k_images")
-"""Where they lie in what the archives unpack to."""
+"""Folders of the unpacked archives that may hold the captions' file."""
 FLICKR_IMAGES = (
-    *("Flicker8k_Dataset", "Flickr8k_Dataset", "Flickr8k_Dataset/Flicker8k_Dataset"),  # the misspelling is theirs
+    *("Flicker8k_Dataset", "Flickr8k_Dataset", "Flickr8k_Dataset/Flicker8k_Dataset"),  # the authors' misspelling
     *("flickr30k-images", "flickr30k_images", "flickr30k_images/flickr30k_images", "Images", "images"),
 )
+"""Folders of the unpacked archives that may hold the pictures."""
 
-_PROBED = 100  # pictures whose files are looked for to find the folder they are in
+_PROBED = 100
+"""Number of pictures whose files are looked for to find their folder."""
 
 
 # --- COCO
 
 
-CocoLists = tuple[list[dict[str, Any]], list[dict[str, Any]]]
-"""The images and the annotations of a captions file."""
+class CocoLists(NamedTuple):
+    """The images and the annotations of a captions file, as the JSON holds them."""
+
+    images: list[dict[str, Any]]
+    annotations: list[dict[str, Any]]
+
+
+class CocoCaption(NamedTuple):
+    """A caption with the id of its annotation and the file name of its picture."""
+
+    id: str
+    file_name: str
+    caption: str
 
 
 class CocoTable:
-    """A `tables.Table` of a COCO captions file, sorted by the pictures' names; captions by their annotations' ids.
+    """A `tables.Table` of a COCO captions file, sorted by file name; captions are sorted by their annotations' ids.
 
-    Raises UserError if it is no such file.
+    Raises:
+        UserError: the file is not COCO's captions.
     """
 
     key_column: str | None = None
@@ -60,7 +74,7 @@ class CocoTable:
                 self._bad.append(BadRow(f"image {number}", "its file_name is not valid Unicode"))
             elif number in names:
                 self._bad.append(BadRow(f"image {number}", "the id comes again; its first picture is used"))
-            elif (reason := _leads_out(name)) is not None:
+            elif (reason := _outside_folder(name)) is not None:
                 self._bad.append(BadRow(f"image {number}", reason))
             else:
                 names[number] = name.strip()
@@ -100,19 +114,20 @@ class CocoTable:
 
 
 def open_coco(name: str, path: Path) -> ManifestSource:
-    """The captions file `path`, with its pictures where COCO's archives unpack to: train2017/ beside annotations/.
+    """Open a captions file, with its pictures where COCO's archives unpack to: train2017/ beside annotations/.
 
-    Raises UserError if it is no such file, or its pictures are not there.
+    Raises:
+        UserError: the file is not COCO's captions, or its pictures are missing.
     """
     table = CocoTable(path)
     return ManifestSource(name, "coco", table, _coco_folder(table))
 
 
-def coco_captions(path: Path) -> tuple[Path, list[tuple[str, str, str]]]:
-    """The folder of the pictures of a captions file, and of each caption its annotation's id, its picture's file name
-    and itself, in the order of ids.
+def coco_captions(path: Path) -> tuple[Path, list[CocoCaption]]:
+    """Return the folder of the pictures of a captions file, and the usable captions in the order of their ids.
 
-    Raises UserError if it is no such file, or its pictures are not there.
+    Raises:
+        UserError: the file is not COCO's captions, or its pictures are missing.
     """
     images, annotations = lists = _coco_lists(path)
     folder = _coco_folder(CocoTable(path, lists))
@@ -122,8 +137,11 @@ def coco_captions(path: Path) -> tuple[Path, list[tuple[str, str, str]]]:
         for a in annotations
         if isinstance(a.get("id"), int) and isinstance(a.get("caption"), str) and a.get("image_id") in names
     ]
-    usable = [(str(number), name, caption) for number, name, caption in sorted(found)
-              if caption and is_unicode(caption) and name and not _leads_out(name)]  # fmt: skip
+    usable = [
+        CocoCaption(str(number), name, caption)
+        for number, name, caption in sorted(found)
+        if caption and is_unicode(caption) and name and not _outside_folder(name)
+    ]
     return folder, usable
 
 
@@ -147,11 +165,11 @@ def _coco_lists(path: Path) -> CocoLists:
             f"{path}: is not COCO's captions (an object with the lists images and annotations); "
             "a manifest of JSON lines has to end in .jsonl"
         )
-    return lists[0] or [], lists[1] or []
+    return CocoLists(lists[0] or [], lists[1] or [])
 
 
 def _objects(whole: Any, name: str) -> list[dict[str, Any]] | None:
-    """The list of objects `name` in an object, None if there is none."""
+    """Return the list of objects under ``name`` in an object; None if there is none."""
     found = whole.get(name) if isinstance(whole, dict) else None
     return found if isinstance(found, list) and all(isinstance(entry, dict) for entry in found) else None
 
@@ -160,7 +178,7 @@ def _objects(whole: Any, name: str) -> list[dict[str, Any]] | None:
 
 
 class CubTable:
-    """A `tables.Table` of CUB's images.txt, whose captions are in text files of the pictures' names, one a line."""
+    """A `tables.Table` of CUB's images.txt; the captions are in a text file for each picture, one a line."""
 
     key_column: str | None = None
 
@@ -170,7 +188,7 @@ class CubTable:
         images: list[str] = []
         for i, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines()):
             number, _, image = line.strip().partition(" ")
-            reason = "is not a number and a path" if not (number.isdigit() and image) else _leads_out(image)
+            reason = "is not a number and a path" if not (number.isdigit() and image) else _outside_folder(image)
             if reason is None:
                 images.append(image)
             elif line.strip():
@@ -193,9 +211,10 @@ class CubTable:
 
 
 def open_cub(name: str, path: Path) -> ManifestSource | None:
-    """CUB-200-2011 in the folder `path`, or in CUB_200_2011/ in it; None if it is not there.
+    """Open CUB-200-2011 in a folder, or in its CUB_200_2011/; None if it is not there.
 
-    Raises UserError if its captions (published apart from its pictures) are not there.
+    Raises:
+        UserError: the captions, which are published apart from the pictures, are missing.
     """
     root = cub_root(path)
     if root is None:
@@ -204,12 +223,16 @@ def open_cub(name: str, path: Path) -> ManifestSource | None:
 
 
 def cub_root(path: Path) -> Path | None:
-    """The folder with images.txt and images/: ``path`` or CUB_200_2011/ in it; None if it is not there."""
+    """Return the folder with images.txt and images/: ``path`` or its CUB_200_2011/; None if there is none."""
     return next((root for root in (path, path / "CUB_200_2011") if _is_cub(root)), None)
 
 
 def cub_captions(name: str, root: Path) -> Path:
-    """The folder of the captions of the pictures in ``root``. Raises UserError if it is not there."""
+    """Return the folder of the captions of the pictures in ``root``.
+
+    Raises:
+        UserError: it is missing.
+    """
     places = [folder / captions for folder in (root, root.parent) for captions in CUB_CAPTIONS]
     captions = next((place for place in places if place.is_dir()), None)
     if captions is None:
@@ -231,24 +254,20 @@ def _is_cub(root: Path) -> bool:
 
 
 def open_flickr(name: str, path: Path) -> ManifestSource | None:
-    """Flickr's captions in the file `path`, with its pictures where the archives unpack to; None if it is no such file.
+    """Open a file of Flickr's captions, with its pictures where the archives unpack to; None if it is another file.
 
-    The authors' files have "picture.jpg#0", a tab and a caption in each line; Kaggle's a header.
-    Raises UserError if the pictures are not there.
+    A line of the authors' files has "picture.jpg#0", a tab and a caption; Kaggle's files have a header.
+
+    Raises:
+        UserError: the pictures are missing.
     """
     table: Table
     if path.suffix == ".token" or path.name.endswith(".token.txt"):
         if not _begins_with(path, rb"[^\t\n]+#[0-9]+\t"):
             return None
-        table = DelimitedTable(
-            *(path, "\t"),
-            width=2,
-            image=0,
-            captions=(1,),
-            header=False,
-            quoted=False,
-            image_end=re.compile(r"#[0-9]+$"),
-        )
+        numbered = re.compile(r"#[0-9]+$")
+        layout = DelimitedLayout("\t", 2, image=0, captions=(1,), header=False, quoted=False, image_suffix=numbered)
+        table = DelimitedTable(path, layout)
     elif path.name in FLICKR_CAPTIONS and _begins_with(path, rb"image(_name\| comment_number\| |,)"):
         table = open_delimited(path)
     else:
@@ -259,7 +278,7 @@ def open_flickr(name: str, path: Path) -> ManifestSource | None:
 
 
 def _image_folder(table: Table, places: Sequence[Path], archive: str) -> Path:
-    """The first of `places` that has one of the first pictures."""
+    """Return the first of ``places`` that has one of the first pictures."""
     images = [row.image for row in islice(table.rows(), _PROBED) if isinstance(row, Row)]
     for place in places:
         if place.is_dir() and any((place / image).is_file() for image in images):
@@ -274,7 +293,7 @@ def _begins_with(path: Path, pattern: bytes) -> bool:
         return re.match(pattern, file.read(1000).removeprefix(codecs.BOM_UTF8)) is not None
 
 
-def _leads_out(image: str) -> str | None:
-    """Why a path is refused that a published list has no reason to hold, or None."""
+def _outside_folder(image: str) -> str | None:
+    """Return why a path that leaves the data set's folder is rejected; None for any other path."""
     parts = PurePosixPath(image).parts
     return "its path leads out of the folder" if image.startswith("/") or ".." in parts else None

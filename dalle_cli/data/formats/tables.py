@@ -1,4 +1,7 @@
-"""Manifests that are text, CSV, TSV and JSON lines: only where each row begins is kept, and read again when needed."""
+"""Tables of pictures and captions: their interface, their column names, and CSV, TSV and JSON lines.
+
+Of a text file only the offset of each row is kept in memory; a row is read again when it is needed.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ _NUMBERED = re.compile(r"caption_?[0-9]+")
 
 @dataclass(frozen=True)
 class Columns:
-    """Names as the manifest spells them."""
+    """The columns that are used, by their names as the manifest spells them."""
 
     image: str
     captions: tuple[str, ...]
@@ -35,8 +38,9 @@ class Columns:
 
 
 def find_columns(names: Iterable[str]) -> Columns | None:
-    """The first known name of each kind, in any case; all of caption_0, caption_1, ... count. None without a picture
-    or without a caption.
+    """Find the columns by the first known name of each kind, in any case.
+
+    All of caption_0, caption_1, ... are used. Returns None if there is no column of pictures or none of captions.
     """
     spelled = {name.strip().lower(): name for name in reversed(list(names))}
     image = next((spelled[name] for name in IMAGE_COLUMNS if name in spelled), None)
@@ -49,10 +53,10 @@ def find_columns(names: Iterable[str]) -> Columns | None:
 
 
 def looked_for(found: Iterable[str]) -> str:
-    """What an error says when `find_columns` finds none."""
-    there = ", ".join(name.strip()[:40] for name in list(found)[:12]) or "none"
+    """Return the end of an error message for when ``find_columns`` finds none."""
+    names = ", ".join(name.strip()[:40] for name in list(found)[:12]) or "none"
     return (
-        f"no columns of pictures and captions (its columns: {there}; "
+        f"no columns of pictures and captions (its columns: {names}; "
         f"looked for {', '.join(IMAGE_COLUMNS)} and for {', '.join(CAPTION_COLUMNS)}, caption_0 ...)"
     )
 
@@ -66,16 +70,21 @@ URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 _DELIMITERS = (",", "\t", ";", "|")
 _MAX_LINE_BYTES = 16 << 20
-_ROWS_LOOKED_AT = 100  # to tell the columns of JSON lines, and which column of a file without a header holds paths
+_ROWS_INSPECTED = 100
+"""Number of rows from which the columns of JSON lines, or the path column of a file without a header, are told."""
 
 
 class Row(NamedTuple):
-    """A manifest's row; `image` and `key` are "" where it has none."""
+    """A manifest's row."""
 
     place: int
-    where: str  # for people: "line 17"
+    """Number by which the table finds the row again."""
+    where: str
+    """The row's name for people, such as "line 17"."""
     image: str
+    """The picture's path, "" if it is missing."""
     key: str
+    """The key, "" if it is missing."""
 
 
 class BadRow(NamedTuple):
@@ -86,30 +95,34 @@ class BadRow(NamedTuple):
 
 
 class Table(Protocol):
-    """A list of pictures and captions; what a row holds is read anew, by the row's place."""
+    """A list of pictures and captions; ``image``, ``key`` and ``captions`` read a row again by its place.
+
+    These three raise BadSample if the file cannot be read any more or has changed.
+    """
 
     path: Path
     key_column: str | None
+    """Name of the column of keys, if there is one."""
 
     def rows(self) -> Iterator[Row | BadRow]:
-        """All rows in their order."""
+        """Yield all rows in order."""
         ...
 
     def image(self, place: int) -> str:
-        """The picture's path as it is written, stripped."""
+        """Return the picture's path as written, stripped."""
         ...
 
     def key(self, place: int) -> str:
-        """What is in the key's column, stripped."""
+        """Return the value of the key column, stripped."""
         ...
 
     def captions(self, place: int) -> list[str | bytes]:
-        """The row's captions as they are written, maybe none. May raise BadSample, as may `image` and `key`."""
+        """Return the row's captions as written, which may be none."""
         ...
 
 
 class _TextTable:
-    """What the text formats share: a row's place is the byte where it begins."""
+    """The base of the text formats, in which a row's place is the offset of its first byte."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -117,7 +130,11 @@ class _TextTable:
         self._state = file_state(os.stat(path))
 
     def _open(self, place: int) -> BinaryIO:
-        """The file at a row's place. BadSample if it cannot be read, or is no longer what it was."""
+        """Open the file at a row's place.
+
+        Raises:
+            BadSample: the file cannot be read, or has changed.
+        """
         try:
             file = self.path.open("rb")
         except OSError as error:
@@ -130,31 +147,37 @@ class _TextTable:
 
 
 def file_state(found: os.stat_result) -> tuple[int, int]:
+    """Return size and time of modification, by which a changed file is noticed."""
     return found.st_size, found.st_mtime_ns
 
 
-class DelimitedTable(_TextTable):
-    """Values between delimiters. `columns` are numbers; `image_end` cuts off what stands behind a picture's name."""
+@dataclass(frozen=True)
+class DelimitedLayout:
+    """The layout of a delimited file; columns are counted from 0."""
 
-    def __init__(
-        self,
-        path: Path,
-        delimiter: str,
-        *,
-        width: int,
-        image: int,
-        captions: tuple[int, ...],
-        key: int | None = None,
-        key_column: str | None = None,
-        header: bool = True,
-        quoted: bool = True,
-        image_end: re.Pattern[str] | None = None,
-    ) -> None:
+    delimiter: str
+    width: int
+    """Number of columns."""
+    image: int
+    captions: tuple[int, ...]
+    key: int | None = None
+    key_column: str | None = None
+    """Name of the column ``key``."""
+    header: bool = True
+    """True if the first line holds the names of the columns."""
+    quoted: bool = True
+    """True if fields may be quoted, as Python's csv and pandas write them."""
+    image_suffix: re.Pattern[str] | None = None
+    """Text after a picture's name that is cut off."""
+
+
+class DelimitedTable(_TextTable):
+    """A `Table` of values between delimiters."""
+
+    def __init__(self, path: Path, layout: DelimitedLayout) -> None:
         super().__init__(path)
-        self.key_column = key_column
-        self._delimiter, self._quoted, self._header = delimiter, quoted, header
-        self._width, self._image, self._captions, self._key = width, image, captions, key
-        self._image_end = image_end
+        self.key_column = layout.key_column
+        self._layout = layout
 
     def rows(self) -> Iterator[Row | BadRow]:
         with self._open(0) as file:
@@ -165,48 +188,50 @@ class DelimitedTable(_TextTable):
                     for fields in self._records(lines):
                         place, number = at
                         at = lines.at, lines.number
-                        if (self._header and number == 1) or not fields:
+                        if (self._layout.header and number == 1) or not fields:
                             continue
                         where = f"line {number}"
-                        if len(fields) != self._width:
-                            yield BadRow(where, f"has {len(fields)} fields, not {self._width}")
+                        if len(fields) != self._layout.width:
+                            yield BadRow(where, f"has {len(fields)} fields, not {self._layout.width}")
                         else:
-                            key = "" if self._key is None else fields[self._key].strip()
-                            yield Row(place, where, self._name(fields), key)
+                            yield Row(place, where, self._image_name(fields), self._key(fields))
                     return
                 except csv.Error as error:
                     yield BadRow(f"line {at[1]}", f"is not well-formed ({error})")
-                    # Nothing says where the record was meant to end: the next line begins the next one.
-                    lines.go_behind(*at)
+                    # The record's end is unknown, so the next line is taken to begin the next record.
+                    lines.seek_after(*at)
                     at = lines.at, lines.number
 
     def image(self, place: int) -> str:
-        return self._name(self._fields(place))
+        return self._image_name(self._fields(place))
 
     def key(self, place: int) -> str:
-        return "" if self._key is None else self._fields(place)[self._key].strip()
+        return self._key(self._fields(place))
 
     def captions(self, place: int) -> list[str | bytes]:
         fields = self._fields(place)
-        texts = [fields[column] for column in self._captions]
+        texts = [fields[column] for column in self._layout.captions]
         return [text if is_unicode(text) else text.encode("utf-8", "surrogateescape") for text in texts]
 
-    def _name(self, fields: list[str]) -> str:
-        name = fields[self._image].strip()
-        return name if self._image_end is None else self._image_end.sub("", name)
+    def _image_name(self, fields: list[str]) -> str:
+        name = fields[self._layout.image].strip()
+        return name if self._layout.image_suffix is None else self._layout.image_suffix.sub("", name)
+
+    def _key(self, fields: list[str]) -> str:
+        return "" if self._layout.key is None else fields[self._layout.key].strip()
 
     def _fields(self, place: int) -> list[str]:
         with self._open(place) as file:
             return next(self._records(_Lines(file)))
 
     def _records(self, lines: Iterator[str]) -> Iterator[list[str]]:
-        if self._quoted:
-            return csv.reader(lines, delimiter=self._delimiter, strict=True)
-        return csv.reader(lines, delimiter=self._delimiter, quoting=csv.QUOTE_NONE, strict=True)
+        if self._layout.quoted:
+            return csv.reader(lines, delimiter=self._layout.delimiter, strict=True)
+        return csv.reader(lines, delimiter=self._layout.delimiter, quoting=csv.QUOTE_NONE, strict=True)
 
 
 class _Lines:
-    """A file's lines as csv.reader wants them, counted; a byte order mark is passed over."""
+    """An iterator of a file's lines for csv.reader, which counts them and skips a byte order mark."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -229,21 +254,22 @@ class _Lines:
         except UnicodeDecodeError:
             return line.decode("utf-8", "surrogateescape")
 
-    def go_behind(self, at: int, number: int) -> None:
-        """To the line after the one that begins at byte `at`."""
+    def seek_after(self, at: int, number: int) -> None:
+        """Continue after the line that begins at byte ``at``."""
         self._file.seek(at)
         self.at, self.number = at, number
         next(self, None)
 
 
 def open_delimited(path: Path) -> DelimitedTable:
-    """A CSV or TSV file by its header, or a TSV of Conceptual Captions' layout, which has none.
+    """Open a CSV or TSV file with a header, or a TSV in Conceptual Captions' layout, which has none.
 
-    With a header, the delimiter is whichever of comma, tab, semicolon and bar makes its names known ones, and fields
-    may be quoted as Python's csv and pandas write them. Without one, two fields a line, a caption and a path or URL in
-    either order, between them a tab, and quotes are ordinary letters.
+    With a header, the delimiter is that of comma, tab, semicolon and bar for which ``find_columns`` knows the names,
+    and fields may be quoted. Without a header, a line has a caption and a path or URL in either order with a tab
+    between them, and quotes are ordinary characters.
 
-    Raises UserError if it is neither.
+    Raises:
+        UserError: the file has neither layout.
     """
     names: list[str] = []
     first = first_line(path)
@@ -254,23 +280,28 @@ def open_delimited(path: Path) -> DelimitedTable:
             raise UserError(f"{path}: line 1 is not well-formed ({error})") from None
         names = fields if len(fields) > len(names) else names
         if (found := find_columns(fields)) is not None:
-            at = fields.index
-            return DelimitedTable(
-                path,
+            column = fields.index
+            layout = DelimitedLayout(
                 delimiter,
                 width=len(fields),
-                image=at(found.image),
-                captions=tuple(map(at, found.captions)),
-                key=None if found.key is None else at(found.key),
+                image=column(found.image),
+                captions=tuple(map(column, found.captions)),
+                key=None if found.key is None else column(found.key),
                 key_column=found.key,
             )
+            return DelimitedTable(path, layout)
     if (image := _path_column(path)) is not None:
-        return DelimitedTable(path, "\t", width=2, image=image, captions=(1 - image,), header=False, quoted=False)
+        layout = DelimitedLayout("\t", width=2, image=image, captions=(1 - image,), header=False, quoted=False)
+        return DelimitedTable(path, layout)
     raise UserError(f"{path}: line 1 names {looked_for(names)}")
 
 
 def first_line(path: Path) -> str:
-    """Without the byte order mark. UserError if the file is empty, or its beginning is not UTF-8."""
+    """Return a file's first line, without the byte order mark.
+
+    Raises:
+        UserError: the line is empty or not UTF-8.
+    """
     with path.open("rb") as file:
         line = file.readline(1 << 16).removeprefix(codecs.BOM_UTF8)
     try:
@@ -283,12 +314,12 @@ def first_line(path: Path) -> str:
 
 
 def _path_column(path: Path) -> int | None:
-    """Which of the two columns of a TSV without a header holds paths or URLs; None if neither does, or both."""
+    """Return which of the two columns of a TSV without a header holds paths or URLs; None if neither or both do."""
     rows = []
     with path.open("rb") as file:
         for line in _Lines(file):
             rows.append(line.rstrip("\r\n").split("\t"))
-            if len(rows) == _ROWS_LOOKED_AT:
+            if len(rows) == _ROWS_INSPECTED:
                 break
     rows = [row for row in rows if len(row) == 2]
     paths = [sum(_is_path(row[column].strip(), path.parent) for row in rows) for column in (0, 1)]
@@ -302,9 +333,10 @@ def _is_path(text: str, folder: Path) -> bool:
 
 
 class JsonLinesTable(_TextTable):
-    """One JSON object a line; its fields are found as a header's are, in any of the first rows.
+    """A `Table` of one JSON object a line, whose columns are the fields of the first objects.
 
-    Raises UserError if they name no picture and caption.
+    Raises:
+        UserError: no field is known as one of pictures, or none as one of captions.
     """
 
     def __init__(self, path: Path) -> None:
@@ -312,7 +344,7 @@ class JsonLinesTable(_TextTable):
         names: dict[str, None] = {}
         for i, (_, _, fields) in enumerate(self._objects()):
             names |= dict.fromkeys(fields if isinstance(fields, dict) else ())
-            if i == _ROWS_LOOKED_AT:
+            if i == _ROWS_INSPECTED:
                 break
         columns = find_columns(names)
         if columns is None:
@@ -341,7 +373,7 @@ class JsonLinesTable(_TextTable):
         return [text for texts in lists for text in texts if isinstance(text, str)]
 
     def _objects(self) -> Iterator[tuple[int, int, dict[str, Any] | str]]:
-        """(place, line's number, the object or what is wrong) of each line that is not empty."""
+        """Yield (place, line number, the object or what is wrong with it) of each line that is not empty."""
         with self._open(0) as file:
             place = number = 0
             while line := file.readline(_MAX_LINE_BYTES):

@@ -1,7 +1,7 @@
-"""WebDataset tar shards: samples are members of one name, an image and a .txt or .json beside it.
+"""WebDataset tar shards: a sample consists of members of the same name, an image and a .txt or .json.
 
-The index is made from the members' headers alone; a sample's bytes are read from their place in the shard, and
-nothing is ever unpacked.
+The index is made from the members' headers alone. A sample's bytes are read from their offset in the shard; nothing is
+unpacked.
 """
 
 from __future__ import annotations
@@ -34,19 +34,26 @@ from dalle_cli.data.source import (
 from dalle_cli.errors import UserError
 from dalle_cli.progress import progress
 
-CAPTION_FIELDS = ("captions", "caption", "text", "name")  # of a sample's .json, the first that holds text
+CAPTION_FIELDS = ("captions", "caption", "text", "name")
+"""Fields of a sample's .json that may hold captions; the first that holds text is used."""
 
-_IMAGE, _TEXT, _JSON = range(3)  # the roles of a sample's members
-_BLOCK = 512  # a tar archive is made of these
-_MAX_HEADER_BYTES = 1 << 20  # of a long name or of pax records
-_NONE = -1  # the size of a member that a sample lacks
-_MANY_SHARDS = 32  # from here on the index's progress is shown
+_IMAGE, _TEXT, _JSON = range(3)
+"""Roles of a sample's members."""
+_BLOCK = 512
+"""Size of a tar archive's blocks in bytes."""
+_MAX_HEADER_BYTES = 1 << 20
+"""Largest accepted header, which may hold a long name or pax records."""
+_NONE = -1
+"""Size recorded for a member that a sample lacks."""
+_MANY_SHARDS = 32
+"""Number of shards from which progress of indexing is shown."""
 
 
 class _Member(NamedTuple):
-    """A usable member of a shard; `run` numbers the runs of neighbours with the same key."""
+    """A usable member of a shard."""
 
     run: int
+    """Number of the run of consecutive members with the same key."""
     role: int
     extension: str
     offset: int
@@ -54,12 +61,15 @@ class _Member(NamedTuple):
 
 
 class WebDatasetSource:
-    """Samples of one or several shards, sorted by key: the member's path without the last extension.
+    """The samples of one or several shards, sorted by key.
 
-    With several shards it follows the shard's own name: "shapes-00001/00001234". Members of one key may lie
-    apart in a shard; if a kind of member comes twice, the key's first sample counts and the rest is left out.
-    The captions are the lines of the .txt; where there is none, what the .json holds in the first of CAPTION_FIELDS,
-    a string or a list of them.
+    A key is the member's path without the last extension. With several shards the shard's name precedes it, as in
+    "shapes-00001/00001234". Members of a key may lie apart in a shard; if a role comes twice, the key's first sample
+    is used and the rest is left out. The captions are the lines of the .txt, or else the text (a string or a list) in
+    the first of CAPTION_FIELDS of the .json.
+
+    Raises:
+        UserError: there is no sample.
     """
 
     format = "webdataset"
@@ -75,10 +85,10 @@ class WebDatasetSource:
         with progress("index", len(shards), "shards") if many else nullcontext() as bar:
             for path, label in zip(shards, _labels(shards), strict=True):
                 prefix = f"{label}/" if len(shards) > 1 else ""
-                found = _index(path, prefix, label, self.skipped)
-                keys += found[0]
-                counts.append(len(found[0]))
-                spans.append(found[1])
+                shard_keys, shard_spans = _index(path, prefix, label, self.skipped)
+                keys += shard_keys
+                counts.append(len(shard_keys))
+                spans.append(shard_spans)
                 if bar is not None:
                     bar.advance()
         if not keys:
@@ -87,10 +97,10 @@ class WebDatasetSource:
             raise UserError(f"{name}: no samples found (looked for members ending in {kinds} in .tar shards){why}")
         order = argsort_strings(keys)
         shard_of = np.repeat(np.arange(len(shards), dtype=np.int32), counts)
-        again = {second for first, second in pairwise(order) if keys[first] == keys[second]}
-        for i in sorted(again):
+        repeated = {second for first, second in pairwise(order) if keys[first] == keys[second]}
+        for i in sorted(repeated):
             self.skipped.append((keys[i], f"the key comes again in {self._shards[shard_of[i]]}"))
-        order = [i for i in order if i not in again]
+        order = [i for i in order if i not in repeated]
         self._keys = PackedStrings(keys[i] for i in order)
         self._shard_of = shard_of[order]
         self._spans = np.concatenate(spans)[order]
@@ -120,7 +130,7 @@ class WebDatasetSource:
         if size > limit:
             raise BadSample(f"the {what} is larger than {limit >> 20} MiB")
         try:
-            # Opened for each read: no handle to share between threads, forks and pickled copies.
+            # Opened for each read, so that threads, forks and pickled copies share no handle.
             file = os.open(path, os.O_RDONLY)
             try:
                 data = os.pread(file, size, offset)
@@ -134,15 +144,16 @@ class WebDatasetSource:
 
 
 def _labels(shards: Sequence[Path]) -> list[str]:
-    """Each shard's name for keys: its stem, or its path below the folder that all shards share."""
+    """Return each shard's name for keys: its path, without the extension, below the folder that all shards share."""
     common = Path(os.path.commonpath([path.parent for path in shards]))
     return [path.relative_to(common).with_suffix("").as_posix() for path in shards]
 
 
 def _index(path: Path, prefix: str, label: str, skipped: list[tuple[str, str]]) -> tuple[list[str], np.ndarray]:
-    """Keys of one shard's samples and their members' (offset, size), (samples, 3, 2) int64.
+    """Index one shard; append what cannot be used to ``skipped``.
 
-    What cannot be used goes to `skipped`.
+    Returns:
+        The samples' keys and their members' (offset, size) by role, (samples, 3, 2) int64.
     """
     groups: dict[str, list[_Member]] = {}
     run, last = 0, ""
@@ -156,32 +167,32 @@ def _index(path: Path, prefix: str, label: str, skipped: list[tuple[str, str]]) 
             continue
         key, extension = split_extension(name)
         role = _IMAGE if extension in IMAGE_EXTENSIONS else {"txt": _TEXT, "json": _JSON}.get(extension)
-        if (reason := _refusal(header, name, size_on_disk)) is not None:
+        if (reason := _rejection(header, name, size_on_disk)) is not None:
             skipped.append((prefix + printable(name), reason))
         elif role is not None:
             run += key != last
             last = key
-            found = _Member(run, role, name[len(key) + 1 :], header.offset_data, header.size)
-            groups.setdefault(key, []).append(found)
+            member = _Member(run, role, name[len(key) + 1 :], header.offset_data, header.size)
+            groups.setdefault(key, []).append(member)
 
     keys: list[str] = []
     spans = np.full((len(groups), 3, 2), _NONE, np.int64)
     for key, members in groups.items():
-        kept = _without_duplicates(members)
-        if len(kept) < len(members):
-            names = ", ".join(sorted({f"{key}.{member.extension}" for member in members if member not in kept}))
+        unique = _without_duplicates(members)
+        if len(unique) < len(members):
+            names = ", ".join(sorted({f"{key}.{member.extension}" for member in members if member not in unique}))
             skipped.append((prefix + key, f"the key comes again: its first sample is used, not the later {names}"))
-        if not any(member.role == _IMAGE for member in kept):
+        if not any(member.role == _IMAGE for member in unique):
             skipped.append((prefix + key, "a caption without an image"))
             continue
-        for member in kept:
+        for member in unique:
             spans[len(keys), member.role] = member.offset, member.size
         keys.append(prefix + key)
     return keys, spans[: len(keys)]
 
 
 class _HeaderFile(io.BufferedReader):
-    """A shard as tarfile sees it, which reads whole headers into memory however large they say they are."""
+    """A file for tarfile that refuses to read absurdly large headers, which tarfile would read into memory."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or not 0 <= size <= _MAX_HEADER_BYTES:
@@ -190,7 +201,7 @@ class _HeaderFile(io.BufferedReader):
 
 
 def _headers(path: Path) -> Iterator[tarfile.TarInfo | str]:
-    """The headers of a shard's members; behind them, if something is wrong with the archive as a whole, what."""
+    """Yield the headers of a shard's members, then, if the archive is damaged, a message."""
     found = False
     try:
         with _HeaderFile(io.FileIO(path)) as file, tarfile.open(fileobj=file, mode="r:") as tar:
@@ -201,17 +212,18 @@ def _headers(path: Path) -> Iterator[tarfile.TarInfo | str]:
             file.seek(tar.offset)
             block = file.read(_BLOCK)
     except (tarfile.TarError, OSError, ValueError) as error:
-        if found:  # the last member's data or the header behind it
+        if found:  # the last member's data or the header after it is damaged
             yield f"the archive is cut short or damaged ({error}); what precedes is used"
         else:
             yield f"not a readable tar archive ({error}); a compressed one has to be unpacked first"
         return
-    # tarfile takes a damaged header for the end; the true end is a block of zeros.
+    # tarfile takes a damaged header for the end of the archive; the true end is a block of zeros.
     if len(block) < _BLOCK or block.strip(b"\0"):
         yield f"the archive is cut short or damaged at byte {tar.offset}; what precedes is used"
 
 
-def _refusal(member: tarfile.TarInfo, name: str, size_on_disk: int) -> str | None:
+def _rejection(member: tarfile.TarInfo, name: str, size_on_disk: int) -> str | None:
+    """Return why a member cannot be used; None if it can."""
     if member.issym() or member.islnk():
         return "a link"
     if not member.isreg() or member.issparse():
@@ -226,7 +238,7 @@ def _refusal(member: tarfile.TarInfo, name: str, size_on_disk: int) -> str | Non
 
 
 def _without_duplicates(members: list[_Member]) -> list[_Member]:
-    """All members if each role comes once; otherwise the first of each role in the key's first run."""
+    """Return all members if each role comes once, otherwise the first of each role in the key's first run."""
     if len({member.role for member in members}) == len(members):
         return members
     first: dict[int, _Member] = {}
@@ -237,7 +249,11 @@ def _without_duplicates(members: list[_Member]) -> list[_Member]:
 
 
 def _json_captions(data: bytes) -> list[str]:
-    """The first of CAPTION_FIELDS that holds text: a string, or a list of them."""
+    """Return the captions in the first of CAPTION_FIELDS that holds a string or a list of strings.
+
+    Raises:
+        BadSample: there is none.
+    """
     try:
         fields = json.loads(data)
     except (ValueError, RecursionError) as error:

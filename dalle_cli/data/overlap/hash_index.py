@@ -1,7 +1,7 @@
-"""Search for hashes near to given ones without comparing all with all.
+"""Search for the hashes near given ones without comparing all with all.
 
-Multi-index hashing (Norouzi et al. 2012): two hashes that differ in few bits agree, up to one bit, in one of their
-four parts of 16 bits; so only hashes that share such a part are compared.
+This is multi-index hashing (Norouzi et al. 2012): of the four 16-bit parts of two hashes that differ in few bits, one
+pair differs in at most one bit, so that only hashes that share a part, up to one bit, are compared.
 """
 
 from __future__ import annotations
@@ -12,25 +12,31 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-NEAR = 10
-"""Bits in which two hashes may differ. Up to 7 none is missed: of four parts, one then differs in at most 1 bit."""
+MAX_DISTANCE = 10
+"""Number of bits in which two near hashes may differ.
+
+Up to 7 bits no pair is missed, since one of the four parts then differs in at most one bit.
+"""
 PARTS = 4
 PART_BITS = 16
 _FLIPS = np.array([0, *(1 << bit for bit in range(PART_BITS))], dtype=np.int64)
-_AT_ONCE = 1 << 21
-"""Candidates compared at once; bounds memory when many pictures share a part."""
+_CANDIDATES_AT_ONCE = 1 << 21
+"""Number of candidates compared at once, which bounds memory when many hashes share a part."""
 
 
-class Near(NamedTuple):
-    """Pairs found: ``probe`` and ``row`` (n,) int64, ``distance`` (n,) in bits; each pair once or more often."""
+class NearPairs(NamedTuple):
+    """Pairs of a probe and a row of the index; a pair may occur several times."""
 
     probe: NDArray[np.int64]
+    """(n,)."""
     row: NDArray[np.int64]
+    """(n,)."""
     distance: NDArray[np.uint8]
+    """(n,) number of bits in which the hashes differ."""
 
 
 class HashIndex:
-    """Sorted by each of its parts; ``hashes`` (n,) uint64."""
+    """An index of ``hashes`` (n,) uint64, sorted by each of their parts."""
 
     def __init__(self, hashes: NDArray[np.uint64]) -> None:
         self.hashes = hashes
@@ -41,8 +47,8 @@ class HashIndex:
             counts = np.bincount(values, minlength=1 << PART_BITS)
             self._first.append(np.concatenate([[0], np.cumsum(counts)]))
 
-    def near(self, probes: NDArray[np.uint64]) -> Iterator[Near]:
-        """Rows whose hash differs in at most NEAR bits, in pieces: all up to 7 bits, most of those beyond."""
+    def near(self, probes: NDArray[np.uint64]) -> Iterator[NearPairs]:
+        """Yield, in chunks, the rows within MAX_DISTANCE of each probe: all up to 7 bits, most of those beyond."""
         for part in range(PARTS):
             order, first = self._order[part], self._first[part]
             values = _part(probes, part)
@@ -53,16 +59,16 @@ class HashIndex:
                 at = 0
                 while at < len(probes):
                     before = total[at - 1] if at else 0
-                    stop = max(at + 1, int(np.searchsorted(total, before + _AT_ONCE, side="right")))
+                    stop = max(at + 1, int(np.searchsorted(total, before + _CANDIDATES_AT_ONCE, side="right")))
                     probe = np.repeat(np.arange(at, stop), counts[at:stop])
                     place = np.arange(len(probe)) + np.repeat(
                         start[at:stop] - (total[at:stop] - counts[at:stop] - before), counts[at:stop]
                     )
                     row = order[place]
                     distance = np.bitwise_count(probes[probe] ^ self.hashes[row])
-                    kept = distance <= NEAR
-                    if kept.any():
-                        yield Near(probe[kept], row[kept].astype(np.int64), distance[kept])
+                    near = distance <= MAX_DISTANCE
+                    if near.any():
+                        yield NearPairs(probe[near], row[near].astype(np.int64), distance[near])
                     at = stop
 
 

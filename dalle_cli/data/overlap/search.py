@@ -1,7 +1,7 @@
-"""Near-duplicates between two sources, or within one: copies that were re-encoded, rescaled or slightly cropped.
+"""Near-duplicates between two sources or within one: copies that were re-encoded, rescaled or slightly cropped.
 
-Perceptual hashes find candidates, a comparison of thumbnails decides. Pictures that are mirrored, turned, cropped by
-more than about 5 % a side or drawn over are not found, nor are those of one colour.
+Perceptual hashes find candidates, and a comparison of thumbnails decides. Pictures that are mirrored, turned, cropped
+by more than about 5 % at a side or drawn over are not found, nor are pictures of one colour.
 """
 
 from __future__ import annotations
@@ -32,46 +32,55 @@ from dalle_cli.data.source import Source
 from dalle_cli.data.workers import map_blocks, split_blocks
 from dalle_cli.progress import progress
 
-SIMILAR = 0.8
-"""Similarity from which pictures count as near-duplicates."""
-_WORTH_A_LOOK = 0.3
-"""Similarity of the candidate's own view from which its neighbours are tried too: of 11,792 altered copies that reach
-SIMILAR, photographs, textures and drawings, none had less."""
+SIMILARITY_THRESHOLD = 0.8
+"""Similarity from which two pictures count as near-duplicates."""
+_CANDIDATE_THRESHOLD = 0.3
+"""Similarity of the nearest view from which all other views are compared too.
+
+Of 11,792 altered copies (photographs, textures and drawings) that reach SIMILARITY_THRESHOLD, none was below it.
+"""
 _BLOCK = 128
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """A source's thumbnails, each different one once."""
+class UniquePictures:
+    """The distinct comparable pictures of a source, each by the first of the rows with an equal thumbnail."""
 
     thumbnails: Thumbnails
+    """Thumbnails of all rows of the source, (n, SIDE, SIDE, 3) uint8."""
     rows: NDArray[np.int64]
-    """(m,) the comparable rows, the first of those with equal thumbnails."""
-    first: NDArray[np.int64]
-    """(n,) for each row the place in ``rows`` of its equal; -1 where a row cannot be compared."""
+    """(m,) row of each distinct picture."""
+    picture_of_row: NDArray[np.int64]
+    """(n,) index in ``rows`` of each row's picture; -1 where a row cannot be compared."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
     def incomparable(self) -> int:
-        return int((self.first < 0).sum())
+        """Number of rows that cannot be compared."""
+        return int((self.picture_of_row < 0).sum())
 
-    def at(self, places: NDArray[np.int64] | range) -> Thumbnails:
-        return self.thumbnails[self.rows[places]]
+    def thumbnails_of(self, pictures: NDArray[np.int64] | range) -> Thumbnails:
+        """Return the thumbnails of pictures given by their indices in ``rows``."""
+        return self.thumbnails[self.rows[pictures]]
 
 
 class Pairs(NamedTuple):
-    """Near-duplicates as places in two ``Pictures``: ``a``, ``b``, ``distance`` in bits, ``similarity``, all (n,)."""
+    """Near-duplicates as indices of pictures in two ``UniquePictures``."""
 
     a: NDArray[np.int64]
+    """(n,)."""
     b: NDArray[np.int64]
+    """(n,)."""
     distance: NDArray[np.int64]
+    """(n,) number of bits in which the hashes differ."""
     similarity: NDArray[np.float32]
+    """(n,)."""
 
 
 class Match(NamedTuple):
-    """A row of the first source and the row that it is a near-duplicate of."""
+    """A row of the first source and the row of the other source that it is a near-duplicate of."""
 
     row: int
     other: int
@@ -81,18 +90,20 @@ class Match(NamedTuple):
 
 @dataclass(frozen=True)
 class Overlap:
-    """What was compared, and one match for each row of ``source`` that has any, by row."""
+    """The near-duplicates found in ``source``."""
 
     source: Source
     other: Source
-    """``source`` itself where it was compared with itself."""
+    """The source compared with; ``source`` itself if it was compared with itself."""
     incomparable: int
+    """Number of rows of ``source`` that cannot be compared: unreadable, or of one colour."""
     matches: list[Match]
+    """One match for each row of ``source`` that has any, by row."""
     others: int
-    """Rows of ``other`` that are a near-duplicate of any."""
+    """Number of rows of ``other`` that are a near-duplicate of any row of ``source``."""
 
-    def lines(self) -> str:
-        """JSON Lines, one a match."""
+    def to_json_lines(self) -> str:
+        """Return a line of JSON for each match."""
         lines = []
         for match in self.matches:
             key, other = self.source.key(match.row), self.other.key(match.other)
@@ -101,39 +112,53 @@ class Overlap:
         return "".join(lines)
 
     def summary(self) -> str:
-        """One line for people."""
+        """Return one line for people."""
         if self.source is self.other:
-            told = f"{len(self.matches):,} of {len(self.source):,} pictures repeat {self.others:,} earlier ones"
+            result = f"{len(self.matches):,} of {len(self.source):,} pictures repeat {self.others:,} earlier ones"
         else:
-            told = (
+            result = (
                 f"{len(self.matches):,} of {len(self.source):,} pictures are near-duplicates of {self.others:,} of "
                 f"{len(self.other):,} in {self.other.name}"
             )
         left = f"; {self.incomparable:,} not compared (unreadable, or of one colour)" if self.incomparable else ""
-        return f"{self.source.name}: {told}{left}"
+        return f"{self.source.name}: {result}{left}"
 
 
 def find_overlap(
-    train: Source, other: Source | None, cache: Path, *, max_pixels: int, workers: int, similar: float = SIMILAR
+    train: Source,
+    other: Source | None,
+    cache: Path,
+    *,
+    max_pixels: int,
+    workers: int,
+    threshold: float = SIMILARITY_THRESHOLD,
 ) -> Overlap:
-    """The rows of ``train`` with a near-duplicate in ``other``, each with the one it is most like.
+    """Find the rows of ``train`` with a near-duplicate in ``other``, each with the most similar one.
 
-    Without ``other``, the rows of ``train`` that are near-duplicates of an earlier row which is none itself: leaving
-    them out leaves one of each. Thumbnails of both are kept in ``cache``.
+    Without ``other``, find the rows of ``train`` that repeat an earlier row which is not itself such a repeat: leaving
+    out the found rows keeps one picture of each group.
+
+    Args:
+        train: The source whose rows are matched.
+        other: The source to compare with.
+        cache: Folder in which the thumbnails of both are kept.
+        max_pixels: Number of pixels above which a picture is not read.
+        workers: Number of processes.
+        threshold: Smallest similarity of near-duplicates.
 
     Raises:
         UserError: see ``read_thumbnails``.
     """
     a = read_pictures(train, cache, max_pixels=max_pixels, workers=workers)
     b = None if other is None else read_pictures(other, cache, max_pixels=max_pixels, workers=workers)
-    pairs = near_duplicates(a, b, workers=workers, similar=similar)
-    matches = _later_of_each(a, pairs) if b is None else _nearest(a, b, pairs)
-    others = len({match.other for match in matches}) if b is None else int(np.isin(b.first, pairs.b).sum())
+    pairs = near_duplicates(a, b, workers=workers, threshold=threshold)
+    matches = repeats(a, pairs) if b is None else _most_similar(a, b, pairs)
+    others = len({match.other for match in matches}) if b is None else int(np.isin(b.picture_of_row, pairs.b).sum())
     return Overlap(train, other or train, a.incomparable, matches, others)
 
 
-def read_pictures(source: Source, cache: Path, *, max_pixels: int, workers: int) -> Pictures:
-    """The source's thumbnails, read, and equal ones joined."""
+def read_pictures(source: Source, cache: Path, *, max_pixels: int, workers: int) -> UniquePictures:
+    """Read the source's thumbnails and join the equal ones."""
     thumbnails = read_thumbnails(source, cache, max_pixels=max_pixels, workers=workers)
     usable = np.empty(len(thumbnails), bool)
     digests = bytearray()
@@ -142,96 +167,110 @@ def read_pictures(source: Source, cache: Path, *, max_pixels: int, workers: int)
         usable[block.start : block.stop] = comparable(part)
         for picture in part:
             digests += blake2b(picture, digest_size=HASH_BYTES).digest()
-    items, begins = group_by_hash(digests)
-    firsts = items[begins[:-1]]
-    kept = usable[firsts]
-    first = np.empty(len(thumbnails), dtype=np.int64)
-    first[items] = np.repeat(np.where(kept, np.cumsum(kept) - 1, -1), np.diff(begins))
-    return Pictures(thumbnails, firsts[kept], first)
+    items, offsets = group_by_hash(digests)
+    first_rows = items[offsets[:-1]]
+    usable_groups = usable[first_rows]
+    picture_of_row = np.empty(len(thumbnails), dtype=np.int64)
+    picture_of_group = np.where(usable_groups, np.cumsum(usable_groups) - 1, -1)
+    picture_of_row[items] = np.repeat(picture_of_group, np.diff(offsets))
+    return UniquePictures(thumbnails, first_rows[usable_groups], picture_of_row)
 
 
-def near_duplicates(a: Pictures, b: Pictures | None, *, workers: int, similar: float = SIMILAR) -> Pairs:
-    """All pairs, each once, ordered by ``a`` and ``b``; without ``b`` those within ``a``, with a > b."""
-    searches = [_Search(a, b or a, similar)] if b is None else [_Search(a, b, similar), _Search(b, a, similar)]
+def near_duplicates(
+    a: UniquePictures, b: UniquePictures | None, *, workers: int, threshold: float = SIMILARITY_THRESHOLD
+) -> Pairs:
+    """Return each near-duplicate pair once, ordered by ``a`` and ``b``; without ``b``, pairs in ``a`` with a > b."""
+    searches = [_Search(a, a, threshold)] if b is None else [_Search(a, b, threshold), _Search(b, a, threshold)]
     found: list[Pairs] = []
     with progress("overlap", sum(len(search.whole) for search in searches), "pictures") as bar:
-        for turned, search in enumerate(searches):
+        for swapped, search in enumerate(searches):
             blocks = split_blocks(range(len(search.whole)), _BLOCK)
             for block, pairs in zip(blocks, map_blocks(search, blocks, workers), strict=True):
-                found.append(Pairs(pairs.b, pairs.a, pairs.distance, pairs.similarity) if turned else pairs)
+                found.append(Pairs(pairs.b, pairs.a, pairs.distance, pairs.similarity) if swapped else pairs)
                 bar.advance(len(block))
-    one, two = (np.concatenate([np.empty(0, np.int64), *(pairs[i] for pairs in found)]) for i in (0, 1))
+    first, second = (np.concatenate([np.empty(0, np.int64), *(pairs[i] for pairs in found)]) for i in (0, 1))
     distance = np.concatenate([np.empty(0, np.int64), *(pairs.distance for pairs in found)])
-    likeness = np.concatenate([np.empty(0, np.float32), *(pairs.similarity for pairs in found)])
+    score = np.concatenate([np.empty(0, np.float32), *(pairs.similarity for pairs in found)])
     if b is None:
-        one, two = np.maximum(one, two), np.minimum(one, two)
-    order = np.lexsort((distance, -likeness, two, one))
+        first, second = np.maximum(first, second), np.minimum(first, second)
+    order = np.lexsort((distance, -score, second, first))
     best = np.ones(len(order), bool)
-    best[1:] = (np.diff(one[order]) != 0) | (np.diff(two[order]) != 0)
+    best[1:] = (np.diff(first[order]) != 0) | (np.diff(second[order]) != 0)
     order = order[best]
-    return Pairs(one[order], two[order], distance[order], likeness[order])
+    return Pairs(first[order], second[order], distance[order], score[order])
 
 
 class _Search:
-    """Pairs of a block of ``whole`` with pictures of ``cut`` that are like a view of them."""
+    """Finds pairs of a block of ``whole`` and pictures of ``cropped`` that are similar to a view of the former."""
 
-    def __init__(self, whole: Pictures, cut: Pictures, similar: float) -> None:
-        self.whole, self.cut, self.similar = whole, cut, similar
-        parts = [hashes(cut.at(block)) for block in split_blocks(range(len(cut)), _BLOCK)]
+    def __init__(self, whole: UniquePictures, cropped: UniquePictures, threshold: float) -> None:
+        self.whole, self.cropped, self.threshold = whole, cropped, threshold
+        parts = [hashes(cropped.thumbnails_of(block)) for block in split_blocks(range(len(cropped)), _BLOCK)]
         self._index = HashIndex(np.concatenate(parts) if parts else np.empty(0, np.uint64))
 
     def __call__(self, block: range) -> Pairs:
-        probe, row, view, distance = self._candidates(view_hashes(self.whole.at(block)))
-        one = probe + block.start
-        if self.whole is self.cut:
-            other = one != row
-            one, row, view, distance = one[other], row[other], view[other], distance[other]
-        likeness = np.empty(len(one), np.float32)
-        for at in range(0, len(one), _BLOCK):
-            part = slice(at, at + _BLOCK)
-            whole, cut = self.whole.at(one[part]), self.cut.at(row[part])
-            likeness[part] = similarity_of_view(whole, cut, view[part])
-            worth = likeness[part] >= _WORTH_A_LOOK
-            likeness[part][worth] = similarity(whole[worth], cut[worth])
-        like = likeness >= self.similar
-        return Pairs(one[like], row[like], distance[like], likeness[like])
+        candidates = self._candidates(view_hashes(self.whole.thumbnails_of(block)))
+        first = candidates.probe + block.start
+        second, view, distance = candidates.row, candidates.view, candidates.distance
+        if self.whole is self.cropped:
+            different = first != second
+            first, second, view, distance = first[different], second[different], view[different], distance[different]
+        score = np.empty(len(first), np.float32)
+        for start in range(0, len(first), _BLOCK):
+            part = slice(start, start + _BLOCK)
+            whole, cropped = self.whole.thumbnails_of(first[part]), self.cropped.thumbnails_of(second[part])
+            score[part] = similarity_of_view(whole, cropped, view[part])
+            promising = score[part] >= _CANDIDATE_THRESHOLD
+            score[part][promising] = similarity(whole[promising], cropped[promising])
+        similar = score >= self.threshold
+        return Pairs(first[similar], second[similar], distance[similar], score[similar])
 
-    def _candidates(self, views: Hashes) -> tuple[NDArray[np.int64], ...]:
-        """(picture, row, view, distance) of each pair with near hashes, by its nearest view."""
+    def _candidates(self, views: Hashes) -> _Candidates:
+        """Return each pair with near hashes once, by its nearest view; ``views`` is (pictures, VIEWS)."""
         codes = np.empty(0, np.int64)
         for near in self._index.near(views.ravel()):
             picture, view = np.divmod(near.probe, VIEWS)
-            more = ((picture * len(self.cut) + near.row) << 16) | (near.distance.astype(np.int64) << 8) | view
+            more = ((picture * len(self.cropped) + near.row) << 16) | (near.distance.astype(np.int64) << 8) | view
             codes = np.unique(np.concatenate([codes, more]))
             codes = codes[np.diff(codes >> 16, prepend=-1) != 0]
-        picture, row = np.divmod(codes >> 16, max(len(self.cut), 1))
-        return picture, row, codes & 0xFF, (codes >> 8) & 0xFF
+        picture, row = np.divmod(codes >> 16, max(len(self.cropped), 1))
+        return _Candidates(picture, row, codes & 0xFF, (codes >> 8) & 0xFF)
 
 
-def _later_of_each(a: Pictures, pairs: Pairs) -> list[Match]:
-    """Rows to leave out so that no two near-duplicates are left, each with one that is left."""
+class _Candidates(NamedTuple):
+    """Pairs with near hashes, each field (n,)."""
+
+    probe: NDArray[np.int64]
+    row: NDArray[np.int64]
+    view: NDArray[np.int64]
+    distance: NDArray[np.int64]
+
+
+def repeats(a: UniquePictures, pairs: Pairs) -> list[Match]:
+    """Return the rows to leave out so that no two near-duplicates remain, each with one that remains."""
     original = np.arange(len(a))
-    distance, likeness = np.zeros(len(a), np.int64), np.ones(len(a), np.float32)
+    distance, score = np.zeros(len(a), np.int64), np.ones(len(a), np.float32)
     for i in np.lexsort((-pairs.similarity, pairs.a)):
         later, earlier = pairs.a[i], pairs.b[i]
         if original[later] == later and original[earlier] == earlier:
-            original[later], distance[later], likeness[later] = earlier, pairs.distance[i], pairs.similarity[i]
-    rows = np.flatnonzero(a.first >= 0)
-    rows = rows[a.rows[original[a.first[rows]]] != rows]
+            original[later], distance[later], score[later] = earlier, pairs.distance[i], pairs.similarity[i]
+    rows = np.flatnonzero(a.picture_of_row >= 0)
+    rows = rows[a.rows[original[a.picture_of_row[rows]]] != rows]
     return [
-        Match(int(row), int(a.rows[original[place]]), int(distance[place]), float(likeness[place]))
-        for row, place in zip(rows, a.first[rows], strict=True)
+        Match(int(row), int(a.rows[original[picture]]), int(distance[picture]), float(score[picture]))
+        for row, picture in zip(rows, a.picture_of_row[rows], strict=True)
     ]
 
 
-def _nearest(a: Pictures, b: Pictures, pairs: Pairs) -> list[Match]:
+def _most_similar(a: UniquePictures, b: UniquePictures, pairs: Pairs) -> list[Match]:
+    """Return the most similar picture of ``b`` for each row of ``a`` that has any."""
     order = np.lexsort((pairs.b, pairs.distance, -pairs.similarity, pairs.a))
-    places, best = np.unique(pairs.a[order], return_index=True)
+    pictures, best = np.unique(pairs.a[order], return_index=True)
     pair_of = np.full(len(a), -1)
-    pair_of[places] = order[best]
-    rows = np.flatnonzero(a.first >= 0)
-    rows = rows[pair_of[a.first[rows]] >= 0]
+    pair_of[pictures] = order[best]
+    rows = np.flatnonzero(a.picture_of_row >= 0)
+    rows = rows[pair_of[a.picture_of_row[rows]] >= 0]
     return [
         Match(int(row), int(b.rows[pairs.b[pair]]), int(pairs.distance[pair]), float(pairs.similarity[pair]))
-        for row, pair in zip(rows, pair_of[a.first[rows]], strict=True)
+        for row, pair in zip(rows, pair_of[a.picture_of_row[rows]], strict=True)
     ]

@@ -1,4 +1,4 @@
-"""The thumbnails of all of a source's pictures, in a file that grows and is kept."""
+"""A cache file of the thumbnails of all pictures of a source."""
 
 from __future__ import annotations
 
@@ -18,51 +18,52 @@ from dalle_cli.stores.files import explain_os_errors
 
 _BYTES = SIDE * SIDE * 3
 _BLOCK = 64
-_MADE_BY = "thumbnails 1"
-"""Changes when thumbnails do, so that those made before are not taken for new ones."""
+_VERSION = "thumbnails 1"
+"""Version of the thumbnails; a file made by another version is not used."""
 
 
 @dataclass(frozen=True)
-class _Read:
-    """Thumbnails of some rows, one behind the other; of a picture that cannot be read, a black one."""
+class _ThumbnailReader:
+    """Makes the thumbnails of some rows as bytes; that of a picture that cannot be read is black."""
 
     source: Source
     max_pixels: int
 
     def __call__(self, rows: range) -> bytes:
-        made = np.zeros((len(rows), SIDE, SIDE, 3), np.uint8)
+        thumbnails = np.zeros((len(rows), SIDE, SIDE, 3), np.uint8)
         for place, row in enumerate(rows):
             try:
-                made[place] = thumbnail(decode_image(self.source.image_bytes(row), self.max_pixels))
+                thumbnails[place] = thumbnail(decode_image(self.source.image_bytes(row), self.max_pixels))
             except (BadSample, BadImage):
                 continue
-        return made.tobytes()
+        return thumbnails.tobytes()
 
 
 def read_thumbnails(source: Source, folder: Path, *, max_pixels: int, workers: int) -> Thumbnails:
-    """(len(source), SIDE, SIDE, 3), mapped from a file in ``folder``: what it lacks is made and appended.
+    """Return the source's thumbnails, memory-mapped from a file in ``folder`` to which missing ones are appended.
 
-    The file is named by the source's place and keys. Pictures changed under the same keys are not noticed.
+    The file is named by a hash of the source's path and keys. A picture that changed under the same key goes unnoticed.
 
     Raises:
-        UserError: the disk is full, or ``folder`` may not be written.
+        UserError: the disk is full, or ``folder`` cannot be written.
     """
-    file = folder / f"{_identity(source)}.thumbnails"
+    file = folder / f"{_source_hash(source)}.thumbnails"
     with explain_os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with file.open("ab") as out:
-            done = out.tell() // _BYTES  # thumbnails are written in order: those that are whole are right
+            done = out.tell() // _BYTES  # thumbnails are appended in order, so all whole ones are valid
             out.truncate(done * _BYTES)
             with progress("thumbnails", len(source), "pictures", done) as bar:
                 blocks = split_blocks(range(done, len(source)), _BLOCK)
-                for block, made in zip(blocks, map_blocks(_Read(source, max_pixels), blocks, workers), strict=True):
-                    out.write(made)
+                made = map_blocks(_ThumbnailReader(source, max_pixels), blocks, workers)
+                for block, thumbnails in zip(blocks, made, strict=True):
+                    out.write(thumbnails)
                     bar.advance(len(block))
     return np.memmap(file, np.uint8, "r", shape=(len(source), SIDE, SIDE, 3))
 
 
-def _identity(source: Source) -> str:
-    known = hashlib.sha256(f"{_MADE_BY}\n{os.path.abspath(source.name)}\n".encode())
+def _source_hash(source: Source) -> str:
+    digest = hashlib.sha256(f"{_VERSION}\n{os.path.abspath(source.name)}\n".encode())
     for row in range(len(source)):
-        known.update(source.key(row).encode() + b"\n")
-    return known.hexdigest()[:32]
+        digest.update(source.key(row).encode() + b"\n")
+    return digest.hexdigest()[:32]

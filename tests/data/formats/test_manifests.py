@@ -332,8 +332,8 @@ def test_pictures_that_are_elsewhere_are_refused_at_once(tmp_path: Path) -> None
         ("m.jsonl", "", "no columns .*its columns: none"),
         ("m.jsonl", '{"picture": "a.jpg", "words": "x"}', "its columns: picture, words"),
         ("m.jsonl", "hello\n", "its columns: none"),
-        ("m.parquet", "PAR1 nonsense", "is no readable Parquet file"),
-        ("m.parquet", "", "is no readable Parquet file"),
+        ("m.parquet", "PAR1 nonsense", "is not a readable Parquet file"),
+        ("m.parquet", "", "is not a readable Parquet file"),
     ],
 )
 def test_what_is_no_manifest_is_refused(tmp_path: Path, name: str, body: str | bytes, message: str) -> None:

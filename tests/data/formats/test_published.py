@@ -285,7 +285,7 @@ def test_what_is_nothing_known_lists_what_was_looked_for(tmp_path: Path) -> None
         message = str(refusal.value)
         assert message.startswith(str(tmp_path / name))
         assert "\n" not in message
-        assert all(kind.looks in message for kind in FORMATS)
+        assert all(kind.description in message for kind in FORMATS)
 
 
 def test_unreadable_manifests_are_one_line(tmp_path: Path) -> None:

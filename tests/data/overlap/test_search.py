@@ -17,13 +17,13 @@ from PIL import Image
 from scipy.fft import dctn
 
 from dalle_cli.data.open_source import open_source
-from dalle_cli.data.overlap.hash_index import NEAR, HashIndex
+from dalle_cli.data.overlap.hash_index import MAX_DISTANCE, HashIndex
 from dalle_cli.data.overlap.hashes import (
-    COMPARED,
+    BIT_THRESHOLD,
+    COMPARISON_SIDE,
     CUTS,
     INTERVALS,
     SIDE,
-    STANDS_OUT,
     VIEWS,
     comparable,
     hashes,
@@ -34,11 +34,11 @@ from dalle_cli.data.overlap.hashes import (
 )
 from dalle_cli.data.overlap.search import (
     Overlap,
-    Pictures,
-    _later_of_each,
+    UniquePictures,
     find_overlap,
     near_duplicates,
     read_pictures,
+    repeats,
 )
 from dalle_cli.data.source import Source
 from dalle_cli.shapes.world import random_scene, render
@@ -104,9 +104,9 @@ COPIES: dict[str, Callable[[Image.Image, np.random.Generator], Image.Image]] = {
 }
 
 
-def pictures(images: list[Image.Image]) -> Pictures:
+def pictures(images: list[Image.Image]) -> UniquePictures:
     places = np.arange(len(images))
-    return Pictures(np.stack([thumbnail(image) for image in images]), places, places)
+    return UniquePictures(np.stack([thumbnail(image) for image in images]), places, places)
 
 
 # --- Hashes
@@ -118,7 +118,7 @@ def test_a_hash_is_the_signs_of_the_low_frequencies() -> None:
     for picture, found in zip(thumbnails, hashes(thumbnails), strict=True):
         grey = picture @ np.array([0.299, 0.587, 0.114])
         whitened = dctn(grey, norm=None)[:8, :8] * np.hypot(*np.meshgrid(np.arange(8), np.arange(8)))
-        bits = (whitened > STANDS_OUT * np.sqrt(np.mean(whitened**2))).ravel()
+        bits = (whitened > BIT_THRESHOLD * np.sqrt(np.mean(whitened**2))).ravel()
         assert int(found) == int("".join("1" if bit else "0" for bit in bits), 2)
 
 
@@ -151,12 +151,15 @@ def naive_similarity(whole: NDArray[np.uint8], cut: NDArray[np.uint8], view: int
     """Area averages pixel by pixel, gradients, cosine."""
 
     def shrunk(picture: NDArray[np.uint8], vertical: tuple[float, float], horizontal: tuple[float, float]) -> NDArray:
-        out = np.zeros((COMPARED, COMPARED, 3))
+        out = np.zeros((COMPARISON_SIDE, COMPARISON_SIDE, 3))
         weights = []
         for start, end in (vertical, horizontal):
-            edges = (start + (1 - start - end) * np.arange(COMPARED + 1) / COMPARED) * SIDE
+            edges = (start + (1 - start - end) * np.arange(COMPARISON_SIDE + 1) / COMPARISON_SIDE) * SIDE
             weights.append(
-                [[max(0.0, min(edges[i + 1], p + 1) - max(edges[i], p)) for p in range(SIDE)] for i in range(COMPARED)]
+                [
+                    [max(0.0, min(edges[i + 1], p + 1) - max(edges[i], p)) for p in range(SIDE)]
+                    for i in range(COMPARISON_SIDE)
+                ]
             )
         for y, row in enumerate(weights[0]):
             for x, column in enumerate(weights[1]):
@@ -210,7 +213,7 @@ def test_the_index_misses_nothing_up_to_seven_bits(seed: int, n: int, probes: in
     for near in HashIndex(stored).near(asked):
         for probe, row, bits in zip(near.probe.tolist(), near.row.tolist(), near.distance.tolist(), strict=True):
             found[probe, row] = bits
-    assert all(distance[pair] == bits <= NEAR for pair, bits in found.items())
+    assert all(distance[pair] == bits <= MAX_DISTANCE for pair, bits in found.items())
     assert {(int(i), int(j)) for i, j in np.argwhere(distance <= 7)} <= set(found)
 
 
@@ -289,7 +292,7 @@ def overlap(train: Source, other: Source | None, cache: Path, workers: int = 1) 
 
 
 def lines(found: Overlap) -> dict[str, tuple[str, int, float]]:
-    told = [json.loads(line) for line in found.lines().splitlines()]
+    told = [json.loads(line) for line in found.to_json_lines().splitlines()]
     return {line["key"]: (line["match"], line["distance"], line["similarity"]) for line in told}
 
 
@@ -301,7 +304,7 @@ def test_between_two_sources(folders: tuple[Path, Path], tmp_path: Path, workers
     assert {key: match for key, (match, *_) in told.items()} == {
         "a07": "e-of-a07", "c3": "e3", "c4": "e4", "c4-again": "e4"
     }  # fmt: skip
-    assert all(distance <= NEAR and 0.9 < similar <= 1 for _, distance, similar in told.values())
+    assert all(distance <= MAX_DISTANCE and 0.9 < similar <= 1 for _, distance, similar in told.values())
     assert (len(found.matches), found.others, found.incomparable) == (4, 4, 3)  # e3-again is another copy of c3
     assert "4 of 39 pictures are near-duplicates of 4 of 14 in" in found.summary()
     assert "3 not compared" in found.summary()
@@ -329,8 +332,8 @@ def test_what_is_left_out_leaves_no_pair_and_no_orphan(pairs: set[tuple[int, int
     ordered = np.array(sorted(pairs), dtype=np.int64).reshape(-1, 2)
     likeness = np.random.default_rng(0).uniform(0.8, 1, len(ordered)).astype(np.float32)
     rows = np.arange(12)
-    found = _later_of_each(
-        Pictures(np.empty((12, SIDE, SIDE, 3), np.uint8), rows, rows),
+    found = repeats(
+        UniquePictures(np.empty((12, SIDE, SIDE, 3), np.uint8), rows, rows),
         Pairs(ordered[:, 0], ordered[:, 1], np.zeros(len(ordered), np.int64), likeness),
     )
     out = {match.row for match in found}
@@ -362,15 +365,15 @@ class _Unread:
 
 def test_thumbnails_are_kept_and_a_killed_run_goes_on(folders: tuple[Path, Path], tmp_path: Path) -> None:
     source = open_source(folders[0])
-    whole = overlap(source, None, tmp_path).lines()
+    whole = overlap(source, None, tmp_path).to_json_lines()
     (file,) = tmp_path.iterdir()
     kept = file.read_bytes()
     assert len(kept) == len(source) * SIDE * SIDE * 3
-    assert overlap(_Unread(source), None, tmp_path).lines() == whole
+    assert overlap(_Unread(source), None, tmp_path).to_json_lines() == whole
     file.write_bytes(kept[: 10 * SIDE * SIDE * 3 + 17])  # killed in the middle of the eleventh
     with pytest.raises(AssertionError):
         overlap(_Unread(source), None, tmp_path)
-    assert overlap(source, None, tmp_path).lines() == whole
+    assert overlap(source, None, tmp_path).to_json_lines() == whole
     assert file.read_bytes() == kept
     overlap(open_source(folders[1]), None, tmp_path)
     assert len(list(tmp_path.iterdir())) == 2  # another source is another file
@@ -379,12 +382,12 @@ def test_thumbnails_are_kept_and_a_killed_run_goes_on(folders: tuple[Path, Path]
 def test_equal_thumbnails_are_joined(folders: tuple[Path, Path], tmp_path: Path) -> None:
     source = open_source(folders[0])
     found = read_pictures(source, tmp_path, max_pixels=MAX_PIXELS, workers=1)
-    places = {source.key(i): int(found.first[i]) for i in range(len(source))}
+    places = {source.key(i): int(found.picture_of_row[i]) for i in range(len(source))}
     assert places["s05"] == places["a05"] >= 0
     assert places["r05"] != places["a05"]
     assert {key for key, place in places.items() if place < 0} == {"white1", "white2", "z"}
     assert len(found) == len(source) - 3 - 2
-    assert (found.first[found.rows] == np.arange(len(found))).all()
+    assert (found.picture_of_row[found.rows] == np.arange(len(found))).all()
 
 
 # --- The command
