@@ -62,7 +62,7 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise BadImage(f"damaged image: {reason}") from error
 
 
-def read_picture(path: Path, mend: str, max_pixels: int = 100_000_000) -> NDArray[np.uint8]:
+def read_picture(path: Path, mend: str, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
     """Read a picture that a command names, such as a sample's PNG, as (H, W, 3) uint8.
 
     Raises:

@@ -1,1 +1,1 @@
-"""The built-in world of captioned shapes: drawing it, writing it, and the oracle that judges pictures of it."""
+"""The built-in world of captioned shapes: its pictures, its writer, and the oracle that judges pictures of it."""

@@ -1,8 +1,9 @@
-"""How often samples show what their captions say, judged by measuring the pictures of the shapes world.
+"""The share of samples that show what their captions say, judged by the oracle of the shapes world.
 
-Three figures matter: a single sample (what the prior knows), the best by CLIP of a pool (what a user gets), and
-whether any of the pool is right (what a perfect reranker would get). Captions with a held-out (colour, shape) pair,
-which no training picture shows, are counted on their own: they need composition.
+Three figures matter: the share of single samples that are right (what the prior knows), the share of pools whose best
+by CLIP is right (what a user gets), and the share of pools with any right sample (what a perfect reranker would get).
+Captions with a held-out (colour, shape) pair, which no training picture shows, are counted apart, since they require
+composition.
 """
 
 from __future__ import annotations
@@ -15,33 +16,34 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from dalle_cli.data.images import read_picture
 from dalle_cli.errors import UserError
 from dalle_cli.shapes.oracle import detect, matches_claim
 from dalle_cli.shapes.world import HELD_OUT, Claim, parse_caption
 
 Line = dict[str, Any]
+"""A line of ``dalle rerank``."""
 Group = Literal["seen pairs", "held-out pairs"]
 GROUPS: tuple[Group, ...] = ("seen pairs", "held-out pairs")
 
 
 @dataclass(frozen=True)
 class Pool:
-    """The samples of one caption, best first by CLIP, as lines of ``dalle rerank``."""
+    """The samples of one caption, best first by CLIP."""
 
     prompt: str
     lines: tuple[Line, ...]
 
     @property
     def whole(self) -> bool:
-        """Whether every sample drawn is here: ``rerank --top`` leaves gaps among the indices."""
+        """True if no drawn sample is missing; ``rerank --top`` leaves gaps among the indices."""
         return max(int(line.get("index", 0)) for line in self.lines) < len(self.lines)
 
 
 @dataclass(frozen=True)
 class JudgedPool:
-    """Which samples of a pool show what the caption says, best first."""
+    """A pool and, for each sample, whether it shows what the caption says."""
 
     pool: Pool
     group: Group
@@ -49,9 +51,13 @@ class JudgedPool:
 
 
 def group_by_caption(lines: Iterable[Line], name: str) -> list[Pool]:
-    """Ranked lines gathered by caption, captions in their order, samples best first.
+    """Group ranked lines by caption, captions in the order of their first lines, samples best first.
 
-    A caption that was asked for twice was drawn twice alike: its samples count once.
+    Samples with the same store, seed and index are the same sample of a repeated caption, and count once.
+
+    Args:
+        lines: Lines of ``dalle rerank``.
+        name: Name of the file, for error messages.
 
     Raises:
         UserError: a line has no score and rank.
@@ -60,17 +66,17 @@ def group_by_caption(lines: Iterable[Line], name: str) -> list[Pool]:
     for number, line in enumerate(lines, start=1):
         if not isinstance(line.get("score"), float | int) or not isinstance(line.get("rank"), int):
             raise UserError(f"{name}, sample {number}: has no score and rank; give the lines that dalle rerank prints")
-        drawn_as = (line["store"], line["seed"], line["index"]) if {"store", "seed", "index"} <= line.keys() else number
-        gathered.setdefault(line["prompt"], {}).setdefault(drawn_as, line)
-    # Ranks follow unrounded scores, so they part what rounding made equal.
+        identity = (line["store"], line["seed"], line["index"]) if {"store", "seed", "index"} <= line.keys() else number
+        gathered.setdefault(line["prompt"], {}).setdefault(identity, line)
+    # Ranks follow unrounded scores, so they break the ties that rounding made.
     return [
-        Pool(prompt, tuple(sorted(own.values(), key=lambda line: (-line["score"], line["rank"]))))
-        for prompt, own in gathered.items()
+        Pool(prompt, tuple(sorted(samples.values(), key=lambda line: (-line["score"], line["rank"]))))
+        for prompt, samples in gathered.items()
     ]
 
 
 def claim_of(caption: str) -> Claim | None:
-    """What the caption says, or None when it is not of the shapes world."""
+    """Parse a caption; return None if it is not of the shapes world."""
     try:
         return parse_caption(caption)
     except ValueError:
@@ -78,12 +84,12 @@ def claim_of(caption: str) -> Claim | None:
 
 
 def group_of(claim: Claim) -> Group:
-    """Whether any (colour, shape) pair of the claim was kept out of training."""
+    """Return the group of a claim, by whether it has a held-out (colour, shape) pair."""
     return "held-out pairs" if any((t.colour, t.shape) in HELD_OUT for t in claim.things) else "seen pairs"
 
 
 def judge(ranked: Sequence[Pool], advance: Callable[[], None] | None = None) -> list[JudgedPool]:
-    """Look at every picture of the pools whose captions are of the shapes world; the others are left out.
+    """Judge every picture of the pools whose captions are of the shapes world; other pools are left out.
 
     Raises:
         UserError: a picture is missing or broken.
@@ -100,49 +106,51 @@ def judge(ranked: Sequence[Pool], advance: Callable[[], None] | None = None) -> 
 
 
 def load_picture(line: Line) -> NDArray[np.uint8]:
-    """The picture (H, W, 3) uint8 of a sample's line."""
-    path = Path(line["png"])
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: the sample's picture is missing; run from the folder that dalle sample ran in, or draw it again"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read as a picture ({error})") from None
+    """Read the picture (H, W, 3) uint8 of a sample's line.
+
+    Raises:
+        UserError: the picture is missing or broken.
+    """
+    return read_picture(Path(line["png"]), "run from the folder that dalle sample ran in, or draw it again")
 
 
 @dataclass(frozen=True)
 class Share:
-    """A share of captions and its binomial standard error over them."""
+    """A mean share over captions, with its binomial standard error."""
 
     value: float
     prompts: int
 
     @property
     def error(self) -> float:
+        """Standard error of the share."""
         return math.sqrt(self.value * (1 - self.value) / self.prompts)
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Figures of a group of captions. Where pools were cut to their best, only ``best`` can be known."""
+    """Figures of a group of captions; only ``best`` is known where ``rerank --top`` cut pools to their best."""
 
     prompts: int
     samples: int
     pool_size: int
-    """Samples of a caption; of the smallest pool where they differ."""
+    """Number of samples of a caption, the smallest if they differ."""
     best: Share
+    """Pools whose best sample by CLIP is right."""
     single: Share | None
+    """Single samples that are right, each caption counting alike."""
     any_right: Share | None
+    """Pools in which any sample is right."""
     by_pool_size: dict[int, Share]
+    """``best`` of random subsets of a pool, by the subset's size."""
 
 
 def accuracy(judged: Sequence[JudgedPool], sizes: Sequence[int] | None = None) -> Accuracy:
-    """The figures of some captions, each counting alike, by pools of ``sizes`` if not of 1, 2, 4 ... samples.
+    """Compute the figures of some captions, each counting alike.
 
-    Needs at least one caption, and no size above the smallest pool's.
+    Args:
+        judged: At least one pool.
+        sizes: Sizes of ``by_pool_size``, none above the smallest pool's; 1, 2, 4 ... by default.
     """
     if not judged:
         raise ValueError("accuracy of no caption")
@@ -166,13 +174,13 @@ def accuracy(judged: Sequence[JudgedPool], sizes: Sequence[int] | None = None) -
 
 
 def accuracies(judged: Sequence[JudgedPool], sizes: Sequence[int] | None = None) -> dict[str, Accuracy]:
-    """The figures of each group that has captions."""
-    own = {name: [item for item in judged if item.group == name] for name in GROUPS}
-    return {name: accuracy(items, sizes) for name, items in own.items() if items}
+    """Compute the figures of each group that has captions."""
+    by_group = {name: [item for item in judged if item.group == name] for name in GROUPS}
+    return {name: accuracy(items, sizes) for name, items in by_group.items() if items}
 
 
 def accuracy_figures(found: Accuracy) -> dict[str, Any]:
-    """As plain values, for JSON."""
+    """Return the figures as plain values for JSON."""
 
     def share(value: Share | None) -> dict[str, float] | None:
         return None if value is None else {"value": round(value.value, 6), "error": round(value.error, 6)}
@@ -189,14 +197,14 @@ def accuracy_figures(found: Accuracy) -> dict[str, Any]:
 
 
 def pool_sizes(n: int) -> list[int]:
-    """1, 2, 4 ... and n itself."""
+    """Return 1, 2, 4 ... and n itself."""
     return [*(2**i for i in range(n.bit_length()) if 2**i < n), n]
 
 
 def best_of_subset(right: Sequence[bool], k: int) -> float:
-    """Chance that the best-ranked of a random k-subset of the n samples is right; ``right`` is best first.
+    """Return the probability that the best of a random k-subset of n samples is right; ``right`` is best first.
 
-    Sample r (from 1) is the best of a subset when the other k - 1 lie behind it: C(n - r, k - 1) of C(n, k) subsets.
+    Sample r (from 1) is the best of C(n - r, k - 1) of the C(n, k) subsets: the other k - 1 samples rank below it.
     """
     n = len(right)
     if not 1 <= k <= n:

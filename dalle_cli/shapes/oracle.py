@@ -1,7 +1,7 @@
-"""Says what a picture of the shapes world holds by measuring it, with no learning and without the caption.
+"""An oracle that measures what a picture of the shapes world shows, without learning and without the caption.
 
-Used to score generated pictures against the facts of their captions, so it has to bear what a dVAE does to a
-picture: blur, noise, drifting colours.
+It compares generated pictures with the facts of their captions, so it tolerates what a dVAE does to a picture: blur,
+noise, drifting colours.
 """
 
 from __future__ import annotations
@@ -19,23 +19,27 @@ from dalle_cli.shapes.world import COLOURS, OUTLINES, SHAPES, SIZES, Claim, Fact
 
 Floats = NDArray[np.float32]
 
-_WORKING_SIDE = 64  # larger pictures are shrunk to about this
+_WORKING_SIDE = 64
+"""Side in pixels to which larger pictures are shrunk, roughly."""
 _PALETTE = np.array(list(COLOURS.values()), dtype=np.float32)
-_SMOOTHING = 0.4  # sigma, pixels: takes the edge off noise before anything is measured
-_DISTANCE = 80.0  # RGB distance from the background at which a pixel is part of a thing (palette: at least 177)
-_SPECK = 0.006  # of the picture's area: the smallest thing, a small star, covers 0.019
+_SMOOTHING = 0.4
+"""Sigma in pixels of the blur that reduces noise before anything is measured."""
+_DISTANCE = 80.0
+"""RGB distance from the background from which a pixel belongs to a thing; the palette is 177 or more away."""
+_MIN_AREA = 0.006
+"""Smallest patch, as a share of the picture's area; the smallest thing, a small star, covers 0.019."""
 _SIZE_BORDER = (SIZES["small"] + SIZES["large"]) / 2
-_HALO = 2  # pixels around a patch that still belong to its soft edge
-_LEVEL = 1.3  # a relation needs the distance along its axis to be this many times the distance across it
-_BLURS = (0.6, 1.3)  # sigmas, pixels, of the templates a silhouette is compared with
+_HALO = 2
+"""Number of pixels around a patch that still belong to its soft edge."""
+_LEVEL = 1.3
+"""Least ratio of the distance along a relation's axis to the distance across it."""
+_BLURS = (0.6, 1.3)
+"""Sigmas in pixels of the templates that a silhouette is compared with."""
 
 
 @dataclass(frozen=True)
 class Detection:
-    """A thing seen in a picture; `x`, `y`, `radius` are fractions of its side.
-
-    `confidence` is the overlap (intersection over union of soft silhouettes) with the best template, 0 to 1.
-    """
+    """A thing seen in a picture; ``x``, ``y`` and ``radius`` are fractions of its side."""
 
     colour: str
     shape: str
@@ -44,6 +48,7 @@ class Detection:
     y: float
     radius: float
     confidence: float
+    """Intersection over union of the soft silhouette and the best template, 0 to 1."""
 
     @property
     def fact(self) -> Fact:
@@ -51,7 +56,11 @@ class Detection:
 
 
 def detect(picture: NDArray[np.uint8]) -> list[Detection]:
-    """What a square (side, side, 3) uint8 picture holds. ValueError only for another form of array."""
+    """Return the things in a square picture (side, side, 3) uint8, the largest first.
+
+    Raises:
+        ValueError: the array has another shape or type.
+    """
     if picture.ndim != 3 or picture.shape[2] != 3 or picture.shape[0] != picture.shape[1]:
         raise ValueError(f"a picture is (side, side, 3), not {picture.shape}")
     if picture.dtype != np.uint8:
@@ -66,13 +75,13 @@ def detect(picture: NDArray[np.uint8]) -> list[Detection]:
     for label, box in enumerate(ndimage.find_objects(labels), start=1):
         window = tuple(slice(max(s.start - _HALO, 0), s.stop + _HALO) for s in box)
         mask = labels[window] == label
-        if mask.sum() >= _SPECK * labels.size:
+        if mask.sum() >= _MIN_AREA * labels.size:
             found.append(_measure(difference[window], mask, background, window, labels.shape[0]))
     return sorted(found, key=lambda thing: -thing.radius)
 
 
 def _background(pixels: Floats) -> Floats:
-    """The border's colour, (3,): things of the world cover less than half of the border, so a median finds it."""
+    """Return the background's colour (3,), the median of the border, of which things cover less than half."""
     border = np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
     return np.asarray(np.median(border, axis=0), dtype=np.float32)
 
@@ -80,14 +89,14 @@ def _background(pixels: Floats) -> Floats:
 def _measure(
     difference: Floats, mask: NDArray[np.bool_], background: Floats, window: tuple[slice, ...], side: int
 ) -> Detection:
-    """One connected patch; `difference` from the background and `mask` are cut to its `window`."""
+    """Measure one connected patch; ``difference`` from the background and ``mask`` are cropped to its ``window``."""
     strength = np.linalg.norm(difference, axis=2)
-    # The colour is that of the patch's full-strength core; its edge is mixed with the background.
+    # The edge of a patch is mixed with the background, so the colour is taken from its full-strength core.
     core = mask & (strength >= 0.85 * np.quantile(strength[mask], 0.9))
     ink = np.median(difference[core], axis=0)
     colour = tuple(COLOURS)[int(np.linalg.norm(_PALETTE - (background + ink), axis=1).argmin())]
 
-    # Unmix each pixel into background and ink: the soft silhouette, with its blurred edge.
+    # The soft silhouette is the share of ink, rather than background, in each pixel.
     silhouette = np.clip(difference @ ink / (ink @ ink), 0, 1)
     region = ndimage.binary_dilation(mask, iterations=_HALO)
     silhouette[~region] = 0
@@ -105,7 +114,11 @@ def _measure(
 def _fit(
     silhouette: Floats, region: NDArray[np.bool_], shape: str, centroid: NDArray[np.float64], area: float
 ) -> tuple[float, str, tuple[float, float], float]:
-    """(overlap, shape, centre, radius) of the shape given the silhouette's area and centroid, in pixels."""
+    """Fit a shape to a silhouette of the given area and centroid.
+
+    Returns:
+        The overlap with the silhouette, the shape, and its centre and radius in pixels.
+    """
     unit_area, unit_centroid = _MOMENTS[shape]
     radius = (area / unit_area) ** 0.5
     x, y = (centroid - radius * unit_centroid).tolist()
@@ -116,7 +129,7 @@ def _fit(
     template = np.asarray(canvas.reduce(4), dtype=np.float32) / 255
     overlap = 0.0
     for sigma in _BLURS:
-        # Cut like the silhouette, so that what blur carried out of the region counts on neither side.
+        # Cropped like the silhouette, so that what the blur carried out of the region counts on neither side.
         blurred = ndimage.gaussian_filter(template, sigma) * region
         both, either = np.minimum(silhouette, blurred).sum(), np.maximum(silhouette, blurred).sum()
         overlap = max(overlap, float(both / either))
@@ -124,7 +137,7 @@ def _fit(
 
 
 def _moments(points: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-    """Area and centroid of a polygon (shoelace formula)."""
+    """Return the area and the centroid of a polygon (points, 2) by the shoelace formula."""
     following = np.roll(points, -1, axis=0)
     cross = points[:, 0] * following[:, 1] - following[:, 0] * points[:, 1]
     area = cross.sum() / 2
@@ -135,7 +148,7 @@ _MOMENTS = {shape: _moments(OUTLINES[shape]) for shape in SHAPES}
 
 
 def relation(a: Detection, b: Detection) -> str | None:
-    """How `a` stands to `b`: above, below, left of, right of; None where neither axis clearly leads."""
+    """Return how ``a`` stands to ``b``, such as "above" or "left of"; None if neither axis clearly leads."""
     across, down = b.x - a.x, b.y - a.y
     if abs(down) > _LEVEL * abs(across):
         return "above" if down > 0 else "below"
@@ -145,29 +158,29 @@ def relation(a: Detection, b: Detection) -> str | None:
 
 
 def matches_claim(claim: Claim, detections: Sequence[Detection]) -> bool:
-    """Whether the picture holds what is claimed and nothing else: number of things, attributes, relation."""
+    """Return whether the picture shows what is claimed (number of things, attributes, relation) and nothing else."""
     return len(detections) == len(claim.things) and match_score(claim, detections) == 1.0
 
 
 def match_score(claim: Claim, detections: Sequence[Detection]) -> float:
-    """The share of the claim's facts that the picture bears out, 0 to 1, in the pairing that suits it best.
+    """Return the share of the claim's facts that the picture shows, 0 to 1, for the best assignment of things.
 
-    The facts are the number of things, size, colour and shape of each thing claimed, and the relation if any.
+    The facts are the number of things, the size, colour and shape of each claimed thing, and the relation if any.
     """
     wanted = len(claim.things)
     facts = 1 + 3 * wanted + (claim.relation is not None)
-    # A picture with too few things leaves places empty.
+    # None stands for a thing that is missing from the picture.
     seen: list[Detection | None] = [*detections, *[None] * (wanted - len(detections))]
-    best = max(_facts_right(claim, chosen) for chosen in permutations(seen, wanted))
+    best = max(_count_correct(claim, chosen) for chosen in permutations(seen, wanted))
     return (best + (len(detections) == wanted)) / facts
 
 
-def _facts_right(claim: Claim, chosen: tuple[Detection | None, ...]) -> int:
-    right = 0
+def _count_correct(claim: Claim, chosen: tuple[Detection | None, ...]) -> int:
+    correct = 0
     for fact, found in zip(claim.things, chosen, strict=True):
         if found is not None:
-            right += sum(said == seen for said, seen in zip(fact, found.fact, strict=True))
+            correct += sum(said == seen for said, seen in zip(fact, found.fact, strict=True))
     if claim.relation is not None and len(chosen) == 2:
         a, b = chosen
-        right += a is not None and b is not None and relation(a, b) == claim.relation
-    return right
+        correct += a is not None and b is not None and relation(a, b) == claim.relation
+    return correct

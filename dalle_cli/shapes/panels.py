@@ -1,38 +1,43 @@
-"""The two-panel world: a thing in the picture's top half, and below "the exact same shape" changed as the caption says.
+"""The two-panel world: a thing in the top half, and below it the same shape, changed as the caption says.
 
-The caption does not name the thing, so that whoever completes the bottom has to look at the top. It is the task of
-image-to-image ("the exact same cat on the top as a sketch on the bottom") on pictures that can be judged by measuring
-them. Some (colour, shape) pairs are never on top in training; below they may be, where a colour is asked for.
+The caption does not name the thing, so a model that completes the bottom half has to look at the top half. This is the
+paper's image-to-image translation ("the exact same cat on the top as a sketch on the bottom") on pictures that can be
+judged by measuring them. In training the held-out (colour, shape) pairs are never in the top half; they may be in the
+bottom half, where the caption asks for a colour.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from functools import partial
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dalle_cli.shapes.oracle import Detection, detect
 from dalle_cli.shapes.world import BACKGROUND, COLOURS, HELD_OUT, SHAPES, WORLD_FACTS, Fact, counter_rng, paint
-from dalle_cli.shapes.writer import Row, World, write_world
+from dalle_cli.shapes.writer import Row, World, WrittenWorld, write_world
 
-FORMAT_VERSION = 1  # of the world: raise it when the same seed gives other bytes
+FORMAT_VERSION = 1
+"""Version of the world, to be raised when the same seed gives other bytes."""
 RADII = {"small": 1 / 8, "large": 3 / 16}
-"""As fractions of the picture's side: a large thing fills its half but for a margin."""
+"""Radii as fractions of the picture's side; a large thing fills its half except for a margin."""
 DARK = (0, 0, 0)
 GROUNDS = {"white": BACKGROUND, "black": DARK}
+"""Background colours of a half by name."""
 CHANGES = ("same", "smaller", "on black", *(f"in {colour}" for colour in COLOURS))
-"""What the caption asks of the bottom."""
+"""Changes that a caption may ask for."""
 
-_PLACES = 8  # centres lie on a lattice of so many steps a side, along the panel's middle
-_SEAM = 32  # this part of the side beside a half's edges is not looked at: there the grounds run into each other
+_PLACES = 8
+"""Number of steps per side of the lattice of centres, which lie on the panel's middle line."""
+_SEAM = 32
+"""1 / _SEAM of the side is ignored at the edges of a half, where the backgrounds blend into each other."""
 _PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One half: a thing in its middle, ``x`` (a fraction of the side) from the left, on a ground of GROUNDS."""
+    """One half: a thing on its middle line, at ``x`` (a fraction of the side), on a background of GROUNDS."""
 
     size: str
     colour: str
@@ -47,7 +52,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Panels:
-    """A picture of two halves; ``change`` leads from the top to the bottom."""
+    """A picture of two halves; ``change`` turns the top into the bottom."""
 
     top: Panel
     change: str
@@ -55,14 +60,14 @@ class Panels:
 
     @property
     def caption(self) -> str:
-        """Lower case, words separated by single blanks."""
+        """The caption, in lower case, with single spaces."""
         if self.change == "same":
             return "the exact same shape on the top and on the bottom"
         return f"the exact same shape on the top {self.change} on the bottom"
 
 
-def changed(top: Panel, change: str) -> Panel:
-    """The bottom that ``change`` asks for."""
+def apply_change(top: Panel, change: str) -> Panel:
+    """Return the bottom panel that ``change`` asks for."""
     if change not in CHANGES:
         raise ValueError(f"unknown change {change!r}: one of {', '.join(CHANGES)}")
     colour = change.removeprefix("in ") if change.startswith("in ") else top.colour
@@ -71,38 +76,42 @@ def changed(top: Panel, change: str) -> Panel:
 
 
 def random_panels(seed: int, split: str, index: int) -> Panels:
-    """The picture of a row. "train" and "seen" have no held-out pair on top, "heldout" has one."""
+    """Return the panels of a row: the top of "train" and "seen" has no held-out pair, that of "heldout" has one."""
     rng = counter_rng(seed, "panels", split, index)
     pairs = [pair for pair in _PAIRS if (pair in HELD_OUT) == (split == "heldout")]
     colour, shape = pairs[rng.integers(len(pairs))]
-    # One kind of change as often as another, rather than each colour.
+    # Each kind of change is equally frequent, rather than each colour.
     kind = ("same", "smaller", "on black", "colour")[rng.integers(4)]
     size = "large" if kind == "smaller" else tuple(RADII)[rng.integers(len(RADII))]
     others = [other for other in COLOURS if other != colour]
     change = f"in {others[rng.integers(len(others))]}" if kind == "colour" else kind
     places = range(_PLACES // 4, _PLACES - _PLACES // 4 + 1)
     top = Panel(size, colour, shape, "white", places[rng.integers(len(places))] / _PLACES)
-    return Panels(top, change, changed(top, change))
+    return Panels(top, change, apply_change(top, change))
 
 
-def render_panels(this: Panels, size: int = 64, *, bottom: bool = True) -> NDArray[np.uint8]:
-    """The picture, anti-aliased, (size, size, 3) uint8, ``size`` a multiple of 16; without ``bottom`` that half is
-    empty, as where it has yet to be drawn.
+def render_panels(panels: Panels, size: int = 64, *, bottom: bool = True) -> NDArray[np.uint8]:
+    """Render the panels as an anti-aliased picture, (size, size, 3) uint8.
+
+    Args:
+        panels: The two halves.
+        size: Side in pixels, a multiple of 16.
+        bottom: Whether to draw the bottom half, rather than leave it empty for a model to complete.
     """
     if size < 32 or size % 16:
         raise ValueError(f"size {size}: a picture's side is a multiple of 16 and at least 32")
     picture = np.full((size, size, 3), BACKGROUND, dtype=np.float64)
-    for panel, begin in ((this.top, 0), (this.bottom, size // 2)):
-        if begin and not bottom:
+    for panel, start in ((panels.top, 0), (panels.bottom, size // 2)):
+        if start and not bottom:
             break
-        half = picture[begin : begin + size // 2]
+        half = picture[start : start + size // 2]
         half[:] = GROUNDS[panel.ground]
         paint(half, panel.shape, panel.x * size, size / 4, RADII[panel.size] * size, panel.colour)
     return np.rint(picture).astype(np.uint8)
 
 
 def read_panel(half: NDArray[np.uint8]) -> tuple[str, list[tuple[Fact, Detection]]]:
-    """What a half (side / 2, side, 3) uint8 shows: its ground, and each thing's size, colour and shape."""
+    """Return the background of a half (side / 2, side, 3) uint8, and the attributes and detection of each thing."""
     height, width, _ = half.shape
     if 2 * height != width:
         raise ValueError(f"a panel is (side / 2, side, 3), not {half.shape}")
@@ -114,26 +123,30 @@ def read_panel(half: NDArray[np.uint8]) -> tuple[str, list[tuple[Fact, Detection
     square[height // 2 + seam : height // 2 + seam + len(half)] = half
     middle = sum(RADII.values()) / 2
     things = [
-        (Fact("small" if found.radius < middle else "large", found.colour, found.shape), found)
-        for found in detect(square)
+        (Fact("small" if thing.radius < middle else "large", thing.colour, thing.shape), thing)
+        for thing in detect(square)
     ]
     return ("black" if ground.mean() < 128 else "white"), things
 
 
 def bottom_matches(top: Panel, change: str, picture: NDArray[np.uint8]) -> bool:
-    """Whether the bottom half of ``picture`` (side, side, 3) uint8 is ``top`` changed, and shows nothing else.
+    """Return whether the bottom half of ``picture`` (side, side, 3) uint8 shows ``top`` changed, and nothing else.
 
-    Judged are the ground, the number of things, and the thing's size, colour and shape; not its place.
+    The background, the number of things, and the thing's size, colour and shape are judged, but not its place.
     """
     ground, things = read_panel(picture[len(picture) // 2 :])
-    wanted = changed(top, change)
+    wanted = apply_change(top, change)
     return ground == wanted.ground and [fact for fact, _ in things] == [wanted.fact]
 
 
 def _row(seed: int, split: str, index: int, size: int) -> Row:
-    this = random_panels(seed, split, index)
-    return Row(asdict(this), render_panels(this, size), this.caption)
+    panels = random_panels(seed, split, index)
+    return Row(asdict(panels), render_panels(panels, size), panels.caption)
 
 
-make_panels = partial(write_world, World("panels", FORMAT_VERSION, _row, multiple=16, facts=WORLD_FACTS))
-"""`worlds.write_world` of this world."""
+_WORLD = World("panels", FORMAT_VERSION, _row, multiple=16, facts=WORLD_FACTS)
+
+
+def make_panels(out: Path, n: int, test_n: int, seed: int, size: int = 64) -> WrittenWorld:
+    """Write this world to a folder; see ``write_world``."""
+    return write_world(_WORLD, out, n, test_n, seed, size)

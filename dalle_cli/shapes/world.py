@@ -1,7 +1,7 @@
 """The built-in world: pictures of one or two coloured shapes, and captions that say exactly what is in them.
 
-Nothing has to be downloaded, everything a caption claims can be checked on the picture (`oracle`), and a few
-(colour, shape) pairs are kept out of training so that composing known words in a new way can be measured.
+Nothing has to be downloaded, and every claim of a caption can be checked on the picture (see ``oracle``). A few
+(colour, shape) pairs are kept out of training, to measure whether a model composes known words in a new way.
 """
 
 from __future__ import annotations
@@ -9,16 +9,18 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import product
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dalle_cli.shapes.writer import Row, World, write_world
+from dalle_cli.shapes.writer import Row, World, WrittenWorld, write_world
 
-FORMAT_VERSION = 2  # of the world: raise it when the same seed gives other bytes
+FORMAT_VERSION = 2
+"""Version of the world, to be raised when the same seed gives other bytes."""
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (215, 35, 40),
     "green": (35, 150, 65),
@@ -29,13 +31,11 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 BACKGROUND = (255, 255, 255)
 SHAPES = ("square", "star", "tee", "ell", "bar", "post")
-# Radii as fractions of the picture's side, far apart so that a size is never a matter of taste.
 SIZES = {"small": 1 / 8, "large": 1 / 4}
+"""Radii as fractions of the picture's side, far enough apart that sizes are never confused."""
 INVERSE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
 RELATIONS = tuple(INVERSE)
 
-# Pairs that never appear in training. Their outlines are made of pieces that other shapes of the colour have too, so
-# that a picture of them can be put together from tokens that a prior has met.
 HELD_OUT: frozenset[tuple[str, str]] = frozenset(
     {
         ("red", "ell"),
@@ -44,6 +44,11 @@ HELD_OUT: frozenset[tuple[str, str]] = frozenset(
         ("yellow", "square"),
     }
 )
+"""(colour, shape) pairs that never appear in training.
+
+Their outlines consist of pieces that other shapes of the colour have too, so that a picture of them can be composed of
+tokens that the prior has seen.
+"""
 _PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 _HELD = tuple(pair for pair in _PAIRS if pair in HELD_OUT)
 _FREE = tuple(pair for pair in _PAIRS if pair not in HELD_OUT)
@@ -51,17 +56,24 @@ _FREE = tuple(pair for pair in _PAIRS if pair not in HELD_OUT)
 SPLITS = ("train", "seen", "heldout")
 
 _SINGLE_SHARE = 0.2
-# Centres lie on a lattice of this many steps a side, so that a small model can learn the world in minutes. At 64 pixels
-# a step is a token of the dVAE.
+"""Share of the scenes with a single thing."""
 _LATTICE = 8
-_ROOM = 0.5  # the radii's sum stays below it: two large things have no place beside each other
-_GAP = 0.03  # between two things, along the relation's axis, at least
-_SLANT = 0.3  # offset across the axis, at most this part of the distance along it
+"""Number of steps per side of the lattice of centres.
+
+A lattice lets a small model learn the world in minutes. At 64 pixels a step is the width of an image token.
+"""
+_MAX_RADII = 0.5
+"""Bound of the sum of two radii, since two large things do not fit beside each other."""
+_GAP = 0.03
+"""Smallest distance between two things along the relation's axis."""
+_SLANT = 0.3
+"""Largest offset across the relation's axis, as a share of the distance along it."""
 _SUPERSAMPLE = 4
+"""Number of sample points per pixel along each axis."""
 
 
 class Fact(NamedTuple):
-    """What a caption says of one thing."""
+    """The attributes of one thing that a caption names."""
 
     size: str
     colour: str
@@ -69,7 +81,7 @@ class Fact(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """What a caption says, in one form for all phrasings; `relation` is "above", "left of" or None."""
+    """The content of a caption, the same for all phrasings; ``relation`` is "above", "left of" or None."""
 
     things: tuple[Fact, ...]
     relation: str | None
@@ -77,7 +89,7 @@ class Claim(NamedTuple):
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape; `x`, `y` (its centre) and `radius` are fractions of the picture's side."""
+    """One shape; ``x``, ``y`` (its centre) and ``radius`` are fractions of the picture's side."""
 
     colour: str
     shape: str
@@ -93,7 +105,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """One thing (relation None), or two things where the first stands in `relation` to the second."""
+    """One thing (relation None), or two things of which the first stands in ``relation`` to the second."""
 
     things: tuple[Thing, ...]
     relation: str | None
@@ -104,28 +116,31 @@ class Scene:
 
 
 def _canonical(facts: list[Fact], relation: str | None) -> Claim:
+    """Return the claim with its relation turned to "above" or "left of"."""
     if relation in ("below", "right of"):
         return Claim(tuple(reversed(facts)), INVERSE[relation])
     return Claim(tuple(facts), relation)
 
 
-# --- drawing scenes at random ---------------------------------------------------------------------
+# --- random scenes
 
 
 def counter_rng(seed: int, what: str, split: str, index: int) -> np.random.Generator:
-    """A generator that depends on (seed, what, split, index) only, so any row can be made alone."""
+    """Return a generator that depends on (seed, what, split, index) only, so that any row can be made alone."""
     words = [int.from_bytes(what.encode(), "little"), SPLITS.index(split), index]
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=words)))
 
 
 def random_scene(seed: int, split: str, index: int) -> Scene:
-    """The scene of a row. "train" and "seen" hold no held-out pair, "heldout" at least one."""
+    """Return the scene of a row: "train" and "seen" have no held-out pair, "heldout" has at least one."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: one of {', '.join(SPLITS)}")
     rng = counter_rng(seed, "scene", split, index)
     pairs = _draw_pairs(rng, count=1 if rng.random() < _SINGLE_SHARE else 2, heldout=split == "heldout")
-    together = [sizes for sizes in product(SIZES, repeat=len(pairs)) if sum(SIZES[size] for size in sizes) < _ROOM]
-    sizes = together[rng.integers(len(together))]
+    combinations = [
+        sizes for sizes in product(SIZES, repeat=len(pairs)) if sum(SIZES[size] for size in sizes) < _MAX_RADII
+    ]
+    sizes = combinations[rng.integers(len(combinations))]
     radii = [SIZES[size] for size in sizes]
     if len(pairs) == 1:
         relation = None
@@ -142,7 +157,7 @@ def random_scene(seed: int, split: str, index: int) -> Scene:
 
 
 def _draw_pairs(rng: np.random.Generator, count: int, heldout: bool) -> list[tuple[str, str]]:
-    """`count` different (colour, shape) pairs; with `heldout` at least one is a held-out pair."""
+    """Draw ``count`` different (colour, shape) pairs; with ``heldout`` at least one is a held-out pair."""
     if not heldout:
         return [_FREE[i] for i in rng.choice(len(_FREE), count, replace=False)]
     first = _HELD[rng.integers(len(_HELD))]
@@ -152,13 +167,13 @@ def _draw_pairs(rng: np.random.Generator, count: int, heldout: bool) -> list[tup
 
 
 def _lattice(radius: float) -> range:
-    """Lattice steps at which a thing lies wholly inside the picture."""
+    """Return the lattice steps at which a thing lies wholly inside the picture."""
     first = math.ceil(radius * _LATTICE)
     return range(first, _LATTICE - first + 1)
 
 
 def _place(rng: np.random.Generator, radii: list[float], relation: str) -> list[tuple[float, float]]:
-    """Centres of two things, apart along the relation's axis and nearly level across it."""
+    """Draw the centres of two things, apart along the relation's axis and nearly level across it."""
     # Work as if the first thing came first along the axis (above, left of), then swap.
     a, b = radii if relation in ("above", "left of") else radii[::-1]
     apart = (a + b + _GAP) * _LATTICE
@@ -172,12 +187,12 @@ def _place(rng: np.random.Generator, radii: list[float], relation: str) -> list[
     return [(across, main) for main, across in along] if relation in ("above", "below") else along
 
 
-# --- rendering ------------------------------------------------------------------------------------
+# --- rendering
 
 
 def _unit_outlines() -> dict[str, NDArray[np.float64]]:
-    def ring(radii: list[float], turn: float) -> NDArray[np.float64]:
-        angles = turn + np.arange(len(radii)) * 2 * math.pi / len(radii)
+    def ring(radii: list[float], start: float) -> NDArray[np.float64]:
+        angles = start + np.arange(len(radii)) * 2 * math.pi / len(radii)
         points: NDArray[np.float64] = np.stack([np.cos(angles), np.sin(angles)], axis=1)
         points *= np.array(radii)[:, None]
         return points
@@ -194,16 +209,18 @@ def _unit_outlines() -> dict[str, NDArray[np.float64]]:
     }
 
 
-# Corner points of each shape at radius 1 around (0, 0), y downwards, each (points, 2); a bar is the lower half of a
-# square and a post the left one.
 OUTLINES = _unit_outlines()
+"""Corner points (points, 2) of each shape at radius 1 around (0, 0), y downwards.
+
+A bar is the lower half of a square, a post the left half.
+"""
 
 
 @lru_cache(maxsize=4096)
 def coverage(shape: str, x: float, y: float, radius: float, side: int) -> NDArray[np.float64]:
-    """The share of each pixel that a silhouette covers, (side, side); `x`, `y`, `radius` in pixels.
+    """Return the share of each pixel that a silhouette covers, (side, side); ``x``, ``y``, ``radius`` in pixels.
 
-    Counted at 4 x 4 points a pixel, by the even-odd rule; read-only, as calls of the same arguments share it.
+    It is counted at 4 x 4 points per pixel by the even-odd rule. The array is read-only, since it is cached.
     """
     points = OUTLINES[shape] * radius + np.array([x, y])
     centres = (np.arange(side * _SUPERSAMPLE) + 0.5) / _SUPERSAMPLE
@@ -219,7 +236,7 @@ def coverage(shape: str, x: float, y: float, radius: float, side: int) -> NDArra
 
 
 def paint(picture: NDArray[np.float64], shape: str, x: float, y: float, radius: float, colour: str) -> None:
-    """Lay a silhouette over `picture` (height, width, 3), in place; `x`, `y`, `radius` in pixels."""
+    """Paint a silhouette onto ``picture`` (height, width, 3) in-place; ``x``, ``y``, ``radius`` in pixels."""
     reach = math.ceil(radius) + 1
     left, top = math.floor(x) - reach, math.floor(y) - reach
     share = coverage(shape, x - left, y - top, radius, 2 * reach + 1)
@@ -230,7 +247,7 @@ def paint(picture: NDArray[np.float64], shape: str, x: float, y: float, radius: 
 
 
 def render(scene: Scene, size: int = 64) -> NDArray[np.uint8]:
-    """The scene as an anti-aliased picture, (size, size, 3) uint8; `size` is a multiple of 8, at least 32."""
+    """Render a scene as an anti-aliased picture, (size, size, 3) uint8; ``size`` is a multiple of 8, at least 32."""
     if size < 32 or size % 8:
         raise ValueError(f"size {size}: a picture's side is a multiple of 8 and at least 32")
     picture = np.full((size, size, 3), BACKGROUND, dtype=np.float64)
@@ -239,7 +256,7 @@ def render(scene: Scene, size: int = 64) -> NDArray[np.uint8]:
     return np.rint(picture).astype(np.uint8)
 
 
-# --- captions -------------------------------------------------------------------------------------
+# --- captions
 
 _SINGLE_FORMS = ("a {0}", "one {0}", "there is a {0}", "a picture of a {0}", "a {0} on its own")
 _PAIR_FORMS = (
@@ -252,20 +269,21 @@ _PAIR_FORMS = (
 
 
 def _words(relation: str) -> tuple[str, ...]:
+    """Return the wordings of a relation."""
     return (relation, f"to the {relation}") if relation in ("left of", "right of") else (relation,)
 
 
 def phrasings(scene: Scene) -> list[str]:
-    """Every caption of the scene, all saying the same facts; two things are told from either side."""
+    """Return every caption of the scene; two things are described from either side."""
     facts = [" ".join(thing.fact) for thing in scene.things]
     if scene.relation is None:
         return [form.format(facts[0]) for form in _SINGLE_FORMS]
-    told = ((facts, scene.relation), (facts[::-1], INVERSE[scene.relation]))
-    return [form.format(*pair, r=words) for form in _PAIR_FORMS for pair, r in told for words in _words(r)]
+    sides = ((facts, scene.relation), (facts[::-1], INVERSE[scene.relation]))
+    return [form.format(*pair, r=words) for form in _PAIR_FORMS for pair, r in sides for words in _words(r)]
 
 
 def random_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """One caption of the scene, lower-case, words separated by single blanks; `rng` picks the phrasing."""
+    """Return a random caption of the scene, in lower case, with single spaces."""
     forms = phrasings(scene)
     return forms[int(rng.integers(len(forms)))]
 
@@ -281,7 +299,11 @@ _PATTERNS = tuple(_pattern(form) for form in _SINGLE_FORMS + _PAIR_FORMS)
 
 
 def parse_caption(text: str) -> Claim:
-    """What a caption in one of this world's phrasings says (case and blanks are free); else ValueError."""
+    """Parse a caption in one of this world's phrasings; case and spacing do not matter.
+
+    Raises:
+        ValueError: the text is not such a caption.
+    """
     plain = " ".join(text.lower().split())
     for pattern in _PATTERNS:
         if match := pattern.fullmatch(plain):
@@ -292,15 +314,19 @@ def parse_caption(text: str) -> Claim:
     raise ValueError(f"not a caption of the shapes world: {text!r}")
 
 
-# --- writing the world as shards ------------------------------------------------------------------
+# --- writing
 
 
 def _row(seed: int, split: str, index: int, size: int) -> Row:
-    this = random_scene(seed, split, index)
-    text = random_caption(this, counter_rng(seed, "caption", split, index))
-    return Row(asdict(this), render(this, size), text)
+    scene = random_scene(seed, split, index)
+    caption = random_caption(scene, counter_rng(seed, "caption", split, index))
+    return Row(asdict(scene), render(scene, size), caption)
 
 
 WORLD_FACTS = {"held_out": sorted(list(pair) for pair in HELD_OUT)}
-make_shapes = partial(write_world, World("shapes", FORMAT_VERSION, _row, multiple=8, facts=WORLD_FACTS))
-"""`worlds.write_world` of this world."""
+_WORLD = World("shapes", FORMAT_VERSION, _row, multiple=8, facts=WORLD_FACTS)
+
+
+def make_shapes(out: Path, n: int, test_n: int, seed: int, size: int = 64) -> WrittenWorld:
+    """Write this world to a folder; see ``write_world``."""
+    return write_world(_WORLD, out, n, test_n, seed, size)

@@ -1,14 +1,12 @@
-"""Writing a rendered world of captioned pictures as WebDataset tars."""
+"""Writing of a rendered world of captioned pictures as WebDataset tars."""
 
 from __future__ import annotations
 
 import io
 import json
-import multiprocessing
 import os
 import tarfile
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,122 +16,99 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dalle_cli.errors import UserError
+from dalle_cli.progress import progress
+
+ROWS_PER_SHARD = 1000
+"""Number of pictures in a tar."""
 
 
 class Row(NamedTuple):
-    """What a row holds: its facts for JSON, its picture (size, size, 3) uint8, its caption."""
+    """A captioned picture with the facts that it shows."""
 
     facts: dict[str, Any]
+    """Facts as JSON can hold them."""
     picture: NDArray[np.uint8]
+    """(size, size, 3)."""
     caption: str
 
 
 @dataclass(frozen=True)
 class World:
-    """A kind of world, and how a row of it is made from (seed, split, index, size) alone, in any process."""
+    """A kind of world and how its rows are made."""
 
     kind: str
     version: int
-    """Raised when the same seed gives other bytes."""
+    """Version of the world, to be raised when the same seed gives other bytes."""
     row: Callable[[int, str, int, int], Row]
+    """Makes the row of (seed, split, index, size)."""
     multiple: int
-    """A picture's side is a multiple of so many pixels."""
+    """Number of pixels that a picture's side is a multiple of."""
     facts: Mapping[str, object]
-    """What world.json says besides."""
+    """Further entries of world.json."""
+
+
+@dataclass(frozen=True)
+class WrittenWorld:
+    """Numbers of pictures: written now, and in shards that were there already."""
+
+    written: int
+    existing: int
 
 
 @dataclass(frozen=True)
 class _Shard:
-    path: str
-    world: World
-    seed: int
+    path: Path
     split: str
-    start: int
-    stop: int
-    size: int
+    indices: range
 
 
-@dataclass(frozen=True)
-class MadeWorld:
-    """What `write_world` did: pictures written now, and pictures in shards that were already in place."""
+def write_world(world: World, out: Path, n: int, test_n: int, seed: int, size: int = 64) -> WrittenWorld:
+    """Write a world as OUT/SPLIT/KIND-00000.tar and so on, and OUT/world.json.
 
-    out: Path
-    written: int
-    kept: int
+    A row consists of KEY.png, KEY.txt (the caption) and KEY.json (the facts). Its content depends on (seed, split,
+    row) only, not on the number of rows. A shard gets its name when it is complete, so a killed run can be resumed.
 
+    Args:
+        world: The world to write.
+        out: A folder that is new, is empty or holds the same world.
+        n: Number of training pictures.
+        test_n: Number of pictures in each of the two test splits.
+        seed: Seed of all pictures.
+        size: Side of a picture in pixels.
 
-def write_world(
-    world: World,
-    out: str | Path,
-    n: int,
-    test_n: int,
-    seed: int,
-    size: int = 64,
-    shard_rows: int = 1000,
-    progress: Callable[[int, int], None] | None = None,
-    workers: int = 1,
-) -> MadeWorld:
-    """Write `n` training and 2 x `test_n` test pictures: OUT/SPLIT/KIND-00000.tar, ..., OUT/world.json.
-
-    A row is KEY.png, KEY.txt (the caption) and KEY.json (the facts); its content depends on (seed, split, row)
-    only, never on how many there are. A shard appears under its name only when whole, so a killed run goes on
-    where it was. `progress(done, total)` is called with picture counts after each shard; `workers` processes
-    share the shards. UserError for impossible settings and for a folder that holds anything else.
+    Raises:
+        UserError: a setting is impossible, or the folder holds anything else.
     """
-    _check(n, test_n, world.multiple, seed, size, shard_rows, workers)
-    out = Path(out)
+    _check(n, test_n, world.multiple, seed, size)
     rows = {"train": n, "seen": test_n, "heldout": test_n}
     about = {"kind": world.kind, "version": world.version, "seed": seed, "size": size, "rows": rows}
-    _claim_folder(out, {**about, "shard_rows": shard_rows, **world.facts})
+    _claim_folder(out, {**about, "shard_rows": ROWS_PER_SHARD, **world.facts})
     shards = [
-        _Shard(
-            str(out / split / f"{world.kind}-{number:05d}.tar"),
-            world,
-            seed,
-            split,
-            start,
-            min(start + shard_rows, count),
-            size,
-        )
+        _Shard(out / split / f"{world.kind}-{number:05d}.tar", split, range(count)[start : start + ROWS_PER_SHARD])
         for split, count in rows.items()
-        for number, start in enumerate(range(0, count, shard_rows))
+        for number, start in enumerate(range(0, count, ROWS_PER_SHARD))
     ]
-    todo = [shard for shard in shards if not Path(shard.path).exists()]
-    total = sum(shard.stop - shard.start for shard in shards)
-    kept = done = total - sum(shard.stop - shard.start for shard in todo)
-    if progress is not None:
-        progress(done, total)
-    if workers == 1 or len(todo) < 2:
-        for shard in todo:
-            done += _write_shard(shard)
-            if progress is not None:
-                progress(done, total)
-    else:
-        # Fresh processes rather than forks: the caller may hold threads (torch) that a fork would break.
-        with ProcessPoolExecutor(min(workers, len(todo)), multiprocessing.get_context("spawn")) as pool:
-            for future in as_completed([pool.submit(_write_shard, shard) for shard in todo]):
-                done += future.result()
-                if progress is not None:
-                    progress(done, total)
-    return MadeWorld(out, written=total - kept, kept=kept)
+    missing = [shard for shard in shards if not shard.path.exists()]
+    total = n + 2 * test_n
+    existing = total - sum(len(shard.indices) for shard in missing)
+    with progress("make-shapes", total, "pictures", existing) as bar:
+        for shard in missing:
+            _write_shard(world, shard, seed, size)
+            bar.advance(len(shard.indices))
+    return WrittenWorld(written=total - existing, existing=existing)
 
 
-def _check(n: int, test_n: int, multiple: int, seed: int, size: int, shard_rows: int, workers: int) -> None:
+def _check(n: int, test_n: int, multiple: int, seed: int, size: int) -> None:
+    """Raise UserError if a setting is impossible."""
     if size < 32 or size % multiple:
         raise UserError(f"size {size}: the pictures' side must be a multiple of {multiple} and at least 32")
-    for name, value, least in (
-        ("n", n, 1),
-        ("test_n", test_n, 0),
-        ("seed", seed, 0),
-        ("shard_rows", shard_rows, 1),
-        ("workers", workers, 1),
-    ):
+    for name, value, least in (("n", n, 1), ("test_n", test_n, 0), ("seed", seed, 0)):
         if value < least:
             raise UserError(f"{name} {value}: must be at least {least}")
 
 
 def _claim_folder(out: Path, settings: dict[str, object]) -> None:
-    """Put world.json into `out`, or check that the one there says the same."""
+    """Write world.json into ``out``, or check that the one there says the same."""
     world = out / "world.json"
     if world.exists():
         try:
@@ -152,7 +127,7 @@ def _claim_folder(out: Path, settings: dict[str, object]) -> None:
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(
-            f"{out} is there and holds no {settings['kind']} world (no world.json): give a new or empty folder"
+            f"{out} exists and holds no {settings['kind']} world (no world.json): give a new or empty folder"
         )
     out.mkdir(parents=True, exist_ok=True)
     _write_then_rename(world, (json.dumps(settings, indent=2) + "\n").encode())
@@ -167,23 +142,20 @@ def _write_then_rename(path: Path, data: bytes) -> None:
     beside.replace(path)
 
 
-def _write_shard(shard: _Shard) -> int:
-    """Write one shard whole; returns its number of pictures."""
+def _write_shard(world: World, shard: _Shard, seed: int, size: int) -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for index in range(shard.start, shard.stop):
-            for suffix, data in _files(shard, index):
+        for index in shard.indices:
+            for suffix, data in _members(world.row(seed, shard.split, index, size)):
                 header = tarfile.TarInfo(f"{index:08d}.{suffix}")  # its mtime, uid and gid are 0
                 header.size = len(data)
                 tar.addfile(header, io.BytesIO(data))
-    path = Path(shard.path)
-    path.parent.mkdir(exist_ok=True)
-    _write_then_rename(path, buffer.getvalue())
-    return shard.stop - shard.start
+    shard.path.parent.mkdir(exist_ok=True)
+    _write_then_rename(shard.path, buffer.getvalue())
 
 
-def _files(shard: _Shard, index: int) -> list[tuple[str, bytes]]:
-    row = shard.world.row(shard.seed, shard.split, index, shard.size)
+def _members(row: Row) -> list[tuple[str, bytes]]:
+    """Return (extension, content) of each member of a row."""
     png = io.BytesIO()
     Image.fromarray(row.picture).save(png, "PNG", compress_level=1)
     return [("json", json.dumps(row.facts).encode()), ("png", png.getvalue()), ("txt", row.caption.encode())]

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dalle_cli.config.load import dump_recipe, load_recipe
-from dalle_cli.config.schema import DataSettings, Filters
-from dalle_cli.data.exclude import SourceWithExclusions, read_keys
+from dalle_cli.config.schema import Filters
 from dalle_cli.data.filters import (
     CAPTION_MEASURES,
     PICTURE_MEASURES,
@@ -26,15 +24,12 @@ from dalle_cli.data.filters import (
     picture_rejection,
     with_typical_limits,
 )
-from dalle_cli.data.open_source import open_source
-from dalle_cli.data.picture_loader import TrainingPictures
-from dalle_cli.data.source import BadSample
 from dalle_cli.errors import UserError
 
 OFF = Filters(max_aspect_ratio=None)
 
 
-# --- Captions
+# --- captions
 
 
 @pytest.mark.parametrize(
@@ -51,7 +46,7 @@ OFF = Filters(max_aspect_ratio=None)
         ("max_boilerplate", 0.5, "a red dog, May 2012 ...", "dog, May 2012"),
     ],
 )
-def test_a_limit_itself_passes_and_beyond_it_not(name: str, limit: float, passes: str, refused: str) -> None:
+def test_a_limit_itself_passes_and_a_value_beyond_it_fails(name: str, limit: float, passes: str, refused: str) -> None:
     filters = OFF.model_copy(update={name: limit})
     assert filter_captions([passes], filters) == ([passes], None)
     assert filter_captions([refused], filters) == ([], f"filtered: {name}")
@@ -104,7 +99,7 @@ def test_boilerplate_is_refused(caption: str) -> None:
         "🙂",
     ],
 )
-def test_descriptions_are_no_boilerplate(caption: str) -> None:
+def test_descriptions_are_not_boilerplate(caption: str) -> None:
     assert list(failed_caption_filters(caption, OFF.model_copy(update={"max_boilerplate": 0.6}))) == []
 
 
@@ -118,12 +113,12 @@ def test_a_recipe_may_add_boilerplate() -> None:
 @pytest.mark.parametrize(
     "caption", ["a-" * 500_000, "photo " * 200_000, "a.b@" * 250_000, "1 " * 500_000, "\t" * 10**6]
 )
-def test_a_caption_of_a_megabyte_takes_no_minutes(caption: str) -> None:
+def test_a_caption_of_a_megabyte_is_judged_in_bounded_time(caption: str) -> None:
     everything = with_typical_limits(Filters(), 256)
     assert "max_characters" in list(failed_caption_filters(caption, everything))
 
 
-def test_of_several_captions_those_that_pass_are_kept_in_order() -> None:
+def test_captions_that_pass_keep_their_order() -> None:
     filters = OFF.model_copy(update={"min_words": 2, "max_words": 3})
     captions = ["dog", "a dog", "one two three four", "a red dog"]
     assert filter_captions(captions, filters) == (["a dog", "a red dog"], None)
@@ -136,12 +131,12 @@ def test_of_several_captions_those_that_pass_are_kept_in_order() -> None:
 def test_any_text_can_be_judged(captions: list[str]) -> None:
     assert filter_captions(captions, OFF)[0] == captions  # all filters off
     everything = with_typical_limits(Filters(), 256)
-    kept, reason = filter_captions(captions, everything)
-    assert kept == [caption for caption in captions if not list(failed_caption_filters(caption, everything))]
-    assert (reason is None) == bool(kept)
+    passed, reason = filter_captions(captions, everything)
+    assert passed == [caption for caption in captions if not list(failed_caption_filters(caption, everything))]
+    assert (reason is None) == bool(passed)
 
 
-# --- Pictures
+# --- pictures
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -170,17 +165,17 @@ def test_pictures_of_one_colour() -> None:
     assert picture_rejection(noise(640, 640), filters) is None
 
 
-# --- Recipe
+# --- the recipe
 
 
-def test_every_filter_of_the_recipe_is_implemented_and_none_else() -> None:
+def test_exactly_the_filters_of_the_recipe_are_implemented() -> None:
     assert {*CAPTION_MEASURES, *PICTURE_MEASURES, "boilerplate"} == set(Filters.model_fields)
     everything = with_typical_limits(Filters(), 64)
     assert all(getattr(everything, name) is not None for name in Filters.model_fields)
     assert with_typical_limits(Filters(min_words=7), 64).min_words == 7
 
 
-def test_an_identity_holds_what_changes_its_part_only() -> None:
+def test_an_identity_holds_only_the_filters_of_its_part() -> None:
     assert caption_identity(Filters()) is None
     assert picture_identity(OFF) is None
     assert picture_identity(Filters(min_words=3)) == {"max_aspect_ratio": 2.0}
@@ -193,7 +188,7 @@ def test_an_identity_holds_what_changes_its_part_only() -> None:
 
 
 @pytest.mark.parametrize(
-    ("filters", "told"),
+    ("filters", "message"),
     [
         ("{min_word: 3}", "data.filters.min_word: unknown key; did you mean 'min_words'?"),
         ("{max_aspect_ratio: 0.5}", "data.filters.max_aspect_ratio"),
@@ -201,12 +196,12 @@ def test_an_identity_holds_what_changes_its_part_only() -> None:
         ("{max_upper_case: 2}", "data.filters.max_upper_case"),
     ],
 )
-def test_a_wrong_filter_is_named_with_its_line(tmp_path: Path, filters: str, told: str) -> None:
+def test_a_wrong_filter_is_named_with_its_line(tmp_path: Path, filters: str, message: str) -> None:
     file = tmp_path / "r.yaml"
     file.write_text(f"name: x\ndata:\n  filters: {filters}\n")
     with pytest.raises(UserError) as error:
         load_recipe(file)
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert f"{file}:3" in str(error.value)
 
 
@@ -217,76 +212,6 @@ def test_filters_survive_being_dumped(tmp_path: Path) -> None:
     file.write_text(dump_recipe(recipe))
     assert load_recipe(file) == recipe
     assert recipe.data.filters == Filters(min_words=3, max_aspect_ratio=None, boilerplate=["acme"])
-
-
-# --- Exclusion
-
-
-def test_excluded_samples_keep_their_places(tmp_path: Path) -> None:
-    for key in "abcd":
-        write_sample(tmp_path / "data", key, noise(40, 40), f"caption {key}")
-    source = open_source(tmp_path / "data")
-    lines, plain = tmp_path / "dup.jsonl", tmp_path / "dup.txt"
-    lines.write_text('{"key": "b", "match": "a"}\n\n{"key": "d"}\n{"key": "elsewhere"}\n')
-    plain.write_text("b\nd\n")
-    for file in (lines, plain):
-        less = SourceWithExclusions(source, file)
-        assert [less.key(i) for i in range(len(less))] == list("abcd")
-        assert less.count == 2
-        assert less.captions(0) == ["caption a"]
-        assert less.image_bytes(2) == source.image_bytes(2)
-        for row in (1, 3):
-            for read in (less.captions, less.image_bytes):
-                with pytest.raises(BadSample, match=f"excluded: {file.name}"):
-                    read(row)
-        assert f"2 excluded by {file}" in less.describe()
-    assert SourceWithExclusions(source, lines).name != SourceWithExclusions(source, plain).name
-    assert read_keys(lines)[0] == {"b", "d", "elsewhere"}
-
-
-def test_a_wrong_file_of_keys_is_refused(tmp_path: Path) -> None:
-    write_sample(tmp_path / "data", "a", noise(40, 40), "caption")
-    source = open_source(tmp_path / "data")
-    for name, text, told in (
-        ("other.txt", "x\ny\n", "none of its 2 keys is in"),
-        ("bad.jsonl", '{"key": "a"}\n["a"]\n', "bad.jsonl:2: is not an object"),
-        ("half.jsonl", '{"key": "a"}\n{"ke', "half.jsonl:2: is not an object"),
-        ("number.jsonl", '{"key": 3}\n', "number.jsonl:1: is not an object"),
-    ):
-        (tmp_path / name).write_text(text)
-        with pytest.raises(UserError, match=told):
-            SourceWithExclusions(source, tmp_path / name)
-    with pytest.raises(UserError, match="cannot be read"):
-        SourceWithExclusions(source, tmp_path / "missing.txt")
-    (tmp_path / "empty.jsonl").write_text("")  # nothing was found: nothing is left out
-    assert SourceWithExclusions(source, tmp_path / "empty.jsonl").count == 0
-
-
-# --- Training and stores
-
-
-def test_training_draws_replacements_evenly(tmp_path: Path) -> None:
-    """150 filtered samples in a row, then 20 good ones: each of those is seen about as often as the others."""
-    for i in range(170):
-        write_sample(tmp_path, f"{i:03d}", Image.new("RGB", (100, 20) if i < 150 else (20, 20)), "x")
-    pictures = TrainingPictures(
-        open_source(tmp_path),
-        np.arange(170),
-        16,
-        DataSettings(crop=False),
-        seed=0,
-        batch_size=170,
-        flip=False,
-        workers=0,
-    )
-    seen: Counter[int] = Counter()
-    for _, rows, _ in pictures.batches(0, 4):
-        seen.update(rows.tolist())
-    assert min(seen) >= 150
-    assert sum(seen.values()) == 680
-    assert max(seen.values()) < 3 * min(seen.values())  # 34 on average
-    again = [rows.tolist() for _, rows, _ in pictures.batches(3, 4)]
-    assert again == [rows.tolist() for _, rows, _ in pictures.batches(3, 4)]
 
 
 def test_stores_and_report_count_by_filter(call: Call, tmp_path: Path) -> None:
@@ -317,7 +242,7 @@ def test_stores_and_report_count_by_filter(call: Call, tmp_path: Path) -> None:
     page = (tmp_path / "run" / "report.html").read_text()
     assert "17 samples; 12 of them hold a caption and a picture" in page
     assert '<td>image</td><td>filtered: max_aspect_ratio</td><td class="number">2</td>' in page
-    # Another filter, or another exclusion, is another store.
+    # A store is not continued with another filter or another exclusion.
     refused = call("tokenize-text", recipe, "--set", "data.filters.min_words=2").mistake()
     assert "text part was made with filters" in refused
     assert (

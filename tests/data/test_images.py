@@ -13,7 +13,7 @@ from PIL import Image
 
 from dalle_cli.data.images import BadImage, decode_image, eval_crop, train_crop
 
-# Pillow warns of damage before it fails.
+# Pillow warns of damage before it raises.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
 
 
@@ -33,8 +33,6 @@ def noise_image(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-# An upright picture as it is stored under each EXIF orientation: the standard says where the stored row 0 and
-# column 0 lie in the upright picture.
 STORED = {
     1: lambda up: up,  # top, left
     2: lambda up: up[:, ::-1],  # top, right
@@ -45,6 +43,10 @@ STORED = {
     7: lambda up: up[::-1, ::-1].swapaxes(0, 1),  # right, bottom
     8: lambda up: up[::-1].swapaxes(0, 1),  # left, bottom
 }
+"""An upright picture as it is stored under each EXIF orientation.
+
+The standard gives the sides of the upright picture at which the stored row 0 and column 0 lie (in the comments).
+"""
 
 
 @pytest.mark.parametrize("orientation", STORED)
@@ -58,7 +60,7 @@ def test_exif_orientation_is_applied(orientation: int) -> None:
     png = encoded(stored, "PNG", exif=exif)
     at = png.index(b"eXIf") - 4
     chunk = png[at : at + 12 + int.from_bytes(png[at : at + 4], "big")]
-    assert (pixels(png.replace(chunk, b"")[:-12] + chunk + png[-12:]) == upright).all()  # behind the pixels
+    assert (pixels(png.replace(chunk, b"")[:-12] + chunk + png[-12:]) == upright).all()  # EXIF after the pixels
     xmp = f'<x:xmpmeta><rdf:Description tiff:Orientation="{orientation}"/></x:xmpmeta>'
     assert (pixels(encoded(stored, "WEBP", lossless=True, xmp=xmp.encode())) == upright).all()
 
@@ -159,14 +161,16 @@ def test_hostile_bytes_give_an_image_or_bad_image(valid: bytes, data: st.DataObj
     broken = bytearray(valid)
     for _ in range(data.draw(st.integers(1, 6))):
         broken[data.draw(st.integers(0, len(broken) - 1))] = data.draw(st.integers(0, 255))
+    reason = None
     try:
         assert decode_image(bytes(broken), max_pixels=10_000).mode == "RGB"
     except BadImage as error:
-        assert str(error)
+        reason = str(error)
+    assert reason != ""
 
 
 @given(st.binary(max_size=200))
-def test_what_is_no_image_is_refused(data: bytes) -> None:
+def test_bytes_that_are_not_an_image_are_refused(data: bytes) -> None:
     with pytest.raises(BadImage):
         decode_image(data)
 
@@ -192,18 +196,18 @@ def test_eval_crop_averages_the_central_square() -> None:
 
 
 def ramp(width: int, height: int) -> Image.Image:
-    """Red tells the column, green the row, in fractions of the picture."""
+    """Return a picture whose red encodes the column and whose green encodes the row."""
     red, green = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
     return Image.fromarray(np.stack([red, green, 0 * red], axis=2).astype(np.uint8))
 
 
-def test_train_crops_vary_only_as_far_as_the_paper_lets_them() -> None:
+def test_train_crops_vary_as_far_as_in_the_paper() -> None:
     wide, rng = ramp(800, 400), np.random.default_rng(0)
     crops = [train_crop(wide, 64, rng) for _ in range(300)]
     assert all(crop.shape == (64, 64, 3) and crop.dtype == np.uint8 for crop in crops)
     middles = np.array([crop[32, 32, 0] for crop in crops]) / 255 * 800
-    # The square starts within 150 to 250, so its middle is within 350 to 450; taking 64 of at most 72
-    # pixels then moves it by up to 4/72 of 400.
+    # The square starts at 150 to 250, so its middle is at 350 to 450. Taking 64 of at most 72 pixels moves the middle
+    # by up to 4/72 of 400.
     slack = 4 / 72 * 400 + 8
     assert 350 - slack <= middles.min() < 350
     assert 450 < middles.max() <= 450 + slack
@@ -214,7 +218,7 @@ def test_train_crops_vary_only_as_far_as_the_paper_lets_them() -> None:
     assert widths.max() > 385
 
 
-def test_flipping_is_asked_for_and_half_of_the_time() -> None:
+def test_half_of_the_pictures_are_flipped_on_request() -> None:
     image, rng = ramp(32, 32), np.random.default_rng(0)
     plain = eval_crop(image, 32)
     views = [train_crop(image, 32, rng, flip=True, crop=False) for _ in range(200)]

@@ -1,11 +1,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +16,11 @@ from PIL import Image
 from dalle_cli.config.schema import DataSettings, Filters
 from dalle_cli.data.open_source import open_source
 from dalle_cli.data.scan import QUANTILES, FilterExample, FilterStatistics, LanguageDetector, examples, quantiles, scan
-from dalle_cli.data.workers import map_blocks, split_blocks
-from dalle_cli.errors import UserError
 
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
-    """Good samples and one of each kind of trouble."""
+    """Return a folder of 70 good samples and one sample of each defect."""
     data = tmp_path / "data"
     for i in range(70):
         write_sample(
@@ -48,7 +42,7 @@ def test_counts_are_those_of_the_samples(mixed: Path) -> None:
     source = open_source(mixed)
     found = scan(source, DataSettings(filters=Filters(min_words=4)), 40, workers=1)
     assert (found.samples, found.usable, found.captions) == (76, 74, 70 * 2 + 6)
-    assert found.kept == 72  # without wide and url; flat is kept, as min_contrast is off
+    assert found.kept == 72  # without wide and url; flat is kept, since min_contrast is off
     assert found.picture_formats == {"PNG": 74, "JPEG": 1}
     assert found.measures["captions a picture"] == {"mean": pytest.approx(146 / 75)} | {
         f"{q}%": (2 if q >= 25 else 1) for q in QUANTILES
@@ -57,7 +51,7 @@ def test_counts_are_those_of_the_samples(mixed: Path) -> None:
     for q in QUANTILES:
         assert found.measures["width"][f"{q}%"] == np.percentile(widths, q, method="inverted_cdf")
     drops = {name: filter_.drops for name, filter_ in found.filters.items() if filter_.drops}
-    # A sample whose other caption passes is not dropped: "one-of-two" only once, for nothing.
+    # A sample is not dropped if one of its captions passes, as that of "one-of-two" does.
     assert drops == {"min_words": 1, "max_boilerplate": 1, "max_aspect_ratio": 1, "min_contrast": 1}
     assert found.filters["min_words"] == FilterStatistics(
         value=4, on=True, drops=1, examples=[FilterExample("url", "https://example.org/12345")]
@@ -71,7 +65,7 @@ def test_counts_are_those_of_the_samples(mixed: Path) -> None:
     assert found.languages is None
 
 
-def test_kept_is_what_the_filters_leave(mixed: Path) -> None:
+def test_kept_samples_pass_the_filters(mixed: Path) -> None:
     source = open_source(mixed)
     everything = DataSettings(filters=Filters(min_words=4, min_contrast=4.0, min_side=40))
     nothing = DataSettings(filters=Filters(max_aspect_ratio=None))
@@ -100,67 +94,10 @@ def test_examples_are_spread_and_readable(mixed: Path) -> None:
     assert len(list(examples(open_source(mixed), 1000, 10**8))) == 74
 
 
-class _Fails:
-    def __call__(self, block: range) -> int:
-        if block.start >= 40:
-            raise UserError("here")
-        return sum(block)
+# --- the command
 
 
-def test_blocks_come_in_order_and_errors_come_through() -> None:
-    blocks = split_blocks(range(40), 3)
-    assert [*blocks[0]] == [0, 1, 2]
-    assert len(blocks) == 14
-    assert [*blocks[-1]] == [39]
-    for workers in (1, 3):
-        assert list(map_blocks(_Fails(), blocks, workers)) == [sum(block) for block in blocks]
-        with pytest.raises(UserError, match="here"):
-            list(map_blocks(_Fails(), split_blocks(range(90), 3), workers))
-
-
-class _Dies:
-    def __call__(self, block: range) -> int:
-        if block.start == 6:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return sum(block)
-
-
-def test_a_worker_that_is_killed_is_one_line() -> None:
-    with pytest.raises(UserError, match="a worker process was killed"):
-        list(map_blocks(_Dies(), split_blocks(range(12), 3), 2))
-
-
-def _runs(process: int) -> bool:
-    """Whether it is there and no zombie, which only waits for whoever adopted it."""
-    done = subprocess.run(["ps", "-o", "stat=", "-p", str(process)], capture_output=True, text=True)
-    return not done.stdout.strip().startswith("Z") and bool(done.stdout.strip())
-
-
-def test_a_killed_run_leaves_no_worker() -> None:
-    code = (
-        "import os, time\n"
-        "from dalle_cli.data.workers import split_blocks, map_blocks\n"
-        "def slow(block):\n"
-        "    os.write(1, b'%d\\n' % os.getpid())\n"  # one write: an unbuffered print's two may cross another's
-        "    time.sleep(60)\n"
-        "list(map_blocks(slow, split_blocks(range(4), 1), 2))\n"
-    )
-    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert run.stdout is not None
-    workers = [int(run.stdout.readline()) for _ in range(2)]
-    run.kill()
-    run.wait()
-    for _ in range(100):
-        time.sleep(0.1)
-        if not any(_runs(worker) for worker in workers):
-            return
-    raise AssertionError(f"still running: {workers}")
-
-
-# --- The command
-
-
-def test_json_is_all_there_is_on_stdout(call: Call, mixed: Path, tmp_path: Path) -> None:
+def test_stdout_has_only_the_json(call: Call, mixed: Path, tmp_path: Path) -> None:
     done = call("scan", mixed, "--json", "--out", tmp_path / "out", "--workers", 1)
     assert done.code == 0
     found = json.loads(done.out)
@@ -173,13 +110,13 @@ def test_json_is_all_there_is_on_stdout(call: Call, mixed: Path, tmp_path: Path)
         assert sheet.height > 5 * 176
 
 
-def test_people_get_tables_on_stderr(call: Call, mixed: Path, tmp_path: Path) -> None:
+def test_tables_are_printed_on_stderr(call: Call, mixed: Path, tmp_path: Path) -> None:
     settings = smallest_recipe(tmp_path, None)
     settings["data"]["filters"] = {"min_words": 4}
     done = call("scan", mixed, "--recipe", write_recipe(tmp_path, settings), "--workers", 1)
     assert done.code == 0
     assert done.out == ""
-    for told in (
+    for text in (
         "76",
         "damaged image",
         "no caption",
@@ -187,7 +124,7 @@ def test_people_get_tables_on_stderr(call: Call, mixed: Path, tmp_path: Path) ->
         "max_boilerplate",
         "width / height",
     ):
-        assert told in done.err
+        assert text in done.err
     (line,) = [line for line in done.err.splitlines() if line.strip().startswith("min_words")]
     assert line.split()[:5] == ["min_words", "4", "on", "1", "1.3%"]
 

@@ -1,4 +1,4 @@
-"""A token store made by hand, for tests that need no more of the chain."""
+"""A token store of random values, for tests that need nothing else of the chain."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dalle_cli.stores.tokens import PartWriter
 
 
 def write_tokens(path: Path, rows: int, text_length: int, vocab_size: int, grid: int, codebook_size: int) -> Path:
-    """Random captions and images of ``rows`` samples; each image repeats its caption's first token."""
+    """Write random captions and images of ``rows`` samples; each image repeats the first token of its caption."""
     rng = np.random.default_rng(0)
     keys = [f"{row:05d}" for row in range(rows)]
     text = rng.integers(vocab_size, size=(rows, text_length)).astype(np.uint16)

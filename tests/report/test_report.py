@@ -226,7 +226,7 @@ def test_wrong_files_are_refused_in_one_line(chain: TinyChain, tmp_path: Path) -
         write_report(chain.recipe, None, [tmp_path / "list.json"], tmp_path)
     line = json.loads(chain.ranked.read_text().splitlines()[0])
     (tmp_path / "moved.jsonl").write_text(json.dumps({**line, "png": str(tmp_path / "gone.png")}))
-    with pytest.raises(UserError, match=r"gone\.png: the sample's picture is missing"):
+    with pytest.raises(UserError, match=r"gone\.png: cannot be read as a picture"):
         write_report(chain.recipe, tmp_path / "moved.jsonl", [], tmp_path)
     assert not (tmp_path / "report.html").exists()
 

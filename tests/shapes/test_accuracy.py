@@ -35,7 +35,7 @@ Line = dict[str, Any]
 def test_best_of_a_subset_is_the_mean_over_all_subsets(right: list[bool], data: st.DataObject) -> None:
     k = data.draw(st.integers(1, len(right)))
     subsets = list(combinations(range(len(right)), k))
-    # Places are in rank order, so a subset's best is its least place.
+    # Samples are in rank order, so the best of a subset is its first.
     assert best_of_subset(right, k) == pytest.approx(sum(right[min(s)] for s in subsets) / len(subsets))
 
 
@@ -47,7 +47,7 @@ def test_sizes_of_pools_double_up_to_the_whole() -> None:
 
 
 def ranked_pictures(folder: Path, split: str, count: int, drawn: Callable[[int], int]) -> list[Line]:
-    """Lines for captions of scenes 0 to count - 1, the picture of scene i being that of scene drawn(i)."""
+    """Return lines for the captions of scenes 0 to count - 1 in which scene i has the picture of scene drawn(i)."""
     lines: dict[str, Line] = {}
     for i in range(count):
         file = folder / f"{split}-{i}.png"

@@ -54,17 +54,17 @@ def clean(picture: Picture, rng: np.random.Generator) -> Picture:
 def test_rendered_pictures_are_read_right(size: int, damage: Damage, count: int, least: float) -> None:
     right = 0
     for index in range(count):
-        this = random_scene(11, ("train", "seen", "heldout")[index % 3], index)
-        picture = damage(render(this, size), np.random.default_rng(index))
-        right += matches_claim(this.claim, detect(picture))
+        scene = random_scene(11, ("train", "seen", "heldout")[index % 3], index)
+        picture = damage(render(scene, size), np.random.default_rng(index))
+        right += matches_claim(scene.claim, detect(picture))
     assert right >= least * count
 
 
 def test_places_and_radii_are_measured() -> None:
     for index in range(100):
-        this = random_scene(12, "train", index)
-        seen = sorted(detect(render(this)), key=lambda thing: (thing.colour, thing.shape))
-        drawn = sorted(this.things, key=lambda thing: (thing.colour, thing.shape))
+        scene = random_scene(12, "train", index)
+        seen = sorted(detect(render(scene)), key=lambda thing: (thing.colour, thing.shape))
+        drawn = sorted(scene.things, key=lambda thing: (thing.colour, thing.shape))
         for thing, found in zip(drawn, seen, strict=True):
             assert (found.x, found.y) == pytest.approx((thing.x, thing.y), abs=0.5 / 64)
             assert found.radius == pytest.approx(thing.radius, rel=0.08)
@@ -73,10 +73,10 @@ def test_places_and_radii_are_measured() -> None:
 
 def test_a_picture_of_another_claim_is_not_taken_for_it() -> None:
     scenes = [random_scene(13, "train", index) for index in range(60)]
-    readings = [detect(render(this)) for this in scenes]
-    for this in scenes:
+    readings = [detect(render(scene)) for scene in scenes]
+    for scene in scenes:
         for other, reading in zip(scenes, readings, strict=True):
-            assert matches_claim(this.claim, reading) == (this.claim == other.claim)
+            assert matches_claim(scene.claim, reading) == (scene.claim == other.claim)
 
 
 def found(colour: str, shape: str, size: str, x: float, y: float) -> Detection:

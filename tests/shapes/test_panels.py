@@ -1,4 +1,4 @@
-"""The two-panel world: what its pictures show, and that its oracle tells right bottoms from wrong ones."""
+"""The two-panel world: its pictures, and its oracle, which tells right bottoms from wrong ones."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from dalle_cli.shapes.panels import (
     RADII,
     Panel,
     Panels,
+    apply_change,
     bottom_matches,
-    changed,
     make_panels,
     random_panels,
     read_panel,
     render_panels,
 )
-from dalle_cli.shapes.world import BACKGROUND, COLOURS, HELD_OUT, OUTLINES, SHAPES, SPLITS, Fact
+from dalle_cli.shapes.world import BACKGROUND, COLOURS, HELD_OUT, OUTLINES, SHAPES, SPLITS
 
 Picture = NDArray[np.uint8]
 COLOUR = tuple(COLOURS)
 
 
 def panels_of(facts: dict[str, Any]) -> Panels:
-    """The picture that a row's facts describe."""
+    """Return the panels that a row's facts describe."""
     return Panels(Panel(**facts["top"]), facts["change"], Panel(**facts["bottom"]))
 
 
@@ -49,55 +49,55 @@ def worn(picture: Picture, seed: int) -> Picture:
     return np.clip(np.rint(soft + np.random.default_rng(seed).normal(0, 8, soft.shape)), 0, 255).astype(np.uint8)
 
 
-def test_what_a_change_makes_of_a_top() -> None:
+def test_changes_of_a_top() -> None:
     top = Panel("large", COLOUR[0], "star", "white", 0.5)
-    assert changed(top, "same") == top
-    assert changed(top, "smaller") == Panel("small", COLOUR[0], "star", "white", 0.5)
-    assert changed(top, "on black") == Panel("large", COLOUR[0], "star", "black", 0.5)
-    assert changed(top, f"in {COLOUR[1]}") == Panel("large", COLOUR[1], "star", "white", 0.5)
+    assert apply_change(top, "same") == top
+    assert apply_change(top, "smaller") == Panel("small", COLOUR[0], "star", "white", 0.5)
+    assert apply_change(top, "on black") == Panel("large", COLOUR[0], "star", "black", 0.5)
+    assert apply_change(top, f"in {COLOUR[1]}") == Panel("large", COLOUR[1], "star", "white", 0.5)
     with pytest.raises(ValueError, match="unknown change 'in plaid'"):
-        changed(top, "in plaid")
+        apply_change(top, "in plaid")
 
 
-def test_captions_tell_nothing_of_the_top() -> None:
+def test_captions_do_not_describe_the_top() -> None:
     top = Panel("large", COLOUR[0], "star", "white", 0.5)
-    told = {Panels(top, change, changed(top, change)).caption for change in CHANGES}
-    assert len(told) == len(CHANGES)
-    assert "the exact same shape on the top and on the bottom" in told
-    assert f"the exact same shape on the top in {COLOUR[1]} on the bottom" in told
-    assert not any(shape in text.split() for text in told for shape in SHAPES)
+    captions = {Panels(top, change, apply_change(top, change)).caption for change in CHANGES}
+    assert len(captions) == len(CHANGES)
+    assert "the exact same shape on the top and on the bottom" in captions
+    assert f"the exact same shape on the top in {COLOUR[1]} on the bottom" in captions
+    assert not any(shape in text.split() for text in captions for shape in SHAPES)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**40), st.sampled_from(SPLITS), st.integers(0, 2**40))
-def test_tops_that_are_held_out_stay_out(seed: int, split: str, index: int) -> None:
-    this = random_panels(seed, split, index)
-    assert ((this.top.colour, this.top.shape) in HELD_OUT) == (split == "heldout")
-    assert this.bottom == changed(this.top, this.change)
-    assert this.change != f"in {this.top.colour}"
-    assert this.change != "smaller" or (this.top.size, this.bottom.size) == ("large", "small")
+def test_held_out_tops_stay_out_of_training(seed: int, split: str, index: int) -> None:
+    pair = random_panels(seed, split, index)
+    assert ((pair.top.colour, pair.top.shape) in HELD_OUT) == (split == "heldout")
+    assert pair.bottom == apply_change(pair.top, pair.change)
+    assert pair.change != f"in {pair.top.colour}"
+    assert pair.change != "smaller" or (pair.top.size, pair.bottom.size) == ("large", "small")
     assert (
-        panels_of(json.loads(json.dumps({"top": vars(this.top), "change": this.change, "bottom": vars(this.bottom)})))
-        == this
+        panels_of(json.loads(json.dumps({"top": vars(pair.top), "change": pair.change, "bottom": vars(pair.bottom)})))
+        == pair
     )
 
 
 def test_the_world_is_varied() -> None:
     many = [random_panels(0, "train", index) for index in range(1000)]
-    kinds = Counter("colour" if this.change.startswith("in ") else this.change for this in many)
+    kinds = Counter("colour" if pair.change.startswith("in ") else pair.change for pair in many)
     assert sorted(kinds) == ["colour", "on black", "same", "smaller"]
     assert min(kinds.values()) > 200
     assert len({(t.top.colour, t.top.shape) for t in many}) == len(COLOURS) * len(SHAPES) - len(HELD_OUT)
     assert len(set(many)) > 400
 
 
-def test_a_picture_is_two_halves() -> None:
+def test_a_picture_has_two_halves() -> None:
     for index in range(40):
-        this = random_panels(1, SPLITS[index % 3], index)
+        pair = random_panels(1, SPLITS[index % 3], index)
         for size in (64, 128):
-            picture = render_panels(this, size)
+            picture = render_panels(pair, size)
             assert picture.shape == (size, size, 3)
-            for half, panel in ((picture[: size // 2], this.top), (picture[size // 2 :], this.bottom)):
+            for half, panel in ((picture[: size // 2], pair.top), (picture[size // 2 :], pair.bottom)):
                 edge = np.concatenate([half[0], half[-1], half[:, 0], half[:, -1]])
                 assert (edge == GROUNDS[panel.ground]).all()
                 # No pixel is of another colour, and the thing covers what its outline encloses.
@@ -107,17 +107,17 @@ def test_a_picture_is_two_halves() -> None:
                 x, y = OUTLINES[panel.shape].T * RADII[panel.size] * size
                 area = abs((x * np.roll(y, -1) - np.roll(x, -1) * y).sum()) / 2
                 assert share.sum() == pytest.approx(area, rel=0.03)
-        given_ = render_panels(this, bottom=False)
-        assert (given_[:32] == render_panels(this)[:32]).all()
+        given_ = render_panels(pair, bottom=False)
+        assert (given_[:32] == render_panels(pair)[:32]).all()
         assert (given_[32:] == BACKGROUND).all()
     for size in (24, 72):
         with pytest.raises(ValueError, match="multiple of 16"):
-            render_panels(this, size)
+            render_panels(pair, size)
 
 
 def test_a_same_bottom_is_its_top_token_for_token() -> None:
-    this = next(p for p in (random_panels(2, "train", index) for index in range(99)) if p.change == "same")
-    picture = render_panels(this)
+    pair = next(p for p in (random_panels(2, "train", index) for index in range(99)) if p.change == "same")
+    picture = render_panels(pair)
     assert (picture[:32] == picture[32:]).all()
 
 
@@ -125,26 +125,26 @@ def test_a_same_bottom_is_its_top_token_for_token() -> None:
 def test_rendered_bottoms_are_read_right(damaged: bool) -> None:
     right = 0
     for index in range(200):
-        this = random_panels(3, SPLITS[index % 3], index)
-        picture = worn(render_panels(this), index) if damaged else render_panels(this)
-        right += bottom_matches(this.top, this.change, picture)
+        pair = random_panels(3, SPLITS[index % 3], index)
+        picture = worn(render_panels(pair), index) if damaged else render_panels(pair)
+        right += bottom_matches(pair.top, pair.change, picture)
         ground, things = read_panel(picture[:32])
         assert ground == "white"
-        assert [fact for fact, _ in things] == [this.top.fact]
+        assert [fact for fact, _ in things] == [pair.top.fact]
     assert right >= 198
 
 
 def test_wrong_bottoms_are_not_taken_for_right_ones() -> None:
     for index in range(40):
-        this = random_panels(4, "heldout", index)
-        for change in {*CHANGES, this.change}:
-            other = Panels(this.top, change, changed(this.top, change))
-            assert bottom_matches(this.top, this.change, render_panels(other)) == (other.bottom == this.bottom)
+        pair = random_panels(4, "heldout", index)
+        for change in {*CHANGES, pair.change}:
+            other = Panels(pair.top, change, apply_change(pair.top, change))
+            assert bottom_matches(pair.top, pair.change, render_panels(other)) == (other.bottom == pair.bottom)
         for shape in SHAPES:
-            bottom = Panel(this.bottom.size, this.bottom.colour, shape, this.bottom.ground, this.bottom.x)
-            picture = render_panels(Panels(this.top, this.change, bottom))
-            assert bottom_matches(this.top, this.change, picture) == (shape == this.top.shape)
-        assert not bottom_matches(this.top, this.change, render_panels(this, bottom=False))
+            bottom = Panel(pair.bottom.size, pair.bottom.colour, shape, pair.bottom.ground, pair.bottom.x)
+            picture = render_panels(Panels(pair.top, pair.change, bottom))
+            assert bottom_matches(pair.top, pair.change, picture) == (shape == pair.top.shape)
+        assert not bottom_matches(pair.top, pair.change, render_panels(pair, bottom=False))
 
 
 def test_any_half_is_read_and_other_arrays_are_refused() -> None:
@@ -185,5 +185,3 @@ def test_shards_hold_the_world(tmp_path: Path, call: Call) -> None:
     assert "'panels'" in refused
     with pytest.raises(UserError, match="multiple of 16"):
         make_panels(tmp_path / "b", 1, 1, 0, size=40)
-    assert RADII["small"] < RADII["large"]
-    assert isinstance(random_panels(0, "seen", 0).top.fact, Fact)

@@ -38,10 +38,10 @@ rows = st.tuples(st.integers(0, 2**40), st.sampled_from(SPLITS), st.integers(0, 
 
 @settings(max_examples=60, deadline=None)
 @given(rows, st.integers(0, 2**32))
-def test_captions_say_the_scenes_facts(row: tuple[int, str, int], caption_seed: int) -> None:
-    this = random_scene(*row)
-    for text in [*phrasings(this), random_caption(this, np.random.default_rng(caption_seed))]:
-        assert parse_caption(text) == this.claim
+def test_captions_state_the_facts_of_the_scene(row: tuple[int, str, int], caption_seed: int) -> None:
+    scene = random_scene(*row)
+    for text in [*phrasings(scene), random_caption(scene, np.random.default_rng(caption_seed))]:
+        assert parse_caption(text) == scene.claim
         assert text == text.lower()
         assert text == " ".join(text.split())
 
@@ -68,30 +68,30 @@ def test_parsing_by_hand() -> None:
             parse_caption(text)
 
 
-def test_every_phrasing_of_a_pair_is_different_and_both_sides_are_told() -> None:
-    this = next(s for s in (random_scene(0, "train", i) for i in range(99)) if s.relation == "left of")
-    told = phrasings(this)
-    assert len(set(told)) == len(told) == 20
-    first = " ".join(this.things[0].fact)
-    assert {text.index(first) < len(text) / 2 for text in told} == {True, False}
+def test_every_phrasing_of_a_pair_is_different_and_both_sides_occur() -> None:
+    scene = next(s for s in (random_scene(0, "train", i) for i in range(99)) if s.relation == "left of")
+    captions = phrasings(scene)
+    assert len(set(captions)) == len(captions) == 20
+    first = " ".join(scene.things[0].fact)
+    assert {text.index(first) < len(text) / 2 for text in captions} == {True, False}
 
 
 @settings(max_examples=60, deadline=None)
 @given(rows)
 def test_things_are_inside_apart_and_in_their_relation(row: tuple[int, str, int]) -> None:
-    this = random_scene(*row)
-    for thing in this.things:
+    scene = random_scene(*row)
+    for thing in scene.things:
         assert thing.radius == SIZES[thing.size]
         for centre in (thing.x, thing.y):
             assert thing.radius <= centre <= 1 - thing.radius
-    if this.relation is None:
-        assert len(this.things) == 1
+    if scene.relation is None:
+        assert len(scene.things) == 1
         return
-    a, b = this.things
+    a, b = scene.things
     assert (a.colour, a.shape) != (b.colour, b.shape)
     right, down = b.x - a.x, b.y - a.y
-    along = {"above": down, "below": -down, "left of": right, "right of": -right}[this.relation]
-    across = right if this.relation in ("above", "below") else down
+    along = {"above": down, "below": -down, "left of": right, "right of": -right}[scene.relation]
+    across = right if scene.relation in ("above", "below") else down
     assert along > a.radius + b.radius + 0.04
     assert abs(across) < along / 3
 
@@ -99,8 +99,8 @@ def test_things_are_inside_apart_and_in_their_relation(row: tuple[int, str, int]
 @settings(max_examples=60, deadline=None)
 @given(rows)
 def test_held_out_pairs_stay_out(row: tuple[int, str, int]) -> None:
-    held = [(thing.colour, thing.shape) in HELD_OUT for thing in random_scene(*row).things]
-    assert any(held) if row[1] == "heldout" else not any(held)
+    held_out = [(thing.colour, thing.shape) in HELD_OUT for thing in random_scene(*row).things]
+    assert any(held_out) if row[1] == "heldout" else not any(held_out)
 
 
 def test_held_out_pairs_are_spread() -> None:
@@ -143,7 +143,7 @@ def test_the_world_is_varied_and_its_splits_are_different_streams() -> None:
     free = len(COLOURS) * len(SHAPES) - len(HELD_OUT)
     assert len({(t.colour, t.shape) for s in many for t in s.things}) == free
     assert min(Counter(s.relation for s in many).values()) > 300
-    # The lattice is finite, so a few scenes come twice, mostly those of a single thing.
+    # The lattice is finite, so a few scenes occur twice, mostly those of a single thing.
     assert len(set(many) | {random_scene(0, "seen", i) for i in range(2000)}) > 3600
     assert random_scene(0, "train", 1) != random_scene(1, "train", 1)
 
@@ -160,26 +160,26 @@ def test_rendered_areas_and_colours_are_those_of_the_geometry(size: int) -> None
         "post": 2.0,
     }
     for index in range(60):
-        this = random_scene(4, "heldout", index)
-        picture = render(this, size)
+        scene = random_scene(4, "heldout", index)
+        picture = render(scene, size)
         assert picture.shape == (size, size, 3)
         assert picture.dtype == np.uint8
         paper = np.array(BACKGROUND)
         covered = (picture != paper).any(axis=2)
-        area = sum(unit[t.shape] * (t.radius * size) ** 2 for t in this.things)
+        area = sum(unit[t.shape] * (t.radius * size) ** 2 for t in scene.things)
         assert covered.sum() >= area
-        for thing in this.things:
+        for thing in scene.things:
             place = thing.y - 0.1 * thing.radius, thing.x - 0.1 * thing.radius
             if thing.shape == "bar":
                 place = thing.y + 0.1 * thing.radius, thing.x
             row, column = (int(part * size) for part in place)
             assert tuple(picture[row, column]) == COLOURS[thing.colour]
         # Anti-aliased: summed coverage, measured on the channel that changes most, gives the exact area.
-        if this.relation is None:
-            ink = np.array(COLOURS[this.things[0].colour])
+        if scene.relation is None:
+            ink = np.array(COLOURS[scene.things[0].colour])
             channel = int(np.abs(ink - paper).argmax())
             soft = (picture[..., channel] - paper[channel].astype(float)) / (ink - paper)[channel]
-            rough = this.things[0].shape == "star"  # the others' edges lie between sample points
+            rough = scene.things[0].shape == "star"  # the others' edges lie between sample points
             assert soft.sum() == pytest.approx(area, rel=0.05 if rough else 1e-9)
 
 
@@ -197,10 +197,16 @@ def digest(folder: Path) -> dict[str, str]:
     }
 
 
+@pytest.fixture
+def ten_rows_per_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dalle_cli.shapes.writer.ROWS_PER_SHARD", 10)
+
+
+@pytest.mark.usefixtures("ten_rows_per_shard")
 def test_shards_hold_the_scenes_and_are_the_same_bytes_every_time(tmp_path: Path) -> None:
-    made = make_shapes(tmp_path / "a", n=25, test_n=7, seed=3, size=32, shard_rows=10)
-    assert (made.written, made.kept) == (39, 0)
-    make_shapes(tmp_path / "b", n=25, test_n=7, seed=3, size=32, shard_rows=10, workers=2)
+    made = make_shapes(tmp_path / "a", n=25, test_n=7, seed=3, size=32)
+    assert (made.written, made.existing) == (39, 0)
+    make_shapes(tmp_path / "b", n=25, test_n=7, seed=3, size=32)
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
     assert sorted(digest(tmp_path / "a")) == [
         "heldout/shapes-00000.tar",
@@ -219,35 +225,37 @@ def test_shards_hold_the_scenes_and_are_the_same_bytes_every_time(tmp_path: Path
             assert file is not None
             return file.read()
 
-        this = random_scene(3, "train", 24)
-        assert (np.asarray(Image.open(io.BytesIO(member("00000024.png")))) == render(this, 32)).all()
-        assert parse_caption(member("00000024.txt").decode()) == this.claim
+        scene = random_scene(3, "train", 24)
+        assert (np.asarray(Image.open(io.BytesIO(member("00000024.png")))) == render(scene, 32)).all()
+        assert parse_caption(member("00000024.txt").decode()) == scene.claim
         facts = json.loads(member("00000024.json"))
-        assert facts["relation"] == this.relation
-        assert facts["things"][0]["colour"] == this.things[0].colour
+        assert facts["relation"] == scene.relation
+        assert facts["things"][0]["colour"] == scene.things[0].colour
     world = json.loads((tmp_path / "a/world.json").read_text())
     assert world["seed"] == 3
     assert world["held_out"] == sorted([list(pair) for pair in HELD_OUT])
 
 
+@pytest.mark.usefixtures("ten_rows_per_shard")
 def test_a_rows_bytes_do_not_depend_on_how_many_are_made(tmp_path: Path) -> None:
-    make_shapes(tmp_path / "a", n=10, test_n=0, seed=3, size=32, shard_rows=10)
-    make_shapes(tmp_path / "b", n=20, test_n=5, seed=3, size=32, shard_rows=10)
+    make_shapes(tmp_path / "a", n=10, test_n=0, seed=3, size=32)
+    make_shapes(tmp_path / "b", n=20, test_n=5, seed=3, size=32)
     name = "train/shapes-00000.tar"
     assert digest(tmp_path / "a")[name] == digest(tmp_path / "b")[name]
 
 
-def test_making_goes_on_where_it_was(tmp_path: Path) -> None:
-    make_shapes(tmp_path, n=30, test_n=5, seed=1, size=32, shard_rows=10)
+@pytest.mark.usefixtures("ten_rows_per_shard")
+def test_a_killed_run_is_resumed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    make_shapes(tmp_path, n=30, test_n=5, seed=1, size=32)
     whole = digest(tmp_path)
     lost = tmp_path / "train/shapes-00001.tar"
     half = lost.read_bytes()[:5000]
     lost.unlink()
-    (tmp_path / "train/.shapes-00001.tar.partial").write_bytes(half)  # what a killed run leaves
-    seen: list[tuple[int, int]] = []
-    made = make_shapes(tmp_path, 30, 5, 1, 32, shard_rows=10, progress=lambda done, total: seen.append((done, total)))
-    assert (made.written, made.kept) == (10, 30)
-    assert seen == [(30, 40), (40, 40)]
+    (tmp_path / "train/.shapes-00001.tar.partial").write_bytes(half)  # a killed run leaves this
+    capfd.readouterr()
+    made = make_shapes(tmp_path, 30, 5, 1, 32)
+    assert (made.written, made.existing) == (10, 30)
+    assert "30 of 40 pictures" in capfd.readouterr().err
     assert digest(tmp_path) == whole
 
 

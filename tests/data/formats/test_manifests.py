@@ -5,17 +5,16 @@ import os
 import pickle
 import re
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.sources import write_files
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dalle_cli.data.formats.tables import Columns, find_columns
-from dalle_cli.data.index import HASH_BYTES, PackedStrings, group_by_hash, hash_string
 from dalle_cli.data.open_source import open_source
 from dalle_cli.data.source import BadSample, Source
 from dalle_cli.errors import UserError
@@ -23,15 +22,8 @@ from dalle_cli.errors import UserError
 Rows = Sequence[tuple[str, str]]  # (path, caption)
 
 
-def write(root: Path, files: dict[str, bytes | str]) -> Path:
-    for name, body in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(body.encode() if isinstance(body, str) else body)
-    return root
-
-
 def contents(source: Source) -> list[tuple[str, bytes | str, list[str] | str]]:
-    """(key, image bytes, captions) of each sample, a reason in the place of what cannot be read; also of a copy."""
+    """Return (key, image bytes, captions) of each sample, or the reason where one cannot be read."""
     found = []
     for i in range(len(source)):
         row: list[object] = [source.key(i)]
@@ -45,7 +37,7 @@ def contents(source: Source) -> list[tuple[str, bytes | str, list[str] | str]]:
     return found
 
 
-# Writers that share nothing with the package: what RFC 4180 says, by hand.
+# Writers that share no code with the package, after RFC 4180.
 
 
 def quoted(field: str, delimiter: str) -> str:
@@ -82,7 +74,7 @@ captions = st.text(letters.filter(lambda letter: letter != "\0"), max_size=12)
 @pytest.mark.parametrize("ending", WRITERS)
 @settings(max_examples=50, deadline=None)
 @given(rows=st.lists(st.tuples(st.sampled_from(["a/1.jpg", "b/1.jpg", "b, 1;.png", 'q".gif', "ö/1.webp"]), captions)))
-def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, ending: str, rows: Rows) -> None:
+def test_a_written_manifest_is_read_back(tmp_path_factory: pytest.TempPathFactory, ending: str, rows: Rows) -> None:
     root = tmp_path_factory.mktemp("m")
     manifest = root / f"all.{ending}"
     WRITERS[ending](manifest, rows)
@@ -93,7 +85,7 @@ def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, endin
     expected: dict[str, list[str]] = {}  # in the order of the pictures' first rows
     for path, caption in rows:
         expected.setdefault(path, []).append(caption.strip())
-        write(root, {path: path})
+        write_files(root, {path: path})
     source = open_source(manifest)
     assert source.skipped == []
     assert source.format == f"{ending} manifest"
@@ -106,7 +98,7 @@ def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, endin
 
 @pytest.mark.parametrize("ending", WRITERS)
 def test_equal_names_in_two_folders_stay_apart(tmp_path: Path, ending: str) -> None:
-    write(tmp_path, {"x/1.jpg": "X", "y/1.jpg": "Y", "1.jpg": "top"})
+    write_files(tmp_path, {"x/1.jpg": "X", "y/1.jpg": "Y", "1.jpg": "top"})
     rows = [("y/1.jpg", "of y"), ("x/1.jpg", "of x"), ("./1.jpg", "top"), ("y//1.jpg", "of y again")]
     WRITERS[ending](tmp_path / f"m.{ending}", rows)
     assert contents(open_source(tmp_path / f"m.{ending}")) == [
@@ -118,7 +110,7 @@ def test_equal_names_in_two_folders_stay_apart(tmp_path: Path, ending: str) -> N
 
 @pytest.mark.parametrize("ending", WRITERS)
 def test_names_that_differ_in_the_extension_alone_keep_it(tmp_path: Path, ending: str) -> None:
-    write(tmp_path, {"a.jpg": "J", "a.png": "P", "b.png": "B"})
+    write_files(tmp_path, {"a.jpg": "J", "a.png": "P", "b.png": "B"})
     WRITERS[ending](tmp_path / f"m.{ending}", [("a.png", "p"), ("b.png", "b"), ("a.jpg", "j")])
     assert contents(open_source(tmp_path / f"m.{ending}")) == [
         ("a.png", b"P", ["p"]),
@@ -152,12 +144,12 @@ def test_columns_are_found_by_name(names: list[str], found: Columns | None) -> N
 
 
 def test_a_column_of_keys_names_the_samples(tmp_path: Path) -> None:
-    write(tmp_path, {"a.jpg": "A", "b.jpg": "B"})
-    write(tmp_path, {"m.csv": "id,file,caption\n7,b.jpg,one\n9,a.jpg,two\n8,b.jpg,three\n"})
+    write_files(tmp_path, {"a.jpg": "A", "b.jpg": "B"})
+    write_files(tmp_path, {"m.csv": "id,file,caption\n7,b.jpg,one\n9,a.jpg,two\n8,b.jpg,three\n"})
     expected = [("7", b"B", ["one", "three"]), ("9", b"A", ["two"])]
     assert contents(open_source(tmp_path / "m.csv")) == expected
     lines = [{"id": 7, "file": "b.jpg", "caption": ["one", "three"]}, {"id": 9, "file": "a.jpg", "caption": "two"}]
-    write(tmp_path, {"m.jsonl": "\n".join(map(json.dumps, lines))})
+    write_files(tmp_path, {"m.jsonl": "\n".join(map(json.dumps, lines))})
     assert contents(open_source(tmp_path / "m.jsonl")) == expected
     table = pa.table({"id": [7, 9], "file": ["b.jpg", "a.jpg"], "caption": [["one", "three"], ["two", None]]})
     pq.write_table(table, tmp_path / "m.parquet")
@@ -165,31 +157,31 @@ def test_a_column_of_keys_names_the_samples(tmp_path: Path) -> None:
 
 
 def test_keys_that_are_not_unique_are_refused(tmp_path: Path) -> None:
-    write(tmp_path, {"m.csv": "id,file,caption\n1,a.jpg,x\n2,b.jpg,x\n3,b.jpg,x\n2,c.jpg,x\n"})
+    write_files(tmp_path, {"m.csv": "id,file,caption\n1,a.jpg,x\n2,b.jpg,x\n3,b.jpg,x\n2,c.jpg,x\n"})
     with pytest.raises(UserError, match=r"m\.csv: the id '2' stands for two pictures, b\.jpg and c\.jpg; "):
         open_source(tmp_path / "m.csv")
-    write(tmp_path, {"m.csv": "id,file,caption\n1,a.jpg,x\n,b.jpg,x\n"})
+    write_files(tmp_path, {"m.csv": "id,file,caption\n1,a.jpg,x\n,b.jpg,x\n"})
     with pytest.raises(UserError, match=r"m\.csv: line 3: the id is empty"):
         open_source(tmp_path / "m.csv")
 
 
 def test_several_captions_in_columns_and_lists(tmp_path: Path) -> None:
-    write(tmp_path, {"a.jpg": "A", "m.csv": "file_name,split,caption_0,caption_1\na.jpg,train,one,two\n"})
+    write_files(tmp_path, {"a.jpg": "A", "m.csv": "file_name,split,caption_0,caption_1\na.jpg,train,one,two\n"})
     assert contents(open_source(tmp_path / "m.csv")) == [("a", b"A", ["one", "two"])]
-    write(tmp_path, {"m.jsonl": '{"image": "a.jpg", "captions": ["one", " ", 3, "two", "\\ud800"]}\n'})
+    write_files(tmp_path, {"m.jsonl": '{"image": "a.jpg", "captions": ["one", " ", 3, "two", "\\ud800"]}\n'})
     assert contents(open_source(tmp_path / "m.jsonl")) == [("a", b"A", ["one", "two"])]
 
 
 @pytest.mark.parametrize("delimiter", [",", "\t", ";", "|"])
 @pytest.mark.parametrize("ending", ["csv", "tsv"])
-def test_the_delimiter_is_told_from_the_header(tmp_path: Path, delimiter: str, ending: str) -> None:
-    write(tmp_path, {"a.jpg": "A"})
+def test_the_delimiter_follows_from_the_header(tmp_path: Path, delimiter: str, ending: str) -> None:
+    write_files(tmp_path, {"a.jpg": "A"})
     write_delimited(tmp_path / f"m.{ending}", [("a.jpg", "one, two; three | four\tfive")], delimiter)
     assert contents(open_source(tmp_path / f"m.{ending}"))[0][2] == ["one, two; three | four\tfive"]
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path: Path) -> None:
-    write(
+def test_a_byte_order_mark_is_not_part_of_the_first_name(tmp_path: Path) -> None:
+    write_files(
         tmp_path,
         {"a.jpg": "A", "m.csv": "\ufeffpath,caption\na.jpg,one\n", "m.jsonl": '\ufeff{"path":"a.jpg","text":"one"}'},
     )
@@ -200,8 +192,8 @@ def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path: Path) -> None:
 # --- rows that cannot be used
 
 
-def test_broken_rows_are_told_and_shift_nothing(tmp_path: Path) -> None:
-    write(tmp_path, {f"{name}.jpg": name for name in "abcdef"})
+def test_broken_rows_are_reported_and_shift_nothing(tmp_path: Path) -> None:
+    write_files(tmp_path, {f"{name}.jpg": name for name in "abcdef"})
     lines = [
         b"path,caption",
         b"a.jpg,one, two",
@@ -216,7 +208,7 @@ def test_broken_rows_are_told_and_shift_nothing(tmp_path: Path) -> None:
         b'f.jpg,"of f" and more',
         b"f.jpg,of f",
     ]
-    write(tmp_path, {"m.csv": b"\n".join(lines)})
+    write_files(tmp_path, {"m.csv": b"\n".join(lines)})
     source = open_source(tmp_path / "m.csv")
     assert contents(source) == [
         ("c", b"c", ["of c"]),
@@ -231,8 +223,8 @@ def test_broken_rows_are_told_and_shift_nothing(tmp_path: Path) -> None:
     assert source.describe() == f"csv manifest {tmp_path}/m.csv: 4 samples, 5 left out"
 
 
-def test_broken_json_lines_are_told(tmp_path: Path) -> None:
-    write(tmp_path, {"a.jpg": "A", "b.jpg": "B"})
+def test_broken_json_lines_are_reported(tmp_path: Path) -> None:
+    write_files(tmp_path, {"a.jpg": "A", "b.jpg": "B"})
     lines = [
         b'{"path": "a.jpg", "caption": "of a"}',
         b'{"path": "b.jpg", "caption": ',
@@ -245,7 +237,7 @@ def test_broken_json_lines_are_told(tmp_path: Path) -> None:
         b"[" * 100_000,
         b'{"path": "b.jpg", "caption": null}',
     ]
-    write(tmp_path, {"m.jsonl": b"\r\n".join(lines)})
+    write_files(tmp_path, {"m.jsonl": b"\r\n".join(lines)})
     source = open_source(tmp_path / "m.jsonl")
     assert contents(source) == [("a", b"A", ["of a"]), ("b", b"B", "no caption")]
     assert [(where, reason[:12]) for where, reason in source.skipped] == [
@@ -260,7 +252,7 @@ def test_broken_json_lines_are_told(tmp_path: Path) -> None:
 
 
 def test_pictures_that_cannot_be_read_have_a_reason(tmp_path: Path) -> None:
-    write(tmp_path, {"a.jpg": "A", "folder.jpg/x": ""})
+    write_files(tmp_path, {"a.jpg": "A", "folder.jpg/x": ""})
     os.mkfifo(tmp_path / "pipe.jpg")
     write_json_lines(tmp_path / "m.jsonl", [(f"{name}.jpg", "x") for name in ("a", "folder", "pipe", "gone")])
     assert [image for _, image, _ in contents(open_source(tmp_path / "m.jsonl"))] == [
@@ -272,8 +264,8 @@ def test_pictures_that_cannot_be_read_have_a_reason(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", WRITERS)
-def test_a_manifest_that_changed_since_is_told(tmp_path: Path, ending: str) -> None:
-    write(tmp_path, {"a.jpg": "A", "b.jpg": "B"})
+def test_a_changed_manifest_is_noticed(tmp_path: Path, ending: str) -> None:
+    write_files(tmp_path, {"a.jpg": "A", "b.jpg": "B"})
     manifest = tmp_path / f"m.{ending}"
     WRITERS[ending](manifest, [("a.jpg", "one"), ("b.jpg", "two")])
     source = open_source(manifest)
@@ -295,7 +287,7 @@ def test_urls(tmp_path: Path) -> None:
             UserError, match=r"its pictures are URLs \(https://x\.org/a\.jpg \.\.\.\): download them first"
         ):
             open_source(manifest)
-        write(tmp_path, {"a.jpg": "A"})
+        write_files(tmp_path, {"a.jpg": "A"})
         writer(manifest, rows)
         reason = "is a URL: download the picture first and put its path in its place"
         assert contents(open_source(manifest)) == [
@@ -309,7 +301,7 @@ def test_pictures_that_are_elsewhere_are_refused_at_once(tmp_path: Path) -> None
     write_json_lines(tmp_path / "m.jsonl", [(f"pics/{i}.jpg", "x") for i in range(500)])
     with pytest.raises(UserError, match=rf"none of its pictures is there \(looked for {tmp_path}/pics/0\.jpg \.\.\.\)"):
         open_source(tmp_path / "m.jsonl")
-    write(tmp_path, {"pics/499.jpg": "last"})  # a few are enough
+    write_files(tmp_path, {"pics/499.jpg": "last"})  # a few are enough
     assert len(open_source(tmp_path / "m.jsonl")) == 500
 
 
@@ -336,8 +328,8 @@ def test_pictures_that_are_elsewhere_are_refused_at_once(tmp_path: Path) -> None
         ("m.parquet", "", "is not a readable Parquet file"),
     ],
 )
-def test_what_is_no_manifest_is_refused(tmp_path: Path, name: str, body: str | bytes, message: str) -> None:
-    write(tmp_path, {name: body})
+def test_files_that_are_not_manifests_are_refused(tmp_path: Path, name: str, body: str | bytes, message: str) -> None:
+    write_files(tmp_path, {name: body})
     with pytest.raises(UserError, match=re.escape(str(tmp_path / name)) + ".*" + message) as refusal:
         open_source(tmp_path / name)
     assert "\n" not in str(refusal.value)
@@ -357,7 +349,7 @@ def test_parquet_of_pictures_or_of_other_types_is_refused(tmp_path: Path) -> Non
 
 
 def test_parquet_types_and_nulls(tmp_path: Path) -> None:
-    write(tmp_path, {"a.jpg": "A", "b.jpg": "B"})
+    write_files(tmp_path, {"a.jpg": "A", "b.jpg": "B"})
     image = pa.array(["a.jpg", "b.jpg", None]).dictionary_encode()
     pq.write_table(
         pa.table({"image": image, "text": pa.array(["of a", None, "x"], pa.large_string())}), tmp_path / "m.parquet"
@@ -371,9 +363,9 @@ def test_parquet_types_and_nulls(tmp_path: Path) -> None:
 
 
 def test_conceptual_captions_layout(tmp_path: Path) -> None:
-    write(tmp_path, {"p/1": "one", "p/2.jpg": "two"})
+    write_files(tmp_path, {"p/1": "one", "p/2.jpg": "two"})
     lines = ['a "quoted start , never closed\tp/1', '" all quoted "\tp/2.jpg', "gone\thttp://x.org/3"]
-    write(tmp_path, {"Train_GCC-training.tsv": "\n".join(lines)})
+    write_files(tmp_path, {"Train_GCC-training.tsv": "\n".join(lines)})
     reason = "is a URL: download the picture first and put its path in its place"
     expected = [
         ("p/1", b"one", ['a "quoted start , never closed']),
@@ -381,45 +373,19 @@ def test_conceptual_captions_layout(tmp_path: Path) -> None:
         ("http://x.org/3", reason, ["gone"]),
     ]
     assert contents(open_source(tmp_path / "Train_GCC-training.tsv")) == expected
-    turned = ["\t".join(reversed(line.split("\t"))) for line in lines]  # as the 12 million are published
-    write(tmp_path, {"cc12m.tsv": "\n".join(turned)})
+    turned = ["\t".join(reversed(line.split("\t"))) for line in lines]  # the layout of Conceptual 12M
+    write_files(tmp_path, {"cc12m.tsv": "\n".join(turned)})
     assert contents(open_source(tmp_path / "cc12m.tsv")) == expected
-    write(tmp_path, {"urls.tsv": "a dog\thttp://x.org/1\na cat\thttp://x.org/2\n"})
+    write_files(tmp_path, {"urls.tsv": "a dog\thttp://x.org/1\na cat\thttp://x.org/2\n"})
     with pytest.raises(UserError, match="its pictures are URLs"):
         open_source(tmp_path / "urls.tsv")
 
 
 def test_a_folder_with_its_metadata(tmp_path: Path) -> None:
-    write(tmp_path, {"train/1.jpg": "1", "train/2.jpg": "2", "metadata.csv": "file_name,text\ntrain/2.jpg,two\n"})
+    write_files(tmp_path, {"train/1.jpg": "1", "train/2.jpg": "2", "metadata.csv": "file_name,text\ntrain/2.jpg,two\n"})
     source = open_source(tmp_path)
     assert source.name == str(tmp_path)
     assert contents(source) == [("train/2", b"2", ["two"])]
-    write(tmp_path, {"metadata.jsonl": "{}"})
+    write_files(tmp_path, {"metadata.jsonl": "{}"})
     with pytest.raises(UserError, match="holds 2 manifests"):
         open_source(tmp_path)
-
-
-# --- the arrays below
-
-
-@given(st.lists(st.integers(0, 6), max_size=40))
-def test_groups_of_equal_items(values: list[int]) -> None:
-    items, begins = group_by_hash(b"".join(hash_string(str(value)) for value in values))
-    expected: dict[int, list[int]] = {}
-    for i, value in enumerate(values):
-        expected.setdefault(value, []).append(i)
-    assert [items[a:b].tolist() for a, b in pairwise(begins)] == list(expected.values())
-
-
-def test_digests_tell_strings_apart() -> None:
-    assert len({hash_string(f"{a}/{b}") for a in range(100) for b in range(100)}) == 10_000
-    assert len(hash_string("\udcff")) == HASH_BYTES
-
-
-@given(st.lists(st.text(st.characters(codec="utf-8"), max_size=8)))
-def test_strings_are_a_list_of_strings(strings: list[str]) -> None:
-    packed = pickle.loads(pickle.dumps(PackedStrings(strings)))
-    assert [packed[i] for i in range(len(packed))] == strings
-    assert [packed[i - len(packed)] for i in range(len(packed))] == strings
-    with pytest.raises(IndexError):
-        packed[len(packed)]

@@ -1,4 +1,4 @@
-"""Small copies of captioned sets, laid out as they are published."""
+"""Published data sets, as small copies of their archives."""
 
 from __future__ import annotations
 
@@ -8,21 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.sources import write_files
 
 from dalle_cli.data.open_source import FORMATS, open_source
 from dalle_cli.data.source import BadSample, Source
 from dalle_cli.errors import UserError
 
 
-def write(root: Path, files: dict[str, bytes | str]) -> Path:
-    for name, body in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(body.encode() if isinstance(body, str) else body)
-    return root
-
-
 def contents(source: Source) -> dict[str, tuple[bytes | str, list[str] | str]]:
-    """Key -> (image bytes, captions), a reason in the place of what cannot be read; as a pickled copy reads it."""
+    """Return what a pickled copy reads: (image bytes, captions) by key, or the reason where one cannot be read."""
     source = pickle.loads(pickle.dumps(source))
     found = {}
     for i in range(len(source)):
@@ -42,7 +36,7 @@ def contents(source: Source) -> dict[str, tuple[bytes | str, list[str] | str]]:
 
 
 def coco(images: dict[int, str], captions: list[tuple[int, int, str]]) -> str:
-    """The captions' file as the authors write it: (annotation's id, image's id, caption)."""
+    """Return a captions file as the authors write it, from (annotation's id, image's id, caption)."""
     info = {"description": "COCO 2017 Dataset", "url": "http://cocodataset.org", "version": "1.0", "year": 2017}
     entries = [
         {"license": 3, "file_name": name, "coco_url": f"http://images.cocodataset.org/{name}", "height": 480, "id": i}
@@ -70,9 +64,9 @@ COCO_PICTURES = {"000000391895.jpg": "moped", "000000000009.jpg": "bins", "00000
 
 @pytest.mark.parametrize("folder", ["train2017", "images/train2017", "annotations/train2017", "images", "annotations"])
 def test_coco(tmp_path: Path, folder: str) -> None:
-    write(tmp_path, {"annotations/captions_train2017.json": coco(COCO_IMAGES, COCO_CAPTIONS)})
-    write(tmp_path, {f"{folder}/{name}": body for name, body in COCO_PICTURES.items()})
-    write(tmp_path, {"val2017/000000391895.jpg": "another"})
+    write_files(tmp_path, {"annotations/captions_train2017.json": coco(COCO_IMAGES, COCO_CAPTIONS)})
+    write_files(tmp_path, {f"{folder}/{name}": body for name, body in COCO_PICTURES.items()})
+    write_files(tmp_path, {"val2017/000000391895.jpg": "another"})
     for spec in (tmp_path, tmp_path / "annotations" / "captions_train2017.json"):
         source = open_source(spec)
         assert contents(source) == COCO_READ
@@ -82,8 +76,8 @@ def test_coco(tmp_path: Path, folder: str) -> None:
 def test_coco_of_2014_with_two_splits(tmp_path: Path) -> None:
     for split, number in (("train2014", 57870), ("val2014", 391895)):
         name = f"COCO_{split}_{number:012}.jpg"
-        write(tmp_path, {f"{split}/{name}": split})
-        write(tmp_path, {f"annotations/captions_{split}.json": coco({number: name}, [(1, number, split)])})
+        write_files(tmp_path, {f"{split}/{name}": split})
+        write_files(tmp_path, {f"annotations/captions_{split}.json": coco({number: name}, [(1, number, split)])})
     with pytest.raises(UserError, match=r"holds 2 sets of captions: name one of .*captions_train2014\.json, "):
         open_source(tmp_path)
     source = open_source(tmp_path / "annotations" / "captions_val2014.json")
@@ -92,7 +86,7 @@ def test_coco_of_2014_with_two_splits(tmp_path: Path) -> None:
 
 def test_coco_without_its_pictures_says_where_it_looked(tmp_path: Path) -> None:
     file = "annotations/captions_val2017.json"
-    write(tmp_path, {file: coco(COCO_IMAGES, COCO_CAPTIONS), "train2017/000000000009.jpg": "elsewhere"})
+    write_files(tmp_path, {file: coco(COCO_IMAGES, COCO_CAPTIONS), "train2017/000000000009.jpg": "elsewhere"})
     with pytest.raises(
         UserError, match=r"its pictures are missing: unpack val2017\.zip \(looked for 000000000009\.jpg in "
     ) as no:
@@ -107,7 +101,7 @@ def test_coco_entries_that_cannot_be_used(tmp_path: Path) -> None:
     whole = json.loads(coco(images, captions))
     whole["images"] += [{"id": 1, "file_name": "again.jpg"}, {"id": None, "file_name": "c.jpg"}, {"id": 9}]
     whole["annotations"] += [{"id": "x", "image_id": 1, "caption": "x"}, {"id": 6, "image_id": [1], "caption": "x"}]
-    write(tmp_path, {"annotations/captions_train2017.json": json.dumps(whole), "train2017/a.jpg": "A"})
+    write_files(tmp_path, {"annotations/captions_train2017.json": json.dumps(whole), "train2017/a.jpg": "A"})
     source = open_source(tmp_path)
     assert contents(source) == {"a": (b"A", ["good"])}
     outside = "its path leads out of the folder"
@@ -138,7 +132,7 @@ def test_coco_entries_that_cannot_be_used(tmp_path: Path) -> None:
     ],
 )
 def test_json_that_is_not_cocos_captions(tmp_path: Path, body: bytes | str, message: str) -> None:
-    write(tmp_path, {"instances_train2017.json": body})
+    write_files(tmp_path, {"instances_train2017.json": body})
     with pytest.raises(UserError, match=r"instances_train2017\.json: " + message):
         open_source(tmp_path / "instances_train2017.json")
 
@@ -154,12 +148,12 @@ CUB_NAMES = [
 
 
 def cub(root: Path, captions: Path) -> Path:
-    write(root, {"images.txt": "".join(f"{i + 1} {name}.jpg\n" for i, name in enumerate(CUB_NAMES))})
-    write(root, {"classes.txt": "1 001.Black_footed_Albatross\n2 002.Laysan_Albatross\n", "README": "CUB"})
-    write(root, {f"images/{name}.jpg": name for name in CUB_NAMES})
+    write_files(root, {"images.txt": "".join(f"{i + 1} {name}.jpg\n" for i, name in enumerate(CUB_NAMES))})
+    write_files(root, {"classes.txt": "1 001.Black_footed_Albatross\n2 002.Laysan_Albatross\n", "README": "CUB"})
+    write_files(root, {f"images/{name}.jpg": name for name in CUB_NAMES})
     ten = {name: "".join(f"bird {i} of {name} . \n" for i in range(10)) for name in CUB_NAMES}
-    write(captions, {f"{name}.txt": body for name, body in ten.items()})
-    write(captions, {"001.Black_footed_Albatross.h5": b"\x89HDF", "001.Black_footed_Albatross.t7": b"4"})
+    write_files(captions, {f"{name}.txt": body for name, body in ten.items()})
+    write_files(captions, {"001.Black_footed_Albatross.h5": b"\x89HDF", "001.Black_footed_Albatross.t7": b"4"})
     return root
 
 
@@ -236,7 +230,7 @@ COMMAS = "image,caption\n" + "".join(
     ],
 )
 def test_flickr(tmp_path: Path, file: str, body: str, images: str) -> None:
-    write(tmp_path, {file: body, **{f"{images}/{key}.jpg": key for key in FLICKR}})
+    write_files(tmp_path, {file: body, **{f"{images}/{key}.jpg": key for key in FLICKR}})
     for spec in (tmp_path, tmp_path / file):
         source = open_source(spec)
         assert contents(source) == FLICKR_READ
@@ -245,14 +239,14 @@ def test_flickr(tmp_path: Path, file: str, body: str, images: str) -> None:
 
 def test_flickrs_known_faults(tmp_path: Path) -> None:
     key = next(iter(FLICKR))
-    write(tmp_path, {f"flickr30k_images/{key}.jpg": "A"})
-    # As in Kaggle's file, one line lacks a bar.
-    write(tmp_path, {"results.csv": BARS + f"{key}.jpg| 4   A dog runs across the grass .\n{key}.jpg| 5| last\n"})
+    write_files(tmp_path, {f"flickr30k_images/{key}.jpg": "A"})
+    # One line of Kaggle's file lacks a bar.
+    write_files(tmp_path, {"results.csv": BARS + f"{key}.jpg| 4   A dog runs across the grass .\n{key}.jpg| 5| last\n"})
     source = open_source(tmp_path)
     assert source.skipped == [("line 6", "has 2 fields, not 3")]
     assert contents(source)[key] == (b"A", [*FLICKR[key], "last"])
-    # As in the authors' file, one name is that of no picture.
-    write(tmp_path, {"Flicker8k_Dataset/a.jpg": "A", "Flickr8k.token.txt": "a.jpg#0\tone\na.jpg.1#0\ttwo\n"})
+    # One name in the authors' file is not that of a picture.
+    write_files(tmp_path, {"Flicker8k_Dataset/a.jpg": "A", "Flickr8k.token.txt": "a.jpg#0\tone\na.jpg.1#0\ttwo\n"})
     assert contents(open_source(tmp_path / "Flickr8k.token.txt")) == {
         "a": (b"A", ["one"]),
         "a.jpg": ("the image cannot be read: No such file or directory", ["two"]),
@@ -260,25 +254,25 @@ def test_flickrs_known_faults(tmp_path: Path) -> None:
 
 
 def test_flickr_without_its_pictures_says_where_it_looked(tmp_path: Path) -> None:
-    write(tmp_path, {"results_20130124.token": TOKENS})
+    write_files(tmp_path, {"results_20130124.token": TOKENS})
     with pytest.raises(UserError, match=r"results_20130124\.token: its pictures are missing: .*/flickr30k-images, "):
         open_source(tmp_path)
 
 
-def test_files_of_flickrs_names_that_are_something_else(tmp_path: Path) -> None:
-    write(tmp_path, {"results.csv": "path,caption\na.jpg,one\n", "a.jpg": "A"})
+def test_other_files_with_flickrs_names(tmp_path: Path) -> None:
+    write_files(tmp_path, {"results.csv": "path,caption\na.jpg,one\n", "a.jpg": "A"})
     assert open_source(tmp_path / "results.csv").format == "csv manifest"
-    write(tmp_path, {"captions.txt": "the caption of a picture", "captions.jpg": "C"})
+    write_files(tmp_path, {"captions.txt": "the caption of a picture", "captions.jpg": "C"})
     assert contents(open_source(tmp_path))["captions"] == (b"C", ["the caption of a picture"])
-    write(tmp_path, {"captions.txt": ""})
+    write_files(tmp_path, {"captions.txt": ""})
     assert contents(open_source(tmp_path))["captions"] == (b"C", "the caption is empty")
 
 
-# --- all of them
+# --- all formats
 
 
-def test_what_is_nothing_known_lists_what_was_looked_for(tmp_path: Path) -> None:
-    write(tmp_path, {"a.zip": "PK", "notes.txt": "hello", "words.token": "no tokens\n", "empty/x.log": ""})
+def test_an_unknown_source_is_refused_with_the_known_formats(tmp_path: Path) -> None:
+    write_files(tmp_path, {"a.zip": "PK", "notes.txt": "hello", "words.token": "no tokens\n", "empty/x.log": ""})
     for name in ("a.zip", "notes.txt", "words.token", "nowhere", "empty"):
         with pytest.raises(UserError) as refusal:
             open_source(tmp_path / name)
@@ -290,7 +284,7 @@ def test_what_is_nothing_known_lists_what_was_looked_for(tmp_path: Path) -> None
 
 def test_unreadable_manifests_are_one_line(tmp_path: Path) -> None:
     for name in ("m.csv", "m.jsonl", "m.parquet", "captions_x.json"):
-        write(tmp_path, {name: b"\0\1\2" * 100 + b"\n" + bytes(range(256))})
+        write_files(tmp_path, {name: b"\0\1\2" * 100 + b"\n" + bytes(range(256))})
         with pytest.raises(UserError) as refusal:
             open_source(tmp_path / name)
         assert str(tmp_path / name) in str(refusal.value)

@@ -9,51 +9,21 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+from helpers.sources import contents, write_tar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dalle_cli.data.formats.folder import FolderSource
 from dalle_cli.data.formats.webdataset import WebDatasetSource
-from dalle_cli.data.open_source import expand_braces, open_source
-from dalle_cli.data.source import BadSample, Source, split_extension
+from dalle_cli.data.open_source import open_source
+from dalle_cli.data.source import BadSample
 from dalle_cli.errors import UserError
-from dalle_cli.shapes.world import make_shapes, parse_caption, random_scene
-
-
-def write_tar(path: Path, *members: tuple[str, bytes] | tarfile.TarInfo) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for member in members:
-            if isinstance(member, tarfile.TarInfo):
-                tar.addfile(member)
-            else:
-                header = tarfile.TarInfo(member[0])
-                header.size = len(member[1])
-                tar.addfile(header, io.BytesIO(member[1]))
-    return path
 
 
 def link(name: str, kind: bytes) -> tarfile.TarInfo:
     header = tarfile.TarInfo(name)
     header.type, header.linkname = kind, "/etc/hostname"
     return header
-
-
-def contents(source: Source) -> dict[str, tuple[bytes, str]]:
-    """Key -> (image bytes, captions joined by "|", or the reason why there is none)."""
-    found = {}
-    for i in range(len(source)):
-        try:
-            caption = "|".join(source.captions(i))
-        except BadSample as error:
-            caption = f"BAD {error}"
-        found[source.key(i)] = (source.image_bytes(i), caption)
-    assert list(found) == sorted(found)
-    assert len(found) == len(source)
-    return found
-
-
-# --- WebDataset
 
 
 def test_one_shard(tmp_path: Path) -> None:
@@ -84,30 +54,10 @@ def test_one_shard(tmp_path: Path) -> None:
     assert source.describe() == f"webdataset {path}: 4 samples, 1 left out"
 
 
-def test_a_pickled_source_reads_on(tmp_path: Path) -> None:
+def test_a_pickled_source_can_be_read(tmp_path: Path) -> None:
     source = open_source(write_tar(tmp_path / "s.tar", ("a.png", b"A"), ("a.txt", b"one")))
     source.image_bytes(0)
     assert contents(pickle.loads(pickle.dumps(source))) == {"a": (b"A", "one")}
-
-
-def test_several_shards_keep_equal_names_apart(tmp_path: Path) -> None:
-    for shard in range(3):
-        write_tar(tmp_path / f"t-{shard:02d}.tar", ("0.png", b"%d" % shard), ("0.txt", b"caption %d" % shard))
-    everything = {f"t-{n:02d}/0": (b"%d" % n, f"caption {n}") for n in range(3)}
-    source = open_source(tmp_path)
-    assert contents(source) == everything
-    assert source.describe().endswith("3 samples (3 shards)")
-    assert contents(open_source(str(tmp_path / "t-{00..02}.tar"))) == everything
-    assert list(contents(open_source(f"{tmp_path}/t-{{00,02}}.tar"))) == ["t-00/0", "t-02/0"]
-    with pytest.raises(UserError, match=r"1 of 4 shards missing: .*t-03\.tar"):
-        open_source(f"{tmp_path}/t-{{00..03}}.tar")
-
-
-def test_shards_of_the_same_name_in_two_folders(tmp_path: Path) -> None:
-    for folder in ("a", "b"):
-        write_tar(tmp_path / folder / "s.tar", ("0.png", folder.encode()))
-    source = open_source(f"{tmp_path}/{{a,b}}/s.tar")
-    assert [(source.key(i), source.image_bytes(i)) for i in range(2)] == [("a/s/0", b"a"), ("b/s/0", b"b")]
 
 
 def test_names_in_two_folders_of_a_shard_stay_apart(tmp_path: Path) -> None:
@@ -144,7 +94,7 @@ def test_every_cut_of_a_shard_keeps_its_whole_members(tmp_path: Path, format: in
         assert {key[0] for key, reason in source.skipped if reason.endswith("inside it")} == begun
 
 
-def test_a_damaged_header_is_told(tmp_path: Path) -> None:
+def test_a_damaged_header_is_reported(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "s.tar", ("a.png", b"A"), ("b.png", b"B"))
     data = bytearray(path.read_bytes())
     data[1024 + 5] ^= 255  # in the second header
@@ -182,7 +132,7 @@ def test_unsafe_and_odd_members_are_left_out(tmp_path: Path) -> None:
     ]
 
 
-def test_duplicate_keys_are_told_and_never_mixed(tmp_path: Path) -> None:
+def test_duplicate_keys_are_reported_and_never_mixed(tmp_path: Path) -> None:
     path = write_tar(
         tmp_path / "s.tar",
         ("a.jpg", b"1"),
@@ -288,12 +238,12 @@ def test_an_image_of_absurd_size_is_refused_unread(tmp_path: Path) -> None:
             source.image_bytes(0)
 
 
-def test_a_byte_order_mark_is_no_part_of_the_caption(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_not_part_of_the_caption(tmp_path: Path) -> None:
     source = open_source(write_tar(tmp_path / "s.tar", ("a.png", b"A"), ("a.txt", b"\xef\xbb\xbfhello")))
     assert source.captions(0) == ["hello"]
 
 
-def test_a_shard_that_changed_since_is_told(tmp_path: Path) -> None:
+def test_a_changed_shard_is_noticed(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "s.tar", ("a.png", b"A" * 5000))
     source = open_source(path)
     os.truncate(path, 3000)
@@ -320,7 +270,9 @@ names = st.text(st.characters(codec="utf-8", exclude_characters="/\\\0."), min_s
 
 @settings(max_examples=60, deadline=None)
 @given(st.dictionaries(names, st.tuples(st.binary(max_size=600), st.text(max_size=30)), min_size=1, max_size=6))
-def test_what_is_packed_is_read(tmp_path_factory: pytest.TempPathFactory, rows: dict[str, tuple[bytes, str]]) -> None:
+def test_a_packed_tar_is_read_back(
+    tmp_path_factory: pytest.TempPathFactory, rows: dict[str, tuple[bytes, str]]
+) -> None:
     members = []
     for key, (image, caption) in rows.items():
         members += [(f"d/{key}.txt", caption.encode("utf-8", "surrogatepass")), (f"d/{key}.jpg", image)]
@@ -334,112 +286,3 @@ def test_what_is_packed_is_read(tmp_path_factory: pytest.TempPathFactory, rows: 
         if expected:
             assert source.captions(i) == expected
     assert len(source) == len(rows)
-
-
-def test_the_shapes_world_is_a_source(tmp_path: Path) -> None:
-    make_shapes(tmp_path, n=12, test_n=3, seed=5, size=32, shard_rows=5)
-    source = open_source(tmp_path / "train")
-    assert [source.key(i) for i in (0, 11)] == ["shapes-00000/00000000", "shapes-00002/00000011"]
-    assert [parse_caption(*source.captions(i)) for i in range(12)] == [
-        random_scene(5, "train", i).claim for i in range(12)
-    ]
-    with pytest.raises(UserError, match="in its folders heldout, seen, train"):
-        open_source(tmp_path)
-
-
-# --- folder of images
-
-
-def test_a_folder_of_images(tmp_path: Path) -> None:
-    files = {
-        "b.jpg": b"B",
-        "b.txt": "naïve".encode(),
-        "x/1.png": b"X",
-        "x/1.txt": b"of x\n\nonce more\n",
-        "y/1.PNG": b"Y",
-        "y/1.txt": b"of y",
-        "y/no.caption.gif": b"N",
-        "y/latin.bmp": b"L",
-        "y/latin.txt": b"caf\xe9",
-        "alone.txt": b"alone",
-        "other.csv": b"",
-        ".hidden/z.png": b"Z",
-        ".z.png": b"Z",
-    }
-    for name, body in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(body)
-    source = open_source(tmp_path)
-    assert contents(source) == {
-        "b": (b"B", "naïve"),
-        "x/1": (b"X", "of x|once more"),
-        "y/1": (b"Y", "of y"),
-        "y/latin": (b"L", "BAD the caption is not UTF-8 (byte 3)"),
-        "y/no.caption": (b"N", "BAD no caption (no .txt file beside the image)"),
-    }
-    assert source.skipped == [("alone", "a caption without an image")]
-    assert source.describe() == f"folder {tmp_path}: 5 samples, 1 left out, 1 without a caption"
-    assert contents(pickle.loads(pickle.dumps(source))) == contents(source)
-
-
-def test_a_folders_duplicates_and_broken_links(tmp_path: Path) -> None:
-    for name in ("a.jpg", "a.png", "real.png"):
-        (tmp_path / name).write_bytes(name.encode())
-    (tmp_path / "link.png").symlink_to(tmp_path / "real.png")
-    (tmp_path / "broken.png").symlink_to(tmp_path / "nothing.png")
-    source = open_source(tmp_path)
-    assert [(source.key(i), source.image_bytes(i)) for i in range(len(source))] == [
-        ("a", b"a.jpg"),
-        ("link", b"real.png"),
-        ("real", b"real.png"),
-    ]
-    assert source.skipped == [
-        ("a", "a second image for this key: a.jpg is used, not a.png"),
-        ("broken.png", "not a file, or a broken link"),
-    ]
-    (tmp_path / "real.png").unlink()
-    with pytest.raises(BadSample, match="the image cannot be read"):
-        source.image_bytes(2)
-
-
-# --- what is refused
-
-
-def test_refusals_name_the_path_and_what_was_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nowhere: no such file or folder \(looked for"):
-        open_source(tmp_path / "nowhere")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"empty: no images found \(looked for bmp"):
-        open_source(tmp_path / "empty")
-    (tmp_path / "a.zip").write_bytes(b"PK")
-    with pytest.raises(UserError, match=r"a\.zip: not a known kind of source"):
-        open_source(tmp_path / "a.zip")
-    path = write_tar(tmp_path / "t" / "captions.tar", ("a.txt", b"a"))
-    with pytest.raises(UserError, match=r"captions\.tar: no samples found \(looked for .*a caption without an image"):
-        open_source(path)
-    (tmp_path / "t" / "a.png").write_bytes(b"A")
-    with pytest.raises(UserError, match="both shards"):
-        open_source(tmp_path / "t")
-
-
-def test_brace_patterns() -> None:
-    assert expand_braces("a-{08..11}.{x,y}") == [f"a-{n}.{e}" for n in ("08", "09", "10", "11") for e in "xy"]
-    assert expand_braces("{9..10}") == ["9", "10"]
-    assert expand_braces("plain") == ["plain"]
-    for wrong in ("{3..1}", "{a..c}", "{0..99999999}", "{000..999}{000..999}{0..9}"):
-        with pytest.raises(UserError):
-            expand_braces(wrong)
-
-
-@pytest.mark.parametrize(
-    ("path", "parts"),
-    [
-        ("a/b.c.JPG", ("a/b.c", "jpg")),
-        ("a.d/b", ("a.d/b", "")),
-        (".png", (".png", "")),
-        ("a/.png", ("a/.png", "")),
-        ("b.", ("b", "")),
-    ],
-)
-def test_extensions(path: str, parts: tuple[str, str]) -> None:
-    assert split_extension(path) == parts

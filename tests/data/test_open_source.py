@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers.sources import contents, write_tar
+
+from dalle_cli.data.open_source import expand_braces, open_source
+from dalle_cli.errors import UserError
+from dalle_cli.shapes.world import make_shapes, parse_caption, random_scene
+
+
+def test_several_shards_keep_equal_names_apart(tmp_path: Path) -> None:
+    for shard in range(3):
+        write_tar(tmp_path / f"t-{shard:02d}.tar", ("0.png", b"%d" % shard), ("0.txt", b"caption %d" % shard))
+    everything = {f"t-{n:02d}/0": (b"%d" % n, f"caption {n}") for n in range(3)}
+    source = open_source(tmp_path)
+    assert contents(source) == everything
+    assert source.describe().endswith("3 samples (3 shards)")
+    assert contents(open_source(str(tmp_path / "t-{00..02}.tar"))) == everything
+    assert list(contents(open_source(f"{tmp_path}/t-{{00,02}}.tar"))) == ["t-00/0", "t-02/0"]
+    with pytest.raises(UserError, match=r"1 of 4 shards missing: .*t-03\.tar"):
+        open_source(f"{tmp_path}/t-{{00..03}}.tar")
+
+
+def test_shards_of_the_same_name_in_two_folders(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        write_tar(tmp_path / folder / "s.tar", ("0.png", folder.encode()))
+    source = open_source(f"{tmp_path}/{{a,b}}/s.tar")
+    assert [(source.key(i), source.image_bytes(i)) for i in range(2)] == [("a/s/0", b"a"), ("b/s/0", b"b")]
+
+
+def test_the_shapes_world_is_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dalle_cli.shapes.writer.ROWS_PER_SHARD", 5)
+    make_shapes(tmp_path, n=12, test_n=3, seed=5, size=32)
+    source = open_source(tmp_path / "train")
+    assert [source.key(i) for i in (0, 11)] == ["shapes-00000/00000000", "shapes-00002/00000011"]
+    assert [parse_caption(*source.captions(i)) for i in range(12)] == [
+        random_scene(5, "train", i).claim for i in range(12)
+    ]
+    with pytest.raises(UserError, match="in its folders heldout, seen, train"):
+        open_source(tmp_path)
+
+
+def test_refusals_name_the_path_and_what_was_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere: no such file or folder \(looked for"):
+        open_source(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty: no images found \(looked for bmp"):
+        open_source(tmp_path / "empty")
+    (tmp_path / "a.zip").write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"a\.zip: not a known kind of source"):
+        open_source(tmp_path / "a.zip")
+    path = write_tar(tmp_path / "t" / "captions.tar", ("a.txt", b"a"))
+    with pytest.raises(UserError, match=r"captions\.tar: no samples found \(looked for .*a caption without an image"):
+        open_source(path)
+    (tmp_path / "t" / "a.png").write_bytes(b"A")
+    with pytest.raises(UserError, match="both shards"):
+        open_source(tmp_path / "t")
+
+
+def test_brace_patterns() -> None:
+    assert expand_braces("a-{08..11}.{x,y}") == [f"a-{n}.{e}" for n in ("08", "09", "10", "11") for e in "xy"]
+    assert expand_braces("{9..10}") == ["9", "10"]
+    assert expand_braces("plain") == ["plain"]
+    for wrong in ("{3..1}", "{a..c}", "{0..99999999}", "{000..999}{000..999}{0..9}"):
+        with pytest.raises(UserError):
+            expand_braces(wrong)
