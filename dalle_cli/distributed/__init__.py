@@ -1,1 +1,1 @@
-"""Training on several machines: PowerSGD between them, ZeRO inside each, launch and topology."""
+"""Distributed training: launching ranks, their process groups and liveness, sharding, PowerSGD between nodes."""

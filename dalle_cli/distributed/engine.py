@@ -1,4 +1,4 @@
-"""Who holds which part of the model while it is trained; the loop knows no more of it than ``Engine`` says."""
+"""The engine: how a model's parameters are spread over ranks while it trains. The loop knows no more than ``Engine``."""
 
 from __future__ import annotations
 
@@ -8,82 +8,93 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from dalle_cli.distributed.group import Group
+from dalle_cli.distributed.group import ALONE, Group
 from dalle_cli.precision.gradient_scaling import GradientScaling
 
 
 class Engine(Protocol):
-    """The model's parameters, spread over the processes or not. All processes call the same methods together."""
+    """Holds a model's parameters on all ranks. All ranks call the same methods in the same order."""
 
     group: Group
+    model: nn.Module
+    sharded: bool
+    """True if a rank holds only some rows of the parameters, so that no rank can validate or save alone."""
     parameters: dict[str, nn.Parameter]
-    """This process's part of each trainable parameter, by the parameter's name: some of its rows, or all."""
-    whole: bool
-    """Whether that is all of every parameter, so that one process can validate and save alone."""
+    """The rows that this rank holds of each trainable parameter, by the parameter's name."""
+    scaling: GradientScaling | None
+    """Scaling of the gradients in 16-bit training, None in 32 bit."""
 
-    def micro_batch(self, last: bool) -> None:
-        """Called before each forward pass of an update; ``last`` is the update's last."""
+    def begin_micro_batch(self, last: bool) -> None:
+        """Prepare for a micro-batch's forward pass; ``last`` marks the last micro-batch of the update."""
 
-    def collect_gradients(self, update: int, scaling: GradientScaling | None) -> None:
-        """Give each part its gradient, the sum over all processes, after the last backward pass.
+    def collect_gradients(self, update: int) -> None:
+        """Give each parameter its gradient summed over all ranks, after the update's last backward pass.
 
         Args:
-            update: how many updates went before.
-            scaling: what the gradients are scaled by.
+            update: how many updates were done before.
         """
 
-    def counted(self) -> list[nn.Parameter]:
-        """The parts that this process answers for: over ``sum_over_parts``, each parameter's rows once."""
+    def owned_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters this rank contributes to global norms.
 
-    def sum_over_parts(self, value: Tensor) -> Tensor:
-        """The sum of ``value`` over the processes that hold the model together."""
+        Summed by ``sum_over_shards``, each row of each parameter counts once.
+        """
 
-    def settle(self) -> None:
-        """To be called when parts were changed, before the model is used, and when it was used before they are."""
+    def sum_over_shards(self, value: Tensor) -> Tensor:
+        """Return the sum of ``value`` over the ranks that hold the model together."""
+
+    def release_gathered(self) -> None:
+        """Drop gathered copies of the parameters, which are stale once the parameters change.
+
+        Call it after the parameters were changed, and before they are changed if the model was used.
+        """
 
     def rows(self, name: str) -> slice:
-        """Which rows of the parameter ``name`` this process holds."""
+        """Return which rows of the parameter ``name`` this rank holds."""
 
     def shape(self, name: str) -> torch.Size:
-        """Of the whole parameter."""
+        """Return the shape of the whole parameter ``name``."""
 
-    def writes(self) -> list[str]:
-        """Names of the parts that this process saves: over all processes, each parameter's rows once.
+    def names_to_save(self) -> list[str]:
+        """Return the parameters whose rows this rank saves; over all ranks, each row is saved once.
 
         Raises:
-            UserError: processes that should hold the same do not.
+            UserError: ranks that should hold the same weights do not.
         """
 
-    def own_state(self) -> dict[str, Tensor]:
-        """What training goes on from besides, of this very process."""
+    def rank_state(self) -> dict[str, Tensor]:
+        """Return the state besides the parameters that this rank alone needs to resume."""
 
-    def load_own_state(self, state: Mapping[str, Tensor] | None) -> None:
-        """Go back to what ``own_state`` gave; None: of other processes than these, and of no use."""
+    def load_rank_state(self, state: Mapping[str, Tensor] | None) -> None:
+        """Restore what ``rank_state`` returned; None if the checkpoint was saved by another number of ranks."""
+
+    def traffic(self) -> dict[str, int]:
+        """Return the bytes that this rank has sent so far, by the name that the journal gives them."""
 
 
 class Replicated:
-    """Every process holds the whole model (ZeRO stage 0)."""
+    """An engine where every rank holds the whole model (ZeRO stage 0)."""
 
-    whole = True
+    sharded = False
 
-    def __init__(self, model: nn.Module, group: Group) -> None:
-        self.group = group
+    def __init__(self, model: nn.Module, group: Group = ALONE, scaling: GradientScaling | None = None) -> None:
+        self.model, self.group, self.scaling = model, group, scaling
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
-    def micro_batch(self, last: bool) -> None:
-        """Gradients add up where they are."""
+    def begin_micro_batch(self, last: bool) -> None:
+        """Do nothing: gradients add up in place."""
 
-    def collect_gradients(self, update: int, scaling: GradientScaling | None) -> None:
+    def collect_gradients(self, update: int) -> None:
         self.group.sum_gradients(self.parameters.values())
 
-    def counted(self) -> list[nn.Parameter]:
+    def owned_parameters(self) -> list[nn.Parameter]:
         return list(self.parameters.values())
 
-    def sum_over_parts(self, value: Tensor) -> Tensor:
+    def sum_over_shards(self, value: Tensor) -> Tensor:
         return value
 
-    def settle(self) -> None:
-        """The parts are the model."""
+    def release_gathered(self) -> None:
+        """Do nothing: nothing is gathered."""
 
     def rows(self, name: str) -> slice:
         return slice(None)
@@ -91,11 +102,14 @@ class Replicated:
     def shape(self, name: str) -> torch.Size:
         return self.parameters[name].shape
 
-    def writes(self) -> list[str]:
+    def names_to_save(self) -> list[str]:
         return list(self.parameters) if self.group.leads else []
 
-    def own_state(self) -> dict[str, Tensor]:
+    def rank_state(self) -> dict[str, Tensor]:
         return {}
 
-    def load_own_state(self, state: Mapping[str, Tensor] | None) -> None:
-        """There is none."""
+    def load_rank_state(self, state: Mapping[str, Tensor] | None) -> None:
+        """Do nothing: there is no such state."""
+
+    def traffic(self) -> dict[str, int]:
+        return {"bytes_communicated": self.group.traffic.bytes}

@@ -1,6 +1,6 @@
-"""What PowerSGD keeps from one update to the next, in few bytes: 1-6-9 codes, and in the host's memory where told.
+"""PowerSGD's buffers between updates: error buffers and factors, in 16 bit or in the host's memory to save space.
 
-The paper keeps errors and factors in a custom 16-bit format too (appendix E.2).
+The paper stores error buffers and factors in the custom 16-bit format 1-6-9 too (appendix E.2).
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from torch import Tensor
 from dalle_cli.precision.formats import MEAN
 
 CHUNK = 2**20
-"""Values encoded or decoded at once, which bounds what that takes besides."""
+"""Numbers that are encoded or decoded at once, which bounds the temporary memory."""
 
 
-class Kept:
-    """Tensors by key, float32 to whoever reads and writes them.
+class ErrorBuffers:
+    """Stores tensors by key. They are read and written as float32, whatever they are stored as.
 
     Args:
-        on_host: whether they wait in the host's memory. On the way to and from a GPU it is page-locked, which is what
-            lets them cross at the bus's full rate.
+        on_host: store them in the host's memory. With a GPU that memory is page-locked, so that they cross at the bus's
+            full rate.
     """
 
     def __init__(self, on_host: bool = False) -> None:
@@ -29,10 +29,12 @@ class Kept:
         self._tensors: dict[str, Tensor] = {}
 
     def read(self, key: str, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
-        """The tensor ``key`` on ``device``, None if there is none. One that waits there in 32 bit is no copy.
+        """Return the tensor ``key`` on ``device``, or None if there is none.
+
+        A tensor that is stored on ``device`` in 32 bit is returned itself, not a copy.
 
         Raises:
-            ValueError: it is of another shape.
+            ValueError: the tensor has another shape.
         """
         found = self._tensors.get(key)
         if found is None:
@@ -47,47 +49,47 @@ class Kept:
         return values
 
     def write(self, key: str, values: Tensor, packed: bool, noise: torch.Generator | None = None) -> None:
-        """Keep contiguous float32 ``values`` as ``key``.
+        """Store contiguous float32 ``values`` as ``key``.
 
         Args:
-            key: what they are read by.
-            values: not to be changed afterwards, but by whoever reads them.
-            packed: in 16 bit.
-            noise: then round by it as ``Format.encode`` does, else to the nearest.
+            key: the name to read them by.
+            values: the numbers. They may be stored without a copy, so do not change them afterwards.
+            packed: store them in 16 bit.
+            noise: round stochastically with this noise, as ``Format.encode`` does; None rounds to nearest.
         """
-        place = torch.device("cpu") if self.on_host else values.device
-        if not packed and values.device == place:
+        device = torch.device("cpu") if self.on_host else values.device
+        if not packed and values.device == device:
             self._tensors[key] = values
             return
-        kept = self._place(key, values, torch.uint16 if packed else torch.float32, place)
+        buffer = self._buffer(key, values, torch.uint16 if packed else torch.float32, device)
         if not packed:
-            kept.copy_(values)
+            buffer.copy_(values)
             return
-        for codes, part in zip(kept.view(-1).split(CHUNK), values.view(-1).split(CHUNK), strict=True):
+        for codes, part in zip(buffer.view(-1).split(CHUNK), values.view(-1).split(CHUNK), strict=True):
             drawn = None
             if noise is not None:
                 drawn = torch.empty(len(part), dtype=torch.int32, device=part.device).random_(generator=noise)
             codes.copy_(MEAN.encode(part, drawn))
 
-    def forget(self, keys: Iterable[str]) -> None:
-        """Those of ``keys`` that are there."""
+    def clear(self, keys: Iterable[str]) -> None:
+        """Forget the tensors ``keys``, as far as they are stored."""
         for key in keys:
             self._tensors.pop(key, None)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All, as they wait: float32, or uint16 codes. They are not copies."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return all tensors as they are stored, float32 or uint16 codes. They are not copies."""
         return dict(self._tensors)
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go back to what ``tensors`` gave."""
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore what ``state_dict`` returned."""
         self._tensors = {key: tensor.clone() for key, tensor in tensors.items()}
 
-    def _place(self, key: str, values: Tensor, dtype: torch.dtype, place: torch.device) -> Tensor:
-        """Where ``key`` waits, made anew where it is of another kind or elsewhere, as a checkpoint's is at first."""
+    def _buffer(self, key: str, values: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return the buffer of ``key``, allocated anew if the stored one does not fit, as after a resume."""
         locked = self.on_host and values.device.type == "cuda"
-        kept = self._tensors.get(key)
-        fits = kept is not None and (kept.shape, kept.dtype, kept.device) == (values.shape, dtype, place)
-        if kept is None or not fits or (locked and not kept.is_pinned()):
-            kept = torch.empty(values.shape, dtype=dtype, device=place, pin_memory=locked)
-            self._tensors[key] = kept
-        return kept
+        buffer = self._tensors.get(key)
+        fits = buffer is not None and (buffer.shape, buffer.dtype, buffer.device) == (values.shape, dtype, device)
+        if buffer is None or not fits or (locked and not buffer.is_pinned()):
+            buffer = torch.empty(values.shape, dtype=dtype, device=device, pin_memory=locked)
+            self._tensors[key] = buffer
+        return buffer

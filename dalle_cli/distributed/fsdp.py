@@ -1,16 +1,16 @@
-"""ZeRO: the model's parameters, gradients and moments in parts, one for each process of a node (paper, section 2.4).
+"""Sharded training (ZeRO): each rank of a node holds one shard of every parameter, gradient and moment.
 
-By torch's ``fully_shard``, which has each parameter's rows on one process each and brings a resblock's together just
-before it is used. The stages of ZeRO differ in what is kept together in between:
+This is the paper's parameter sharding (section 2.5), by torch's ``fully_shard``, which stores each parameter's rows on
+one rank each and gathers a resblock just before its use. The ZeRO stages differ in what stays gathered in between:
 
 * 1: weights from their first use in an update to its end, and gradients until the update's last backward pass;
-* 2: weights likewise, but each backward pass's gradients are parted at once;
-* 3: a resblock's weights are parted after its forward pass too, and brought together again for its backward pass.
+* 2: weights likewise, but each backward pass's gradients are reduce-scattered at once;
+* 3: a resblock's weights are released after its forward pass too, and gathered again for its backward pass.
 
-Matrices of the resblocks, embeddings and heads are parted. Gains and biases, a thousandth of the parameters and of
-another type than the matrices in 16 bit, are whole on every process. Between nodes gradients are added up, or go
-through ``distributed/power_sgd.py``; then every process updates its part. Nothing here holds a parameter in 32 bit
-besides: with moments in 16 bit too, a process of eight that train 12e9 parameters holds 1.5e9 of 8 bytes.
+The resblocks' matrices, the embeddings and the heads are sharded. Gains and biases are replicated: they are a
+thousandth of the parameters, and in 16-bit training of another type than the matrices. Between nodes, gradients are
+summed or go through ``distributed/power_sgd.py``. Then every rank updates its shards. There is no 32-bit copy of the
+parameters: with 16-bit moments too, each of eight ranks that train 12e9 parameters holds 1.5e9 of 8 bytes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -31,20 +31,20 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from dalle_cli.config.schema import PowerSgd, Sharding
-from dalle_cli.distributed.group import Group, Nodes, Traffic
+from dalle_cli.distributed.group import Nodes, Traffic
 from dalle_cli.distributed.power_sgd import PowerSgdReducer
 from dalle_cli.precision.gradient_scaling import GradientScaling, ScaledBlock
 from dalle_cli.progress import log
 
 
 class BlockModel(Protocol):
-    """A module that is a stack of resblocks, as this engine needs it."""
+    """A model that this engine can shard: a stack of resblocks with heads beside it."""
 
     resblocks: nn.ModuleList
 
     @property
     def heads(self) -> list[nn.Module]:
-        """Modules beside the resblocks that are gathered on their own, just before their use."""
+        """The modules beside the resblocks that are gathered separately, just before their use."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """See ``nn.Module.parameters``."""
@@ -56,15 +56,15 @@ class BlockModel(Protocol):
         """Yield the whole initial value of each parameter with its name, one at a time."""
 
     def decayed_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the matrices of the resblocks by name: weight decay and PowerSGD apply to them alone."""
+        """Return the resblocks' matrices by name, the only parameters with weight decay and PowerSGD."""
 
 
 @dataclass
-class BlockPart:
-    """A resblock as gradient scaling sees it: its scale, and this process's parts of its parameters."""
+class ShardedBlock:
+    """A resblock as gradient scaling sees it: its scale, and this rank's shards of its parameters."""
 
     block: ScaledBlock
-    parts: list[nn.Parameter]
+    shards: list[nn.Parameter]
 
     @property
     def gradient_scale(self) -> float | None:
@@ -75,49 +75,45 @@ class BlockPart:
         self.block.gradient_scale = scale
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        return iter(self.parts)
+        return iter(self.shards)
 
 
 class Sharded:
-    """ZeRO stages 1, 2 and 3, as an ``Engine``.
+    """An engine for ZeRO stages 1, 2 and 3.
 
     Args:
         model: a model on the meta device, its resblocks cast to the type they train in.
-        loss: a module that holds ``model`` and whose forward pass is the loss: ``fully_shard`` gathers parameters
-            around forward passes.
-        seed: of the initial weights, which each process draws one parameter after another, keeping its own rows.
-        group: all processes.
-        nodes: the same, in nodes.
-        sharding: of the recipe; ``zero`` is 1, 2 or 3.
-        powersgd: of the recipe.
+        loss: a module that holds ``model`` and computes the loss in its forward pass, since ``fully_shard`` gathers
+            parameters around forward passes.
+        seed: the seed of the initial weights. Each rank draws one parameter after another and keeps its own rows.
+        nodes: all ranks, in nodes.
+        sharding: the recipe's settings, with ``zero`` 1, 2 or 3.
+        powersgd: the recipe's settings.
+
+    Attributes:
+        blocks: the resblocks, for gradient scaling.
     """
 
-    whole = False
+    sharded = True
 
     def __init__(
-        self,
-        model: BlockModel,
-        loss: nn.Module,
-        seed: int,
-        group: Group,
-        nodes: Nodes,
-        sharding: Sharding,
-        powersgd: PowerSgd,
+        self, model: BlockModel, loss: nn.Module, seed: int, nodes: Nodes, sharding: Sharding, powersgd: PowerSgd
     ) -> None:
-        # fully_shard calls functions of its own package that the package deprecates.
+        # fully_shard calls deprecated functions of its own package.
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-        self.group, self.nodes, self.zero = group, nodes, sharding.zero
-        self.loss = loss
-        self._shard(model, sharding)
-        offload = sharding.offload == "cpu" and group.device.type != "cpu"
-        self.loss.to_empty(device="cpu" if offload else group.device)
+        self.group, self.nodes, self.zero = nodes.world, nodes, sharding.zero
+        self.model, self.loss = cast(nn.Module, model), loss
+        self.scaling: GradientScaling | None = None
+        offload = sharding.offload == "cpu" and self.group.device.type != "cpu"
+        self._shard(model, offload)
+        self.loss.to_empty(device="cpu" if offload else self.group.device)
         self._shapes = {name: p.shape for name, p in model.named_parameters()}
         self._rows: dict[str, slice] = {}
         self._sharded: dict[str, DTensor] = {}
         self.parameters: dict[str, nn.Parameter] = {}
         for name, parameter in model.named_parameters():
-            self._take_part(name, parameter)
-        self._to_own_device(model)
+            self._add_shard(name, parameter)
+        self._move_replicated(model)
         with torch.no_grad():
             for name, value in model.initial_values(seed):
                 if name in self.parameters:
@@ -127,21 +123,21 @@ class Sharded:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
             count_traffic(module, nodes.inside.traffic)
-        self.blocks = [self._block_part(model, i) for i in range(len(model.resblocks))]
+        self.blocks = [self._block(model, i) for i in range(len(model.resblocks))]
         self._prefetch(model)
         self.reducer: PowerSgdReducer | None = None
         if powersgd.rank and nodes.across.size > 1:
             columns = {name: p.shape[1] for name, p in model.decayed_parameters().items()}
             self.reducer = PowerSgdReducer(
-                powersgd, nodes.across.processes, columns, nodes.inside.size, seed, group.device
+                powersgd, nodes.across.process_group, columns, nodes.inside.size, seed, self.group.device
             )
 
-    def micro_batch(self, last: bool) -> None:
+    def begin_micro_batch(self, last: bool) -> None:
         for module in self._modules:
             module.set_requires_gradient_sync(last or self.zero > 1, recurse=False)
             module.set_reshard_after_backward(last or self.zero == 3, recurse=False)
 
-    def collect_gradients(self, update: int, scaling: GradientScaling | None) -> None:
+    def collect_gradients(self, update: int) -> None:
         for name, parameter in self._sharded.items():
             self.parameters[name].grad, parameter.grad = cast(DTensor, parameter.grad).to_local(), None
         replicated = [p for name, p in self.parameters.items() if name not in self._sharded]
@@ -151,15 +147,15 @@ class Sharded:
         if self.reducer is None:
             self.nodes.across.sum_gradients([self.parameters[name] for name in self._sharded])
         else:
-            self._reduce(self.reducer, scaling, update)
+            self._reduce_compressed(self.reducer, update)
 
-    def counted(self) -> list[nn.Parameter]:
-        return [self.parameters[name] for name in self._counted()]
+    def owned_parameters(self) -> list[nn.Parameter]:
+        return [self.parameters[name] for name in self._owned_names()]
 
-    def sum_over_parts(self, value: Tensor) -> Tensor:
+    def sum_over_shards(self, value: Tensor) -> Tensor:
         return self.nodes.inside.sum(value).to(value.device)
 
-    def settle(self) -> None:
+    def release_gathered(self) -> None:
         for module in self._modules:
             module.reshard()
 
@@ -169,31 +165,79 @@ class Sharded:
     def shape(self, name: str) -> torch.Size:
         return self._shapes[name]
 
-    def writes(self) -> list[str]:
-        self._require_same_nodes()
-        return self._counted() if self.nodes.across.leads else []
+    def names_to_save(self) -> list[str]:
+        self._require_same_weights()
+        return self._owned_names() if self.nodes.across.leads else []
 
-    def own_state(self) -> dict[str, Tensor]:
+    def rank_state(self) -> dict[str, Tensor]:
         return {} if self.reducer is None else self.reducer.state_dict()
 
-    def load_own_state(self, state: Mapping[str, Tensor] | None) -> None:
+    def load_rank_state(self, state: Mapping[str, Tensor] | None) -> None:
         if self.reducer is None:
             return
-        if state is None or not self._fits(state):
-            log("prior.powersgd: other processes than the checkpoint's; what was not sent before is forgotten")
+        if state is None or not self._fits(self.reducer, state):
+            log("prior.powersgd: the checkpoint is from other ranks; its error buffers are dropped")
             state = {}
         self.reducer.load_state_dict(state)
 
-    def counters(self) -> dict[str, Callable[[], int]]:
-        """What only grows, by the name that the journal has it under."""
-        across = {"bytes_between_nodes": self._sent_across} if self.nodes.across.size > 1 else {}
-        return {"bytes_communicated": self._sent, **across}
+    def traffic(self) -> dict[str, int]:
+        across = self.nodes.across.traffic.bytes + (0 if self.reducer is None else self.reducer.bytes_sent)
+        counted = {"bytes_communicated": self.group.traffic.bytes + self.nodes.inside.traffic.bytes + across}
+        if self.nodes.across.size > 1:
+            counted["bytes_between_nodes"] = across
+        return counted
 
-    def _sent(self) -> int:
-        return self.group.traffic.bytes + self.nodes.inside.traffic.bytes + self._sent_across()
+    def _shard(self, model: BlockModel, offload: bool) -> None:
+        inside = self.nodes.inside
+        mesh = DeviceMesh.from_group(inside.process_group, inside.device.type)
+        policy = CPUOffloadPolicy() if offload else OffloadPolicy()
+        replicated = {p for block in model.resblocks for p in block.parameters() if p.dim() == 1}
+        for module in [*model.resblocks, *model.heads, self.loss]:
+            release = self.zero == 3 and module is not self.loss
+            fully_shard(
+                module, mesh=mesh, reshard_after_forward=release, offload_policy=policy, ignored_params=replicated
+            )
 
-    def _require_same_nodes(self) -> None:
-        """Refuse to save nodes that have come apart: what a checkpoint held would be the first one's alone."""
+    def _add_shard(self, name: str, parameter: nn.Parameter) -> None:
+        """Add this rank's rows of a parameter to ``parameters``, as a parameter that shares their memory."""
+        if not isinstance(parameter, DTensor):
+            self._rows[name] = slice(0, parameter.shape[0])
+            self.parameters[name] = parameter
+            return
+        shard = cast(DTensor, parameter.detach()).to_local()
+        if shard.numel():
+            (count, *_), (first, *_) = compute_local_shape_and_global_offset(
+                parameter.shape, parameter.device_mesh, parameter.placements
+            )
+            self._rows[name] = slice(first, first + count)
+            self.parameters[name] = nn.Parameter(shard)
+            self._sharded[name] = parameter
+
+    def _move_replicated(self, model: BlockModel) -> None:
+        """Move replicated parameters to the device, even if the shards are offloaded."""
+        for parameter in model.parameters():
+            if not isinstance(parameter, DTensor):
+                parameter.data = parameter.data.to(self.group.device)
+
+    def _block(self, model: BlockModel, i: int) -> ShardedBlock:
+        prefix = f"resblocks.{i}."
+        shards = [p for name, p in self.parameters.items() if name.startswith(prefix)]
+        return ShardedBlock(cast(ScaledBlock, model.resblocks[i]), shards)
+
+    @staticmethod
+    def _prefetch(model: BlockModel) -> None:
+        """Gather the next resblock's weights while one computes, in the forward and the backward pass."""
+        blocks = [cast(FSDPModule, block) for block in model.resblocks]
+        for block, following in itertools.pairwise(blocks):
+            block.set_modules_to_forward_prefetch([following])
+            following.set_modules_to_backward_prefetch([block])
+
+    def _owned_names(self) -> list[str]:
+        first = self.nodes.inside.leads
+        return [name for name in self.parameters if first or name in self._sharded]
+
+    def _require_same_weights(self) -> None:
+        """Refuse to save if the nodes' weights differ, since a checkpoint holds those of the first node alone."""
         if self.nodes.across.size == 1:
             return
         digest = hashlib.sha256()
@@ -201,83 +245,29 @@ class Sharded:
             digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         self.nodes.across.require_same("weights", digest.hexdigest())
 
-    def _sent_across(self) -> int:
-        return self.nodes.across.traffic.bytes + (0 if self.reducer is None else self.reducer.bytes_sent)
-
-    def _fits(self, state: Mapping[str, Tensor]) -> bool:
-        """Whether PowerSGD's ``state`` is of shards such as this process has."""
-        reducer = cast(PowerSgdReducer, self.reducer)
+    def _fits(self, reducer: PowerSgdReducer, state: Mapping[str, Tensor]) -> bool:
+        """Return whether PowerSGD's ``state`` has the shapes of this rank's shards."""
         for key, value in state.items():
             kind, _, name = key.partition(".")
-            shape = reducer.shape(name, self.parameters[name]) if name in self.parameters else None
+            shape = reducer.matrix_shape(name, self.parameters[name]) if name in self.parameters else None
             if shape is None or (kind == "error" and value.shape != shape):
                 return False
         return True
 
-    def _shard(self, model: BlockModel, sharding: Sharding) -> None:
-        inside = self.nodes.inside
-        mesh = DeviceMesh.from_group(inside.processes, inside.device.type)
-        policy = OffloadPolicy()
-        if sharding.offload == "cpu" and inside.device.type != "cpu":
-            policy = CPUOffloadPolicy()
-        small = {p for block in model.resblocks for p in block.parameters() if p.dim() == 1}
-        for module in [*model.resblocks, *model.heads, self.loss]:
-            together = self.zero < 3 or module is self.loss
-            fully_shard(
-                module, mesh=mesh, reshard_after_forward=not together, offload_policy=policy, ignored_params=small
-            )
+    def _reduce_compressed(self, reducer: PowerSgdReducer, update: int) -> None:
+        """Replace the sharded gradients by their sums over the nodes, through PowerSGD.
 
-    def _take_part(self, name: str, parameter: nn.Parameter) -> None:
-        """Keep this process's rows of a parameter as one by itself that shares their memory."""
-        if not isinstance(parameter, DTensor):
-            self._rows[name] = slice(0, parameter.shape[0])
-            self.parameters[name] = parameter
-            return
-        part = cast(DTensor, parameter.detach()).to_local()
-        if part.numel():
-            (count, *_), (first, *_) = compute_local_shape_and_global_offset(
-                parameter.shape, parameter.device_mesh, parameter.placements
-            )
-            self._rows[name] = slice(first, first + count)
-            self.parameters[name] = nn.Parameter(part)
-            self._sharded[name] = parameter
-
-    def _to_own_device(self, model: BlockModel) -> None:
-        """What is not sharded is where it is used, also where the rest is offloaded."""
-        for parameter in model.parameters():
-            if not isinstance(parameter, DTensor):
-                parameter.data = parameter.data.to(self.group.device)
-
-    def _block_part(self, model: BlockModel, i: int) -> BlockPart:
-        prefix = f"resblocks.{i}."
-        parts = [p for name, p in self.parameters.items() if name.startswith(prefix)]
-        return BlockPart(cast(ScaledBlock, model.resblocks[i]), parts)
-
-    @staticmethod
-    def _prefetch(model: BlockModel) -> None:
-        """Have the next resblock's weights on their way while one is at work, forward as backward."""
-        blocks = [cast(FSDPModule, block) for block in model.resblocks]
-        for block, following in itertools.pairwise(blocks):
-            block.set_modules_to_forward_prefetch([following])
-            following.set_modules_to_backward_prefetch([block])
-
-    def _counted(self) -> list[str]:
-        first = self.nodes.inside.leads
-        return [name for name in self.parameters if first or name in self._sharded]
-
-    def _reduce(self, reducer: PowerSgdReducer, scaling: GradientScaling | None, update: int) -> None:
-        """The sharded gradients' sums over the nodes, through PowerSGD.
-
-        What is not to be used (see ``GradientScaling``) must not reach what PowerSGD keeps for the next update: before
-        anything is sent all processes agree on where one of them has a gradient that is not finite, and leave it out.
+        Gradients that will be skipped (see ``GradientScaling``) must not reach the error buffers. So before anything is
+        sent, all ranks agree on the scales under which any rank has a non-finite gradient, and leave those out.
         """
+        scaling = self.scaling
         index = {name: 0 if scaling is None else scaling.scale_index(p) for name, p in self.parameters.items()}
         scales = [1.0] if scaling is None else scaling.values()
-        broken = self._broken([index[name] for name in self.parameters], len(scales))
+        skipped = self._non_finite([index[name] for name in self.parameters], len(scales))
         left_out, used, scale_of = [], [], {}
         for name in self._sharded:
             gradient = cast(Tensor, self.parameters[name].grad)
-            if broken[index[name]]:
+            if skipped[index[name]]:
                 gradient.fill_(torch.nan)
                 left_out.append(name)
             else:
@@ -288,27 +278,29 @@ class Sharded:
         for _, gradient in used:
             gradient.mul_(self.nodes.across.size)
 
-    def _broken(self, indices: list[int], count: int) -> list[bool]:
-        """Under which of ``count`` scales a gradient is not finite on one of the processes.
+    def _non_finite(self, indices: list[int], count: int) -> list[bool]:
+        """Return for each of ``count`` scales whether any rank has a non-finite gradient under it.
 
-        The last is that of parameters under none, which keep everything from being updated.
+        The last scale is that of the parameters under none; a non-finite gradient there counts for all scales.
+
+        Args:
+            indices: the index of each parameter's scale.
+            count: the number of scales.
         """
         flags = [(~cast(Tensor, p.grad).isfinite().all()).to(self.group.device) for p in self.parameters.values()]
         found = torch.zeros(count, device=self.group.device)
         found.index_add_(0, torch.tensor(indices, device=found.device), torch.stack(flags).float())
-        broken = [value > 0 for value in self.group.sum(found).tolist()]
-        return [each or broken[-1] for each in broken]
+        non_finite = [value > 0 for value in self.group.sum(found).tolist()]
+        return [each or non_finite[-1] for each in non_finite]
 
 
 def count_traffic(module: FSDPModule, traffic: Traffic) -> None:
-    """Have ``traffic`` grow by the bytes of this process's shards that are gathered and of the gradients that are
-    scattered.
-    """
+    """Have ``module`` add to ``traffic`` the bytes of the shards it gathers and the gradients it reduce-scatters."""
     module.set_custom_all_gather(_AllGather(traffic))  # type: ignore[arg-type]
     module.set_custom_reduce_scatter(_ReduceScatter(traffic))  # type: ignore[arg-type]
 
 
-class _Counted:
+class _CountingCollective:
     def __init__(self, traffic: Traffic) -> None:
         self.traffic = traffic
 
@@ -316,7 +308,7 @@ class _Counted:
         return torch.empty(*size, dtype=dtype, device=device)
 
 
-class _AllGather(_Counted):
+class _AllGather(_CountingCollective):
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> Any:
@@ -324,7 +316,7 @@ class _AllGather(_Counted):
         return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
 
 
-class _ReduceScatter(_Counted):
+class _ReduceScatter(_CountingCollective):
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
     ) -> Any:

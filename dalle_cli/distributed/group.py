@@ -1,8 +1,7 @@
-"""Data parallelism: processes that each take a part of every batch and add up their gradients.
+"""Process groups: the ranks that train one model, each on its part of every batch, and their collectives.
 
-The loop and the tasks know the other processes through ``Group`` alone. Where every process holds the whole model,
-their weights stay equal because they start equal and take the same updates; ``distributed/fsdp.py`` has them hold a
-part each.
+The loop and the tasks know the other ranks through ``Group`` alone. Where every rank holds the whole model, the weights
+stay equal because they start equal and get the same updates. ``distributed/fsdp.py`` shards the model instead.
 """
 
 from __future__ import annotations
@@ -20,26 +19,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dalle_cli.distributed.device import choose_device
+from dalle_cli.distributed.device import choose_device, prepare_process
 from dalle_cli.distributed.launch import read_launch
-from dalle_cli.distributed.liveness import describe, roll_call
+from dalle_cli.distributed.liveness import absent_ranks, describe_absent
 from dalle_cli.errors import Stopped, UserError
 
 TIMEOUT = timedelta(minutes=10)
-"""A process waits so long for the others: longer than a validation or the saving of a checkpoint takes."""
+"""Time that a rank waits for the others, longer than a validation or the saving of a checkpoint takes."""
 TIMEOUT_VARIABLE = "DALLE_TIMEOUT"
-"""Of the environment: seconds in place of TIMEOUT, for a disk that takes longer to save to, or a test."""
-BUCKET = 32 * 2**20
-"""Bytes of gradients that travel at once."""
+"""Environment variable with seconds to use in place of TIMEOUT, for slow disks and for tests."""
+BUCKET_BYTES = 32 * 2**20
+"""Most bytes of gradients in one message."""
 _CPU = torch.device("cpu")
 _COMMUNICATION = re.compile("gloo|nccl|connection|socket|timed? ?out|tcpstore|rendezvous", re.IGNORECASE)
-"""What errors of communication speak of, where they are of no class of their own."""
+"""Words that tell a failed communication from other errors where the error has no class of its own."""
 
 
 @dataclass
 class Traffic:
-    """Bytes that this process has handed to its group's collectives so far. What a link carries of them is the
-    collective's affair: a ring of n processes sends 2 (n - 1) / n times as many from each.
+    """Counts the bytes that this rank has passed to a group's collectives.
+
+    How many of them cross a link depends on the collective: in a ring of n ranks each sends 2 (n - 1) / n as many.
     """
 
     bytes: int = 0
@@ -47,49 +47,49 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Group:
-    """The processes that train one model, as process ``rank`` of ``size`` sees them; by default it is alone.
+    """A group of ranks, as rank ``rank`` of ``size`` sees it. By default the process is alone.
 
-    All must call the same methods in the same order. Alone, they return at once what they were given.
+    All ranks must call the same methods in the same order. Alone, the methods return their argument at once.
     """
 
     rank: int = 0
     size: int = 1
     device: torch.device = _CPU
     local_size: int | None = 1
-    """How many of them are on this machine; None where the launcher does not say."""
-    within: dist.ProcessGroup | None = None
-    """These processes as ``torch.distributed`` knows them; None: all that were launched."""
+    """Number of the ranks that are on this machine; None if the launcher does not say."""
+    subgroup: dist.ProcessGroup | None = None
+    """The process group, None if it is that of all ranks."""
     traffic: Traffic = field(default_factory=Traffic, compare=False)
 
     @property
-    def processes(self) -> dist.ProcessGroup:
-        """These processes as ``torch.distributed`` knows them."""
-        return cast(dist.ProcessGroup, self.within or dist.group.WORLD)
+    def process_group(self) -> dist.ProcessGroup:
+        """The process group, as ``torch.distributed`` takes it."""
+        return cast(dist.ProcessGroup, self.subgroup or dist.group.WORLD)
 
     @property
     def leads(self) -> bool:
-        """Whether this process is the one that logs, validates and writes."""
+        """True for rank 0, the leader, which logs, validates and writes."""
         return self.rank == 0
 
     def part(self, count: int) -> slice:
-        """Which of ``count`` samples are this process's: consecutive ones, as many as the others' or one more."""
+        """Return the slice of ``count`` samples that this rank takes; the ranks' slices differ by one at most."""
         return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum of the processes' ``value``, the same bytes on each."""
+        """Return the sum of the ranks' ``value``, the same bytes on each rank."""
         if self.size == 1:
             return value
         return self._all_reduce(value.detach().to(self.device, copy=True))
 
     def sum_scalars(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """``sum`` of each of the same named scalars, in one message."""
+        """Return the sum of each named scalar over the ranks, by one message; all ranks give the same names."""
         if self.size == 1:
             return values
         stacked = self.sum(torch.stack([value.to(self.device, torch.float32) for value in values.values()]))
         return dict(zip(values, stacked, strict=True))
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace each parameter's gradient by the sum of the processes'."""
+        """Replace each parameter's gradient by the sum over the ranks."""
         if self.size == 1:
             return
         for bucket in buckets([p.grad for p in parameters if p.grad is not None]):
@@ -98,27 +98,27 @@ class Group:
                 gradient.copy_(part.view(gradient.shape))
 
     def any(self, flag: bool) -> bool:
-        """Whether ``flag`` is true on one of the processes."""
+        """Return whether ``flag`` is true on any rank."""
         return flag if self.size == 1 else bool(self.sum(torch.tensor(float(flag))) > 0)
 
-    def from_leader(self, value: float) -> float:
-        """The leader's ``value``."""
+    def broadcast(self, value: float) -> float:
+        """Return the leader's ``value``."""
         return float(self.sum(torch.tensor(value if self.leads else 0.0, dtype=torch.float64)))
 
     def gather(self, value: Any) -> list[Any]:
-        """Each process's ``value``, anything that can be pickled, in the order of their ranks."""
+        """Return the ranks' ``value``, any picklable object, in the order of the ranks."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        with self.explained():
-            dist.all_gather_object(values, value, group=self.within)
+        with self.explain_lost_ranks():
+            dist.all_gather_object(values, value, group=self.subgroup)
         return values
 
     def require_same(self, what: str, value: str) -> None:
-        """Refuse to go on with processes that do not agree on ``value``.
+        """Check that all ranks give the same ``value``, which errors call ``what``.
 
         Raises:
-            UserError: on every process, naming ``what`` and the ones that differ from the leader.
+            UserError: on every rank, naming the ranks that differ from rank 0.
         """
         digest = int.from_bytes(hashlib.sha256(value.encode()).digest()[:7], "big")
         digests = torch.zeros(self.size, dtype=torch.int64)
@@ -127,82 +127,51 @@ class Group:
         others = [str(rank) for rank in range(self.size) if digests[rank] != digests[0]]
         if others:
             raise UserError(
-                f"process {', '.join(others)} of {self.size}: not the {what} of process 0; start all with the same "
+                f"rank {', '.join(others)} of {self.size}: not the {what} of rank 0; start all ranks with the same "
                 "command, and give an --out that all of them see"
             )
 
-    def wait(self) -> None:
-        """Return when every process has come here."""
+    def barrier(self) -> None:
+        """Return when every rank has called this."""
         self.sum(torch.zeros(()))
 
-    def _all_reduce(self, total: Tensor) -> Tensor:
-        self.traffic.bytes += total.nbytes
-        with self.explained():
-            dist.all_reduce(total, group=self.within)
-        return total
-
     @contextmanager
-    def explained(self) -> Iterator[None]:
-        """Turn a process that ended, hangs or never came into one line."""
+    def explain_lost_ranks(self) -> Iterator[None]:
+        """Turn a communication that failed because a rank ended, hangs or never started into one line.
+
+        Raises:
+            UserError: the communication failed; the line names the ranks that do not answer.
+        """
         try:
             yield
         except RuntimeError as error:
             if not (isinstance(error, dist.DistError) or _COMMUNICATION.search(str(error))):
                 raise
             reason = re.sub(r"^\[[^]]*\] *", "", str(error).splitlines()[0])
-            first, count = (self.rank, self.size) if self.within is None else (dist.get_rank(), dist.get_world_size())
+            alone = self.subgroup is None
+            rank, size = (self.rank, self.size) if alone else (dist.get_rank(), dist.get_world_size())
             raise UserError(
-                f"process {first} of {count}: lost the others ({reason}); {describe(roll_call(first, count))}; see "
-                "what was said last, end them all and start again: training goes on from the last checkpoint"
+                f"rank {rank} of {size}: lost the other ranks ({reason}); {describe_absent(absent_ranks(rank, size))}; "
+                "read the last messages of all ranks, stop them and start again: training resumes from the last "
+                "checkpoint"
             ) from error
+
+    def _all_reduce(self, total: Tensor) -> Tensor:
+        self.traffic.bytes += total.nbytes
+        with self.explain_lost_ranks():
+            dist.all_reduce(total, group=self.subgroup)
+        return total
 
 
 ALONE = Group()
-
-
-@contextmanager
-def join_group() -> Iterator[Group]:
-    """This process's group as the launcher's environment describes it, and its device.
-
-    Raises:
-        UserError: the environment contradicts itself or this machine, or the others do not come within TIMEOUT, or
-            the seconds that the environment's DALLE_TIMEOUT says.
-    """
-    launch = read_launch()
-    group = Group(launch.rank, launch.size, choose_device(launch.local_rank), launch.local_size)
-    if group.size == 1:
-        yield group
-        return
-    on_gpu, timeout = group.device.type == "cuda", _timeout()
-    os.environ.update(launch.meeting)
-    with group.explained():
-        dist.init_process_group(
-            "nccl" if on_gpu else "gloo", timeout=timeout, device_id=group.device if on_gpu else None
-        )
-    try:
-        yield group
-    except Stopped:
-        dist.destroy_process_group()
-        raise
-    # Not after an error: the others may never answer, and the process ends anyway.
-    dist.destroy_process_group()
-
-
-def _timeout() -> timedelta:
-    if not (told := os.environ.get(TIMEOUT_VARIABLE)):
-        return TIMEOUT
-    if not told.isdigit() or not int(told):
-        raise UserError(
-            f"environment: {TIMEOUT_VARIABLE} is {told!r}, not a whole number of seconds; correct or unset it"
-        )
-    return timedelta(seconds=int(told))
+"""The group of a process that trains alone, on the CPU."""
 
 
 def buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
-    """``gradients`` in their order, cut into lists of one type of at most BUCKET bytes (or of one gradient)."""
+    """Yield ``gradients`` in order, in lists of one type and at most BUCKET_BYTES, or of one gradient."""
     bucket: list[Tensor] = []
     for gradient in gradients:
-        full = sum(g.nbytes for g in bucket) + gradient.nbytes > BUCKET
+        full = sum(g.nbytes for g in bucket) + gradient.nbytes > BUCKET_BYTES
         if bucket and (full or gradient.dtype != bucket[0].dtype):
             yield bucket
             bucket = []
@@ -211,46 +180,88 @@ def buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
+@contextmanager
+def join_group() -> Iterator[Group]:
+    """Join the group that the launcher's environment describes, with this process prepared for its device.
+
+    Raises:
+        UserError: the environment contradicts itself or this machine; or the other ranks do not join within TIMEOUT, or
+            within the seconds in DALLE_TIMEOUT.
+    """
+    launch = read_launch()
+    device = choose_device(launch.local_rank)
+    prepare_process(device)
+    group = Group(launch.rank, launch.size, device, launch.local_size)
+    if group.size == 1:
+        yield group
+        return
+    on_gpu, timeout = device.type == "cuda", _timeout()
+    os.environ.update(launch.rendezvous)
+    with group.explain_lost_ranks():
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, device_id=device if on_gpu else None)
+    try:
+        yield group
+    except Stopped:
+        dist.destroy_process_group()
+        raise
+    # Skipped after an error: the other ranks may never answer, and the process ends anyway.
+    dist.destroy_process_group()
+
+
+def _timeout() -> timedelta:
+    text = os.environ.get(TIMEOUT_VARIABLE)
+    if not text:
+        return TIMEOUT
+    if not text.isdigit() or not int(text):
+        raise UserError(
+            f"environment: {TIMEOUT_VARIABLE} is {text!r}, not a whole number of seconds; correct or unset it"
+        )
+    return timedelta(seconds=int(text))
+
+
 @dataclass(frozen=True)
 class Nodes:
-    """Process ``inside.rank`` of node ``across.rank``."""
+    """All ranks, arranged in nodes. This is rank ``inside.rank`` of node ``across.rank``."""
 
+    world: Group
+    """All ranks."""
     inside: Group
-    """The processes of this node, which hold the model together."""
+    """The ranks of this node, which hold the model together."""
     across: Group
-    """The processes that hold the same part of it, one in each node."""
+    """The ranks that hold the same shards as this one, one in each node."""
 
 
 def form_nodes(group: Group, node_size: int | None) -> Nodes:
-    """Part ``group`` in nodes of ``node_size`` consecutive ranks; by default a node is a machine.
+    """Arrange ``group`` in nodes of ``node_size`` consecutive ranks; by default a node is a machine.
 
     Raises:
-        UserError: the processes cannot be parted so.
+        UserError: the number of ranks is not a multiple of the node size, or the machines differ.
     """
     size = node_size or group.local_size
     sizes = group.gather(size)
     if size is None or sizes != [size] * group.size:
         told = ", ".join(sorted({str(each) for each in sizes}))
         raise UserError(
-            f"prior.sharding: a model is sharded among as many processes on each machine, here are {told} of "
+            f"prior.sharding: a model is sharded among as many ranks on each machine, here are {told} of "
             f"{group.size}; start as many on each (torchrun --nproc-per-node), or set prior.sharding.node_size"
         )
     if group.size % size:
         raise UserError(
-            f"prior.sharding.node_size: {group.size} processes are no multiple of {size}; set a divisor, or start more"
+            f"prior.sharding.node_size: {group.size} ranks are no multiple of {size}; set a divisor, or start more"
         )
     count = group.size // size
-    inside = _own_group(group, [list(range(node * size, (node + 1) * size)) for node in range(count)])
-    across = _own_group(group, [list(range(place, group.size, size)) for place in range(size)])
-    return Nodes(inside, across)
+    inside = _new_subgroup(group, [list(range(node * size, (node + 1) * size)) for node in range(count)])
+    across = _new_subgroup(group, [list(range(place, group.size, size)) for place in range(size)])
+    return Nodes(group, inside, across)
 
 
-def _own_group(group: Group, ranks: list[list[int]]) -> Group:
-    """Of the groups of ``ranks``, which all processes make together, the one that this process is in."""
+def _new_subgroup(group: Group, ranks: list[list[int]]) -> Group:
+    """Create a group of each list in ``ranks``, which all ranks do together; return the one with this rank."""
     own = group
     for members in ranks:
-        # The first communicator of all processes serves where it can: it is there already.
-        within = None if len(members) == group.size else cast(dist.ProcessGroup, dist.new_group(members))
+        # The communicator of all ranks exists already, so it serves where it can.
+        subgroup = None if len(members) == group.size else cast(dist.ProcessGroup, dist.new_group(members))
         if group.rank in members:
-            own = replace(group, rank=members.index(group.rank), size=len(members), within=within, traffic=Traffic())
+            rank, size = members.index(group.rank), len(members)
+            own = replace(group, rank=rank, size=size, subgroup=subgroup, traffic=Traffic())
     return own

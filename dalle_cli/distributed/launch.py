@@ -1,7 +1,7 @@
-"""Where this process stands among those that a launcher started, from the environment. Imports nothing heavy.
+"""This process's rank among those that a launcher started, read from the environment. Imports nothing heavy.
 
-torchrun and DeepSpeed's launcher set RANK, WORLD_SIZE and so on; srun sets SLURM_PROCID and its kin, from which what
-the processes need to find one another is worked out here. ``distributed/spawn.py`` starts processes without either.
+Two sets of variables are understood: RANK, WORLD_SIZE and so on, as torchrun sets them, and srun's SLURM_PROCID and so
+on, from which the address for the rendezvous is derived. ``distributed/spawn.py`` starts ranks without a launcher.
 """
 
 from __future__ import annotations
@@ -15,39 +15,40 @@ from dalle_cli.errors import UserError
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
-"""Processes on this machine: as torchrun calls them, and as DeepSpeed's launcher does."""
+"""Variables with the number of ranks on this machine: torchrun's, and DeepSpeed's."""
 _NODES = ("GROUP_RANK", "CROSS_RANK")
+"""Variables with the number of this machine: torchrun's, and DeepSpeed's."""
 _SLURM_SPECIAL_STEP = 0xFFFF_FFF0
-"""Ids of steps from here on are Slurm's own: a batch script, an interactive shell. No tasks run side by side there."""
+"""First of the step ids that Slurm reserves, for batch scripts and interactive shells, which run a single task."""
 _FIRST_PORT, _PORTS = 20_000, 10_000
-"""Where Slurm's jobs meet: below what systems give out by themselves."""
+"""Range of ports for the rendezvous under Slurm, below the ports that systems assign by themselves."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Process ``rank`` of ``size``, the ``local_rank``-th on its machine."""
+    """Rank ``rank`` of ``size``, with number ``local_rank`` on its machine."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int | None = 1
-    """Processes on this machine; None where the launcher does not say."""
+    """Number of ranks on this machine; None if the launcher does not say."""
     node: int = 0
-    """Which machine this is, from 0."""
-    meeting: Mapping[str, str] = field(default_factory=dict, compare=False)
-    """Variables of the environment that ``torch.distributed`` finds the others by."""
+    """Number of this machine, from 0."""
+    rendezvous: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """Environment variables by which ``torch.distributed`` finds the other ranks."""
 
     @property
     def leads(self) -> bool:
-        """Whether it is the one that logs, validates and writes."""
+        """True for rank 0, which logs, validates and writes."""
         return self.rank == 0
 
 
 def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
-    """What torchrun, DeepSpeed's launcher or srun says of this process; where none of them started it, it is alone.
+    """Read this process's rank from the launcher's variables; without a launcher, the process is alone.
 
     Raises:
-        UserError: variables are missing, are no numbers, or contradict one another.
+        UserError: variables are missing, are not numbers, or contradict one another.
     """
     if "RANK" in environment or "WORLD_SIZE" in environment:
         return _read_torchrun(environment)
@@ -60,8 +61,8 @@ def _read_torchrun(environment: Mapping[str, str]) -> Launch:
     missing = [name for name in _VARIABLES if not environment.get(name)]
     if missing:
         raise UserError(
-            f"environment: {' and '.join(missing)} not set, but RANK or WORLD_SIZE is: start the processes with "
-            "torchrun, or unset both to train in one process"
+            f"environment: {' and '.join(missing)} not set, but RANK or WORLD_SIZE is: start the ranks with torchrun, "
+            "or unset both to train in one process"
         )
     rank, size, local_rank, port = (_number(environment, name) for name in _VARIABLES if name != "MASTER_ADDR")
     if not (0 <= local_rank <= rank < size and 0 < port < 65536):
@@ -81,7 +82,7 @@ def _read_torchrun(environment: Mapping[str, str]) -> Launch:
 
 
 def _is_slurm_task(environment: Mapping[str, str]) -> bool:
-    """Whether srun started this process as one of its tasks; a batch script has the job's variables, but is alone."""
+    """Return whether srun started this process as a task. A batch script has the variables too, but is alone."""
     if not environment.get("SLURM_PROCID") or not environment.get("SLURM_STEP_ID"):
         return False
     return _number(environment, "SLURM_STEP_ID") < _SLURM_SPECIAL_STEP
@@ -93,7 +94,7 @@ def _read_slurm(environment: Mapping[str, str]) -> Launch:
     missing = [name for name in names if not environment.get(name)]
     if missing:
         raise UserError(
-            f"environment: {' and '.join(missing)} not set, but SLURM_PROCID is: start the processes with srun, or "
+            f"environment: {' and '.join(missing)} not set, but SLURM_PROCID is: start the ranks with srun, or "
             "unset SLURM_PROCID to train in one process"
         )
     rank, size, local_rank, node = (_number(environment, name) for name in names)
@@ -105,7 +106,7 @@ def _read_slurm(environment: Mapping[str, str]) -> Launch:
     if size == 1:
         return Launch()
     local_size = _slurm_local_size(environment, node)
-    meeting = {
+    rendezvous = {
         "RANK": str(rank),
         "WORLD_SIZE": str(size),
         "LOCAL_RANK": str(local_rank),
@@ -114,13 +115,13 @@ def _read_slurm(environment: Mapping[str, str]) -> Launch:
         "MASTER_ADDR": environment.get("MASTER_ADDR") or _slurm_first_host(environment),
         "MASTER_PORT": environment.get("MASTER_PORT") or str(_slurm_port(environment)),
     }
-    launch = Launch(rank, size, local_rank, local_size, node, meeting)
+    launch = Launch(rank, size, local_rank, local_size, node, rendezvous)
     _check_machine(launch, "SLURM_PROCID", size_name, "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
     return launch
 
 
 def _check_machine(launch: Launch, rank: str, size: str, local_rank: str, local_size: str) -> None:
-    """Refuse places on this machine that cannot be; the names are those of the environment's variables."""
+    """Refuse a local rank, local size and machine that cannot be; the names are the environment's variables."""
     if launch.local_size is None:
         return
     first = launch.rank - launch.local_rank
@@ -128,13 +129,13 @@ def _check_machine(launch: Launch, rank: str, size: str, local_rank: str, local_
     if not fits or (first > 0) != (launch.node > 0):
         raise UserError(
             f"environment: {rank} {launch.rank}, {size} {launch.size}, {local_rank} {launch.local_rank}, {local_size} "
-            f"{launch.local_size} on machine {launch.node} contradict one another: the processes of a machine have "
-            "consecutive ranks; start them with torchrun or srun (and its --distribution=block)"
+            f"{launch.local_size} on machine {launch.node} contradict one another: the ranks of a machine are "
+            "consecutive; start them with torchrun or srun (and its --distribution=block)"
         )
 
 
 def _slurm_local_size(environment: Mapping[str, str], node: int) -> int | None:
-    """Tasks on machine ``node``, of a text such as ``8(x2),4``: two machines of 8 and one of 4."""
+    """Return the number of tasks on machine ``node``, from a text such as ``8(x2),4``: two machines of 8, one of 4."""
     text = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE") or ""
     counts: list[int] = []
     for part in filter(None, text.split(",")):
@@ -148,7 +149,7 @@ def _slurm_local_size(environment: Mapping[str, str], node: int) -> int | None:
 
 
 def _slurm_first_host(environment: Mapping[str, str]) -> str:
-    """The machine of task 0: the first of the list, such as ``gpu[03-05,9],big1``."""
+    """Return the host of task 0, which is the first of a list such as ``gpu[03-05,9],big1``."""
     hosts = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST") or ""
     found = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,\[]*))?", hosts)
     if found is not None:
@@ -156,13 +157,13 @@ def _slurm_first_host(environment: Mapping[str, str]) -> str:
     if address := environment.get("SLURM_LAUNCH_NODE_IPADDR"):
         return address
     raise UserError(
-        "environment: neither SLURM_JOB_NODELIST nor SLURM_LAUNCH_NODE_IPADDR says where process 0 is; "
+        "environment: neither SLURM_JOB_NODELIST nor SLURM_LAUNCH_NODE_IPADDR says where rank 0 is; "
         "set MASTER_ADDR to its machine"
     )
 
 
 def _slurm_port(environment: Mapping[str, str]) -> int:
-    """A port that differs between the steps and jobs that are likely to share a machine."""
+    """Return a port that differs between jobs and steps that are likely to share a machine."""
     job = _number(environment, "SLURM_JOB_ID") if environment.get("SLURM_JOB_ID") else 0
     return _FIRST_PORT + (job * 7 + _number(environment, "SLURM_STEP_ID")) % _PORTS
 

@@ -1,7 +1,7 @@
-"""Which processes of a run still answer, asked by those that waited for one in vain.
+"""Liveness: which ranks of a run still answer, asked by the ranks that waited for one in vain.
 
-They ask at the store that ``torch.distributed`` had them meet by, which is no part of what failed. Nothing is asked as
-long as all goes well.
+Ranks ask through the store that ``torch.distributed`` uses for rendezvous, which is not part of what failed. Nothing is
+sent as long as all goes well.
 """
 
 from __future__ import annotations
@@ -9,80 +9,74 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch.distributed as dist
 
-ANSWER = 10.0
-"""Seconds that the others have to answer: all that waited give up at about the same time, or at once where another
-process's connection breaks."""
-_STORE = 5.0
-"""Seconds more that the store has."""
-_STAY = 3.0
-"""Seconds that process 0 stays for those that ask a little later: the store may end with it."""
-_POLL = 1.0
+ANSWER_SECONDS = 10.0
+"""Seconds to wait for the other ranks' answers. Ranks that wait for a hung one give up at about the same time."""
+_STORE_SECONDS = 5.0
+"""Seconds to wait for the store besides."""
+_STAY_SECONDS = 3.0
+"""Seconds that rank 0 stays for ranks that ask a little later, since the store may end with it."""
+_POLL_SECONDS = 1.0
 
 
-def roll_call(rank: int, size: int, seconds: float = ANSWER) -> list[int] | None:
-    """Say that process ``rank`` of ``size`` is there.
+def absent_ranks(rank: int, size: int, seconds: float = ANSWER_SECONDS) -> list[int] | None:
+    """Announce ``rank`` and return the ranks, of ``size``, that do not answer.
 
     Returns:
-        The ranks that have not said so within ``seconds``; rank 0 where the store, which is at its machine, does not
-        answer. None if the processes have not met.
+        The ranks that did not announce themselves within ``seconds``. Only rank 0, whose machine has the store, if the
+        store does not answer. None if the ranks never met.
     """
     try:
         store = dist.distributed_c10d._get_default_store()
     except ValueError:
         return None
-    found = [0]
+    absent = [0]
 
-    def are_there(ranks: range) -> bool:
+    def all_present(ranks: range) -> bool:
         return store.check([_key(other) for other in ranks])
 
     def ask() -> None:
-        store.set(_key(rank), "here")
-        deadline = time.monotonic() + seconds
-        while True:
-            found[:] = _absent(are_there, 0, size)
-            if not found or time.monotonic() > deadline:
-                return
-            time.sleep(_POLL)
+        with suppress(RuntimeError):  # the store is gone
+            store.set(_key(rank), "here")
+            deadline = time.monotonic() + seconds
+            while True:
+                absent[:] = find_absent(all_present, 0, size)
+                if not absent or time.monotonic() > deadline:
+                    return
+                time.sleep(_POLL_SECONDS)
 
-    # In a thread of its own: a store whose process hangs would keep the one who asks for ever.
-    thread = threading.Thread(target=_quietly, args=[ask], daemon=True)
+    # In a thread, because a store whose process hangs would block the caller for ever.
+    thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    thread.join(seconds + _STORE)
+    thread.join(seconds + _STORE_SECONDS)
     if rank == 0:
-        time.sleep(_STAY)
-    return list(found)
+        time.sleep(_STAY_SECONDS)
+    return list(absent)
 
 
-def describe(absent: list[int] | None) -> str:
-    """What ``roll_call`` came to, as the middle of a sentence."""
-    if absent is None:
-        return "one of them ended, hangs or never came"
-    if not absent:
-        return "all of them answer now: one was too late"
-    if len(absent) == 1:
-        return f"process {absent[0]} does not answer: it ended or hangs"
-    return f"processes {', '.join(map(str, absent))} do not answer: they ended or hang"
-
-
-def _absent(are_there: Callable[[range], bool], first: int, stop: int) -> list[int]:
-    """Those of the ranks that are not, by halves: few are of many."""
-    if are_there(range(first, stop)):
+def find_absent(all_present: Callable[[range], bool], first: int, stop: int) -> list[int]:
+    """Return the ranks in [first, stop) that have not answered, by bisection, since most have."""
+    if all_present(range(first, stop)):
         return []
     if stop - first == 1:
         return [first]
     middle = (first + stop) // 2
-    return _absent(are_there, first, middle) + _absent(are_there, middle, stop)
+    return find_absent(all_present, first, middle) + find_absent(all_present, middle, stop)
+
+
+def describe_absent(absent: list[int] | None) -> str:
+    """Describe the result of ``absent_ranks`` as a clause of an error message."""
+    if absent is None:
+        return "one of them ended, hangs or never started"
+    if not absent:
+        return "all of them answer now, so one was too slow"
+    if len(absent) == 1:
+        return f"rank {absent[0]} does not answer: it ended or hangs"
+    return f"ranks {', '.join(map(str, absent))} do not answer: they ended or hang"
 
 
 def _key(rank: int) -> str:
-    return f"roll-call/{rank}"
-
-
-def _quietly(ask: Callable[[], None]) -> None:
-    try:
-        ask()
-    except RuntimeError:
-        return
+    return f"liveness/{rank}"

@@ -1,17 +1,17 @@
-"""Gradients averaged between machines through low-rank factors: PowerSGD (Vogels et al. 2019, arXiv 1905.13727).
+"""Gradients averaged between nodes through low-rank factors: PowerSGD (Vogels et al. 2019, arXiv 1905.13727).
 
-For each matrix's gradient M, to which what was not sent before has been added (their algorithms 1 and 2):
+For each matrix's gradient M, to which the node's error buffer has been added (their algorithms 1 and 2):
 
-    P = M Q            averaged over the machines, then orthonormalised
-    Q = M^T P          averaged over the machines
-    every machine updates by P Q^T, and keeps its own M - P (M^T P)^T for the next time
+    P = M Q            averaged over the nodes, then orthonormalised
+    Q = M^T P          averaged over the nodes
+    every node updates by P Q^T, and its error buffer becomes its own M - P (M^T P)^T
 
-As in the paper (Ramesh et al. 2021, section 2.4) each process does so with its shard of the gradient, already averaged
-within its machine, and with the processes that hold the same shard in the other machines. P is orthonormalised by
-Householder reflections, as there. They give an orthonormal basis even of a P without full rank, zeros among it, so that
-no small multiple of the identity need be added. Of 16-bit gradients, what is kept and what is sent as factors is in 16
-bit, as there (appendix E.2); everything is computed in 32 bit. Few matrices at a time are, so that an update needs room
-for those few and not for the model.
+As in the paper (Ramesh et al. 2021, section 2.5), each rank does so with its shard of the gradient, already averaged
+within its node, and with the ranks that hold the same shard in the other nodes. P is orthonormalised by Householder
+reflections, as there. They give an orthonormal basis even of a P without full rank, so that no small multiple of the
+identity need be added. The error buffers and factors of 16-bit gradients are stored and sent in 16 bit, as in the
+paper's appendix E.2; everything is computed in 32 bit. Few matrices are processed at a time, so that an update needs
+temporary memory for those few and not for the model.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dalle_cli.config.schema import PowerSgd
-from dalle_cli.distributed.average_16bit import average_codes, to_codes, to_values
-from dalle_cli.distributed.compression import Shape, factor_rank, is_compressed, shapes_together, shard_rank
-from dalle_cli.distributed.error_buffers import Kept
+from dalle_cli.distributed.all_reduce_16bit import all_reduce_mean, decode, encode
+from dalle_cli.distributed.compression import Shape, compression_batches, factor_rank, is_compressed, shard_rank
+from dalle_cli.distributed.error_buffers import ErrorBuffers
 from dalle_cli.distributed.group import buckets
 from dalle_cli.randomness import torch_generator
 
 
 class _Matrix(NamedTuple):
-    """A gradient that goes through factors as an (M, N) matrix, once it is divided by its scale."""
+    """A gradient that is compressed, as an (M, N) matrix, once it is divided by its scale."""
 
     name: str
     gradient: Tensor
@@ -41,30 +41,30 @@ class _Matrix(NamedTuple):
 
     @property
     def packed(self) -> bool:
-        """Whether what is kept and sent of it takes 16 bit."""
+        """True if its error buffer and factors take 16 bit."""
         return self.gradient.dtype != torch.float32
 
 
 class PowerSgdReducer:
-    """Averages gradients over ``group``: matrices through factors, everything else whole.
+    """Averages gradients over ``group``: matrices through low-rank factors, everything else whole.
 
-    It knows nothing of what trains: the caller hands it gradients of this process's shards that are averaged over its
-    machine and complete for the update.
+    It knows nothing of the training. The caller passes the gradients of this rank's shards, averaged over its node and
+    complete for the update.
 
     Args:
         settings: the recipe's ``prior.powersgd``.
-        group: the processes that hold the same shards, one in each machine.
-        columns: N of each parameter that is a matrix to be compressed, by name; its shard is whole rows of N numbers,
-            and a last one that is not full counts as filled with zeros. Others (embeddings, gains, biases) are not
-            named.
-        shards: processes that a matrix's gradient is split among, which share the rank.
-        seed: of the factors that Q begins with, and of the rounding of errors in 16 bit.
-        device: where ``group`` communicates, and the work is done; by default where a gradient is.
+        group: the ranks that hold the same shards, one in each node.
+        columns: N of each parameter that is compressed, by name. Its shard consists of rows of N numbers; a last row
+            that is not full is padded with zeros. Parameters that are not named (embeddings, gains, biases) are sent
+            whole.
+        shards: the number of ranks that a matrix is sharded among, which share its rank.
+        seed: the seed of the initial Q and of the stochastic rounding of error buffers.
+        device: where ``group`` communicates and the work is done; by default where each gradient is.
 
     Attributes:
-        bytes_sent: bytes that this process has handed to ``group`` for means so far. What a link carries of them is the
-            collective's affair: of k machines each sends 2 (k - 1) / k times as many, in a ring of all-reduce as by
-            ``mean_16``, whose bytes are those of the codes, with what fills the last part of a message.
+        bytes_sent: bytes that this rank has passed to ``group`` so far. How many cross a link depends on the
+            collective: each of k nodes sends 2 (k - 1) / k times as many in a ring all-reduce and in
+            ``all_reduce_mean``, whose bytes are those of the codes with their padding.
     """
 
     def __init__(
@@ -78,40 +78,32 @@ class PowerSgdReducer:
     ) -> None:
         self.settings, self.group, self.columns, self.seed, self.device = settings, group, columns, seed, device
         self.rank = shard_rank(settings.rank, shards)
-        self.machines, self.machine = dist.get_world_size(group), dist.get_rank(group)
+        self.nodes, self.node = dist.get_world_size(group), dist.get_rank(group)
         self.bytes_sent = 0
-        self._kept = Kept(on_host=settings.offload == "cpu")
-
-    def shape(self, name: str, gradient: Tensor) -> Shape | None:
-        """The matrix that ``gradient``, the shard of the parameter ``name``, is compressed as; None if it is not."""
-        if name not in self.columns or not gradient.numel():
-            return None
-        columns = self.columns[name]
-        shape = (-(-gradient.numel() // columns), columns)
-        return shape if is_compressed(shape, self.rank, self.settings.min_compression) else None
+        self._buffers = ErrorBuffers(on_host=settings.offload == "cpu")
 
     @torch.no_grad()
     def reduce(
         self, named: Iterable[tuple[str, Tensor]], update: int, scales: Mapping[str, float] | None = None
     ) -> None:
-        """Replace each gradient, of any shape and in 16 or 32 bit, by (an approximation of) its mean over the machines.
+        """Replace each gradient, in 16 or 32 bit, by an approximation of its mean over the nodes.
 
-        Every process of the group must name the same ones in the same order. All machines get the same bytes, if
-        their processors and libraries do. If one that goes through factors is not finite, it and those that travel with
-        it come out as NaN, and what had not been sent of them before is forgotten.
+        All ranks of the group must name the same gradients in the same order. All nodes get the same bytes, provided
+        that their processors and libraries compute the same. If a compressed gradient is not finite, it and those that
+        are sent with it become NaN, and their error buffers are cleared.
 
         Args:
-            named: gradients by their parameters' names; a resblock that is left out of an update is left out here.
-            update: how many updates went before.
-            scales: what gradients are multiplied by, 1 by default. What was not sent is kept without it.
+            named: gradients by their parameters' names, without those of resblocks that skip the update.
+            update: how many updates were done before.
+            scales: what each gradient is multiplied by, 1 by default. Error buffers are stored without it.
         """
-        if self.machines == 1:
+        if self.nodes == 1:
             return
         scales = scales or {}
         whole: list[Tensor] = []
         matrices: list[_Matrix] = []
         for name, gradient in named:
-            shape = self.shape(name, gradient) if update >= self.settings.start_update else None
+            shape = self.matrix_shape(name, gradient) if update >= self.settings.start_update else None
             if shape is None:
                 whole.append(gradient)
             else:
@@ -119,89 +111,54 @@ class PowerSgdReducer:
         for gradient, mean in self._means(whole):
             gradient.copy_(mean)
         for packed in (False, True):
-            alike = [matrix for matrix in matrices if matrix.packed == packed]
-            for places in shapes_together([matrix.shape for matrix in alike]):
-                together = alike[places]
-                if not self._reduce_matrices(together, packed, update):
-                    for matrix in together:
+            of_type = [matrix for matrix in matrices if matrix.packed == packed]
+            for batch_slice in compression_batches([matrix.shape for matrix in of_type]):
+                batch = of_type[batch_slice]
+                if not self._reduce_matrices(batch, packed, update):
+                    for matrix in batch:
                         matrix.gradient.fill_(torch.nan)
-                    self.clear(matrix.name for matrix in together)
+                    self.clear(matrix.name for matrix in batch)
+
+    def matrix_shape(self, name: str, gradient: Tensor) -> Shape | None:
+        """Return the shape that the shard ``gradient`` of parameter ``name`` is compressed as; None if it is not."""
+        if name not in self.columns or not gradient.numel():
+            return None
+        columns = self.columns[name]
+        shape = (-(-gradient.numel() // columns), columns)
+        return shape if is_compressed(shape, self.rank, self.settings.min_compression) else None
 
     def clear(self, names: Iterable[str] | None = None) -> None:
-        """Forget what was not sent of the gradients of ``names``, or of all.
+        """Clear the error buffers of ``names``, or of all parameters.
 
-        For an update that was skipped although its gradients were reduced: what was sent of them is lost, and what was
-        not would come alone. (An update that is skipped before ``reduce`` needs no clearing.)
+        This is for an update that was skipped although its gradients were reduced: what was sent of them is lost, so
+        what was not sent must not be added to the next. An update that is skipped before ``reduce`` needs no clearing.
         """
-        self._kept.forget([f"error.{name}" for name in (self.columns if names is None else names)])
+        self._buffers.clear([f"error.{name}" for name in (self.columns if names is None else names)])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What training goes on from, of this very process: ``error.NAME`` and, with a warm start, ``factor.NAME``.
+        """Return this rank's state: ``error.NAME`` and, with a warm start, ``factor.NAME``.
 
-        Of 16-bit gradients they are codes of the format 1-6-9 (uint16). The tensors are not copies: the next ``reduce``
-        changes them.
+        Those of 16-bit gradients are 1-6-9 codes (uint16). The tensors are not copies: the next ``reduce`` changes
+        them.
         """
-        state = self._kept.tensors()
+        state = self._buffers.state_dict()
         return state if self.settings.warm_start else {k: v for k, v in state.items() if k.startswith("error.")}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go back to what ``state_dict`` gave.
+        """Restore what ``state_dict`` returned.
 
         Raises:
-            ValueError: a key that is of no matrix.
+            ValueError: a key belongs to no compressed parameter.
         """
         for key in state:
             kind, _, name = key.partition(".")
             if kind not in ("error", "factor") or name not in self.columns:
                 raise ValueError(f"{key!r} is no part of PowerSGD's state of these parameters")
-        self._kept.load(state)
-
-    def _total(self, matrix: _Matrix) -> Tensor:
-        """What is to be sent, (M, N) in 32 bit: the gradient and what was not sent before."""
-        device = self.device or matrix.gradient.device
-        total = self._kept.read(f"error.{matrix.name}", matrix.shape, device)
-        if total is None:
-            total = torch.zeros(matrix.shape, device=device)
-        gradient = matrix.gradient.to(device).flatten()
-        total.view(-1)[: gradient.numel()].add_(gradient, alpha=1 / matrix.scale)
-        return total
-
-    def _factor(self, matrix: _Matrix, device: torch.device) -> Tensor:
-        """Q, (N, r): the last update's, or the Gaussian one of the start, the same on every machine.
-
-        Without a warm start it stays that one, as in the paper (section 2.4), where it made no difference. P may have
-        columns of any length. For one that is sent in 16 bit, those of Q are made 1 long: with a warm start P would
-        have the squares of what gradients have, in a format that ends at 16 and 2^-68.
-        """
-        key, size = f"factor.{matrix.name}", (matrix.shape[1], factor_rank(matrix.shape, self.rank))
-        factor = self._kept.read(key, size, device)
-        if factor is None:
-            drawn = torch.randn(size, generator=torch_generator(self.seed, "power-sgd", matrix.name))
-            self._kept.write(key, drawn.to(device), matrix.packed)
-            # As a run that goes on reads it.
-            return self._factor(matrix, device)
-        if matrix.packed:
-            factor = factor / torch.linalg.vector_norm(factor, dim=0).clamp_(min=torch.finfo(torch.float32).tiny)
-        return factor
-
-    def _keep(self, matrix: _Matrix, left: Tensor, factor: Tensor, update: int) -> None:
-        """For the next update: what was ``left`` unsent, and Q.
-
-        Errors in 16 bit are rounded stochastically: what an update adds may be less than half the distance between
-        neighbouring codes, update after update, and the nearest code would lose it all.
-        """
-        if self.settings.error_feedback:
-            what = ("power-sgd-error", matrix.name, update, self.machine)
-            noise = torch_generator(self.seed, *what, device=left.device) if matrix.packed else None
-            self._kept.write(f"error.{matrix.name}", left, matrix.packed, noise)
-        if self.settings.warm_start:
-            self._kept.write(f"factor.{matrix.name}", factor, matrix.packed)
+        self._buffers.load_state_dict(state)
 
     def _reduce_matrices(self, matrices: list[_Matrix], packed: bool, update: int) -> bool:
-        """Steps P and Q of all, which are ``packed`` or not, with few messages for each; False where something was not
-        finite.
-        """
-        totals = [self._total(matrix) for matrix in matrices]
+        """Reduce ``matrices``, all ``packed`` or none, with few messages; return False if anything is not finite."""
+        totals = [self._gradient_plus_error(matrix) for matrix in matrices]
         products = [total @ self._factor(matrix, total.device) for matrix, total in zip(matrices, totals, strict=True)]
         left = [mean for _, mean in self._means(products, packed)]
         del products
@@ -216,35 +173,76 @@ class PowerSgdReducer:
             mean = (p @ q.T).mul_(matrix.scale).view(-1)[: matrix.gradient.numel()]
             matrix.gradient.copy_(mean.view_as(matrix.gradient))
             del mean
-            # Less its own product, what is left to a machine lies beside P, but for what rounding took from the own Q
-            # that it sent. Less the mean one it would hold how far its gradients are from the mean too, which cancels
-            # among the machines but grows from update to update.
+            # A node's error is its own gradient less its own product P (M^T P)^T, which is orthogonal to P but for the
+            # rounding of the Q that it sent. Less the mean product, it would also hold how far the node's gradient is
+            # from the mean. These parts cancel in the sum over the nodes but grow from update to update.
             total.addmm_(p, own_q.T, alpha=-1)
-            self._keep(matrix, total, q.clone(), update)
+            self._store(matrix, total, q.clone(), update)
         return True
 
-    def _means(self, tensors: list[Tensor], packed: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each of ``tensors`` with its mean over the machines, in 32 bit; many travel in one message.
+    def _gradient_plus_error(self, matrix: _Matrix) -> Tensor:
+        """Return the gradient plus the error buffer as an (M, N) float32 matrix."""
+        device = self.device or matrix.gradient.device
+        total = self._buffers.read(f"error.{matrix.name}", matrix.shape, device)
+        if total is None:
+            total = torch.zeros(matrix.shape, device=device)
+        gradient = matrix.gradient.to(device).flatten()
+        total.view(-1)[: gradient.numel()].add_(gradient, alpha=1 / matrix.scale)
+        return total
 
-        Those that are ``packed`` travel in 16 bit, and become what was sent of them.
+    def _factor(self, matrix: _Matrix, device: torch.device) -> Tensor:
+        """Return Q (N, r): the last update's, or the initial Gaussian, which is the same on every node.
+
+        Without a warm start it stays the initial one, as in the paper (section 2.5), where that made no difference. The
+        columns of P may have any length. Where P is sent in 16 bit, those of Q are normalised first: with a warm start
+        P would otherwise grow as the square of the gradients, in a format that ends at 16 and 2^-68.
+        """
+        key, size = f"factor.{matrix.name}", (matrix.shape[1], factor_rank(matrix.shape, self.rank))
+        factor = self._buffers.read(key, size, device)
+        if factor is None:
+            drawn = torch.randn(size, generator=torch_generator(self.seed, "power-sgd", matrix.name))
+            self._buffers.write(key, drawn.to(device), matrix.packed)
+            # Read back, since a resumed run has the rounded factor too.
+            return self._factor(matrix, device)
+        if matrix.packed:
+            factor = factor / torch.linalg.vector_norm(factor, dim=0).clamp_(min=torch.finfo(torch.float32).tiny)
+        return factor
+
+    def _store(self, matrix: _Matrix, error: Tensor, factor: Tensor, update: int) -> None:
+        """Store the error and Q for the next update.
+
+        16-bit errors are rounded stochastically. An update may add less than half the distance between neighbouring
+        codes, time after time, all of which rounding to nearest would lose.
+        """
+        if self.settings.error_feedback:
+            what = ("power-sgd-error", matrix.name, update, self.node)
+            noise = torch_generator(self.seed, *what, device=error.device) if matrix.packed else None
+            self._buffers.write(f"error.{matrix.name}", error, matrix.packed, noise)
+        if self.settings.warm_start:
+            self._buffers.write(f"factor.{matrix.name}", factor, matrix.packed)
+
+    def _means(self, tensors: list[Tensor], packed: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each of ``tensors`` with its mean over the nodes in 32 bit; many are sent in one message.
+
+        If they are ``packed`` they are sent in 16 bit, and each tensor is replaced by what was sent of it.
         """
         for bucket in buckets(tensors):
             flat = torch.cat([tensor.flatten() for tensor in bucket])
             flat = flat.to(self.device or flat.device).float()
             parts = flat.split([tensor.numel() for tensor in bucket])
             if packed:
-                codes = to_codes(flat, self.machines)
-                to_values(codes, flat)
+                codes = encode(flat, multiple_of=self.nodes)
+                decode(codes, flat)
                 for tensor, part in zip(bucket, parts, strict=True):
                     tensor.copy_(part.view(tensor.shape))
                 self.bytes_sent += codes.nbytes
-                average_codes(codes, self.group)
-                to_values(codes, flat)
+                all_reduce_mean(codes, self.group)
+                decode(codes, flat)
                 del codes
             else:
                 self.bytes_sent += flat.nbytes
                 dist.all_reduce(flat, group=self.group)
-                flat /= self.machines
+                flat /= self.nodes
             for tensor, part in zip(bucket, parts, strict=True):
                 yield tensor, part.view(tensor.shape)
 

@@ -1,4 +1,4 @@
-"""Several processes of one command on this machine, started, watched and ended together. Imports nothing heavy."""
+"""Starts, watches and ends several ranks of one command on this machine. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 
 from dalle_cli.distributed.launch import read_launch
-from dalle_cli.errors import UserError
+from dalle_cli.errors import STOP_SIGNALS, UserError
 from dalle_cli.progress import log
 
-GRACE = 20.0
-"""Seconds that processes have to end by themselves once one has failed, and again between SIGTERM and SIGKILL."""
-POLL = 0.1
-_FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
+GRACE_SECONDS = 20.0
+"""Seconds that ranks have to end by themselves once one has failed, and again between SIGTERM and SIGKILL."""
+_POLL_SECONDS = 0.1
 _PR_SET_PDEATHSIG = 1
 
 
-def is_started() -> bool:
-    """Whether a launcher started this process, so that it is one of several already; srun's only task is not.
+def has_launcher() -> bool:
+    """Return whether a launcher started this process as a rank. The only task of srun does not count as one.
 
     Raises:
         UserError: the launcher's environment contradicts itself.
@@ -33,18 +32,18 @@ def is_started() -> bool:
 
 
 def start_processes(count: int, command: Sequence[str]) -> None:
-    """Run ``dalle`` with the arguments ``command`` in ``count`` processes; returns when all have ended well.
+    """Run ``dalle`` with the arguments ``command`` as ``count`` ranks; return when all have succeeded.
 
-    SIGTERM and SIGUSR1 are handed on to all of them. If one fails the others are given GRACE seconds to end by
-    themselves; none is left behind, not even if this process is killed.
+    SIGTERM and SIGUSR1 are forwarded to all ranks. If one fails, the others get GRACE_SECONDS to end by themselves.
+    None is left behind, not even if this process is killed.
 
     Raises:
-        UserError: a process was killed, or failed; the line names it and how it ended.
-        SystemExit: all processes ended with the same exit code, which is passed on.
+        UserError: a rank failed or was killed; the line names it and how it ended.
+        SystemExit: all ranks ended with the same exit code, which is passed on.
     """
     port = _free_port()
     processes = [_start(rank, count, port, command) for rank in range(count)]
-    handlers = {which: signal.signal(which, _hand_on(processes)) for which in _FORWARDED}
+    handlers = {which: signal.signal(which, _forward_to(processes)) for which in STOP_SIGNALS}
     try:
         first = _watch(processes)
     except BaseException:
@@ -62,16 +61,16 @@ def start_processes(count: int, command: Sequence[str]) -> None:
         raise SystemExit(code)
     others = "the others ended too"
     if hung:
-        noun, verb = ("process", "was") if len(hung) == 1 else ("processes", "were")
+        noun, verb = ("rank", "was") if len(hung) == 1 else ("ranks", "were")
         others = f"{noun} {', '.join(hung)} hung and {verb} ended"
     raise UserError(
-        f"process {first} of {count} {_how(processes[first].returncode)}; {others}: see what they said, and start "
-        "again: training goes on from the last checkpoint"
+        f"rank {first} of {count} {_describe_exit(processes[first].returncode)}; {others}: read their messages and start "
+        "again: training resumes from the last checkpoint"
     )
 
 
 def _start(rank: int, count: int, port: int, command: Sequence[str]) -> subprocess.Popen[bytes]:
-    place = {
+    variables = {
         "RANK": str(rank),
         "WORLD_SIZE": str(count),
         "LOCAL_RANK": str(rank),
@@ -81,26 +80,27 @@ def _start(rank: int, count: int, port: int, command: Sequence[str]) -> subproce
         "MASTER_PORT": str(port),
     }
     program = [sys.executable, "-m", "dalle_cli", *command]
-    # One process has all the machine's cores for its threads; several share them.
+    # The ranks share the machine's cores.
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}
-    return subprocess.Popen(program, env={**threads, **os.environ, **place}, preexec_fn=_end_with_parent)
+    return subprocess.Popen(program, env={**threads, **os.environ, **variables}, preexec_fn=_end_with_parent)
 
 
 def _watch(processes: list[subprocess.Popen[bytes]]) -> int | None:
-    """The first process that failed, once all have ended or had GRACE seconds to; None if none did."""
+    """Return the first rank that failed, once all have ended or had GRACE_SECONDS to; None if none failed."""
     first, deadline = None, float("inf")
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
         if first is None:
-            first = _failed(processes)
+            first = _first_failed(processes)
             if first is not None:
-                log(f"process {first} of {len(processes)} {_how(processes[first].returncode)}; waiting for the others")
-                deadline = time.monotonic() + GRACE
-        time.sleep(POLL)
-    return _failed(processes) if first is None else first
+                how = _describe_exit(processes[first].returncode)
+                log(f"rank {first} of {len(processes)} {how}; waiting for the others")
+                deadline = time.monotonic() + GRACE_SECONDS
+        time.sleep(_POLL_SECONDS)
+    return _first_failed(processes) if first is None else first
 
 
-def _failed(processes: list[subprocess.Popen[bytes]]) -> int | None:
-    """The process that failed; one that was killed before others that failed for want of it."""
+def _first_failed(processes: list[subprocess.Popen[bytes]]) -> int | None:
+    """Return a rank that failed, if any: rather one that was killed than those that failed because it was."""
     codes = {rank: process.poll() for rank, process in enumerate(processes)}
     failed = [rank for rank, code in codes.items() if code]
     return min(failed, key=lambda rank: (codes[rank] or 0) > 0, default=None)
@@ -110,7 +110,7 @@ def _end(processes: list[subprocess.Popen[bytes]]) -> None:
     for process in processes:
         if process.poll() is None:
             process.terminate()
-    deadline = time.monotonic() + GRACE
+    deadline = time.monotonic() + GRACE_SECONDS
     for process in processes:
         try:
             process.wait(max(0.0, deadline - time.monotonic()))
@@ -119,7 +119,7 @@ def _end(processes: list[subprocess.Popen[bytes]]) -> None:
             process.wait()
 
 
-def _hand_on(processes: list[subprocess.Popen[bytes]]) -> Callable[[int, FrameType | None], None]:
+def _forward_to(processes: list[subprocess.Popen[bytes]]) -> Callable[[int, FrameType | None], None]:
     def handler(number: int, _: FrameType | None) -> None:
         for process in processes:
             if process.poll() is None:
@@ -128,7 +128,7 @@ def _hand_on(processes: list[subprocess.Popen[bytes]]) -> Callable[[int, FrameTy
     return handler
 
 
-def _how(code: int) -> str:
+def _describe_exit(code: int) -> str:
     if code >= 0:
         return f"ended with exit code {code}"
     try:
@@ -138,7 +138,7 @@ def _how(code: int) -> str:
 
 
 def _end_with_parent() -> None:
-    """On Linux, have the system end this process when its parent ends, however that came about."""
+    """Have Linux end this process when its parent ends, for whatever reason; do nothing on other systems."""
     try:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     except (AttributeError, OSError):

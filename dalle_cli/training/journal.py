@@ -1,4 +1,4 @@
-"""What a run writes for people to look at: scalars as JSON lines and on boards, pictures on boards."""
+"""The journal of a run: metrics as JSON lines, and metrics and images for TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -16,25 +16,102 @@ from torch import Tensor
 from dalle_cli.errors import UserError
 from dalle_cli.stores.files import explain_os_errors, write_atomically
 
+_NOT_LOGGED = ("step", "seconds")
+"""Values of a JSON line that no ``MetricLogger`` gets."""
 
-class Board(Protocol):
-    """Takes points of a run that goes on after some updates; what an earlier process gave of later ones is void."""
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Points by name, such as ``train/loss``."""
+class Journal:
+    """Writes a run's metrics to ``out/metrics.jsonl``, ``out/tensorboard/`` and further loggers.
 
-    def picture(self, step: int, name: str, picture: Tensor) -> None:
-        """(3, H, W) uint8."""
+    A resumed run repeats the updates after its checkpoint, so what an earlier process wrote about them is dropped: from
+    the file by deleting lines, from TensorBoard by a marker that it heeds.
+
+    Args:
+        out: the run's folder.
+        start: the number of updates that the run resumes from.
+        writes: false to write nothing, on ranks other than the leader.
+        more: functions that open further loggers.
+    """
+
+    def __init__(
+        self, out: Path, start: int, *, writes: bool = True, more: Sequence[Callable[[], MetricLogger]] = ()
+    ) -> None:
+        self.lines = out / "metrics.jsonl"
+        self.writes = writes
+        self.loggers: list[MetricLogger] = []
+        self._began = time.monotonic()
+        if writes:
+            write_atomically(self.lines, _lines_until(self.lines, start))
+            self.loggers += [TensorBoardLogger(out, start), *(open_logger() for open_logger in more)]
+
+    def log_training(self, step: int, rate: float, scalars: Mapping[str, float]) -> None:
+        """Write the scalars and the step size of update number ``step``, from 1."""
+        seconds = round(time.monotonic() - self._began, 3)
+        self._write("train", step, {"step": step, "lr": rate, "seconds": seconds, **scalars})
+
+    def log_validation(self, step: int, scalars: Mapping[str, float], images: Mapping[str, Tensor]) -> None:
+        """Write the held-out scalars after ``step`` updates, and images (3, H, W) uint8."""
+        if not scalars:
+            return
+        self._write("validation", step, {"step": step, **{f"val_{name}": value for name, value in scalars.items()}})
+        for logger in self.loggers:
+            for name, image in images.items():
+                logger.log_image(step, f"validation/{name}", image)
 
     def flush(self) -> None:
-        """Hand everything on, so that a killed process loses none of it."""
+        """Pass everything to the operating system, so that a killed process loses nothing."""
+        for logger in self.loggers:
+            logger.flush()
+
+    def _write(self, prefix: str, step: int, values: Mapping[str, Any]) -> None:
+        if not self.writes:
+            return
+        with explain_os_errors(self.lines), self.lines.open("a") as file:
+            file.write(json.dumps(values) + "\n")
+        scalars = {
+            f"{prefix}/{name.removeprefix('val_')}": value for name, value in values.items() if name not in _NOT_LOGGED
+        }
+        for logger in self.loggers:
+            logger.log(step, scalars)
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        for logger in self.loggers:
+            logger.close()
+
+
+def _lines_until(path: Path, step: int) -> str:
+    """Return the file's lines about updates up to ``step``, without any that was cut short."""
+    lines = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                lines.append(line + "\n")
+        except (json.JSONDecodeError, KeyError):
+            continue
+    return "".join(lines)
+
+
+class MetricLogger(Protocol):
+    """Records metrics and images by the number of updates done."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Record scalars by name, such as ``train/loss``."""
+
+    def log_image(self, step: int, name: str, image: Tensor) -> None:
+        """Record an image (3, H, W) uint8."""
+
+    def flush(self) -> None:
+        """Pass everything on, so that a killed process loses nothing."""
 
     def close(self) -> None:
-        """The process ends."""
+        """End the recording when training ends."""
 
 
-class TensorBoard:
-    """``out/tensorboard/``. Points after ``start`` updates of earlier processes are voided by a mark it heeds."""
+class TensorBoardLogger:
+    """Records to ``out/tensorboard/``, with a marker that voids what earlier processes wrote after ``start``."""
 
     def __init__(self, out: Path, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -42,12 +119,12 @@ class TensorBoard:
         with explain_os_errors(out):
             self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
-    def picture(self, step: int, name: str, picture: Tensor) -> None:
-        self._writer.add_image(name, picture, step)
+    def log_image(self, step: int, name: str, image: Tensor) -> None:
+        self._writer.add_image(name, image, step)
 
     def flush(self) -> None:
         self._writer.flush()
@@ -56,14 +133,20 @@ class TensorBoard:
         self._writer.close()
 
 
-class WeightsAndBiases:
-    """One run of ``project`` for one folder ``out``, which keeps its id in ``wandb-id``.
+class WandbLogger:
+    """Records to one run of Weights & Biases, whose id is in ``out/wandb-id``.
 
-    Weights & Biases takes no point back: those that it has already are not sent again (they are the same, since
-    updates done again are).
+    Weights & Biases takes no point back. So a resumed run sends no updates again that it has already; their values are
+    the same.
 
     Args:
-        config: what it shows as the run's settings.
+        out: the run's folder.
+        project: the project in Weights & Biases.
+        name: the run's name there.
+        config: the settings to show with the run.
+
+    Raises:
+        UserError: Weights & Biases does not start.
     """
 
     def __init__(self, out: Path, project: str, name: str, config: Mapping[str, Any]) -> None:
@@ -80,106 +163,36 @@ class WeightsAndBiases:
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"--wandb {project}: Weights & Biases does not start ({reason}); run wandb login, or set "
-                "WANDB_MODE=offline, or leave it out"
+                f"--wandb {project}: Weights & Biases does not start ({reason}); run wandb login, set "
+                "WANDB_MODE=offline, or leave --wandb out"
             ) from error
         self._next = self._run.step
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        self._log(step, values)
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        if step >= self._next:
+            self._run.log(dict(values), step=step)
 
-    def picture(self, step: int, name: str, picture: Tensor) -> None:
-        self._log(step, {name: self._image(picture.permute(1, 2, 0).numpy())})
+    def log_image(self, step: int, name: str, image: Tensor) -> None:
+        self.log(step, {name: self._image(image.permute(1, 2, 0).numpy())})
 
     def flush(self) -> None:
-        """Its own process has it already."""
+        """Do nothing: another process has everything already."""
 
     def close(self) -> None:
         self._run.finish()
 
-    def _log(self, step: int, values: Mapping[str, Any]) -> None:
-        if step >= self._next:
-            self._run.log(dict(values), step=step)
-
 
 def require_wandb(project: str | None) -> None:
-    """Refuse a ``project`` where Weights & Biases is not installed, before anything is done."""
+    """Check that Weights & Biases is installed if a ``project`` is given.
+
+    Raises:
+        UserError: it is not installed.
+    """
     if project is None:
         return
     spec = importlib.util.find_spec("wandb")
-    if spec is None or spec.origin is None:  # a folder that it left is not it
+    if spec is None or spec.origin is None:  # wandb leaves a folder ./wandb behind, which is no package
         raise UserError(
-            f"--wandb {project}: Weights & Biases is not installed; pip install wandb, or leave it out: TensorBoard "
-            "and metrics.jsonl have the same figures"
+            f"--wandb {project}: Weights & Biases is not installed; pip install wandb, or leave --wandb out: "
+            "TensorBoard and metrics.jsonl have the same values"
         )
-
-
-_NOT_SHOWN = ("step", "seconds")
-
-
-class Journal:
-    """``out/metrics.jsonl`` and ``out/tensorboard/``, gone on with after ``start`` updates.
-
-    What an earlier process wrote of later updates is dropped, since those updates are done again: lines from the
-    file, points by a mark that TensorBoard heeds. With ``writes`` false nothing is written.
-
-    Args:
-        more: open further boards.
-    """
-
-    def __init__(self, out: Path, start: int, *, writes: bool = True, more: Sequence[Callable[[], Board]] = ()) -> None:
-        self.lines = out / "metrics.jsonl"
-        self.writes = writes
-        self.boards: list[Board] = []
-        self._began = time.monotonic()
-        if writes:
-            write_atomically(self.lines, _lines_until(self.lines, start))
-            self.boards += [TensorBoard(out, start), *(open_board() for open_board in more)]
-
-    def training(self, step: int, rate: float, scalars: Mapping[str, float]) -> None:
-        """The scalars of the update that made ``step`` updates of those before."""
-        seconds = round(time.monotonic() - self._began, 3)
-        self._write("train", step, {"step": step, "lr": rate, "seconds": seconds, **scalars})
-
-    def validation(self, step: int, scalars: Mapping[str, float], pictures: Mapping[str, Tensor]) -> None:
-        """The scalars after ``step`` updates on held-out samples, and pictures (3, H, W) uint8."""
-        if not scalars:
-            return
-        self._write("validation", step, {"step": step, **{f"val_{name}": value for name, value in scalars.items()}})
-        for board in self.boards:
-            for name, picture in pictures.items():
-                board.picture(step, f"validation/{name}", picture)
-
-    def flush(self) -> None:
-        """Hand everything to the operating system, so that a killed process loses none of it."""
-        for board in self.boards:
-            board.flush()
-
-    def _write(self, part: str, step: int, values: Mapping[str, Any]) -> None:
-        if not self.writes:
-            return
-        with explain_os_errors(self.lines), self.lines.open("a") as file:
-            file.write(json.dumps(values) + "\n")
-        shown = {
-            f"{part}/{name.removeprefix('val_')}": value for name, value in values.items() if name not in _NOT_SHOWN
-        }
-        for board in self.boards:
-            board.scalars(step, shown)
-
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        for board in self.boards:
-            board.close()
-
-
-def _lines_until(path: Path, step: int) -> str:
-    kept = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError):
-            continue
-    return "".join(kept)

@@ -1,4 +1,4 @@
-"""Whether a run may go on from its newest checkpoint under the recipe of today."""
+"""Resuming: the check that a run may continue from its newest checkpoint under the current recipe."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from typing import Any
 from dalle_cli.config.schema import Recipe
 from dalle_cli.errors import UserError
 from dalle_cli.progress import log
-from dalle_cli.stores.checkpoint import Checkpoint
+from dalle_cli.stores.checkpoint import Checkpoint, Kind
 
-# What may change in a stage when its run goes on: nothing here touches the mathematics.
+_BLOCKS: dict[Kind, tuple[str, ...]] = {
+    "dvae": ("seed", "image_size", "data", "dvae"),
+    "prior": ("seed", "image_size", "data", "tokenizer", "prior"),
+    "clip": ("seed", "image_size", "data", "tokenizer", "clip"),
+}
+"""Blocks of the recipe that a stage's training depends on."""
 _FREE_KEYS = (
     *(f"training.{key}" for key in ("log_every", "validate_every", "validation_samples", "save_every", "keep")),
     "training.workers",
@@ -19,34 +24,39 @@ _FREE_KEYS = (
     "model.checkpoint_resblocks",
     "powersgd.offload",
 )
-# What may change too, but is said: sums are added up in another order.
-_NAMED_KEYS = tuple(f"sharding.{key}" for key in ("zero", "offload", "node_size"))
+"""Settings of a stage that may change because they do not change what is computed."""
+_LOGGED_KEYS = tuple(f"sharding.{key}" for key in ("zero", "offload", "node_size"))
+"""Settings of a stage that may change but are logged, because they change the order in which sums are taken."""
 
 
-def refuse_other_settings(
-    out: Path, found: Checkpoint, recipe: Recipe, blocks: tuple[str, ...], belongs: Mapping[str, str]
-) -> None:
-    """Refuse to go on from ``found`` with other artifacts than ``belongs``, or other ``blocks`` of the recipe.
+def check_resumable(out: Path, checkpoint: Checkpoint, recipe: Recipe, belongs: Mapping[str, str]) -> None:
+    """Check that the run in ``out`` may resume from ``checkpoint`` with ``recipe``.
+
+    Args:
+        out: the run's folder.
+        checkpoint: its newest checkpoint.
+        recipe: the current recipe.
+        belongs: hashes of the current artifacts that the run is trained with, by role.
 
     Raises:
-        UserError: naming the first difference, and how to mend it.
+        UserError: the artifacts or settings differ; the line names the first difference.
     """
     for role, value in belongs.items():
-        if found.belongs.get(role) != value:
+        if checkpoint.belongs.get(role) != value:
             raise UserError(
-                f"{out}: was begun with the {role} {str(found.belongs.get(role))[:12]}, now {value[:12]}; "
+                f"{out}: was begun with the {role} {str(checkpoint.belongs.get(role))[:12]}, now {value[:12]}; "
                 "choose another --out, or delete the folder to begin again"
             )
-    then, now = found.recipe().model_dump(), recipe.model_dump()
-    free = {f"{found.kind}.{key}" for key in _FREE_KEYS}
-    named = {f"{found.kind}.{key}" for key in _NAMED_KEYS}
-    rate = getattr(recipe, found.kind).learning_rate
+    then, now = checkpoint.recipe().model_dump(), recipe.model_dump()
+    free = {f"{checkpoint.kind}.{key}" for key in _FREE_KEYS}
+    logged = {f"{checkpoint.kind}.{key}" for key in _LOGGED_KEYS}
+    rate = getattr(recipe, checkpoint.kind).learning_rate
     if rate.schedule != "cosine" or rate.decay_updates:
-        free.add(f"{found.kind}.training.updates")
-    for block in blocks:
+        free.add(f"{checkpoint.kind}.training.updates")
+    for block in _BLOCKS[checkpoint.kind]:
         for name, old, new in _differences(block, then[block], now[block]):
-            if name in named:
-                log(f"{out}: goes on with {name} = {new!r}, was {old!r}")
+            if name in logged:
+                log(f"{out}: resumes with {name} = {new!r}, was {old!r}")
             elif name not in free:
                 raise UserError(
                     f"{out}: was begun with {name} = {old!r}, the recipe now says {new!r}; "

@@ -1,4 +1,4 @@
-"""Values that move with the number of updates done."""
+"""Schedules: values that change with the number of updates done."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dalle_cli.config.schema import LearningRate, Ramp
 
 
 def ramp(settings: Ramp, step: int) -> float:
-    """Value after ``step`` updates. A function of the step alone: nothing accumulates from call to call."""
+    """Return the value after ``step`` updates, a function of the step alone."""
     if settings.updates == 0 or step >= settings.updates:
         return settings.end
     done = step / settings.updates
@@ -21,7 +21,14 @@ def ramp(settings: Ramp, step: int) -> float:
 
 
 def learning_rate(settings: LearningRate, step: int, updates: int, halvings: int = 0) -> float:
-    """Step size of the update that follows ``step`` updates, of ``updates`` in all."""
+    """Return the step size of the update that follows ``step`` updates.
+
+    Args:
+        settings: the recipe's settings.
+        step: how many updates were done before.
+        updates: the number of updates in the whole run.
+        halvings: how often the plateau schedule has halved the step size.
+    """
     if step < settings.warmup_updates:
         return settings.peak * (step + 1) / settings.warmup_updates
     if settings.schedule == "cosine":
@@ -35,17 +42,18 @@ def learning_rate(settings: LearningRate, step: int, updates: int, halvings: int
 
 @dataclass
 class Plateau:
-    """Counts halvings of the step size: one each time the validation loss has not improved for a while."""
+    """Counts halvings of the step size, one each time the validation loss has stopped improving."""
 
     settings: LearningRate
     state: dict[str, float] = field(default_factory=lambda: {"best": math.inf, "stale": 0, "halvings": 0})
 
     @property
     def halvings(self) -> int:
+        """Number of halvings so far."""
         return int(self.state["halvings"])
 
     def observe(self, loss: float) -> None:
-        """Take in one validation's loss."""
+        """Record the loss of a validation."""
         best = self.state["best"]
         if loss < best - self.settings.plateau_threshold * abs(best) or math.isinf(best):
             self.state["best"], self.state["stale"] = loss, 0

@@ -1,4 +1,4 @@
-"""Ending a run early and whole: SIGTERM or SIGUSR1 have it save at the end of the update in hand, and leave.
+"""Stop requests: SIGTERM or SIGUSR1 makes a run save a checkpoint after the current update and stop.
 
 Imports nothing heavy.
 """
@@ -14,17 +14,17 @@ from dalle_cli.errors import STOP_SIGNALS
 
 
 class StopRequest:
-    """Inside its block, SIGTERM and SIGUSR1 are remembered in place of ending the process.
+    """Remembers SIGTERM and SIGUSR1 inside its block instead of letting them end the process.
 
-    Also behind it where the process ``leaves``: a batch system that ends a job may send them more than once. Outside
-    the main thread, where Python handles no signals, it remembers none.
+    If the run stops, the signals stay ignored after the block, since a batch system that ends a job may send them more
+    than once. Outside the main thread, where Python handles no signals, none is remembered.
     """
 
     def __init__(self) -> None:
         self.signal: str | None = None
-        """Name of the first that came to this process."""
-        self.leaves = False
-        """Whether the processes have agreed to leave."""
+        """Name of the first signal that this process received."""
+        self.agreed = False
+        """True once all ranks have agreed to stop."""
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -33,7 +33,7 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        if not self.leaves:
+        if not self.agreed:
             for which, handler in self._before.items():
                 signal.signal(which, handler)
 

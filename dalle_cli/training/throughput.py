@@ -1,24 +1,25 @@
-"""How fast training goes: samples and tokens a second, and the share of the device's peak that the model gets (MFU)."""
+"""Training throughput: samples and tokens per second, and the share of the device's peak that the model uses (MFU)."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-PACE = ("samples_per_second", "tokens_per_second", "tflops", "mfu")
-"""What ``Pace`` measures: ``tflops`` and ``mfu`` are a device's."""
+THROUGHPUT_KEYS = ("samples_per_second", "tokens_per_second", "tflops", "mfu")
+"""Names of the values that ``Throughput`` measures; ``tflops`` and ``mfu`` are per device."""
 CPU_SIDE, GPU_SIDE, TRIALS = 512, 8192, 3
-"""Of the square product that stands for the peak."""
+"""Side and number of the square matrix products that measure a device's peak."""
 
 
 @dataclass(frozen=True)
 class SampleWork:
-    """What a training sample takes: tokens, and FLOPs of the model in products of ``dtype``."""
+    """Work in a training sample: its tokens, and the model's FLOPs in products of ``dtype``."""
 
     tokens: int
     flops: float
@@ -26,11 +27,14 @@ class SampleWork:
 
 
 def training_flops(forward: Callable[[], object]) -> float:
-    """FLOPs of a forward and backward pass whose forward pass is ``forward``; on the meta device nothing is computed.
+    """Return the FLOPs of a forward and backward pass; on the meta device nothing is computed.
 
-    They are those of its matrix products and convolutions, a multiplication and an addition counted as two. The
-    backward pass has twice as many as the forward pass; what is computed again for want of memory does not count
-    (Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
+    They are those of matrix products and convolutions, where a multiplication and an addition count as two. A backward
+    pass has twice the FLOPs of the forward pass; recomputation does not count (Chowdhery et al. 2022, arXiv 2204.02311,
+    appendix B).
+
+    Args:
+        forward: runs the forward pass.
     """
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         forward()
@@ -38,48 +42,65 @@ def training_flops(forward: Callable[[], object]) -> float:
 
 
 def peak_tflops(given: float | None, dtype: torch.dtype, device: torch.device) -> tuple[float, str]:
-    """The device's peak in TFLOP/s, and in words where it comes from: the recipe, or else one measurement."""
+    """Return the device's peak in TFLOP/s and a phrase that names its source.
+
+    Args:
+        given: the recipe's ``monitoring.peak_tflops``; None measures the peak, once per process.
+        dtype: the type of the products.
+        device: the device to measure.
+    """
     if given is not None:
         return given, "as monitoring.peak_tflops says"
     side = GPU_SIDE if device.type == "cuda" else CPU_SIDE
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
-    found = _measure(side, dtype, device, torch.get_num_threads())
+    found = _measure_peak(side, dtype, device, torch.get_num_threads())
     kind = str(dtype).removeprefix("torch.")
     return found, f"measured by a {kind} product of {side} x {side}{threads}; monitoring.peak_tflops sets it"
 
 
 @cache
-def _measure(side: int, dtype: torch.dtype, device: torch.device, _threads: int) -> float:
+def _measure_peak(side: int, dtype: torch.dtype, device: torch.device, _threads: int) -> float:
     a, b = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
-    taken = []
+    seconds = []
     for _ in range(1 + TRIALS):  # the first one warms up
         began = time.perf_counter()
         torch.mm(a, b)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        taken.append(time.perf_counter() - began)
-    return 2 * side**3 / min(taken[1:]) / 1e12
+        seconds.append(time.perf_counter() - began)
+    return 2 * side**3 / min(seconds[1:]) / 1e12
 
 
-class Pace:
-    """The pace of updates of ``batch_size`` samples by ``devices`` together, from one ``measure`` to the next."""
+class Throughput:
+    """Measures the throughput of training between two calls of ``measure``.
+
+    Args:
+        work: the work in a sample.
+        batch_size: samples in an update, over all devices.
+        devices: number of devices that train together.
+        peak: peak of one device in TFLOP/s.
+    """
 
     def __init__(self, work: SampleWork, batch_size: int, devices: int, peak: float) -> None:
         self.work, self.batch_size, self.devices, self.peak = work, batch_size, devices, peak
         self._updates, self._began = 0, time.monotonic()
 
-    def advance(self) -> None:
-        """An update is done."""
+    def count_update(self) -> None:
+        """Count one update that was done."""
         self._updates += 1
 
-    def leave_out(self, seconds: float) -> None:
-        """So long something else than updates was done: validation, saving."""
-        self._began += seconds
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the time that the block takes, for validating or saving."""
+        began = time.monotonic()
+        yield
+        self._began += time.monotonic() - began
 
     def measure(self) -> dict[str, float]:
-        """``PACE`` of the updates since the last call."""
+        """Return the values of THROUGHPUT_KEYS over the updates since the last call."""
         now = time.monotonic()
         rate = self._updates * self.batch_size / max(now - self._began, 1e-9)
         self._updates, self._began = 0, now
         tflops = rate * self.work.flops / self.devices / 1e12
-        return dict(zip(PACE, (rate, rate * self.work.tokens, tflops, tflops / self.peak), strict=True))
+        values = (rate, rate * self.work.tokens, tflops, tflops / self.peak)
+        return dict(zip(THROUGHPUT_KEYS, values, strict=True))
