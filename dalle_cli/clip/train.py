@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from dalle_cli.config.schema import Recipe
 from dalle_cli.data.images import BadImage
 from dalle_cli.data.picture_loader import TrainingPictures, load_eval_picture
 from dalle_cli.data.source import BadSample, Source
-from dalle_cli.distributed.device import choose_device
+from dalle_cli.distributed.device import choose_device, prepare_process
 from dalle_cli.distributed.group import ALONE, Group
 from dalle_cli.distributed.launch import read_launch
 from dalle_cli.errors import UserError
@@ -46,6 +46,7 @@ class ClipTask:
     reader: TokenReader
     model: CLIP
     group: Group = ALONE
+    belongs: dict[str, str] = field(default_factory=dict)
     kind: Kind = "clip"
     less_memory: str = "lower clip.training.batch_size"
 
@@ -101,7 +102,7 @@ class ClipTask:
         recall = (logits >= logits.diagonal()[:, None] + 1e-4).sum(dim=1).eq(0).float().mean()
         return {"loss": float(loss), "caption_recall_at_1": float(recall)}
 
-    def exhibits(self) -> dict[str, Tensor]:
+    def example_images(self) -> dict[str, Tensor]:
         return {}
 
     def decayed(self) -> set[str]:
@@ -157,19 +158,9 @@ def train_clip(recipe: Recipe, source: Source, store: Path, out: Path) -> Checkp
     if steps_in(out):
         load_clip(open_checkpoint(out, "clip"))  # refuses a CLIP of an earlier version before it is trained further
     device = choose_device()
-    task = ClipTask(recipe, source, reader, build_recipe_clip(recipe).to(device), Group(device=device))
-    stage = recipe.clip
-    run = Run(
-        task,
-        recipe,
-        out,
-        stage.training,
-        stage.adam,
-        stage.learning_rate,
-        ("seed", "image_size", "data", "tokenizer", "clip"),
-        belongs,
-    )
-    return run.train()
+    prepare_process(device)
+    task = ClipTask(recipe, source, reader, build_recipe_clip(recipe).to(device), Group(device=device), belongs)
+    return Run(task, recipe, out).train()
 
 
 def build_recipe_clip(recipe: Recipe) -> CLIP:

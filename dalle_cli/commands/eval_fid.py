@@ -109,13 +109,14 @@ def command(
     systems = [open_system(name, spec, size, wanted, limit, seed) for name, spec in named.items()]
     real = FilePictures(published.reference, size) if published else open_pictures(reference, size)
 
-    from dalle_cli.distributed.device import choose_device
+    from dalle_cli.distributed.device import choose_device, prepare_process
     from dalle_cli.fid.comparison import FORMAT, VERSION, Settings, compare_systems
     from dalle_cli.fid.features import clip_features, default_cache, inception
     from dalle_cli.stores.files import write_json
     from dalle_cli.stores.provenance import command_line
 
     device = choose_device()
+    prepare_process(device)
     if clip is not None:
         from dalle_cli.clip.scoring import load_scorer
 

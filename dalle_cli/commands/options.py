@@ -104,9 +104,9 @@ def starts_processes(gpus: int | None) -> bool:
     """
     if gpus is None:
         return False
-    from dalle_cli.distributed.spawn import is_started, start_processes
+    from dalle_cli.distributed.spawn import has_launcher, start_processes
 
-    if is_started():
+    if has_launcher():
         raise UserError("--gpus starts processes, but a launcher started this one: give up one of the two")
     start_processes(gpus, _without_gpus(sys.argv[1:]))
     return True

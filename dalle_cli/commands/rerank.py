@@ -58,9 +58,11 @@ def command(
 
     from dalle_cli.clip.rerank import best_of_all, printed, rerank
     from dalle_cli.clip.scoring import load_scorer
-    from dalle_cli.distributed.device import choose_device
+    from dalle_cli.distributed.device import choose_device, prepare_process
 
-    scorer = load_scorer(clip, pretrained, tokenizer, beside=Path(first["png"]), device=choose_device())
+    device = choose_device()
+    prepare_process(device)
+    scorer = load_scorer(clip, pretrained, tokenizer, beside=Path(first["png"]), device=device)
     scores: dict[Path, dict[int, float]] = {}
     shown: list[list[dict[str, Any]]] = []
 

@@ -1,4 +1,4 @@
-"""The engine: how a model's parameters are spread over ranks while it trains. The loop knows no more than ``Engine``."""
+"""The engine: how a model's parameters are spread over ranks during training."""
 
 from __future__ import annotations
 

@@ -64,8 +64,8 @@ def start_processes(count: int, command: Sequence[str]) -> None:
         noun, verb = ("rank", "was") if len(hung) == 1 else ("ranks", "were")
         others = f"{noun} {', '.join(hung)} hung and {verb} ended"
     raise UserError(
-        f"rank {first} of {count} {_describe_exit(processes[first].returncode)}; {others}: read their messages and start "
-        "again: training resumes from the last checkpoint"
+        f"rank {first} of {count} {_describe_exit(processes[first].returncode)}; {others}: read their messages and "
+        "start again: training resumes from the last checkpoint"
     )
 
 

@@ -13,7 +13,7 @@ from dalle_cli.config.schema import DOWNSAMPLING, Recipe
 from dalle_cli.data.filters import picture_identity
 from dalle_cli.data.picture_loader import PictureBlock, consecutive_pictures
 from dalle_cli.data.source import Source
-from dalle_cli.distributed.device import choose_device, limit_threads
+from dalle_cli.distributed.device import choose_device, limit_threads, prepare_process
 from dalle_cli.dvae.model import DVAE
 from dalle_cli.dvae.objective import phi, reconstruct
 from dalle_cli.dvae.train import load_dvae
@@ -95,6 +95,7 @@ def encode_source(
     if not writer.complete:
         limit_threads(recipe)
         device = choose_device()
+        prepare_process(device)
         model = load_dvae(checkpoint).to(device)
         blocks = consecutive_pictures(
             source,

@@ -21,7 +21,7 @@ from dalle_cli.config.schema import DOWNSAMPLING
 from dalle_cli.data.images import BadImage, decode_image, eval_crop
 from dalle_cli.data.open_source import open_source
 from dalle_cli.data.source import IMAGE_EXTENSIONS, BadSample, read_image_file, split_extension
-from dalle_cli.distributed.device import choose_device, limit_threads
+from dalle_cli.distributed.device import choose_device, limit_threads, prepare_process
 from dalle_cli.dvae.encode import decode_pictures, encode_pictures
 from dalle_cli.dvae.objective import LEAST_MSE
 from dalle_cli.dvae.ssim import ssim
@@ -87,6 +87,7 @@ def reconstruct_pictures(
         raise UserError(f"--size {size} is no multiple of {DOWNSAMPLING}; choose one, such as {recipe.image_size}")
     limit_threads(recipe)
     device = choose_device()
+    prepare_process(device)
     model, eps = load_dvae(checkpoint).to(device), recipe.dvae.objective.logit_laplace_eps
     skipped: dict[str, str] = {}
     with progress("reconstruct", len(pictures), "pictures") as bar:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from dalle_cli.training.schedules import ramp
 from dalle_cli.training.throughput import SampleWork, training_flops
 
 VALIDATION_BATCH = 64
-EXHIBITS = 8
+EXAMPLES = 8
 """Held-out pictures shown in TensorBoard."""
 
 
@@ -41,6 +41,7 @@ class DvaeTask:
     source: Source
     model: DVAE
     group: Group = ALONE
+    belongs: dict[str, str] = field(default_factory=dict)
     kind: Kind = "dvae"
     less_memory: str = "lower dvae.training.micro_batch, or set dvae.model.checkpoint_resblocks to true"
 
@@ -122,12 +123,12 @@ class DvaeTask:
         summary = merge_metrics(metrics).summary()
         return {"loss": summary["recon_nll"], **summary}
 
-    def exhibits(self) -> dict[str, Tensor]:
+    def example_images(self) -> dict[str, Tensor]:
         """Originals, each with its reconstruction to the right, two pairs a line."""
         if self.validation_pictures is None:
             return {}
         eps = self.recipe.dvae.objective.logit_laplace_eps
-        originals = self.validation_pictures[:EXHIBITS]
+        originals = self.validation_pictures[:EXAMPLES]
         mu, _ = self.model(phi(originals.to(self.group.device), eps))
         rebuilt = reconstruct(mu, eps).round().to(torch.uint8).cpu()
         pairs = torch.stack([originals, rebuilt], dim=1).flatten(0, 1)
@@ -166,12 +167,7 @@ def train_dvae(recipe: Recipe, source: Source, out: Path) -> Checkpoint:
     _refuse_unreadable(source, recipe)
     with join_group() as group:
         model = DVAE(recipe.dvae.model, seed=recipe.seed).to(memory_format=torch.channels_last).to(group.device)
-        task = DvaeTask(recipe, source, model, group)
-        stage = recipe.dvae
-        run = Run(
-            task, recipe, out, stage.training, stage.adam, stage.learning_rate, ("seed", "image_size", "data", "dvae")
-        )
-        return run.train()
+        return Run(DvaeTask(recipe, source, model, group), recipe, out).train()
 
 
 def load_dvae(checkpoint: Checkpoint) -> DVAE:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,6 +16,7 @@ from dalle_cli.config.schema import PowerSgd, Recipe, Sharding
 from dalle_cli.data.batch_order import WINDOW, BatchOrder
 from dalle_cli.data.prefetch import prefetch
 from dalle_cli.distributed.device import fast_matmul
+from dalle_cli.distributed.engine import Replicated
 from dalle_cli.distributed.group import ALONE, Group, join_group
 from dalle_cli.errors import UserError
 from dalle_cli.precision.gradient_scaling import GradientScales, GradientScaling, ScaledBlock
@@ -57,28 +58,15 @@ def train_prior(recipe: Recipe, store: Path, out: Path) -> Checkpoint:
     stage = recipe.prior
     with join_group() as group, fast_matmul():
         refuse_unsupported(stage.sharding, stage.powersgd, group)
-        sharded = None
         if stage.sharding.zero and group.size > 1:
             sharded, prior = shard_prior(recipe, group)
-            scaling = gradient_scaling(sharded.blocks, stage.precision, group.size)
-        else:
-            prior = build_prior(recipe)
-            scaling = set_precision(prior, stage.precision, group.size)
-            prior.to(group.device)
-        run = Run(
-            PriorTask(recipe, reader, prior, group, forward=None if sharded is None else sharded.loss),
-            recipe,
-            out,
-            stage.training,
-            stage.adam,
-            stage.learning_rate,
-            ("seed", "image_size", "data", "tokenizer", "prior"),
-            belongs,
-            scaling=scaling,
-            engine=sharded,
-            counters={} if sharded is None else sharded.counters(),
-        )
-        return run.train()
+            task = PriorTask(recipe, reader, prior, group, belongs, forward=sharded.loss)
+            return Run(task, recipe, out, sharded).train()
+        prior = build_prior(recipe)
+        scaling = set_precision(prior, stage.precision, group.size)
+        prior.to(group.device)
+        task = PriorTask(recipe, reader, prior, group, belongs)
+        return Run(task, recipe, out, Replicated(prior, group, scaling)).train()
 
 
 def require_same_sizes(recipe: Recipe, reader: TokenReader) -> dict[str, str]:
@@ -136,8 +124,9 @@ def shard_prior(recipe: Recipe, group: Group) -> tuple[Sharded, Prior]:
         if stage.precision != "fp32":
             prior.cast_resblocks(DTYPES[stage.precision])
     nodes = form_nodes(group, stage.sharding.node_size)
-    log(f"train-prior: ZeRO stage {stage.sharding.zero} on {nodes.across.size} x {nodes.inside.size} processes")
-    engine = Sharded(prior, LossModule(prior), recipe.seed, group, nodes, stage.sharding, stage.powersgd)
+    log(f"train-prior: ZeRO stage {stage.sharding.zero} on {nodes.across.size} x {nodes.inside.size} ranks")
+    engine = Sharded(prior, LossModule(prior), recipe.seed, nodes, stage.sharding, stage.powersgd)
+    engine.scaling = gradient_scaling(engine.blocks, stage.precision, group.size)
     return engine, prior
 
 
@@ -170,6 +159,7 @@ class PriorTask:
         reader: the token store.
         model: the prior; while it is sharded, only ``forward`` can compute its loss.
         group: all ranks that train it.
+        belongs: hashes of the tokenizer and the dVAE that the store was made with.
         forward: replaces ``model.loss`` if the model is sharded.
     """
 
@@ -177,6 +167,7 @@ class PriorTask:
     reader: TokenReader
     model: Prior
     group: Group = ALONE
+    belongs: dict[str, str] = field(default_factory=dict)
     kind: Kind = "prior"
     less_memory: str = "lower prior.training.micro_batch, or set prior.model.checkpoint_resblocks to true"
     forward: Callable[[Tensor, Tensor, Tensor, float], PriorLoss] | None = None
@@ -226,7 +217,7 @@ class PriorTask:
                 totals[name] = totals.get(name, 0.0) + float(value) * share
         return totals
 
-    def exhibits(self) -> dict[str, Tensor]:
+    def example_images(self) -> dict[str, Tensor]:
         return {}
 
     def decayed(self) -> set[str]:

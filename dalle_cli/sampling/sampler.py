@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dalle_cli.config.schema import SamplingSettings
 from dalle_cli.data.source import BadSample, clean_caption
-from dalle_cli.distributed.device import choose_device, explain_out_of_memory, limit_threads
+from dalle_cli.distributed.device import choose_device, explain_out_of_memory, limit_threads, prepare_process
 from dalle_cli.dvae.encode import decode_pictures
 from dalle_cli.dvae.model import DVAE
 from dalle_cli.dvae.train import load_dvae
@@ -128,6 +128,7 @@ class Sampler:
 
     def _load(self, request: SampleRequest, text: tuple[np.ndarray, np.ndarray]) -> _LoadedModels:
         dvae_recipe, device = self.dvae_checkpoint.recipe(), choose_device()
+        prepare_process(device)
         prior, dvae = load_prior(self.prior_checkpoint).to(device), load_dvae(self.dvae_checkpoint).to(device)
         text_ids = prior.with_padding(*(torch.from_numpy(part).to(device) for part in text))
         empty = prior.with_padding(torch.zeros_like(text_ids[:1]), torch.zeros(1, device=device))[0]

@@ -224,7 +224,7 @@ def _together(path: Path, writers: Writers, work: Callable[[], Any]) -> list[Any
     found = writers.gather((result, mistake))
     for rank, (_, told) in enumerate(found):
         if told:
-            raise UserError(f"process {rank} of {writers.size}: {told}")
+            raise UserError(f"rank {rank} of {writers.size}: {told}")
     return [result for result, _ in found]
 
 

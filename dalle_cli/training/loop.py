@@ -187,7 +187,7 @@ class Run:
         for i, (micro_batch, share) in enumerate(micro_batches):
             self.engine.begin_micro_batch(last=i == len(micro_batches) - 1)
             values = task.loss(micro_batch, step)
-            (values["loss"] * share).backward()  # type: ignore[no-untyped-call]
+            (values["loss"] * share).backward()
             for name, value in values.items():
                 totals[name] = totals.get(name, torch.zeros(())) + value.detach() * share
         totals = self.group.sum_scalars(totals)

@@ -1,4 +1,4 @@
-"""The state that an update changes and a checkpoint holds: weights, EMA weights, the optimizer's moments, the plateau."""
+"""The state of a training run: weights, EMA weights, the optimizer's moments and the plateau schedule."""
 
 from __future__ import annotations
 

@@ -250,7 +250,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged(by_hand: Chain, spoiled: Path,
     shutil.rmtree(newest)  # what the line says: the older one goes on
     done = call(*arguments)
     assert done.code == 0
-    assert "goes on from step-00000008" in done.err
+    assert "resumes from step-00000008" in done.err
     assert sha256_file(newest / name) == sha256_file(by_hand.prior / newest.name / name)
 
 
@@ -562,7 +562,7 @@ def test_a_disk_that_fills_while_training(by_hand: Chain, small_disk: Callable[[
     small_disk(4 * one)
     done = run(*command)
     assert done.code == 0
-    assert "goes on from step-00000004" in done.err
+    assert "resumes from step-00000004" in done.err
     calm = contents(by_hand.dvae / "step-00000012")
     assert contents(out / "step-00000012") == calm
 

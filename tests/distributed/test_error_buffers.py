@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-import dalle_cli.distributed.error_buffers as kept_module
-from dalle_cli.distributed.error_buffers import Kept
+from dalle_cli.distributed import error_buffers
+from dalle_cli.distributed.error_buffers import ErrorBuffers
 from dalle_cli.randomness import torch_generator
 
 CPU = torch.device("cpu")
@@ -16,8 +16,8 @@ def drawn(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch_generator(0, "kept"))
 
 
-def read(kept: Kept, key: str, *shape: int) -> torch.Tensor:
-    found = kept.read(key, shape, CPU)
+def read(buffers: ErrorBuffers, key: str, *shape: int) -> torch.Tensor:
+    found = buffers.read(key, shape, CPU)
     assert found is not None
     return found
 
@@ -25,26 +25,26 @@ def read(kept: Kept, key: str, *shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("on_host", [False, True])
 def test_what_has_nine_bits_comes_back_as_it_was(on_host: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers of nine bits behind the leading one, from 2^-59 to just below 16, and zero."""
-    monkeypatch.setattr(kept_module, "CHUNK", 7)
+    monkeypatch.setattr(error_buffers, "CHUNK", 7)
     values = torch.cat([torch.arange(-1023, 1024) / 64, torch.tensor([0.0, 2.0**-59, -(2.0**-30)])]).view(-1, 5)
-    kept = Kept(on_host)
+    buffers = ErrorBuffers(on_host)
     for noise in (None, torch_generator(0, "noise")):
-        kept.write("error.a", values, packed=True, noise=noise)
-        assert torch.equal(read(kept, "error.a", *values.shape), values)
-    (codes,) = kept.tensors().values()
+        buffers.write("error.a", values, packed=True, noise=noise)
+        assert torch.equal(read(buffers, "error.a", *values.shape), values)
+    (codes,) = buffers.state_dict().values()
     assert codes.dtype == torch.uint16
     assert codes.nbytes == 2 * values.numel()
 
 
 def test_rounded_to_the_nearest_or_at_random_without_bias() -> None:
-    values, kept = drawn(40, 50), Kept()
+    values, buffers = drawn(40, 50), ErrorBuffers()
     step = 2.0 ** (values.abs().log2().floor() - 9)
-    kept.write("q", values, packed=True)
-    assert ((read(kept, "q", 40, 50) - values).abs() <= step / 2).all()
+    buffers.write("q", values, packed=True)
+    assert ((read(buffers, "q", 40, 50) - values).abs() <= step / 2).all()
     total, times = torch.zeros(40, 50), 400
     for i in range(times):
-        kept.write("e", values, packed=True, noise=torch_generator(0, i))
-        off = read(kept, "e", 40, 50) - values
+        buffers.write("e", values, packed=True, noise=torch_generator(0, i))
+        off = read(buffers, "e", 40, 50) - values
         assert (off.abs() < step).all()
         total += off
     # Each is off by less than a step; a mean of so many by their root less, at five standard deviations.
@@ -54,9 +54,9 @@ def test_rounded_to_the_nearest_or_at_random_without_bias() -> None:
 def test_what_is_less_than_half_a_step_adds_up_nevertheless() -> None:
     """An error feedback's drift: 1 and, time after time, an eighth of the distance to the next code."""
     start, less, times = torch.ones(2000), 2.0**-12, 400
-    at_random, nearest = Kept(), Kept()
-    for kept in (at_random, nearest):
-        kept.write("e", start, packed=True)
+    at_random, nearest = ErrorBuffers(), ErrorBuffers()
+    for buffers in (at_random, nearest):
+        buffers.write("e", start, packed=True)
     for i in range(times):
         at_random.write("e", read(at_random, "e", 2000) + less, packed=True, noise=torch_generator(0, "drift", i))
         nearest.write("e", read(nearest, "e", 2000) + less, packed=True)
@@ -65,24 +65,24 @@ def test_what_is_less_than_half_a_step_adds_up_nevertheless() -> None:
 
 
 def test_32_bit_are_kept_as_they_are() -> None:
-    values, kept = drawn(3, 4), Kept()
-    kept.write("e", values, packed=False)
-    assert read(kept, "e", 3, 4) is values  # what is changed in it is changed in what is kept
-    again = Kept(on_host=True)
-    again.load(kept.tensors())
+    values, buffers = drawn(3, 4), ErrorBuffers()
+    buffers.write("e", values, packed=False)
+    assert read(buffers, "e", 3, 4) is values  # what is changed in it is changed in what is buffers
+    again = ErrorBuffers(on_host=True)
+    again.load_state_dict(buffers.state_dict())
     assert torch.equal(read(again, "e", 3, 4), values)
     values.zero_()
     assert read(again, "e", 3, 4).abs().max() > 0
     with pytest.raises(ValueError, match=r"PowerSGD's e is \(3, 4\), its shard and rank make it \(4, 3\)"):
-        kept.read("e", (4, 3), CPU)
-    again.forget(["e", "other"])
+        buffers.read("e", (4, 3), CPU)
+    again.clear(["e", "other"])
     assert again.read("e", (3, 4), CPU) is None
-    assert not again.tensors()
+    assert not again.state_dict()
 
 
 def test_a_state_of_another_kind_gives_way() -> None:
-    kept = Kept()
-    kept.load({"e": torch.ones(4)})
-    kept.write("e", torch.full((4,), 2.0), packed=True)
-    assert kept.tensors()["e"].dtype == torch.uint16
-    assert torch.equal(read(kept, "e", 4), torch.full((4,), 2.0))
+    buffers = ErrorBuffers()
+    buffers.load_state_dict({"e": torch.ones(4)})
+    buffers.write("e", torch.full((4,), 2.0), packed=True)
+    assert buffers.state_dict()["e"].dtype == torch.uint16
+    assert torch.equal(read(buffers, "e", 4), torch.full((4,), 2.0))

@@ -94,7 +94,7 @@ def together(made: tuple[Path, Path], alone: dict[str, Path], tmp_path_factory: 
     (root / "one then two").mkdir()
     (root / "one then two" / first.name).symlink_to(first)
     errors = run_together(commands, 2)
-    assert "goes on with prior.sharding.zero = 1, was 3" in errors[0]
+    assert "resumes with prior.sharding.zero = 1, was 3" in errors[0]
     return root
 
 
@@ -170,7 +170,7 @@ def test_a_run_goes_on_with_other_processes_and_stages(
     assert_same_run(together / "one then two", alone["fp32"], first=begun)
     done = call(*command(made, together / "two then one", {}))
     assert done.code == 0
-    assert "goes on with prior.sharding.zero = 0, was 3" in done.err
+    assert "resumes with prior.sharding.zero = 0, was 3" in done.err
     assert_same_run(together / "two then one", alone["fp32"])
 
 

@@ -100,7 +100,7 @@ def test_buckets_keep_order_types_and_their_size(sizes: list[int], halves: list[
     types = [torch.half if half else torch.float for half in halves]
     gradients = [torch.zeros(n, dtype=dtype) for n, dtype in zip(sizes, types, strict=False)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dalle_cli.distributed.group.BUCKET", 20)
+        patch.setattr("dalle_cli.distributed.group.BUCKET_BYTES", 20)
         found = list(buckets(gradients))
     assert [id(g) for bucket in found for g in bucket] == [id(g) for g in gradients]
     for bucket in found:
@@ -153,9 +153,9 @@ def test_each_process_reads_its_part_alone(by_hand: Chain) -> None:
 
 def test_more_processes_than_samples(tmp_path: Path) -> None:
     recipe = Recipe.model_validate(smallest_recipe(tmp_path, None))
-    task, stage = DvaeTask(recipe, Watched([0] * 9), DVAE(recipe.dvae.model), Group(0, 5)), recipe.dvae  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"dvae.training.batch_size: 4 samples cannot be shared among 5 processes"):
-        Run(task, recipe, tmp_path / "out", stage.training, stage.adam, stage.learning_rate, ()).train()
+    task = DvaeTask(recipe, Watched([0] * 9), DVAE(recipe.dvae.model), Group(0, 5))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"dvae.training.batch_size: 4 samples cannot be shared among 5 ranks"):
+        Run(task, recipe, tmp_path / "out").train()
     assert not (tmp_path / "out").exists()
 
 
@@ -190,7 +190,7 @@ def together(by_hand: Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
     processes = start(commands)
     told = [process.communicate(timeout=120) for process in processes]
     # The last ones differ, and are refused by both; of the others one process tells, and the other is silent.
-    refused = "dalle: process 1 of 2: not the recipe or checkpoint of process 0; start all with the same command"
+    refused = "dalle: rank 1 of 2: not the recipe or checkpoint of rank 0; start all ranks with the same command"
     assert [process.returncode for process in processes] == [2, 2], told[0][1] + told[1][1]
     assert told[0][0].splitlines() == [str(root / name / f"step-{WHOLE:08d}") for name in [*CASES, "one then two"]] + [
         str(root / "two then one" / f"step-{HALF:08d}")
@@ -208,7 +208,7 @@ def assert_same_run(found: Path, expected: Path, tolerance: float) -> None:
     """The same weights, averages and metrics; and far from the weights they began with, or it would say little."""
     one, other = (open_checkpoint(run) for run in (expected, found))
     assert one.step == other.step == WHOLE
-    began = {name: value for name, value in open_checkpoint(expected / f"step-{HALF:08d}").tensors("raw").items()}
+    began = open_checkpoint(expected / f"step-{HALF:08d}").tensors("raw")
     moved = 0.0
     for kind in ("raw", "ema"):
         weights = other.tensors(kind)
@@ -239,7 +239,7 @@ def test_a_run_goes_on_with_other_processes(by_hand: Chain, together: Path, tmp_
     stage, changes = CASES["gumbel"]
     assert call(*command(by_hand, stage, tmp_path / "calm", changes)).code == 0
     done = call(*command(by_hand, stage, together / "two then one", changes))
-    assert "goes on from step-00000004" in done.err
+    assert "resumes from step-00000004" in done.err
     for name in ("one then two", "two then one"):
         assert_same_run(together / name, tmp_path / "calm", 1e-6)
 
@@ -261,6 +261,6 @@ def test_a_process_that_ends_or_hangs_ends_the_other(
     assert ended[0].returncode == 2
     assert "Traceback" not in error
     line = error.splitlines()[-1]
-    assert line.startswith("dalle: process 0 of 2: lost the others (")
-    assert "goes on from the last checkpoint" in line
+    assert line.startswith("dalle: rank 0 of 2: lost the other ranks (")
+    assert "resumes from the last checkpoint" in line
     assert open_checkpoint(out).step >= 10

@@ -13,7 +13,7 @@ import pytest
 
 from dalle_cli.commands.options import _without_gpus, starts_processes
 from dalle_cli.distributed.launch import Launch, read_launch
-from dalle_cli.distributed.spawn import is_started
+from dalle_cli.distributed.spawn import has_launcher
 from dalle_cli.errors import UserError
 
 TORCHRUN = {
@@ -37,19 +37,19 @@ def test_three_launchers_say_the_same(environment: dict[str, str]) -> None:
     assert launch == Launch(rank=5, size=8, local_rank=1, local_size=4, node=1)
     assert not launch.leads
     # What torch is told leads to the same place.
-    assert read_launch(launch.meeting) == launch or environment is not SRUN
+    assert read_launch(launch.rendezvous) == launch or environment is not SRUN
 
 
 def test_srun_meets_at_the_first_machine() -> None:
-    assert read_launch(SRUN).meeting["MASTER_ADDR"] == "gpu07"
+    assert read_launch(SRUN).rendezvous["MASTER_ADDR"] == "gpu07"
     for hosts, first in [("a1", "a1"), ("a1,b2", "a1"), ("x[3,5-9]-ib,y", "x3-ib"), ("n[007-009]", "n007")]:
-        assert read_launch({**SRUN, "SLURM_JOB_NODELIST": hosts}).meeting["MASTER_ADDR"] == first
+        assert read_launch({**SRUN, "SLURM_JOB_NODELIST": hosts}).rendezvous["MASTER_ADDR"] == first
     without = {key: value for key, value in SRUN.items() if key != "SLURM_JOB_NODELIST"}
-    assert read_launch(without).meeting["MASTER_ADDR"] == "10.0.0.9"
-    ports = {read_launch({**SRUN, "SLURM_JOB_ID": str(job)}).meeting["MASTER_PORT"] for job in range(50)}
+    assert read_launch(without).rendezvous["MASTER_ADDR"] == "10.0.0.9"
+    ports = {read_launch({**SRUN, "SLURM_JOB_ID": str(job)}).rendezvous["MASTER_PORT"] for job in range(50)}
     assert len(ports) == 50
     assert all(1024 < int(port) < 32768 for port in ports)
-    assert read_launch({**SRUN, "MASTER_PORT": "1234"}).meeting["MASTER_PORT"] == "1234"
+    assert read_launch({**SRUN, "MASTER_PORT": "1234"}).rendezvous["MASTER_PORT"] == "1234"
 
 
 def test_a_batch_script_and_a_single_task_are_alone() -> None:
@@ -100,7 +100,7 @@ def test_sruns_only_task_may_start_others(monkeypatch: pytest.MonkeyPatch) -> No
     alone = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_STEP_ID": "0"}
     for name, value in alone.items():
         monkeypatch.setenv(name, value)
-    assert not is_started()
+    assert not has_launcher()
 
 
 # Processes started by the command itself: ``start_processes`` with a stand-in for dalle that imports nothing.
@@ -109,7 +109,7 @@ PROGRAM = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from dalle_cli.distributed import spawn as local
-local.GRACE = 1.0
+local.GRACE_SECONDS = 1.0
 try:
     local.start_processes(3, sys.argv[2:])
 except Exception as error:
@@ -200,8 +200,8 @@ def test_one_that_fails_is_named_and_takes_the_others_along(started, what: str, 
     assert launcher.returncode == 2
     assert gone(processes)
     first, last = error.splitlines()
-    assert first == f"process 1 of 3 {how}; waiting for the others"
-    assert last.startswith(f"process 1 of 3 {how}; processes 0, 2 hung and were ended: ")
+    assert first == f"rank 1 of 3 {how}; waiting for the others"
+    assert last.startswith(f"rank 1 of 3 {how}; ranks 0, 2 hung and were ended: ")
 
 
 def test_signals_and_exit_codes_are_passed_on(started, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -16,8 +16,7 @@ from helpers.log_lines import lines
 from helpers.running import ENVIRONMENT, smallest_recipe, write_recipe
 from helpers.token_stores import write_tokens
 
-from dalle_cli.distributed import liveness as roll_call
-from dalle_cli.distributed import spawn as local
+from dalle_cli.distributed import liveness, spawn
 from dalle_cli.distributed.group import TIMEOUT, join_group
 from dalle_cli.errors import UserError
 
@@ -42,9 +41,9 @@ def test_the_others_name_it(case: str, said: list[dict[str, tuple[str, int, floa
     assert set(found) == {str(rank) for rank in range(hanging.COUNT)} - {str(which)}
     for rank, (told, code, _) in found.items():
         assert code == 2
-        assert told.startswith(f"process {rank} of {hanging.COUNT}: lost the others (")
-        assert f"process {which} does not answer: it ended or hangs; see what was said last" in told
-        assert "goes on from the last checkpoint" in told
+        assert told.startswith(f"rank {rank} of {hanging.COUNT}: lost the other ranks (")
+        assert f"rank {which} does not answer: it ended or hangs; read the last messages" in told
+        assert "resumes from the last checkpoint" in told
 
 
 def test_of_processes_that_this_command_started(tmp_path: Path) -> None:
@@ -54,7 +53,7 @@ def test_of_processes_that_this_command_started(tmp_path: Path) -> None:
     settings["prior"]["training"] |= {"updates": 1_000_000, "save_every": 1_000_000, "log_every": 7}
     settings["prior"]["learning_rate"] = {"peak": 1e-4, "schedule": "constant"}
     recipe, run = write_recipe(tmp_path, settings), tmp_path / "run"
-    program = "from dalle_cli.distributed import local; local.GRACE = 1; from dalle_cli.app import main; main()"
+    program = "from dalle_cli.distributed import spawn; spawn.GRACE_SECONDS = 1; from dalle_cli.app import main; main()"
     words = ["train-prior", recipe, "--tokens", store, "--out", run, "--gpus", "2"]
     launcher = subprocess.Popen(
         [sys.executable, "-c", program, *map(str, words)],
@@ -80,10 +79,10 @@ def test_of_processes_that_this_command_started(tmp_path: Path) -> None:
             launcher.communicate()
     assert launcher.returncode == 2
     assert "Traceback" not in error
-    assert "dalle: process 0 of 2: lost the others (" in error
-    assert "process 1 does not answer: it ended or hangs" in error
+    assert "dalle: rank 0 of 2: lost the other ranks (" in error
+    assert "rank 1 does not answer: it ended or hangs" in error
     assert error.splitlines()[-1].startswith(
-        "dalle: process 0 of 2 ended with exit code 2; process 1 hung and was ended: see what they said"
+        "dalle: rank 0 of 2 ended with exit code 2; rank 1 hung and was ended: read their messages"
     )
     with pytest.raises(ProcessLookupError):
         os.killpg(launcher.pid, 0)
@@ -92,7 +91,7 @@ def test_of_processes_that_this_command_started(tmp_path: Path) -> None:
 def test_the_times_that_are_stated(monkeypatch: pytest.MonkeyPatch) -> None:
     assert TIMEOUT.total_seconds() == 600
     # Those that wait name it before a launcher that has seen the first one leave ends them.
-    assert roll_call.ANSWER < local.GRACE
+    assert liveness.ANSWER_SECONDS < spawn.GRACE_SECONDS
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
@@ -110,10 +109,10 @@ def test_who_is_absent_is_found_by_halves() -> None:
         asked.append(ranks)
         return not {5, 900} & set(ranks)
 
-    assert roll_call._absent(are_there, 0, 1024) == [5, 900]
+    assert liveness.find_absent(are_there, 0, 1024) == [5, 900]
     assert len(asked) < 50
-    assert roll_call._absent(lambda _: True, 0, 1024) == []
-    assert roll_call.describe([5, 900]).startswith("processes 5, 900 do not answer")
-    assert "one was too late" in roll_call.describe([])
-    assert roll_call.roll_call(0, 2) is None
-    assert "never came" in roll_call.describe(None)
+    assert liveness.find_absent(lambda _: True, 0, 1024) == []
+    assert liveness.describe_absent([5, 900]).startswith("ranks 5, 900 do not answer")
+    assert "one was too slow" in liveness.describe_absent([])
+    assert liveness.absent_ranks(0, 2) is None
+    assert "never started" in liveness.describe_absent(None)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.four_processes import four_processes
-from helpers.two_machines import (
+from helpers.two_nodes import (
     COLUMNS,
     LARGE,
     PARTS,
@@ -30,11 +30,11 @@ from studies.two_nodes import Study, shapes_tokens
 from dalle_cli.config.schema import PowerSgd, PriorSettings
 from dalle_cli.data.batch_order import BatchOrder
 from dalle_cli.distributed.compression import (
-    compression,
+    compression_batches,
+    compression_rate,
     is_compressed,
-    paper_compression,
-    sent,
-    shapes_together,
+    numbers_sent,
+    paper_compression_rate,
     shard_rank,
     shard_shape,
 )
@@ -149,9 +149,9 @@ def test_bytes_are_counted_as_the_formula_says(found: list[dict[str, Any]]) -> N
     for own in found:
         assert own["warm"]["bytes"] == [low] * STEPS
         assert own["late"]["bytes"] == [whole] * 2 + [low] * (STEPS - 2)
-    assert low == 4 * (sum(sent(shape, OWN_RANK) for shape in shapes.values()) + 5)
+    assert low == 4 * (sum(numbers_sent(shape, OWN_RANK) for shape in shapes.values()) + 5)
     saved = 1 - (low / 4 - 5) / sum(rows * n for rows, n in shapes.values())
-    assert compression(shapes.values(), OWN_RANK) == pytest.approx(saved)
+    assert compression_rate(shapes.values(), OWN_RANK) == pytest.approx(saved)
 
 
 def test_a_saved_state_goes_on_bit_for_bit(found: list[dict[str, Any]]) -> None:
@@ -376,8 +376,8 @@ def test_bytes_of_training_are_those_of_the_shards(trained: list[dict[str, Any]]
     rest = sum(-(-p.numel() // PARTS) for name, p in prior.named_parameters() if name not in decayed)
     shapes = [shard_shape((p.shape[0], p.shape[1]), PARTS) for p in decayed.values()]
     rank = shard_rank(TRAINED["low rank"].rank, PARTS)
-    in_32_bit = 4 * (rest + sum(sent(shape, rank) for shape in shapes))
-    low = sum(sent(shape, rank) for shape in shapes if is_compressed(shape, rank))
+    in_32_bit = 4 * (rest + sum(numbers_sent(shape, rank) for shape in shapes))
+    low = sum(numbers_sent(shape, rank) for shape in shapes if is_compressed(shape, rank))
     assert {own["whole"]["bytes"] for own in trained} == {4 * (rest + sum(rows * n for rows, n in shapes))}
     assert {own["low rank"]["bytes"] for own in trained} == {in_32_bit}
     assert low
@@ -403,36 +403,41 @@ def test_low_rank_comes_within_two_percent(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("d_model", "rank", "percent"), [(1920, 512, 83), (2688, 640, 85), (3968, 896, 86)])
 def test_the_papers_table(d_model: int, rank: int, percent: int) -> None:
-    assert round(100 * paper_compression(d_model, rank)) == percent
-    assert paper_compression(d_model, rank) == pytest.approx(1 - 5 * rank / (8 * d_model))
+    assert round(100 * paper_compression_rate(d_model, rank)) == percent
+    assert paper_compression_rate(d_model, rank) == pytest.approx(1 - 5 * rank / (8 * d_model))
     # Its appendix E.1: each matrix cut in eight along the longer side, each shard with an eighth of the rank.
     cut = d_model // 8
     shards = [(d_model, cut)] * 4 + [(d_model, 4 * cut), (4 * cut, d_model)]
-    assert compression(shards, shard_rank(rank, 8)) == pytest.approx(paper_compression(d_model, rank))
+    assert compression_rate(shards, shard_rank(rank, 8)) == pytest.approx(paper_compression_rate(d_model, rank))
     # This project's matrices, by rows.
     d = d_model
     ours = [shard_shape(shape, 8) for shape in ((3 * d, d), (d, d), (4 * d, d), (d, 4 * d))]
     assert ours == [(3 * cut, d), (cut, d), (4 * cut, d), (cut, 4 * d)]
-    assert compression(ours, shard_rank(rank, 8)) == pytest.approx(1 - 65 * rank / (96 * d_model))
+    assert compression_rate(ours, shard_rank(rank, 8)) == pytest.approx(1 - 65 * rank / (96 * d_model))
 
 
 def test_past_break_even_a_matrix_goes_whole() -> None:
     assert is_compressed((20, 20), 9)
     assert not is_compressed((20, 20), 10)
-    assert sent((20, 20), 9) == 360
-    assert sent((20, 20), 10) == sent((20, 20), 99) == 400
+    assert numbers_sent((20, 20), 9) == 360
+    assert numbers_sent((20, 20), 10) == numbers_sent((20, 20), 99) == 400
     assert not is_compressed((20, 20), 4, min_compression=2.5)
     assert is_compressed((20, 20), 4, min_compression=2.4)
-    assert sent((20, 10), 99, min_compression=0) == 300
+    assert numbers_sent((20, 10), 99, min_compression=0) == 300
     assert not is_compressed((20, 20), 0, min_compression=0)
-    assert compression([(20, 20)], 10) == 0
-    assert compression([(20, 20)], 5) == 0.5
+    assert compression_rate([(20, 20)], 10) == 0
+    assert compression_rate([(20, 20)], 5) == 0.5
     assert shard_shape((10, 7), 4) == (3, 7)
     assert shard_rank(9, 4) == 3
 
 
 def test_few_matrices_are_compressed_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dalle_cli.distributed.compression.TOGETHER", 20)
+    monkeypatch.setattr("dalle_cli.distributed.compression.BATCH_NUMBERS", 20)
     shapes = [(3, 4), (2, 4), (1, 1), (7, 7), (1, 2), (3, 6)]
-    assert [shapes[places] for places in shapes_together(shapes)] == [shapes[:2], shapes[2:3], shapes[3:4], shapes[4:]]
-    assert list(shapes_together([])) == []
+    assert [shapes[places] for places in compression_batches(shapes)] == [
+        shapes[:2],
+        shapes[2:3],
+        shapes[3:4],
+        shapes[4:],
+    ]
+    assert list(compression_batches([])) == []

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from torch import Tensor
 from dalle_cli.config.schema import DvaeModel
 from dalle_cli.dvae.model import DVAE
 from dalle_cli.dvae.objective import dvae_loss, kl_to_uniform, log_likelihood, phi, validation_metrics
-from dalle_cli.randomness import torch_generator
+from dalle_cli.randomness import numpy_generator, torch_generator
 
 EPS, FLOOR, BETA = 0.1, -2.0, 1.7
 POSITIONS = 2
@@ -127,3 +129,37 @@ def test_the_validation_elbo_centres_on_the_exact_one() -> None:
     assert abs(float(found.mean()) - exact) < 4 * error
     values = {round(float(value), 5) for value in found}
     assert 1 < len(values) <= 9  # one for each way to fill two positions with three codes
+
+
+def test_the_kl_is_in_the_loss_with_its_weight_and_scale() -> None:
+    model = DVAE(DvaeModel(n_hid=8, n_init=4, codebook_size=16), seed=0)
+    with torch.no_grad():  # at the initial weights the codes are nearly uniform
+        for name, parameter in model.named_parameters():
+            if "encoder" in name:
+                parameter.mul_(1.3)
+    pictures = torch.from_numpy(numpy_generator(1, "pictures").integers(0, 256, (3, 3, 32, 32), dtype=np.uint8))
+
+    def loss(beta: Any) -> Any:
+        return dvae_loss(
+            model, pictures, kl_weight=beta, marginal_kl_weight=0.0, temperature=0.7, eps=0.1,
+            ln_b_floor=-4.0, estimator="gumbel", reinforce_samples=2,
+            generator=torch_generator(0, "noise"),
+        )  # fmt: skip
+
+    with torch.no_grad():
+        q = model.encoder(phi(pictures, 0.1)).softmax(dim=1).double()
+    # KL(q || uniform) by its definition: summed over codes and positions, averaged over pictures.
+    by_hand = (q * (q / (1 / 16)).log()).sum(dim=(1, 2, 3)).mean()
+    found = loss(0.0)
+    assert float(by_hand) > 1e-3
+    assert float(found.kl) == pytest.approx(float(by_hand) / (3 * 32 * 32), rel=1e-4)
+    assert float(found.kl_per_position) == pytest.approx(float(by_hand) / 16, rel=1e-4)
+    assert float(found.loss.detach()) == pytest.approx(float(found.recon_nll))
+    beta = torch.tensor(6.6, requires_grad=True)
+    (slope,) = torch.autograd.grad(loss(beta).loss, beta)
+    assert float(slope) == pytest.approx(float(found.kl), rel=1e-6)
+    for beta in (1.0, 6.6, 50.0):
+        assert float((loss(beta).loss - found.loss).detach()) == pytest.approx(beta * float(found.kl), rel=1e-3)
+    gradient = torch.autograd.grad(loss(1e4).loss, model.encoder.parameters())
+    plain = torch.autograd.grad(found.loss, model.encoder.parameters())
+    assert max(float((a - b).abs().max()) for a, b in zip(gradient, plain, strict=True)) > 1e-4

@@ -383,7 +383,7 @@ def test_bf16_is_the_convolutions_alone() -> None:
     assert values["loss"].item() == pytest.approx(whole["loss"].item(), abs=0.02)
 
 
-def test_exhibits_are_originals_beside_what_their_codes_decode_to() -> None:
+def test_example_images_are_originals_beside_what_their_codes_decode_to() -> None:
     blocks = {
         "dvae": {"model": SMALL.model_dump()},
         "prior": {"model": {"grid": 2}},
@@ -393,7 +393,7 @@ def test_exhibits_are_originals_beside_what_their_codes_decode_to() -> None:
     task = DvaeTask(recipe, _Nothing(), DVAE(SMALL))
     task.validation_pictures = pictures(3)
     with torch.no_grad():
-        (grid,) = task.exhibits().values()
+        (grid,) = task.example_images().values()
         rebuilt = reconstruct(task.model(phi(pictures(3), EPS))[0], EPS)
     assert grid.dtype == torch.uint8
     assert grid.shape == (3, 2 * 18 + 2, 4 * 18 + 2)
@@ -403,7 +403,7 @@ def test_exhibits_are_originals_beside_what_their_codes_decode_to() -> None:
         right = grid[:, top : top + 16, left + 18 : left + 34].float()
         assert float((right - copy).abs().max()) <= 0.5
     task.validation_pictures = None
-    assert task.exhibits() == {}
+    assert task.example_images() == {}
 
 
 class _Nothing:

@@ -140,10 +140,10 @@ def test_a_job_that_is_signalled_and_preempted_ends_as_one_left_in_peace(slurm: 
     said = slurm.said()
     assert [each["JobState"] for each in facts] == ["COMPLETED", "COMPLETED"], said
     assert facts[1]["Restarts"] == "2"
-    stood = [int(step) for step in re.findall(r"struck/step-(\d+) of \d+ updates and leaves with exit code 75", said)]
+    stood = [int(step) for step in re.findall(r"struck/step-(\d+) of \d+ updates; exit code 75", said)]
     assert len(stood) == 2
     assert 60 <= stood[0] == first < stood[1] < updates
-    assert said.count("goes on from step-") == 2
+    assert said.count("resumes from step-") == 2
     assert said.count("queued again to go on") == 2
 
     last = f"step-{updates:08d}"

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
 
-from dalle_cli.training.throughput import PACE
+from dalle_cli.training.throughput import THROUGHPUT_KEYS
 from helpers.running import DALLE, ENVIRONMENT
 
-TIMED = frozenset({"seconds", *PACE})
+TIMED = frozenset({"seconds", *THROUGHPUT_KEYS})
 """What differs in the journal between two runs of the same recipe."""
 
 

@@ -1,8 +1,10 @@
-"""What a run leaves for people: JSON lines and TensorBoard hold the same points, each once, whatever was killed."""
+"""The journal: JSON lines, TensorBoard and Weights & Biases hold the same points, each once, even after kills."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,29 +12,57 @@ import pytest
 import torch
 from conftest import Call
 from helpers.killed_runs import TIMED, finish, kill
-from helpers.running import Chain, smallest_recipe
+from helpers.running import DALLE, ENVIRONMENT, Chain, smallest_recipe, write_recipe
+from helpers.token_stores import write_tokens
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dalle_cli.config.schema import Recipe
-from dalle_cli.distributed.device import explain_out_of_memory
-from dalle_cli.dvae.model import DVAE
-from dalle_cli.dvae.train import DvaeTask
 from dalle_cli.training.journal import Journal
-from dalle_cli.training.loop import Run
+from dalle_cli.training.throughput import THROUGHPUT_KEYS
+
+FAKE_WANDB = """
+import json, os
+from pathlib import Path
+
+class Run:
+    def __init__(self, file):
+        self.file = file
+        lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        self.step = max((line["step"] for line in lines), default=-1) + 1
+        self.first = self.step
+
+    def log(self, values, step):
+        assert step >= self.first, "sent again"
+        with self.file.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\\n")
+
+    def finish(self):
+        self.file.with_suffix(".finished").touch()
+
+def Image(array):
+    return [*array.shape, str(array.dtype)]
+
+def init(**told):
+    folder = Path(os.environ["FAKE_WANDB"])
+    if (folder / "broken").exists():
+        raise RuntimeError("api_key not configured (no-tty)\\nmore")
+    with (folder / "init.jsonl").open("a") as file:
+        file.write(json.dumps(told) + "\\n")
+    return Run(folder / f"{told['id']}.jsonl")
+"""
 
 
-def board(run: Path) -> EventAccumulator:
-    """As TensorBoard reads the run's folder."""
+def tensorboard_events(run: Path) -> EventAccumulator:
+    """Read the run's folder as TensorBoard does."""
     return EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "images": 0}).Reload()
 
 
 def points(run: Path) -> dict[str, list[tuple[int, float]]]:
-    found = board(run)
+    found = tensorboard_events(run)
     return {tag: [(event.step, event.value) for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
 
 
 def untimed(found: dict[str, list[tuple[int, float]]]) -> dict[str, list[tuple[int, float]]]:
-    """Without what differs between two runs of the same recipe."""
+    """Leave out the points that differ between two runs of the same recipe."""
     return {tag: values for tag, values in found.items() if tag.partition("/")[2] not in TIMED}
 
 
@@ -41,7 +71,7 @@ def lines(run: Path) -> list[dict[str, Any]]:
 
 
 def points_of_lines(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard should hold, from the JSON lines."""
+    """Return what TensorBoard should hold according to the JSON lines."""
     expected: dict[str, list[tuple[int, float]]] = {}
     for line in lines(run):
         part = "train" if "lr" in line else "validation"
@@ -52,20 +82,20 @@ def points_of_lines(run: Path) -> dict[str, list[tuple[int, float]]]:
     return expected
 
 
-def test_what_a_dead_process_wrote_of_later_updates_is_dropped(tmp_path: Path) -> None:
+def test_points_after_the_checkpoint_are_dropped_on_resume(tmp_path: Path) -> None:
     picture = torch.arange(3 * 4 * 5, dtype=torch.uint8).view(3, 4, 5)
     for start, stop, offset in ((0, 5, 100.0), (0, 8, 0.0), (6, 10, 0.5), (6, 9, 0.25)):
-        journal = Journal(tmp_path, start)  # never closed: the one before it is dead, or hangs
+        journal = Journal(tmp_path, start)  # never closed, as in a process that was killed
         for step in range(start + 1, stop + 1):
-            journal.training(step, 0.1, {"loss": step + offset})
+            journal.log_training(step, 0.1, {"loss": step + offset})
             if step % 2 == 0:
-                journal.validation(step, {"loss": 2 * step + offset}, {"grid": picture + step})
+                journal.log_validation(step, {"loss": 2 * step + offset}, {"grid": picture + step})
         journal.flush()
     losses = [(step, step + (0.0 if step <= 6 else 0.25)) for step in range(1, 10)]
     assert points(tmp_path)["train/loss"] == losses
     assert points(tmp_path)["validation/loss"] == [(step, value + step) for step, value in losses if step % 2 == 0]
     assert points(tmp_path) == points_of_lines(tmp_path)
-    images = board(tmp_path).Images("validation/grid")
+    images = tensorboard_events(tmp_path).Images("validation/grid")
     assert [image.step for image in images] == [2, 4, 6, 8]
     assert {(i.width, i.height) for i in images} == {(5, 4)}
 
@@ -76,10 +106,10 @@ def test_a_line_cut_short_is_dropped(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 2.0}\n'
 
 
-def test_one_that_does_not_lead_writes_nothing(tmp_path: Path) -> None:
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     with Journal(tmp_path, 0, writes=False) as journal:
-        journal.training(1, 0.1, {"loss": 1.0})
-        journal.validation(1, {"loss": 1.0}, {"grid": torch.zeros(3, 2, 2, dtype=torch.uint8)})
+        journal.log_training(1, 0.1, {"loss": 1.0})
+        journal.log_validation(1, {"loss": 1.0}, {"grid": torch.zeros(3, 2, 2, dtype=torch.uint8)})
         journal.flush()
     assert list(tmp_path.iterdir()) == []
 
@@ -87,30 +117,30 @@ def test_one_that_does_not_lead_writes_nothing(tmp_path: Path) -> None:
 def test_killed_training_loses_and_repeats_no_point(by_hand: Chain, tmp_path: Path) -> None:
     changes = {"updates": 60, "save_every": 7, "validate_every": 5, "log_every": 3}
     sets = [word for key, value in changes.items() for word in ("--set", f"dvae.training.{key}={value}")]
-    calm, struck = tmp_path / "calm", tmp_path / "struck"
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
 
     def command(out: Path) -> list[object]:
         return ["train-dvae", by_hand.recipe, "--data", by_hand.train, "--out", out, *sets]
 
-    finish(command(calm))
+    finish(command(undisturbed))
     for step in (7, 35):
-        folder = struck / f"step-{step:08d}"
-        assert kill(command(struck), lambda folder=folder: (folder / "manifest.json").exists(), 0.02)  # type: ignore[misc]
-    finish(command(struck))
-    # Killed between lines too: updates that are no multiples of log_every.
-    assert [line["step"] for line in lines(struck) if "lr" in line] == [1, *range(3, 61, 3)]
-    assert points(struck) == points_of_lines(struck)
-    assert untimed(points(struck)) == untimed(points(calm))
-    assert {tag.partition("/")[0] for tag in points(calm)} == {"train", "validation"}
+        folder = killed / f"step-{step:08d}"
+        assert kill(command(killed), lambda folder=folder: (folder / "manifest.json").exists(), 0.02)  # type: ignore[misc]
+    finish(command(killed))
+    # The kills came between lines too: saves are no multiples of log_every.
+    assert [line["step"] for line in lines(killed) if "lr" in line] == [1, *range(3, 61, 3)]
+    assert points(killed) == points_of_lines(killed)
+    assert untimed(points(killed)) == untimed(points(undisturbed))
+    assert {tag.partition("/")[0] for tag in points(undisturbed)} == {"train", "validation"}
     for name in ("elbo", "psnr", "ssim", "mse", "codebook_perplexity", "dead_codes"):
-        assert [step for step, _ in points(calm)[f"validation/{name}"]] == list(range(5, 61, 5))
-    grids = [[(i.step, i.encoded_image_string) for i in board(run).Images("validation/reconstructions")]
-             for run in (struck, calm)]  # fmt: skip
+        assert [step for step, _ in points(undisturbed)[f"validation/{name}"]] == list(range(5, 61, 5))
+    grids = [[(i.step, i.encoded_image_string) for i in tensorboard_events(run).Images("validation/reconstructions")]
+             for run in (killed, undisturbed)]  # fmt: skip
     assert grids[0] == grids[1]
     assert [step for step, _ in grids[1]] == list(range(5, 61, 5))
 
 
-def test_a_run_goes_on_between_two_lines_of_its_log(by_hand: Chain, tmp_path: Path, call: Call) -> None:
+def test_a_run_resumes_between_two_lines_of_its_log(by_hand: Chain, tmp_path: Path, call: Call) -> None:
     command = ("train-dvae", by_hand.recipe, "--data", by_hand.train, "--out", tmp_path / "run",
                "--set", "dvae.training.log_every=5")  # fmt: skip
     assert call(*command, "--set", "dvae.training.updates=2").code == 0
@@ -118,48 +148,78 @@ def test_a_run_goes_on_between_two_lines_of_its_log(by_hand: Chain, tmp_path: Pa
     assert [line["step"] for line in lines(tmp_path / "run") if "lr" in line] == [1, 2, 5, 7]
 
 
-# A full GPU
+# Weights & Biases
 
 
-def full() -> None:
-    raise torch.OutOfMemoryError(
-        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.00 GiB is "
-        "free. Of the allocated memory 70.00 GiB is allocated by PyTorch."
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tokens(tmp_path_factory.mktemp("tokens") / "tokens.zarr", 80, 48, 400, 4, 16)
+
+
+def recipe_of(folder: Path, **training: Any) -> Path:
+    settings = smallest_recipe(folder, None)
+    settings["prior"]["training"] |= training
+    settings["monitoring"] = {"peak_tflops": 0.5}
+    return write_recipe(folder, settings)
+
+
+def test_weights_and_biases_has_what_the_journal_has(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "wandb.py").write_text(FAKE_WANDB)
+    (tmp_path / "sent").mkdir()
+    recipe, out = recipe_of(tmp_path, updates=12, save_every=4, validate_every=6), tmp_path / "run"
+    command = [DALLE, "train-prior", recipe, "--tokens", store, "--out", out, "--wandb", "shapes"]
+    modules = f"{tmp_path / 'modules'}{os.pathsep}{ENVIRONMENT.get('PYTHONPATH', '')}"
+    environment = {**ENVIRONMENT, "PYTHONPATH": modules, "FAKE_WANDB": str(tmp_path / "sent")}
+
+    def run(updates: int) -> subprocess.CompletedProcess[str]:
+        told = [*map(str, command), "--set", f"prior.training.updates={updates}"]
+        told += ["--set", "prior.learning_rate.schedule=constant"]
+        return subprocess.run(told, env=environment, capture_output=True, text=True, timeout=600)
+
+    assert (done := run(10)).returncode == 0, done.stderr
+    # The last checkpoint is lost, so updates 9 and 10 are repeated before two more.
+    step = out / "step-00000010"
+    (step / "manifest.json").unlink()
+    assert (done := run(12)).returncode == 0 and "resumes from step-00000008" in done.stderr, done.stderr
+
+    told = [json.loads(line) for line in (tmp_path / "sent" / "init.jsonl").read_text().splitlines()]
+    assert len(told) == 2
+    assert len({each["id"] for each in told}) == 1
+    for each in told:
+        assert (each["project"], each["name"], each["resume"]) == ("shapes", "smallest prior", "allow")
+        assert each["config"]["stage"] == "prior"
+        assert each["config"]["prior"]["model"]["layers"] == 3
+    sent = tmp_path / "sent" / f"{told[0]['id']}.jsonl"
+    assert sent.with_suffix(".finished").exists()
+    found = [json.loads(line) for line in sent.read_text().splitlines()]
+    # The first run validated at its end, update 10. The journal dropped that on resume; W&B takes no point back.
+    found = [line for line in found if not (line["step"] == 10 and "validation/loss" in line)]
+    expected = []
+    for line in lines(out):
+        part = "train" if "lr" in line else "validation"
+        values = {k.removeprefix("val_"): v for k, v in line.items() if k not in ("step", "seconds")}
+        expected.append({"step": line["step"], **{f"{part}/{name}": value for name, value in values.items()}})
+    timed = {f"train/{name}" for name in THROUGHPUT_KEYS}
+    assert [{k: v for k, v in line.items() if k not in timed} for line in found] == [
+        {k: v for k, v in line.items() if k not in timed} for line in expected
+    ]
+    assert all(timed <= line.keys() for line in found if "train/loss" in line)
+
+    (tmp_path / "sent" / "broken").touch()
+    failed = run(14)
+    assert failed.returncode == 2
+    assert "Traceback" not in failed.stderr
+    assert failed.stderr.splitlines()[-1] == (
+        "dalle: --wandb shapes: Weights & Biases does not start (api_key not configured (no-tty)); run wandb login, set "
+        "WANDB_MODE=offline, or leave --wandb out"
     )
 
 
-@pytest.mark.parametrize("where", ["loss", "validate"])
-def test_a_full_gpu_is_one_line_that_says_what_to_lower(
-    where: str, by_hand: Chain, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = getattr(DvaeTask, where)
-
-    def sometimes(task: DvaeTask, *arguments: Any) -> Any:
-        return full() if arguments[-1] >= 8 else whole(task, *arguments)
-
-    monkeypatch.setattr(DvaeTask, where, sometimes)
-    done = call("train-dvae", by_hand.recipe, "--data", by_hand.train, "--out", tmp_path / "run",
-                "--set", "dvae.training.validate_every=8")  # fmt: skip
-    line = done.mistake()
-    assert "CUDA out of memory; lower dvae.training.micro_batch, or set dvae.model.checkpoint_resblocks" in line
-    assert "nothing saved is lost" in line
-    assert (tmp_path / "run" / "step-00000004").is_dir()
-
-
-def test_other_faults_are_not_taken_for_a_full_gpu(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="another"), explain_out_of_memory(tmp_path, "lower it"):
-        raise RuntimeError("another")
-
-
-def test_a_task_that_gives_too_few_batches_is_no_silent_end(tmp_path: Path) -> None:
-    recipe = Recipe.model_validate(smallest_recipe(tmp_path, None))
-    stage = recipe.dvae
-
-    class Short(DvaeTask):
-        def batches(self, start: int, stop: int) -> Any:
-            yield torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
-
-    task = Short(recipe, [0] * 9, DVAE(stage.model))  # type: ignore[arg-type]
-    task.validation_pictures = None
-    with pytest.raises(ValueError, match="shorter"):
-        Run(task, recipe, tmp_path / "out", stage.training, stage.adam, stage.learning_rate, ()).train()
+def test_a_missing_wandb_is_named(store: Path, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    done = call("train-prior", recipe_of(tmp_path), "--tokens", store, "--out", tmp_path / "run", "--wandb", "shapes")
+    assert (
+        "--wandb shapes: Weights & Biases is not installed; pip install wandb, or leave --wandb out" in done.mistake()
+    )
+    assert not (tmp_path / "run").exists()

@@ -68,13 +68,13 @@ def test_two_signals_one_after_another(told: Callable[[Path], list[Any]], tmp_pa
         saved = open_checkpoint(struck)
         assert stood + 50 <= saved.step < UPDATES
         assert err.splitlines()[-1] == (
-            f"train-prior: {which.name}: saved {saved.path} of {UPDATES} updates and leaves with exit code 75; "
-            "the same command goes on from there"
+            f"train-prior: stopped by {which.name}: saved {saved.path} of {UPDATES} updates; exit code 75; "
+            "run the same command to resume"
         )
         stood = saved.step
     done = call(*told(struck))
     assert done.code == 0
-    assert f"goes on from step-{stood:08d}" in done.err
+    assert f"resumes from step-{stood:08d}" in done.err
     last = f"step-{UPDATES:08d}"
     assert files(struck / last) == files(calm / last)
     assert lines(struck) == lines(calm)
@@ -92,7 +92,7 @@ def test_a_signal_to_one_process_ends_all(told: Callable[[Path], list[Any]], tmp
     assert (
         ended[2][1]
         .splitlines()[-1]
-        .startswith(f"train-prior: a signal to another process: saved {saved.path} of {UPDATES} updates")
+        .startswith(f"train-prior: stopped by a signal to another rank: saved {saved.path} of {UPDATES} updates")
     )
     assert ended[3] == ("", "")
     # An update's gradients in 32 bit, three losses, and the count of the text's tokens.
@@ -117,7 +117,7 @@ def test_workers_outlive_a_signal_to_the_whole_group(by_hand: Chain, tmp_path: P
     os.killpg(process.pid, signal.SIGTERM)
     _, err = process.communicate(timeout=600)
     assert process.returncode == RESUMABLE, err
-    assert "SIGTERM: saved" in err.splitlines()[-1]
+    assert "stopped by SIGTERM: saved" in err.splitlines()[-1]
     assert open_checkpoint(out).step >= 20
     with pytest.raises(ProcessLookupError):  # no worker is left
         os.killpg(process.pid, 0)
@@ -153,13 +153,13 @@ def test_torchrun(to: str, told: Callable[[Path], list[Any]], tmp_path: Path) ->
         os.kill(int(children.stdout.split()[-1]), signal.SIGUSR1)
     _, err = process.communicate(timeout=600)
     assert process.returncode != 0
-    assert "leaves with exit code 75" in err
+    assert "updates; exit code 75" in err
     stood = open_checkpoint(struck).step
     assert 40 <= stood < UPDATES
     process = torchrun(struck)
     _, err = process.communicate(timeout=600)
     assert process.returncode == 0
-    assert f"goes on from step-{stood:08d}" in err
+    assert f"resumes from step-{stood:08d}" in err
     last = f"step-{UPDATES:08d}"
     assert files(struck / last) == files(calm / last)
     assert lines(struck) == lines(calm)

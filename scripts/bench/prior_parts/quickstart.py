@@ -37,17 +37,17 @@ def measure(log: Log, updates: int = UPDATES) -> dict[str, Any]:
     waits, taken, products = [], [], []
     with tempfile.TemporaryDirectory() as folder, fast_matmul() as library:
         task = PriorTask(recipe, _write_tokens(Path(folder) / "tokens", recipe), build_prior(recipe))
-        run = Run(task, recipe, Path(folder), stage.training, stage.adam, stage.learning_rate, ())
-        state = TrainingState(task.model, task.decayed(), stage.adam, stage.learning_rate)
+        run = Run(task, recipe, Path(folder))
+        state = TrainingState(run.engine, stage, task.decayed())
         batches = task.batches(0, updates)
         with FlopCounterMode(display=False) as counter:
-            run._update(state, next(batches), 0, 1e-4)
+            run.update(state, next(batches), 0, 1e-4)
         for step in range(1, updates):
             began = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter()
-            run._update(state, batch, step, 1e-4)
-            state.average(stage.training.ema_decay, step)
+            run.update(state, batch, step, 1e-4)
+            state.update_ema(step)
             done = time.perf_counter()
             waits.append(waited - began)
             taken.append(done - waited)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dalle_cli.config.schema import Recipe, SamplingSettings
+from dalle_cli.distributed.engine import Replicated
 from dalle_cli.prior.decode import Decoder
 from dalle_cli.prior.model import Prior, build_prior
 from dalle_cli.prior.train import sample_work, set_precision
@@ -43,12 +44,12 @@ def _step(recipe: Recipe, device: str) -> dict[str, Any]:
     prior = build_prior(recipe)
     scaling = set_precision(prior, stage.precision, 1)
     prior.to(device)
-    state = TrainingState(prior, set(prior.decayed_parameters()), stage.adam, stage.learning_rate, scaling)
+    state = TrainingState(Replicated(prior, scaling=scaling), stage, set(prior.decayed_parameters()))
 
     def update() -> None:
         state.optimizer.zero_grad(set_to_none=True)
         _loss(prior, MICRO_BATCH, device).backward()  # type: ignore[no-untyped-call]
-        state.update(1e-5, stage.adam.clip_norm)
+        state.update(1e-5)
 
     seconds = race({"update": Contender(update)}, ROUNDS, device)["update"]
     work = sample_work(recipe)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.four_processes import four_processes
-from helpers.two_machines import NUMBERS, spread
+from helpers.two_nodes import NUMBERS, spread
 from numpy.typing import NDArray
 
 MACHINES = (2, 3, 4)

@@ -18,15 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from studies import two_nodes
+from studies import two_nodes as study_module
 from studies.two_nodes import Study, join_machines, train
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
 from dalle_cli.config.schema import PowerSgd
-from dalle_cli.distributed import average_16bit as mean_16
-from dalle_cli.distributed import compression
-from dalle_cli.distributed import error_buffers as kept
+from dalle_cli.distributed import all_reduce_16bit, compression, error_buffers
 from dalle_cli.distributed.power_sgd import PowerSgdReducer
 from dalle_cli.progress import silence
 
@@ -263,7 +261,7 @@ def in_16_bit(here: Here) -> dict[str, Any]:
 
 def one_by_one(here: Here) -> dict[str, Any]:
     """Warm, a matrix at a time; and a NaN in one of them."""
-    together, compression.TOGETHER = compression.TOGETHER, 1
+    together, compression.BATCH_NUMBERS = compression.BATCH_NUMBERS, 1
     reducer = here.reducer(SETTINGS["warm"])
     outputs = [here.step(reducer, step) for step in range(STEPS)]
     state, sent = copied(reducer.state_dict()), reducer.bytes_sent
@@ -271,7 +269,7 @@ def one_by_one(here: Here) -> dict[str, Any]:
     if here.rank >= PARTS:
         found["wide"][3, 4] = torch.nan
     broken = here.step(reducer, STEPS, found)
-    compression.TOGETHER = together
+    compression.BATCH_NUMBERS = together
     return {"outputs": outputs, "state": state, "bytes": sent, "broken": broken, "after": list(reducer.state_dict())}
 
 
@@ -314,9 +312,9 @@ class In16Bit(PowerSgdReducer):
 
 
 def trained_in_16_bit(study: Study, settings: PowerSgd, here: Here) -> dict[str, Any]:
-    two_nodes.PowerSgdReducer = In16Bit  # type: ignore[misc]
+    study_module.PowerSgdReducer = In16Bit  # type: ignore[misc]
     found = vars(train(study, settings, here.node, here.place))
-    two_nodes.PowerSgdReducer = PowerSgdReducer  # type: ignore[misc]
+    study_module.PowerSgdReducer = PowerSgdReducer  # type: ignore[misc]
     return found
 
 
@@ -349,7 +347,7 @@ def means(here: Here) -> dict[str, Any]:
         handed.append(given.nbytes)
         exchange(output, given, group=group)
 
-    kept.CHUNK, mean_16.dist.all_to_all_single = CHUNK, counted  # type: ignore[attr-defined]
+    error_buffers.CHUNK, all_reduce_16bit.dist.all_to_all_single = CHUNK, counted  # type: ignore[attr-defined]
     result: dict[str, Any] = {}
     for machines in (2, 3, 4):
         group = dist.new_group(list(range(machines)))
@@ -365,11 +363,11 @@ def means(here: Here) -> dict[str, Any]:
 
 def exchanged(values: Tensor, group: dist.ProcessGroup, handed: list[int]) -> dict[str, Any]:
     sent, mean = torch.empty_like(values), torch.empty_like(values)
-    codes = mean_16.to_codes(values, dist.get_world_size(group))
-    mean_16.to_values(codes, sent)
+    codes = all_reduce_16bit.encode(values, multiple_of=dist.get_world_size(group))
+    all_reduce_16bit.decode(codes, sent)
     handed.clear()
-    mean_16.average_codes(codes, group)
-    mean_16.to_values(codes, mean)
+    all_reduce_16bit.all_reduce_mean(codes, group)
+    all_reduce_16bit.decode(codes, mean)
     return {"sent": sent, "mean": mean, "handed": list(handed)}
 
 
