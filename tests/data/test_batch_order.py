@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dalle_cli.config.schema import Recipe
-from dalle_cli.data.open_source import open_source
 from dalle_cli.data.batch_order import BatchOrder
+from dalle_cli.data.open_source import open_source
 from dalle_cli.data.picture_loader import TrainingPictures
 
 

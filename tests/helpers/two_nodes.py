@@ -1,7 +1,6 @@
-"""Four gloo processes as two machines of two, for test_power_sgd.py and test_mean_16.py: python two_machines.py
-SCENARIO FOLDER.
+"""Runs four gloo ranks as two nodes of two: python two_nodes.py SCENARIO FOLDER.
 
-Each process writes what its scenario returns to FOLDER/RANK.pt.
+Each rank writes the result of its scenario to FOLDER/RANK.pt. For test_power_sgd.py and test_all_reduce_16bit.py.
 """
 
 from __future__ import annotations
@@ -179,8 +178,9 @@ def resumed(here: Here) -> dict[str, Any]:
 
 
 def not_finite(here: Here) -> dict[str, Any]:
-    """The second machine's "wide" holds a NaN in the third step; and what the next step makes of it, beside a reducer
-    that starts there with the factors and without errors.
+    """Give the second node a NaN in "wide" in the third step.
+
+    The step after it is compared with that of a reducer that has the same factors but no error buffers.
     """
     reducer = here.reducer(SETTINGS["warm"])
     for step in range(2):
@@ -204,9 +204,7 @@ def not_finite(here: Here) -> dict[str, Any]:
 
 
 def halves(here: Here) -> dict[str, Any]:
-    """bfloat16 gradients, one of them in float32 too, and what the same numbers come to in float32; and a NaN of the
-    second machine.
-    """
+    """Reduce bfloat16 gradients, the same numbers in float32, a mix of both, and some with a NaN on the second node."""
     rounded = {name: value.bfloat16() for name, value in gradients(here.rank, 0).items()}
     exact = {name: value.float() for name, value in rounded.items()}
     mixed = copied(rounded) | {"tall": exact["tall"].clone()}

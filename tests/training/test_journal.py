@@ -181,7 +181,8 @@ def test_weights_and_biases_has_what_the_journal_has(store: Path, tmp_path: Path
     # The last checkpoint is lost, so updates 9 and 10 are repeated before two more.
     step = out / "step-00000010"
     (step / "manifest.json").unlink()
-    assert (done := run(12)).returncode == 0 and "resumes from step-00000008" in done.stderr, done.stderr
+    assert (done := run(12)).returncode == 0, done.stderr
+    assert "resumes from step-00000008" in done.stderr
 
     told = [json.loads(line) for line in (tmp_path / "sent" / "init.jsonl").read_text().splitlines()]
     assert len(told) == 2
@@ -211,8 +212,8 @@ def test_weights_and_biases_has_what_the_journal_has(store: Path, tmp_path: Path
     assert failed.returncode == 2
     assert "Traceback" not in failed.stderr
     assert failed.stderr.splitlines()[-1] == (
-        "dalle: --wandb shapes: Weights & Biases does not start (api_key not configured (no-tty)); run wandb login, set "
-        "WANDB_MODE=offline, or leave --wandb out"
+        "dalle: --wandb shapes: Weights & Biases does not start (api_key not configured (no-tty)); run wandb login, "
+        "set WANDB_MODE=offline, or leave --wandb out"
     )
 
 

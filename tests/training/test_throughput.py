@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from helpers.running import smallest_recipe
+from helpers.running import smallest_recipe, write_recipe
 from helpers.token_stores import write_tokens
 from torch import Tensor, nn
 
@@ -127,7 +129,9 @@ def test_the_journal_of_a_run(store: Path, tmp_path: Path, capsys: pytest.Captur
     train_prior(recipe, store, tmp_path / "run")
     task = PriorTask(recipe, TokenReader(store), build_prior(recipe))
     work = task.work()
-    message = f"train-prior: {work.flops / 1e9:.3g} GFLOP a sample; mfu is the share of 0.25 TFLOP/s a device, as monitor"
+    message = (
+        f"train-prior: {work.flops / 1e9:.3g} GFLOP a sample; mfu is the share of 0.25 TFLOP/s a device, as monitor"
+    )
     assert message in capsys.readouterr().err
     trained = [line for line in journal_lines(tmp_path / "run") if "lr" in line]
     assert len(trained) == 6
