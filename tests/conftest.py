@@ -1,4 +1,4 @@
-"""Fixtures of the tests of the commands: one chain made by hand, and a quick way to run a command."""
+"""Fixtures for tests of commands: a chain made stage by stage, and a quick way to run a command."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from helpers.running import Chain, Done, run, smallest_recipe, write_recipe
 
 from dalle_cli.app import main
 
-# Before torch is imported: tiny tensors on many threads spend their time waiting for one another.
+# Set before torch is imported: with tiny tensors, many threads mostly wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 Call = Callable[..., Done]
@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    """The entry point in this process, which spares importing torch anew. What is no user's mistake is raised."""
+    """Run a command in this process, which saves importing torch; raise errors that are no user's mistake."""
 
     def call(*arguments: object) -> Done:
         monkeypatch.setattr(sys, "argv", ["dalle", *map(str, arguments)])
@@ -43,7 +43,7 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture(scope="session")
 def by_hand(tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    """Every stage as its own command, with plain files between them."""
+    """Run every stage as a command of its own, with plain files between them."""
     root = tmp_path_factory.mktemp("by-hand")
     chain = Chain(root, write_recipe(root, smallest_recipe(root / "unused", None)))
     recipe, data = chain.recipe, ("--data", chain.train)

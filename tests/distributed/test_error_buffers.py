@@ -1,4 +1,4 @@
-"""What PowerSGD keeps between updates: 1-6-9 codes against the numbers they stand for, and drifts against sums."""
+"""Error buffers: 1-6-9 codes against the numbers they stand for, and stochastic rounding against exact sums."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def read(buffers: ErrorBuffers, key: str, *shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("on_host", [False, True])
-def test_what_has_nine_bits_comes_back_as_it_was(on_host: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Numbers of nine bits behind the leading one, from 2^-59 to just below 16, and zero."""
+def test_numbers_of_nine_bits_are_stored_exactly(on_host: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers have nine bits behind the leading one, from 2^-59 to just below 16, or are zero."""
     monkeypatch.setattr(error_buffers, "CHUNK", 7)
     values = torch.cat([torch.arange(-1023, 1024) / 64, torch.tensor([0.0, 2.0**-59, -(2.0**-30)])]).view(-1, 5)
     buffers = ErrorBuffers(on_host)
@@ -36,7 +36,7 @@ def test_what_has_nine_bits_comes_back_as_it_was(on_host: bool, monkeypatch: pyt
     assert codes.nbytes == 2 * values.numel()
 
 
-def test_rounded_to_the_nearest_or_at_random_without_bias() -> None:
+def test_rounding_is_to_nearest_or_stochastic_without_bias() -> None:
     values, buffers = drawn(40, 50), ErrorBuffers()
     step = 2.0 ** (values.abs().log2().floor() - 9)
     buffers.write("q", values, packed=True)
@@ -47,12 +47,12 @@ def test_rounded_to_the_nearest_or_at_random_without_bias() -> None:
         off = read(buffers, "e", 40, 50) - values
         assert (off.abs() < step).all()
         total += off
-    # Each is off by less than a step; a mean of so many by their root less, at five standard deviations.
+    # Each error is below a step, and that of the mean smaller by the root of their number; five standard deviations.
     assert ((total / times).abs() < 5 * 0.5 * step / times**0.5).all()
 
 
-def test_what_is_less_than_half_a_step_adds_up_nevertheless() -> None:
-    """An error feedback's drift: 1 and, time after time, an eighth of the distance to the next code."""
+def test_small_changes_add_up_with_stochastic_rounding() -> None:
+    """To 1, an eighth of the distance to the next code is added many times."""
     start, less, times = torch.ones(2000), 2.0**-12, 400
     at_random, nearest = ErrorBuffers(), ErrorBuffers()
     for buffers in (at_random, nearest):
@@ -64,7 +64,7 @@ def test_what_is_less_than_half_a_step_adds_up_nevertheless() -> None:
     assert torch.equal(read(nearest, "e", 2000), start)
 
 
-def test_32_bit_are_kept_as_they_are() -> None:
+def test_32_bit_tensors_are_stored_without_a_copy() -> None:
     values, buffers = drawn(3, 4), ErrorBuffers()
     buffers.write("e", values, packed=False)
     assert read(buffers, "e", 3, 4) is values  # what is changed in it is changed in what is buffers
@@ -80,7 +80,7 @@ def test_32_bit_are_kept_as_they_are() -> None:
     assert not again.state_dict()
 
 
-def test_a_state_of_another_kind_gives_way() -> None:
+def test_a_loaded_tensor_of_another_type_is_replaced() -> None:
     buffers = ErrorBuffers()
     buffers.load_state_dict({"e": torch.ones(4)})
     buffers.write("e", torch.full((4,), 2.0), packed=True)

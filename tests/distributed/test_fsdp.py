@@ -1,4 +1,4 @@
-"""ZeRO by several gloo processes against one process on the same batches, and runs that go on with other processes."""
+"""ZeRO on several gloo ranks against one process on the same batches, and runs that resume on other ranks."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ TWO = {
     "fp16": {"sharding.zero": 3, "precision": "fp16"},
     "bf16": {"sharding.zero": 2, "precision": "bf16", "training.micro_batch": 2},
 }
-"""What two processes do, with the losses and weights of one to 1e-5 where they are in 32 bit."""
+"""Settings of runs on two ranks. In 32 bit, losses and weights equal those of one process to 1e-5."""
 IN_16_BIT = 1e-2
-"""Rounding is stochastic, with other noise for other parts."""
+"""Tolerance in 16 bit, where stochastic rounding has other noise for other shards."""
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A recipe of a prior whose sizes no two processes share evenly, and a store of tokens for it."""
+    """A recipe of a prior whose sizes two ranks cannot share evenly, and a token store for it."""
     root = tmp_path_factory.mktemp("engine")
     settings = smallest_recipe(root, None)
     settings["prior"]["model"] = {"layers": 3, "heads": 3, "d_head": 5, "d_model": 15, "grid": 4}
@@ -61,7 +61,7 @@ def command(made: tuple[Path, Path], out: Path, changes: dict[str, Any]) -> list
 
 
 def run_together(commands: list[list[Any]], count: int) -> list[str]:
-    """What each of ``count`` processes that run ``commands`` said on stderr."""
+    """Run ``commands`` on ``count`` ranks and return the stderr of each."""
     processes = start(commands, timeout=600, count=count)
     told = [process.communicate(timeout=1200) for process in processes]
     assert [process.returncode for process in processes] == [0] * count, "\n".join(error for _, error in told)
@@ -70,7 +70,7 @@ def run_together(commands: list[list[Any]], count: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def alone(made: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The run of one process, in each precision."""
+    """The runs of one process, in each precision."""
     root, recipe, store = tmp_path_factory.mktemp("alone"), *made
     for precision in ("fp32", "fp16", "bf16"):
         sets = {**COMMON, "precision": precision}
@@ -80,7 +80,7 @@ def alone(made: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def together(made: tuple[Path, Path], alone: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All that two processes do."""
+    """The runs on two ranks, and those that one of the two began."""
     root = tmp_path_factory.mktemp("together")
     commands = [command(made, root / name, changes) for name, changes in TWO.items()]
     begun = {"training.updates": HALF}
@@ -99,13 +99,13 @@ def together(made: tuple[Path, Path], alone: dict[str, Path], tmp_path_factory: 
 
 
 def losses(run: Path) -> list[float]:
-    """Of every update, and of every validation."""
+    """Return the loss of every update and every validation."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line[key] for line in lines for key in ("loss", "val_loss") if key in line]
 
 
 def farthest(one: Checkpoint, other: Checkpoint) -> float:
-    """Largest difference of weights and averages."""
+    """Return the largest difference of weights and EMA weights."""
     pairs = [(one.tensors(kind), other.tensors(kind)) for kind in ("raw", "ema")]
     assert all(ours.keys() == theirs.keys() for ours, theirs in pairs)
     return max(
@@ -114,7 +114,7 @@ def farthest(one: Checkpoint, other: Checkpoint) -> float:
 
 
 def assert_same_run(found: Path, expected: Path, first: int = 0) -> None:
-    """The losses from the ``first`` on to 1e-5; and the losses have moved, or it would say little."""
+    """Check that losses from the ``first`` on agree to 1e-5, and that they fell at all."""
     ours, theirs = losses(expected), losses(found)
     assert len(theirs) == len(ours) - first
     assert max(abs(a - b) for a, b in zip(ours[first:], theirs, strict=True)) < 1e-5
@@ -123,12 +123,12 @@ def assert_same_run(found: Path, expected: Path, first: int = 0) -> None:
 
 
 @pytest.mark.parametrize("case", [case for case in TWO if "16" not in case])
-def test_two_processes_are_one(case: str, alone: dict[str, Path], together: Path) -> None:
+def test_two_ranks_equal_one_process(case: str, alone: dict[str, Path], together: Path) -> None:
     assert_same_run(together / case, alone["fp32"])
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_two_processes_in_16_bit_follow_one(precision: str, alone: dict[str, Path], together: Path) -> None:
+def test_two_ranks_in_16_bit_stay_close_to_one_process(precision: str, alone: dict[str, Path], together: Path) -> None:
     ours, theirs = losses(alone[precision]), losses(together / precision)
     assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < IN_16_BIT
     ours_state, theirs_state = (
@@ -143,7 +143,7 @@ def test_two_processes_in_16_bit_follow_one(precision: str, alone: dict[str, Pat
     assert found.moments().read("exp_avg_sq.resblocks.0.qkv.weight").dtype == torch.uint16
 
 
-def test_each_process_writes_its_part_alone(together: Path) -> None:
+def test_each_rank_writes_its_own_file(together: Path) -> None:
     found = open_checkpoint(together / "zero 3")
     names = sorted(path.name for path in found.path.iterdir() if path.is_file())
     assert names == [
@@ -156,13 +156,13 @@ def test_each_process_writes_its_part_alone(together: Path) -> None:
     assert found.identity
 
 
-def test_a_node_of_one_writes_all(together: Path) -> None:
+def test_only_the_first_node_writes(together: Path) -> None:
     assert [file.name for file in TensorFiles(open_checkpoint(together / "two nodes").path, "model").files()] == [
         "model-00001-of-00001.safetensors"
     ]
 
 
-def test_a_run_goes_on_with_other_processes_and_stages(
+def test_a_run_resumes_on_other_ranks_and_stages(
     made: tuple[Path, Path], alone: dict[str, Path], together: Path, call: Call
 ) -> None:
     assert_same_run(together / "three then one", alone["fp32"])
@@ -174,13 +174,13 @@ def test_a_run_goes_on_with_other_processes_and_stages(
     assert_same_run(together / "two then one", alone["fp32"])
 
 
-def test_in_16_bit_the_same_processes_go_on_with_the_same_bytes(together: Path) -> None:
+def test_in_16_bit_a_run_resumed_on_as_many_ranks_ends_with_the_same_bytes(together: Path) -> None:
     whole, parts = (open_checkpoint(together / name) for name in ("fp16", "fp16 in parts"))
     assert whole.files == parts.files
     assert losses(whole.path.parent) == losses(parts.path.parent)
 
 
-def test_what_cannot_be_shared_is_refused(
+def test_offloading_to_nvme_is_refused(
     made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call
 ) -> None:
     done = call(*command(made, tmp_path / "out", {"sharding.offload": "nvme"}))
@@ -207,16 +207,20 @@ with join_group() as group:
 
 
 @pytest.mark.slow
-def test_no_process_ever_holds_the_whole_model(made: tuple[Path, Path]) -> None:
-    """Each comes to its half and one whole parameter at a time."""
+def test_no_rank_ever_holds_the_whole_model(made: tuple[Path, Path]) -> None:
+    """A rank's peak memory is its half of the model plus one whole parameter at a time."""
     model = {"layers": 12, "heads": 16, "d_head": 64, "d_model": 1024}
     sets = [f"prior.model.{key}={value}" for key, value in model.items()]
     sets += ["prior.sharding.zero=3", "tokenizer.vocab_size=2000"]
     (port,) = free_ports(1)
     processes = []
     for rank in range(2):
-        place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-        environment = {**ENVIRONMENT, "MASTER_ADDR": "127.0.0.1", **{key: str(value) for key, value in place.items()}}
+        variables = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+        environment = {
+            **ENVIRONMENT,
+            "MASTER_ADDR": "127.0.0.1",
+            **{key: str(value) for key, value in variables.items()},
+        }
         command = [sys.executable, "-c", INITIALISE, str(made[0]), *sets]
         processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
     found = [json.loads(process.communicate(timeout=600)[0]) for process in processes]
@@ -233,8 +237,8 @@ def test_no_process_ever_holds_the_whole_model(made: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.slow
-def test_four_processes_are_two_nodes(made: tuple[Path, Path], alone: dict[str, Path], tmp_path: Path) -> None:
-    """2 nodes x 2: whole gradients are one process's; through PowerSGD it learns, and goes on with the same bytes."""
+def test_four_ranks_as_two_nodes(made: tuple[Path, Path], alone: dict[str, Path], tmp_path: Path) -> None:
+    """Uncompressed, two nodes equal one process. With PowerSGD the loss falls, and a resumed run has the same bytes."""
     nodes = {"sharding.zero": 3, "sharding.node_size": 2}
     low = {**nodes, "powersgd.rank": 2, "powersgd.min_compression": 0}
     half = {**low, "precision": "fp16", "training.ema_every": 3}

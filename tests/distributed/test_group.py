@@ -1,4 +1,4 @@
-"""Several processes, joined by gloo on this machine, against one process on the same batches."""
+"""Several gloo ranks on this machine against one process on the same batches."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "1
 
 @pytest.fixture
 def ended() -> Iterator[list[subprocess.Popen[str]]]:
-    """Processes put here are killed when the test is over."""
+    """A list of processes that are killed when the test is over."""
     processes: list[subprocess.Popen[str]] = []
     yield processes
     for process in processes:
@@ -46,7 +46,7 @@ def ended() -> Iterator[list[subprocess.Popen[str]]]:
         process.communicate()
 
 
-# What each process is told
+# The launcher's environment
 
 
 def test_the_environment_of_torchrun() -> None:
@@ -69,7 +69,7 @@ def test_the_environment_of_torchrun() -> None:
         ({"WORLD_SIZE": "four"}, "WORLD_SIZE is 'four', not a number"),
     ],
 )
-def test_an_environment_that_contradicts_itself(
+def test_a_contradictory_environment_is_refused(
     changes: dict[str, str | None], words: str, call: Call, by_hand: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in {**TORCHRUN, **changes}.items():
@@ -78,7 +78,7 @@ def test_an_environment_that_contradicts_itself(
         assert words in call(f"train-{stage}", by_hand.recipe).mistake()
 
 
-def test_clip_is_trained_by_one_process(by_hand: Chain, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clip_trains_in_one_process_only(by_hand: Chain, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {**TORCHRUN, "RANK": "0", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     done = call("train-clip", by_hand.recipe, "--data", by_hand.train, "--tokens", by_hand.tokens)
@@ -106,12 +106,12 @@ def test_buckets_keep_order_types_and_their_size(sizes: list[int], halves: list[
     for bucket in found:
         assert len({g.dtype for g in bucket}) == 1
         assert len(bucket) == 1 or sum(g.nbytes for g in bucket) <= 20
-    for one, two in itertools.pairwise(found):  # none could have been left out
+    for one, two in itertools.pairwise(found):  # no two buckets could have been one
         assert one[0].dtype != two[0].dtype or sum(g.nbytes for g in [*one, two[0]]) > 20
 
 
 class Watched:
-    """A source that remembers which rows were read."""
+    """A source that records which rows were read."""
 
     def __init__(self, source: Source) -> None:
         self.source, self.read = source, list[int]()
@@ -127,7 +127,7 @@ class Watched:
         return self.source.image_bytes(row)
 
 
-def test_each_process_reads_its_part_alone(by_hand: Chain) -> None:
+def test_each_rank_reads_only_its_part(by_hand: Chain) -> None:
     values = smallest_recipe(Path("unused"), by_hand.train)
     values["dvae"]["training"]["batch_size"] = 7
     recipe = Recipe.model_validate(values)
@@ -143,7 +143,7 @@ def test_each_process_reads_its_part_alone(by_hand: Chain) -> None:
         assert torch.equal(torch.cat([batches[step] for _, batches, _ in found]), whole[step])
     assert [len(batches[0]) for _, batches, _ in found] == [2, 2, 3]
     assert sorted(row for _, _, read in found for row in read) == sorted(rows)
-    # A picture's noise goes by its place in the whole batch, its weight by the whole batch's size.
+    # A picture's noise depends on its place in the whole batch, and its weight on the whole batch's size.
     task, batches, _ = found[2]
     parts = task.micro_batches(batches[0], 2)
     assert [(first, len(part), share) for (first, part), share in parts] == [(4, 2, 2 / 7), (6, 1, 1 / 7)]
@@ -151,7 +151,7 @@ def test_each_process_reads_its_part_alone(by_hand: Chain) -> None:
     np.testing.assert_array_equal(BatchOrder(np.arange(10), 7, 0, slice(2, 4)).batch(3)[0], order.batch(3)[0][2:4])
 
 
-def test_more_processes_than_samples(tmp_path: Path) -> None:
+def test_more_ranks_than_samples_are_refused(tmp_path: Path) -> None:
     recipe = Recipe.model_validate(smallest_recipe(tmp_path, None))
     task = DvaeTask(recipe, Watched([0] * 9), DVAE(recipe.dvae.model), Group(0, 5))  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"dvae.training.batch_size: 4 samples cannot be shared among 5 ranks"):
@@ -159,13 +159,13 @@ def test_more_processes_than_samples(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-# Two processes
+# Two ranks
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    # 5 samples are 2 and 3; the whole batch's codes are looked at together.
+    # The ranks have 2 and 3 of 5 samples.
     "gumbel": ("dvae", {"objective.kl_weight": "{start: 2, end: 2, updates: 0}"}),
     "marginal": ("dvae", {"objective.marginal_kl_weight": 50}),
-    # 3 samples each, in parts of 2 and 1; every validation halves the step size.
+    # Each rank has 3 samples, in micro-batches of 2 and 1. Every validation halves the step size.
     "reinforce": ("dvae", {"objective.estimator": "reinforce", "training.batch_size": 6, "training.micro_batch": 2,
                            "learning_rate.schedule": "plateau", "learning_rate.plateau_validations": 1,
                            "learning_rate.plateau_threshold": 0.9}),
@@ -175,10 +175,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def together(by_hand: Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The cases' runs by two processes; a run begun by one process and gone on with by two, and one begun by two.
-
-    And one that they were told different things of.
-    """
+    """The cases on two ranks, a run begun by one process, one to be resumed by one, and one of unequal recipes."""
     root = tmp_path_factory.mktemp("together")
     commands = [command(by_hand, stage, root / name, changes) for name, (stage, changes) in CASES.items()]
     stage, changes = CASES["gumbel"]
@@ -189,7 +186,7 @@ def together(by_hand: Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
     commands.append([*command(by_hand, "dvae", root / "different", {}), "--set", "seed=RANK"])
     processes = start(commands)
     told = [process.communicate(timeout=120) for process in processes]
-    # The last ones differ, and are refused by both; of the others one process tells, and the other is silent.
+    # The last command differs between the ranks, and both refuse it. Of the others only rank 0 prints anything.
     refused = "dalle: rank 1 of 2: not the recipe or checkpoint of rank 0; start all ranks with the same command"
     assert [process.returncode for process in processes] == [2, 2], told[0][1] + told[1][1]
     assert told[0][0].splitlines() == [str(root / name / f"step-{WHOLE:08d}") for name in [*CASES, "one then two"]] + [
@@ -205,7 +202,7 @@ def together(by_hand: Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_same_run(found: Path, expected: Path, tolerance: float) -> None:
-    """The same weights, averages and metrics; and far from the weights they began with, or it would say little."""
+    """Check for the same weights, EMA weights and metrics, and that the weights moved far, for this to say much."""
     one, other = (open_checkpoint(run) for run in (expected, found))
     assert one.step == other.step == WHOLE
     began = open_checkpoint(expected / f"step-{HALF:08d}").tensors("raw")
@@ -224,9 +221,7 @@ def assert_same_run(found: Path, expected: Path, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_are_one_on_the_same_batches(
-    case: str, by_hand: Chain, together: Path, tmp_path: Path, call: Call
-) -> None:
+def test_two_ranks_equal_one_process(case: str, by_hand: Chain, together: Path, tmp_path: Path, call: Call) -> None:
     stage, changes = CASES[case]
     assert call(*command(by_hand, stage, tmp_path / case, changes)).code == 0
     assert_same_run(together / case, tmp_path / case, 1e-6)
@@ -235,17 +230,17 @@ def test_two_processes_are_one_on_the_same_batches(
         assert len(rates - {None}) > 2
 
 
-def test_a_run_goes_on_with_other_processes(by_hand: Chain, together: Path, tmp_path: Path, call: Call) -> None:
+def test_a_run_resumes_on_another_number_of_ranks(by_hand: Chain, together: Path, tmp_path: Path, call: Call) -> None:
     stage, changes = CASES["gumbel"]
-    assert call(*command(by_hand, stage, tmp_path / "calm", changes)).code == 0
+    assert call(*command(by_hand, stage, tmp_path / "undisturbed", changes)).code == 0
     done = call(*command(by_hand, stage, together / "two then one", changes))
     assert "resumes from step-00000004" in done.err
     for name in ("one then two", "two then one"):
-        assert_same_run(together / name, tmp_path / "calm", 1e-6)
+        assert_same_run(together / name, tmp_path / "undisturbed", 1e-6)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
-def test_a_process_that_ends_or_hangs_ends_the_other(
+def test_a_rank_that_ends_or_hangs_ends_the_other(
     how: signal.Signals, by_hand: Chain, tmp_path: Path, ended: list[subprocess.Popen[str]]
 ) -> None:
     out = tmp_path / "out"

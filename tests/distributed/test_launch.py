@@ -1,4 +1,4 @@
-"""Where a process stands, from what launchers say; and several processes started by the command itself."""
+"""Ranks read from the environment of launchers, and ranks that the command itself starts."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ SRUN = {
 
 
 @pytest.mark.parametrize("environment", [TORCHRUN, DEEPSPEED, SRUN], ids=["torchrun", "deepspeed", "srun"])
-def test_three_launchers_say_the_same(environment: dict[str, str]) -> None:
+def test_three_launchers_give_the_same_rank(environment: dict[str, str]) -> None:
     launch = read_launch(environment)
     assert launch == Launch(rank=5, size=8, local_rank=1, local_size=4, node=1)
     assert not launch.leads
-    # What torch is told leads to the same place.
+    # torch reads the same from the variables for the rendezvous.
     assert read_launch(launch.rendezvous) == launch or environment is not SRUN
 
 
-def test_srun_meets_at_the_first_machine() -> None:
+def test_srun_meets_on_the_first_machine() -> None:
     assert read_launch(SRUN).rendezvous["MASTER_ADDR"] == "gpu07"
     for hosts, first in [("a1", "a1"), ("a1,b2", "a1"), ("x[3,5-9]-ib,y", "x3-ib"), ("n[007-009]", "n007")]:
         assert read_launch({**SRUN, "SLURM_JOB_NODELIST": hosts}).rendezvous["MASTER_ADDR"] == first
@@ -57,7 +57,7 @@ def test_a_batch_script_and_a_single_task_are_alone() -> None:
     assert read_launch(script) == read_launch({**SRUN, "SLURM_STEP_ID": str(0xFFFFFFFB)}) == Launch()
     one = {**SRUN, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_STEP_NUM_TASKS": "1"}
     assert read_launch(one) == Launch()
-    # torchrun inside a task of srun is what counts.
+    # Inside a task of srun, torchrun's variables take precedence.
     assert read_launch({**SRUN, **TORCHRUN, "RANK": "6", "LOCAL_RANK": "2"}).rank == 6
 
 
@@ -76,42 +76,42 @@ def test_a_batch_script_and_a_single_task_are_alone() -> None:
         (SRUN, {"SLURM_JOB_NODELIST": "", "SLURM_LAUNCH_NODE_IPADDR": ""}, "set MASTER_ADDR"),
     ],
 )
-def test_what_contradicts_itself_is_refused(environment: dict[str, str], changes: dict[str, str], words: str) -> None:
+def test_contradictory_variables_are_refused(environment: dict[str, str], changes: dict[str, str], words: str) -> None:
     with pytest.raises(UserError) as caught:
         read_launch({**environment, **changes})
     assert words in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_the_same_command_without_its_number_of_processes() -> None:
+def test_the_command_of_a_rank_has_no_gpus_option() -> None:
     words = ["train-prior", "r.yaml", "--gpus", "2", "--set", "a=b", "--gpus=3"]
     assert _without_gpus(words) == ["train-prior", "r.yaml", "--set", "a=b"]
 
 
 @pytest.mark.parametrize("environment", [TORCHRUN, DEEPSPEED, SRUN], ids=["torchrun", "deepspeed", "srun"])
-def test_a_started_process_starts_no_others(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_under_a_launcher_is_refused(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="--gpus starts processes, but a launcher started this one: give up one"):
         starts_processes(2)
 
 
-def test_sruns_only_task_may_start_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sruns_only_task_may_start_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     alone = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_STEP_ID": "0"}
     for name, value in alone.items():
         monkeypatch.setenv(name, value)
     assert not has_launcher()
 
 
-# Processes started by the command itself: ``start_processes`` with a stand-in for dalle that imports nothing.
+# Ranks that the command starts itself, by ``start_processes`` with a stand-in for dalle that imports nothing
 
 PROGRAM = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from dalle_cli.distributed import spawn as local
-local.GRACE_SECONDS = 1.0
+from dalle_cli.distributed import spawn
+spawn.GRACE_SECONDS = 1.0
 try:
-    local.start_processes(3, sys.argv[2:])
+    spawn.start_processes(3, sys.argv[2:])
 except Exception as error:
     print(error, file=sys.stderr)
     sys.exit(2)
@@ -120,7 +120,7 @@ STAND_IN = """
 import os, pathlib, signal, sys, time
 rank, folder, what = os.environ["RANK"], pathlib.Path(sys.argv[1]), sys.argv[2]
 def leave(*_):
-    (folder / f"told-{rank}").touch()
+    (folder / f"signalled-{rank}").touch()
     sys.exit(75)
 if what == "leave":
     signal.signal(signal.SIGUSR1, leave)
@@ -134,7 +134,7 @@ if what != "end":
 
 @pytest.fixture
 def started(tmp_path: Path):  # type: ignore[no-untyped-def]
-    """Three processes that do what they are told, once all run; the launcher and the ids of the three."""
+    """A function that starts three ranks with a task and returns the launcher and their ids once all run."""
     package = tmp_path / "stand-in" / "dalle_cli"
     package.mkdir(parents=True)
     real = Path(__file__).resolve().parents[2] / "dalle_cli"
@@ -166,7 +166,7 @@ def started(tmp_path: Path):  # type: ignore[no-untyped-def]
 
 
 def gone(processes: list[int]) -> bool:
-    """Whether all have ended, within 20 seconds."""
+    """Return whether all have ended within 20 seconds."""
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         alive = []
@@ -183,7 +183,7 @@ def gone(processes: list[int]) -> bool:
     return False
 
 
-def test_all_end_well(started) -> None:  # type: ignore[no-untyped-def]
+def test_all_ranks_succeed(started) -> None:  # type: ignore[no-untyped-def]
     launcher, processes = started("end")
     _, error = launcher.communicate(timeout=60)
     assert launcher.returncode == 0
@@ -192,7 +192,7 @@ def test_all_end_well(started) -> None:  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.parametrize(("what", "how"), [("fail", "ended with exit code 4"), ("wait", "was ended by SIGKILL")])
-def test_one_that_fails_is_named_and_takes_the_others_along(started, what: str, how: str) -> None:  # type: ignore[no-untyped-def]
+def test_a_rank_that_fails_is_named_and_ends_the_others(started, what: str, how: str) -> None:  # type: ignore[no-untyped-def]
     launcher, processes = started(what)
     if what == "wait":
         os.kill(processes[1], signal.SIGKILL)
@@ -204,17 +204,17 @@ def test_one_that_fails_is_named_and_takes_the_others_along(started, what: str, 
     assert last.startswith(f"rank 1 of 3 {how}; ranks 0, 2 hung and were ended: ")
 
 
-def test_signals_and_exit_codes_are_passed_on(started, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_signals_are_forwarded_and_exit_codes_passed_on(started, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     launcher, processes = started("leave")
     launcher.send_signal(signal.SIGUSR1)
     launcher.communicate(timeout=60)
     assert launcher.returncode == 75
     assert gone(processes)
-    assert all((tmp_path / f"told-{rank}").exists() for rank in range(3))
+    assert all((tmp_path / f"signalled-{rank}").exists() for rank in range(3))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the system ends orphans on Linux only")
-def test_a_killed_launcher_leaves_none_behind(started) -> None:  # type: ignore[no-untyped-def]
+def test_a_killed_launcher_leaves_no_rank_behind(started) -> None:  # type: ignore[no-untyped-def]
     launcher, processes = started("wait")
     launcher.kill()
     assert gone(processes)

@@ -1,4 +1,4 @@
-"""A process that hangs ends the run within the time that is stated, by a line that names it, and is not left behind."""
+"""A rank that hangs ends the run with a line that names it, and is not left behind."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers import hanging
-from helpers.log_lines import lines
+from helpers.killed_runs import journal_lines
 from helpers.running import ENVIRONMENT, smallest_recipe, write_recipe
 from helpers.token_stores import write_tokens
 
@@ -22,12 +22,12 @@ from dalle_cli.errors import UserError
 
 SECONDS = 2
 CASES = {"1:SIGSTOP": 1, "0:SIGSTOP": 0, "2:SIGKILL": 2}
-"""Also process 0, where the others have met; and one that ends."""
+"""Signals and the ranks that get them, one of which is rank 0, where the store is; one kills the rank."""
 
 
 @pytest.fixture(scope="module")
-def said() -> list[dict[str, tuple[str, int, float]]]:
-    """Of each case what those that were not struck said."""
+def messages() -> list[dict[str, tuple[str, int]]]:
+    """The messages and exit codes of the other ranks in each case."""
     environment = {**ENVIRONMENT, "DALLE_TIMEOUT": str(SECONDS)}
     command = [sys.executable, hanging.__file__, *CASES]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
@@ -36,18 +36,17 @@ def said() -> list[dict[str, tuple[str, int, float]]]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_others_name_it(case: str, said: list[dict[str, tuple[str, int, float]]]) -> None:
-    which, found = CASES[case], said[list(CASES).index(case)]
+def test_the_other_ranks_name_it(case: str, messages: list[dict[str, tuple[str, int]]]) -> None:
+    which, found = CASES[case], messages[list(CASES).index(case)]
     assert set(found) == {str(rank) for rank in range(hanging.COUNT)} - {str(which)}
-    for rank, (told, code, _) in found.items():
+    for rank, (line, code) in found.items():
         assert code == 2
-        assert told.startswith(f"rank {rank} of {hanging.COUNT}: lost the other ranks (")
-        assert f"rank {which} does not answer: it ended or hangs; read the last messages" in told
-        assert "resumes from the last checkpoint" in told
+        assert line.startswith(f"rank {rank} of {hanging.COUNT}: lost the other ranks (")
+        assert f"rank {which} does not answer: it ended or hangs; read the last messages" in line
+        assert "resumes from the last checkpoint" in line
 
 
-def test_of_processes_that_this_command_started(tmp_path: Path) -> None:
-    """--gpus: the launcher names it and ends it."""
+def test_a_hung_rank_that_gpus_started_is_named_and_ended(tmp_path: Path) -> None:
     store = write_tokens(tmp_path / "tokens.zarr", 80, 48, 400, 4, 16)
     settings = smallest_recipe(tmp_path, None)
     settings["prior"]["training"] |= {"updates": 1_000_000, "save_every": 1_000_000, "log_every": 7}
@@ -65,7 +64,7 @@ def test_of_processes_that_this_command_started(tmp_path: Path) -> None:
     )
     try:
         deadline = time.monotonic() + 120
-        while not any(line["step"] >= 14 for line in lines(run)):
+        while not any(line["step"] >= 14 for line in journal_lines(run)):
             assert time.monotonic() < deadline
             assert launcher.poll() is None
             time.sleep(0.05)
@@ -88,9 +87,9 @@ def test_of_processes_that_this_command_started(tmp_path: Path) -> None:
         os.killpg(launcher.pid, 0)
 
 
-def test_the_times_that_are_stated(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timeouts_fit_together_and_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
     assert TIMEOUT.total_seconds() == 600
-    # Those that wait name it before a launcher that has seen the first one leave ends them.
+    # Ranks that wait report the hung one before the launcher, which has seen a rank leave, ends them.
     assert liveness.ANSWER_SECONDS < spawn.GRACE_SECONDS
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
@@ -102,14 +101,14 @@ def test_the_times_that_are_stated(monkeypatch: pytest.MonkeyPatch) -> None:
             pass
 
 
-def test_who_is_absent_is_found_by_halves() -> None:
+def test_absent_ranks_are_found_by_bisection() -> None:
     asked = []
 
-    def are_there(ranks: range) -> bool:
+    def all_present(ranks: range) -> bool:
         asked.append(ranks)
         return not {5, 900} & set(ranks)
 
-    assert liveness.find_absent(are_there, 0, 1024) == [5, 900]
+    assert liveness.find_absent(all_present, 0, 1024) == [5, 900]
     assert len(asked) < 50
     assert liveness.find_absent(lambda _: True, 0, 1024) == []
     assert liveness.describe_absent([5, 900]).startswith("ranks 5, 900 do not answer")

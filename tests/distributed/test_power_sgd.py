@@ -1,4 +1,4 @@
-"""PowerSGD between two machines of two processes, against the algorithm's words, PyTorch's hook and one process."""
+"""PowerSGD between two nodes of two ranks, against the published algorithm, PyTorch's hook and one process."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.four_processes import four_processes
 from helpers.two_nodes import (
     COLUMNS,
     LARGE,
-    PARTS,
+    NODE_SIZE,
     RANK,
     SETTINGS,
     SHARDS,
@@ -22,6 +21,7 @@ from helpers.two_nodes import (
     TRAINED,
     first_factors,
     gradients,
+    run_scenario,
 )
 from numpy.typing import NDArray
 from pydantic import ValidationError
@@ -43,25 +43,25 @@ from dalle_cli.prior.model import Prior
 from dalle_cli.prior.train import TokenBatch
 
 Arrays = dict[str, NDArray[np.float64]]
-MACHINES, OWN_RANK = 2, RANK // PARTS
+NODES, OWN_RANK = 2, RANK // NODE_SIZE
 LOW = ("wide", "ragged", "tall")
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return four_processes("numbers", tmp_path_factory.mktemp("numbers"))
+    return run_scenario("numbers", tmp_path_factory.mktemp("numbers"))
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return four_processes("trained", tmp_path_factory.mktemp("trained"))
+    return run_scenario("trained", tmp_path_factory.mktemp("trained"))
 
 
-# The numbers
+# Reducing
 
 
 def matrix(name: str, gradient: torch.Tensor) -> NDArray[np.float64]:
-    """A shard as the matrix that is compressed."""
+    """Return a shard as the matrix that is compressed."""
     columns = COLUMNS[name]
     rows = -(-gradient.numel() // columns)
     padded = np.zeros(rows * columns)
@@ -70,16 +70,16 @@ def matrix(name: str, gradient: torch.Tensor) -> NDArray[np.float64]:
 
 
 def naive(place: int, warm_start: bool, error_feedback: bool, start_update: int) -> list[Arrays]:
-    """Vogels et al. 2019, algorithms 1 and 2, for all machines at once: the update of each step."""
-    ranks = [place, place + PARTS]
+    """Return each step's result by algorithms 1 and 2 of Vogels et al. 2019, for all nodes at once."""
+    ranks = [place, place + NODE_SIZE]
     outputs: list[Arrays] = [{} for _ in range(STEPS)]
     for name in LOW:
         q = start = first_factors()[name].numpy().astype(float)
-        errors = [np.zeros(1)] * MACHINES
+        errors = [np.zeros(1)] * NODES
         for step in range(STEPS):
             deltas = [matrix(name, gradients(rank, step)[name]) for rank in ranks]
             if step < start_update:
-                outputs[step][name] = sum(deltas) / MACHINES
+                outputs[step][name] = sum(deltas) / NODES
                 continue
             deltas = [delta + error for delta, error in zip(deltas, errors, strict=True)]
             p = np.mean([delta @ q for delta in deltas], axis=0)
@@ -96,10 +96,10 @@ def naive(place: int, warm_start: bool, error_feedback: bool, start_update: int)
 
 
 @pytest.mark.parametrize("case", SETTINGS)
-def test_against_the_algorithm_in_words(case: str, found: list[dict[str, Any]]) -> None:
+def test_the_published_algorithm(case: str, found: list[dict[str, Any]]) -> None:
     settings = SETTINGS[case]
     for rank, own in enumerate(found):
-        wanted = naive(rank % PARTS, settings.warm_start, settings.error_feedback, settings.start_update)
+        wanted = naive(rank % NODE_SIZE, settings.warm_start, settings.error_feedback, settings.start_update)
         for step in range(STEPS):
             outputs = own[case]["outputs"][step]
             for name in LOW:
@@ -107,14 +107,14 @@ def test_against_the_algorithm_in_words(case: str, found: list[dict[str, Any]]) 
                 flat = wanted[step][name].flatten()[: outputs[name].numel()]
                 np.testing.assert_allclose(outputs[name].flatten().numpy(), flat, atol=2e-5)
             for name in ("gain", "small"):
-                mean = sum(gradients(r, step)[name] for r in (rank % PARTS, rank % PARTS + PARTS)) / MACHINES
+                mean = sum(gradients(r, step)[name] for r in (rank % NODE_SIZE, rank % NODE_SIZE + NODE_SIZE)) / NODES
                 torch.testing.assert_close(outputs[name], mean)
-    # The settings do make a difference: the hook has a warm start and error feedback from the first step.
+    # The settings matter: only "warm" has the hook's warm start and error feedback from the first step.
     as_hook = torch.allclose(found[0][case]["outputs"][-1]["wide"], found[0]["peer"][-1]["wide"], atol=1e-3)
     assert as_hook == (case == "warm")
 
 
-def test_against_pytorchs_hook(found: list[dict[str, Any]]) -> None:
+def test_pytorchs_hook(found: list[dict[str, Any]]) -> None:
     for own in found:
         for outputs, peers in zip(own["warm"]["outputs"], own["peer"], strict=True):
             for name, peer in peers.items():
@@ -122,27 +122,29 @@ def test_against_pytorchs_hook(found: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("case", ["warm", "fixed", "late"])
-def test_what_was_sent_and_what_was_not_are_the_gradients(case: str, found: list[dict[str, Any]]) -> None:
-    for place in range(PARTS):
-        ranks = [place, place + PARTS]
+def test_results_and_error_buffers_add_up_to_the_gradients(case: str, found: list[dict[str, Any]]) -> None:
+    for place in range(NODE_SIZE):
+        ranks = [place, place + NODE_SIZE]
         for name in LOW:
-            total = sum(matrix(name, gradients(rank, step)[name]) for rank in ranks for step in range(STEPS)) / MACHINES
-            # A padded row's rest is sent too, and thrown away: the error of the padding is what was.
+            total = sum(matrix(name, gradients(rank, step)[name]) for rank in ranks for step in range(STEPS)) / NODES
+            # The padding of a last row is sent too and dropped, so it is left out here.
             sent = sum(matrix(name, outputs[name]) for outputs in found[place][case]["outputs"])
-            left = sum(found[rank][case]["state"][f"error.{name}"].double().numpy() for rank in ranks) / MACHINES
+            left = sum(found[rank][case]["state"][f"error.{name}"].double().numpy() for rank in ranks) / NODES
             kept = slice(SHARDS[name][0][0] if len(SHARDS[name][0]) == 1 else None)
             np.testing.assert_allclose((sent + left).flatten()[kept], total.flatten()[kept], atol=5e-5)
             assert np.abs(left).max() > 0.1
 
 
-def test_machines_come_to_the_same_bytes(found: list[dict[str, Any]]) -> None:
-    for place in range(PARTS):
+def test_nodes_get_the_same_bytes(found: list[dict[str, Any]]) -> None:
+    for place in range(NODE_SIZE):
         for case in SETTINGS:
-            for one, other in zip(found[place][case]["outputs"], found[place + PARTS][case]["outputs"], strict=True):
+            for one, other in zip(
+                found[place][case]["outputs"], found[place + NODE_SIZE][case]["outputs"], strict=True
+            ):
                 assert all(torch.equal(one[name], other[name]) for name in SHARDS)
 
 
-def test_bytes_are_counted_as_the_formula_says(found: list[dict[str, Any]]) -> None:
+def test_bytes_sent_follow_the_formula(found: list[dict[str, Any]]) -> None:
     shapes = {name: (-(-int(np.prod(SHARDS[name][0])) // n), n) for name, n in COLUMNS.items()}
     low = 4 * (sum(OWN_RANK * sum(shapes[name]) for name in LOW) + 5 + 12)
     whole = 4 * sum(int(np.prod(shape)) for shape, _ in SHARDS.values())
@@ -154,7 +156,7 @@ def test_bytes_are_counted_as_the_formula_says(found: list[dict[str, Any]]) -> N
     assert compression_rate(shapes.values(), OWN_RANK) == pytest.approx(saved)
 
 
-def test_a_saved_state_goes_on_bit_for_bit(found: list[dict[str, Any]]) -> None:
+def test_a_loaded_state_continues_bit_for_bit(found: list[dict[str, Any]]) -> None:
     for own in found:
         for one, other in zip(own["warm"]["outputs"], own["resumed"]["outputs"], strict=True):
             assert all(torch.equal(one[name], other[name]) for name in SHARDS)
@@ -166,16 +168,16 @@ def test_a_saved_state_goes_on_bit_for_bit(found: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["not finite", "halves"], ids=["32 bit", "16 bit"])
-def test_a_nan_is_seen_by_all(found: list[dict[str, Any]], kind: str) -> None:
+def test_a_nan_reaches_all_ranks(found: list[dict[str, Any]], kind: str) -> None:
     for own in found:
         case = own[kind]
         assert all(case["broken"][name].isnan().all() for name in LOW)
         assert all(case["broken"][name].isfinite().all() for name in ("gain", "small"))
-        # What was not sent is forgotten, factors stay.
+        # Error buffers are cleared, factors stay.
         assert set(case["after"]) == {f"factor.{name}" for name in LOW}
 
 
-def test_a_nan_poisons_nothing(found: list[dict[str, Any]]) -> None:
+def test_a_nan_leaves_nothing_behind(found: list[dict[str, Any]]) -> None:
     for own in found:
         case = own["not finite"]
         assert all(torch.equal(value, case["before"][key]) for key, value in case["after"].items())
@@ -186,8 +188,8 @@ def test_a_nan_poisons_nothing(found: list[dict[str, Any]]) -> None:
         assert not [key for key in case["none"] if key.startswith("error.")]
 
 
-def test_16_bit_gradients_are_added_up_in_32(found: list[dict[str, Any]]) -> None:
-    """Whole ones come to what they do in 32 bit; factors' numbers are rounded twice, by 2^-10 of each at most."""
+def test_16_bit_gradients_are_summed_in_32_bit(found: list[dict[str, Any]]) -> None:
+    """Uncompressed gradients equal those in 32 bit; factors are rounded twice, each time by at most 2^-10."""
     for own in found:
         case = own["halves"]
         for name in SHARDS:
@@ -198,19 +200,19 @@ def test_16_bit_gradients_are_added_up_in_32(found: list[dict[str, Any]]) -> Non
                 continue
             off = (output.float() - exact).norm() / exact.norm()
             assert 2**-13 < (exact.bfloat16() - exact).norm() / exact.norm() < off < 2**-7
-        # What is in 32 bit beside them is sent in 32.
+        # 32-bit gradients beside them are sent in 32 bit.
         assert torch.equal(case["mixed"]["tall"], case["exact"]["tall"])
         assert all(torch.equal(case["mixed"][name], case["outputs"][name]) for name in SHARDS if name != "tall")
 
 
-def test_factors_of_16_bit_gradients_are_half_the_bytes(found: list[dict[str, Any]]) -> None:
+def test_factors_of_16_bit_gradients_take_half_the_bytes(found: list[dict[str, Any]]) -> None:
     whole = 4 * (5 + 12)
     for own in found:
         assert own["halves"]["bytes"] - whole == (own["warm"]["bytes"][0] - whole) / 2
 
 
-def test_small_gradients_in_16_bit_go_as_large_ones_do(found: list[dict[str, Any]]) -> None:
-    """Their squares, 2^-80, would be zero in 1-6-9."""
+def test_small_16_bit_gradients_are_as_exact_as_large_ones(found: list[dict[str, Any]]) -> None:
+    """The squares of these gradients, 2^-80, would be zero in 1-6-9."""
     for own in found:
         for step, outputs in enumerate(own["small"]):
             for name in LOW:
@@ -219,8 +221,8 @@ def test_small_gradients_in_16_bit_go_as_large_ones_do(found: list[dict[str, Any
                 assert off < 0.02
 
 
-def test_what_16_bit_do_not_hold_is_sent_later(found: list[dict[str, Any]]) -> None:
-    """Its largest number is 16 - 2^-6: of a factor of 40 that is sent twice, and then the rest."""
+def test_what_overflows_16_bit_is_sent_later(found: list[dict[str, Any]]) -> None:
+    """1-6-9 ends at 16 - 2^-6. A factor of 40 sends that twice and then the rest."""
     for own in found:
         sizes = [output[:, 3].float().norm() for output in own["large"]]
         assert sizes == pytest.approx([16, 16, LARGE - 32, 0], abs=0.2)
@@ -230,10 +232,10 @@ def test_what_16_bit_do_not_hold_is_sent_later(found: list[dict[str, Any]]) -> N
         torch.testing.assert_close(total, wanted, atol=0.1, rtol=0)
 
 
-def test_of_16_bit_gradients_16_bit_are_kept(found: list[dict[str, Any]]) -> None:
-    """What was sent and what was not are the gradients, but for the rounding of both."""
-    for place in range(PARTS):
-        ranks = [place, place + PARTS]
+def test_16_bit_results_and_error_buffers_add_up_to_the_gradients(found: list[dict[str, Any]]) -> None:
+    """They do so up to the rounding of both."""
+    for place in range(NODE_SIZE):
+        ranks = [place, place + NODE_SIZE]
         scales = found[place]["16 bit"]["scales"]
         for name in LOW:
             scale = scales.get(name, 1.0)
@@ -244,11 +246,11 @@ def test_of_16_bit_gradients_16_bit_are_kept(found: list[dict[str, Any]]) -> Non
             outputs = [out[name].float() / scale for out in found[place]["16 bit"]["outputs"]]
             sent = sum(matrix(name, output) for output in outputs)
             left = sum(MEAN.decode(found[r]["16 bit"]["state"][f"error.{name}"]).double().numpy() for r in ranks)
-            total = np.sum(given, axis=(0, 1)) / MACHINES
+            total = np.sum(given, axis=(0, 1)) / NODES
             kept = slice(SHARDS[name][0][0] if len(SHARDS[name][0]) == 1 else None)
-            # A number in bfloat16 is within 2^-9 of what it stands for, and an error that is rounded at random too.
+            # Rounding to bfloat16 and stochastic rounding of an error both change a number by at most 2^-9.
             room = STEPS * 2**-9 * (max(float(o.abs().max()) for o in outputs) + 2 * np.abs(left).max())
-            np.testing.assert_allclose((sent + left / MACHINES).flatten()[kept], total.flatten()[kept], atol=room)
+            np.testing.assert_allclose((sent + left / NODES).flatten()[kept], total.flatten()[kept], atol=room)
             assert np.abs(left).max() > 5 * room
     for own in found:
         state = own["16 bit"]["state"]
@@ -256,42 +258,42 @@ def test_of_16_bit_gradients_16_bit_are_kept(found: list[dict[str, Any]]) -> Non
         assert all(value.dtype == torch.uint16 for value in state.values())
 
 
-def test_a_state_in_16_bit_goes_on_bit_for_bit(found: list[dict[str, Any]]) -> None:
-    for own, other in zip(found, found[PARTS:] + found[:PARTS], strict=True):
+def test_a_loaded_16_bit_state_continues_bit_for_bit(found: list[dict[str, Any]]) -> None:
+    for own, other in zip(found, found[NODE_SIZE:] + found[:NODE_SIZE], strict=True):
         for one, two, theirs in zip(
             *(own["16 bit"][key] for key in ("outputs", "undisturbed")), other["16 bit"]["outputs"], strict=True
         ):
             assert all(torch.equal(one[name], two[name]) and torch.equal(one[name], theirs[name]) for name in SHARDS)
 
 
-def test_a_matrix_at_a_time_comes_to_the_same(found: list[dict[str, Any]]) -> None:
+def test_one_matrix_at_a_time_gives_the_same(found: list[dict[str, Any]]) -> None:
     for own in found:
         case = own["one by one"]
         for one, other in zip(own["warm"]["outputs"], case["outputs"], strict=True):
             assert all(torch.equal(one[name], other[name]) for name in SHARDS)
         assert all(torch.equal(value, case["state"][key]) for key, value in own["warm"]["state"].items())
         assert case["bytes"] == sum(own["warm"]["bytes"])
-        # What is not finite is alone in it.
+        # The non-finite matrix affects no other.
         assert case["broken"]["wide"].isnan().all()
         assert "error.wide" not in case["after"]
         assert case["broken"]["tall"].isfinite().all()
         assert "error.tall" in case["after"]
 
 
-def test_first_factors_are_of_seed_and_name(found: list[dict[str, Any]]) -> None:
+def test_initial_factors_depend_on_seed_and_name(found: list[dict[str, Any]]) -> None:
     first, *others = [own["drawn"] for own in (found[0], found[2])]
     assert all(torch.equal(first[key], other[key]) for other in others for key in first)
     values = list(first.values())
     assert not any(torch.allclose(values[i], values[j]) for i in range(4) for j in range(i))
 
 
-def test_one_machine_sends_nothing(found: list[dict[str, Any]]) -> None:
+def test_one_node_sends_nothing(found: list[dict[str, Any]]) -> None:
     for rank, own in enumerate(found):
         assert own["alone"]["bytes"] == 0
         assert all(torch.equal(own["alone"]["outputs"][name], g) for name, g in gradients(rank, 0).items())
 
 
-def test_a_state_of_something_else_is_refused(found: list[dict[str, Any]]) -> None:
+def test_a_state_of_other_parameters_is_refused(found: list[dict[str, Any]]) -> None:
     for own in found:
         other, kind, size = own["refused"]
         assert other.startswith("'error.other' is no part of")
@@ -310,7 +312,7 @@ def test_settings_are_checked(wrong: dict[str, float]) -> None:
 
 
 def one_process(study: Study) -> tuple[list[float], Prior]:
-    """The same updates by PyTorch's own means, on whole batches."""
+    """Make the same updates with PyTorch's optimizer on whole batches; return the losses and the prior."""
     prior, adam = study.prior(), PriorSettings().adam
     decayed = prior.decayed_parameters()
     rest = [p for name, p in prior.named_parameters() if name not in decayed]
@@ -338,7 +340,7 @@ def one_process(study: Study) -> tuple[list[float], Prior]:
     return losses, prior
 
 
-def test_whole_gradients_are_one_process_on_the_global_batch(trained: list[dict[str, Any]]) -> None:
+def test_uncompressed_training_equals_one_process(trained: list[dict[str, Any]]) -> None:
     losses, _ = one_process(TINY)
     assert len(losses) == 20
     assert losses[-1] < 0.85 * losses[0]
@@ -346,23 +348,23 @@ def test_whole_gradients_are_one_process_on_the_global_batch(trained: list[dict[
         np.testing.assert_allclose(own["whole"]["losses"], losses, atol=1e-5, rtol=0)
 
 
-def test_full_rank_is_no_compression(trained: list[dict[str, Any]]) -> None:
+def test_full_rank_loses_nothing(trained: list[dict[str, Any]]) -> None:
     for own in trained:
         np.testing.assert_allclose(own["full rank"]["losses"], own["whole"]["losses"], atol=1e-5, rtol=0)
-        assert own["full rank"]["bytes"] > own["whole"]["bytes"]  # it did go through factors
+        assert own["full rank"]["bytes"] > own["whole"]["bytes"]  # so the gradients did go through factors
 
 
-def test_low_rank_trains_and_begins_when_told(trained: list[dict[str, Any]]) -> None:
+def test_low_rank_trains_and_starts_when_set(trained: list[dict[str, Any]]) -> None:
     for own in trained:
         whole, low, late = (own[name]["losses"] for name in ("whole", "low rank", "whole, then low"))
         assert low[-1] < 0.85 * low[0]
         assert max(abs(a - b) for a, b in zip(whole, low, strict=True)) > 1e-4
-        # The losses stand before their updates: the first compressed one shows in the next.
+        # A loss is computed before its update, so the first compressed update shows in the next loss.
         assert late[:6] == whole[:6]
         assert late[6] != whole[6]
 
 
-def test_in_16_bit_it_trains_as_in_32(trained: list[dict[str, Any]]) -> None:
+def test_16_bit_trains_as_32_bit_does(trained: list[dict[str, Any]]) -> None:
     for own in trained:
         low, half = own["low rank"], own["16 bit"]
         assert half["losses"] != low["losses"]
@@ -370,12 +372,12 @@ def test_in_16_bit_it_trains_as_in_32(trained: list[dict[str, Any]]) -> None:
         assert half["held_out"] == pytest.approx(low["held_out"], rel=0.02)
 
 
-def test_bytes_of_training_are_those_of_the_shards(trained: list[dict[str, Any]]) -> None:
+def test_bytes_of_training_follow_from_the_shards(trained: list[dict[str, Any]]) -> None:
     prior = TINY.prior()
     decayed = prior.decayed_parameters()
-    rest = sum(-(-p.numel() // PARTS) for name, p in prior.named_parameters() if name not in decayed)
-    shapes = [shard_shape((p.shape[0], p.shape[1]), PARTS) for p in decayed.values()]
-    rank = shard_rank(TRAINED["low rank"].rank, PARTS)
+    rest = sum(-(-p.numel() // NODE_SIZE) for name, p in prior.named_parameters() if name not in decayed)
+    shapes = [shard_shape((p.shape[0], p.shape[1]), NODE_SIZE) for p in decayed.values()]
+    rank = shard_rank(TRAINED["low rank"].rank, NODE_SIZE)
     in_32_bit = 4 * (rest + sum(numbers_sent(shape, rank) for shape in shapes))
     low = sum(numbers_sent(shape, rank) for shape in shapes if is_compressed(shape, rank))
     assert {own["whole"]["bytes"] for own in trained} == {4 * (rest + sum(rows * n for rows, n in shapes))}
@@ -386,9 +388,9 @@ def test_bytes_of_training_are_those_of_the_shards(trained: list[dict[str, Any]]
 
 @pytest.mark.slow
 def test_low_rank_comes_within_two_percent(tmp_path: Path) -> None:
-    for own in four_processes("converged", tmp_path, timeout=1800):
+    for own in run_scenario("converged", tmp_path, timeout=1800):
         whole = np.mean(own["0"]["losses"][-50:])
-        # A rank of 4 is 2 a shard: it trains, but not as well (1.07 against 1.02 at the end of this run).
+        # Rank 4 is 2 per shard, which trains less well (1.07 against 1.02 at the end of this run).
         for rank, room in (("4", 1.1), ("16", 1.02)):
             assert np.mean(own[rank]["losses"][-50:]) < room * whole
             assert own[rank]["held_out"] < room * own["0"]["held_out"]
@@ -405,18 +407,18 @@ def test_low_rank_comes_within_two_percent(tmp_path: Path) -> None:
 def test_the_papers_table(d_model: int, rank: int, percent: int) -> None:
     assert round(100 * paper_compression_rate(d_model, rank)) == percent
     assert paper_compression_rate(d_model, rank) == pytest.approx(1 - 5 * rank / (8 * d_model))
-    # Its appendix E.1: each matrix cut in eight along the longer side, each shard with an eighth of the rank.
+    # Appendix E.1: each matrix is cut in eight along its longer side, and each shard has an eighth of the rank.
     cut = d_model // 8
     shards = [(d_model, cut)] * 4 + [(d_model, 4 * cut), (4 * cut, d_model)]
     assert compression_rate(shards, shard_rank(rank, 8)) == pytest.approx(paper_compression_rate(d_model, rank))
-    # This project's matrices, by rows.
+    # This project's matrices are cut by rows.
     d = d_model
     ours = [shard_shape(shape, 8) for shape in ((3 * d, d), (d, d), (4 * d, d), (d, 4 * d))]
     assert ours == [(3 * cut, d), (cut, d), (4 * cut, d), (cut, 4 * d)]
     assert compression_rate(ours, shard_rank(rank, 8)) == pytest.approx(1 - 65 * rank / (96 * d_model))
 
 
-def test_past_break_even_a_matrix_goes_whole() -> None:
+def test_past_break_even_a_matrix_is_sent_whole() -> None:
     assert is_compressed((20, 20), 9)
     assert not is_compressed((20, 20), 10)
     assert numbers_sent((20, 20), 9) == 360
@@ -431,7 +433,7 @@ def test_past_break_even_a_matrix_goes_whole() -> None:
     assert shard_rank(9, 4) == 3
 
 
-def test_few_matrices_are_compressed_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_matrices_are_compressed_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dalle_cli.distributed.compression.BATCH_NUMBERS", 20)
     shapes = [(3, 4), (2, 4), (1, 1), (7, 7), (1, 2), (3, 6)]
     assert [shapes[places] for places in compression_batches(shapes)] == [

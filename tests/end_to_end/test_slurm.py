@@ -1,4 +1,4 @@
-"""The batch files name what there is; on a Slurm of the test's own, jobs are ended, queued again and go on."""
+"""Slurm batch files name existing commands and options; on a test cluster, jobs are stopped, requeued and resumed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.killed_runs import TIMED, files
+from helpers.killed_runs import files, journal_lines
 from helpers.running import smallest_recipe, write_recipe
 from helpers.slurm_cluster import ROOT, Cluster, missing
 from helpers.tiny_chain import HELD_OUT, SEEN, build_chain
@@ -39,13 +39,13 @@ def options_of(command: str) -> set[str]:
 
 
 def command_of(file: Path) -> list[str]:
-    """The words of the one ``dalle`` command that a batch file runs, its name first."""
+    """Return the words of the one ``dalle`` command that a batch file runs, its name first."""
     (found,) = RUNS.finditer(file.read_text())
     return shlex.split(found["rest"])
 
 
 def examples(text: str) -> Iterator[tuple[str, list[str]]]:
-    """(batch file, what stands behind it) of every call in a comment or in README.md."""
+    """Yield the batch file and the arguments of every call of sbatch in ``text``."""
     for line in re.sub(r"\\\n#? *", "", text).splitlines():
         for name, rest in re.findall(r"sbatch.*scripts/slurm/([a-z-]+\.sh)([^)`]*)", line):
             yield name, rest.split()
@@ -60,7 +60,7 @@ def test_a_batch_file_is_bash(file: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_every_stage_has_a_file_that_names_what_there_is() -> None:
+def test_every_stage_has_a_file_with_existing_options() -> None:
     jobs = {file.stem: file for file in FILES if file.name != "job.sh"}
     assert set(jobs) == STAGES
     for stage, file in jobs.items():
@@ -73,7 +73,7 @@ def test_every_stage_has_a_file_that_names_what_there_is() -> None:
         assert f"`{file.name}`" in (FOLDER / "README.md").read_text()
 
 
-def test_examples_name_what_there_is() -> None:
+def test_examples_name_existing_files_and_options() -> None:
     seen = set()
     for text in [(FOLDER / "README.md").read_text(), *(file.read_text() for file in FILES)]:
         for name, words in examples(text):
@@ -109,47 +109,42 @@ def wait_for(step: int, run: Path, slurm: Cluster) -> None:
         time.sleep(0.05)
 
 
-def journal(run: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMED} for line in lines]
-
-
 @pytest.mark.slow
-def test_a_job_that_is_signalled_and_preempted_ends_as_one_left_in_peace(slurm: Cluster, tmp_path: Path) -> None:
-    """Two processes on two nodes: first Slurm's notice of the time limit, then a job that takes their place."""
-    updates, calm, struck = 600, tmp_path / "calm", tmp_path / "struck"
+def test_a_signalled_and_preempted_job_ends_with_the_same_bytes(slurm: Cluster, tmp_path: Path) -> None:
+    """Two ranks on two nodes get Slurm's notice of the time limit, and are then preempted by another job."""
+    updates, undisturbed, disturbed = 600, tmp_path / "undisturbed", tmp_path / "disturbed"
     store = write_tokens(tmp_path / "tokens.zarr", 80, 48, 400, 4, 16)
     settings = smallest_recipe(tmp_path, None)
-    # No checkpoint is due before the end: what is gone on from was saved for the signal.
+    # No checkpoint is due before the end, so each one to resume from was saved because of a signal.
     settings["prior"]["training"] |= {"updates": updates, "save_every": 10**6, "log_every": 10, "validate_every": 100}
     recipe = write_recipe(tmp_path, settings)
 
     def job(out: Path) -> str:
         return slurm.submit(*TWO_NODES, "train-prior.sh", recipe, "--tokens", store, "--out", out)
 
-    (left_alone,) = slurm.finish(job(calm))
+    (left_alone,) = slurm.finish(job(undisturbed))
     assert (left_alone["JobState"], left_alone["Restarts"]) == ("COMPLETED", "0"), slurm.said()
 
-    number = job(struck)
-    wait_for(60, struck, slurm)
+    number = job(disturbed)
+    wait_for(60, disturbed, slurm)
     slurm.ask("scancel", "--batch", "--signal=USR1", number)
-    wait_for(max(steps(struck)) + 60, struck, slurm)
-    first = open_checkpoint(struck).step
+    wait_for(max(steps(disturbed)) + 60, disturbed, slurm)
+    first = open_checkpoint(disturbed).step
     urgent = slurm.submit("--partition=high", *TWO_NODES, "--exclusive", "--wrap=sleep 1")
     facts = slurm.finish(urgent, number)
     said = slurm.said()
     assert [each["JobState"] for each in facts] == ["COMPLETED", "COMPLETED"], said
     assert facts[1]["Restarts"] == "2"
-    stood = [int(step) for step in re.findall(r"struck/step-(\d+) of \d+ updates; exit code 75", said)]
-    assert len(stood) == 2
-    assert 60 <= stood[0] == first < stood[1] < updates
+    saved = [int(step) for step in re.findall(r"disturbed/step-(\d+) of \d+ updates; exit code 75", said)]
+    assert len(saved) == 2
+    assert 60 <= saved[0] == first < saved[1] < updates
     assert said.count("resumes from step-") == 2
     assert said.count("queued again to go on") == 2
 
     last = f"step-{updates:08d}"
-    assert files(struck / last) == files(calm / last)
-    assert journal(struck) == journal(calm)
-    losses = [[line["loss"] for line in journal(run) if "loss" in line] for run in (calm, struck)]
+    assert files(disturbed / last) == files(undisturbed / last)
+    assert journal_lines(disturbed) == journal_lines(undisturbed)
+    losses = [[line["loss"] for line in journal_lines(run) if "loss" in line] for run in (undisturbed, disturbed)]
     assert losses[0][-1] == losses[1][-1] < losses[0][0] - 0.1
 
 
@@ -190,7 +185,7 @@ def test_arrays_feed_merge_and_rerank(slurm: Cluster, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_mistake_is_not_tried_again(slurm: Cluster, tmp_path: Path) -> None:
+def test_a_job_with_a_mistake_is_not_requeued(slurm: Cluster, tmp_path: Path) -> None:
     (facts,) = slurm.finish(slurm.submit("train-clip.sh", tmp_path / "none.yaml"))
     assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "2:0", "0")
     assert f"dalle: {tmp_path}/none.yaml: no such recipe" in slurm.said()

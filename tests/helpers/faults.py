@@ -1,6 +1,6 @@
-"""Captioned pictures as the world has them: WebDataset shards in which some samples are faulty in one of 13 ways.
+"""WebDataset shards in which some samples are faulty in one of 13 ways.
 
-What becomes of each fault is stated here, from the design's words, and not asked of the code that handles them.
+What a fault does to its sample is stated here independently of the code that handles it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BOMB_SIDE = 30_000
 
 @dataclass(frozen=True)
 class Fault:
-    """What a kind of fault does to a sample: does its picture, its caption survive?"""
+    """The effect of a kind of fault: whether the sample's picture or caption is skipped."""
 
     picture_skipped: bool = False
     caption_skipped: bool = False
@@ -37,7 +37,7 @@ FAULTS = {
     "animated GIF": Fault(),
     "animated WebP": Fault(),
     "EXIF-rotated": Fault(),
-    "one pixel": Fault(picture_skipped=True),  # by the filter of the least side
+    "one pixel": Fault(picture_skipped=True),  # by the filter min_side
     "bomb": Fault(picture_skipped=True),
     "caption not UTF-8": Fault(caption_skipped=True),
     "no caption": Fault(caption_skipped=True),
@@ -60,7 +60,7 @@ def _chunk(name: bytes, data: bytes) -> bytes:
 
 
 def bomb() -> bytes:
-    """A whole PNG of 30,000 x 30,000 black pixels, some 100 KB long."""
+    """Return a valid PNG of 30,000 x 30,000 black pixels, of about 100 KB."""
     packer, row = zlib.compressobj(9), bytes(1 + (BOMB_SIDE + 7) // 8)
     pixels = b"".join(packer.compress(row * 100) for _ in range(BOMB_SIDE // 100)) + packer.flush()
     header = struct.pack(">IIBBBBB", BOMB_SIDE, BOMB_SIDE, 1, 0, 0, 0, 0)
@@ -68,7 +68,7 @@ def bomb() -> bytes:
 
 
 def _faulty(kind: str, image: Image.Image, bomb_file: bytes, text: bytes) -> tuple[str, bytes, bytes | None]:
-    """(extension, picture's bytes, caption's bytes) of a sample with this fault."""
+    """Return a sample with this fault: the extension, the picture's bytes and the caption's bytes."""
     jpeg = _file(image, "JPEG", quality=90)
     rgb = np.asarray(image)
     if kind == "truncated JPEG":
@@ -105,9 +105,9 @@ def _faulty(kind: str, image: Image.Image, bomb_file: bytes, text: bytes) -> tup
 def write_faulty_shards(
     folder: Path, samples: int, share: float, seed: int = 0, per_shard: int = 5000
 ) -> dict[str, str]:
-    """Write ``samples`` samples into FOLDER/part-00000.tar ...; returns the fault of each faulty key.
+    """Write ``samples`` samples to FOLDER/part-00000.tar and so on; return the fault of each faulty key.
 
-    Faults come by turns, so that each kind has its share. Pictures come from a pool of 64, captions differ.
+    The kinds of faults take turns. Pictures come from a pool of 64, and all captions differ.
     """
     rng = np.random.default_rng(seed)
     pool = [_picture(rng) for _ in range(64)]

@@ -1,6 +1,6 @@
-"""Three gloo processes of which one is struck, for test_hang.py: python hanging.py RANK:SIGNAL ...
+"""Runs three gloo ranks of which one gets a signal, for test_liveness.py: python hanging.py RANK:SIGNAL ...
 
-Prints of each case what each process that was not struck said and its exit code, as JSON.
+Prints as JSON, for each case, the last message and the exit code of each of the other ranks.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import os
 import signal
 import socket
 import sys
-import time
 from multiprocessing.connection import Connection
 
 import torch
@@ -22,23 +21,23 @@ from dalle_cli.errors import UserError
 COUNT = 3
 
 
-def work(rank: int, port: int, told: Connection) -> None:
-    """Sum for ever, until the others are lost."""
-    place = {"RANK": rank, "WORLD_SIZE": COUNT, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": COUNT, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
+def work(rank: int, port: int, pipe: Connection) -> None:
+    """Sum until the other ranks are lost."""
+    variables = {"RANK": rank, "WORLD_SIZE": COUNT, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": COUNT, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in variables.items()}, MASTER_ADDR="127.0.0.1")
     try:
         with join_group() as group:
             for i in range(10**9):
                 group.sum(torch.ones(()))
                 if i == 10:
-                    told.send("at work")
+                    pipe.send("at work")
     except UserError as error:
-        told.send(str(error))
+        pipe.send(str(error))
         sys.exit(2)
 
 
-def strike(which: int, how: int) -> dict[int, tuple[str, int | None, float]]:
-    """What the others say, their exit codes, and after how many seconds."""
+def signal_one(which: int, how: int) -> dict[int, tuple[str, int | None]]:
+    """Send rank ``which`` a signal and return the others' messages and exit codes."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
@@ -47,28 +46,27 @@ def strike(which: int, how: int) -> dict[int, tuple[str, int | None, float]]:
     processes = [context.Process(target=work, args=(rank, port, pipes[rank][1])) for rank in range(COUNT)]
     for process in processes:
         process.start()
-    said = {}
+    messages = {}
     try:
         for ours, _ in pipes:
             assert ours.poll(60)
             assert ours.recv() == "at work"
         os.kill(processes[which].pid or 0, how)
-        began = time.monotonic()
         for rank in set(range(COUNT)) - {which}:
             line = pipes[rank][0].recv() if pipes[rank][0].poll(120) else "nothing"
             processes[rank].join(30)
-            said[rank] = line, processes[rank].exitcode, time.monotonic() - began
+            messages[rank] = line, processes[rank].exitcode
     finally:
         for process in processes:
             process.kill()
             process.join()
-    return said
+    return messages
 
 
 def main() -> None:
     torch.set_num_threads(1)
     cases = [word.partition(":") for word in sys.argv[1:]]
-    print(json.dumps([strike(int(which), signal.Signals[how]) for which, _, how in cases]))
+    print(json.dumps([signal_one(int(which), signal.Signals[how]) for which, _, how in cases]))
 
 
 if __name__ == "__main__":

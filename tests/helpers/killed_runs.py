@@ -1,25 +1,27 @@
-"""Commands that are killed at a chosen moment, and the files that they leave."""
+"""Commands that are killed at a chosen moment, and the files and journals that they leave."""
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from dalle_cli.training.throughput import THROUGHPUT_KEYS
 from helpers.running import DALLE, ENVIRONMENT
 
 TIMED = frozenset({"seconds", *THROUGHPUT_KEYS})
-"""What differs in the journal between two runs of the same recipe."""
+"""Values in the journal that differ between two runs of the same recipe."""
 
 
 SHARD = 64
 
 
-# Whole shards are 4096 rows; with small ones a small store has many, in the same code.
+# A shard has 4096 rows. Smaller ones give a small store many, by the same code.
 SMALL_SHARDS = (
     "from dalle_cli.stores import tokens; "
     f"tokens.ROWS_PER_SHARD = tokens.ROWS_PER_CHUNK = {SHARD}; "
@@ -32,14 +34,14 @@ Command = Sequence[object]
 
 
 def finish(command: Command, program: Sequence[str] = (DALLE,)) -> str:
-    """Run ``command`` to its end; its stdout."""
+    """Run ``command`` to its end and return its stdout."""
     done = subprocess.run([*program, *map(str, command)], env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def kill(command: Command, ready: Callable[[], bool], delay: float, program: Sequence[str] = (DALLE,)) -> bool:
-    """Run ``command`` and kill it ``delay`` seconds after ``ready``; False if it ended before."""
+    """Run ``command`` and kill it ``delay`` seconds after ``ready``; return False if it ended before."""
     process = subprocess.Popen(
         [*program, *map(str, command)], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -53,6 +55,13 @@ def kill(command: Command, ready: Callable[[], bool], delay: float, program: Seq
 
 
 def files(folder: Path, *without: str) -> dict[str, str]:
-    """sha256 of every file below ``folder``."""
+    """Return the sha256 of every file below ``folder``."""
     found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     return {name: sha256(path.read_bytes()).hexdigest() for name, path in found.items() if name not in without}
+
+
+def journal_lines(run: Path) -> list[dict[str, Any]]:
+    """Return the lines of the run's journal without TIMED; none if there is no journal yet."""
+    file = run / "metrics.jsonl"
+    found = file.read_text().splitlines() if file.is_file() else []
+    return [{key: value for key, value in json.loads(line).items() if key not in TIMED} for line in found]

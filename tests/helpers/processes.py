@@ -1,4 +1,4 @@
-"""Several processes of one command, started as a launcher starts them."""
+"""Several ranks of one command, started with a launcher's environment."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 
 from helpers.running import ENVIRONMENT, Chain
 
-# A process that runs several commands one after another, each in a group of its own: importing torch takes longest.
+# Runs several commands one after another in one process, each in a new group, because importing torch takes longest.
 PROGRAM = """
 import json, os, sys
 from datetime import timedelta
 from dalle_cli.app import main
-from dalle_cli.distributed import group as parallel
-parallel.TIMEOUT = timedelta(seconds=float(sys.argv[1]))
+from dalle_cli.distributed import group
+group.TIMEOUT = timedelta(seconds=float(sys.argv[1]))
 for port, *arguments in json.loads(sys.argv[2]):
     os.environ["MASTER_PORT"], sys.argv = str(port), ["dalle", *arguments]
     try:
@@ -39,20 +39,20 @@ def free_ports(count: int) -> list[int]:
 
 
 def start(commands: list[list[Any]], timeout: float = 60, count: int = 2) -> list[subprocess.Popen[str]]:
-    """``count`` processes that run ``commands`` together; RANK in a command is each one's own."""
+    """Start ``count`` ranks that run ``commands`` together; the word RANK in a command becomes the rank."""
     ports = free_ports(len(commands))
     processes = []
     for rank in range(count):
-        told = [
+        words = [
             [port, *(str(word).replace("RANK", str(rank)) for word in command)]
             for port, command in zip(ports, commands, strict=True)
         ]
-        place = {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
-        place["LOCAL_WORLD_SIZE"] = str(count)
+        variables = {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+        variables["LOCAL_WORLD_SIZE"] = str(count)
         processes.append(
             subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, str(timeout), json.dumps(told)],
-                env={**ENVIRONMENT, **place, "MASTER_PORT": "1"},
+                [sys.executable, "-c", PROGRAM, str(timeout), json.dumps(words)],
+                env={**ENVIRONMENT, **variables, "MASTER_PORT": "1"},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -62,9 +62,7 @@ def start(commands: list[list[Any]], timeout: float = 60, count: int = 2) -> lis
 
 
 HALF, WHOLE = 4, 8
-
-
-# Adam divides by a gradient's size, and so magnifies the rounding of gradients near zero; eps bounds that.
+# Adam divides by a gradient's size, which magnifies the rounding of gradients near zero; eps bounds that.
 COMMON = {
     "training.updates": WHOLE, "training.save_every": HALF, "training.validate_every": 2, "training.keep": 9,
     "training.batch_size": 5, "learning_rate.peak": 1e-3, "adam.clip_norm": 0.5,
@@ -73,6 +71,7 @@ COMMON = {
 
 
 def command(chain: Chain, stage: str, out: Path, changes: dict[str, Any]) -> list[Any]:
+    """Return the command that trains a stage of ``chain`` into ``out`` with ``changes`` to its settings."""
     source = ["--data", chain.train] if stage == "dvae" else ["--tokens", chain.tokens]
     sets = [word for key, value in {**COMMON, **changes}.items() for word in ("--set", f"{stage}.{key}={value}")]
     return [f"train-{stage}", chain.recipe, *source, "--out", out, *sets]

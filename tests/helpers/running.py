@@ -1,4 +1,4 @@
-"""What the tests of the commands share: running one in a process of its own, and the smallest recipe."""
+"""Running a command in its own process, the smallest recipe, and a chain of the outputs of all stages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "TERM": "
 
 @dataclass(frozen=True)
 class Done:
-    """A command that has ended."""
+    """The result of a command that has ended."""
 
     code: int
     out: str
@@ -26,11 +26,11 @@ class Done:
 
     @property
     def lines(self) -> list[dict[str, Any]]:
-        """stdout, as JSON lines and nothing else."""
+        """The JSON lines of stdout, which has nothing else."""
         return [json.loads(line) for line in self.out.splitlines()]
 
     def mistake(self) -> str:
-        """Stderr's one line of a user's mistake: exit code 2, no traceback."""
+        """Return the one line on stderr about a user's mistake; check for exit code 2 and no traceback."""
         assert self.code == 2, self.err
         assert "Traceback" not in self.err
         lines = [line for line in self.err.splitlines() if line.startswith("dalle: ")]
@@ -40,7 +40,7 @@ class Done:
 
 
 def run(*arguments: object, stdin: str | None = None, timeout: float = 120) -> Done:
-    """The real command in its own process."""
+    """Run the installed command in its own process."""
     done = subprocess.run(
         [DALLE, *map(str, arguments)],
         input=stdin or "",
@@ -53,7 +53,7 @@ def run(*arguments: object, stdin: str | None = None, timeout: float = 120) -> D
 
 
 def smallest_recipe(run_folder: Path, train: Path | None) -> dict[str, Any]:
-    """A chain whose every stage takes a second: 32-pixel pictures, 4 x 4 tokens of 16, a dozen updates."""
+    """Return a recipe whose stages take a second each: 32-pixel pictures, 4 x 4 tokens of 16, 12 updates."""
     training = {"updates": 12, "batch_size": 4, "workers": 0, "log_every": 1, "save_every": 4, "validation_samples": 8}
     return {
         "name": "smallest",
@@ -64,7 +64,7 @@ def smallest_recipe(run_folder: Path, train: Path | None) -> dict[str, Any]:
         "tokenizer": {"vocab_size": 400, "text_length": 48},
         "dvae": {
             "model": {"n_hid": 8, "n_init": 4, "codebook_size": 16},
-            # The cosine's end is named, so that a run may be made longer.
+            # The end of the cosine is set, so that a run may be extended.
             "learning_rate": {"peak": 1e-4, "final": 1.25e-6, "decay_updates": 1_200_000},
             "training": training,
         },
@@ -82,7 +82,7 @@ def smallest_recipe(run_folder: Path, train: Path | None) -> dict[str, Any]:
 
 
 def write_recipe(folder: Path, settings: dict[str, Any], name: str = "smallest.yaml") -> Path:
-    """``settings`` as a recipe file."""
+    """Write ``settings`` to a recipe file and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / name
     file.write_text(yaml.safe_dump(settings))
@@ -91,7 +91,7 @@ def write_recipe(folder: Path, settings: dict[str, Any], name: str = "smallest.y
 
 @dataclass
 class Chain:
-    """Outputs of every stage, each in a place that was named on the command line."""
+    """The outputs of every stage, each at a path given on the command line."""
 
     root: Path
     recipe: Path

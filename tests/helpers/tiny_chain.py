@@ -1,4 +1,4 @@
-"""A whole chain of the smallest models on a few shapes, for the tests of commands that look at artifacts."""
+"""A whole chain of the smallest models on a few shapes, for tests that need artifacts of every stage."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def write_recipe(folder: Path) -> Path:
 
 
 def build_chain(folder: Path) -> TinyChain:
-    """Every stage run, two captions drawn and ranked; a few seconds."""
+    """Run every stage, and sample and rerank two captions; it takes a few seconds."""
     make_shapes(folder / "shapes", n=ROWS, test_n=2, seed=0, size=32)
     file = write_recipe(folder)
     recipe = load_recipe(file)

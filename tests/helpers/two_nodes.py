@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -26,11 +27,12 @@ from dalle_cli.config.schema import PowerSgd
 from dalle_cli.distributed import all_reduce_16bit, compression, error_buffers
 from dalle_cli.distributed.power_sgd import PowerSgdReducer
 from dalle_cli.progress import silence
+from helpers.running import ENVIRONMENT
 
-PROCESSES, PARTS, STEPS = 4, 2, 6
+RANKS, NODE_SIZE, STEPS = 4, 2, 6
 RANK = 4
-# Of each gradient the shard's shape, and N where it is a matrix to be compressed; "ragged" has no full last row, and of
-# "small" the factors are no smaller than it.
+# The shape of each shard of a gradient, and N if it is compressed. The last row of "ragged" is not full; the factors of
+# "small" would have no fewer numbers than itself.
 SHARDS: dict[str, tuple[tuple[int, ...], int | None]] = {
     "wide": ((12, 20), 20),
     "gain": ((5,), None),
@@ -42,11 +44,11 @@ COLUMNS = {name: columns for name, (_, columns) in SHARDS.items() if columns}
 TINY = Study(layers=2, heads=2, d_head=8, scenes=200, batch_size=8, updates=20, warmup=5)
 TRAINED = {
     "whole": PowerSgd(),
-    "full rank": PowerSgd(rank=PARTS * 16, min_compression=0),
+    "full rank": PowerSgd(rank=NODE_SIZE * 16, min_compression=0),
     "low rank": PowerSgd(rank=4),
     "whole, then low": PowerSgd(rank=4, start_update=5),
 }
-# Long enough that the loss falls slowly at its end.
+# Long enough that the loss falls only slowly at the end.
 LONG = Study(layers=2, heads=2, d_head=32, learning_rate=1e-3, updates=600)
 SETTINGS = {
     "warm": PowerSgd(rank=RANK),
@@ -56,11 +58,11 @@ SETTINGS = {
 }
 LARGE, SMALL, CHUNK = 40.0, 2.0**-40, 5
 NUMBERS = (1, 2, 3, 7, 50)
-"""Of which means are taken in 16 bit: fewer than there are machines, and no multiples of them, too."""
+"""Lengths of the tensors averaged in 16 bit, some shorter than the number of nodes or no multiple of it."""
 
 
 def gradients(rank: int, step: int) -> dict[str, Tensor]:
-    """What process ``rank`` finds: the same part for all, and its own noise."""
+    """Return the gradients of ``rank``: a part that all ranks have in common, plus noise of its own."""
     common, own = np.random.default_rng([9, step]), np.random.default_rng([rank, step])
     return {
         name: torch.from_numpy(common.normal(size=shape) + 0.3 * own.normal(size=shape)).float()
@@ -69,28 +71,28 @@ def gradients(rank: int, step: int) -> dict[str, Tensor]:
 
 
 def first_factors() -> dict[str, Tensor]:
-    """What Q begins with."""
+    """Return the initial Q of each compressed gradient."""
     rng = np.random.default_rng(5)
-    return {name: torch.from_numpy(rng.normal(size=(n, RANK // PARTS))).float() for name, n in COLUMNS.items()}
+    return {name: torch.from_numpy(rng.normal(size=(n, RANK // NODE_SIZE))).float() for name, n in COLUMNS.items()}
 
 
 @dataclass
 class Here:
-    """A process among the four."""
+    """One of the four ranks, with the group of its node and that of its shard."""
 
     rank: int
     node: dist.ProcessGroup
     place: dist.ProcessGroup
 
     def reducer(self, settings: PowerSgd) -> PowerSgdReducer:
-        """A reducer that begins with ``first_factors``."""
-        reducer = PowerSgdReducer(settings, self.place, COLUMNS, shards=PARTS)
+        """Return a reducer that starts with ``first_factors``."""
+        reducer = PowerSgdReducer(settings, self.place, COLUMNS, shards=NODE_SIZE)
         factors = {name: q for name, q in first_factors().items() if name != "small"}
         reducer.load_state_dict({f"factor.{name}": q for name, q in factors.items()})
         return reducer
 
     def step(self, reducer: PowerSgdReducer, step: int, found: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """One reduction of this process's gradients of a step."""
+        """Reduce this rank's gradients of a step and return them."""
         found = gradients(self.rank, step) if found is None else found
         reducer.reduce(found.items(), step)
         return found
@@ -101,7 +103,7 @@ def copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def numbers(here: Here) -> dict[str, Any]:
-    """Some steps with each of SETTINGS: what came out, the state at the end, the bytes of each step."""
+    """Make some steps with each of SETTINGS; return the results, the final state and the bytes of each step."""
     result: dict[str, Any] = {}
     for name, settings in SETTINGS.items():
         reducer, outputs, sent = here.reducer(settings), [], []
@@ -120,15 +122,15 @@ def numbers(here: Here) -> dict[str, Any]:
     result["one by one"] = one_by_one(here)
     result["drawn"] = drawn(here)
     result["refused"] = refused(here)
-    alone = [dist.new_group([rank]) for rank in range(PROCESSES)][here.rank]
-    lonely = PowerSgdReducer(SETTINGS["warm"], alone, COLUMNS, shards=PARTS)
+    alone = [dist.new_group([rank]) for rank in range(RANKS)][here.rank]
+    lonely = PowerSgdReducer(SETTINGS["warm"], alone, COLUMNS, shards=NODE_SIZE)
     result["alone"] = {"outputs": here.step(lonely, 0), "bytes": lonely.bytes_sent}
     return result
 
 
 @dataclass
 class Bucket:
-    """What the hook asks of the buckets that only DistributedDataParallel can make."""
+    """A stand-in for a bucket of DistributedDataParallel, with the methods that the hook calls."""
 
     flat: Tensor
     matrices: list[Tensor]
@@ -147,14 +149,14 @@ class Bucket:
 
 
 def peer(here: Here) -> list[dict[str, Tensor]]:
-    """The full matrices by PyTorch's hook for DistributedDataParallel."""
+    """Reduce the matrices with PyTorch's hook for DistributedDataParallel."""
     state = PowerSGDState(
-        here.place, matrix_approximation_rank=RANK // PARTS, start_powerSGD_iter=2, min_compression_rate=1
+        here.place, matrix_approximation_rank=RANK // NODE_SIZE, start_powerSGD_iter=2, min_compression_rate=1
     )
     names, outputs = ["wide", "tall"], []
     shapes = [torch.Size(SHARDS[name][0]) for name in names]
     state.iter = 2
-    state.p_memory_dict[0] = torch.zeros(sum(shape[0] * RANK // PARTS for shape in shapes))
+    state.p_memory_dict[0] = torch.zeros(sum(shape[0] * RANK // NODE_SIZE for shape in shapes))
     state.q_memory_dict[0] = torch.cat([first_factors()[name].flatten() for name in names])
     lengths = [shape.numel() for shape in shapes]
     for step in range(STEPS):
@@ -166,12 +168,12 @@ def peer(here: Here) -> list[dict[str, Tensor]]:
 
 
 def resumed(here: Here) -> dict[str, Any]:
-    """Warm, with a new reducer in the middle that loads the state."""
+    """Replace the reducer halfway by a new one that loads the state."""
     reducer, outputs = here.reducer(SETTINGS["warm"]), []
     for step in range(STEPS):
         if step == STEPS // 2:
             saved = copied(reducer.state_dict())
-            reducer = PowerSgdReducer(SETTINGS["warm"], here.place, COLUMNS, shards=PARTS, seed=1)
+            reducer = PowerSgdReducer(SETTINGS["warm"], here.place, COLUMNS, shards=NODE_SIZE, seed=1)
             reducer.load_state_dict(saved)
         outputs.append(here.step(reducer, step))
     return {"outputs": outputs, "state": copied(reducer.state_dict())}
@@ -187,12 +189,12 @@ def not_finite(here: Here) -> dict[str, Any]:
         here.step(reducer, step)
     before = copied(reducer.state_dict())
     found = gradients(here.rank, 2)
-    if here.rank >= PARTS:
+    if here.rank >= NODE_SIZE:
         found["wide"][3, 4] = torch.nan
     broken = here.step(reducer, 2, found)
     after = copied(reducer.state_dict())
     next_step = here.step(reducer, 3)
-    fresh = PowerSgdReducer(SETTINGS["warm"], here.place, COLUMNS, shards=PARTS)
+    fresh = PowerSgdReducer(SETTINGS["warm"], here.place, COLUMNS, shards=NODE_SIZE)
     fresh.load_state_dict({key: value for key, value in before.items() if key.startswith("factor.")})
     wanted = here.step(fresh, 3)
     reducer.clear(["wide"])
@@ -209,7 +211,7 @@ def halves(here: Here) -> dict[str, Any]:
     exact = {name: value.float() for name, value in rounded.items()}
     mixed = copied(rounded) | {"tall": exact["tall"].clone()}
     broken = copied(rounded)
-    if here.rank >= PARTS:
+    if here.rank >= NODE_SIZE:
         broken["wide"][3, 4] = torch.nan
     reducer, unlucky = here.reducer(SETTINGS["warm"]), here.reducer(SETTINGS["warm"])
     return {"outputs": here.step(reducer, 0, rounded), "exact": here.step(here.reducer(SETTINGS["warm"]), 0, exact),
@@ -218,7 +220,7 @@ def halves(here: Here) -> dict[str, Any]:
 
 
 def small(here: Here) -> list[dict[str, Tensor]]:
-    """Some steps with bfloat16 gradients of which each is SMALL times what it was."""
+    """Make some steps with bfloat16 gradients that are multiplied by SMALL."""
     reducer, outputs = here.reducer(SETTINGS["warm"]), []
     for step in range(STEPS):
         found = {name: value.bfloat16() * SMALL for name, value in gradients(here.rank, step).items()}
@@ -227,8 +229,8 @@ def small(here: Here) -> list[dict[str, Tensor]]:
 
 
 def large(here: Here) -> list[Tensor]:
-    """A gradient of rank 1 and size LARGE, more than 16 bit hold in a factor; and then no more gradients."""
-    reducer, outputs = PowerSgdReducer(SETTINGS["warm"], here.place, {"one": 20}, shards=PARTS), []
+    """Reduce a gradient of rank 1 and size LARGE, more than a 16-bit factor can hold, and then zeros."""
+    reducer, outputs = PowerSgdReducer(SETTINGS["warm"], here.place, {"one": 20}, shards=NODE_SIZE), []
     for step in range(4):
         found = torch.zeros(12, 20, dtype=torch.bfloat16)
         if step == 0:
@@ -239,12 +241,12 @@ def large(here: Here) -> list[Tensor]:
 
 
 def in_16_bit(here: Here) -> dict[str, Any]:
-    """Some steps with bfloat16 gradients under scales, and a new reducer in the middle that loads the state."""
+    """Make some steps with scaled bfloat16 gradients, and replace the reducer halfway by one that loads the state."""
     reducer, outputs, scales = here.reducer(SETTINGS["warm"]), [], {"wide": 8.0, "tall": 3.0}
     for step in range(STEPS):
         if step == STEPS // 2:
             saved = copied(reducer.state_dict())
-            reducer = PowerSgdReducer(SETTINGS["warm"], here.place, COLUMNS, shards=PARTS)
+            reducer = PowerSgdReducer(SETTINGS["warm"], here.place, COLUMNS, shards=NODE_SIZE)
             reducer.load_state_dict(saved)
         found = {name: (value * scales.get(name, 1.0)).bfloat16() for name, value in gradients(here.rank, step).items()}
         reducer.reduce(found.items(), step, scales)
@@ -258,13 +260,13 @@ def in_16_bit(here: Here) -> dict[str, Any]:
 
 
 def one_by_one(here: Here) -> dict[str, Any]:
-    """Warm, a matrix at a time; and a NaN in one of them."""
+    """Reduce one matrix at a time, at last with a NaN in one of them."""
     together, compression.BATCH_NUMBERS = compression.BATCH_NUMBERS, 1
     reducer = here.reducer(SETTINGS["warm"])
     outputs = [here.step(reducer, step) for step in range(STEPS)]
     state, sent = copied(reducer.state_dict()), reducer.bytes_sent
     found = gradients(here.rank, STEPS)
-    if here.rank >= PARTS:
+    if here.rank >= NODE_SIZE:
         found["wide"][3, 4] = torch.nan
     broken = here.step(reducer, STEPS, found)
     compression.BATCH_NUMBERS = together
@@ -272,11 +274,11 @@ def one_by_one(here: Here) -> dict[str, Any]:
 
 
 def drawn(here: Here) -> dict[str, Tensor]:
-    """Factors that a reducer without a warm start draws, by two seeds, under two names."""
+    """Reduce with the initial factors of two seeds and two names."""
     outputs = {}
     for seed in (0, 1):
         for name in ("wide", "other"):
-            reducer = PowerSgdReducer(SETTINGS["fixed"], here.place, {name: 20}, shards=PARTS, seed=seed)
+            reducer = PowerSgdReducer(SETTINGS["fixed"], here.place, {name: 20}, shards=NODE_SIZE, seed=seed)
             found = gradients(here.rank, 0)["wide"]
             reducer.reduce([(name, found)], 0)
             outputs[f"{name} {seed}"] = found
@@ -284,7 +286,7 @@ def drawn(here: Here) -> dict[str, Tensor]:
 
 
 def refused(here: Here) -> list[str]:
-    """What states of other parameters or sizes are told."""
+    """Return the errors on loading states of other parameters or sizes."""
     told = []
     for key, shape in {"error.other": (12, 20), "moment.wide": (12, 20), "error.wide": (12, 19)}.items():
         reducer = here.reducer(SETTINGS["warm"])
@@ -297,7 +299,7 @@ def refused(here: Here) -> list[str]:
 
 
 class In16Bit(PowerSgdReducer):
-    """Is handed matrices' gradients in bfloat16."""
+    """A reducer that gets the gradients of matrices in bfloat16."""
 
     def reduce(
         self, named: Iterable[tuple[str, Tensor]], update: int, scales: Mapping[str, float] | None = None
@@ -317,19 +319,19 @@ def trained_in_16_bit(study: Study, settings: PowerSgd, here: Here) -> dict[str,
 
 
 def trained(here: Here) -> dict[str, Any]:
-    """The tiny prior, with each of TRAINED, and a low rank in 16 bit."""
+    """Train the tiny prior with each of TRAINED, and with a low rank in 16 bit."""
     found = {name: vars(train(TINY, settings, here.node, here.place)) for name, settings in TRAINED.items()}
     return found | {"16 bit": trained_in_16_bit(TINY, TRAINED["low rank"], here)}
 
 
 def converged(here: Here) -> dict[str, Any]:
-    """A larger one for longer: whole, and with low ranks."""
+    """Train a larger prior for longer, uncompressed and with low ranks."""
     found = {str(rank): vars(train(LONG, PowerSgd(rank=rank), here.node, here.place)) for rank in (0, 4, 16)}
     return found | {"16 bit": trained_in_16_bit(LONG, PowerSgd(rank=16), here)}
 
 
 def spread(rank: int, count: int) -> Tensor:
-    """Numbers of process ``rank``, from below the least of 1-6-9 to above its largest, and both zeros."""
+    """Return numbers of ``rank`` from below the smallest of 1-6-9 to above its largest, with zeros of both signs."""
     rng = np.random.default_rng([3, rank, count])
     values = torch.from_numpy(rng.normal(size=count) * 2.0 ** rng.uniform(-75, 6, count)).float()
     values[:: count // 2 + 1] *= 0.0
@@ -337,25 +339,25 @@ def spread(rank: int, count: int) -> Tensor:
 
 
 def means(here: Here) -> dict[str, Any]:
-    """Of ``spread``'s numbers among 2, 3 and 4 processes: what was sent, the mean, and what collectives were handed."""
+    """Average the numbers of ``spread`` over 2, 3 and 4 ranks; return what was sent, the mean and the bytes passed."""
     handed: list[int] = []
     exchange = dist.all_to_all_single
 
-    def counted(output: Tensor, given: Tensor, group: dist.ProcessGroup) -> None:
+    def counting(output: Tensor, given: Tensor, group: dist.ProcessGroup) -> None:
         handed.append(given.nbytes)
         exchange(output, given, group=group)
 
-    error_buffers.CHUNK, all_reduce_16bit.dist.all_to_all_single = CHUNK, counted  # type: ignore[attr-defined]
+    error_buffers.CHUNK, all_reduce_16bit.dist.all_to_all_single = CHUNK, counting  # type: ignore[attr-defined]
     result: dict[str, Any] = {}
-    for machines in (2, 3, 4):
-        group = dist.new_group(list(range(machines)))
-        for count in NUMBERS if here.rank < machines else ():
-            result[f"{machines} {count}"] = exchanged(spread(here.rank, count), group, handed)
-        if here.rank < machines:
+    for nodes in (2, 3, 4):
+        group = dist.new_group(list(range(nodes)))
+        for count in NUMBERS if here.rank < nodes else ():
+            result[f"{nodes} {count}"] = exchanged(spread(here.rank, count), group, handed)
+        if here.rank < nodes:
             broken = spread(here.rank, 50)
-            if here.rank == machines - 1:
+            if here.rank == nodes - 1:
                 broken[10:40:10] = torch.tensor([torch.nan, torch.inf, -torch.inf])
-            result[f"{machines} broken"] = exchanged(broken, group, handed)
+            result[f"{nodes} broken"] = exchanged(broken, group, handed)
     return result
 
 
@@ -378,13 +380,21 @@ SCENARIOS: dict[str, Callable[[Here], dict[str, Any]]] = {
 
 
 def run(rank: int, port: int, scenario: str, folder: Path) -> None:
-    """One of the processes."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(PROCESSES), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    """Run a scenario as one of the ranks."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     silence()
     here = Here(rank, *join_machines())
     torch.save(SCENARIOS[scenario](here), folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def run_scenario(scenario: str, folder: Path, timeout: float = 600) -> list[dict[str, Any]]:
+    """Run ``scenario`` on the four ranks and return their results."""
+    command = [sys.executable, __file__, scenario, str(folder)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
 
 
 def main() -> None:
@@ -393,9 +403,9 @@ def main() -> None:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    # Forked, so that torch is imported once.
+    # By fork, so that torch is imported only once.
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=run, args=(rank, port, scenario, folder)) for rank in range(PROCESSES)]
+    processes = [context.Process(target=run, args=(rank, port, scenario, folder)) for rank in range(RANKS)]
     for process in processes:
         process.start()
     for process in processes:

@@ -1,4 +1,4 @@
-"""kill -9 at random moments, the same command again: the same bytes as a run that was left alone."""
+"""Commands killed at random moments and run again end with the same bytes as undisturbed ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from helpers.killed_runs import SHARD, SMALL_SHARDS, TIMED, Command, files, finish, kill
+from helpers.killed_runs import SHARD, SMALL_SHARDS, Command, files, finish, journal_lines, kill
 from helpers.running import DALLE, Chain
 
 KILLS = 3
@@ -19,22 +19,22 @@ KILLS = 3
 def kill_often(
     command: Command, progress: Callable[[], int], most: int, delay: float, program: Sequence[str] = (DALLE,)
 ) -> list[int]:
-    """Kill ``command`` KILLS times, each time further on; where it stood each time, of ``most`` in all.
+    """Kill ``command`` KILLS times, each time further on; return its progress each time, ``most`` being the end.
 
-    The seed is the command's name: a run that once failed can be run again.
+    The moments are random with the command's name as seed, so that a failure can be repeated.
     """
     rng = random.Random(str(command[0]))
-    stood = []
+    progressed = []
     for number in range(1, KILLS + 1):
         goal = max(progress() + 1, rng.randint((number - 1) * most // (KILLS + 1), number * most // (KILLS + 1)))
         assert kill(command, lambda goal=goal: progress() >= goal, rng.uniform(0, delay), program)  # type: ignore[misc]
-        stood.append(progress())
-    assert stood[-1] < most, "the last kill came too late to interrupt anything"
-    return stood
+        progressed.append(progress())
+    assert progressed[-1] < most, "the last kill came too late to interrupt anything"
+    return progressed
 
 
 def rows_in(store: Path, part: str | None) -> Callable[[], int]:
-    """Committed rows, read as anyone could while the store is written."""
+    """Return a function that reads the number of committed rows while the store is being written."""
 
     def rows() -> int:
         try:
@@ -52,7 +52,7 @@ def test_killed_training_ends_with_the_same_bytes(by_hand: Chain, tmp_path: Path
     settings = {
         "training.updates": updates,
         "training.save_every": save_every,
-        "training.validate_every": 6,  # between saves, so that the plateau's state is carried over
+        "training.validate_every": 6,  # between saves, so that the plateau's state is resumed
         "learning_rate.peak": 1e-3,
         "learning_rate.schedule": "plateau",
         "learning_rate.warmup_updates": 3,
@@ -65,27 +65,23 @@ def test_killed_training_ends_with_the_same_bytes(by_hand: Chain, tmp_path: Path
     def command(out: Path) -> Command:
         return [f"train-{stage}", by_hand.recipe, *sources[stage], *changes, "--out", out]
 
-    calm, struck = tmp_path / "calm", tmp_path / "struck"
-    finish(command(calm))
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    finish(command(undisturbed))
 
     def progress() -> int:
-        steps = [int(path.parent.name[5:]) for path in struck.glob("step-*/manifest.json")]
+        steps = [int(path.parent.name[5:]) for path in killed.glob("step-*/manifest.json")]
         return max(steps, default=0)
 
-    stood = kill_often(command(struck), progress, updates, delay=0.08)
-    assert len(set(stood)) == KILLS
-    finish(command(struck))
-    names = sorted(path.name for path in struck.iterdir())
-    # Nothing half made or half deleted is left.
+    progressed = kill_often(command(killed), progress, updates, delay=0.08)
+    assert len(set(progressed)) == KILLS
+    finish(command(killed))
+    names = sorted(path.name for path in killed.iterdir())
+    # Nothing unfinished is left.
     assert names == ["metrics.jsonl", "step-00000056", "step-00000060", "tensorboard"]
-    assert all(files(struck / name) == files(calm / name) for name in names[1:3])
+    assert all(files(killed / name) == files(undisturbed / name) for name in names[1:3])
 
-    def metrics(run: Path) -> list[dict[str, float]]:
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        return [{key: value for key, value in line.items() if key not in TIMED} for line in lines]
-
-    assert metrics(struck) == metrics(calm)
-    kinds = Counter((line["step"], "lr" in line) for line in metrics(struck))
+    assert journal_lines(killed) == journal_lines(undisturbed)
+    kinds = Counter((line["step"], "lr" in line) for line in journal_lines(killed))
     assert set(kinds.values()) == {1}
     assert sum(trained for _, trained in kinds) == updates
 
@@ -101,31 +97,33 @@ def test_killed_writers_of_a_token_store_end_with_the_same_bytes(by_hand: Chain,
     shapes, rows = tmp_path / "shapes", 1500
     finish(["make-shapes", shapes, "--n", rows, "--test-n", 1, "--size", 32, "--seed", 7])
     program = (sys.executable, "-c", SMALL_SHARDS)
-    calm, struck = tmp_path / "calm.zarr", tmp_path / "struck.zarr"
+    undisturbed, killed = tmp_path / "undisturbed.zarr", tmp_path / "killed.zarr"
     made_by = {"tokenize-text": ["--tokenizer", by_hand.tokenizer], "encode-images": ["--dvae", by_hand.dvae]}
     for name, part in (("tokenize-text", "text"), ("encode-images", "image")):
 
         def command(out: Path, name: str = name) -> Command:
             return [name, by_hand.recipe, "--data", shapes / "train", *made_by[name], "--tokens", out]
 
-        finish(command(calm), program)
-        stood = kill_often(command(struck), rows_in(struck, part), rows, 0.04, program)
-        assert len(set(stood)) == KILLS
-        assert all(row % SHARD == 0 for row in stood)
-        finish(command(struck), program)
-        assert rows_in(struck, part)() == rows
-        assert files(struck) == files(calm)
+        finish(command(undisturbed), program)
+        progressed = kill_often(command(killed), rows_in(killed, part), rows, 0.04, program)
+        assert len(set(progressed)) == KILLS
+        assert all(row % SHARD == 0 for row in progressed)
+        finish(command(killed), program)
+        assert rows_in(killed, part)() == rows
+        assert files(killed) == files(undisturbed)
 
 
 def test_killed_sampling_ends_with_the_same_pictures_and_lines(by_hand: Chain, tmp_path: Path) -> None:
     prompts, n = ["a small red star", "a large blue square"], 150
-    calm, struck = tmp_path / "calm", tmp_path / "struck"
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
 
     def command(out: Path) -> Command:
         return ["sample", by_hand.prior, *prompts, "--n", n, "--batch-size", 4, "--out", out]
 
-    lines = finish(command(calm))
-    stood = kill_often(command(struck), rows_in(struck / "samples.zarr", None), len(prompts) * n, delay=0.04)
-    assert len(set(stood)) == KILLS
-    assert finish(command(struck)) == lines.replace(str(calm), str(struck))
-    assert {name: digest for name, digest in files(struck).items() if not name.endswith(".partial")} == files(calm)
+    lines = finish(command(undisturbed))
+    progressed = kill_often(command(killed), rows_in(killed / "samples.zarr", None), len(prompts) * n, delay=0.04)
+    assert len(set(progressed)) == KILLS
+    assert finish(command(killed)) == lines.replace(str(undisturbed), str(killed))
+    assert {name: digest for name, digest in files(killed).items() if not name.endswith(".partial")} == files(
+        undisturbed
+    )

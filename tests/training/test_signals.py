@@ -1,4 +1,4 @@
-"""A signal ends training after the update in hand, saved; the same command goes on, and nothing shows in the end."""
+"""A signal stops training after the current update, with a checkpoint, and a resumed run ends with the same bytes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import Call
-from helpers.killed_runs import files
-from helpers.log_lines import lines
+from helpers.killed_runs import files, journal_lines
 from helpers.processes import start
 from helpers.running import DALLE, ENVIRONMENT, Chain, smallest_recipe, write_recipe
 from helpers.token_stores import write_tokens
@@ -27,8 +26,8 @@ UPDATES = 400
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], list[Any]]:
-    """The command that trains a prior into a folder; no checkpoint is due before the end."""
+def command(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], list[Any]]:
+    """A function that gives the command to train a prior into a folder; no checkpoint is due before the end."""
     root = tmp_path_factory.mktemp("stopping")
     store = write_tokens(root / "tokens.zarr", 80, 48, 400, 4, 16)
     settings = smallest_recipe(root, None)
@@ -40,54 +39,54 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], list[Any]
 
 
 def wait_for(step: int, run: Path, processes: Sequence[subprocess.Popen[str]]) -> None:
-    """Until the run has logged an update from ``step`` on."""
+    """Wait until the run has logged update ``step`` or a later one."""
     deadline = time.monotonic() + 600
-    while not any(line["step"] >= step for line in lines(run)):
+    while not any(line["step"] >= step for line in journal_lines(run)):
         assert time.monotonic() < deadline
         assert all(process.poll() is None for process in processes)
         time.sleep(0.002)
 
 
-def popen(command: list[Any], **more: Any) -> subprocess.Popen[str]:
-    words = [DALLE, *map(str, command)] if command[0] != sys.executable else [str(word) for word in command]
-    return subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+def popen(words: list[Any], **more: Any) -> subprocess.Popen[str]:
+    program = [DALLE, *map(str, words)] if words[0] != sys.executable else [str(word) for word in words]
+    return subprocess.Popen(program, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
 
 
-def test_two_signals_one_after_another(told: Callable[[Path], list[Any]], tmp_path: Path, call: Call) -> None:
-    calm, struck = tmp_path / "calm", tmp_path / "struck"
-    assert call(*told(calm)).code == 0
+def test_two_signals_one_after_another(command: Callable[[Path], list[Any]], tmp_path: Path, call: Call) -> None:
+    undisturbed, signalled = tmp_path / "undisturbed", tmp_path / "signalled"
+    assert call(*command(undisturbed)).code == 0
     stood = 0
     for which in (signal.SIGUSR1, signal.SIGTERM):
-        process = popen(told(struck))
-        wait_for(stood + 50, struck, [process])
+        process = popen(command(signalled))
+        wait_for(stood + 50, signalled, [process])
         process.send_signal(which)
         process.send_signal(which)  # again, while it may be saving
         out, err = process.communicate(timeout=600)
         assert (process.returncode, out) == (RESUMABLE, "")
         assert "Traceback" not in err
-        saved = open_checkpoint(struck)
+        saved = open_checkpoint(signalled)
         assert stood + 50 <= saved.step < UPDATES
         assert err.splitlines()[-1] == (
             f"train-prior: stopped by {which.name}: saved {saved.path} of {UPDATES} updates; exit code 75; "
             "run the same command to resume"
         )
         stood = saved.step
-    done = call(*told(struck))
+    done = call(*command(signalled))
     assert done.code == 0
     assert f"resumes from step-{stood:08d}" in done.err
     last = f"step-{UPDATES:08d}"
-    assert files(struck / last) == files(calm / last)
-    assert lines(struck) == lines(calm)
+    assert files(signalled / last) == files(undisturbed / last)
+    assert journal_lines(signalled) == journal_lines(undisturbed)
 
 
-def test_a_signal_to_one_process_ends_all(told: Callable[[Path], list[Any]], tmp_path: Path, call: Call) -> None:
-    calm, struck = tmp_path / "calm", tmp_path / "struck"
-    processes = start([told(calm)]) + start([told(struck)])
-    wait_for(40, struck, processes[2:])
+def test_a_signal_to_one_rank_stops_all(command: Callable[[Path], list[Any]], tmp_path: Path, call: Call) -> None:
+    undisturbed, signalled = tmp_path / "undisturbed", tmp_path / "signalled"
+    processes = start([command(undisturbed)]) + start([command(signalled)])
+    wait_for(40, signalled, processes[2:])
     processes[3].send_signal(signal.SIGUSR1)
     ended = [process.communicate(timeout=600) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, RESUMABLE, RESUMABLE], ended
-    saved = open_checkpoint(struck)
+    saved = open_checkpoint(signalled)
     assert 40 <= saved.step < UPDATES
     assert (
         ended[2][1]
@@ -95,19 +94,21 @@ def test_a_signal_to_one_process_ends_all(told: Callable[[Path], list[Any]], tmp
         .startswith(f"train-prior: stopped by a signal to another rank: saved {saved.path} of {UPDATES} updates")
     )
     assert ended[3] == ("", "")
-    # An update's gradients in 32 bit, three losses, and the count of the text's tokens.
+    # An update sends the gradients in 32 bit, three losses and the number of text tokens.
     numbers = sum(tensor.numel() for tensor in saved.tensors("raw").values())
-    assert {line["bytes_communicated"] for line in lines(calm) if "loss" in line} == {4 * numbers + 3 * 4 + 8}
-    again = start([told(struck)])
+    assert {line["bytes_communicated"] for line in journal_lines(undisturbed) if "loss" in line} == {
+        4 * numbers + 3 * 4 + 8
+    }
+    again = start([command(signalled)])
     for process in again:
         _, err = process.communicate(timeout=600)
         assert process.returncode == 0, err
     last = f"step-{UPDATES:08d}"
-    assert files(struck / last) == files(calm / last)
-    assert lines(struck) == lines(calm)
+    assert files(signalled / last) == files(undisturbed / last)
+    assert journal_lines(signalled) == journal_lines(undisturbed)
 
 
-def test_workers_outlive_a_signal_to_the_whole_group(by_hand: Chain, tmp_path: Path) -> None:
+def test_a_signal_to_the_process_group_leaves_no_worker(by_hand: Chain, tmp_path: Path) -> None:
     sets = ["--set", "dvae.training.updates=5000", "--set", "dvae.training.workers=2"]
     out = tmp_path / "dvae"
     process = popen(
@@ -119,11 +120,11 @@ def test_workers_outlive_a_signal_to_the_whole_group(by_hand: Chain, tmp_path: P
     assert process.returncode == RESUMABLE, err
     assert "stopped by SIGTERM: saved" in err.splitlines()[-1]
     assert open_checkpoint(out).step >= 20
-    with pytest.raises(ProcessLookupError):  # no worker is left
+    with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
 
 
-def test_signals_are_given_back() -> None:
+def test_signal_handlers_are_restored() -> None:
     before = signal.getsignal(signal.SIGUSR1)
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -134,18 +135,18 @@ def test_signals_are_given_back() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["torchrun", "worker"])
-def test_torchrun(to: str, told: Callable[[Path], list[Any]], tmp_path: Path) -> None:
-    """SIGTERM to torchrun reaches all of its processes; SIGUSR1 to one of them ends all."""
-    calm, struck = tmp_path / "calm", tmp_path / "struck"
+def test_torchrun(to: str, command: Callable[[Path], list[Any]], tmp_path: Path) -> None:
+    """SIGTERM to torchrun reaches all of its ranks, and SIGUSR1 to one of them stops all."""
+    undisturbed, signalled = tmp_path / "undisturbed", tmp_path / "signalled"
 
     def torchrun(out: Path) -> subprocess.Popen[str]:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        return popen([*launcher, DALLE, *told(out)])
+        return popen([*launcher, DALLE, *command(out)])
 
-    process = torchrun(calm)
+    process = torchrun(undisturbed)
     assert process.wait(timeout=600) == 0, process.communicate()[1]
-    process = torchrun(struck)
-    wait_for(40, struck, [process])
+    process = torchrun(signalled)
+    wait_for(40, signalled, [process])
     if to == "torchrun":
         process.send_signal(signal.SIGTERM)
     else:
@@ -154,12 +155,12 @@ def test_torchrun(to: str, told: Callable[[Path], list[Any]], tmp_path: Path) ->
     _, err = process.communicate(timeout=600)
     assert process.returncode != 0
     assert "updates; exit code 75" in err
-    stood = open_checkpoint(struck).step
+    stood = open_checkpoint(signalled).step
     assert 40 <= stood < UPDATES
-    process = torchrun(struck)
+    process = torchrun(signalled)
     _, err = process.communicate(timeout=600)
     assert process.returncode == 0
     assert f"resumes from step-{stood:08d}" in err
     last = f"step-{UPDATES:08d}"
-    assert files(struck / last) == files(calm / last)
-    assert lines(struck) == lines(calm)
+    assert files(signalled / last) == files(undisturbed / last)
+    assert journal_lines(signalled) == journal_lines(undisturbed)
