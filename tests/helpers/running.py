@@ -13,7 +13,16 @@ from typing import Any
 import yaml
 
 DALLE = str(Path(sys.executable).with_name("dalle"))
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "TERM": "dumb"}
+_TESTS = Path(__file__).parents[1]
+# Helpers that run as programs of their own import other helpers and the scripts' packages.
+_IMPORTS = [str(_TESTS), str(_TESTS.parent / "scripts"), *filter(None, [os.environ.get("PYTHONPATH")])]
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "COLUMNS": "120",
+    "TERM": "dumb",
+    "PYTHONPATH": os.pathsep.join(_IMPORTS),
+}
 
 
 @dataclass(frozen=True)

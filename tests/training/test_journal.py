@@ -169,7 +169,7 @@ def test_weights_and_biases_has_what_the_journal_has(store: Path, tmp_path: Path
     (tmp_path / "sent").mkdir()
     recipe, out = recipe_of(tmp_path, updates=12, save_every=4, validate_every=6), tmp_path / "run"
     command = [DALLE, "train-prior", recipe, "--tokens", store, "--out", out, "--wandb", "shapes"]
-    modules = f"{tmp_path / 'modules'}{os.pathsep}{ENVIRONMENT.get('PYTHONPATH', '')}"
+    modules = f"{tmp_path / 'modules'}{os.pathsep}{ENVIRONMENT['PYTHONPATH']}"
     environment = {**ENVIRONMENT, "PYTHONPATH": modules, "FAKE_WANDB": str(tmp_path / "sent")}
 
     def run(updates: int) -> subprocess.CompletedProcess[str]:
