@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from dalle_cli.config.schema import PriorSettings, Recipe
-from dalle_cli.distributed.compression import Shape, factor_rank, shapes_together, shard_rank
+from dalle_cli.distributed.compression import Shape, compression_batches, factor_rank, shard_rank
 from dalle_cli.distributed.error_buffers import CHUNK as ERROR_CHUNK
-from dalle_cli.distributed.group import BUCKET
+from dalle_cli.distributed.group import BUCKET_BYTES
 from dalle_cli.planning.activations import Activations
 from dalle_cli.planning.memory import (
     BYTES_16,
@@ -146,13 +146,13 @@ def _update_work(stage: PriorSettings, counts: Counts, machines: Machines) -> in
         work.append(max((width + FINITE_WORK) * max(matrices), (BYTES_32 + FINITE_WORK) * max(others)))
         work.append(_buckets([BYTES_32 * number for number in others]))
         shapes = compressed_shapes(stage, counts, shards)
-        work += [_powersgd_work(stage, machines, shapes[together], shards) for together in shapes_together(shapes)]
+        work += [_powersgd_work(stage, machines, shapes[together], shards) for together in compression_batches(shapes)]
     return max(work)
 
 
 def _buckets(sizes: list[int]) -> int:
     """Return the bytes that tensors of ``sizes`` bytes take while they are sent: a bucket and the next one."""
-    return min(sum(sizes), 2 * max(BUCKET, *sizes))
+    return min(sum(sizes), 2 * max(BUCKET_BYTES, *sizes))
 
 
 def _powersgd_work(stage: PriorSettings, machines: Machines, shapes: list[Shape], shards: int) -> int:
@@ -181,5 +181,5 @@ def _as_codes(sizes: list[int]) -> int:
     A message's own codes and those received from the other machines take as much as its float32 values; rounding takes
     more.
     """
-    message = min(sum(sizes), max(BUCKET, *sizes))
+    message = min(sum(sizes), max(BUCKET_BYTES, *sizes))
     return message + ENCODING_WORK * min(ERROR_CHUNK, message // BYTES_32)

@@ -10,11 +10,11 @@ from typing import Generic, TypeVar
 from dalle_cli.config.load import load_recipe
 from dalle_cli.config.schema import PriorSettings, Recipe
 from dalle_cli.distributed.compression import (
-    GPUS_PER_MACHINE,
-    compression,
+    GPUS_PER_NODE,
+    compression_rate,
     is_compressed,
-    paper_compression,
-    sent,
+    numbers_sent,
+    paper_compression_rate,
     shard_rank,
     shard_shape,
 )
@@ -72,10 +72,10 @@ def between_machines(
         rank, least = shard_rank(stage.powersgd.rank, shards), stage.powersgd.min_compression
         widths = [width if is_compressed(shape, rank, least) else BYTES_32 for shape in shapes]
         handed = others
-        handed += sum(each * sent(shape, rank, least) for each, shape in zip(widths, shapes, strict=True))
+        handed += sum(each * numbers_sent(shape, rank, least) for each, shape in zip(widths, shapes, strict=True))
 
     def on_link(of_rank: int) -> float:
-        # In a ring all-reduce among k machines each sends 2 (k - 1) / k times its bytes, as in ``mean_16``.
+        # In a ring all-reduce among k machines each sends 2 (k - 1) / k times its bytes, as in ``all_reduce_mean``.
         return (rings * of_rank + BYTES_32 * counts.small) * 2 * (machines.nodes - 1) / machines.nodes
 
     def seconds(size: float) -> float | None:
@@ -108,7 +108,7 @@ class CompressionRow:
 
 def compression_row(recipe: Recipe, counts: Counts) -> CompressionRow:
     """Return the recipe's row of the compression table."""
-    gpus, stage = GPUS_PER_MACHINE, recipe.prior
+    gpus, stage = GPUS_PER_NODE, recipe.prior
     sharded = stage.model_copy(update={"sharding": stage.sharding.model_copy(update={"zero": 3, "node_size": None})})
     traffic = between_machines(sharded, counts, Machines(gpus, nodes=2, memory=0))
     rank = stage.powersgd.rank
@@ -118,8 +118,8 @@ def compression_row(recipe: Recipe, counts: Counts) -> CompressionRow:
         effective_parameters=counts.effective,
         d_model=stage.model.d_model,
         rank=rank,
-        paper=paper_compression(stage.model.d_model, rank, gpus),
-        shards=compression(shapes, shard_rank(rank, gpus), stage.powersgd.min_compression),
+        paper=paper_compression_rate(stage.model.d_model, rank, gpus),
+        shards=compression_rate(shapes, shard_rank(rank, gpus), stage.powersgd.min_compression),
         bytes=traffic.compression,
     )
 

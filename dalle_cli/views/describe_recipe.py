@@ -11,8 +11,8 @@ from torch import nn
 
 from dalle_cli.config.layout import KINDS
 from dalle_cli.config.schema import Adam, LearningRate, Recipe, Training
-from dalle_cli.distributed.compression import paper_compression
-from dalle_cli.distributed.device import fast_matmul
+from dalle_cli.distributed.compression import paper_compression_rate
+from dalle_cli.distributed.device import matmul_library
 from dalle_cli.dvae.model import DVAE
 from dalle_cli.prior.attention import describe_attention
 from dalle_cli.prior.counts import count_parameters
@@ -199,8 +199,6 @@ def _prior(recipe: Recipe) -> PriorSizes:
     layers = {kind: [i for i, other in enumerate(kinds, start=1) if other == kind] for kind in KINDS if kind in kinds}
     rank = stage.powersgd.rank
     in_16, in_32 = counts.effective * BYTES_16, counts.other * BYTES_32
-    with fast_matmul() as library:
-        pass
     return PriorSizes(
         parameters=PriorParameters(counts.total, counts.effective, counts.other),
         layers=model.layers,
@@ -213,11 +211,11 @@ def _prior(recipe: Recipe) -> PriorSizes:
             kind: describe_attention(kind, recipe.tokenizer.text_length, model.grid, model.conv_kernel)
             for kind in layers
         },
-        cpu_matmul=library,
+        cpu_matmul=matmul_library(),
         weight_bytes=WeightBytes(in_16, in_32, in_16 + in_32, counts.total * BYTES_16),
         precision=stage.precision,
         sharding=stage.sharding.model_dump(),
-        powersgd=Compression(rank, paper_compression(model.d_model, rank) if rank else None),
+        powersgd=Compression(rank, paper_compression_rate(model.d_model, rank) if rank else None),
         optimizer=_optimizer(stage.adam),
         schedule=_schedule(stage.learning_rate),
         **_length(stage.training),

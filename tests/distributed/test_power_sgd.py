@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.power_sgd_training import Study, shapes_tokens
 from helpers.two_nodes import (
     COLUMNS,
     LARGE,
@@ -25,7 +26,6 @@ from helpers.two_nodes import (
 )
 from numpy.typing import NDArray
 from pydantic import ValidationError
-from studies.two_nodes import Study, shapes_tokens
 
 from dalle_cli.config.schema import PowerSgd, PriorSettings
 from dalle_cli.data.batch_order import BatchOrder

@@ -13,9 +13,8 @@ from typing import Any
 import yaml
 
 DALLE = str(Path(sys.executable).with_name("dalle"))
-_TESTS = Path(__file__).parents[1]
-# Helpers that run as programs of their own import other helpers and the scripts' packages.
-_IMPORTS = [str(_TESTS), str(_TESTS.parent / "scripts"), *filter(None, [os.environ.get("PYTHONPATH")])]
+# Helpers that run as programs of their own import other helpers.
+_IMPORTS = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
 ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",

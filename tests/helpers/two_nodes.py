@@ -18,8 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from studies import two_nodes as study_module
-from studies.two_nodes import Study, join_machines, train
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
@@ -27,6 +25,8 @@ from dalle_cli.config.schema import PowerSgd
 from dalle_cli.distributed import all_reduce_16bit, compression, error_buffers
 from dalle_cli.distributed.power_sgd import PowerSgdReducer
 from dalle_cli.progress import silence
+from helpers import power_sgd_training
+from helpers.power_sgd_training import Study, join_nodes, train
 from helpers.running import ENVIRONMENT
 
 RANKS, NODE_SIZE, STEPS = 4, 2, 6
@@ -312,9 +312,9 @@ class In16Bit(PowerSgdReducer):
 
 
 def trained_in_16_bit(study: Study, settings: PowerSgd, here: Here) -> dict[str, Any]:
-    study_module.PowerSgdReducer = In16Bit  # type: ignore[misc]
+    power_sgd_training.PowerSgdReducer = In16Bit  # type: ignore[misc]
     found = vars(train(study, settings, here.node, here.place))
-    study_module.PowerSgdReducer = PowerSgdReducer  # type: ignore[misc]
+    power_sgd_training.PowerSgdReducer = PowerSgdReducer  # type: ignore[misc]
     return found
 
 
@@ -383,7 +383,7 @@ def run(rank: int, port: int, scenario: str, folder: Path) -> None:
     """Run a scenario as one of the ranks."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     silence()
-    here = Here(rank, *join_machines())
+    here = Here(rank, *join_nodes())
     torch.save(SCENARIOS[scenario](here), folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
