@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from dalle_cli.commands.options import named_systems
+from dalle_cli.errors import UserError
 
 
 def command(
@@ -19,42 +21,40 @@ def command(
     ],
     system: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=GENERATED", help="Several systems, in place of GENERATED; repeatable."),
+        typer.Option(metavar="NAME=GENERATED", help="A named system, in place of GENERATED; repeatable."),
     ] = None,
     captions: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Measure pictures of these alone: text, .jsonl with ids, or COCO's .json."),
+        typer.Option(metavar="FILE", help="Measure only pictures of these: text, .jsonl with ids, or COCO's .json."),
     ] = None,
     preset: Annotated[
-        Literal["coco", "cub"] | None, typer.Option(help="REFERENCE is this set as published; draws its captions.")
+        Literal["coco", "cub"] | None, typer.Option(help="REFERENCE is this data set; its captions are drawn.")
     ] = None,
     draw: Annotated[int, typer.Option(min=2, help="Captions that a preset draws.")] = 30_000,
     write_captions: Annotated[
-        Path | None, typer.Option(metavar="JSONL", help="Write the preset's captions for dalle sample, and end.")
+        Path | None, typer.Option(metavar="JSONL", help="Only write the preset's captions, for dalle sample.")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=2, help="At most so many captions (or pictures) a system, drawn by the seed.")
+        int | None, typer.Option(min=2, help="Most captions (or pictures) of a system, drawn by the seed.")
     ] = None,
-    size: Annotated[int, typer.Option(min=8, help="Pictures are cropped and resized to this side first.")] = 256,
-    blur: Annotated[str, typer.Option(help="Radii in pixels, both sides blurred: 0,1,2,4,8.")] = "0",
+    size: Annotated[int, typer.Option(min=8, help="Side to which pictures are cropped and resized.")] = 256,
+    blur: Annotated[str, typer.Option(help="Radii in pixels to blur both sides by: 0,1,2,4,8.")] = "0",
     pool: Annotated[
         str | None, typer.Option(metavar="SIZES", help="Rerank by the scores at these sizes: 1,2,4,...,512.")
     ] = None,
     repeats: Annotated[int, typer.Option(min=2, help="Random subsets of each pool size.")] = 10,
     bootstrap: Annotated[int, typer.Option(min=0, help="Rounds for the standard errors of FID and IS.")] = 20,
     inception_weights: Annotated[
-        Path | None, typer.Option(help="torch-fidelity's Inception weights; fetched if there is a network.")
+        Path | None, typer.Option(help="torch-fidelity's Inception weights. \\[downloaded]", show_default=False)
     ] = None,
-    clip: Annotated[
-        str | None, typer.Option(help="Measure by this CLIP's features instead; the figures are named so.")
-    ] = None,
+    clip: Annotated[str | None, typer.Option(help="Measure by this CLIP's features instead; figures say so.")] = None,
     pretrained: Annotated[str | None, typer.Option(help="Tag or weights file of an open_clip model.")] = None,
     classes: Annotated[
         Path | None, typer.Option(metavar="FILE", help="With --clip: captions of classes, for a score like IS.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Decides captions, subsets, bootstrap and splits.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Decides captions, subsets, bootstrap sets and splits.")] = 0,
     cache: Annotated[
-        Path | None, typer.Option(help="Folder of features, kept by content. \\[the user's cache]", show_default=False)
+        Path | None, typer.Option(help="Folder of cached features. \\[the user's cache]", show_default=False)
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the figures to this JSON file.")] = None,
     page: Annotated[
@@ -62,11 +62,11 @@ def command(
     ] = None,
     rows: Annotated[int, typer.Option(min=0, help="Captions shown side by side on the page.")] = 16,
 ) -> None:
-    """FID, KID, Inception Score, precision and recall of pictures against real ones, by torch-fidelity.
+    """Measure FID, KID, Inception Score, precision and recall of pictures against real ones.
 
-    Without Inception's weights, --clip measures by CLIP features; its figures do not compare with Inception's. With
-    --pool, a system whose samples have scores stands for itself with the best of each caption's whole pool. Killed,
-    it goes on where it stopped.
+    Without Inception's weights, --clip measures by CLIP features; such figures do not compare with Inception's. With
+    --pool, a system whose samples have scores is measured by the best of each caption's whole pool. A killed command
+    resumes where it stopped.
 
     Example: [bold]dalle eval-fid runs/quickstart/ranked.jsonl runs/quickstart/shapes/seen --size 64
     --clip runs/quickstart/clip[/bold]
@@ -78,8 +78,6 @@ def command(
     import json
 
     from dalle_cli.data.captions import read_captions_by_id
-    from dalle_cli.errors import UserError
-    from dalle_cli.fid.pools import parse_pool_sizes, parse_radii
     from dalle_cli.fid.presets import open_preset
 
     if inception_weights is not None and clip is not None:
@@ -110,8 +108,9 @@ def command(
     real = FilePictures(published.reference, size) if published else open_pictures(reference, size)
 
     from dalle_cli.distributed.device import choose_device, prepare_process
-    from dalle_cli.fid.comparison import FORMAT, VERSION, Settings, compare_systems
+    from dalle_cli.fid.comparison import Settings, compare_systems
     from dalle_cli.fid.features import clip_features, default_cache, inception
+    from dalle_cli.fid.figures import Evaluation, evaluation_json
     from dalle_cli.stores.files import write_json
     from dalle_cli.stores.provenance import command_line
 
@@ -126,38 +125,71 @@ def command(
     else:
         features = inception(inception_weights, device=str(device))
     settings = Settings(radii, sizes, repeats, bootstrap, seed)
-    found = compare_systems(systems, real, features, settings, cache or default_cache())
-    figures: dict[str, Any] = {
-        "format": FORMAT, "version": VERSION, "command": command_line(), "reference": reference, "size": size,
-        "seed": seed, "bootstrap": bootstrap,
-    } | found  # fmt: skip
-    if published:
-        figures |= {"protocol": published.protocol, "warnings": published.warnings + found["warnings"]}
+    figures, warnings = compare_systems(systems, real, features, settings, cache or default_cache())
+    evaluation = Evaluation(
+        command=command_line(),
+        reference=reference,
+        size=size,
+        seed=seed,
+        bootstrap=bootstrap,
+        protocol=published.protocol if published else None,
+        features=features.name,
+        score_name=features.score_name,
+        systems=figures,
+        warnings=[*(published.warnings if published else []), *warnings],
+    )
     if page is not None:
         from dalle_cli.fid.page import choose_grid, true_pictures_of, write_evaluation
 
         grid = choose_grid(systems, true_pictures_of(published, real), rows, seed)
-        write_evaluation(figures, grid, page)
-    if not system:
-        # One system's figures lie on top, as a script that reads them expects.
-        (only,) = found["systems"]
-        figures = {**{k: v for k, v in figures.items() if k != "systems"}, **only,
-                   "warnings": [*figures["warnings"], *only["warnings"]]}  # fmt: skip
-        del figures["name"]
+        write_evaluation(evaluation, grid, page)
     if out is not None:
-        write_json(out, figures)
-    typer.echo(json.dumps(figures, indent=2))
+        write_json(out, evaluation_json(evaluation))
+    typer.echo(json.dumps(evaluation_json(evaluation), indent=2))
+
+
+def parse_pool_sizes(text: str) -> list[int]:
+    """Parse ``1,2,4,8``, or ``1,2,4,...,512`` with dots for doublings, into ascending sizes, each once.
+
+    Raises:
+        UserError: it is no list of counts of 1 or more.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    sizes: set[int] = set()
+    for before, part in pairwise(["", *parts]):
+        if part == "..." and before.isdecimal() and parts[-1].isdecimal() and int(before) > 0:
+            size = 2 * int(before)
+            while size < int(parts[-1]):
+                sizes.add(size)
+                size *= 2
+        elif part.isdecimal() and int(part) > 0:
+            sizes.add(int(part))
+        else:
+            raise UserError(f"--pool {text}: is no list of pool sizes; write e.g. 1,2,4,8 or 1,2,4,...,512")
+    return sorted(sizes)
+
+
+def parse_radii(text: str) -> list[float]:
+    """Parse ``0,1,2,4,8``, radii of the blur in pixels, into ascending radii, each once.
+
+    Raises:
+        UserError: one is no number from 0 to 1,000.
+    """
+    try:
+        radii = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        radii = [-1.0]
+    if not all(0 <= radius <= 1000 for radius in radii):
+        raise UserError(f"--blur {text}: is no list of radii in pixels; write e.g. 0,1,2,4,8")
+    return radii
 
 
 def _named(pictures: list[str], systems: list[str], captions_only: bool) -> dict[str, str]:
-    """GENERATED by name."""
-    from dalle_cli.errors import UserError
-
+    """Return where each system's pictures are, by its name; a single GENERATED is called "generated"."""
     if systems or captions_only:
         if len(pictures) != 1:
             raise UserError(f"with --system the only argument is REFERENCE, not {' '.join(pictures)}")
-    elif len(pictures) != 2:
+        return named_systems(systems, "NAME=GENERATED", "ours=ranked.jsonl")
+    if len(pictures) != 2:
         raise UserError("give GENERATED and REFERENCE, or --system NAME=GENERATED ... REFERENCE")
-    else:
-        return {"generated": pictures[0]}
-    return named_systems(systems, "NAME=GENERATED", "ours=ranked.jsonl")
+    return {"generated": pictures[0]}

@@ -1,7 +1,7 @@
-"""Several systems against one reference: their figures, against the blur's radius and the reranking pool's size.
+"""Several systems against one reference: figures, and curves against the blur's radius and the reranking pool's size.
 
-The talk's evaluations. Every picture is measured once for each radius; pools are reranked again and again from the
-scores that they have.
+Each picture's features are extracted once for each radius. Reranking needs no new features: the best of a random
+subset of a caption's samples follows from the scores that they already have.
 """
 
 from __future__ import annotations
@@ -9,139 +9,173 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dalle_cli.errors import UserError
 from dalle_cli.fid.features import Extracted, Features, cached_features
-from dalle_cli.fid.metrics import FrechetTo, check_counts, compare, inception_score
-from dalle_cli.fid.pictures import Pictures, SomePictures, Survey, survey
-from dalle_cli.fid.pools import best_of_subsets
+from dalle_cli.fid.figures import BlurPoint, Figures, PoolPoint, SystemFigures
+from dalle_cli.fid.metrics import FrechetTo, check_counts, compare, inception_score, warnings_about
+from dalle_cli.fid.pictures import Pictures, PictureSubset, Survey, survey
 from dalle_cli.fid.systems import System, check_same_captions
 from dalle_cli.progress import Progress, progress
-from dalle_cli.shapes.accuracy import accuracies, accuracy_figures, judge
-
-FORMAT, VERSION = "dalle-eval-fid", 1
+from dalle_cli.randomness import numpy_generator
+from dalle_cli.shapes.accuracy import Accuracy, accuracies, judge
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to compare: ``radii`` of the blur, ``pool_sizes`` (none: no reranking), draws of subsets for each size,
-    rounds of the bootstrap, and the seed of all that is drawn.
-    """
+    """Settings of a comparison."""
 
     radii: Sequence[float] = (0.0,)
+    """Radii of the blur in pixels."""
     pool_sizes: Sequence[int] = ()
+    """Sizes of the pools to rerank; none for no reranking."""
     repeats: int = 10
+    """Random subsets drawn for each pool size."""
     bootstrap: int = 0
+    """Bootstrap sets for the standard errors; 0 for no errors."""
     seed: int = 0
 
 
 @dataclass(frozen=True)
-class _Chosen:
-    """A system, the rows its own figures are of, and the rows that reranking takes: (repeats, captions, sizes)."""
+class _Selection:
+    """A system and the rows of its pictures that are measured."""
 
     system: System
+    own: NDArray[np.int64]
+    """Rows of the system's own figures, ascending."""
     rows: NDArray[np.int64]
-    subsets: NDArray[np.int64] | None
+    """All rows to measure, ascending; of a large pool, reranking looks at few."""
+    subsets: NDArray[np.int64] | None = None
+    """Rows that reranking random subsets chooses (repeats, captions, sizes); None for a system without scores."""
+
+    def places(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the places of ``rows`` among all rows to measure."""
+        return np.searchsorted(self.rows, rows)
+
+    @property
+    def groups(self) -> NDArray[np.int64] | None:
+        """Number of each own row's caption, counted from 0; None if captions are unknown."""
+        groups = self.system.groups
+        return None if groups is None else np.unique(groups[self.own], return_inverse=True)[1]
+
+
+@dataclass(frozen=True)
+class _Extraction:
+    """Extraction of features through the cache, with a progress bar."""
+
+    features: Features
+    cache: Path
+    bar: Progress
+
+    def __call__(self, pictures: Pictures, digests: Sequence[str], radius: float) -> Extracted:
+        return cached_features(pictures, digests, self.features, self.cache, blur=radius, bar=self.bar)
 
 
 def compare_systems(
     systems: Sequence[System], reference: Pictures, features: Features, settings: Settings, cache: Path
-) -> dict[str, Any]:
-    """Figures of every system: ``{"systems": [...], "warnings": [...], ...}``.
+) -> tuple[list[SystemFigures], list[str]]:
+    """Return the figures of each system, and warnings about all of them together.
 
-    Each of ``systems`` has what :func:`dalle_cli.fid.metrics.compare` finds without blur, and with more radii or
-    pool sizes ``blur``, the same for each ``radius``; ``pool``, for each ``size`` the mean and the standard deviation
-    (``_error``) over random subsets; and ``accuracy`` of captions of the shapes world. With pool sizes, a system whose
-    pictures have scores stands for itself with the best of each caption's whole pool.
+    A system has ``blur`` points if radii beside 0 are asked for. With pool sizes, a system whose pictures have scores
+    stands for itself with the best of each caption's whole pool; it has ``pool`` points, and ``accuracy`` on captions
+    of the shapes world.
 
     Raises:
-        UserError: a picture is missing, broken, or of another size than its system's others; a pool is smaller than
-            a size that is asked for; too few pictures; systems of different captions altogether.
+        UserError: a picture is missing, broken, or of another size than the rest of its system; a pool is smaller than
+            a size that is asked for; there are too few pictures; or two systems have no caption in common.
     """
     warnings = check_same_captions(systems)
     chosen = [_choose(system, settings) for system in systems]
     if settings.pool_sizes and all(item.subsets is None for item in chosen):
         raise UserError("--pool: no system has scores to rerank by; rerank its samples first: dalle rerank")
     for item in chosen:
-        _refuse_missing(item.system)
-        check_counts(len(item.rows), len(reference), f"system {item.system.name}")
-    radii = sorted({0.0, *settings.radii})
-    needed = [_needed(item) for item in chosen]
-    looks = len(reference) + sum(len(rows) for rows in needed)
+        _check_present(item.system)
+        check_counts(len(item.own), len(reference), f"system {item.system.name}")
+    looks = len(reference) + sum(len(item.rows) for item in chosen)
     with progress("eval-fid: looking at files", looks, "pictures") as bar:
         real = survey(reference, bar.advance)
-        surveys = [survey(SomePictures(item.system.pictures, rows.tolist()), bar.advance)
-                   for item, rows in zip(chosen, needed, strict=True)]  # fmt: skip
+        surveys = [survey(PictureSubset(item.system.pictures, item.rows.tolist()), bar.advance) for item in chosen]
     warnings += _enlarged("the reference", real, reference.image_size)
-    for item, rows, found in zip(chosen, needed, surveys, strict=True):
-        _refuse_other_sizes(item.system, rows, found)
+    for item, found in zip(chosen, surveys, strict=True):
+        _check_sizes(item, found)
         warnings += _enlarged(item.system.name, found, item.system.pictures.image_size)
-    warnings += _counts(chosen)
+    warnings += _unequal_counts(chosen)
 
-    results: list[dict[str, Any]] = [{"name": s.name, "generated": s.spec} for s in systems]
-    steps = len(radii) * (len(reference) + sum(len(item.rows) for item in chosen)) + sum(
-        len(rows) - len(item.rows) for item, rows in zip(chosen, needed, strict=True)
-    )
+    radii = sorted({0.0, *settings.radii})
+    figures: list[list[Figures]] = [[] for _ in chosen]
+    pools: list[list[PoolPoint]] = [[] for _ in chosen]
+    steps = len(radii) * (len(reference) + sum(len(item.own) for item in chosen))
+    steps += sum(len(item.rows) - len(item.own) for item in chosen)
     with progress(f"eval-fid: {features.name.split()[0]} features", steps, "pictures") as bar:
+        extract = _Extraction(features, cache, bar)
         for radius in radii:
-            _at_radius(radius, chosen, needed, surveys, (reference, real), features, settings, cache, bar, results)
-    for item, result in zip(chosen, results, strict=True):
-        if settings.pool_sizes and (found_accuracy := _accuracy(item.system, settings)):
-            result["accuracy"] = found_accuracy
-    return {"features": features.name, "systems": results, "warnings": list(dict.fromkeys(warnings))}
-
-
-def _at_radius(
-    radius: float,
-    chosen: Sequence[_Chosen],
-    needed: Sequence[NDArray[np.int64]],
-    surveys: Sequence[Survey],
-    real: tuple[Pictures, Survey],
-    features: Features,
-    settings: Settings,
-    cache: Path,
-    bar: Progress,
-    results: list[dict[str, Any]],
-) -> None:
-    """Add what is found at this radius to each of ``results``."""
-    reference = cached_features(*real, features, cache, blur=radius, bar=bar)
-    frechet = FrechetTo(reference.vectors, features.device) if settings.bootstrap or settings.pool_sizes else None
-    for item, rows, found, result in zip(chosen, needed, surveys, results, strict=True):
-        # Only the unblurred pictures are reranked.
-        wanted = rows if radius == 0 else item.rows
-        place = {int(row): number for number, row in enumerate(rows)}
-        some = Survey([found.digests[place[int(row)]] for row in wanted], found.sizes[:0])
-        pictures = SomePictures(item.system.pictures, wanted.tolist())
-        extracted = cached_features(pictures, some, features, cache, blur=radius, bar=bar)
-        own = extracted if radius else extracted.rows([place[int(row)] for row in item.rows])
-        groups = item.system.groups
-        figures = compare(
-            own,
-            reference,
-            features,
-            seed=settings.seed,
-            bootstrap=settings.bootstrap,
-            groups=None if groups is None else np.unique(groups[item.rows], return_inverse=True)[1],
-            frechet=frechet,
+            target = extract(reference, real.digests, radius)
+            frechet = FrechetTo(target.vectors, features.device) if settings.bootstrap or settings.pool_sizes else None
+            for number, (item, found) in enumerate(zip(chosen, surveys, strict=True)):
+                # Only unblurred pictures are reranked.
+                rows = item.rows if radius == 0 else item.own
+                digests = [found.digests[place] for place in item.places(rows)]
+                extracted = extract(PictureSubset(item.system.pictures, rows.tolist()), digests, radius)
+                own = extracted.rows(item.places(item.own)) if radius == 0 else extracted
+                figures[number].append(
+                    compare(
+                        own,
+                        target,
+                        seed=settings.seed,
+                        bootstrap=settings.bootstrap,
+                        groups=item.groups,
+                        frechet=frechet,
+                    )
+                )
+                if radius == 0 and frechet is not None:
+                    pools[number] = _pool_curve(item, extracted, settings, frechet)
+    results = [
+        SystemFigures(
+            name=item.system.name,
+            generated=item.system.spec,
+            **vars(own[0]),
+            warnings=[*features.warnings, *warnings_about(own[0], features.score_name)],
+            blur=[BlurPoint(radius=radius, **vars(one)) for radius, one in zip(radii, own, strict=True)]
+            if len(radii) > 1
+            else [],
+            pool=pool,
+            accuracy=_accuracy(item.system, settings),
         )
-        if radius == 0:
-            result |= figures
-            if item.subsets is not None and frechet is not None:
-                sets = [[extracted.rows([place[int(row)] for row in draw[:, number]]) for draw in item.subsets]
-                        for number in range(len(settings.pool_sizes))]  # fmt: skip
-                result["pool"] = _pool_curve(item.system, sets, features, settings, frechet)
-        if len(set(settings.radii) | {0.0}) > 1:
-            curve = {key: value for key, value in figures.items() if key not in ("features", "warnings")}
-            result.setdefault("blur", []).append({"radius": radius, **curve})
+        for item, own, pool in zip(chosen, figures, pools, strict=True)
+    ]
+    return results, list(dict.fromkeys(warnings))
 
 
-def _choose(system: System, settings: Settings) -> _Chosen:
+def best_of_subsets(pool_sizes: Sequence[int], sizes: Sequence[int], seed: int, repeat: int) -> NDArray[np.int64]:
+    """Draw a random subset of each caption's pool for each size; return the rank of the best in it (captions, sizes).
+
+    Rank r (from 1) of n is the best of k with probability C(n - r, k - 1) / C(n, k). The subsets of a caption come
+    from one random order of its pool, so that a larger one holds the smaller ones, and sizes differ by the reranking
+    alone.
+
+    Args:
+        pool_sizes: Number of samples of each caption. Samples are numbered from 0, the best first.
+        sizes: Sizes of the subsets.
+        seed: Decides the draw, together with ``repeat``.
+        repeat: Number of the draw.
+    """
+    if not all(1 <= size <= min(pool_sizes) for size in sizes):
+        raise ValueError(f"subsets of {sizes} of pools of {min(pool_sizes)} samples or more")
+    rng = numpy_generator(seed, "pool", repeat)
+    last = np.array(sizes) - 1
+    chosen = np.empty((len(pool_sizes), len(sizes)), np.int64)
+    for row, n in enumerate(pool_sizes):
+        chosen[row] = np.minimum.accumulate(rng.permutation(n))[last]
+    return chosen
+
+
+def _choose(system: System, settings: Settings) -> _Selection:
     if not settings.pool_sizes or not system.pools:
-        return _Chosen(system, np.arange(len(system.pictures)), None)
+        everything = np.arange(len(system.pictures))
+        return _Selection(system, everything, everything)
     lengths = [len(pool.lines) for pool in system.pools]
     most = max(settings.pool_sizes)
     small = [pool for pool in system.pools if len(pool.lines) < most]
@@ -153,56 +187,57 @@ def _choose(system: System, settings: Settings) -> _Chosen:
     cut = next((pool for pool in system.pools if not pool.whole), None)
     if cut is not None:
         raise UserError(
-            f"system {system.name}: {system.spec} holds only the best of {cut.prompt!r}; rerank without --top, or a "
-            "subset of the pool cannot be known"
+            f"system {system.name}: {system.spec} holds only the best of {cut.prompt!r}, so that subsets of the pool "
+            "cannot be drawn; rerank without --top"
         )
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     subsets = np.stack([
         starts[:, None] + best_of_subsets(lengths, settings.pool_sizes, settings.seed, repeat)
         for repeat in range(settings.repeats)
     ])  # fmt: skip
-    return _Chosen(system, starts, subsets)
+    return _Selection(system, starts, np.unique(np.concatenate([starts, subsets.ravel()])), subsets)
 
 
-def _needed(item: _Chosen) -> NDArray[np.int64]:
-    """The rows to measure, ascending: of a large pool reranking looks at few."""
-    return item.rows if item.subsets is None else np.unique(np.concatenate([item.rows, item.subsets.ravel()]))
-
-
-def _pool_curve(
-    system: System, sets: Sequence[Sequence[Extracted]], features: Features, settings: Settings, frechet: FrechetTo
-) -> list[dict[str, Any]]:
-    """FID and score against the pool's size: mean and standard deviation over random subsets, ``sets`` by size."""
-    lengths = {len(pool.lines) for pool in system.pools}
+def _pool_curve(item: _Selection, extracted: Extracted, settings: Settings, frechet: FrechetTo) -> list[PoolPoint]:
+    """Return FID and score of the best of random subsets, for each pool size, from the features of all rows."""
+    if item.subsets is None:
+        return []
+    lengths = {len(pool.lines) for pool in item.system.pools}
     curve = []
-    for size, drawn in zip(settings.pool_sizes, sets, strict=True):
-        # All subsets of the whole are the same.
-        some = drawn[:1] if lengths == {size} else drawn
-        point: dict[str, Any] = {"size": size, "n_generated": len(system.pools), "repeats": len(some)}
-        point |= _mean_and_error("fid", [frechet(one.vectors) for one in some])
-        if features.logits is not None:
-            scores = [inception_score(one.logits, seed=settings.seed)[0] for one in some if one.logits is not None]
-            point |= _mean_and_error(features.score_key, scores)
-        curve.append(point)
+    for number, size in enumerate(settings.pool_sizes):
+        # All subsets as large as the pool are the same.
+        draws = item.subsets[:1] if lengths == {size} else item.subsets
+        sets = [extracted.rows(item.places(draw[:, number])) for draw in draws]
+        fids = [frechet(one.vectors) for one in sets]
+        scores = [inception_score(one.logits, seed=settings.seed).mean for one in sets if one.logits is not None]
+        curve.append(
+            PoolPoint(
+                size=size,
+                n_generated=len(item.system.pools),
+                repeats=len(sets),
+                fid=float(np.mean(fids)),
+                fid_error=_deviation(fids),
+                score=float(np.mean(scores)) if scores else None,
+                score_error=_deviation(scores),
+            )
+        )
     return curve
 
 
-def _mean_and_error(name: str, values: Sequence[float]) -> dict[str, float | None]:
-    error = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return {name: float(np.mean(values)), f"{name}_error": error}
+def _deviation(values: Sequence[float]) -> float | None:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def _accuracy(system: System, settings: Settings) -> dict[str, Any] | None:
-    """By the oracle, of captions of the shapes world; None where there are none."""
-    if not system.pools:
-        return None
+def _accuracy(system: System, settings: Settings) -> dict[str, Accuracy]:
+    """Return the accuracy on captions of the shapes world, by kind of caption; empty without reranking."""
+    if not settings.pool_sizes or not system.pools:
+        return {}
     with progress(f"eval-fid: {system.name}", len(system.pools), "captions judged") as bar:
         judged = judge(system.pools, bar.advance)
-    groups = accuracies(judged, settings.pool_sizes)
-    return {name: accuracy_figures(group) for name, group in groups.items()} or None
+    return accuracies(judged, settings.pool_sizes)
 
 
-def _refuse_missing(system: System) -> None:
+def _check_present(system: System) -> None:
     if system.origin != "lines":
         return
     paths = [system.pictures.name(row) for row in range(len(system.pictures))]
@@ -214,13 +249,14 @@ def _refuse_missing(system: System) -> None:
         )
 
 
-def _refuse_other_sizes(system: System, rows: NDArray[np.int64], found: Survey) -> None:
+def _check_sizes(item: _Selection, found: Survey) -> None:
+    system = item.system
     if system.origin != "lines":
         return
     odd = np.flatnonzero((found.sizes != found.sizes[0]).any(axis=1))
     if len(odd):
-        name = system.pictures.name(int(rows[odd[0]]))
-        sizes = [" x ".join(str(side) for side in found.sizes[row]) for row in (odd[0], 0)]
+        name = system.pictures.name(int(item.rows[odd[0]]))
+        sizes = [" x ".join(str(side) for side in found.sizes[place]) for place in (odd[0], 0)]
         raise UserError(
             f"system {system.name}: {name} is {sizes[0]} pixels where the samples before are {sizes[1]} ({len(odd)} "
             "such pictures); draw them again with dalle sample"
@@ -238,10 +274,12 @@ def _enlarged(name: str, found: Survey, size: int) -> list[str]:
     ]
 
 
-def _counts(chosen: Sequence[_Chosen]) -> list[str]:
-    counts = {item.system.name: len(item.rows) for item in chosen}
+def _unequal_counts(chosen: Sequence[_Selection]) -> list[str]:
+    counts = {item.system.name: len(item.own) for item in chosen}
     if len(set(counts.values())) < 2:
         return []
-    told = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-    return [f"systems have different counts of pictures ({told}): FID falls and the score grows with the count; "
-            "--limit makes them equal"]  # fmt: skip
+    listed = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    return [
+        f"systems have different counts of pictures ({listed}): FID falls and the score grows with the count; "
+        "--limit makes them equal"
+    ]

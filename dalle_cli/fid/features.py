@@ -1,6 +1,7 @@
-"""What pictures are measured by: Inception-v3 (the published FID, KID and IS) or a CLIP's image features.
+"""Features that pictures are measured by, and their cache.
 
-Both are torch-fidelity feature extractors, so one code computes the metrics on either.
+Either Inception-v3's, on which FID, KID and IS are published, or a CLIP's image features. Both are torch-fidelity
+feature extractors, so the same code computes the metrics on either.
 """
 
 from __future__ import annotations
@@ -13,21 +14,20 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
 from torch import Tensor
 from torch.utils.data import Dataset
-from torch_fidelity import FeatureExtractorBase, register_feature_extractor
+from torch_fidelity import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
 
 from dalle_cli.clip.scoring import Scorer
 from dalle_cli.errors import UserError
-from dalle_cli.fid.pictures import Blurred, Pictures, SomePictures, Survey
+from dalle_cli.fid.figures import ScoreName
+from dalle_cli.fid.pictures import BlurredPictures, Pictures, PictureSubset
 from dalle_cli.progress import Progress
 from dalle_cli.stores.files import sha256_file, write_atomically
 
@@ -35,42 +35,45 @@ INCEPTION_FILE = URL_INCEPTION_V3.rsplit("/", 1)[-1]
 INCEPTION_SHA256 = INCEPTION_FILE.removesuffix(".pth").rsplit("-", 1)[-1]
 """The published weights carry the first digits of their sha256 in their name."""
 
-CLIP_EXTRACTOR = "clip-image"
+CACHE_FORMAT = 1
+CHUNK = 1024
+"""Pictures whose features are extracted and cached together."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """A feature extractor, ready to run, and what its figures are to be called.
-
-    ``name`` says in every output which features were used; ``vector`` is the layer that FID and KID compare,
-    ``logits`` the layer of class logits that the inception score needs, if there is one, and ``score_key``
-    what that score is called.
-    """
+    """A feature extractor that is ready to run, and the names of what it measures."""
 
     name: str
+    """Name of the features; it stands beside every figure."""
     extractor: FeatureExtractorBase
     vector: str
+    """Layer that FID, KID, precision and recall compare."""
     logits: str | None
-    score_key: str
+    """Layer of class logits, which the score by class needs; None if there is none."""
+    score_name: ScoreName
     device: torch.device
     identity: str
-    """Hash of all that a picture's features depend on besides the picture."""
+    """Hash of all that a picture's features depend on, apart from the picture."""
     warnings: list[str] = field(default_factory=list)
 
     def extract(self, pictures: Dataset[Tensor], *, batch_size: int = 64, workers: bool = False) -> Extracted:
-        """Features of all pictures of a dataset of (3, H, W) uint8 tensors of one size.
+        """Return the features of a dataset of (3, H, W) uint8 pictures of one size.
 
-        ``workers`` reads ahead in a few processes, for pictures that have to be decoded.
+        ``workers`` decodes pictures ahead in a few processes.
+
+        Raises:
+            UserError: a picture is missing or broken.
         """
         try:
             with warnings.catch_warnings():
-                # torch-fidelity takes more workers than a small machine has cores; they only decode.
+                # torch-fidelity may start more workers than the machine has cores; it does no harm, they only decode.
                 warnings.filterwarnings("ignore", message="This DataLoader will create")
                 layers = get_featuresdict_from_dataset(
                     pictures, self.extractor, batch_size, self.device.type == "cuda", not workers, False
                 )
         except UserError as error:
-            # From a worker process the message comes at the end of that process's traceback.
+            # An error of a worker process holds that process's traceback; the message is its last line.
             raise UserError(str(error).strip().splitlines()[-1].split("UserError: ", 1)[-1]) from error
         return Extracted(layers[self.vector], None if self.logits is None else layers[self.logits])
 
@@ -86,23 +89,27 @@ class Extracted:
         return len(self.vectors)
 
     def rows(self, rows: Tensor | Sequence[int]) -> Extracted:
-        """Those of some pictures, e.g. of the best of each pool."""
+        """Return the features of some of the pictures."""
         index = torch.as_tensor(rows)
         return Extracted(self.vectors[index], None if self.logits is None else self.logits[index])
 
 
 def inception(weights_path: Path | None = None, *, device: str = "cpu") -> Features:
-    """Inception-v3 as torch-fidelity ports it from the TensorFlow graph of the published FID.
+    """Return Inception-v3 as torch-fidelity ports it from the TensorFlow graph of the published FID.
 
-    ``weights_path`` is torch-fidelity's file of that port; without it, the file is looked for in torch's hub
-    folder and else fetched. Raises UserError where it is neither there nor to be had, or is not that
-    network's weights.
+    Args:
+        weights_path: File of the port's weights, as torch-fidelity publishes it. Without it, the file is looked for in
+            torch's hub folder and else downloaded.
+        device: Device to run on.
+
+    Raises:
+        UserError: the file is missing and cannot be downloaded, or does not hold this network's weights.
     """
-    path = weights_path if weights_path is not None else _fetched_inception()
+    path = weights_path if weights_path is not None else _downloaded_inception()
     state = _state_dict(path)
     digest = sha256_file(path)
     published = digest.startswith(INCEPTION_SHA256)
-    # torch-fidelity unpickles whatever its path names; it is handed tensors that were read as tensors only.
+    # torch-fidelity would unpickle the file without restriction, so it gets a copy of the tensors read safely.
     checked = io.BytesIO()
     torch.save(state, checked)
     checked.seek(0)
@@ -123,60 +130,49 @@ def inception(weights_path: Path | None = None, *, device: str = "cpu") -> Featu
         extractor=extractor,
         vector="2048",
         logits="logits_unbiased",
-        score_key="inception_score",
+        score_name="inception_score",
         device=torch.device(device),
         identity=digest,
         warnings=[]
         if published
-        else [f"{path.name} is not the published {INCEPTION_FILE}: figures compare with no published ones"],
+        else [f"{path.name} is not the published {INCEPTION_FILE}: figures do not compare with published ones"],
     )
 
 
 def clip_features(
     scorer: Scorer, class_captions: Sequence[str] = (), *, device: torch.device | str = "cpu"
 ) -> Features:
-    """Image features of a CLIP. FID and KID on them are no figures to be set beside Inception's.
+    """Return the image features of a CLIP; FID and KID on them do not compare with Inception's.
 
-    A feature is the unit vector of ``scorer`` times sqrt(d), so that coordinates have a mean square of 1
-    whatever the width, and KID's kernel (x.y / d + 1)^3 is (cosine + 1)^3. With ``class_captions`` (two or
-    more) each picture also gets class logits, the scaled similarities to these captions, as CLIP classifies
-    without training; the inception score's formula on them is called ``clip_is``. ``device`` is the scorer's.
+    A feature is the scorer's unit vector times sqrt(d). Its coordinates then have a mean square of 1 whatever the
+    width, and KID's kernel (x.y / d + 1)^3 is (cosine + 1)^3.
+
+    Args:
+        scorer: The CLIP.
+        class_captions: Captions of classes, two or more, or none. With them each picture also gets class logits: its
+            scaled similarities to these captions, which is CLIP's classification without training. The inception
+            score's formula on them is called ``clip_is``.
+        device: Device of the scorer, on which distances are computed.
     """
     if len(class_captions) == 1:
         raise ValueError("one class has no distribution: give two or more class captions, or none")
     layers = ["vector", "logits"] if class_captions else ["vector"]
-    extractor = create_feature_extractor(
-        CLIP_EXTRACTOR,
-        layers,
-        cuda=False,
-        scorer=scorer,
-        class_captions=list(class_captions),
-        verbose=False,
-    )
     return Features(
         name=f"clip-image {scorer.name}",
-        extractor=extractor,
+        extractor=ClipExtractor(scorer, layers, class_captions),
         vector="vector",
         logits="logits" if class_captions else None,
-        score_key="clip_is",
+        score_name="clip_is",
         device=torch.device(device),
         identity=hashlib.sha256(json.dumps([scorer.identity, *class_captions]).encode()).hexdigest(),
     )
 
 
 class ClipExtractor(FeatureExtractorBase):  # type: ignore[misc]
-    """torch-fidelity's face of a :class:`Scorer`; layers ``vector`` (B, d) and ``logits`` (B, classes)."""
+    """A :class:`Scorer` as torch-fidelity's extractor, with layers ``vector`` (B, d) and ``logits`` (B, classes)."""
 
-    def __init__(
-        self,
-        name: str,
-        features_list: Sequence[str],
-        *,
-        scorer: Scorer,
-        class_captions: Sequence[str] = (),
-        **_: Any,
-    ) -> None:
-        super().__init__(name, list(features_list))
+    def __init__(self, scorer: Scorer, layers: Sequence[str], class_captions: Sequence[str] = ()) -> None:
+        super().__init__("clip-image", list(layers))
         self.scorer = scorer
         self.classes = scorer.text_features(list(class_captions)) if class_captions else None
 
@@ -191,20 +187,8 @@ class ClipExtractor(FeatureExtractorBase):  # type: ignore[misc]
     def get_provided_features_list() -> tuple[str, ...]:
         return "vector", "logits"
 
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        return {"isc": "logits", "fid": "vector", "kid": "vector", "prc": "vector"}[metric]
 
-    @staticmethod
-    def can_be_compiled() -> bool:
-        return False
-
-
-if CLIP_EXTRACTOR not in FEATURE_EXTRACTORS_REGISTRY:
-    register_feature_extractor(CLIP_EXTRACTOR, ClipExtractor)
-
-
-def _fetched_inception() -> Path:
+def _downloaded_inception() -> Path:
     path: Path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
     if path.is_file():
         return path
@@ -213,7 +197,7 @@ def _fetched_inception() -> Path:
         torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=INCEPTION_SHA256, progress=False)
     except Exception as error:
         raise UserError(
-            f"Inception-v3's weights cannot be fetched ({error}); provide the file {INCEPTION_FILE} of "
+            f"Inception-v3's weights cannot be downloaded ({error}); provide the file {INCEPTION_FILE} of "
             "torch-fidelity's release v0.2.0 and give its path with --inception-weights, or measure by a CLIP"
         ) from error
     return path
@@ -234,38 +218,41 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
     return state
 
 
-FORMAT = 1
-CHUNK = 1024
-"""Pictures measured and kept together."""
-
-
 def default_cache() -> Path:
-    """``dalle/features`` in the user's folder for caches."""
+    """Return ``dalle/features`` in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dalle" / "features"
 
 
 def cached_features(
     pictures: Pictures,
-    found: Survey,
+    digests: Sequence[str],
     features: Features,
     cache: Path,
     *,
     blur: float = 0,
     bar: Progress | None = None,
 ) -> Extracted:
-    """Features of all pictures under a Gaussian ``blur``, from the folder ``cache`` where they are in it.
+    """Return the features of all pictures, read from the folder ``cache`` if they are in it, and else added to it.
+
+    Args:
+        pictures: The pictures to measure.
+        digests: Hash of each picture's file; the cache's keys are made of these.
+        features: Extractor of the features.
+        cache: Folder of cached chunks.
+        blur: Standard deviation of the Gaussian blur in pixels.
+        bar: Progress bar, advanced by one for each picture.
 
     Raises:
-        UserError: a picture is broken, or the cache may not be written.
+        UserError: a picture is broken, or the cache cannot be written.
     """
     chunks = []
     for start in range(0, len(pictures), CHUNK):
         rows = range(start, min(start + CHUNK, len(pictures)))
-        file = cache / f"{_key(features, pictures.image_size, blur, found.digests[rows.start : rows.stop])}.safetensors"
+        file = cache / f"{_key(features, pictures.image_size, blur, digests[rows.start : rows.stop])}.safetensors"
         chunk = _read(file, len(rows), features)
         if chunk is None:
             chunk = features.extract(
-                Blurred(SomePictures(pictures, rows), blur), workers=features.device.type == "cuda"
+                BlurredPictures(PictureSubset(pictures, rows), blur), workers=features.device.type == "cuda"
             )
             _write(file, chunk)
         chunks.append(chunk)
@@ -275,13 +262,13 @@ def cached_features(
     return Extracted(torch.cat([chunk.vectors for chunk in chunks]), torch.cat(logits) if logits else None)
 
 
-def _key(features: Features, image_size: int, blur: float, digests: list[str]) -> str:
-    what = [FORMAT, features.identity, image_size, float(blur), digests]
+def _key(features: Features, image_size: int, blur: float, digests: Sequence[str]) -> str:
+    what = [CACHE_FORMAT, features.identity, image_size, float(blur), list(digests)]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
 def _read(file: Path, count: int, features: Features) -> Extracted | None:
-    """None where there is no such file, or it is damaged: features can be had again."""
+    """Return the chunk, or None if it is missing or damaged, in which case it is extracted again."""
     try:
         tensors = load(file.read_bytes())
         found = Extracted(tensors["vectors"], tensors.get("logits"))

@@ -1,17 +1,16 @@
 """FID, KID, inception score, precision and recall of generated pictures against real ones, by torch-fidelity.
 
-FID (Heusel et al. 2017) is the Frechet distance of two Gaussians fitted to features, KID (Binkowski et al.
-2018) the squared maximum mean discrepancy under a cubic kernel, and the inception score (Salimans et al.
-2016) the exponential of the mean KL divergence of each picture's class distribution from their average.
-Precision is the share of generated pictures that lie among the real ones, recall the share of real ones that lie
-among the generated, where a set reaches as far from each of its members as the third nearest other member
-(Kynkaanniemi et al. 2019).
+FID (Heusel et al. 2017) is the Frechet distance of two Gaussians fitted to features. KID (Binkowski et al. 2018) is
+the squared maximum mean discrepancy under a cubic kernel. The inception score (Salimans et al. 2016) is the
+exponential of the mean KL divergence of each picture's class distribution from their average. Precision is the share
+of generated pictures within the manifold of the real ones, recall the share of real pictures within the manifold of
+the generated ones; a manifold is the union of balls around its pictures, each reaching to the third nearest other
+picture (Kynkaanniemi et al. 2019).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,87 +22,124 @@ from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, k
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
 from dalle_cli.errors import UserError
-from dalle_cli.fid.features import Extracted, Features
+from dalle_cli.fid.features import Extracted
+from dalle_cli.fid.figures import Figures
 from dalle_cli.randomness import numpy_generator
 
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1000
-SCORE_SPLITS = 10
-PICTURES_A_SPLIT = 1000
+MAX_SPLITS = 10
+PICTURES_PER_SPLIT = 1000
 NEIGHBOURS = 3
-"""Of precision and recall."""
+"""Neighbours to which a ball of precision and recall reaches."""
 DISTANCES_AT_ONCE = 4096
 """Rows and columns of a block of distances between pictures."""
+
+
+class KernelDistance(NamedTuple):
+    """KID over random subsets; ``kid_std`` is None for a single subset."""
+
+    kid_mean: float
+    kid_std: float | None
+    kid_subset_size: int
+    kid_subsets: int
+
+
+class PrecisionRecall(NamedTuple):
+    """Precision and recall with their binomial standard errors; all None for too few pictures."""
+
+    precision: float | None = None
+    precision_error: float | None = None
+    recall: float | None = None
+    recall_error: float | None = None
+
+
+class InceptionScore(NamedTuple):
+    """Mean and standard deviation over ``splits`` of the pictures; ``std`` is None for a single split."""
+
+    mean: float
+    std: float | None
+    splits: int
 
 
 def compare(
     generated: Extracted,
     reference: Extracted,
-    features: Features,
     *,
     seed: int = 0,
     bootstrap: int = 0,
     groups: NDArray[np.int64] | None = None,
     frechet: FrechetTo | None = None,
-) -> dict[str, Any]:
-    """FID, KID, precision, recall and, where the features have class logits, the inception score of ``generated``.
+) -> Figures:
+    """Return the figures of ``generated`` pictures against the ``reference``, both already as features.
 
-    Takes features already extracted, so that many subsets can be compared with one reference. Keys:
-    ``features`` (what was used), ``fid``, ``kid_mean``, ``kid_std`` (over subsets; None where one subset holds every
-    picture), ``kid_subset_size``, ``kid_subsets``, the score as ``inception_score`` or ``clip_is`` with
-    ``_std`` and ``_splits``, ``precision`` and ``recall`` (None with too few pictures) with ``_error``, the binomial
-    standard error, ``n_generated``, ``n_reference``, ``feature_dimensions`` and ``warnings``. ``seed`` chooses KID's
-    subsets and the score's splits.
+    The score by class is measured if the features have class logits.
 
-    With ``bootstrap`` rounds, ``fid`` and the score also get ``_error``: the standard deviation of the figure over
-    as many sets drawn from the generated pictures with replacement, whole ``groups`` (n,) at a time (the pictures of
-    one caption are no independent draws). The reference is held fixed, as it is for published figures.
+    Args:
+        generated: Features of the generated pictures.
+        reference: Features of the real pictures.
+        seed: Decides the subsets of KID, the splits of the score and the bootstrap sets.
+        bootstrap: Number of sets drawn from the generated pictures with replacement, over which the standard errors
+            of FID and score are taken; 0 for no errors. The reference is held fixed, as it is for published figures.
+        groups: Number of each generated picture's caption (n,). The bootstrap draws whole groups, since the pictures
+            of one caption are no independent draws.
+        frechet: Distances to ``reference`` for the bootstrap, if already prepared.
 
-    Raises UserError for fewer than two pictures on a side.
+    Raises:
+        UserError: a side has fewer than two pictures.
     """
     check_counts(len(generated), len(reference))
-    dimensions = generated.vectors.shape[1]
-    warnings = list(features.warnings)
-    few = [f"{n} {side}" for side, n in (("generated", len(generated)), ("reference", len(reference)))
-           if n <= dimensions]  # fmt: skip
+    score = inception_score(generated.logits, seed=seed) if generated.logits is not None else None
+    fid_error = score_error = None
+    if bootstrap:
+        distance = frechet or FrechetTo(reference.vectors)
+        sets = resampled(len(generated), groups, bootstrap, seed)
+        fid_error = float(np.std([distance(generated.vectors[rows]) for rows in sets], ddof=1))
+        if generated.logits is not None:
+            score_error = float(
+                np.std([inception_score(generated.logits[rows], seed=seed).mean for rows in sets], ddof=1)
+            )
+    return Figures(
+        fid=frechet_distance(generated.vectors, reference.vectors),
+        fid_error=fid_error,
+        **kernel_distance(generated.vectors, reference.vectors, seed=seed)._asdict(),
+        score=score and score.mean,
+        score_std=score and score.std,
+        score_splits=score and score.splits,
+        score_error=score_error,
+        **precision_recall(generated.vectors, reference.vectors)._asdict(),
+        n_generated=len(generated),
+        n_reference=len(reference),
+        feature_dimensions=generated.vectors.shape[1],
+    )
+
+
+def warnings_about(figures: Figures, score_name: str) -> list[str]:
+    """Return what a reader must know of figures of so few pictures."""
+    warnings = []
+    few = [
+        f"{count} {side}"
+        for side, count in (("generated", figures.n_generated), ("reference", figures.n_reference))
+        if count <= figures.feature_dimensions
+    ]
     if few:
         warnings.append(
-            f"{' and '.join(few)} pictures for {dimensions} feature dimensions: the covariance is singular and FID is "
-            "biased upwards; compare only figures of equal counts"
+            f"{' and '.join(few)} pictures for {figures.feature_dimensions} feature dimensions: the covariance is "
+            "singular and FID is biased upwards; compare only figures of equal counts"
         )
-    result: dict[str, Any] = {"features": features.name}
-    result["fid"] = frechet_distance(generated.vectors, reference.vectors)
-    result |= kernel_distance(generated.vectors, reference.vectors, seed=seed)
-    key = features.score_key
-    if generated.logits is not None:
-        mean, std, splits = inception_score(generated.logits, seed=seed)
-        result |= {key: mean, f"{key}_std": std, f"{key}_splits": splits}
-        if len(generated) < PICTURES_A_SPLIT:
-            warnings.append(f"{key} of {len(generated)} pictures is biased downwards; it grows with the count")
-    result |= precision_recall(generated.vectors, reference.vectors)
-    if result["precision"] is None:
+    if figures.score is not None and figures.n_generated < PICTURES_PER_SPLIT:
+        warnings.append(f"{score_name} of {figures.n_generated} pictures is biased downwards; it grows with the count")
+    if figures.precision is None:
         warnings.append(f"precision and recall need more than {NEIGHBOURS} pictures on each side")
-    if bootstrap:
-        distance = frechet or FrechetTo(reference.vectors, features.device)
-        sets = list(resampled(len(generated), groups, bootstrap, seed))
-        result["fid_error"] = float(np.std([distance(generated.vectors[rows]) for rows in sets], ddof=1))
-        if generated.logits is not None:
-            scores = [inception_score(generated.logits[rows], seed=seed)[0] for rows in sets]
-            result[f"{key}_error"] = float(np.std(scores, ddof=1))
-    return result | {
-        "n_generated": len(generated),
-        "n_reference": len(reference),
-        "feature_dimensions": dimensions,
-        "warnings": warnings,
-    }
+    return warnings
 
 
 class FrechetTo:
-    """Frechet distances of many sets to one reference (m, d), whose part of the work is done once.
+    """Frechet distances of many sets to one reference (m, d), with the reference's share of the work done once.
 
-    tr (S1 S2)^(1/2) is the sum of the singular values of X1 S2^(1/2) / sqrt(n - 1), X1 the centred features: equal
-    to :func:`frechet_distance`, by two symmetric eigenproblems in place of a general one. In double precision on
-    ``device``.
+    tr (S1 S2)^(1/2) is the sum of the singular values of X1 S2^(1/2) / sqrt(n - 1), where X1 are the centred features.
+    That equals :func:`frechet_distance`, by two symmetric eigenproblems in place of a general one, in double precision
+    on ``device``.
     """
 
     def __init__(self, reference: Tensor, device: torch.device | str = "cpu") -> None:
@@ -115,7 +151,7 @@ class FrechetTo:
         self.trace = float(covariance.trace())
 
     def __call__(self, features: Tensor) -> float:
-        """Of features (n, d), n >= 2."""
+        """Return the distance of features (n, d), n >= 2."""
         x = features.to(self.root.device, torch.float64)
         mean = x.mean(dim=0)
         x = x - mean
@@ -126,8 +162,11 @@ class FrechetTo:
         return max(0.0, float((mean - self.mean).square().sum()) + trace + self.trace - 2 * root_trace)
 
 
-def resampled(n: int, groups: NDArray[np.int64] | None, rounds: int, seed: int) -> Sequence[NDArray[np.int64]]:
-    """Rows of ``rounds`` bootstrap sets of n pictures: as many groups as there are, drawn with replacement."""
+def resampled(n: int, groups: NDArray[np.int64] | None, rounds: int, seed: int) -> list[NDArray[np.int64]]:
+    """Return the rows of ``rounds`` bootstrap sets of n pictures.
+
+    Each set draws as many groups as there are, with replacement; without ``groups``, single pictures.
+    """
     members = (
         np.split(np.argsort(groups, kind="stable"), np.cumsum(np.unique(groups, return_counts=True)[1])[:-1])
         if groups is not None
@@ -135,16 +174,13 @@ def resampled(n: int, groups: NDArray[np.int64] | None, rounds: int, seed: int) 
     )
     count = n if members is None else len(members)
     drawn = [numpy_generator(seed, "bootstrap", number).integers(0, count, count) for number in range(rounds)]
-    return drawn if members is None else [np.concatenate([members[group] for group in groups_]) for groups_ in drawn]
+    return drawn if members is None else [np.concatenate([members[group] for group in one]) for one in drawn]
 
 
-def precision_recall(generated: Tensor, reference: Tensor) -> dict[str, float | None]:
-    """Shares of features (n, d) and (m, d) that lie among those of the other side, and their standard errors.
-
-    None where a side has no more pictures than the third neighbour needs.
-    """
+def precision_recall(generated: Tensor, reference: Tensor) -> PrecisionRecall:
+    """Return the shares of features (n, d) and (m, d) that lie within the manifold of the other side."""
     if min(len(generated), len(reference)) <= NEIGHBOURS:
-        return dict.fromkeys(("precision", "precision_error", "recall", "recall_error"))
+        return PrecisionRecall()
     found = prc_features_to_metric(
         generated.double(),
         reference.double(),
@@ -153,22 +189,25 @@ def precision_recall(generated: Tensor, reference: Tensor) -> dict[str, float | 
         save_cpu_ram=True,
         verbose=False,
     )
-    shares = {"precision": (found[KEY_METRIC_PRECISION], generated), "recall": (found[KEY_METRIC_RECALL], reference)}
-    result: dict[str, float | None] = {}
-    for name, (share, of) in shares.items():
-        result |= {name: share, f"{name}_error": (share * (1 - share) / len(of)) ** 0.5}
-    return result
+
+    def binomial_error(share: float, count: int) -> float:
+        return float((share * (1 - share) / count) ** 0.5)
+
+    precision, recall = found[KEY_METRIC_PRECISION], found[KEY_METRIC_RECALL]
+    return PrecisionRecall(
+        precision, binomial_error(precision, len(generated)), recall, binomial_error(recall, len(reference))
+    )
 
 
 def frechet_distance(first: Tensor, second: Tensor) -> float:
-    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of features (n, d) and (m, d), in double precision."""
+    """Return |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of features (n, d) and (m, d), in double precision."""
     one, other = (fid_features_to_statistics(features.double()) for features in (first, second))
     # Rounding can leave a distance of equal sets a hair below zero.
     return max(0.0, float(fid_statistics_to_metric(one, other, verbose=False)[KEY_METRIC_FID]))
 
 
-def kernel_distance(first: Tensor, second: Tensor, *, seed: int = 0) -> dict[str, Any]:
-    """Unbiased squared MMD under (x.y / d + 1)^3 over random subsets of at most 1,000 pictures a side."""
+def kernel_distance(first: Tensor, second: Tensor, *, seed: int = 0) -> KernelDistance:
+    """Return the unbiased squared MMD under (x.y / d + 1)^3 over random subsets of at most 1,000 pictures a side."""
     size = min(KID_SUBSET_SIZE, len(first), len(second))
     subsets = 1 if size == len(first) == len(second) else KID_SUBSETS
     figures = kid_features_to_metric(
@@ -179,28 +218,26 @@ def kernel_distance(first: Tensor, second: Tensor, *, seed: int = 0) -> dict[str
         rng_seed=seed % 2**32,
         verbose=False,
     )
-    return {
-        "kid_mean": figures[KEY_METRIC_KID_MEAN],
-        "kid_std": figures[KEY_METRIC_KID_STD] if subsets > 1 else None,
-        "kid_subset_size": size,
-        "kid_subsets": subsets,
-    }
+    std = figures[KEY_METRIC_KID_STD] if subsets > 1 else None
+    return KernelDistance(figures[KEY_METRIC_KID_MEAN], std, size, subsets)
 
 
-def inception_score(logits: Tensor, *, seed: int = 0) -> tuple[float, float | None, int]:
-    """exp(mean KL(p(y|x) || p(y))) of class logits (n, classes): mean, deviation over splits, their number.
-
-    Up to ten splits of at least 1,000 pictures; the deviation of a single split is None.
-    """
-    splits = max(1, min(SCORE_SPLITS, len(logits) // PICTURES_A_SPLIT))
-    # A class that underflows to zero in every picture would make 0 x infinity of a term that is zero.
+def inception_score(logits: Tensor, *, seed: int = 0) -> InceptionScore:
+    """Return exp(mean KL(p(y|x) || p(y))) of class logits (n, classes) over up to ten splits of at least 1,000."""
+    splits = max(1, min(MAX_SPLITS, len(logits) // PICTURES_PER_SPLIT))
+    # A class whose probability underflows to zero in every picture would give zero times infinity for a zero term.
     logits = (logits.double() - logits.double().amax(dim=1, keepdim=True)).clamp(min=-700)
     figures = isc_features_to_metric(logits, splits, shuffle=True, rng_seed=seed % 2**32)
-    return figures[KEY_METRIC_ISC_MEAN], figures[KEY_METRIC_ISC_STD] if splits > 1 else None, splits
+    std = figures[KEY_METRIC_ISC_STD] if splits > 1 else None
+    return InceptionScore(figures[KEY_METRIC_ISC_MEAN], std, splits)
 
 
 def check_counts(generated: int, reference: int, name: str = "generated pictures") -> None:
-    """Raises UserError for a side of fewer than two pictures."""
+    """Check that both sides have two pictures or more.
+
+    Raises:
+        UserError: one has fewer; the generated side is called ``name``.
+    """
     for what, count in ((name, generated), ("reference pictures", reference)):
         if count < 2:
             raise UserError(f"{what}: {count} given; a distribution needs two or more")

@@ -1,19 +1,18 @@
-"""The plots of ``dalle eval-fid``: a figure against the blur's radius or the pool's size, a line for each system."""
+"""Plots of ``dalle eval-fid``: a figure against the blur's radius or the pool's size, with a line for each system."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import matplotlib.pyplot as plt
 
+from dalle_cli.fid.figures import Evaluation, Figures, PoolPoint, SystemFigures
 from dalle_cli.views.plots import BLUE, GREEN, GREY, ORANGE, STYLE, VIOLET
 
 COLOURS = (BLUE, ORANGE, GREEN, VIOLET, GREY, "#b03060", "#8a6d1d")
-MARKS = "osD^v<>"
-SCORES = ("inception_score", "clip_is")
-"""Keys of a score by class, of which a figure has one."""
+MARKERS = "osD^v<>"
 TITLES = {
     "blur_fid": "FID against blur, both sides blurred",
     "blur_score": "Inception Score against blur",
@@ -21,45 +20,54 @@ TITLES = {
     "pool_score": "Inception Score against the size of the reranking pool",
     "pool_accuracy": "Captions drawn right against the size of the reranking pool",
 }
-"""Plots there can be, in their order on the page."""
+"""Titles of the plots, in their order on the page."""
 AXES = {"blur": "radius of the blur, pixels", "pool": "samples that CLIP chooses among"}
 Files = dict[str, tuple[bytes, bytes]]
 """PNG and SVG of each plot."""
 
 
-def draw_plots(figures: Mapping[str, Any]) -> Files:
-    """The plots that ``compare_systems``'s figures have points for."""
-    systems = figures["systems"]
-    key = next((k for k in SCORES if k in systems[0]), None)
-    features = "Inception" if str(figures["features"]).startswith("inception") else "CLIP features"
+def draw_plots(evaluation: Evaluation) -> Files:
+    """Return the plots that the evaluation has points for."""
+    systems = evaluation.systems
+    features = "Inception" if evaluation.features.startswith("inception") else "CLIP features"
     found: Files = {}
-    for curve in ("blur", "pool"):
-        if not any(curve in system for system in systems):
-            continue
-        found[f"{curve}_fid"] = _curves(systems, curve, "fid", f"FID, {features}")
-        if key is not None:
-            found[f"{curve}_score"] = _curves(systems, curve, key, f"Inception Score, {features}")
-    if any("accuracy" in system for system in systems):
+    curves: dict[Literal["blur", "pool"], bool] = {
+        "blur": any(system.blur for system in systems),
+        "pool": any(system.pool for system in systems),
+    }
+    for curve, drawn in curves.items():
+        if drawn:
+            found[f"{curve}_fid"] = _curves(systems, curve, "fid", f"FID, {features}")
+            if systems[0].score is not None:
+                found[f"{curve}_score"] = _curves(systems, curve, "score", f"Inception Score, {features}")
+    if any(system.accuracy for system in systems):
         found["pool_accuracy"] = _accuracies(systems)
     return found
 
 
-def _curves(systems: Sequence[Mapping[str, Any]], curve: str, key: str, label: str) -> tuple[bytes, bytes]:
-    x_name = {"blur": "radius", "pool": "size"}[curve]
+def _curves(
+    systems: Sequence[SystemFigures], curve: Literal["blur", "pool"], metric: Literal["fid", "score"], label: str
+) -> tuple[bytes, bytes]:
     with plt.rc_context({**STYLE, "svg.hashsalt": "dalle"}):
         figure, axes = plt.subplots()
         shown: set[float] = set()
         for number, system in enumerate(systems):
-            style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "label": system["name"]}
-            points = [point for point in system.get(curve, []) if point.get(key) is not None]
+            style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "label": system.name}
+            points: list[tuple[float, Figures | PoolPoint]] = (
+                [(point.radius, point) for point in system.blur]
+                if curve == "blur"
+                else [(point.size, point) for point in system.pool]
+            )
+            points = [(x, point) for x, point in points if getattr(point, metric) is not None]
             if points:
-                x = [point[x_name] for point in points]
+                x = [x for x, _ in points]
                 shown.update(x)
-                errors = [point.get(f"{key}_error") or 0.0 for point in points]
-                axes.errorbar(x, [point[key] for point in points], yerr=errors, capsize=2, elinewidth=1,
-                              marker=MARKS[number % len(MARKS)], markersize=3.5, **style)  # fmt: skip
-            elif key in system:
-                axes.axhline(system[key], linestyle="--", linewidth=1.2, **style)
+                y = [getattr(point, metric) for _, point in points]
+                errors = [getattr(point, f"{metric}_error") or 0.0 for _, point in points]
+                axes.errorbar(x, y, yerr=errors, capsize=2, elinewidth=1, marker=MARKERS[number % len(MARKERS)],
+                              markersize=3.5, **style)  # fmt: skip
+            elif getattr(system, metric) is not None:
+                axes.axhline(getattr(system, metric), linestyle="--", linewidth=1.2, **style)
         _scale(axes, curve, sorted(shown))
         axes.set_xlabel(AXES[curve])
         axes.set_ylabel(label)
@@ -68,21 +76,21 @@ def _curves(systems: Sequence[Mapping[str, Any]], curve: str, key: str, label: s
         return _files(figure)
 
 
-def _accuracies(systems: Sequence[Mapping[str, Any]]) -> tuple[bytes, bytes]:
+def _accuracies(systems: Sequence[SystemFigures]) -> tuple[bytes, bytes]:
     with plt.rc_context({**STYLE, "svg.hashsalt": "dalle"}):
         figure, axes = plt.subplots()
         shown: set[float] = set()
-        several = sum("accuracy" in system for system in systems) > 1
+        several = sum(bool(system.accuracy) for system in systems) > 1
         lines = [
-            (f"{system['name']}, {group}" if several else group, found["by_pool_size"])
+            (f"{system.name}, {group}" if several else group, accuracy.by_pool_size)
             for system in systems
-            for group, found in system.get("accuracy", {}).items()
+            for group, accuracy in system.accuracy.items()
         ]
         for number, (name, by_size) in enumerate(lines):
-            x = [int(size) for size in by_size]
-            shown.update(x)
-            y, errors = ([100 * share[what] for share in by_size.values()] for what in ("value", "error"))
-            axes.errorbar(x, y, yerr=errors, capsize=2, elinewidth=1, marker=MARKS[number % len(MARKS)],
+            shown.update(by_size)
+            y = [100 * share.value for share in by_size.values()]
+            errors = [100 * share.error for share in by_size.values()]
+            axes.errorbar(list(by_size), y, yerr=errors, capsize=2, elinewidth=1, marker=MARKERS[number % len(MARKERS)],
                           markersize=3.5, color=COLOURS[number % len(COLOURS)], label=name)  # fmt: skip
         _scale(axes, "pool", sorted(shown))
         axes.set_ylim(0, 102)
@@ -102,7 +110,7 @@ def _scale(axes: Any, curve: str, shown: Sequence[float]) -> None:
 
 
 def _files(figure: Any) -> tuple[bytes, bytes]:
-    """PNG and SVG, the same bytes whenever they are written; closes the figure."""
+    """Return the figure as PNG and SVG, without anything that depends on the time, and close it."""
     found = []
     for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
         buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Published evaluations: which captions are drawn and which pictures they are compared with."""
+"""Presets of published evaluations: the captions to draw and the pictures to compare with."""
 
 from __future__ import annotations
 
@@ -19,28 +19,35 @@ CUB_FILES = ("images.txt", "images", "train_test_split.txt")
 
 @dataclass(frozen=True)
 class Preset:
-    """``captions`` by id, as drawn; ``pictures`` has each caption's own picture, ``reference`` all that the generated
-    ones are compared with; ``protocol`` says so in a sentence.
-    """
+    """Captions and reference pictures of a published evaluation."""
 
     captions: dict[str, str]
+    """Captions by id, in the order of the draw."""
     pictures: dict[str, Path]
+    """Each caption's own picture, by the caption's id."""
     reference: list[Path]
+    """All real pictures that generated ones are compared with."""
     protocol: str
+    """Captions and reference in a sentence."""
     warnings: list[str]
 
 
 def open_preset(name: Name, spec: str, count: int, seed: int) -> Preset:
-    """``count`` captions of the data set at ``spec``, drawn by ``seed``.
+    """Draw captions of a published evaluation's data set.
 
-    ``coco``: the captions of the validation set of 2014 (that of 2017 where it alone is there, or the captions file
-    that ``spec`` names), by the ids of their annotations, against all pictures of the set. ``cub``: those of the test
-    part of CUB-200-2011, by the picture's number in images.txt and the caption's line, such as ``17-3``, against all
-    pictures of that part; Reed et al.'s classes (testclasses.txt) are the test part where they are there, else
-    train_test_split.txt says.
+    ``coco`` draws from the validation set of 2014, or else that of 2017, against all pictures of the set. A caption's
+    id is that of its annotation. ``cub`` draws from the test part of CUB-200-2011, against all pictures of that part.
+    A caption's id is the picture's number in images.txt and the caption's line, such as ``17-3``. The test part is
+    that of Reed et al.'s classes (testclasses.txt), or else of train_test_split.txt.
+
+    Args:
+        name: The data set.
+        spec: Its folder as published, or for ``coco`` a captions file.
+        count: Captions to draw.
+        seed: Decides the draw.
 
     Raises:
-        UserError: something of the data set is missing; it is named.
+        UserError: part of the data set is missing; the message names it.
     """
     openers: dict[Name, Callable[[Path], tuple[str, list[tuple[str, Path, str]]]]] = {"coco": _coco, "cub": _cub}
     what, entries = openers[name](Path(spec))
@@ -86,7 +93,7 @@ def _cub(path: Path) -> tuple[str, list[tuple[str, Path, str]]]:
         missing = [file for file in CUB_FILES if not (base / file).exists()] or ["a list of numbers and pictures in "
                                                                                 "images.txt"]  # fmt: skip
         raise UserError(
-            f"{base}: is not CUB-200-2011 as published, it lacks {', '.join(missing)}; unpack CUB_200_2011.tgz"
+            f"{base}: is not CUB-200-2011 as published: it lacks {', '.join(missing)}; unpack CUB_200_2011.tgz"
         )
     captions = cub_captions(str(path), root)
     images = dict(_numbered(root / "images.txt"))

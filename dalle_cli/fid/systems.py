@@ -1,4 +1,4 @@
-"""What is measured under one name: a system's pictures, with the captions and scores that are known of them."""
+"""Systems to measure: the pictures of each, with their captions and scores if these are known."""
 
 from __future__ import annotations
 
@@ -15,36 +15,35 @@ from dalle_cli.data.captions import normal_id
 from dalle_cli.data.open_source import is_manifest
 from dalle_cli.data.source import BadSample, read_caption_file
 from dalle_cli.errors import UserError
-from dalle_cli.fid.pictures import FilePictures, Pictures, SomePictures, SourcePictures, open_pictures
+from dalle_cli.fid.pictures import FilePictures, Pictures, PictureSubset, SourcePictures, open_pictures
 from dalle_cli.randomness import numpy_generator
 from dalle_cli.shapes.accuracy import Pool, group_by_caption
 from dalle_cli.stores.scores import sample_stores, store_lines
 
 Line = dict[str, Any]
-MOST_CAPTIONS = 50_000
-"""Of a source of real pictures: they are only shown beside drawn ones."""
+MAX_SOURCE_CAPTIONS = 50_000
+"""Largest source whose captions are read; they only serve to show its pictures beside generated ones."""
 Origin = Literal["lines", "named files", "pictures"]
-"""Lines of samples; files that are named by captions' ids; or any pictures, such as real ones."""
+"""Origin of the pictures: lines of samples, files named by captions' ids, or any pictures, such as real ones."""
 
 
 @dataclass(frozen=True)
 class System:
-    """Pictures of one system, those of a caption together.
-
-    ``captions`` (n,) says what each picture was drawn for, where that is known; ``pools`` are the ranked samples of
-    each caption, where the pictures have scores: then the pictures are theirs, in their order.
-    """
+    """Pictures of one system, with the pictures of a caption side by side."""
 
     name: str
     spec: str
+    """Path of the pictures, as given."""
     pictures: Pictures
     captions: list[str] | None
+    """Caption of each picture (n,); None if unknown."""
     pools: list[Pool] = field(default_factory=list)
+    """Ranked samples of each caption, in the order of ``pictures``; empty for pictures without scores."""
     origin: Origin = "pictures"
 
     @property
     def groups(self) -> NDArray[np.int64] | None:
-        """Number of each picture's caption (n,), None where captions are unknown."""
+        """Number of each picture's caption (n,); None if captions are unknown."""
         if self.pools:
             return np.repeat(np.arange(len(self.pools)), [len(pool.lines) for pool in self.pools])
         if self.captions is None:
@@ -56,14 +55,20 @@ class System:
 def open_system(
     name: str, spec: str, size: int, captions: Mapping[str, str] | None, limit: int | None, seed: int
 ) -> System:
-    """The pictures that ``spec`` names: a .jsonl file of ``dalle sample``'s or ``dalle rerank``'s lines, a store of
-    samples, a folder of pictures, or a captioned source.
+    """Open the pictures of a system.
 
-    With ``captions`` by id, those of these captions only: a folder's are named by the ids, lines have the ids or the
-    prompts. ``limit`` keeps as many captions, or pictures where captions are unknown, drawn by ``seed``.
+    Args:
+        name: Name of the system.
+        spec: A .jsonl file of ``dalle sample``'s or ``dalle rerank``'s lines, a store of samples, a folder of
+            pictures, or a captioned source.
+        size: Side to which pictures are cropped and resized.
+        captions: Captions by id, to keep the pictures of these alone. A folder's files are named by the ids; lines
+            hold the ids or the prompts.
+        limit: Number of captions to keep, or of pictures if captions are unknown.
+        seed: Decides which captions the limit keeps.
 
     Raises:
-        UserError: there is nothing of the kind, or a caption has no picture.
+        UserError: ``spec`` names nothing of the kind, or a caption has no picture.
     """
     path = Path(spec)
     if path.suffix == ".jsonl" and path.is_file() and not is_manifest(path):
@@ -76,8 +81,8 @@ def open_system(
         return _limited(found, limit, seed)
     if not lines:
         raise UserError(f"system {name}: {spec} holds no sample; look at what dalle sample said on stderr")
-    # Different ids may have the same caption; without ids, a prompt's lines are one caption's.
-    groups = [lines] if captions is None else _of_captions(name, spec, lines, captions)
+    # Different ids may have the same caption, so they are ranked apart.
+    groups = [lines] if captions is None else _lines_of_captions(name, spec, lines, captions)
     lines = [line for group in groups for line in group]
     ranked = []
     if all(isinstance(line.get("score"), float | int) for line in lines):
@@ -89,39 +94,39 @@ def open_system(
 
 
 def _with_ranks(lines: list[Line]) -> list[Line]:
-    """A store's lines have no ranks; their scores are unrounded, so the order among equals is that of the rows."""
+    """Give a store's lines ranks, which part equal scores by the order of the rows."""
     return [line if isinstance(line.get("rank"), int) else {**line, "rank": place} for place, line in enumerate(lines)]
 
 
-def _of_captions(name: str, spec: str, lines: list[Line], captions: Mapping[str, str]) -> list[list[Line]]:
-    """The lines of each of these captions, in their order, with the caption as prompt."""
-    by_id, by_prompt = ({key: [*group] for key, group in _grouped(lines, what).items()} for what in ("id", "prompt"))
-    kept: list[list[Line]] = []
-    lacking = []
+def _lines_of_captions(name: str, spec: str, lines: list[Line], captions: Mapping[str, str]) -> list[list[Line]]:
+    """Return the lines of each caption, in the captions' order, with the caption as prompt."""
+    by_id, by_prompt = (_grouped(lines, key) for key in ("id", "prompt"))
+    groups: list[list[Line]] = []
+    missing = []
     for identity, caption in captions.items():
         found = by_id.get(identity) or by_prompt.get(caption)
         if found:
-            kept.append([{**line, "prompt": caption} for line in found])
+            groups.append([{**line, "prompt": caption} for line in found])
         else:
-            lacking.append(f"{identity} ({caption!r})")
-    _refuse_lacking(name, spec, lacking, len(captions))
-    return kept
-
-
-def _grouped(lines: list[Line], what: str) -> dict[str, list[Line]]:
-    groups: dict[str, list[Line]] = {}
-    for line in lines:
-        if what in line:
-            key = str(line[what]).strip()
-            groups.setdefault(normal_id(key) if what == "id" else key, []).append(line)
+            missing.append(f"{identity} ({caption!r})")
+    _check_all_drawn(name, spec, missing, len(captions))
     return groups
 
 
-def _refuse_lacking(name: str, spec: str, lacking: Sequence[str], wanted: int) -> None:
-    if lacking:
+def _grouped(lines: list[Line], key: str) -> dict[str, list[Line]]:
+    groups: dict[str, list[Line]] = {}
+    for line in lines:
+        if key in line:
+            value = str(line[key]).strip()
+            groups.setdefault(normal_id(value) if key == "id" else value, []).append(line)
+    return groups
+
+
+def _check_all_drawn(name: str, spec: str, missing: Sequence[str], wanted: int) -> None:
+    if missing:
         raise UserError(
-            f"system {name}: {spec} has no picture of {len(lacking)} of the {wanted} captions, the first of them "
-            f"{lacking[0]}; draw them, or name the captions that it has with --captions"
+            f"system {name}: {spec} has no picture of {len(missing)} of the {wanted} captions, the first of them "
+            f"{missing[0]}; draw them, or name the captions that it has with --captions"
         )
 
 
@@ -143,14 +148,17 @@ def _folder(name: str, spec: str, size: int, captions: Mapping[str, str] | None)
         if identity in by_id:
             raise UserError(f"system {name}: {by_id[identity]} and {path} are both of caption {identity}; keep one")
         by_id[identity] = path
-    _refuse_lacking(name, spec, [f"{i} ({c!r})" for i, c in captions.items() if i not in by_id], len(captions))
-    files = FilePictures([by_id[i] for i in captions], size)
+    missing = [f"{identity} ({caption!r})" for identity, caption in captions.items() if identity not in by_id]
+    _check_all_drawn(name, spec, missing, len(captions))
+    files = FilePictures([by_id[identity] for identity in captions], size)
     return System(name, spec, files, list(captions.values()), origin="named files")
 
 
 def captions_beside(paths: Sequence[Path]) -> tuple[list[str] | None, Origin]:
-    """The first caption in the .txt file beside each picture; else the files' names, if all lie in one folder:
-    systems that were given the same captions name them alike. None where neither tells them apart.
+    """Return the first caption in the .txt file beside each picture, or else the files' names.
+
+    Systems that were given the same captions usually name their files alike. Names count if all files lie in one
+    folder and the names differ; otherwise the captions are None.
     """
     try:
         return [read_caption_file(path.with_suffix(".txt"))[0] for path in paths], "pictures"
@@ -162,8 +170,8 @@ def captions_beside(paths: Sequence[Path]) -> tuple[list[str] | None, Origin]:
 
 
 def captions_of_source(pictures: Pictures) -> list[str] | None:
-    """The first caption of each picture of a source, None where one has none or there are very many."""
-    if not isinstance(pictures, SourcePictures) or len(pictures) > MOST_CAPTIONS:
+    """Return the first caption of each picture of a source; None if one has none, or there are very many."""
+    if not isinstance(pictures, SourcePictures) or len(pictures) > MAX_SOURCE_CAPTIONS:
         return None
     try:
         return [pictures.source.captions(row)[0] for row in range(len(pictures))]
@@ -181,11 +189,11 @@ def _limited(system: System, limit: int | None, seed: int) -> System:
     rows = np.flatnonzero(np.isin(groups, chosen)).tolist()
     captions = None if system.captions is None else [system.captions[row] for row in rows]
     ranked = [system.pools[number] for number in chosen] if system.pools else []
-    return System(system.name, system.spec, SomePictures(system.pictures, rows), captions, ranked, system.origin)
+    return System(system.name, system.spec, PictureSubset(system.pictures, rows), captions, ranked, system.origin)
 
 
 def check_same_captions(systems: Sequence[System]) -> list[str]:
-    """Warnings of systems whose captions differ: their figures compare captions as well as systems.
+    """Return warnings about systems whose captions differ, so that figures compare captions as well as systems.
 
     Raises:
         UserError: two systems have captions and none in common.
@@ -210,7 +218,7 @@ def check_same_captions(systems: Sequence[System]) -> list[str]:
 
 
 def per_caption(system: System) -> dict[str, int]:
-    """The row of one picture of each caption: the best where there are scores, else the first."""
+    """Return the row of one picture of each caption: the best if there are scores, else the first."""
     rows: dict[str, int] = {}
     for row, caption in enumerate(system.captions or []):
         rows.setdefault(caption, row)

@@ -9,10 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from dalle_cli.errors import UserError
-from dalle_cli.fid.comparison import FORMAT
-from dalle_cli.fid.plots import SCORES, draw_plots
+from dalle_cli.fid.figures import FORMAT, VERSION, Evaluation, evaluation_json, read_evaluation
+from dalle_cli.fid.plots import draw_plots
 
-FID_KEYS = ("features", "fid", "kid_mean", "n_generated", "n_reference")
+CURVES = ("blur", "pool", "accuracy")
+"""Keys of a system's figures that the report draws and does not list."""
+
+
+@dataclass(frozen=True)
+class EvaluationFile:
+    """An evaluation and the file it was read from."""
+
+    file: str
+    evaluation: Evaluation
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,7 @@ class CurveFigures:
     """Curves of an evaluation: the name of each plot's picture by the kind of plot."""
 
     file: str
-    reference: str | None
+    reference: str
     plots: dict[str, str]
 
 
@@ -55,7 +64,7 @@ def features_badge(features: str) -> tuple[str, bool]:
     return ("CLIP features", False) if features.startswith("clip") else (features, False)
 
 
-def find_evaluations(run: Path, given: Sequence[Path]) -> list[dict[str, Any]]:
+def find_evaluations(run: Path, given: Sequence[Path]) -> list[EvaluationFile]:
     """Read the given evaluations, then those that lie in the run's folder or one below it.
 
     A page and a file of one command hold the same evaluation, which is read once.
@@ -65,50 +74,43 @@ def find_evaluations(run: Path, given: Sequence[Path]) -> list[dict[str, Any]]:
     """
     evaluations = [_read(file) for file in given]
     known = {file.resolve() for file in given}
-    found: list[dict[str, Any]] = []
+    found: list[EvaluationFile] = []
     for file in sorted([*run.glob("*.json"), *run.glob("*/*.json")]):
         if file.resolve() in known or not _has_format(file):
             continue
-        evaluation = _read(file)
-        if not any(evaluation.get("command") and evaluation["command"] == other.get("command") for other in found):
-            found.append(evaluation)
+        one = _read(file)
+        command = one.evaluation.command
+        if not command or all(command != other.evaluation.command for other in found):
+            found.append(one)
     return evaluations + found
 
 
-def evaluation_rows(evaluations: Sequence[dict[str, Any]]) -> list[EvaluationRow]:
+def evaluation_rows(evaluations: Sequence[EvaluationFile]) -> list[EvaluationRow]:
     """Return a row for each system of each evaluation."""
-    return [row for evaluation in evaluations for row in _rows(evaluation)]
+    return [row for found in evaluations for row in _rows(found)]
 
 
-def draw_curves(evaluations: Sequence[dict[str, Any]]) -> tuple[list[CurveFigures], dict[str, bytes]]:
+def draw_curves(evaluations: Sequence[EvaluationFile]) -> tuple[list[CurveFigures], dict[str, bytes]]:
     """Draw the curves of each evaluation that has some, as PNG by name."""
-    curves: list[CurveFigures] = []
-    pngs: dict[str, bytes] = {}
+    curves, pngs = [], {}
     for number, found in enumerate(evaluations):
-        alone = {**found, "name": found.get("generated", "generated")}
-        drawn = draw_plots({**found, "systems": found.get("systems", [alone])})
+        drawn = draw_plots(found.evaluation)
         names = {name: f"{name}_{number}" for name in drawn}
         pngs |= {names[name]: png for name, (png, _) in drawn.items()}
         if drawn:
-            curves.append(CurveFigures(found["file"], found.get("reference"), names))
+            curves.append(CurveFigures(found.file, found.evaluation.reference, names))
     return curves, pngs
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Path) -> EvaluationFile:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read as JSON ({error}); name a file of dalle eval-fid --out") from None
-    if not _is_fid(found):
-        raise UserError(f"{file}: is not a file of dalle eval-fid --out (it needs {', '.join(FID_KEYS)})")
-    return {**found, "file": str(file)}
-
-
-def _is_fid(found: Any) -> bool:
-    if not isinstance(found, dict):
-        return False
-    systems = found["systems"] if found.get("format") == FORMAT and "systems" in found else [found]
-    return bool(systems) and all(key in {**found, **system} for system in systems for key in FID_KEYS)
+    try:
+        return EvaluationFile(str(file), read_evaluation(found))
+    except ValueError as error:
+        raise UserError(f"{file}: is not a file of dalle eval-fid --out ({error}); measure again") from None
 
 
 def _has_format(file: Path) -> bool:
@@ -118,34 +120,33 @@ def _has_format(file: Path) -> bool:
     except ValueError:
         return False
     # An earlier report.json has rows of this format, but is none itself.
-    return isinstance(found, dict) and found.get("format") == FORMAT
+    return isinstance(found, dict) and (found.get("format"), found.get("version")) == (FORMAT, VERSION)
 
 
-def _rows(found: dict[str, Any]) -> list[EvaluationRow]:
-    common = {key: value for key, value in found.items() if key != "systems"}
+def _rows(found: EvaluationFile) -> list[EvaluationRow]:
+    evaluation = found.evaluation
+    values = evaluation_json(evaluation)
+    systems = values.pop("systems")
     rows = []
-    for number, system in enumerate(found.get("systems", [found])):
-        own = {key: value for key, value in system.items() if key not in ("blur", "pool", "accuracy")}
-        values = {key: value for key, value in (common | own).items() if key not in ("blur", "pool", "accuracy")}
-        if "systems" in found:
-            values["warnings"] = [*(found.get("warnings", []) if number == 0 else []), *system.get("warnings", [])]
-        score_name = next((key for key in SCORES if key in values), "")
+    for number, system in enumerate(evaluation.systems):
+        own = {key: value for key, value in systems[number].items() if key not in CURVES}
+        warnings = [*(evaluation.warnings if number == 0 else []), *system.warnings]
         rows.append(
             EvaluationRow(
-                file=values["file"],
-                command=values.get("command", ""),
-                features=values["features"],
-                fid=values["fid"],
-                kid_mean=values["kid_mean"],
-                kid_std=values.get("kid_std"),
-                score_name=score_name,
-                score=values.get(score_name),
-                n_generated=values["n_generated"],
-                n_reference=values["n_reference"],
-                generated=str(values.get("generated", "")),
-                reference=str(values.get("reference", "")),
-                warnings=values.get("warnings", []),
-                values=values,
+                file=found.file,
+                command=evaluation.command,
+                features=evaluation.features,
+                fid=system.fid,
+                kid_mean=system.kid_mean,
+                kid_std=system.kid_std,
+                score_name=evaluation.score_name,
+                score=system.score,
+                n_generated=system.n_generated,
+                n_reference=system.n_reference,
+                generated=system.generated,
+                reference=evaluation.reference,
+                warnings=warnings,
+                values=values | own | {"warnings": warnings, "file": found.file},
             )
         )
     return rows

@@ -69,13 +69,12 @@ def test_the_page_has_three_systems_and_their_curves(finished: tuple[Path, str])
     for system in systems.values():
         assert system["n_generated"] == system["n_reference"] == len(captions) == 2 * LIMIT
         assert [point["radius"] for point in system["blur"]] == [0, 1, 2, 4, 8]
-        assert all(point["fid"] >= 0 for point in system["blur"])
         assert len({point["fid"] for point in system["blur"]}) == 5
         assert system["blur"][0]["fid"] == system["fid"]
     assert len({system["fid"] for system in systems.values()}) == 3
     samples = systems["samples"]
-    assert [name for name in SYSTEMS if "pool" in systems[name]] == ["samples"]
-    assert [name for name in SYSTEMS if "accuracy" in systems[name]] == ["samples"]
+    assert [name for name in SYSTEMS if systems[name]["pool"]] == ["samples"]
+    assert [name for name in SYSTEMS if systems[name]["accuracy"]] == ["samples"]
     assert [point["size"] for point in samples["pool"]] == [1, 2, 4]
     # Of a whole pool there is one subset, with which the system stands for itself.
     assert samples["pool"][-1]["fid"] == pytest.approx(samples["fid"])

@@ -8,16 +8,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+CLASSES = ["red", "green", "blue"]
+
 
 class ColourScorer:
-    """A stand-in for a CLIP: pictures by their mean colours, captions by the colours that they name."""
+    """A stand-in for a CLIP that knows pictures by their mean colours, and captions by the colours they name."""
 
     name = identity = "colours"
     logit_scale = 10.0
     captions_cut = 0
 
     def text_features(self, captions: Sequence[str]) -> Tensor:
-        return torch.eye(3)[[("red", "green", "blue").index(caption) for caption in captions]]
+        return torch.eye(3)[[CLASSES.index(caption) for caption in captions]]
 
     def prepare(self, picture: np.ndarray) -> Tensor:
         return torch.from_numpy(np.array(picture))

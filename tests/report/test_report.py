@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 from dalle_cli.app import app
 from dalle_cli.config.load import load_recipe
 from dalle_cli.errors import UserError
+from dalle_cli.fid.figures import BlurPoint, Evaluation, PoolPoint, SystemFigures, evaluation_json
 from dalle_cli.report.report import write_report
 from dalle_cli.stores.provenance import read_commands, record_command
 from dalle_cli.stores.tokens import TokenReader
@@ -29,18 +31,20 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> TinyChain:
     return build_chain(tmp_path_factory.mktemp("chain"))
 
 
-def write_fid(folder: Path, name: str, features: str, **extra: object) -> Path:
-    figures = {"generated": "g <x>", "reference": "r", "features": features, "fid": 12.34, "kid_mean": 0.01,
-               "kid_std": None, "n_generated": 100, "n_reference": 90,
-               "warnings": ["few <pictures>"], **extra}  # fmt: skip
+def write_fid(folder: Path, name: str, features: str, score: float | None = None) -> Path:
+    figures = SystemFigures(
+        name="generated", generated="g <x>", fid=12.34, kid_mean=0.01, kid_subset_size=90, kid_subsets=100,
+        score=score, n_generated=100, n_reference=90, feature_dimensions=3, warnings=["few <pictures>"],
+    )  # fmt: skip
+    evaluation = Evaluation(reference="r", size=32, features=features, score_name="clip_is", systems=[figures])
     file = folder / name
-    file.write_text(json.dumps(figures))
+    file.write_text(json.dumps(evaluation_json(evaluation)))
     return file
 
 
 def test_the_report_of_a_whole_chain(chain: TinyChain, tmp_path: Path) -> None:
     fids = [
-        write_fid(tmp_path, "a.json", "clip-image runs/clip", clip_is=2.5),
+        write_fid(tmp_path, "a.json", "clip-image runs/clip", 2.5),
         write_fid(tmp_path, "b.json", "inception-v3"),
     ]
     report = write_report(chain.recipe, chain.ranked, fids, tmp_path / "out")
@@ -86,20 +90,37 @@ def test_the_report_of_a_whole_chain(chain: TinyChain, tmp_path: Path) -> None:
 def test_an_evaluation_and_the_commands_in_the_run_are_found(chain: TinyChain, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(chain.places.root, run)
-    point = {"fid": 3.0, "fid_error": 0.5, "kid_mean": 0.1, "kid_std": None, "precision": 0.5, "recall": 0.5,
-             "n_generated": 4, "n_reference": 5}  # fmt: skip
+    point: dict[str, Any] = {"fid": 3.0, "fid_error": 0.5, "kid_mean": 0.1, "kid_subset_size": 4, "kid_subsets": 1,
+                             "precision": 0.5, "recall": 0.5, "n_generated": 4, "n_reference": 5,
+                             "feature_dimensions": 2}  # fmt: skip
     systems = [
-        {"name": name, "generated": name, "features": "clip-image x", "feature_dimensions": 2, "warnings": ["few"],
-         **point, "blur": [{"radius": r, **point} for r in (0.0, 2.0)],
-         **({"pool": [{"size": k, "repeats": 2, **point} for k in (1, 2)]} if name == "ours <a>" else {})}
+        SystemFigures(
+            name=name,
+            generated=name,
+            **point,
+            warnings=["few"],
+            blur=[BlurPoint(radius=radius, **point) for radius in (0.0, 2.0)],
+            pool=[PoolPoint(size, 4, 2, 3.0, 0.5) for size in (1, 2)] if name == "ours <a>" else [],
+        )
         for name in ("ours <a>", "training")
-    ]  # fmt: skip
-    evaluation = {"format": "dalle-eval-fid", "version": 1, "command": "dalle eval-fid --page 'run/e <b>'",
-                  "reference": "seen", "size": 32, "features": "clip-image x", "bootstrap": 2, "systems": systems,
-                  "warnings": ["counts <differ>"]}  # fmt: skip
+    ]
+    evaluation = evaluation_json(
+        Evaluation(
+            command="dalle eval-fid --page 'run/e <b>'",
+            reference="seen",
+            size=32,
+            features="clip-image x",
+            score_name="clip_is",
+            bootstrap=2,
+            systems=systems,
+            warnings=["counts <differ>"],
+        )
+    )
     (run / "evaluation").mkdir()
     (run / "evaluation" / "figures.json").write_text(json.dumps(evaluation))
     (run / "fid.json").write_text(json.dumps(evaluation))  # the same command's --out
+    # An evaluation of an earlier version is passed over.
+    (run / "old.json").write_text(json.dumps({"format": "dalle-eval-fid", "version": 1, "fid": 3.0}))
     prior = next((run / "prior").glob("step-*"))
     command = ["dalle", "train-prior", "tiny.yaml", "--set", "a b"]
     with mock.patch.object(sys, "argv", command):

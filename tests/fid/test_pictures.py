@@ -1,6 +1,7 @@
-"""The blur of eval-fid against scipy's Gaussian filter and Pillow's."""
-
 from __future__ import annotations
+
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,29 @@ import scipy.ndimage
 import torch
 from PIL import Image, ImageFilter
 
-from dalle_cli.fid.pictures import gaussian_blur
+from dalle_cli.fid.pictures import gaussian_blur, open_pictures
+
+
+def test_a_folder_of_pictures_is_read_in_order_of_its_paths(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    for name, shade in (("b.png", 20), ("a.png", 10), ("deep/c.PNG", 30)):
+        Image.fromarray(np.full((40, 60, 3), shade, np.uint8)).save(tmp_path / name)
+    (tmp_path / "a.txt").write_text("a caption")
+    dataset = open_pictures(str(tmp_path), 16)
+    assert [int(dataset[i].float().mean()) for i in range(len(dataset))] == [10, 20, 30]
+    assert dataset[0].shape == (3, 16, 16)
+    assert dataset[0].dtype == torch.uint8
+
+
+def test_a_manifest_and_the_lines_of_samples_are_told_apart(tmp_path: Path) -> None:
+    for name, shade in (("a.png", 10), ("b.png", 20)):
+        Image.fromarray(np.full((16, 16, 3), shade, np.uint8)).save(tmp_path / name)
+    manifest, samples = tmp_path / "list.jsonl", tmp_path / "samples.jsonl"
+    manifest.write_text("".join(json.dumps({"path": name, "caption": "grey"}) + "\n" for name in ("b.png", "a.png")))
+    samples.write_text(json.dumps({"prompt": "grey", "png": str(tmp_path / "a.png")}) + "\n")
+    for spec, shades in ((manifest, [20, 10]), (samples, [10])):
+        dataset = open_pictures(str(spec), 16)
+        assert [int(dataset[i].float().mean()) for i in range(len(dataset))] == shades
 
 
 def picture(height: int, width: int) -> np.ndarray:

@@ -1,0 +1,158 @@
+"""Figures of an evaluation: what ``eval-fid`` measured of each system, and its JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from dalle_cli.shapes.accuracy import Accuracy, Share, accuracy_figures
+
+FORMAT, VERSION = "dalle-eval-fid", 2
+ScoreName = Literal["inception_score", "clip_is"]
+"""Name of the score by class: on Inception's classes, or on captions of classes that CLIP compares pictures with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """Distances of generated pictures to the reference, and scores of the generated pictures.
+
+    ``_error`` is a standard error: over bootstrap sets for the FID and the score, binomial for precision and recall.
+    A figure that was not measured, or not defined for so few pictures, is None.
+    """
+
+    fid: float
+    fid_error: float | None = None
+    kid_mean: float
+    kid_std: float | None = None
+    """Standard deviation over subsets; None if one subset holds every picture."""
+    kid_subset_size: int
+    kid_subsets: int
+    score: float | None = None
+    """Score by class; JSON and CSV call it by its :data:`ScoreName`."""
+    score_std: float | None = None
+    """Standard deviation over splits; None for one split."""
+    score_splits: int | None = None
+    score_error: float | None = None
+    precision: float | None = None
+    precision_error: float | None = None
+    recall: float | None = None
+    recall_error: float | None = None
+    n_generated: int
+    n_reference: int
+    feature_dimensions: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlurPoint(Figures):
+    """Figures with both sides blurred by a Gaussian of standard deviation ``radius``, in pixels."""
+
+    radius: float
+
+
+@dataclass(frozen=True)
+class PoolPoint:
+    """Mean and standard deviation of FID and score, over ``repeats`` draws, of the best of ``size`` samples a caption.
+
+    The deviations are None for a single draw.
+    """
+
+    size: int
+    n_generated: int
+    repeats: int
+    fid: float
+    fid_error: float | None = None
+    score: float | None = None
+    score_error: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SystemFigures(Figures):
+    """Figures of one system, and its curves where they were asked for."""
+
+    name: str
+    generated: str
+    """Path of the pictures, as given."""
+    warnings: list[str] = field(default_factory=list)
+    blur: list[BlurPoint] = field(default_factory=list)
+    pool: list[PoolPoint] = field(default_factory=list)
+    accuracy: dict[str, Accuracy] = field(default_factory=dict)
+    """Accuracy on captions of the shapes world, by kind of caption."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Figures of all systems against one reference, and how they were measured."""
+
+    command: str = ""
+    reference: str
+    """Path of the real pictures, as given."""
+    size: int
+    """Side in pixels to which pictures were cropped and resized."""
+    seed: int = 0
+    bootstrap: int = 0
+    protocol: str | None = None
+    """Captions and reference of a preset, in a sentence."""
+    features: str
+    """Name of the features that FID, KID and score stand on."""
+    score_name: ScoreName
+    systems: list[SystemFigures]
+    warnings: list[str] = field(default_factory=list)
+
+
+def evaluation_json(evaluation: Evaluation) -> dict[str, Any]:
+    """Return what ``eval-fid`` prints and writes."""
+    found = {"format": FORMAT, "version": VERSION, **asdict(evaluation)}
+    for system, figures in zip(found["systems"], evaluation.systems, strict=True):
+        system["accuracy"] = accuracy_json(figures.accuracy)
+    return {**found, "systems": _renamed(found["systems"], "score", evaluation.score_name)}
+
+
+def read_evaluation(found: Any) -> Evaluation:
+    """Return the evaluation that :func:`evaluation_json` made ``found`` of.
+
+    Raises:
+        ValueError: ``found`` is of another format or version, or lacks a figure.
+    """
+    if not isinstance(found, dict) or (found.get("format"), found.get("version")) != (FORMAT, VERSION):
+        raise ValueError(f"it is not of the format {FORMAT}, version {VERSION}")
+    try:
+        systems = _renamed(found["systems"], found["score_name"], "score")
+        for system in systems:
+            system["accuracy"] = {group: _read_accuracy(accuracy) for group, accuracy in system["accuracy"].items()}
+        return TypeAdapter(Evaluation).validate_python({**found, "systems": systems})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except KeyError as error:
+        raise ValueError(f"{error.args[0]}: missing") from None
+
+
+def accuracy_json(accuracies: Mapping[str, Accuracy]) -> dict[str, Any]:
+    """Return accuracies by kind of caption as JSON."""
+    return {group: accuracy_figures(accuracy) for group, accuracy in accuracies.items()}
+
+
+def _renamed(value: Any, old: str, new: str) -> Any:
+    """Return a copy of a JSON value in which keys that begin with ``old`` begin with ``new``."""
+    if isinstance(value, dict):
+        return {
+            new + key.removeprefix(old) if key.startswith(old) else key: _renamed(item, old, new)
+            for key, item in value.items()
+        }
+    return [_renamed(item, old, new) for item in value] if isinstance(value, list) else value
+
+
+def _read_accuracy(found: Mapping[str, Any]) -> Accuracy:
+    prompts = found["prompts"]
+
+    def share(name: str) -> Share | None:
+        return None if found[name] is None else Share(found[name]["value"], prompts)
+
+    best = Share(found["best"]["value"], prompts)
+    by_pool_size = {int(size): Share(share["value"], prompts) for size, share in found["by_pool_size"].items()}
+    return Accuracy(
+        prompts, found["samples"], found["pool_size"], best, share("single"), share("any_right"), by_pool_size
+    )
