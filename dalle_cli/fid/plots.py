@@ -6,7 +6,8 @@ import io
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import matplotlib.pyplot as plt
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 
 from dalle_cli.fid.figures import Evaluation, Figures, PoolPoint, SystemFigures
 from dalle_cli.views.plots import BLUE, GREEN, GREY, ORANGE, STYLE, VIOLET
@@ -48,8 +49,9 @@ def draw_plots(evaluation: Evaluation) -> Files:
 def _curves(
     systems: Sequence[SystemFigures], curve: Literal["blur", "pool"], metric: Literal["fid", "score"], label: str
 ) -> tuple[bytes, bytes]:
-    with plt.rc_context({**STYLE, "svg.hashsalt": "dalle"}):
-        figure, axes = plt.subplots()
+    with rc_context({**STYLE, "svg.hashsalt": "dalle"}):
+        figure = Figure()
+        axes = figure.subplots()
         shown: set[float] = set()
         for number, system in enumerate(systems):
             style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "label": system.name}
@@ -77,8 +79,9 @@ def _curves(
 
 
 def _accuracies(systems: Sequence[SystemFigures]) -> tuple[bytes, bytes]:
-    with plt.rc_context({**STYLE, "svg.hashsalt": "dalle"}):
-        figure, axes = plt.subplots()
+    with rc_context({**STYLE, "svg.hashsalt": "dalle"}):
+        figure = Figure()
+        axes = figure.subplots()
         shown: set[float] = set()
         several = sum(bool(system.accuracy) for system in systems) > 1
         lines = [
@@ -109,12 +112,11 @@ def _scale(axes: Any, curve: str, shown: Sequence[float]) -> None:
     axes.minorticks_off()
 
 
-def _files(figure: Any) -> tuple[bytes, bytes]:
-    """Return the figure as PNG and SVG, without anything that depends on the time, and close it."""
+def _files(figure: Figure) -> tuple[bytes, bytes]:
+    """Return the figure as PNG and SVG, without anything that depends on the time."""
     found = []
     for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
         buffer = io.BytesIO()
         figure.savefig(buffer, format=kind, metadata=metadata)
         found.append(buffer.getvalue())
-    plt.close(figure)
     return found[0], found[1]

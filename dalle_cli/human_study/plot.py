@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 from typing import Any, Literal
 
-import matplotlib.pyplot as plt
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 
 from dalle_cli.human_study.results import QuestionFigures, StudyFigures
 from dalle_cli.human_study.study import QUESTIONS, Question
@@ -30,8 +31,9 @@ def draw(figures: StudyFigures, kind: Literal["png", "svg"]) -> bytes:
 
     The latter are of the pairs that have all their votes.
     """
-    with plt.rc_context(_STYLE):
-        figure, (majority, *counts) = plt.subplots(1, 3, figsize=(9.6, 3.1), width_ratios=(1.25, 1, 1), sharey=True)
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(9.6, 3.1))
+        majority, *counts = figure.subplots(1, 3, width_ratios=(1.25, 1, 1), sharey=True)
         _majority(majority, figures)
         for axes, question in zip(counts, QUESTIONS, strict=True):
             axes.set_title(TITLES[question].replace("\n", " "))
@@ -43,7 +45,6 @@ def draw(figures: StudyFigures, kind: Literal["png", "svg"]) -> bytes:
         buffer = io.BytesIO()
         metadata = dict.fromkeys(("Date", "Creator", "Format", "Type") if kind == "svg" else ("Software",))
         figure.savefig(buffer, format=kind, metadata=metadata)
-        plt.close(figure)
         return buffer.getvalue()
 
 

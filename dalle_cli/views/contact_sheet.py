@@ -1,4 +1,4 @@
-"""Contact sheets: what a model drew for each caption, and what its dVAE makes of pictures."""
+"""Contact sheets of a model's samples by caption, of dVAE reconstructions, and of captioned pictures."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ INK: Colour = (28, 30, 36)
 FAINT: Colour = (118, 122, 132)
 RULE: Colour = (228, 230, 235)
 BEST: Colour = (14, 138, 104)
-"""Frame of the picture that reranking chose."""
+"""Colour of the frame around the picture that reranking chose."""
 TAG: Colour = (196, 84, 16)
-"""Background of a row's tag, such as "held out"."""
+"""Background colour of a row's tag, such as "held out"."""
 
 MARGIN = 24
 GAP = 8
@@ -36,7 +36,7 @@ ELLIPSIS = "…"
 
 @dataclass(frozen=True)
 class Row:
-    """A caption's pictures (H, W, 3) uint8; ``best`` is framed, ``tag`` is a coloured label below."""
+    """A caption's pictures (H, W, 3) uint8; ``best`` is framed, ``tag`` is a coloured label below the caption."""
 
     caption: str
     best: Picture
@@ -52,9 +52,9 @@ def contact_sheet(
     others_label: str = "other samples",
     cell: int = 96,
 ) -> Image.Image:
-    """One row a caption: the caption and its tag, the best picture framed, then the others, ``cell`` px each.
+    """Draw a row for each caption: the caption and its tag, the best picture framed, then the other pictures.
 
-    A long caption is wrapped, and cut with an ellipsis where it would be taller than its row.
+    Pictures are ``cell`` px wide. A long caption is wrapped, and ends in an ellipsis if it is taller than its row.
     """
     if not rows:
         raise ValueError("a contact sheet needs at least one row")
@@ -94,9 +94,9 @@ def side_by_side(
     columns: int = 8,
     cell: int = 96,
 ) -> Image.Image:
-    """Each picture above its reconstruction, ``columns`` pairs a line."""
+    """Draw each picture above its reconstruction, with ``columns`` pairs on a line."""
     if len(originals) != len(reconstructions) or not originals:
-        raise ValueError(f"{len(originals)} originals, {len(reconstructions)} reconstructions: no pairs")
+        raise ValueError(f"{len(originals)} originals and {len(reconstructions)} reconstructions are no pairs")
     columns = min(columns, len(originals))
     lines = -(-len(originals) // columns)
     font = _font(SMALL_SIZE)
@@ -124,7 +124,7 @@ def side_by_side(
 def captioned_grid(
     pictures: Sequence[tuple[Picture, str]], *, title: str | None = None, columns: int = 5, cell: int = 176
 ) -> Image.Image:
-    """Each picture above its caption, ``columns`` a line; a long caption is cut with an ellipsis."""
+    """Draw each picture above its caption, ``columns`` on a line; a long caption ends in an ellipsis."""
     if not pictures:
         raise ValueError("a grid needs at least one picture")
     lines = -(-len(pictures) // columns)
@@ -146,7 +146,7 @@ def captioned_grid(
 
 
 def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
-    """``text`` in at most ``lines`` lines of at most ``width`` px; what does not fit becomes an ellipsis."""
+    """Wrap ``text`` into at most ``lines`` lines of at most ``width`` px; an ellipsis replaces what does not fit."""
     words = " ".join(text.split()).split(" ")
     result: list[str] = []
     while words and len(result) < lines:
@@ -164,7 +164,7 @@ def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> 
 
 
 def _fitting(text: str, font: ImageFont.FreeTypeFont, width: int, end: str = "") -> int:
-    """How many of the first characters, followed by ``end``, are at most ``width`` px wide."""
+    """Return the number of leading characters that, followed by ``end``, are at most ``width`` px wide."""
 
     def length(characters: int) -> float:
         return font.getlength(text[:characters] + end)
@@ -179,7 +179,7 @@ def _shortened(text: str, font: ImageFont.FreeTypeFont, width: int, *, cut: bool
 
 
 def _caption(draw: ImageDraw.ImageDraw, place: tuple[int, int], row: Row, height: int) -> None:
-    """The caption and beneath it the tag, as one block centred in the row's height."""
+    """Draw the caption with the tag below, as one block centred in the row's height."""
     font, small = _font(CAPTION_SIZE), _font(SMALL_SIZE)
     line_height = CAPTION_SIZE + 5
     tag_height = SMALL_SIZE + 8 if row.tag else 0
@@ -210,14 +210,14 @@ def _line(
 
 
 def _mounted(sheet: Image.Image, picture: Picture, place: tuple[int, int], cell: int) -> None:
-    """The picture with a hairline around it, so that a white one does not melt into the paper."""
+    """Paste the picture with a hairline around it, so that a white one stands out from the paper."""
     x, y = place
     ImageDraw.Draw(sheet).rectangle([x - 1, y - 1, x + cell, y + cell], outline=RULE)
     sheet.paste(_scaled(picture, cell), place)
 
 
 def _scaled(picture: Picture, cell: int) -> Image.Image:
-    """The picture at ``cell`` px: whole multiples by repeating pixels, anything else smoothly."""
+    """Scale the picture to ``cell`` px: by repeating pixels if that is a whole multiple, otherwise smoothly."""
     image = Image.fromarray(picture)
     whole = image.width == image.height and cell % image.width == 0
     return image.resize((cell, cell), Image.Resampling.NEAREST if whole else Image.Resampling.LANCZOS)
@@ -226,12 +226,14 @@ def _scaled(picture: Picture, cell: int) -> Image.Image:
 def _font(size: int) -> ImageFont.FreeTypeFont:
     font = ImageFont.load_default(size)
     if not isinstance(font, ImageFont.FreeTypeFont):
-        raise RuntimeError("this Pillow was built without FreeType, which draws the captions")
+        raise RuntimeError(
+            "this Pillow was built without FreeType, which draws the captions; install a wheel of Pillow"
+        )
     return font
 
 
 def png_bytes(sheet: Image.Image) -> bytes:
-    """The sheet as a PNG file's bytes."""
+    """Return the sheet as PNG."""
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""The report's plots, as PNG bytes. Drawn small with large letters, so that a phone can show them."""
+"""Plots of the report as PNG, drawn small with large letters so that a phone can show them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from dalle_cli.shapes.accuracy import Accuracy, Share
@@ -36,13 +34,14 @@ STYLE = {
     "lines.linewidth": 1.5,
 }
 Curve = tuple[str, str, str]
-"""A metric's name in metrics.jsonl, its label and its colour; names that begin with ``val_`` are drawn with dots."""
+"""Name of a metric in metrics.jsonl, its label and its colour. A name that begins with ``val_`` is drawn dashed."""
 
 
 def loss_curves(metrics: Sequence[Mapping[str, Any]], curves: Sequence[Curve], unit: str) -> bytes | None:
-    """Metrics over updates; None where the run has none of these."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots()
+    """Plot metrics over updates; return None if the run has none of them."""
+    with rc_context(STYLE):
+        figure = Figure()
+        axes = figure.subplots()
         for name, label, colour in curves:
             points = [(line["step"], line[name]) for line in metrics if name in line and math.isfinite(line[name])]
             if points:
@@ -52,7 +51,6 @@ def loss_curves(metrics: Sequence[Mapping[str, Any]], curves: Sequence[Curve], u
                 axes.plot(steps, values, color=colour, marker=mark, markersize=3.5, label=label,
                           linestyle="--" if validation else "-")  # fmt: skip
         if not axes.lines:
-            plt.close(figure)
             return None
         axes.set_xlabel("updates")
         axes.set_ylabel(unit)
@@ -61,10 +59,14 @@ def loss_curves(metrics: Sequence[Mapping[str, Any]], curves: Sequence[Curve], u
 
 
 def codebook_histogram(counts: NDArray[np.int64], perplexity: float) -> bytes:
-    """Share of each code among all tokens, most used first, on a log scale; ``counts`` (K,)."""
+    """Plot the share of each code among all tokens, the most used first, on a log scale.
+
+    ``counts`` (K,) has the number of tokens of each code.
+    """
     used = np.sort(counts[counts > 0])[::-1]
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots()
+    with rc_context(STYLE):
+        figure = Figure()
+        axes = figure.subplots()
         places = np.arange(1, len(used) + 1)
         axes.fill_between(places, used / counts.sum(), step="mid", color=BLUE, alpha=0.25, linewidth=0)
         axes.step(places, used / counts.sum(), where="mid", color=BLUE)
@@ -82,9 +84,10 @@ def codebook_histogram(counts: NDArray[np.int64], perplexity: float) -> bytes:
 
 
 def accuracy_bars(groups: Mapping[str, Accuracy]) -> bytes:
-    """Single sample, best by CLIP and any right, for each group, with standard errors."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots()
+    """Plot the accuracy of a single sample, of the best by CLIP and of any sample, by group, with standard errors."""
+    with rc_context(STYLE):
+        figure = Figure()
+        axes = figure.subplots()
         pool = next(iter(groups.values())).pool_size
         bars: list[tuple[str, str, list[Share | None]]] = [
             ("single sample", GREY, [group.single for group in groups.values()]),
@@ -116,9 +119,10 @@ def accuracy_bars(groups: Mapping[str, Accuracy]) -> bytes:
 
 
 def accuracy_by_pool_size(groups: Mapping[str, Accuracy]) -> bytes | None:
-    """Accuracy of the best by CLIP against the pool's size; None where pools were cut to their best."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots()
+    """Plot the accuracy of the best by CLIP against the pool's size; return None if pools were cut to their best."""
+    with rc_context(STYLE):
+        figure = Figure()
+        axes = figure.subplots()
         sizes: set[int] = set()
         for (name, group), colour in zip(groups.items(), (BLUE, ORANGE, VIOLET), strict=False):
             if not group.by_pool_size:
@@ -130,7 +134,6 @@ def accuracy_by_pool_size(groups: Mapping[str, Accuracy]) -> bytes | None:
             axes.fill_between(x, y - error, y + error, color=colour, alpha=0.15, linewidth=0)
             axes.plot(x, y, color=colour, marker="o", markersize=3.5, label=name)
         if not sizes:
-            plt.close(figure)
             return None
         axes.set_xscale("log", base=2)
         axes.set_xticks(sorted(sizes), [str(k) for k in sorted(sizes)])
@@ -142,9 +145,8 @@ def accuracy_by_pool_size(groups: Mapping[str, Accuracy]) -> bytes | None:
         return figure_png(figure)
 
 
-def figure_png(figure: Any) -> bytes:
-    """The figure as PNG, which closes it; the same bytes whatever version of matplotlib writes its name."""
+def figure_png(figure: Figure) -> bytes:
+    """Return the figure as PNG without the name of the matplotlib version."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
-    plt.close(figure)
     return buffer.getvalue()
