@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
 from torch import Tensor
@@ -88,7 +90,7 @@ class Extracted:
     def __len__(self) -> int:
         return len(self.vectors)
 
-    def rows(self, rows: Tensor | Sequence[int]) -> Extracted:
+    def rows(self, rows: NDArray[np.int64] | Sequence[int]) -> Extracted:
         """Return the features of some of the pictures."""
         index = torch.as_tensor(rows)
         return Extracted(self.vectors[index], None if self.logits is None else self.logits[index])

@@ -108,14 +108,12 @@ def figures_csv(evaluation: Evaluation) -> str:
                 if (value := getattr(point, metric, None)) is not None:
                     error = getattr(point, "kid_std" if metric == "kid_mean" else f"{metric}_error")
                     name = evaluation.score_name if metric == "score" else metric
-                    counts = [point.n_generated, system.n_reference]
+                    counts = point.n_generated, system.n_reference
                     writer.writerow([system.name, curve, x, name, value, error, *counts])
         for group, accuracy in accuracy_json(system.accuracy).items():
             for size, share in accuracy["by_pool_size"].items():
-                counts = [accuracy["prompts"], ""]
-                writer.writerow(
-                    [system.name, "accuracy", size, f"right, {group}", share["value"], share["error"], *counts]
-                )
+                name, prompts = f"right, {group}", accuracy["prompts"]
+                writer.writerow([system.name, "accuracy", size, name, share["value"], share["error"], prompts, ""])
     return buffer.getvalue()
 
 

@@ -92,7 +92,8 @@ def evaluation_rows(evaluations: Sequence[EvaluationFile]) -> list[EvaluationRow
 
 def draw_curves(evaluations: Sequence[EvaluationFile]) -> tuple[list[CurveFigures], dict[str, bytes]]:
     """Draw the curves of each evaluation that has some, as PNG by name."""
-    curves, pngs = [], {}
+    curves: list[CurveFigures] = []
+    pngs: dict[str, bytes] = {}
     for number, found in enumerate(evaluations):
         drawn = draw_plots(found.evaluation)
         names = {name: f"{name}_{number}" for name in drawn}
