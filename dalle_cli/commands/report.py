@@ -10,7 +10,7 @@ import typer
 from dalle_cli.commands.options import RecipeArgument, SetOption, folders, read_recipe
 
 if TYPE_CHECKING:
-    from dalle_cli.report.figures import Figures
+    from dalle_cli.report.figures import ReportFigures
     from dalle_cli.shapes.accuracy import Share
 
 
@@ -37,7 +37,7 @@ def command(
     typer.echo(report.html)
 
 
-def _print_summary(figures: Figures) -> None:
+def _print_summary(figures: ReportFigures) -> None:
     """Print the main figures on stderr."""
     from rich.console import Console
 

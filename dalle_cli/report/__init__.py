@@ -1,1 +1,1 @@
-"""One page with everything a run has produced."""
+"""Report of a run: one page with everything that the run has produced."""

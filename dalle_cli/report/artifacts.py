@@ -51,7 +51,7 @@ class CheckpointRow(ArtifactRow):
 
 
 @dataclass(frozen=True)
-class SampleRequest:
+class StoreRequest:
     """The request that the samples of a store answer."""
 
     store: Path
@@ -93,7 +93,7 @@ class Run:
                 lines.append(line)
         return lines
 
-    def artifacts(self, requests: Iterable[SampleRequest]) -> list[ArtifactRow]:
+    def artifacts(self, requests: Iterable[StoreRequest]) -> list[ArtifactRow]:
         """List the artifacts in the order of the pipeline; those of ``requests`` are stores of samples."""
         rows = []
         if self.tokenizer is not None:
@@ -195,18 +195,18 @@ def _open_source(run: Run) -> None:
         run.missing.append(f"the training pictures cannot be read: {error}")
 
 
-def sample_requests(stores: Iterable[Path]) -> list[SampleRequest]:
+def store_requests(stores: Iterable[Path]) -> list[StoreRequest]:
     """Return the request of each store of samples that can be read."""
-    found = (_sample_request(store) for store in stores)
+    found = (_store_request(store) for store in stores)
     return [request for request in found if request is not None]
 
 
-def _sample_request(store: Path) -> SampleRequest | None:
+def _store_request(store: Path) -> StoreRequest | None:
     import zarr
 
     try:
         request: Any = zarr.open_group(str(store), mode="r", zarr_format=3).attrs["request"]
         settings = {name: value for name, value in request["settings"].items() if value is not None}
-        return SampleRequest(store, str(request["prior"]), len(request["prompts"]), request["seed"], settings)
+        return StoreRequest(store, str(request["prior"]), len(request["prompts"]), request["seed"], settings)
     except Exception:  # moved or deleted since: the report is about the lines of the samples
         return None

@@ -35,7 +35,7 @@ class SamplesFigures:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Figures:
+class ReportFigures:
     """Everything a report says; a section that has nothing to show is None or empty."""
 
     name: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dalle_cli.fid.plots import TITLES
 from dalle_cli.report.evaluations import features_badge
-from dalle_cli.report.figures import Figures
+from dalle_cli.report.figures import ReportFigures
 from dalle_cli.views.html import Pngs, render
 
 MAX_REASONS = 20
@@ -19,7 +19,7 @@ TRAINING_PLOTS = {
 }
 
 
-def page(figures: Figures, pngs: Pngs, recipe_yaml: str) -> str:
+def page(figures: ReportFigures, pngs: Pngs, recipe_yaml: str) -> str:
     """Return the page.
 
     Args:

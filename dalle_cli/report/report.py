@@ -9,9 +9,9 @@ from pathlib import Path
 from dalle_cli.config.load import dump_recipe
 from dalle_cli.config.schema import Recipe
 from dalle_cli.errors import UserError
-from dalle_cli.report.artifacts import open_run, sample_requests
+from dalle_cli.report.artifacts import open_run, store_requests
 from dalle_cli.report.evaluations import draw_curves, evaluation_rows, find_evaluations
-from dalle_cli.report.figures import DataFigures, Figures, SamplesFigures
+from dalle_cli.report.figures import DataFigures, ReportFigures, SamplesFigures
 from dalle_cli.report.image_tokens import count_codes, reconstruct
 from dalle_cli.report.page import page
 from dalle_cli.report.samples import draw_sheet, judge_samples, read_ranked
@@ -28,7 +28,7 @@ class Report:
     """Path of the page that was written, and its figures."""
 
     html: Path
-    figures: Figures
+    figures: ReportFigures
 
 
 def write_report(recipe: Recipe, ranked: Path | None, fids: Sequence[Path], out: Path) -> Report:
@@ -52,7 +52,7 @@ def write_report(recipe: Recipe, ranked: Path | None, fids: Sequence[Path], out:
     samples = read_ranked(ranked) if ranked is not None else []
     named = {Path(line["store"]) for pool in samples for line in pool.lines if "store" in line}
     stores = {path.resolve(): path for path in [*run.folders.samples.glob(f"**/{STORE}"), *named]}
-    requests = sample_requests(sorted(stores.values()))
+    requests = store_requests(sorted(stores.values()))
 
     pngs: dict[str, bytes] = {}
     oracle = judge_samples(samples)
@@ -74,7 +74,7 @@ def write_report(recipe: Recipe, ranked: Path | None, fids: Sequence[Path], out:
     curves, curve_pngs = draw_curves(evaluations)
     pngs |= curve_pngs
 
-    figures = Figures(
+    figures = ReportFigures(
         name=recipe.name,
         description=recipe.description,
         oracle=oracle,

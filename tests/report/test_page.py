@@ -9,7 +9,7 @@ from PIL import Image
 
 from dalle_cli.report.artifacts import CheckpointRow, Reference
 from dalle_cli.report.evaluations import CurveFigures, EvaluationRow
-from dalle_cli.report.figures import DataFigures, Figures, SamplesFigures
+from dalle_cli.report.figures import DataFigures, ReportFigures, SamplesFigures
 from dalle_cli.report.page import page
 from dalle_cli.report.samples import OracleFigures, SheetFigures
 from dalle_cli.report.training import StageFigures
@@ -28,7 +28,7 @@ def png() -> bytes:
 
 def test_script_in_any_value_is_shown_as_text() -> None:
     share = Share(0.5, 4)
-    figures = Figures(
+    figures = ReportFigures(
         name=hostile("name"),
         description=hostile("description"),
         oracle=OracleFigures({hostile("group"): Accuracy(4, 8, 2, share, share, share, {})}, [hostile("oracle")]),
