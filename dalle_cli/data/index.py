@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 HASH_BYTES = 16
-"""Size of a hash by which items are told apart."""
+"""Size of a hash that distinguishes items."""
 
 
 class PackedStrings:

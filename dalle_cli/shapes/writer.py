@@ -121,7 +121,7 @@ def _claim_folder(out: Path, settings: dict[str, object]) -> None:
         if different:
             key = different[0]
             raise UserError(
-                f"{out} holds another {settings['kind']} world (its {key} is {found.get(key)!r}, asked for is "
+                f"{out} holds another {settings['kind']} world (its {key} is {found.get(key)!r}, not "
                 f"{settings.get(key)!r}): give another folder, or delete this one"
             )
         return

@@ -261,7 +261,7 @@ def test_a_killed_run_is_resumed(tmp_path: Path, capfd: pytest.CaptureFixture[st
 
 def test_other_settings_and_other_folders_are_refused(tmp_path: Path) -> None:
     make_shapes(tmp_path / "a", n=3, test_n=1, seed=1, size=32)
-    with pytest.raises(UserError, match="seed is 1, asked for is 2"):
+    with pytest.raises(UserError, match="seed is 1, not 2"):
         make_shapes(tmp_path / "a", n=3, test_n=1, seed=2, size=32)
     (tmp_path / "b").mkdir()
     (tmp_path / "b/letter.txt").write_text("keep me")

@@ -151,7 +151,7 @@ class ManifestSource:
         local = [path for path in paths if not URL.match(path)]
         if local and not any((self._root / path).is_file() for path in local):
             raise UserError(
-                f"{self._table.path}: none of its pictures is there (looked for {self._root / local[0]} ...); "
+                f"{self._table.path}: none of its pictures exists (looked for {self._root / local[0]} ...); "
                 "paths are relative to the manifest's folder"
             )
 

@@ -1,4 +1,4 @@
-"""Parquet manifests: paths are kept in memory, and captions are read when the first one is asked for."""
+"""Parquet manifests: paths are kept in memory, and captions are read when the first one is needed."""
 
 from __future__ import annotations
 

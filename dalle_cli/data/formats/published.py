@@ -73,7 +73,7 @@ class CocoTable:
             elif not is_unicode(name):
                 self._bad.append(BadRow(f"image {number}", "its file_name is not valid Unicode"))
             elif number in names:
-                self._bad.append(BadRow(f"image {number}", "the id comes again; its first picture is used"))
+                self._bad.append(BadRow(f"image {number}", "duplicate id; its first picture is used"))
             elif (reason := _outside_folder(name)) is not None:
                 self._bad.append(BadRow(f"image {number}", reason))
             else:

@@ -71,7 +71,7 @@ URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _DELIMITERS = (",", "\t", ";", "|")
 _MAX_LINE_BYTES = 16 << 20
 _ROWS_INSPECTED = 100
-"""Number of rows from which the columns of JSON lines, or the path column of a file without a header, are told."""
+"""Number of rows from which the columns of JSON lines, or the path column of a file without a header, are found."""
 
 
 class Row(NamedTuple):

@@ -99,7 +99,7 @@ class WebDatasetSource:
         shard_of = np.repeat(np.arange(len(shards), dtype=np.int32), counts)
         repeated = {second for first, second in pairwise(order) if keys[first] == keys[second]}
         for i in sorted(repeated):
-            self.skipped.append((keys[i], f"the key comes again in {self._shards[shard_of[i]]}"))
+            self.skipped.append((keys[i], f"duplicate key, also in {self._shards[shard_of[i]]}"))
         order = [i for i in order if i not in repeated]
         self._keys = PackedStrings(keys[i] for i in order)
         self._shard_of = shard_of[order]
@@ -181,7 +181,7 @@ def _index(path: Path, prefix: str, label: str, skipped: list[tuple[str, str]]) 
         unique = _without_duplicates(members)
         if len(unique) < len(members):
             names = ", ".join(sorted({f"{key}.{member.extension}" for member in members if member not in unique}))
-            skipped.append((prefix + key, f"the key comes again: its first sample is used, not the later {names}"))
+            skipped.append((prefix + key, f"duplicate key: its first sample is used, not the later {names}"))
         if not any(member.role == _IMAGE for member in unique):
             skipped.append((prefix + key, "a caption without an image"))
             continue

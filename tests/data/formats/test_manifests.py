@@ -299,7 +299,7 @@ def test_urls(tmp_path: Path) -> None:
 
 def test_pictures_that_are_elsewhere_are_refused_at_once(tmp_path: Path) -> None:
     write_json_lines(tmp_path / "m.jsonl", [(f"pics/{i}.jpg", "x") for i in range(500)])
-    with pytest.raises(UserError, match=rf"none of its pictures is there \(looked for {tmp_path}/pics/0\.jpg \.\.\.\)"):
+    with pytest.raises(UserError, match=rf"none of its pictures exists \(looked for {tmp_path}/pics/0\.jpg \.\.\.\)"):
         open_source(tmp_path / "m.jsonl")
     write_files(tmp_path, {"pics/499.jpg": "last"})  # a few are enough
     assert len(open_source(tmp_path / "m.jsonl")) == 500

@@ -109,7 +109,7 @@ def test_coco_entries_that_cannot_be_used(tmp_path: Path) -> None:
         ("image 2", outside),
         ("image 3", outside),
         ("image 4", "its file_name is not valid Unicode"),
-        ("image 1", "the id comes again; its first picture is used"),
+        ("image 1", "duplicate id; its first picture is used"),
         ("image None", "has no id or no file_name"),
         ("image 9", "has no id or no file_name"),
         ("annotation 2", "its image 2 is not in the list of images"),

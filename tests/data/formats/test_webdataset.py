@@ -148,8 +148,8 @@ def test_duplicate_keys_are_reported_and_never_mixed(tmp_path: Path) -> None:
         "b": (b"B", "b"),
     }
     assert source.skipped == [
-        ("a", "the key comes again: its first sample is used, not the later a.jpg, a.txt"),
-        ("b", "the key comes again: its first sample is used, not the later b.png"),
+        ("a", "duplicate key: its first sample is used, not the later a.jpg, a.txt"),
+        ("b", "duplicate key: its first sample is used, not the later b.png"),
     ]
 
 
