@@ -17,7 +17,6 @@ from dalle_cli.commands import (
     human_study,
     import_dvae,
     make_shapes,
-    merge,
     overlap,
     plan,
     reconstruct,
@@ -52,7 +51,6 @@ PANELS: dict[str, dict[str, Callable[..., None]]] = {
         "import-dvae": import_dvae.command,
         "reconstruct": reconstruct.command,
         "encode-images": encode_images.command,
-        "merge": merge.command,
     },
     "4. The prior": {
         "plan": plan.command,

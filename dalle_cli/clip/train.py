@@ -145,7 +145,7 @@ def train_clip(recipe: Recipe, source: Source, store: Path, out: Path) -> Checkp
         )
     reader = TokenReader(store)
     reader.require_complete()
-    text = reader.part("text")["identity"]
+    text = reader.part("text").identity
     if text["source"] != source.name:
         raise UserError(
             f"{store}: was made from {text['source']}, not from {source.name}; give the source it came from"
@@ -154,7 +154,7 @@ def train_clip(recipe: Recipe, source: Source, store: Path, out: Path) -> Checkp
         raise UserError(f"{store}: was made with another tokenizer.text_length or vocab_size than the recipe's")
     belongs = {"tokenizer": text["tokenizer"]}
     if recipe.clip.objective.hard_negatives > 1:
-        belongs["dvae"] = reader.part("image")["identity"]["dvae"]
+        belongs["dvae"] = reader.part("image").identity["dvae"]
     if steps_in(out):
         load_clip(open_checkpoint(out, "clip"))  # refuses a CLIP of an earlier version before it is trained further
     device = choose_device()

@@ -29,12 +29,13 @@ def command(
 ) -> None:
     """Turn a source's pictures into image tokens, into the token store that its captions are in.
 
-    A picture that cannot be read is skipped and listed with its reason in STORE/skipped-image.jsonl. Killed, it goes
-    on at the last committed row when run again. On a GPU, let as many processes decode as it has cores beside it:
-    --set dvae.training.workers=16.
+    A picture that cannot be read is skipped and listed with its reason in STORE/skipped-image.jsonl. Run again after a
+    kill, the command resumes at the last committed row. On a GPU, let as many processes decode pictures as the machine
+    has cores for them: --set dvae.training.workers=16.
 
-    With --shard 3/8 it makes the third of eight shares, in STORE.parts: eight jobs that know nothing of one another,
-    such as a Slurm array's (--shard $SLURM_ARRAY_TASK_ID/8), and then [bold]dalle merge STORE[/bold].
+    With --shard 3/8 the command makes the third of eight shares of the store. Independent jobs, such as those of a
+    Slurm array (--shard $SLURM_ARRAY_TASK_ID/8), make the others, in any order or at the same time; the store is
+    complete when all shares are.
 
     Example: [bold]dalle encode-images recipes/quickstart.yaml --data runs/quickstart/shapes/train[/bold]
     """
@@ -51,7 +52,6 @@ def command(
     share = parse_shard(shard)
     checkpoint = open_checkpoint(dvae or places.dvae, "dvae")
     found = encode_source(settings, read_source(settings), checkpoint, out, share)
-    made = share.store(out, "image")
-    log(f"{made}: {found['rows']} pictures, {found['skipped']} skipped")
-    record_command(made)
-    typer.echo(made)
+    log(f"{out}: {found['rows']} pictures, {found['skipped']} skipped")
+    record_command(out)
+    typer.echo(out)

@@ -40,7 +40,7 @@ GpusOption = Annotated[
 ]
 ShardOption = Annotated[
     str,
-    typer.Option("--shard", metavar="I/N", help="Make the I-th of N shares, I from 1; [bold]dalle merge[/bold] joins."),
+    typer.Option("--shard", metavar="I/N", help="Make the I-th of N shares of the store, I from 1."),
 ]
 
 WandbOption = Annotated[

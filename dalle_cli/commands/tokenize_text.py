@@ -29,11 +29,11 @@ def command(
 ) -> None:
     """Turn a source's captions into text tokens, into a Zarr token store.
 
-    All captions of a picture are kept; training draws one of them in each epoch. What is skipped is listed with its
-    reason in STORE/skipped-text.jsonl. Killed, it goes on at the last committed row when run again.
+    All captions of a picture are kept; training draws one of them in each epoch. A picture without a caption is skipped
+    and listed with the reason in STORE/skipped-text.jsonl. Run again after a kill, the command resumes at the last
+    committed row.
 
-    With --shard 3/8 it makes the third of eight shares, in STORE.parts, as encode-images does; then
-    [bold]dalle merge STORE[/bold].
+    With --shard 3/8 the command makes the third of eight shares of the store, as encode-images does.
 
     Example: [bold]dalle tokenize-text recipes/quickstart.yaml --data runs/quickstart/shapes/train[/bold]
     """

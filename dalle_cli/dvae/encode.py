@@ -20,7 +20,8 @@ from dalle_cli.dvae.train import load_dvae
 from dalle_cli.progress import progress
 from dalle_cli.stores.checkpoint import Checkpoint
 from dalle_cli.stores.shards import WHOLE, Shard
-from dalle_cli.stores.tokens import ROWS_PER_SHARD, PartWriter
+from dalle_cli.stores.token_writer import PartWriter
+from dalle_cli.stores.tokens import ROWS_PER_SHARD
 
 BLOCK = 64
 """Pictures read and encoded together. Fixed, so that rounding, and with it the tokens, depends on nothing else."""
@@ -74,12 +75,14 @@ def _as_stored(tokens: Tensor) -> np.ndarray:
 def encode_source(
     recipe: Recipe, source: Source, checkpoint: Checkpoint, out: Path, shard: Shard = WHOLE
 ) -> dict[str, int]:
-    """Write the image part of the store ``out``, or a shard of it beside; goes on at the last committed row.
+    """Write the image part of the store ``out``, or one share of it; resume at the last committed row.
 
-    Returns rows and skipped rows.
+    Returns:
+        The numbers of rows and of skipped rows.
 
     Raises:
-        UserError: the store was made from another source or dVAE, or the disk is full.
+        UserError: the store was made from another source or dVAE, another process is writing this share, or the disk is
+            full.
     """
     made_by = checkpoint.recipe()
     eps = made_by.dvae.objective.logit_laplace_eps
@@ -90,25 +93,24 @@ def encode_source(
         "codebook_size": made_by.dvae.model.codebook_size,
         "filters": picture_identity(recipe.data.filters),
     }
-    writer = PartWriter(out, "image", identity, shard)
-    todo = writer.check_source(len(source))
-    if not writer.complete:
-        limit_threads(recipe)
-        device = choose_device()
-        prepare_process(device)
-        model = load_dvae(checkpoint).to(device)
-        blocks = consecutive_pictures(
-            source,
-            todo,
-            block=BLOCK,
-            image_size=made_by.image_size,
-            data=recipe.data,
-            workers=recipe.dvae.training.workers,
-            pinned=device.type == "cuda",
-        )
-        encode_into(writer, model, blocks, eps, len(todo))
+    with PartWriter(out, "image", identity, len(source), shard) as writer:
+        if todo := writer.todo:
+            limit_threads(recipe)
+            device = choose_device()
+            prepare_process(device)
+            model = load_dvae(checkpoint).to(device)
+            blocks = consecutive_pictures(
+                source,
+                todo,
+                block=BLOCK,
+                image_size=made_by.image_size,
+                data=recipe.data,
+                workers=recipe.dvae.training.workers,
+                pinned=device.type == "cuda",
+            )
+            encode_into(writer, model, blocks, eps, len(todo))
         writer.finish()
-    return {"rows": writer.rows, "skipped": sum(writer.state["skipped"].values())}
+    return {"rows": writer.rows, "skipped": sum(writer.progress.skipped.values())}
 
 
 def encode_into(writer: PartWriter, model: DVAE, blocks: Iterable[PictureBlock], eps: float, left: int) -> None:

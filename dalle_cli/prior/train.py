@@ -78,7 +78,7 @@ def require_same_sizes(recipe: Recipe, reader: TokenReader) -> dict[str, str]:
     Raises:
         UserError: a size differs.
     """
-    text, image = reader.part("text")["identity"], reader.part("image")["identity"]
+    text, image = reader.part("text").identity, reader.part("image").identity
     sizes = [
         ("prior.model.grid", recipe.prior.model.grid, image["grid"]),
         ("dvae.model.codebook_size", recipe.dvae.model.codebook_size, image["codebook_size"]),

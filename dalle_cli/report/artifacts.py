@@ -102,7 +102,7 @@ class Run:
         if self.tokens is not None:
             parts: tuple[tuple[Any, str], ...] = (("text", "tokenizer"), ("image", "dvae"))
             made_with = {
-                role: self.tokens.part(part)["identity"][role] for part, role in parts if part in self.tokens.attributes
+                role: self.tokens.part(part).identity[role] for part, role in parts if part in self.tokens.parts
             }
             path = self.relative(self.tokens.path)
             rows.append(ArtifactRow("token store", path, None, None, self._references(made_with)))

@@ -92,11 +92,11 @@ def count_codes(store: TokenReader) -> tuple[CodebookFigures, NDArray[np.int64]]
     Returns:
         The figures, and the counts (codes,); None if the store has no picture.
     """
-    if "image" not in store.attributes:
+    if "image" not in store.parts:
         return None
     state = store.part("image")
-    rows = min(int(state["rows"]), MAX_ROWS)
-    counts = np.zeros(int(state["identity"]["codebook_size"]), dtype=np.int64)
+    rows = min(state.rows, MAX_ROWS)
+    counts = np.zeros(int(state.identity["codebook_size"]), dtype=np.int64)
     counted = 0
     for start in range(0, rows, ROWS_PER_SHARD):
         block = np.arange(start, min(start + ROWS_PER_SHARD, rows))

@@ -98,13 +98,13 @@ def write_report(recipe: Recipe, ranked: Path | None, fids: Sequence[Path], out:
 
 
 def _data(tokens: TokenReader) -> DataFigures:
-    parts = {part: tokens.attributes[part] for part in ("text", "image") if part in tokens.attributes}
+    parts = tokens.parts
     return DataFigures(
-        source=", ".join(dict.fromkeys(str(state["identity"].get("source")) for state in parts.values())),
-        rows=max((int(state["rows"]) for state in parts.values()), default=0),
+        source=", ".join(dict.fromkeys(str(state.identity.get("source")) for state in parts.values())),
+        rows=max((state.rows for state in parts.values()), default=0),
         usable=len(tokens.usable()) if len(parts) == 2 else None,
         skipped={
-            part: dict(sorted(state["skipped"].items(), key=lambda item: (-item[1], item[0])))
+            part: dict(sorted(state.skipped.items(), key=lambda item: (-item[1], item[0])))
             for part, state in parts.items()
         },
     )

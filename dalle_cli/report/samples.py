@@ -120,7 +120,7 @@ def true_pictures(
 
     A store's row is its source's row. Rows whose keys differ, because the source has changed since, are left out.
     """
-    if "text" not in tokens.attributes:
+    if "text" not in tokens.parts:
         return {}
     wanted = {_normalized(prompt): prompt for prompt in prompts}
     found: dict[str, Picture] = {}

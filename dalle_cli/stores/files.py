@@ -1,8 +1,9 @@
-"""Writing so that a reader sees the old file or the new one, never half of one."""
+"""Writing files and folders so that a reader sees the old one or the new one, never half of one; locks."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -10,20 +11,20 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dalle_cli.errors import UserError
 
 
 def sha256_file(path: Path) -> str:
-    """Hex digest of the file's bytes."""
+    """Return the SHA-256 of a file's bytes in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
 def explain_os_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk, a missing permission or a file in the way at ``path`` into one clear line."""
+    """Turn a full disk, a missing permission or a file in the way into a UserError that names ``path``."""
     try:
         yield
     except OSError as error:
@@ -51,13 +52,27 @@ def write_atomically(path: Path, data: bytes | str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """``value`` as indented JSON with sorted keys, written atomically."""
+    """Write ``value`` atomically as indented JSON with sorted keys."""
     write_atomically(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Return the value in a JSON file, None where there is no such file.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error}); delete it and run the command again") from None
 
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """A directory to fill, which becomes ``path`` when the block ends well and vanishes when it does not."""
+    """Yield a new directory that becomes ``path`` when the block succeeds and is deleted when it fails."""
     beside = path.with_name(f".{path.name}.partial")
     with explain_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,3 +86,43 @@ def new_directory(path: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(beside, ignore_errors=True)
             raise
+
+
+@contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Hold an exclusive lock on the file ``path``, which is deleted when the block ends.
+
+    Raises:
+        BlockingIOError: another process holds it, and ``wait`` is false.
+        UserError: its file system has no locks.
+    """
+    while (file := _lock(path, wait)) is None:
+        pass
+    with file:
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _lock(path: Path, wait: bool) -> BinaryIO | None:
+    """Return the locked file; None if it, or its folder, was deleted meanwhile by the process that held the lock."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        file = path.open("ab")
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+    except BlockingIOError:
+        file.close()
+        raise
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        file.close()
+        raise UserError(f"{path}: cannot be locked ({error.strerror}); use a file system with locks") from None
+    file.close()
+    return None

@@ -1,27 +1,35 @@
-"""Splitting the making of a token store among processes that share nothing but a file system.
+"""Shares of the work that independent jobs do (``--shard I/N``), and how far each share of a token store has come.
 
-Process i of n (counted from 1) makes the i-th run of the source's samples in a store of its own, beside the one that
-``dalle merge`` joins them into: ``tokens.zarr.parts/image-0003-of-0008.zarr``. Its borders lie where a whole store's
-shard files have theirs, so that joining is renaming.
+All jobs write into one token store. Their shares begin where the store's shard files begin, so that no two jobs write
+the same file. What is not final yet stands in the store's folder ``progress``, in files of each share:
+
+- ``image-0003-of-0008.json``: its ``ShareProgress``, replaced after each block of rows;
+- ``image-0003-of-0008.jsonl``: the samples it skipped;
+- ``image-0003-of-0008.lock``: locked while a process makes the share;
+
+and ``lock``, locked while a process changes what all shares have in common. The job that completes a part removes the
+part's files there, so that a complete store holds the same bytes whoever made it.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dalle_cli.errors import UserError
+from dalle_cli.stores.files import read_json, write_json
 
 Part = Literal["text", "image"]
 COMMANDS: dict[Part, str] = {"text": "tokenize-text", "image": "encode-images"}
-"""What makes each part of a store."""
+"""Command that makes each part of a token store."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Shard:
-    """The ``number``-th of ``of`` equal shares of the work, counted from 1; 1/1 is all of it, in the store itself."""
+    """The ``number``-th of ``of`` equal shares of the work, counted from 1; 1/1 is all of it."""
 
     number: int
     of: int
@@ -34,39 +42,107 @@ class Shard:
         return f"{self.number}/{self.of}"
 
     def rows(self, samples: int, multiple: int) -> range:
-        """Its rows of a source of ``samples``; they begin at a multiple of ``multiple``, and may be none."""
+        """Return the share's rows of ``samples``; it begins at a multiple of ``multiple`` and may be empty."""
         files = -(-samples // multiple)
         start, stop = (files * n // self.of * multiple for n in (self.number - 1, self.number))
         return range(min(start, samples), min(stop, samples))
-
-    def store(self, whole: Path, part: Part) -> Path:
-        """Where its share of the ``part`` of the store ``whole`` is made."""
-        if self == WHOLE:
-            return whole
-        return parts_folder(whole) / f"{part}-{self.number:04d}-of-{self.of:04d}.zarr"
 
 
 WHOLE = Shard(1, 1)
 
 
 def parse_shard(text: str) -> Shard:
-    """``"3/8"``. Raises UserError for anything else, and for a number that is not from 1 to the count."""
+    """Read an I/N such as ``"3/8"``.
+
+    Raises:
+        UserError: it is written otherwise, or I is not from 1 to N.
+    """
     match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
         raise UserError(f"--shard {text}: is I/N with I from 1 to N, such as 1/8 for the first of eight")
     return Shard(int(match[1]), int(match[2]))
 
 
+def join_names(shards: Iterable[Shard]) -> str:
+    """Return the names of shares for a message, the first ten of many."""
+    names = [str(shard) for shard in shards]
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
 def parts_folder(whole: Path) -> Path:
-    """The folder of the shares of the store ``whole``."""
+    """Return the folder that holds the shares of the samples ``whole``."""
     return whole.with_name(f"{whole.name}.parts")
 
 
-def parts_of(whole: Path, part: Part) -> list[Shard]:
-    """The shares of ``part`` that have been begun, in order."""
-    found = []
-    for path in sorted(parts_folder(whole).glob(f"{part}-*-of-*.zarr")):
-        match = re.fullmatch(rf"{part}-([0-9]+)-of-([0-9]+)\.zarr", path.name)
-        if match is not None and 1 <= int(match[1]) <= int(match[2]):
-            found.append(Shard(int(match[1]), int(match[2])))
-    return found
+@dataclass(frozen=True)
+class ShareProgress:
+    """How far a job has come with its share of a part."""
+
+    samples: int
+    """Number of samples of the whole source."""
+    identity: dict[str, Any]
+    rows: int = 0
+    """Number of committed rows of the share."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Number of skipped samples by reason."""
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """The progress files of one part of the token store ``store``."""
+
+    store: Path
+    part: Part
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the progress files."""
+        return self.store / "progress"
+
+    def file(self, shard: Shard, suffix: str) -> Path:
+        """Return the place of a share's file."""
+        return self.folder / f"{self.part}-{shard.number:04d}-of-{shard.of:04d}{suffix}"
+
+    def report(self, shard: Shard) -> Path:
+        """Return the file that lists what a share skipped; a single job writes the store's list itself."""
+        return self.store / f"skipped-{self.part}.jsonl" if shard == WHOLE else self.file(shard, ".jsonl")
+
+    def begun(self) -> list[Shard]:
+        """Return the shares that have been begun, in order."""
+        names = (re.fullmatch(rf"{self.part}-(\d+)-of-(\d+)\.json", path.name) for path in self.folder.glob("*.json"))
+        return sorted(Shard(int(name[1]), int(name[2])) for name in names if name is not None)
+
+    def read(self, shard: Shard) -> ShareProgress | None:
+        """Return how far a share has come, None if it has not been begun."""
+        found = read_json(self.file(shard, ".json"))
+        return None if found is None else ShareProgress(**found)
+
+    def all(self) -> dict[Shard, ShareProgress]:
+        """Return how far each share that has been begun has come, in order."""
+        found = ((shard, self.read(shard)) for shard in self.begun())
+        return {shard: now for shard, now in found if now is not None}
+
+    def write(self, shard: Shard, progress: ShareProgress) -> None:
+        """Commit how far a share has come."""
+        write_json(self.file(shard, ".json"), asdict(progress))
+
+    def unfinished(self, of: int, samples: int, multiple: int) -> list[Shard]:
+        """Return the shares, of ``of``, that are missing or still lack rows."""
+        every = {shard: self.read(shard) for shard in (Shard(number, of) for number in range(1, of + 1))}
+        return [shard for shard, now in every.items() if now is None or now.rows < len(shard.rows(samples, multiple))]
+
+    def committed(self, rows: range, samples: int, multiple: int) -> bool:
+        """Return whether ``rows``, which lie in one shard file, are committed."""
+        for shard in self.begun():
+            share = shard.rows(samples, multiple)
+            if rows.start in share:
+                now = self.read(shard)
+                return now is not None and rows.stop <= share.start + now.rows
+        return False
+
+    def remove(self, keep: Path) -> None:
+        """Delete the progress files of all shares but ``keep``."""
+        for path in self.folder.glob(f"*{self.part}-*"):
+            if path != keep:
+                path.unlink(missing_ok=True)

@@ -15,7 +15,8 @@ from dalle_cli.data.source import Source
 from dalle_cli.errors import UserError
 from dalle_cli.progress import progress
 from dalle_cli.stores.shards import WHOLE, Shard
-from dalle_cli.stores.tokens import ROWS_PER_SHARD, PartWriter
+from dalle_cli.stores.token_writer import PartWriter
+from dalle_cli.stores.tokens import ROWS_PER_SHARD
 from dalle_cli.text.bpe import Tokenizer, train_bpe
 from dalle_cli.text.encode import CaptionEncoder, TextRows
 
@@ -55,7 +56,8 @@ def tokenize_source(recipe: Recipe, source: Source, tokenizer: Tokenizer, out: P
     """Write the text part of the store ``out``, or one share of it, and resume at the last committed row.
 
     Raises:
-        UserError: the store was made from another source, tokenizer or settings, or the disk is full.
+        UserError: the store was made from another source, tokenizer or settings, another process is writing this share,
+            or the disk is full.
     """
     settings = recipe.tokenizer
     if tokenizer.vocab_size > settings.vocab_size:
@@ -74,25 +76,21 @@ def tokenize_source(recipe: Recipe, source: Source, tokenizer: Tokenizer, out: P
         "filters": caption_identity(recipe.data.filters),
         "seed": recipe.seed,
     }
-    writer = PartWriter(out, "text", identity, shard)
-    todo = writer.check_source(len(source))
-    if not writer.complete:
-        encoder = CaptionEncoder(tokenizer, settings, recipe.seed)
-        # While one block is written, the next is encoded and the one after that is read.
-        blocks = prefetch(_encode(encoder, prefetch(_read(source, todo, recipe.data.filters), 1)), 1)
-        with progress("tokenize-text", writer.rows + len(todo), "pictures", writer.rows) as bar:
-            for block, text in blocks:
-                skipped = {block.keys[row]: reason for row, reason in sorted((text.reasons | block.reasons).items())}
-                writer.append(block.keys, text.arrays, skipped, text.counts)
-                bar.advance(len(block.keys))
+    with PartWriter(out, "text", identity, len(source), shard) as writer:
+        if todo := writer.todo:
+            encoder = CaptionEncoder(tokenizer, settings, recipe.seed)
+            # While one block is written, the next is encoded and the one after that is read.
+            blocks = prefetch(_encode(encoder, prefetch(_read(source, todo, recipe.data.filters), 1)), 1)
+            with progress("tokenize-text", writer.rows + len(todo), "pictures", writer.rows) as bar:
+                for block, text in blocks:
+                    reasons = sorted((text.reasons | block.reasons).items())
+                    skipped = {block.keys[row]: reason for row, reason in reasons}
+                    writer.append(block.keys, text.arrays, skipped, text.counts)
+                    bar.advance(len(block.keys))
         writer.finish()
-    counts = writer.state.get("counts", {})
+    made = writer.progress
     return Tokenized(
-        writer.path,
-        writer.rows,
-        sum(writer.state["skipped"].values()),
-        counts.get("captions", 0),
-        counts.get("overlong", 0),
+        out, made.rows, sum(made.skipped.values()), made.counts.get("captions", 0), made.counts.get("overlong", 0)
     )
 
 

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -186,30 +186,27 @@ def _describe_store(path: Path) -> Description:
 
 def _describe_tokens(path: Path, group: Any) -> TokenStoreDescription:
     reader = TokenReader(path)
-    present: list[Literal["text", "image"]] = [part for part in ("text", "image") if part in reader.attributes]
-    parts = {part: reader.part(part) for part in present}
+    parts = reader.parts
     arrays = _arrays(path, group)
     captions: list[CaptionExample] = []
-    if "text" in parts and parts["text"]["rows"]:
-        rows = range(min(CAPTION_EXAMPLES, int(parts["text"]["rows"])))
+    if "text" in parts and parts["text"].rows:
+        rows = range(min(CAPTION_EXAMPLES, parts["text"].rows))
         lengths = reader.read("text_length", np.array(rows, dtype=np.int64))
         captions = [
             CaptionExample(row, int(length), caption)
             for row, length, caption in zip(rows, lengths, reader.strings("caption", rows), strict=True)
         ]
-    sources = {str(state["identity"]["source"]) for state in parts.values()}
+    sources = {str(state.identity["source"]) for state in parts.values()}
     return TokenStoreDescription(
         path=str(path),
         rows=len(reader) if parts else 0,
         usable_rows=len(reader.usable()) if len(parts) == 2 else None,
-        complete=len(parts) == 2 and all(state["complete"] for state in parts.values()),
-        parts={
-            part: PartDescription(state["rows"], state["complete"], state["identity"]) for part, state in parts.items()
-        },
+        complete=len(parts) == 2 and all(state.complete for state in parts.values()),
+        parts={part: PartDescription(state.rows, state.complete, state.identity) for part, state in parts.items()},
         source=sources.pop() if len(sources) == 1 else sorted(sources) or None,
-        tokenizer=parts["text"]["identity"].get("tokenizer") if "text" in parts else None,
-        dvae=parts["image"]["identity"].get("dvae") if "image" in parts else None,
-        skipped={part: state["skipped"] for part, state in parts.items()},
+        tokenizer=parts["text"].identity.get("tokenizer") if "text" in parts else None,
+        dvae=parts["image"].identity.get("dvae") if "image" in parts else None,
+        skipped={part: state.skipped for part, state in parts.items()},
         arrays=arrays,
         bytes=sum(array.bytes for array in arrays.values()),
         captions=captions,

@@ -6,12 +6,10 @@
 #SBATCH --output=slurm-%x-%A_%a.out
 #SBATCH --signal=B:USR1@30
 #
-# Turn pictures into image tokens by a job array, each job one share; merge.sh joins them afterwards.
-# Arguments are those of `dalle encode-images`. Ended by a signal, a job is queued again and goes on. See README.md.
+# Turn pictures into image tokens by a job array: each job makes one share of the same store.
+# Arguments are those of `dalle encode-images`. A job that a signal ends is queued again and resumes. See README.md.
 #
-#     jobs=$(sbatch --parsable --array 1-64 --gpus 1 --cpus-per-task 16 scripts/slurm/encode-images.sh \
-#         recipes/12b.yaml --data cc3m.tsv)
-#     sbatch --dependency afterok:$jobs scripts/slurm/merge.sh runs/12b/tokens.zarr
+#     sbatch --array 1-64 --gpus 1 --cpus-per-task 16 scripts/slurm/encode-images.sh recipes/12b.yaml --data cc3m.tsv
 set -euo pipefail
 source "${DALLE_ROOT:-$SLURM_SUBMIT_DIR}/scripts/slurm/job.sh"
 share=$(shard)

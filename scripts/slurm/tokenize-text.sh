@@ -6,8 +6,8 @@
 #SBATCH --output=slurm-%x-%A_%a.out
 #SBATCH --signal=B:USR1@30
 #
-# Turn captions into text tokens by a job array, each job one share; merge.sh joins them afterwards.
-# Arguments are those of `dalle tokenize-text`. Ended by a signal, a job is queued again and goes on. See README.md.
+# Turn captions into text tokens by a job array: each job makes one share of the same store.
+# Arguments are those of `dalle tokenize-text`. A job that a signal ends is queued again and resumes. See README.md.
 #
 #     sbatch --array 1-8 scripts/slurm/tokenize-text.sh recipes/12b.yaml --data cc3m.tsv
 set -euo pipefail

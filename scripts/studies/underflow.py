@@ -146,7 +146,7 @@ def main() -> None:
         else:
             reader = TokenReader(tokens)
             reader.require_complete()
-            text, image = reader.part("text")["identity"], reader.part("image")["identity"]
+            text, image = reader.part("text").identity, reader.part("image").identity
             study = replace(
                 study,
                 grid=image["grid"],

@@ -27,6 +27,7 @@ from dalle_cli.data.picture_loader import TrainingPictures
 from dalle_cli.errors import UserError
 from dalle_cli.stores.checkpoint import open_checkpoint
 from dalle_cli.stores.files import sha256_file
+from dalle_cli.stores.shards import WHOLE, ShareProgress, Shares
 from dalle_cli.stores.tokens import TokenReader
 
 SHORT = ("--set", "dvae.training.updates=2")
@@ -325,8 +326,9 @@ def test_a_store_that_is_half_written(by_hand: Chain, spoiled: Path, call: Call,
 
     attributes = spoiled / "tokens.zarr" / "zarr.json"
     state = json.loads(attributes.read_text())
-    state["attributes"]["image"] |= {"rows": 30, "complete": False}
+    image = state["attributes"].pop("image")
     attributes.write_text(json.dumps(state))
+    Shares(attributes.parent, "image").write(WHOLE, ShareProgress(image["rows"], image["identity"], rows=30))
     for command in (
         ("train-prior", by_hand.recipe, "--tokens", attributes.parent, "--out", tmp_path / "p"),
         ("train-clip", by_hand.recipe, "--data", by_hand.train, "--tokens", attributes.parent, "--out", tmp_path / "c"),

@@ -26,7 +26,7 @@ from dalle_cli.stores.tokens import TokenReader
 FOLDER = ROOT / "scripts" / "slurm"
 FILES = sorted(FOLDER.glob("*.sh"))
 STAGES = {
-    "tokenize-text", "train-dvae", "encode-images", "merge", "train-prior", "train-clip",
+    "tokenize-text", "train-dvae", "encode-images", "train-prior", "train-clip",
     "sample", "rerank", "eval-fid",
 }  # fmt: skip
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1")
@@ -149,14 +149,13 @@ def test_a_signalled_and_preempted_job_ends_with_the_same_bytes(slurm: Cluster, 
 
 
 @pytest.mark.slow
-def test_arrays_feed_merge_and_rerank(slurm: Cluster, tmp_path: Path) -> None:
+def test_arrays_fill_one_store_and_feed_rerank(slurm: Cluster, tmp_path: Path) -> None:
     chain = build_chain(tmp_path)
     places, recipe = chain.places, chain.recipe_file
 
-    store = tmp_path / "joined.zarr"
+    store = tmp_path / "tokens.zarr"
     texts = slurm.submit("--array=1-2", "tokenize-text.sh", recipe, "--tokens", store)
     images = slurm.submit("--array=1-2", "encode-images.sh", recipe, "--tokens", store)
-    merged = slurm.submit(f"--dependency=afterok:{texts}:{images}", "merge.sh", store)
 
     lines_in, prompts = tmp_path / "lines", tmp_path / "prompts.txt"
     prompts.write_text(f"{SEEN}\n{HELD_OUT}\n")
@@ -165,12 +164,13 @@ def test_arrays_feed_merge_and_rerank(slurm: Cluster, tmp_path: Path) -> None:
     )
     ranked = slurm.submit(f"--dependency=afterok:{drawn}", "rerank.sh", "--clip", places.clip, LINES_IN=lines_in)
 
-    facts = slurm.finish(texts, images, merged, drawn, ranked)
-    assert [each["JobState"] for each in facts] == ["COMPLETED"] * 8, slurm.said()
-    alone, joined = TokenReader(places.tokens), TokenReader(store)
+    facts = slurm.finish(texts, images, drawn, ranked)
+    assert [each["JobState"] for each in facts] == ["COMPLETED"] * 7, slurm.said()
+    alone, shared = TokenReader(places.tokens), TokenReader(store)
+    shared.require_complete()
     for name in ("text", "image"):
         rows = range(len(alone))
-        assert (joined.read(name, rows) == alone.read(name, rows)).all()
+        assert (shared.read(name, rows) == alone.read(name, rows)).all()
 
     assert [file.name for file in sorted(lines_in.iterdir())] == ["0001-of-0002.jsonl", "0002-of-0002.jsonl"]
     found, expected = (

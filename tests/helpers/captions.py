@@ -17,7 +17,7 @@ from unittest import mock
 
 from dalle_cli.config.schema import Recipe, TokenizerSettings
 from dalle_cli.data.source import BadSample
-from dalle_cli.stores import merge, tokens
+from dalle_cli.stores import token_writer, tokens
 from dalle_cli.text import tokenize
 from dalle_cli.text.bpe import Tokenizer
 from dalle_cli.text.tokenize import tokenize_source, train_tokenizer
@@ -65,11 +65,9 @@ def recipe_with(**changes: Any) -> Recipe:
 @contextmanager
 def shards_of(rows: int) -> Iterator[None]:
     with (
-        mock.patch.object(tokens, "ROWS_PER_SHARD", rows),
-        mock.patch.object(tokens, "ROWS_PER_CHUNK", rows // 2),
-        mock.patch.object(tokenize, "ROWS_PER_SHARD", rows),
-        mock.patch.object(tokenize, "SHARDS_AT_ONCE", 2),
-        mock.patch.object(merge, "ROWS_PER_SHARD", rows),
+        mock.patch.multiple(tokens, ROWS_PER_SHARD=rows, ROWS_PER_CHUNK=rows // 2),
+        mock.patch.multiple(token_writer, ROWS_PER_SHARD=rows, ROWS_PER_CHUNK=rows // 2),
+        mock.patch.multiple(tokenize, ROWS_PER_SHARD=rows, SHARDS_AT_ONCE=2),
     ):
         yield
 

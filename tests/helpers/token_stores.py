@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dalle_cli.stores.tokens import PartWriter
+from dalle_cli.stores.token_writer import PartWriter
 
 
 def write_tokens(path: Path, rows: int, text_length: int, vocab_size: int, grid: int, codebook_size: int) -> Path:
@@ -15,13 +15,13 @@ def write_tokens(path: Path, rows: int, text_length: int, vocab_size: int, grid:
     keys = [f"{row:05d}" for row in range(rows)]
     text = rng.integers(vocab_size, size=(rows, text_length)).astype(np.uint16)
     image = np.broadcast_to(text[:, :1, None] % codebook_size, (rows, grid, grid)).astype(np.uint16)
-    writer = PartWriter(
-        path, "text", {"source": "s", "tokenizer": "t" * 64, "text_length": text_length, "vocab_size": vocab_size}
-    )
+    identity: dict[str, object] = {"tokenizer": "t" * 64, "text_length": text_length, "vocab_size": vocab_size}
     lengths = np.full(rows, text_length, np.uint16)
-    writer.append(keys, {"text": text, "text_length": lengths, "caption": np.array(["x"] * rows, object)}, {})
-    writer.finish()
-    writer = PartWriter(path, "image", {"source": "s", "dvae": "d" * 64, "grid": grid, "codebook_size": codebook_size})
-    writer.append(keys, {"image": image, "image_ok": np.ones(rows, np.uint8)}, {})
-    writer.finish()
+    with PartWriter(path, "text", {"source": "s", **identity}, rows) as writer:
+        writer.append(keys, {"text": text, "text_length": lengths, "caption": np.array(["x"] * rows, object)}, {})
+        writer.finish()
+    identity = {"dvae": "d" * 64, "grid": grid, "codebook_size": codebook_size}
+    with PartWriter(path, "image", {"source": "s", **identity}, rows) as writer:
+        writer.append(keys, {"image": image, "image_ok": np.ones(rows, np.uint8)}, {})
+        writer.finish()
     return path

@@ -128,11 +128,11 @@ def test_an_evaluation_and_the_commands_in_the_run_are_found(chain: TinyChain, t
         record_command(prior, "f" * 64)
         record_command(run / "tokenizer" / "tokenizer.json")
         record_command(run / "samples" / "one")
-        record_command(run / "tokens.zarr.parts" / "image-0001-of-0002.zarr")
+        record_command(run / "samples" / "two.parts" / "samples-0001-of-0002")
     with (run / "commands.jsonl").open("a") as journal:
         journal.write('{"artifact": "half')
     assert [line["artifact"] for line in read_commands(run)] == [
-        "prior/step-00000002", "tokenizer/tokenizer.json", "samples/one", "tokens.zarr.parts/image-0001-of-0002.zarr",
+        "prior/step-00000002", "tokenizer/tokenizer.json", "samples/one", "samples/two.parts/samples-0001-of-0002",
     ]  # fmt: skip
     recipe = load_recipe(chain.recipe_file, [f"run={run}"])
     report = write_report(recipe, None, [], run)

@@ -1,95 +1,32 @@
-"""Shares of a token store made apart and merged: the same files, byte for byte, as a store made by one process."""
+"""Shares of a token store: jobs that write one store side by side leave the same files as one process."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import subprocess
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest import mock
 
 import numpy as np
 import pytest
-from conftest import Call
+from helpers.running import ENVIRONMENT
+from helpers.shares import FILE, IDENTITY, arrays, files, key, make, small_files
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dalle_cli.errors import UserError
-from dalle_cli.stores import merge, tokens
-from dalle_cli.stores.merge import merge_store
-from dalle_cli.stores.shards import WHOLE, Part, Shard, parse_shard, parts_folder
-from dalle_cli.stores.tokens import PartWriter, TokenReader
-
-FILE = 4  # rows of a shard file here
-IDENTITY = {"source": "shapes", "seed": 0}
+from dalle_cli.stores import shards, token_writer
+from dalle_cli.stores.shards import WHOLE, Part, Shard, Shares, parse_shard
+from dalle_cli.stores.token_writer import PartWriter
+from dalle_cli.stores.tokens import TokenReader
 
 
 class Killed(BaseException):
     """Stands for kill -9: nothing after it runs."""
-
-
-@contextmanager
-def small_files() -> Iterator[None]:
-    with (
-        mock.patch.object(tokens, "ROWS_PER_SHARD", FILE),
-        mock.patch.object(tokens, "ROWS_PER_CHUNK", FILE // 2),
-        mock.patch.object(merge, "ROWS_PER_SHARD", FILE),
-    ):
-        yield
-
-
-def key(row: int) -> str:
-    return f"key-{row}"
-
-
-def arrays(part: Part, rows: range) -> tuple[dict[str, np.ndarray], dict[str, str], dict[str, int]]:
-    """Values, skips and counts of ``rows``, a function of their numbers; some are skipped, some files are empty."""
-    skipped = {key(row): f"reason {row % 3}" for row in rows if row % 5 == 2}
-    counts = {"captions": len(rows), "odd": sum(row % 2 for row in rows)}
-    ok = np.array([row % 5 != 2 for row in rows])
-    if part == "image":
-        filled = [row // FILE % 3 != 1 for row in rows]  # every third file holds nothing but zeros
-        image = np.array([[[row, row + 1], [7, 9]] for row in rows], np.uint16) * ok[:, None, None]
-        return {"image": image * np.array(filled)[:, None, None], "image_ok": ok.astype(np.uint8)}, skipped, counts
-    found = {
-        "text": np.array([[row, 3, 5] for row in rows], np.uint16) * ok[:, None],
-        "text_length": ok.astype(np.uint16) * 3,
-        "caption": np.array([f"caption {row} ☃" * (row % 3) for row in rows], dtype=object),
-    }
-    versions = max(row // FILE % 4 for row in rows)  # as with captions: files differ in how many a picture has
-    if versions:
-        found["text_epochs"] = np.array([[[row, v, 1] for v in range(1, versions + 1)] for row in rows], np.uint16)
-        found["text_epochs_length"] = np.full((len(rows), versions), 3, np.uint16)
-        found["text_versions"] = np.full(len(rows), versions, np.uint16)
-    return found, skipped, counts
-
-
-def make(store: Path, part: Part, samples: int, shard: Shard = WHOLE, until: int | None = None) -> PartWriter:
-    writer = PartWriter(store, part, IDENTITY, shard)
-    todo = writer.check_source(samples)
-    for start in range(todo.start, todo.stop, FILE):
-        if until is not None and start >= until:
-            return writer
-        rows = range(start, min(start + FILE, todo.stop))
-        found, skipped, counts = arrays(part, rows)
-        writer.append([key(row) for row in rows], found, skipped, counts)
-    if not writer.complete:
-        writer.finish()
-    return writer
-
-
-def make_shares(store: Path, part: Part, samples: int, of: int) -> None:
-    for number in range(of, 0, -1):
-        make(store, part, samples, Shard(number, of))
-
-
-def files(store: Path) -> dict[str, bytes]:
-    return {path.relative_to(store).as_posix(): path.read_bytes() for path in store.rglob("*") if path.is_file()}
 
 
 # How the work is split
@@ -112,49 +49,43 @@ def test_shards_are_counted_from_one() -> None:
     for wrong in ("0/8", "9/8", "3", "3/0", "a/b", "-1/2", "1/8/2", " 1/8", "1/8\n", "", "0/0", "٣/٨"):
         with pytest.raises(UserError, match=r"I/N with I from 1 to N"):
             parse_shard(wrong)
-    place = Shard(3, 8).store(Path("runs/tokens.zarr"), "image")
-    assert place == Path("runs/tokens.zarr.parts/image-0003-of-0008.zarr")
-    assert WHOLE.store(Path("runs/tokens.zarr"), "image") == Path("runs/tokens.zarr")
 
 
-# Joining
+# One store of many shares
 
 
 @given(
     samples=st.integers(1, 45),
     text=st.integers(1, 7),
     image=st.integers(1, 7),
-    text_first=st.booleans(),
-    kills=st.lists(st.integers(0, 60), max_size=3),
-    links=st.booleans(),
+    order=st.randoms(use_true_random=False),
+    kills=st.lists(st.integers(0, 60), max_size=6),
 )
-@settings(max_examples=15, deadline=None)
-def test_a_merged_store_is_the_unsharded_one(
-    samples: int, text: int, image: int, text_first: bool, kills: list[int], links: bool
+@settings(max_examples=25, deadline=None)
+def test_shares_in_any_order_killed_anywhere_make_the_store_of_one_process(
+    samples: int, text: int, image: int, order: st.DataObject, kills: list[int]
 ) -> None:
     splits: dict[Part, int] = {"text": text, "image": image}
-    order: list[Part] = ["text", "image"] if text_first else ["image", "text"]
+    jobs = [(part, Shard(number, of)) for part, of in splits.items() for number in range(1, of + 1)]
+    order.shuffle(jobs)  # type: ignore[attr-defined]
     with TemporaryDirectory() as folder, small_files():
         calm, store = Path(folder) / "calm.zarr", Path(folder) / "tokens.zarr"
-        for part in order:
+        for part in splits:
             make(calm, part, samples)
-            make_shares(store, part, samples, splits[part])
-            if splits[part] > 1:
-                for kill in kills:
-                    merge_and_die(store, kill)
-                with mock.patch.object(os, "link", os.link if links else mock.Mock(side_effect=OSError)):
-                    merge_store(store)
+        for number, (part, shard) in enumerate(jobs):
+            for kill in kills[number::3]:
+                make_and_die(store, part, samples, shard, kill)
+            make(store, part, samples, shard)
         assert files(store) == files(calm)
-        shutil.rmtree(parts_folder(store), ignore_errors=True)
         reader = TokenReader(store)
         reader.require_complete()
         for name, values in arrays("image", range(samples))[0].items():
             np.testing.assert_array_equal(reader.read(name, np.arange(samples)), values)
 
 
-def merge_and_die(store: Path, when: int) -> None:
-    """Merge, and die at one of the moments that touch the disk."""
-    moments = iter(range(when + 1))
+def make_and_die(store: Path, part: Part, samples: int, shard: Shard, when: int) -> None:
+    """Make a share, and die before one of the steps that change the disk."""
+    moments = iter(range(when))
 
     def step(real):  # type: ignore[no-untyped-def]
         def dying(*args, **kwargs):  # type: ignore[no-untyped-def]
@@ -164,141 +95,149 @@ def merge_and_die(store: Path, when: int) -> None:
 
         return dying
 
-    with (
-        mock.patch.object(merge.os, "link", step(os.link)),  # type: ignore[attr-defined]
-        mock.patch.object(merge, "_write", step(merge._write)),
-        mock.patch.object(PartWriter, "commit", step(PartWriter.commit)),
-        mock.patch.object(PartWriter, "finish", step(PartWriter.finish)),
-        contextlib.suppress(Killed),
-    ):
-        merge_store(store)
+    steps = ("_open_arrays", "_write_keys", "_commit", "_join_reports", "_sweep", "finish")
+    with contextlib.ExitStack() as patches:
+        for name in steps:
+            patches.enter_context(mock.patch.object(PartWriter, name, step(getattr(PartWriter, name))))
+        for owner, name in ((shards, "write_json"), (token_writer, "_create_group"), (Shares, "remove")):
+            patches.enter_context(mock.patch.object(owner, name, step(getattr(owner, name))))
+        patches.enter_context(contextlib.suppress(Killed))
+        make(store, part, samples, shard)
 
 
-def test_nothing_is_copied_and_the_shares_stay_whole(tmp_path: Path) -> None:
-    store = tmp_path / "tokens.zarr"
+@pytest.mark.parametrize("text_shares", [1, 4])
+def test_jobs_at_the_same_time_make_the_store_of_one_process(tmp_path: Path, text_shares: int) -> None:
+    samples, store = 150, tmp_path / "tokens.zarr"
+    program = [sys.executable, Path(__file__).parents[1] / "helpers" / "shares.py", store, str(samples)]
+    jobs = [("text", f"{number}/{text_shares}") for number in range(1, text_shares + 1)]
+    jobs += [("image", f"{number}/3") for number in (1, 2, 3)]
+    running = [subprocess.Popen([*program, *job], env=ENVIRONMENT) for job in jobs]
+    assert [process.wait(120) for process in running] == [0] * len(jobs)
     with small_files():
-        make_shares(store, "image", 30, 3)
-        before = files(parts_folder(store))
-        assert merge_store(store) == {"image": 30}
-        assert files(parts_folder(store)) == before
-        data = [path for path in store.rglob("c/*") if path.is_file()] + list(store.glob("image/c/*/0/0"))
-        assert len(data) == 3 * 8
-        assert all(path.stat().st_nlink == 2 for path in data)
-        whole = files(store)
-        assert merge_store(store) == {"image": 30}  # again: nothing to do
-        shutil.rmtree(parts_folder(store) / "image-0002-of-0003.zarr")
-        make(store, "image", 30, Shard(2, 3))  # and a share may be made anew
-        assert merge_store(store) == {"image": 30}
-        assert files(store) == whole
+        for part in ("text", "image"):
+            make(tmp_path / "calm.zarr", part, samples)  # type: ignore[arg-type]
+    assert files(store) == files(tmp_path / "calm.zarr")
 
 
-def test_a_share_goes_on_where_it_was_killed(tmp_path: Path) -> None:
+def test_a_share_resumes_where_it_was_killed(tmp_path: Path) -> None:
     store, shard = tmp_path / "tokens.zarr", Shard(2, 3)
     with small_files():
-        make_shares(store, "text", 40, 3)
-        calm = files(shard.store(store, "text"))
-        shutil.rmtree(shard.store(store, "text"))
         rows = shard.rows(40, FILE)
         assert len(rows) > FILE
-        begun = make(store, "text", 40, shard, until=rows.start + FILE)
-        assert (begun.rows, begun.complete) == (FILE, False)
-        with pytest.raises(UserError, match=r"text-0002-of-0003.zarr: is unfinished, .* 4 rows; .*--shard 2/3 with"):
-            merge_store(store)
-        make(store, "text", 40, shard)
-        assert files(shard.store(store, "text")) == calm
+        make(store, "text", 40, shard, until=rows.start + FILE)
+        with PartWriter(store, "text", IDENTITY, 40, shard) as writer:
+            assert (writer.rows, writer.complete) == (FILE, False)
+            assert writer.todo == range(rows.start + FILE, rows.stop)
+        assert TokenReader(store).part("text").rows == 0  # no row before share 2 is committed
+        for number in (1, 3, 2):
+            make(store, "text", 40, Shard(number, 3))
+        make(tmp_path / "calm.zarr", "text", 40)
+    assert files(store) == files(tmp_path / "calm.zarr")
+
+
+def test_missing_and_unfinished_shares_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = tmp_path / "tokens.zarr"
+    with small_files():
+        make(store, "text", 40)
+        make(store, "image", 40, Shard(1, 4))
+        make(store, "image", 40, Shard(3, 4))
+        make(store, "image", 40, Shard(4, 4), until=Shard(4, 4).rows(40, FILE).start + FILE)
+        assert f"{store}: share 3/4 of its image part is complete; unfinished: 2/4, 4/4" in capsys.readouterr().err
+        reader = TokenReader(store)
+        assert len(reader) == reader.part("image").rows == len(Shard(1, 4).rows(40, FILE))
+        with pytest.raises(UserError, match="with --shard for its unfinished shares, 2/4, 4/4, to finish"):
+            reader.require_complete()
+        make(store, "image", 40, Shard(4, 4))
+        make(store, "image", 40, Shard(2, 4))
+        TokenReader(store).require_complete()
+
+
+def test_more_shares_than_files_leave_some_without_rows(tmp_path: Path) -> None:
+    with small_files():
+        for number in range(5, 0, -1):
+            make(tmp_path / "tokens.zarr", "image", 9, Shard(number, 5))
+        make(tmp_path / "calm.zarr", "image", 9)
+    assert files(tmp_path / "tokens.zarr") == files(tmp_path / "calm.zarr")
+
+
+def test_a_share_may_be_made_again(tmp_path: Path) -> None:
+    store = tmp_path / "tokens.zarr"
+    with small_files():
+        for number in (1, 2):
+            make(store, "image", 30, Shard(number, 3))
+        progress = Shares(store, "image")
+        progress.file(Shard(2, 3), ".json").unlink()  # as the manual says, to make share 2 anew
+        (store / "image" / "c" / "3" / "0" / "0").write_bytes(b"damaged")
+        make(store, "image", 30, Shard(2, 3))
+        make(store, "image", 30, Shard(3, 3))
+        make(tmp_path / "calm.zarr", "image", 30)
+        assert files(store) == files(tmp_path / "calm.zarr")
+        for shard in (Shard(2, 3), WHOLE, Shard(1, 7)):  # the part is complete: nothing is left to do
+            assert make(store, "image", 30, shard).rows == 30
+        assert files(store) == files(tmp_path / "calm.zarr")
+
+
+def test_a_second_writer_of_a_share_is_refused(tmp_path: Path) -> None:
+    store = tmp_path / "tokens.zarr"
+    with small_files():
+        with PartWriter(store, "image", IDENTITY, 30, Shard(2, 3)):
+            with pytest.raises(UserError, match=r"another process is writing share 2/3 of its image part; wait for it"):
+                make(store, "image", 30, Shard(2, 3))
+            make(store, "image", 30, Shard(1, 3))
+            make(store, "text", 30, Shard(2, 3))
+        make(store, "image", 30, Shard(2, 3))
+        with (
+            PartWriter(tmp_path / "whole.zarr", "image", IDENTITY, 30),
+            pytest.raises(UserError, match="another process is writing share 1/1 of its image part"),
+        ):
+            make(tmp_path / "whole.zarr", "image", 30)
 
 
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        ("none", "no shares to join"),
-        ("missing", r"image-0002-of-0003\.zarr: is missing; run dalle encode-images --shard 2/3"),
-        ("two splits", "image shares of several splits, of 3 and of 4; delete those of all but one"),
-        ("other dVAE", r"image-0003-of-0003\.zarr: was made with dvae 'b', image-0001-of-0003\.zarr with 'a'"),
-        ("more samples", "was made with samples 31"),
-        ("renamed", "does not hold shard 2/3"),
-        ("skips", "skipped-image.jsonl is not whole"),
-        ("begun alone", "its image part stops at row 4, where none of .*parts begins"),
-        ("done alone", "its image part has 28 rows, the source now 30"),
-        ("other store", "its image part was made with dvae 'c', now 'a'"),
-        ("other keys", "row 0 is 'another' in the store and 'key-0' in the source"),
-        ("unfinished text", "its text part is unfinished"),
+        ("other dVAE", "its image part was made with dvae 'a', now 'b'; choose another --tokens, or delete the store"),
+        ("more samples", "its image part is of 30 samples, the source now has 31; choose another --tokens"),
+        ("another split", "begun as share 1/3, now 1/4; make all of its shares with the same N, or delete .*progress"),
+        ("no split", "begun as share 1/3, now 1/1; make all of its shares with the same N"),
+        ("text of more samples", "its image part is of 30 samples, the source now has 31; both commands must read the"),
+        ("other keys", "row 0 is 'key-0' in the store and 'other-0' in the source; both commands must read"),
+        (
+            "skips",
+            r"image-0001-of-0003\.jsonl: lists 0 of 2 skipped samples; delete .*json and run dalle",
+        ),
     ],
 )
-def test_what_does_not_belong_together_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, words: str
-) -> None:
-    store = tmp_path / "tokens.zarr"
-    parts = parts_folder(store)
-
-    def made_by(dvae: str) -> None:
-        monkeypatch.setitem(IDENTITY, "dvae", dvae)
-
+def test_what_does_not_belong_together_is_refused(tmp_path: Path, fault: str, words: str) -> None:
+    store, made_by_a = tmp_path / "tokens.zarr", {**IDENTITY, "dvae": "a"}
     with small_files():
-        made_by("a")
-        if fault != "none":
-            make_shares(store, "image", 30, 3)
-        if fault == "missing":
-            shutil.rmtree(parts / "image-0002-of-0003.zarr")
-        elif fault == "two splits":
-            make(store, "image", 30, Shard(4, 4))
-        elif fault == "more samples":
-            shutil.rmtree(parts / "image-0003-of-0003.zarr")
-            make(store, "image", 31, Shard(3, 3))
-        elif fault == "renamed":
-            shutil.rmtree(parts / "image-0002-of-0003.zarr")
-            shutil.copytree(parts / "image-0001-of-0003.zarr", parts / "image-0002-of-0003.zarr")
-        elif fault == "skips":
-            (parts / "image-0001-of-0003.zarr" / "skipped-image.jsonl").unlink()
-        elif fault == "begun alone":
-            make(store, "image", 30, until=4)
-        elif fault == "done alone":
-            make(store, "image", 28)
-        elif fault == "other keys":
-            writer = PartWriter(store, "text", {})
-            writer.append(["another"] * 4, arrays("text", range(4))[0], {})
-            writer.finish()
-        elif fault == "unfinished text":
-            make(store, "text", 30, until=4)
-        elif fault == "other dVAE":
-            shutil.rmtree(parts / "image-0003-of-0003.zarr")
-            made_by("b")
-            make(store, "image", 30, Shard(3, 3))
-        elif fault == "other store":
-            made_by("c")
-            make(store, "image", 30)
-        before = files(store) if store.exists() else {}
+        make(store, "image", 30, Shard(1, 3), identity=made_by_a)
+        if fault == "skips":
+            Shares(store, "image").report(Shard(1, 3)).unlink()
+            make(store, "image", 30, Shard(2, 3), identity=made_by_a)
+        before = files(store)
+        deeds = {
+            "other dVAE": lambda: make(store, "image", 30, Shard(2, 3), identity={**IDENTITY, "dvae": "b"}),
+            "more samples": lambda: make(store, "image", 31, Shard(2, 3), identity=made_by_a),
+            "another split": lambda: make(store, "image", 30, Shard(1, 4), identity=made_by_a),
+            "no split": lambda: make(store, "image", 30, identity=made_by_a),
+            "text of more samples": lambda: make(store, "text", 31),
+            "other keys": lambda: make(store, "text", 30, prefix="other-"),
+            "skips": lambda: make(store, "image", 30, Shard(3, 3), identity=made_by_a),
+        }
         with pytest.raises(UserError, match=words):
-            merge_store(store)
-        if fault not in ("other keys",):
-            assert (files(store) if store.exists() else {}) == before
+            deeds[fault]()
+        if fault not in ("other keys", "skips"):
+            assert files(store) == before
+        with pytest.raises(UserError, match=r"has no text part yet|its text part stops at row 0"):
+            TokenReader(store).require_complete()
 
 
-def test_a_share_of_another_size_of_the_source_is_refused(tmp_path: Path) -> None:
-    store = tmp_path / "tokens.zarr"
-    with small_files():
-        make(store, "image", 30, Shard(1, 3))
-        with pytest.raises(UserError, match=r"begun as shard 1/3 of 30 samples, now 1/3 of 31"):
-            make(store, "image", 31, Shard(1, 3))
+# The list of skipped samples
 
 
-def test_the_command_prints_the_store(tmp_path: Path, call: Call) -> None:
-    store = tmp_path / "tokens.zarr"
-    assert "no shares to join" in call("merge", store).mistake()
-    with small_files():
-        make_shares(store, "image", 9, 5)  # more processes than files: some shares hold nothing
-        done = call("merge", store)
-    assert (done.code, done.out) == (0, f"{store}\n")
-    assert "9 rows of image" in done.err
-    assert f"{store}.parts is no longer needed" in done.err
-
-
-# The report of skips
-
-
-def test_the_report_of_skips_is_only_ever_appended_to(tmp_path: Path) -> None:
-    with small_files():
-        writer = PartWriter(tmp_path / "t", "image", IDENTITY)
+def test_the_list_of_skips_is_only_ever_appended_to(tmp_path: Path) -> None:
+    with small_files(), PartWriter(tmp_path / "t", "image", IDENTITY, 80) as writer:
         report = writer.path / "skipped-image.jsonl"
         sizes = []
         real = Path.open
@@ -317,38 +256,33 @@ def test_the_report_of_skips_is_only_ever_appended_to(tmp_path: Path) -> None:
     assert [json.loads(line)["key"] for line in report.read_text().splitlines()] == [key(row) for row in range(80)]
 
 
-def test_what_a_killed_run_reported_beyond_its_rows_is_cut(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shard", [WHOLE, Shard(1, 2)])
+def test_what_a_killed_run_listed_beyond_its_rows_is_cut(tmp_path: Path, shard: Shard) -> None:
     with small_files():
-        make(tmp_path / "calm", "image", 24)
-        make(tmp_path / "struck", "image", 24, until=8)
-        report = tmp_path / "struck" / "skipped-image.jsonl"
+        make(tmp_path / "calm", "image", 24, shard)
+        make(tmp_path / "struck", "image", 24, shard, until=8)
+        report = Shares(tmp_path / "struck", "image").report(shard)
         committed = report.read_text()
         report.write_text(committed + '{"key": "key-12", "reason": "reason 0"}\n{"key": "key-1')
-        make(tmp_path / "struck", "image", 24, until=8)
+        make(tmp_path / "struck", "image", 24, shard, until=8)
         assert report.read_text() == committed
-        make(tmp_path / "struck", "image", 24)
+        make(tmp_path / "struck", "image", 24, shard)
     assert files(tmp_path / "struck") == files(tmp_path / "calm")
 
 
 def test_many_kinds_of_skips_keep_the_attributes_small(tmp_path: Path) -> None:
     reasons = {key(row): f"{row} x {row} pixels" for row in range(300)}
-
-    def append(writer: PartWriter, rows: range) -> None:
-        keys = [key(row) for row in rows]
-        values = {"image": np.zeros((len(rows), 2, 2), np.uint16), "image_ok": np.zeros(len(rows), np.uint8)}
-        writer.append(keys, values, {k: reasons[k] for k in keys})
-
-    with mock.patch.object(tokens, "ROWS_PER_SHARD", 100), mock.patch.object(merge, "ROWS_PER_SHARD", 100):
-        for store, shards in ((tmp_path / "calm", [WHOLE]), (tmp_path / "tokens", [Shard(1, 2), Shard(2, 2)])):
-            for shard in shards:
-                writer = PartWriter(store, "image", IDENTITY, shard)
-                todo = writer.check_source(300)
-                for start in range(todo.start, todo.stop, 100):
-                    append(writer, range(start, start + 100))
-                writer.finish()
-        merge_store(tmp_path / "tokens")
-    counts = TokenReader(tmp_path / "calm").part("image")["skipped"]
+    with small_files(100):
+        for store, shares in ((tmp_path / "calm", [WHOLE]), (tmp_path / "tokens", [Shard(2, 2), Shard(1, 2)])):
+            for shard in shares:
+                with PartWriter(store, "image", IDENTITY, 300, shard) as writer:
+                    while rows := writer.todo[:100]:
+                        keys = [key(row) for row in rows]
+                        values = {"image": np.zeros((100, 2, 2), np.uint16), "image_ok": np.zeros(100, np.uint8)}
+                        writer.append(keys, values, {name: reasons[name] for name in keys})
+                    writer.finish()
+    counts = TokenReader(tmp_path / "calm").part("image").skipped
     assert sum(counts.values()) == 300
-    assert len(counts) == tokens.MOST_REASONS + 1
-    assert counts[tokens.OTHER_REASONS] == 200
+    assert len(counts) == token_writer.MOST_REASONS + 1
+    assert counts[token_writer.OTHER_REASONS] == 200
     assert files(tmp_path / "tokens") == files(tmp_path / "calm")

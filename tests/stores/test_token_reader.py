@@ -6,13 +6,13 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
+from helpers.shares import small_files
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,17 +20,12 @@ from dalle_cli.data import batch_order
 from dalle_cli.data.batch_order import WINDOW, BatchOrder
 from dalle_cli.data.prefetch import prefetch
 from dalle_cli.stores import tokens
-from dalle_cli.stores.tokens import CACHED_ROWS, PartWriter, TokenReader
+from dalle_cli.stores.token_writer import PartWriter
+from dalle_cli.stores.tokens import CACHED_ROWS, TokenReader
 
 FILE, ROWS, TEXT, GRID = 16, 400, 3, 2
 ROW_BYTES = 2 * TEXT + 2 + 2 * GRID * GRID + 1
 """Of text, text_length, image and image_ok."""
-
-
-@contextmanager
-def small_files() -> Iterator[None]:
-    with mock.patch.object(tokens, "ROWS_PER_SHARD", FILE), mock.patch.object(tokens, "ROWS_PER_CHUNK", FILE):
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +38,13 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.
         "image_ok": (rng.random(ROWS) < 0.9).astype(np.uint8),
     }
     path = tmp_path_factory.mktemp("reader") / "tokens.zarr"
-    with small_files():
+    with small_files(FILE):
         for part, names in (("text", ("text", "text_length")), ("image", ("image", "image_ok"))):
-            writer = PartWriter(path, part, {})  # type: ignore[arg-type]
-            for start in range(0, ROWS, FILE):
-                block = {name: values[name][start : start + FILE] for name in names}
-                writer.append([str(row) for row in range(start, start + FILE)], block, {})
-            writer.finish()
+            with PartWriter(path, part, {}, ROWS) as writer:  # type: ignore[arg-type]
+                while rows := writer.todo[:FILE]:
+                    block = {name: values[name][rows.start : rows.stop] for name in names}
+                    writer.append([str(row) for row in rows], block, {})
+                writer.finish()
     return path, values
 
 
@@ -80,7 +75,7 @@ def test_any_rows_in_any_order_within_the_stated_memory(
     store: tuple[Path, dict[str, np.ndarray]], batches: list[list[int]], cached: int
 ) -> None:
     path, values = store
-    with small_files():
+    with small_files(FILE):
         reader = TokenReader(path, cached)
         assert reader.cache_limit == max(cached, FILE) * (ROW_BYTES + reader._arrays["key"].dtype.itemsize)
         for batch in batches:
@@ -95,7 +90,7 @@ def test_an_epoch_in_training_order_decodes_each_shard_once(store: tuple[Path, d
     """Also where rows are left out, so that a window of so many usable rows would be wider than the cache."""
     path, values = store
     window = 5 * FILE
-    with small_files(), mock.patch.object(batch_order, "WINDOW", window):
+    with small_files(FILE), mock.patch.object(batch_order, "WINDOW", window):
         reader = TokenReader(path, cached_rows=window)
         rows = reader.usable()
         np.testing.assert_array_equal(rows, np.flatnonzero((values["text_length"] > 0) & (values["image_ok"] > 0)))
@@ -121,7 +116,7 @@ def test_an_epoch_in_training_order_decodes_each_shard_once(store: tuple[Path, d
 
 def test_what_is_at_hand_is_used_before_it_is_let_go(store: tuple[Path, dict[str, np.ndarray]]) -> None:
     path, _ = store
-    with small_files():
+    with small_files(FILE):
         reader = TokenReader(path)
         reader.cache_limit = 4 * FILE * 2 * TEXT  # four shards of text, and every read asks for five
         read = counted(reader)
@@ -141,7 +136,7 @@ def test_the_sizes_in_the_documentation_are_true() -> None:
 def test_threads_may_read_at_the_same_time(store: tuple[Path, dict[str, np.ndarray]]) -> None:
     path, values = store
     failures: list[BaseException] = []
-    with small_files():
+    with small_files(FILE):
         reader = TokenReader(path, cached_rows=2 * FILE)
 
         def work(seed: int) -> None:

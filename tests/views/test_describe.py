@@ -17,7 +17,7 @@ from dalle_cli.app import app
 from dalle_cli.config.layout import paper_layout
 from dalle_cli.errors import UserError
 from dalle_cli.stores.files import sha256_file
-from dalle_cli.stores.tokens import PartWriter
+from dalle_cli.stores.token_writer import PartWriter
 from dalle_cli.views.describe import Description, describe
 from dalle_cli.views.describe_recipe import format_layers
 from dalle_cli.views.tables import render
@@ -121,16 +121,16 @@ def test_an_unfinished_store_says_so_and_counts_what_was_skipped(tmp_path: Path)
 
 def describe_new(path: Path, rows: int) -> Description:
     """Describe a new store whose text part has one caption and otherwise skipped rows."""
-    writer = PartWriter(path, "text", {"source": "s", "tokenizer": "t", "text_length": 4})
-    if rows:
-        length = np.array([2] + [0] * (rows - 1), np.uint16)
-        arrays = {
-            "text": np.zeros((rows, 4), np.uint16),
-            "text_length": length,
-            "caption": np.array(["x"] * rows, object),
-        }
-        keys = [str(i) for i in range(rows)]
-        writer.append(keys, arrays, dict.fromkeys(keys[1:], "empty caption"))
+    with PartWriter(path, "text", {"source": "s", "tokenizer": "t", "text_length": 4}, rows) as writer:
+        if rows:
+            length = np.array([2] + [0] * (rows - 1), np.uint16)
+            arrays = {
+                "text": np.zeros((rows, 4), np.uint16),
+                "text_length": length,
+                "caption": np.array(["x"] * rows, object),
+            }
+            keys = [str(i) for i in range(rows)]
+            writer.append(keys, arrays, dict.fromkeys(keys[1:], "empty caption"))
     return describe(path)
 
 

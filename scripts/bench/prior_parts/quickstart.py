@@ -18,7 +18,8 @@ from dalle_cli.config.schema import Recipe
 from dalle_cli.distributed.device import fast_matmul
 from dalle_cli.prior.model import build_prior
 from dalle_cli.prior.train import PriorTask
-from dalle_cli.stores.tokens import ROWS_PER_SHARD, PartWriter, TokenReader
+from dalle_cli.stores.token_writer import PartWriter
+from dalle_cli.stores.tokens import ROWS_PER_SHARD, TokenReader
 from dalle_cli.training.loop import Run
 from dalle_cli.training.state import TrainingState
 from prior_parts.timing import SIDE, square_product
@@ -74,22 +75,21 @@ def _write_tokens(path: Path, recipe: Recipe) -> TokenReader:
     """A store of random tokens that is as large as the quickstart's."""
     rng = np.random.default_rng(0)
     length, vocab, codes = recipe.tokenizer.text_length, recipe.tokenizer.vocab_size, recipe.dvae.model.codebook_size
-    text = PartWriter(path, "text", {"text_length": length, "vocab_size": vocab, "tokenizer": ""})
-    blocks = [range(start, min(start + ROWS_PER_SHARD, ROWS)) for start in range(0, ROWS, ROWS_PER_SHARD)]
-    for rows in blocks:
-        keys, n = [f"{row:09d}" for row in rows], len(rows)
-        arrays = {
-            "text": rng.integers(vocab, size=(n, length)).astype(np.uint16),
-            "text_length": rng.integers(4, length + 1, size=n).astype(np.uint16),
-            "caption": np.array([""] * n, dtype=object),
-        }
-        text.append(keys, arrays, {})
-    text.finish()
-    image = PartWriter(path, "image", {"grid": recipe.grid, "codebook_size": codes, "dvae": ""})
-    for rows in blocks:
-        keys, n = [f"{row:09d}" for row in rows], len(rows)
-        shape = (n, recipe.grid, recipe.grid)
-        arrays = {"image": rng.integers(codes, size=shape).astype(np.uint16), "image_ok": np.ones(n, np.uint8)}
-        image.append(keys, arrays, {})
-    image.finish()
+    with PartWriter(path, "text", {"text_length": length, "vocab_size": vocab, "tokenizer": ""}, ROWS) as text:
+        while rows := text.todo[:ROWS_PER_SHARD]:
+            keys, n = [f"{row:09d}" for row in rows], len(rows)
+            arrays = {
+                "text": rng.integers(vocab, size=(n, length)).astype(np.uint16),
+                "text_length": rng.integers(4, length + 1, size=n).astype(np.uint16),
+                "caption": np.array([""] * n, dtype=object),
+            }
+            text.append(keys, arrays, {})
+        text.finish()
+    with PartWriter(path, "image", {"grid": recipe.grid, "codebook_size": codes, "dvae": ""}, ROWS) as image:
+        while rows := image.todo[:ROWS_PER_SHARD]:
+            keys, n = [f"{row:09d}" for row in rows], len(rows)
+            shape = (n, recipe.grid, recipe.grid)
+            arrays = {"image": rng.integers(codes, size=shape).astype(np.uint16), "image_ok": np.ones(n, np.uint8)}
+            image.append(keys, arrays, {})
+        image.finish()
     return TokenReader(path)

@@ -1,0 +1,355 @@
+"""Writing a token store: one part of it, or one share of a part, beside other processes that write the rest."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from dalle_cli.errors import UserError
+from dalle_cli.progress import log
+from dalle_cli.stores.files import explain_os_errors, locked
+from dalle_cli.stores.shards import COMMANDS, WHOLE, Part, Shard, ShareProgress, Shares, join_names
+from dalle_cli.stores.tokens import (
+    BY_VERSION,
+    FORMAT_VERSION,
+    ROWS_PER_CHUNK,
+    ROWS_PER_SHARD,
+    PartState,
+    open_group,
+    sum_counts,
+)
+
+ZSTD_LEVEL = 1
+"""Compression level: the default takes twice the time and makes captions 10% smaller and tokens no smaller."""
+MOST_REASONS = 100
+"""Number of reasons of skips that are counted by name in a store's attributes; the report lists every skip."""
+OTHER_REASONS = "other reasons"
+OTHER: dict[Part, Part] = {"text": "image", "image": "text"}
+ARRAYS: dict[Part, tuple[str, ...]] = {
+    "text": ("text", "text_length", "caption", *BY_VERSION, "text_versions", "more_captions"),
+    "image": ("image", "image_ok"),
+}
+
+
+def _create_group(path: Path) -> None:
+    import zarr
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        zarr.create_group(str(path), attributes={"format": "dalle-tokens", "version": FORMAT_VERSION}, zarr_format=3)
+
+
+class PartWriter:
+    """Writes one part of a store, or one share of it, by whole shard files; resumes at the last committed row.
+
+    The same part may be written by several processes, each with another share, and both parts at the same time::
+
+        with PartWriter(path, "text", identity, len(source), shard) as writer:
+            for start in range(writer.todo.start, writer.todo.stop, ROWS_PER_SHARD):
+                rows = range(start, min(start + ROWS_PER_SHARD, writer.todo.stop))
+                writer.append([source.key(row) for row in rows], ...)
+            writer.finish()
+
+    Args:
+        path: the store, new or begun before.
+        part: the part to write.
+        identity: facts that make two runs the same work (source, hashes, sizes).
+        samples: number of samples of the source, all shares together.
+        shard: the share of the rows to write.
+
+    Raises:
+        UserError: ``path`` is something else, the part or another share of it was made with another identity or in
+            other shares, or another process is writing this share.
+    """
+
+    def __init__(self, path: Path, part: Part, identity: Mapping[str, Any], samples: int, shard: Shard = WHOLE) -> None:
+        self.path, self.part, self.samples, self.shard = path, part, samples, shard
+        self.share = shard.rows(samples, ROWS_PER_SHARD)
+        self._shares, self._other_shares = Shares(path, part), Shares(path, OTHER[part])
+        self._other_complete = False
+        self._arrays: dict[str, Any] = {}
+        self._locks = ExitStack()
+        with ExitStack() as locks, explain_os_errors(path):
+            self._refuse_other_folders()
+            locks.callback(self._remove_empty_folder)
+            try:
+                locks.enter_context(locked(self._shares.file(shard, ".lock"), wait=False))
+            except BlockingIOError:
+                raise UserError(
+                    f"{path}: another process is writing share {shard} of its {part} part; wait for it, or stop it"
+                ) from None
+            with self._common_lock():
+                if not (path / "zarr.json").is_file():
+                    _create_group(path)
+                self.group = open_group(path, "r+")
+                self.state = PartState.of_attributes(self.group.attrs, part)
+                self.progress = self._begin(json.loads(json.dumps(dict(identity))))
+            self._cut_report()
+            self._locks = locks.pop_all()
+
+    def __enter__(self) -> PartWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._locks.close()
+
+    @property
+    def rows(self) -> int:
+        """Number of committed rows: of this share, or of the part if that is complete."""
+        return self.progress.rows
+
+    @property
+    def complete(self) -> bool:
+        """True if all shares of the part are."""
+        return self.state is not None
+
+    @property
+    def todo(self) -> range:
+        """The source's rows that are still to be appended."""
+        return range(0) if self.complete else range(self.share.start + self.rows, self.share.stop)
+
+    def append(
+        self,
+        keys: list[str],
+        arrays: Mapping[str, np.ndarray],
+        skipped: Mapping[str, str],
+        counts: Mapping[str, int] | None = None,
+    ) -> None:
+        """Write and commit the first rows of ``todo``: whole shard files, or the last.
+
+        Args:
+            keys: keys of the rows.
+            arrays: values (rows, ...) by name; string arrays have numpy's object dtype. An array may come up in a later
+                block only, or be wider in it: the other rows are then filled with zeros.
+            skipped: the reason for each key that holds no data.
+            counts: numbers that are added up in the part's state.
+
+        Raises:
+            UserError: the other part has other keys at these rows, or the disk is full.
+        """
+        rows = range(self.todo.start, self.todo.start + len(keys))
+        if rows.stop > self.share.stop:
+            raise ValueError(f"rows {rows.start} to {rows.stop} end behind share {self.shard}, {self.share}")
+        with explain_os_errors(self.path):
+            opened = self._open_arrays({"key": np.array(keys, dtype=object), **arrays})
+            for name, values in arrays.items():
+                opened[name][(slice(rows.start, rows.stop), *map(slice, values.shape[1:]))] = values
+            if skipped:
+                with self._shares.report(self.shard).open("a") as report:
+                    report.writelines(json.dumps({"key": key, "reason": skipped[key]}) + "\n" for key in skipped)
+            with self._common_lock():
+                self._write_keys(keys, rows)
+                self._commit(len(rows), skipped.values(), counts or {})
+
+    def finish(self) -> None:
+        """Complete the part, unless other shares are still to be made.
+
+        Raises:
+            UserError: a share's list of skipped samples is not whole.
+        """
+        if self.complete:
+            return
+        if self.todo:
+            raise ValueError(f"rows {self.todo.start} to {self.todo.stop} of {self.path} are still to be appended")
+        with explain_os_errors(self.path), self._common_lock():
+            left = self._shares.unfinished(self.shard.of, self.samples, ROWS_PER_SHARD)
+            if not left:
+                self._complete()
+        if left:
+            log(f"{self.path}: share {self.shard} of its {self.part} part is complete; unfinished: {join_names(left)}")
+
+    def _refuse_other_folders(self) -> None:
+        """Refuse a folder that holds anything but a store, or what a writer killed at once leaves of one."""
+        if self.path.exists() and not (self.path / "zarr.json").is_file():
+            progress = self._shares.folder
+            if any(path != progress and not path.match("zarr*.partial") for path in self.path.iterdir()):
+                raise UserError(f"{self.path}: exists and is no token store; choose another --tokens")
+
+    @contextmanager
+    def _common_lock(self) -> Iterator[None]:
+        """Keep other writers from changing keys, arrays' shapes and the state of the parts."""
+        with locked(self._shares.folder / "lock"):
+            yield
+
+    def _begin(self, identity: dict[str, Any]) -> ShareProgress:
+        """Return this share's progress, checked to belong to what the store holds already."""
+        if self.state is not None:
+            self._check(identity, self.state.identity, self.state.rows)
+            return ShareProgress(self.samples, identity, self.state.rows, self.state.skipped, self.state.counts)
+        other = PartState.of_attributes(self.group.attrs, OTHER[self.part])
+        samples = {other.rows} if other else {now.samples for now in self._other_shares.all().values()}
+        if samples - {self.samples}:
+            raise UserError(
+                f"{self.path}: its {OTHER[self.part]} part is of {samples.pop()} samples, the source now has "
+                f"{self.samples}; both commands must read the same source"
+            )
+        begun = self._shares.all()
+        for shard, now in begun.items():
+            self._check(identity, now.identity, now.samples)
+            if shard.of != self.shard.of:
+                raise UserError(
+                    f"{self.path}: its {self.part} part was begun as share {shard}, now {self.shard}; make all of its "
+                    f"shares with the same N, or delete {self._shares.folder} to begin again"
+                )
+        if self.shard in begun:
+            return replace(begun[self.shard], identity=identity)
+        new = ShareProgress(self.samples, identity)
+        self._shares.write(self.shard, new)
+        return new
+
+    def _check(self, identity: dict[str, Any], known: dict[str, Any], samples: int) -> None:
+        again = "choose another --tokens, or delete the store to begin again"
+        for name, value in identity.items():
+            if known.get(name) != value:
+                made = f"was made with {name} {known.get(name)!r}, now {value!r}"
+                raise UserError(f"{self.path}: its {self.part} part {made}; {again}")
+        if samples != self.samples:
+            raise UserError(
+                f"{self.path}: its {self.part} part is of {samples} samples, the source now has {self.samples}; {again}"
+            )
+
+    def _open_arrays(self, values: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Return the arrays by name, made or widened where they do not hold ``values``."""
+        shapes = {name: (self.samples, *each.shape[1:]) for name, each in values.items()}
+        missing = [
+            name
+            for name, shape in shapes.items()
+            if name not in self._arrays or any(a < b for a, b in zip(self._arrays[name].shape, shape, strict=True))
+        ]
+        if missing:
+            with self._common_lock():
+                for name in missing:
+                    self._arrays[name] = self._open_array(name, shapes[name], values[name].dtype)
+        return self._arrays
+
+    def _open_array(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+        import zarr
+        from zarr.codecs import ZstdCodec
+
+        # To look for empty chunks takes as long as to write them; only versions have many.
+        with zarr.config.set({"array.write_empty_chunks": name not in BY_VERSION}), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # zarr warns that its string type has no frozen specification yet
+            if name in self.group:
+                array = self.group[name]
+                wide = tuple(map(max, array.shape, shape))
+                if array.shape != wide:
+                    array.resize(wide)
+                return array
+            shard = chunk = (ROWS_PER_SHARD, *shape[1:])  # read whole, and each chunk costs time
+            if name in BY_VERSION:
+                chunk, shard = (ROWS_PER_CHUNK, 1, *shape[2:]), (ROWS_PER_SHARD, 1, *shape[2:])
+            return self.group.create_array(
+                name,
+                shape=shape,
+                chunks=chunk,
+                shards=shard,
+                dtype="str" if dtype.kind == "O" else dtype,
+                compressors=ZstdCodec(level=ZSTD_LEVEL),
+            )
+
+    def _write_keys(self, keys: list[str], rows: range) -> None:
+        """Write the keys of ``rows``, or check them where the other part has committed the rows."""
+        if not self._other_complete:
+            attributes = dict(open_group(self.path, "r").attrs)
+            self._other_complete = PartState.of_attributes(attributes, OTHER[self.part]) is not None
+        for start in rows[::ROWS_PER_SHARD]:
+            piece = range(start, min(start + ROWS_PER_SHARD, rows.stop))
+            names = keys[start - rows.start : piece.stop - rows.start]
+            if self._other_complete or self._other_shares.committed(piece, self.samples, ROWS_PER_SHARD):
+                self._check_keys(names, piece)
+            else:
+                self._arrays["key"][piece.start : piece.stop] = np.array(names, dtype=object)
+
+    def _check_keys(self, keys: list[str], rows: range) -> None:
+        known = [str(key) for key in self._arrays["key"][rows.start : rows.stop]]
+        for row, there, here in zip(rows, known, keys, strict=True):
+            if there != here:
+                raise UserError(
+                    f"{self.path}: row {row} is {there!r} in the store and {here!r} in the source; both commands must "
+                    "read the same source"
+                )
+
+    def _commit(self, rows: int, reasons: Iterable[str], counts: Mapping[str, int]) -> None:
+        """Count ``rows`` more as committed; their arrays and keys are written."""
+        now = self.progress
+        skipped = _add_reasons(now.skipped, reasons)
+        self.progress = replace(now, rows=now.rows + rows, skipped=skipped, counts=sum_counts([now.counts, counts]))
+        self._shares.write(self.shard, self.progress)
+
+    def _complete(self) -> None:
+        """Turn the progress of all shares, which are finished, into the state of the part."""
+        shares = self._shares.all()
+        skipped: dict[str, int] = {}
+        for shard, now in shares.items():
+            report, before = self._shares.report(shard), sum(skipped.values())
+            skipped = _add_reasons(skipped, _reasons(report))
+            listed, expected = sum(skipped.values()) - before, sum(now.skipped.values())
+            if listed != expected:
+                raise UserError(
+                    f"{report}: lists {listed} of {expected} skipped samples; delete "
+                    f"{self._shares.file(shard, '.json')} and run dalle {COMMANDS[self.part]} --shard {shard} again"
+                )
+        if skipped and self.shard != WHOLE:
+            self._join_reports(shares)
+        counts = sum_counts(now.counts for now in shares.values())
+        self.state = PartState(self.samples, True, self.progress.identity, skipped, counts)
+        self._sweep()
+        attributes = {**open_group(self.path, "r").attrs, self.part: self.state.attribute()}
+        order = ("format", "version", "text", "image")  # whichever part is complete first
+        self.group.attrs.put({name: attributes[name] for name in order if name in attributes})
+        self._shares.remove(keep=self._shares.file(self.shard, ".lock"))
+
+    def _join_reports(self, shares: Iterable[Shard]) -> None:
+        """Write the whole part's list of skipped samples."""
+        whole = self._shares.report(WHOLE)
+        beside = whole.with_name(f"{whole.name}.partial")
+        with beside.open("wb") as joined:
+            for report in filter(Path.is_file, map(self._shares.report, shares)):
+                with report.open("rb") as lines:
+                    shutil.copyfileobj(lines, joined)
+        beside.replace(whole)
+
+    def _sweep(self) -> None:
+        """Delete what killed writers of this part left half-written; no process is writing it now."""
+        arrays = [self.path / name for name in ("key", *ARRAYS[self.part])]
+        for left in chain(self.path.glob("*.partial"), *(array.rglob("*.partial") for array in arrays)):
+            left.unlink(missing_ok=True)
+
+    def _cut_report(self) -> None:
+        """Drop from the list of skipped samples what a killed run wrote beyond the committed rows."""
+        report = self._shares.report(self.shard)
+        if report.is_file() and not self.complete:
+            with report.open("r+b") as lines:
+                for _ in range(sum(self.progress.skipped.values())):
+                    lines.readline()
+                lines.truncate()
+
+    def _remove_empty_folder(self) -> None:
+        with suppress(OSError):
+            self._shares.folder.rmdir()
+
+
+def _add_reasons(counts: Mapping[str, int], reasons: Iterable[str]) -> dict[str, int]:
+    """Return ``counts`` and the reasons of more skips, names in order."""
+    found = dict(counts)
+    for reason in reasons:
+        kind = reason.partition(" (")[0]  # what stands in brackets concerns one sample alone
+        kind = kind if kind in found or len(found) < MOST_REASONS else OTHER_REASONS
+        found[kind] = found.get(kind, 0) + 1
+    return dict(sorted(found.items()))
+
+
+def _reasons(report: Path) -> Iterator[str]:
+    if report.is_file():
+        with report.open() as lines:
+            yield from (json.loads(line)["reason"] for line in lines)

@@ -1,0 +1,82 @@
+"""Files and folders on disk: the old one or the new one, never half of one; locks."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from dalle_cli.errors import UserError
+from dalle_cli.stores.files import locked, new_directory, write_atomically
+
+
+def test_a_directory_is_whole_or_absent(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "target"
+    with new_directory(target) as folder:
+        (folder / "a").write_text("1")
+        assert not target.exists()
+    with pytest.raises(IsADirectoryError), new_directory(target) as folder:
+        folder.write_text("2")
+    assert [p.name for p in target.parent.iterdir()] == ["target"]
+    assert (target / "a").read_text() == "1"
+    with new_directory(target) as folder:
+        (folder / "b").write_text("3")
+    assert [p.name for p in target.iterdir()] == ["b"]
+
+
+def test_a_file_is_the_old_or_the_new(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    write_atomically(file, "old")
+    with (
+        mock.patch.object(Path, "replace", side_effect=OSError(28, "No space left on device")),
+        pytest.raises(UserError, match="no space left"),
+    ):
+        write_atomically(file, "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert file.read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(28, "no space left"), (13, "may not be written"), (30, "may not be written"), (17, "in the way")],
+)
+def test_faults_of_the_disk_are_one_line(tmp_path: Path, number: int, words: str) -> None:
+    with pytest.raises(UserError, match=words) as refused, new_directory(tmp_path / "place"):
+        raise OSError(number, "as the system says it")
+    assert str(tmp_path / "place") in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_one_process_at_a_time_holds_a_lock(tmp_path: Path) -> None:
+    lock = tmp_path / "deep" / "lock"
+    for _ in range(2):
+        with locked(lock, wait=False), pytest.raises(BlockingIOError), locked(lock, wait=False):
+            pass
+        assert not lock.exists()
+
+
+def test_a_process_that_waited_for_a_deleted_lock_takes_the_next(tmp_path: Path) -> None:
+    lock, held, turns = tmp_path / "progress" / "lock", [0], []
+
+    def work() -> None:
+        for _ in range(50):
+            with locked(lock):
+                held[0] += 1
+                turns.append(held[0])
+                held[0] -= 1
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(work) for _ in range(4)]:
+            done.result()
+    assert turns == [1] * 200
+
+
+def test_a_file_system_without_locks_is_one_line(tmp_path: Path) -> None:
+    with (
+        mock.patch("fcntl.flock", side_effect=OSError(38, "Function not implemented")),
+        pytest.raises(UserError, match=r"lock: cannot be locked .*; use a file system with locks"),
+        locked(tmp_path / "lock"),
+    ):
+        pass
