@@ -31,6 +31,7 @@ from dalle_cli.commands import (
     train_prior,
     train_tokenizer,
 )
+from dalle_cli.commands.options import Command
 from dalle_cli.errors import RESUMABLE, Stopped, UserError
 
 app = typer.Typer(
@@ -73,9 +74,12 @@ for panel, commands in PANELS.items():
     for name, function in commands.items():
         # rerank reads stdin when it is given nothing.
         described = paragraphs(function.__doc__)
-        app.command(name, help=described, rich_help_panel=panel, no_args_is_help=name != "rerank")(function)
+        register = app.command(
+            name, cls=Command, help=described, rich_help_panel=panel, no_args_is_help=name != "rerank"
+        )
+        register(function)
 for sub_command in human_study.app.registered_commands:
-    sub_command.help = paragraphs(inspect.getdoc(sub_command.callback))
+    sub_command.cls, sub_command.help = Command, paragraphs(inspect.getdoc(sub_command.callback))
 app.add_typer(human_study.app, name="human-study", rich_help_panel="5. Scores")
 
 INTERRUPTED = 130

@@ -1,4 +1,4 @@
-"""The exceptions that end a command, and the exit code and signals that go with them. Imports nothing heavy."""
+"""Exceptions that end a command, with the exit code and signals that go with them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Progress of long jobs: a rich bar on a terminal, plain log lines elsewhere; always on stderr."""
+"""Progress of long jobs on stderr: a rich bar on a terminal, plain log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _silent = False
 
 
 def silence() -> None:
-    """Say nothing from now on: of processes that do the same work together, one speaks."""
+    """Print nothing from now on; all ranks but one do this."""
     global _silent
     _silent = True
 
 
 def log(message: str) -> None:
-    """One line on stderr."""
+    """Print a line on stderr."""
     if not _silent:
         print(message, file=sys.stderr, flush=True)
 
 
 class Progress:
-    """Counts work done; ``rate`` and the ETA look at this run only, not at what a resumed job did before."""
+    """Progress of a job. Rate and remaining time count the work since this process started, not what it resumed."""
 
     def __init__(self, what: str, total: int | None, unit: str, start: int, bar: RichProgress | None) -> None:
         self.what, self.total, self.unit = what, total, unit
@@ -40,10 +40,15 @@ class Progress:
         if bar is not None:
             self._task = bar.add_task(what, total=total, completed=start, rate="", note="")
         elif start:
-            log(f"{what}: goes on at {start} of {total} {unit}")
+            log(f"{what}: resumes at {start} of {total} {unit}")
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """``count`` more units are done; ``note`` is shown behind them."""
+        """Count more units as done.
+
+        Args:
+            count: number of units.
+            note: text to show behind the count.
+        """
         self._done += count
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self._done, rate=f"{self.rate():.1f} {self.unit}/s", note=note)
@@ -52,14 +57,14 @@ class Progress:
             log(self._line(note))
 
     def say(self, message: str) -> None:
-        """A line above the bar."""
+        """Print a line above the bar."""
         if self._bar is not None:
             self._bar.console.print(message, markup=False, highlight=False)
         else:
             log(message)
 
     def rate(self) -> float:
-        """Units a second in this run."""
+        """Return units per second since this process started."""
         return (self._done - self._start) / max(time.monotonic() - self._began, 1e-9)
 
     def _line(self, note: str) -> str:
@@ -72,7 +77,14 @@ class Progress:
 
 @contextmanager
 def progress(what: str, total: int | None, unit: str, start: int = 0) -> Iterator[Progress]:
-    """``with progress("encode-images", 20_000, "images") as p: p.advance(64)``."""
+    """Show the progress of a job: ``with progress("encode-images", 20_000, "images") as bar: bar.advance(64)``.
+
+    Args:
+        what: name of the job.
+        total: number of units in all, None where it is unknown.
+        unit: name of the units.
+        start: number of units that were done before.
+    """
     if _silent or not sys.stderr.isatty():
         yield Progress(what, total, unit, start, None)
         return

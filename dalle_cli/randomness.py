@@ -18,13 +18,13 @@ SPLITMIX_STEP = np.uint64(0x9E3779B97F4A7C15)
 
 
 def stream_seed(seed: int, *what: str | int) -> int:
-    """A 63-bit seed of the stream named by ``what``, e.g. ``stream_seed(0, "dvae", "gumbel", update)``.
+    """Return a 63-bit seed of the stream named by ``what``, e.g. ``stream_seed(0, "dvae", "gumbel", update)``.
 
-    The parts are hashed (SHA-256) with their types and boundaries: ``("a", "b")``, ``("ab",)``, ``(1,)`` and
-    ``("1",)`` are four streams.
+    SHA-256 hashes the parts with their types and boundaries: ``("a", "b")``, ``("ab",)``, ``(1,)`` and ``("1",)``
+    are four streams.
 
     Raises:
-        TypeError: a part that is neither str nor int.
+        TypeError: a part is neither str nor int.
     """
     for part in (seed, *what):
         if isinstance(part, bool) or not isinstance(part, (str, int)):
@@ -34,20 +34,22 @@ def stream_seed(seed: int, *what: str | int) -> int:
 
 
 def torch_generator(seed: int, *what: str | int, device: str | torch.device = "cpu") -> torch.Generator:
-    """A torch generator at the start of the stream named by ``what``. Streams differ between CPU and GPU."""
+    """Return a torch generator at the start of the stream named by ``what``. CPU and GPU have different streams."""
     import torch
 
     return torch.Generator(device).manual_seed(stream_seed(seed, *what))
 
 
 def numpy_generator(seed: int, *what: str | int) -> np.random.Generator:
-    """A numpy generator (Philox) at the start of the stream named by ``what``."""
+    """Return a numpy generator (Philox) at the start of the stream named by ``what``."""
     return np.random.Generator(np.random.Philox(key=stream_seed(seed, *what)))
 
 
 def splitmix64(x: np.ndarray) -> np.ndarray:
-    """uint64 -> uint64, elementwise: the finaliser of splitmix64 (Steele et al. 2014), a bijection whose bits are as
-    good as random. ``splitmix64(seed + i * SPLITMIX_STEP)``, i = 1, 2, ..., is that generator's i-th draw.
+    """Return pseudorandom uint64 values of the uint64 values ``x``, elementwise.
+
+    This is the output function of the generator splitmix64 (Steele et al. 2014), a bijection. Its i-th draw, from
+    i = 1 on, is ``splitmix64(seed + i * SPLITMIX_STEP)``.
     """
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

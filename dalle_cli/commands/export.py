@@ -11,17 +11,17 @@ from dalle_cli.planning.units import parse_bytes
 
 
 def command(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint, or a run's folder: its newest.")],
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint, or a run's folder for its newest.")],
     out: Annotated[
-        Path | None, typer.Argument(metavar="[OUT]", help="A new folder. [CKPT/../exported]", show_default=False)
+        Path | None, typer.Argument(metavar="OUT", help="A new folder. [CKPT/../exported]", show_default=False)
     ] = None,
     shard_size: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Largest file, such as 5GB; all in one file by default.")
+        str | None, typer.Option(metavar="SIZE", help="Maximum size of a file, such as 5GB. \\[one file]")
     ] = None,
 ) -> None:
     """Merge a checkpoint, saved at any ZeRO stage by any number of processes, into one to sample from.
 
-    It holds the averaged weights alone, in safetensors. (Sampling from the training run itself works as well.)
+    The new checkpoint holds the EMA weights alone, in safetensors. (Sampling from the training run works as well.)
 
     Example: [bold]dalle export runs/quickstart/prior runs/quickstart/export --shard-size 10MB[/bold]
     """

@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share."""
+"""Arguments and options that several commands share, and the class of all commands."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer.core import TyperCommand
 
 from dalle_cli.errors import UserError
 
@@ -15,6 +16,25 @@ if TYPE_CHECKING:
     from dalle_cli.config.schema import Recipe
     from dalle_cli.data.source import Source
 
+
+class Command(TyperCommand):
+    """A command whose usage line reads as is customary: ``RECIPE``, ``[EVAL]``, ``PICTURE...`` or ``[PROMPT]...``.
+
+    Typer itself puts the names of required arguments in braces.
+    """
+
+    def collect_usage_pieces(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
+        """Return the words of the usage line behind the command's name."""
+        pieces = [self.options_metavar or ""]
+        for argument in self.params:
+            if argument.param_type_name == "argument":
+                name = (argument.metavar or argument.name or "").removesuffix("...")
+                if " " not in name:  # else it says itself which words are optional
+                    name = (name if argument.required else f"[{name}]") + ("..." if argument.nargs != 1 else "")
+                pieces.append(name)
+        return pieces
+
+
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the recipe; repeatable.")
@@ -22,7 +42,7 @@ SetOption = Annotated[
 DataOption = Annotated[
     str | None,
     typer.Option(
-        "--data", metavar="SOURCE", help="Captioned pictures: folder, tars, manifest, COCO ... \\[data.train]"
+        "--data", metavar="SOURCE", help="Captioned pictures: a folder, tars, a manifest, COCO ... \\[data.train]"
     ),
 ]
 TokensOption = Annotated[
@@ -35,7 +55,7 @@ GpusOption = Annotated[
         metavar="N",
         min=1,
         show_default=False,
-        help="Start N processes on this machine, a GPU each; where it has none they share its cores. \\[one process]",
+        help="Start N processes on this machine, one per GPU, or sharing its cores if it has none. \\[one process]",
     ),
 ]
 ShardOption = Annotated[
@@ -46,13 +66,13 @@ ShardOption = Annotated[
 WandbOption = Annotated[
     str | None,
     typer.Option(
-        metavar="PROJECT", help="Show the run in Weights & Biases too. \\[monitoring.wandb]", show_default=False
+        metavar="PROJECT", help="Weights & Biases project to log to. \\[monitoring.wandb]", show_default=False
     ),
 ]
 
 
 def read_recipe(path: Path, overrides: list[str] | None, data: str | None = None, wandb: str | None = None) -> Recipe:
-    """The recipe with ``--set``, ``--data`` and ``--wandb`` applied."""
+    """Return the recipe with ``--set``, ``--data`` and ``--wandb`` applied."""
     import json
 
     from dalle_cli.config.load import load_recipe
@@ -63,10 +83,10 @@ def read_recipe(path: Path, overrides: list[str] | None, data: str | None = None
 
 
 def recipe_for(source: str, path: Path | None, overrides: list[str] | None) -> Recipe:
-    """The recipe at ``path``, or all defaults without one, with ``source`` as its training pictures.
+    """Return the recipe at ``path``, or one of all defaults, with ``source`` as its training pictures.
 
     Raises:
-        UserError: overrides of no recipe.
+        UserError: there are overrides but no recipe.
     """
     from dalle_cli.config.load import load_recipe
     from dalle_cli.config.schema import Recipe
@@ -78,13 +98,17 @@ def recipe_for(source: str, path: Path | None, overrides: list[str] | None) -> R
 
 
 def read_source(recipe: Recipe) -> Source:
-    """The recipe's source of training pictures, opened; what its index found broken is said on stderr."""
+    """Open the recipe's source of training pictures; log the samples that it leaves out.
+
+    Raises:
+        UserError: the recipe names no source, or it cannot be read.
+    """
     from dalle_cli.data.exclude import SourceWithExclusions
     from dalle_cli.data.open_source import open_source
     from dalle_cli.progress import log
 
     if recipe.data.train is None:
-        raise UserError("data.train: the recipe names no pictures; add it, or give --data SOURCE")
+        raise UserError("data.train: the recipe names no pictures; set it, or give --data SOURCE")
     source = open_source(recipe.data.train)
     if recipe.data.exclude is not None:
         source = SourceWithExclusions(source, Path(recipe.data.exclude))
@@ -97,7 +121,7 @@ def read_source(recipe: Recipe) -> Source:
 
 
 def starts_processes(gpus: int | None) -> bool:
-    """Run this very command in ``gpus`` processes, if a number is given; whether that was done.
+    """Run this command in ``gpus`` processes, if a number is given. Return whether that was done.
 
     Raises:
         UserError: a launcher started this process already, or one of the processes failed.
@@ -107,26 +131,26 @@ def starts_processes(gpus: int | None) -> bool:
     from dalle_cli.distributed.spawn import has_launcher, start_processes
 
     if has_launcher():
-        raise UserError("--gpus starts processes, but a launcher started this one: give up one of the two")
+        raise UserError("--gpus starts processes, but a launcher started this one; drop one of the two")
     start_processes(gpus, _without_gpus(sys.argv[1:]))
     return True
 
 
 def _without_gpus(arguments: list[str]) -> list[str]:
-    kept, words = [], iter(arguments)
+    rest, words = [], iter(arguments)
     for word in words:
         if word == "--gpus":
             next(words, None)
         elif not word.startswith("--gpus="):
-            kept.append(word)
-    return kept
+            rest.append(word)
+    return rest
 
 
 def speaks() -> bool:
-    """Whether this process may print its result: false, and its progress silent, beside the first of several.
+    """Return whether this rank prints results; only the first does. Silence the progress of the others.
 
     Raises:
-        UserError: a launcher's environment contradicts itself.
+        UserError: the launcher's environment contradicts itself.
     """
     from dalle_cli.distributed.launch import read_launch
     from dalle_cli.progress import silence
@@ -138,7 +162,7 @@ def speaks() -> bool:
 
 
 def folders(recipe: Recipe) -> RunFolders:
-    """Default places of the recipe's stages."""
+    """Return the default folders of the recipe's stages."""
     from dalle_cli.config.run_folders import RunFolders
 
     return RunFolders(Path(recipe.run))

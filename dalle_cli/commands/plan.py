@@ -12,7 +12,7 @@ from dalle_cli.commands.options import SetOption, read_recipe
 
 def command(
     recipe: Annotated[
-        Path | None, typer.Argument(metavar="[RECIPE]", help="The recipe, a YAML file.", show_default=False)
+        Path | None, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)
     ] = None,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a machine, one process each.")] = 8,
     nodes: Annotated[int, typer.Option(min=1, help="Number of machines.")] = 1,

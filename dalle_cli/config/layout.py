@@ -1,4 +1,4 @@
-"""Which layer of the prior has which attention, as a recipe writes it."""
+"""The layout of a recipe: the kind of attention of each layer of the prior."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ KINDS: tuple[AttentionKind, ...] = get_args(AttentionKind)
 
 
 def paper_layout(layers: int) -> list[AttentionKind]:
-    """The paper's rule (appendix B.1): with layers numbered from 1, column where (i - 2) mod 4 = 0, row otherwise,
-    convolutional in the last layer only.
+    """Return the paper's layout (appendix B.1).
+
+    With layers numbered from 1, layer i has column attention where (i - 2) mod 4 = 0 and row attention otherwise; the
+    last layer has convolutional attention.
     """
     kinds: list[AttentionKind] = ["column" if (i - 2) % 4 == 0 else "row" for i in range(1, layers + 1)]
     kinds[-1] = "conv"
@@ -18,13 +20,15 @@ def paper_layout(layers: int) -> list[AttentionKind]:
 
 
 def parse_layout(layout: str | list[str], layers: int) -> list[AttentionKind]:
-    """Spell out ``layout`` for ``layers`` layers, first layer first.
+    """Return the kind of attention of each layer, first layer first.
 
-    ``"paper"`` is the paper's rule. Otherwise kinds separated by commas or blanks, or a list of them; ``...`` repeats
-    the kinds before it until those after it end the stack: ``"row, column, row, row, ... conv"``.
+    Args:
+        layout: ``"paper"``, or kinds as a list or separated by commas or blanks, as in ``"row, column, row, row, ...
+            conv"``: ``...`` repeats the kinds before it up to the last layers, which have the kinds after it.
+        layers: number of layers.
 
     Raises:
-        ValueError: an unknown kind, a count that is not ``layers``, or a misplaced ``...``.
+        ValueError: ``layout`` names an unknown kind, has another number of layers, or a misplaced ``...``.
     """
     if layout == "paper":
         return paper_layout(layers)

@@ -1,4 +1,4 @@
-"""Reading a recipe: YAML with ``extends`` and ``--set``, validated, with errors that name file, line, key and mend."""
+"""Loading a recipe: YAML with ``extends`` and ``--set``, validated; errors name file, line, key and the mend."""
 
 from __future__ import annotations
 
@@ -19,22 +19,26 @@ Key = tuple[str, ...]
 
 @dataclass
 class _Tree:
-    """Nested plain values and, for each key, where it was written last."""
+    """Nested plain values, and for each key the file and line that set it last."""
 
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[Key, str] = field(default_factory=dict)
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read, merge and validate the recipe at ``path``; ``overrides`` are ``a.b=value`` as ``--set`` takes them.
+    """Read, merge and validate a recipe.
+
+    Args:
+        path: the recipe.
+        overrides: settings to change, ``a.b=value`` as ``--set`` takes them.
 
     Raises:
-        UserError: one line a fault, each with file, line, key and what to write instead.
+        UserError: one line for each mistake, with file, line, key and the mend.
     """
     tree = _read(path, seen=())
     for override in overrides:
         _override(tree, override)
-    # A block that is written in part keeps the stage's other defaults, not those of the block's class.
+    # A block that is written in part keeps the other defaults of its stage, not those of the block's class.
     values = Recipe().model_dump()
     _merge(values, tree.values)
     try:
@@ -45,20 +49,20 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML, every key spelled out; ``load_recipe`` reads it back to the same settings."""
+    """Return the resolved recipe as YAML with every key; ``load_recipe`` reads the same settings back."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> _Tree:
     resolved = path.resolve()
     if resolved in seen:
-        raise UserError(f"{path}: 'extends' runs in a circle: {' -> '.join(str(p) for p in (*seen, resolved))}")
+        raise UserError(f"{path}: 'extends' leads back to the recipe itself: {' -> '.join(str(p) for p in (*seen, resolved))}")
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such recipe{_near_recipes(path)}") from None
     except IsADirectoryError:
-        raise UserError(f"{path}: is a folder; name a recipe, a YAML file") from None
+        raise UserError(f"{path}: is a folder; name a recipe, which is a YAML file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a recipe: {error}") from None
     try:
@@ -77,7 +81,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> _Tree:
     if base is None:
         return own
     if not isinstance(base, str):
-        raise UserError(f"{own.places[('extends',)]}: extends: name one recipe by its path, beside this file")
+        raise UserError(f"{own.places[('extends',)]}: extends: name one recipe by its path, relative to this file")
     tree = _read(path.parent / base, (*seen, resolved))
     _merge(tree.values, own.values)
     tree.places.update(own.places)
@@ -141,14 +145,14 @@ def _explain(item: Any, tree: _Tree, path: Path) -> str:
     message = str(item["msg"]).removeprefix("Value error, ")
     given = item.get("input")
     shown = f", not {given!r}" if not isinstance(given, dict | list | BaseModel) else ""
-    if item["type"] == "value_error":  # of a block as a whole; its message begins with the key it is about
+    if item["type"] == "value_error":  # raised for a block; its message begins with the key it is about
         about = (*map(str, item["loc"]), *message.split()[0].split("."))
         return f"{tree.places.get(about, place)}: {name}: {message}"
     return f"{place}: {name}: {message[0].lower()}{message[1:]}{shown}"
 
 
 def _place_within(tree: _Tree, key: Key) -> str | None:
-    """A block-wide fault is shown at the last key written inside the block."""
+    """Return the place of the last key written inside a block, where a mistake of the whole block is shown."""
     inside = [place for other, place in tree.places.items() if other[: len(key)] == key]
     return inside[-1] if inside else None
 

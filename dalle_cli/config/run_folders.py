@@ -1,4 +1,4 @@
-"""Where the stages of a recipe leave their outputs, and where the next stage looks for them."""
+"""Folders of a run: each stage leaves its output where the next stage looks for it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _HEIGHT = 4
-"""How far above an artifact its run's folder is looked for: RUN/samples/<request>/<picture> is three."""
+"""Number of folders above an artifact that may be its run's: RUN is three above RUN/samples/<request>/<picture>."""
 
 
 @dataclass(frozen=True)
 class RunFolders:
-    """The folder of one chain, ``run:`` in its recipe."""
+    """Folders inside ``root``, the folder that the key ``run`` of a recipe names."""
 
     root: Path
 
@@ -41,9 +41,9 @@ class RunFolders:
 
 
 def run_of(artifact: Path) -> RunFolders:
-    """The chain that ``artifact`` (a stage's folder, a checkpoint in it, or a file below) lies in.
+    """Return the run that an artifact belongs to: a stage's folder, a checkpoint in it, or a file below.
 
-    It is the nearest folder above that holds the outputs of two stages or more, and else the artifact's own parent.
+    The run is the nearest folder above with the outputs of at least two stages, or else the artifact's parent.
     """
     for parent in list(artifact.resolve().parents)[:_HEIGHT]:
         folders = RunFolders(parent)

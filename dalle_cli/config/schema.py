@@ -16,44 +16,43 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from dalle_cli.config.layout import AttentionKind, parse_layout
 
 DOWNSAMPLING = 8
-"""Pixels of a picture's side per token of the grid's side: three max-poolings by 2 in the dVAE's encoder."""
+"""Pixels along a picture's side per image token: the dVAE's encoder halves the side three times."""
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Settings(BaseModel):
-    """Base of every block: unknown keys are refused, values do not change once loaded."""
+    """Base of every block of settings. It refuses unknown keys; values do not change once loaded."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Filters(Settings):
-    """Samples that are left out, each counted under its filter's name; null turns a filter off.
+    """Filters of captions and pictures; null turns a filter off. Stores count what each filter leaves out by its name.
 
-    The paper (appendix C) drops captions that are too short, not English or mostly boilerplate, and pictures whose
-    aspect ratio is outside [1/2, 2]. That ratio is the one figure it gives, so it alone is on by default; for the
-    others ``dalle scan`` says what a customary value would drop from the data at hand.
+    The paper (section 2.3 and appendix C) drops captions that are too short, not English, or mostly boilerplate, and
+    pictures whose aspect ratio lies outside [1/2, 2]. It gives a number for the aspect ratio only, so that filter alone
+    is on by default. For the others, ``dalle scan`` shows how many samples of the data at hand a common value would
+    drop. ``min_ascii_letters`` is no filter by language, as the paper's is: it drops Greek, but keeps French.
     """
 
-    min_words: Positive | None = Field(None, description="least words of a caption, as white space parts them")
-    max_words: Positive | None = Field(None, description="most words of a caption")
-    min_characters: Positive | None = Field(None, description="least characters of a caption")
-    max_characters: Positive | None = Field(None, description="most characters of a caption")
-    max_word_run: Positive | None = Field(None, description="most times that one word stands in a row")
-    min_unique_words: Share | None = Field(None, description="least share of different words among a caption's words")
-    max_upper_case: Share | None = Field(None, description="largest share of capitals among a caption's cased letters")
+    min_words: Positive | None = Field(None, description="minimum number of words, which white space separates")
+    max_words: Positive | None = Field(None, description="maximum number of words")
+    min_characters: Positive | None = Field(None, description="minimum number of characters of a caption")
+    max_characters: Positive | None = Field(None, description="maximum number of characters of a caption")
+    max_word_run: Positive | None = Field(None, description="maximum number of times a word is repeated in a row")
+    min_unique_words: Share | None = Field(None, description="minimum share of distinct words among the words")
+    max_upper_case: Share | None = Field(None, description="maximum share of capitals among the cased letters")
     max_boilerplate: Share | None = Field(
-        None, description="largest share of a caption's letters and digits in dates, URLs, file names, stock phrases"
+        None, description="maximum share of the letters and digits in dates, URLs, file names and stock phrases"
     )
-    boilerplate: list[str] = Field([], description="regular expressions that max_boilerplate counts besides")
-    min_ascii_letters: Share | None = Field(
-        None, description="least share of a to z among a caption's letters: tells scripts apart, not languages"
-    )
-    max_aspect_ratio: Annotated[float, Field(ge=1)] | None = Field(2.0, description="largest longer side / shorter")
-    min_side: Positive | None = Field(None, description="least pixels of a picture's shorter side")
+    boilerplate: list[str] = Field([], description="further regular expressions that max_boilerplate counts")
+    min_ascii_letters: Share | None = Field(None, description="minimum share of a to z among the letters")
+    max_aspect_ratio: Annotated[float, Field(ge=1)] | None = Field(2.0, description="maximum of longer / shorter side")
+    min_side: Positive | None = Field(None, description="minimum number of pixels of the shorter side")
     min_contrast: Annotated[float, Field(ge=0)] | None = Field(
-        None, description="least standard deviation of a picture's grey levels (of 255) at 64 x 64"
+        None, description="minimum standard deviation of the grey levels (0 to 255) at 64 x 64 pixels"
     )
 
     @model_validator(mode="after")
@@ -67,42 +66,46 @@ class Filters(Settings):
 
 
 class DataSettings(Settings):
-    """Where the captioned pictures come from and how they are cut to size (paper, appendix A.2)."""
+    """The captioned pictures and their augmentation (paper, listings 1 and 2)."""
 
     train: str | None = Field(None, description="source of the training pictures: a folder, tars, a manifest, COCO ...")
-    holdout: Share = Field(0.0, description="share of the samples left out of training, chosen by a hash of the key")
-    crop: bool = Field(True, description="random crops in training; off: centre crop only")
-    flip: bool = Field(True, description="random horizontal flips, for the dVAE only (text in pictures)")
-    max_pixels: Positive = Field(100_000_000, description="a picture that claims more pixels is refused unread")
-    exclude: str | None = Field(None, description="file of keys left out: lines of dalle overlap, or a key a line")
+    holdout: Share = Field(0.0, description="share of the samples that is held out of training")
+    crop: bool = Field(True, description="crop pictures at random in training; false: always at the centre")
+    flip: bool = Field(True, description="mirror pictures at random when the dVAE is trained, never for the prior")
+    max_pixels: Positive = Field(100_000_000, description="skip a picture whose header claims more pixels")
+    exclude: str | None = Field(
+        None, description="file of keys to leave out: the lines of dalle overlap, or plain keys"
+    )
     filters: Filters = Filters()
 
 
 class TokenizerSettings(Settings):
     """BPE over lower-cased captions (paper, section 2.2)."""
 
-    vocab_size: Annotated[int, Field(ge=256, le=65535)] = Field(16384, description="BPE tokens")
-    text_length: Positive = Field(256, description="text positions of the stream; a shorter caption is padded")
-    dropout: Share = Field(0.1, description="BPE dropout in training: chance of skipping a merge")
+    vocab_size: Annotated[int, Field(ge=256, le=65535)] = Field(16384, description="number of BPE tokens")
+    text_length: Positive = Field(256, description="number of text positions; shorter captions are padded")
+    dropout: Share = Field(0.1, description="BPE dropout: probability of skipping a merge")
     dropout_epochs: Annotated[int, Field(ge=0)] = Field(
-        1, description="BPE-dropped versions of each picture's captions in the store, at least one a caption; 0: none"
+        1,
+        description="number of versions with BPE dropout of each picture's captions in the store, at least one of each "
+        "caption; each epoch takes the next one; 0: no dropout",
     )
-    min_frequency: Positive = Field(2, description="a pair seen less often is not merged")
+    min_frequency: Positive = Field(2, description="minimum number of occurrences for a pair to be merged")
     overlong: Literal["truncate", "refuse"] = Field("truncate", description="captions of more than text_length tokens")
 
 
 class DvaeModel(Settings):
-    """The dVAE's sizes (paper, appendix A.1)."""
+    """Sizes of the dVAE (paper, appendix A.1)."""
 
-    n_hid: Positive = Field(256, description="width of the first encoder group; the groups are x1, x2, x4, x8")
-    n_init: Positive = Field(128, description="width of the codebook's vectors, the decoder's input")
-    blocks_per_group: Positive = Field(2, description="resblocks in each of the 4 groups")
-    codebook_size: Annotated[int, Field(gt=1, le=65535)] = Field(8192, description="image tokens")
+    n_hid: Positive = Field(256, description="width of the first encoder group; the four groups are x1, x2, x4, x8")
+    n_init: Positive = Field(128, description="width of the codebook vectors, the decoder's input")
+    blocks_per_group: Positive = Field(2, description="number of resblocks in each group")
+    codebook_size: Annotated[int, Field(gt=1, le=65535)] = Field(8192, description="number of image tokens")
     checkpoint_resblocks: bool = Field(False, description="recompute activations in the backward pass, block by block")
 
 
 class Ramp(Settings):
-    """A value that moves from ``start`` to ``end`` over ``updates`` updates and then stays."""
+    """A value that changes from ``start`` to ``end`` within ``updates`` updates; a plain number is a constant."""
 
     start: float
     end: float
@@ -124,91 +127,90 @@ class Ramp(Settings):
 class DvaeObjective(Settings):
     """The relaxed ELBO and its schedules (paper, section 2.1 and appendix A.2)."""
 
-    estimator: Literal["gumbel", "reinforce"] = Field("gumbel", description="how gradients pass the discrete codes")
-    reinforce_samples: Annotated[int, Field(ge=2)] = Field(2, description="samples a picture, for leave-one-out")
-    kl_weight: Ramp = Field(Ramp(start=0.0, end=6.6, updates=5000), description="beta of the ELBO")
+    estimator: Literal["gumbel", "reinforce"] = Field("gumbel", description="gradient estimator of the discrete codes")
+    reinforce_samples: Annotated[int, Field(ge=2)] = Field(2, description="number of samples per picture for REINFORCE")
+    kl_weight: Ramp = Field(Ramp(start=0.0, end=6.6, updates=5000), description="beta, the weight of the KL term")
     marginal_kl_weight: Ramp = Field(
         Ramp(start=0.0, end=0.0, updates=0),
-        description="extra weight of the KL of a batch's mean posterior: above 0 it keeps codes in use while the "
-        "decoder is poor; below 0, for the end of a run, it is a price on the codes' entropy, so that what one code "
-        "can say is not said by many; 0 in the paper",
+        description="weight of the KL of a batch's mean posterior, 0 in the paper; above 0 it keeps codes in use while "
+        "the decoder is poor; below 0, at the end of a run, it lowers the codes' entropy and so merges synonyms",
     )
     temperature: Ramp = Field(Ramp(start=1.0, end=1 / 16, updates=150_000), description="tau of the Gumbel-softmax")
     ln_b_floor: float = Field(
-        -4.0, description="least ln b of the likelihood: on flat pictures b would shrink and gradients grow without end"
+        -4.0, description="minimum of the likelihood's ln b; without it, flat pictures shrink b and gradients explode"
     )
-    logit_laplace_eps: Annotated[float, Field(gt=0, lt=0.5)] = Field(0.1, description="pixels live in (eps, 1 - eps)")
+    logit_laplace_eps: Annotated[float, Field(gt=0, lt=0.5)] = Field(0.1, description="pixels map to [eps, 1 - eps]")
 
 
 class LearningRate(Settings):
-    """Linear warm-up to ``peak``, then a cosine to ``final`` that ends at ``decay_updates``, or halvings on plateau."""
+    """Linear warm-up to ``peak``; then constant, a cosine down to ``final``, or halved at each plateau of the loss."""
 
     peak: Annotated[float, Field(gt=0)]
     warmup_updates: Annotated[int, Field(ge=0)] = 0
     schedule: Literal["constant", "cosine", "plateau"] = "cosine"
     final: Annotated[float, Field(ge=0)] = 0.0
-    decay_updates: Positive | None = Field(None, description="where the cosine ends; the last update by default")
-    plateau_validations: Positive = Field(5, description="validations without improvement before a halving")
-    plateau_threshold: Annotated[float, Field(ge=0)] = Field(1e-3, description="relative gain that counts as one")
+    decay_updates: Positive | None = Field(None, description="update at which the cosine ends; null: the last one")
+    plateau_validations: Positive = Field(5, description="number of validations without a gain before a halving")
+    plateau_threshold: Annotated[float, Field(ge=0)] = Field(
+        1e-3, description="minimum relative gain of the validation loss"
+    )
 
 
 class Adam(Settings):
-    """AdamW; decay is decoupled and touches matrices only, not embeddings, biases or gains."""
+    """AdamW. Weight decay is decoupled and applies to matrices only, not to embeddings, biases or gains."""
 
     beta1: Share = 0.9
     beta2: Share = 0.999
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    clip_norm: Annotated[float, Field(gt=0)] | None = Field(None, description="global gradient norm is clipped here")
+    clip_norm: Annotated[float, Field(gt=0)] | None = Field(None, description="maximum global norm of the gradient")
 
 
 class Training(Settings):
-    """The loop: how long, how often, how much at once."""
+    """The training loop of a stage."""
 
     updates: Positive
-    batch_size: Positive = Field(description="samples an update, over all processes")
-    micro_batch: Positive | None = Field(None, description="samples a forward pass; the rest is accumulated")
+    batch_size: Positive = Field(description="number of samples per update, over all ranks")
+    micro_batch: Positive | None = Field(None, description="number of samples per forward pass; null: all at once")
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.999, description="of the weights' moving average, an update; early in training it is less"
+        0.999, description="decay of the EMA weights per update; it is lower in the first updates"
     )
     ema_every: Positive = Field(
         1,
-        description="updates from one step of the average to the next, by ema_decay to that power: above 1 it waits in "
-        "the host's memory, and up to so many updates behind (25 in the paper)",
+        description="number of updates per step of the EMA, whose decay is ema_decay to that power; above 1 the EMA "
+        "weights stay in host memory (25 in the paper)",
     )
-    log_every: Positive = 50
-    validate_every: Positive = 1000
-    validation_samples: Positive = Field(1024, description="held-out samples scored at each validation")
-    save_every: Positive = 1000
-    keep: Positive = Field(2, description="newest checkpoints kept")
-    workers: Annotated[int, Field(ge=0)] = Field(1, description="processes that read and decode ahead")
+    log_every: Positive = Field(50, description="number of updates per line of metrics")
+    validate_every: Positive = Field(1000, description="number of updates per validation")
+    validation_samples: Positive = Field(1024, description="number of held-out samples of a validation")
+    save_every: Positive = Field(1000, description="number of updates per checkpoint")
+    keep: Positive = Field(2, description="number of checkpoints to keep, the newest ones")
+    workers: Annotated[int, Field(ge=0)] = Field(1, description="number of processes that decode pictures ahead")
 
     @model_validator(mode="after")
-    def _micro_batch_divides(self) -> Training:
+    def _counts_agree(self) -> Training:
         if self.micro_batch is not None and self.batch_size % self.micro_batch:
             raise ValueError(
                 f"micro_batch {self.micro_batch} does not divide batch_size {self.batch_size}; choose a divisor"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _average_moves(self) -> Training:
         if self.ema_every > self.updates:
             raise ValueError(
-                f"ema_every {self.ema_every} is above updates {self.updates}, so that the average would stay what "
-                "weights began as; lower it"
+                f"ema_every {self.ema_every} is above updates {self.updates}, so that the EMA weights would stay at "
+                "their initial values; lower it"
             )
         return self
 
 
 class DvaeSettings(Settings):
+    """Settings of the dVAE and its training."""
+
     model: DvaeModel = DvaeModel()
     objective: DvaeObjective = DvaeObjective()
     learning_rate: LearningRate = LearningRate(peak=1e-4, final=1.25e-6)
     adam: Adam = Adam()
     training: Training = Training(updates=3_000_000, batch_size=512, save_every=5000, validate_every=5000)
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="of the convolutions in training; weights, likelihood, KL and sampling stay in 32 bit"
+        "fp32", description="type of the convolutions in training; weights, likelihood and KL stay in 32 bit"
     )
 
     @model_validator(mode="after")
@@ -217,39 +219,43 @@ class DvaeSettings(Settings):
         if marginal.start < 0:
             raise ValueError(
                 f"objective.marginal_kl_weight starts at {marginal.start}, which would leave one code in use; start it "
-                "at 0 or above, only its end may be negative"
+                "at 0 or above: only its end may be negative"
             )
         if (marginal.start or marginal.end) and self.training.micro_batch is not None:
             raise ValueError(
-                "objective.marginal_kl_weight looks at the whole batch, training.micro_batch cuts it in parts; "
-                "set one of them to 0 or null"
+                "objective.marginal_kl_weight looks at the whole batch, training.micro_batch splits it; "
+                "set the first to 0, or the second to null"
             )
         return self
 
 
 class PriorModel(Settings):
-    """The sparse transformer's sizes and layout (paper, section 2.2 and appendix B.1)."""
+    """Sizes and attention layout of the sparse transformer (paper, section 2.2 and appendix B.1)."""
 
     layers: Positive = 64
     heads: Positive = 62
     d_head: Positive = 64
     d_model: Positive = Field(3968, description="heads x d_head")
-    grid: Positive = Field(32, description="image tokens a side: image_size / 8")
+    grid: Positive = Field(32, description="number of image tokens along a side: image_size / 8")
     layout: str | list[str] = Field(
         "paper",
-        description="attention of each layer: 'paper', or kinds such as 'row, column, row, row, ... conv' where "
-        "'...' repeats what stands before it",
+        description="attention of each layer: 'paper', or kinds such as 'row, column, row, row, ... conv', where "
+        "'...' repeats the kinds before it",
     )
-    conv_kernel: Annotated[int, Field(ge=1)] = Field(11, description="side of the convolutional attention's window")
+    conv_kernel: Annotated[int, Field(ge=1)] = Field(11, description="side of the window of convolutional attention")
     checkpoint_resblocks: bool = Field(False, description="recompute activations in the backward pass, block by block")
 
     @classmethod
     def of_heads(cls, *, layers: int, heads: int, d_head: int, **rest: Any) -> PriorModel:
-        """One whose ``d_model`` is what its heads make."""
+        """Return the settings of a model with d_model = heads x d_head."""
         return cls(layers=layers, heads=heads, d_head=d_head, d_model=heads * d_head, **rest)
 
     def attention_kinds(self) -> list[AttentionKind]:
-        """The kind of attention of each layer, first layer first. Raises ValueError for a malformed layout."""
+        """Return the kind of attention of each layer, first layer first.
+
+        Raises:
+            ValueError: the layout is malformed.
+        """
         return parse_layout(self.layout, self.layers)
 
     @model_validator(mode="after")
@@ -266,49 +272,49 @@ class PriorModel(Settings):
 
 
 class PriorObjective(Settings):
-    """Cross-entropies of text and image, each a mean over its own tokens (paper, section 2.2)."""
+    """Weighted cross-entropies of text and image, each a mean over its own tokens (paper, section 2.2)."""
 
-    text_weight: Share = Field(1 / 8, description="weight of the text's cross-entropy; the image has the rest")
+    text_weight: Share = Field(1 / 8, description="weight of the text's cross-entropy; the image's has the rest")
 
 
 class Sharding(Settings):
-    """ZeRO inside a machine (paper, section 2.4), where several processes train together."""
+    """ZeRO among the ranks of a node (paper, section 2.5)."""
 
     zero: Literal[0, 1, 2, 3] = Field(0, description="ZeRO stage: 0 none, 1 moments, 2 + gradients, 3 + parameters")
-    offload: Literal["none", "cpu"] = Field("none", description="where sharded weights and moments wait")
-    node_size: Positive | None = Field(
-        None, description="processes that shard a model among them; those of a machine by default"
-    )
+    offload: Literal["none", "cpu"] = Field("none", description="cpu: keep sharded weights and moments in host memory")
+    node_size: Positive | None = Field(None, description="number of ranks that shard a model; null: those of a node")
 
 
 class PowerSgd(Settings):
-    """Low-rank compression of gradients between machines (paper, section 2.4 and appendix E)."""
+    """Low-rank compression of gradients between nodes (paper, section 2.5 and appendix E)."""
 
     rank: Annotated[int, Field(ge=0)] = Field(
-        0, description="rank of a matrix's factors, shared among a machine's shards of it; 0: gradients are sent whole"
+        0, description="rank of a matrix's factors, divided among its shards in a node; 0: no compression"
     )
     warm_start: bool = Field(
-        True, description="begin from the last update's factor; off: from one drawn at the start, as in the paper"
+        True, description="start from the last update's factor; false: from a fixed Gaussian one, as in the paper"
     )
-    error_feedback: bool = Field(True, description="add what an update did not send to the next one's gradients")
-    start_update: Annotated[int, Field(ge=0)] = Field(0, description="updates before it send gradients whole")
+    error_feedback: bool = Field(True, description="add the error of an update's compression to the next gradient")
+    start_update: Annotated[int, Field(ge=0)] = Field(0, description="number of updates without compression before it")
     min_compression: Annotated[float, Field(ge=0)] = Field(
-        1.0, description="a matrix is compressed if its factors are more than so many times smaller; 1: break-even"
+        1.0, description="compress a matrix if its factors are more than this many times smaller; 1: break-even"
     )
     offload: Literal["none", "cpu"] = Field(
-        "none", description="where what was not sent, and factors, wait for the next update: on the GPU, or its host"
+        "none", description="cpu: keep error buffers and factors in host memory between updates"
     )
 
 
 class PriorSettings(Settings):
+    """Settings of the prior and its training."""
+
     model: PriorModel = PriorModel()
     objective: PriorObjective = PriorObjective()
     learning_rate: LearningRate = LearningRate(peak=4.5e-4, warmup_updates=5000, schedule="plateau")
     adam: Adam = Adam(beta1=0.9, beta2=0.96, weight_decay=4.5e-2, clip_norm=4.0)
     training: Training = Training(updates=430_000, batch_size=1024, save_every=2000, validate_every=2000)
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="parameters and activations of resblocks")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="type of the resblocks")
     caption_dropout: Share = Field(
-        0.0, description="share of the training captions replaced by the empty one, for classifier-free guidance"
+        0.0, description="share of training captions replaced by the empty one, for classifier-free guidance"
     )
     sharding: Sharding = Sharding()
     powersgd: PowerSgd = PowerSgd()
@@ -318,13 +324,13 @@ class PriorSettings(Settings):
         if self.powersgd.rank > self.model.d_model:
             raise ValueError(
                 f"powersgd.rank {self.powersgd.rank} is above the matrices' smaller side, d_model "
-                f"{self.model.d_model}; choose a lower rank, or 0 to send gradients whole"
+                f"{self.model.d_model}; choose a lower rank, or 0 for no compression"
             )
         return self
 
 
 class ClipModel(Settings):
-    """A small CLIP of open_clip's classes (a vision transformer and a text transformer)."""
+    """Sizes of a small CLIP, a vision and a text transformer built from open_clip's classes."""
 
     embed_dim: Positive = 256
     patch_size: Positive = 16
@@ -340,7 +346,7 @@ class ClipModel(Settings):
             if getattr(self, name) % self.head_width:
                 raise ValueError(f"{name} {getattr(self, name)} is no multiple of head_width {self.head_width}")
         if self.vision_width % 4:
-            raise ValueError(f"vision_width {self.vision_width} is no multiple of 4, which positions need")
+            raise ValueError(f"vision_width {self.vision_width} is no multiple of 4, as sine-cosine positions need")
         return self
 
 
@@ -349,8 +355,8 @@ class ClipObjective(Settings):
 
     hard_negatives: Positive = Field(
         1,
-        description="size of the groups of pictures with similar image tokens that a batch consists of, so that CLIP "
-        "has to learn what tells them apart; finding them takes a second of CPU per 8,192 pictures; 1: random batches",
+        description="size of the groups of pictures with similar image tokens that batches consist of; finding them "
+        "takes a second of CPU per 8,192 pictures; 1: random batches",
     )
     caption_negatives: bool = Field(
         False, description="contrast a caption with the other captions of its batch too, not only with its pictures"
@@ -358,6 +364,8 @@ class ClipObjective(Settings):
 
 
 class ClipSettings(Settings):
+    """Settings of the CLIP that reranks, and its training."""
+
     model: ClipModel = ClipModel()
     objective: ClipObjective = ClipObjective()
     learning_rate: LearningRate = LearningRate(peak=5e-4, warmup_updates=500)
@@ -375,35 +383,33 @@ class ClipSettings(Settings):
 
 
 class SamplingSettings(Settings):
-    """How tokens are drawn from the prior (paper, section 2.6)."""
+    """Sampling from the prior (paper, section 2.6)."""
 
-    n: Positive = Field(512, description="samples a caption")
-    temperature: Annotated[float, Field(ge=0)] = Field(1.0, description="0 takes the likeliest token")
-    top_k: Positive | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    n: Positive = Field(512, description="number of samples per caption")
+    temperature: Annotated[float, Field(ge=0)] = Field(1.0, description="temperature; 0 takes the likeliest token")
+    top_k: Positive | None = Field(None, description="sample among the k likeliest tokens; null: among all")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="total probability of the tokens sampled from")
     guidance: Annotated[float, Field(ge=0)] = Field(
         1.0,
-        description="classifier-free guidance S, logits = uncond + S (cond - uncond): 1 is the prior as it is, other "
-        "values take a prior trained with prior.caption_dropout, and twice the time",
+        description="classifier-free guidance S: logits = uncond + S (cond - uncond); 1 is the plain prior, others need one "
+        "trained with prior.caption_dropout, and twice the time",
     )
     batch_size: Positive | None = Field(
-        None, description="most samples drawn at once; null: as many as memory holds and are of use"
+        None, description="maximum number of samples drawn at once; null: as many as fit in memory and speed it up"
     )
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="of the resblocks' matrices, keys and values; bf16 is faster and draws other samples"
+        "fp32", description="type of the resblocks, keys and values; bf16 is faster and draws other samples"
     )
 
 
 class Monitoring(Settings):
-    """What training shows of itself, beside metrics.jsonl and TensorBoard."""
+    """Monitoring of training, beside metrics.jsonl and TensorBoard."""
 
     peak_tflops: Annotated[float, Field(gt=0)] | None = Field(
-        None,
-        description="peak of one device in the precision trained in, which MFU is the share of; null: measured once by "
-        "a square matrix product",
+        None, description="peak of one device in the precision of training, for the MFU; null: measured once"
     )
     wandb: Annotated[str, Field(min_length=1)] | None = Field(
-        None, description="project of Weights & Biases that runs are shown in; null: none"
+        None, description="Weights & Biases project to log to; null: none"
     )
 
 
@@ -413,9 +419,9 @@ class Recipe(Settings):
     name: str = "dalle"
     description: str = ""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    run: str = Field("runs/dalle", description="folder that the stages read from and write to by default")
-    threads: Positive | None = Field(None, description="CPU threads of a stage; all cores by default")
-    image_size: Positive = Field(256, description="pixels a side of the pictures that the dVAE sees")
+    run: str = Field("runs/dalle", description="folder that stages read from and write to by default")
+    threads: Positive | None = Field(None, description="number of CPU threads of a stage; null: all cores")
+    image_size: Positive = Field(256, description="side, in pixels, of the pictures that the dVAE sees")
     data: DataSettings = DataSettings()
     tokenizer: TokenizerSettings = TokenizerSettings()
     dvae: DvaeSettings = DvaeSettings()
@@ -426,7 +432,7 @@ class Recipe(Settings):
 
     @property
     def grid(self) -> int:
-        """Tokens of a picture's side."""
+        """Number of image tokens along a side."""
         return self.image_size // DOWNSAMPLING
 
     @model_validator(mode="after")

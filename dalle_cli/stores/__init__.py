@@ -1,1 +1,1 @@
-"""What lies on disk: token stores and checkpoints."""
+"""Files that stages exchange: token stores, checkpoints, samples, and the records of how they were made."""

@@ -1,4 +1,4 @@
-"""A checkpoint's averaged weights by themselves, for sampling: in one file, or in files of a largest size."""
+"""Export of a checkpoint's EMA weights for sampling, in one file or in several of a maximum size."""
 
 from __future__ import annotations
 
@@ -19,16 +19,19 @@ from dalle_cli.stores.tensor_files import (
 
 
 def export_checkpoint(found: Checkpoint, out: Path, largest: int | None = None) -> Checkpoint:
-    """Write the checkpoint ``out`` with the weights of ``found`` that other stages use, however many files they are in.
+    """Write a checkpoint with the EMA weights of ``found`` and without the trainer's state.
 
     Args:
-        found: saved by one process or by several, at any stage of ZeRO.
-        out: a new folder. The result has the same identity as ``found``, no trainer's state, and loads as it does.
-        largest: most bytes of a file, unless one tensor has more; so much is in memory at once. By default there is
-            one file, and all of it in memory.
+        found: a checkpoint saved by any number of ranks, at any ZeRO stage.
+        out: a new folder. The result has the identity of ``found``, and loads like it.
+        largest: maximum number of bytes of a file, and in memory at once, unless a single tensor has more. None: one
+            file.
+
+    Returns:
+        The new checkpoint.
 
     Raises:
-        UserError: ``out`` is there, the disk is full, or those weights are damaged; no other file is looked at.
+        UserError: ``out`` exists, the disk is full, or the EMA weights are damaged. No other file is read.
     """
     if out.exists():
         raise UserError(f"{out}: is there already; name another place, or delete it")
@@ -53,7 +56,7 @@ def export_checkpoint(found: Checkpoint, out: Path, largest: int | None = None) 
 
 
 def _groups(source: TensorFiles, largest: float) -> Iterator[list[str]]:
-    """The tensors' names in their order, in lists of at most ``largest`` bytes or of one name."""
+    """Yield the tensors' names in order, in lists of at most ``largest`` bytes or of one name."""
     names: list[str] = []
     size = 0
     for name in source.names():

@@ -1,4 +1,4 @@
-"""Which rows of a token store training leaves out."""
+"""The held-out split: rows of a token store that training leaves out."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from dalle_cli.randomness import SPLITMIX_STEP, splitmix64
 from dalle_cli.stores.tokens import TokenReader
 
 VALIDATION_BATCH = 64
-"""Held-out rows that a prior scores at once where its recipe sets no micro_batch."""
+"""Number of held-out rows that a prior scores at once if its recipe sets no micro_batch."""
 
 
 def split_store(reader: TokenReader, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
-    """(training rows, held-out rows) among those with both a caption and a picture, each ascending.
+    """Return (training rows, held-out rows) of the rows that hold both a caption and a picture, each ascending.
 
     Raises:
-        UserError: there is no such row.
+        UserError: no row holds both, or none is left to train on.
     """
     usable = reader.usable()
     if len(usable) == 0:
@@ -28,7 +28,7 @@ def split_store(reader: TokenReader, recipe: Recipe) -> tuple[np.ndarray, np.nda
 
 
 def held_out_captions(store: Path, recipe: Recipe, limit: int) -> list[str]:
-    """The first captions left out of training.
+    """Return the first ``limit`` held-out captions.
 
     Raises:
         UserError: the store is missing or unfinished.
@@ -39,18 +39,18 @@ def held_out_captions(store: Path, recipe: Recipe, limit: int) -> list[str]:
 
 
 def split_holdout(rows: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(training rows, held-out rows): whether a row is held out depends on (seed, row) alone, not on the set's size.
+    """Return (training rows, held-out rows). The split of a row depends on the seed and its number alone.
 
-    At least one row is held out when ``share`` > 0 and there are two rows.
+    At least one row is held out if ``share`` > 0 and there are two rows.
 
     Raises:
         UserError: no row is left to train on.
     """
     x = rows.astype(np.uint64) + np.uint64(seed % 2**32 * int(SPLITMIX_STEP) % 2**64)
     rank = (splitmix64(x) >> np.uint64(11)).astype(np.float64) / 2.0**53
-    held = rank < share
-    if share > 0 and len(rows) > 1 and not held.any():
-        held[int(rank.argmin())] = True
-    if len(rows) > 0 and held.all():
+    held_out = rank < share
+    if share > 0 and len(rows) > 1 and not held_out.any():
+        held_out[int(rank.argmin())] = True
+    if len(rows) > 0 and held_out.all():
         raise UserError(f"data.holdout: {share} leaves none of {len(rows)} samples to train on; lower it")
-    return rows[~held], rows[held]
+    return rows[~held_out], rows[held_out]

@@ -1,7 +1,7 @@
-"""Which command made an artifact: kept beside it, so that it can be traced and made again.
+"""Provenance: the commands that made the artifacts of a run, so that they can be traced and made again.
 
-The folder of a run holds ``commands.jsonl``, one line for each command that finished an artifact in it. It is no part
-of the artifacts, whose bytes do not depend on how they were asked for.
+The folder of a run holds ``commands.jsonl``, one line for each command that finished an artifact in it. The artifacts
+themselves do not hold the command, so that their bytes do not depend on how they were asked for.
 """
 
 from __future__ import annotations
@@ -20,15 +20,18 @@ JOURNAL = "commands.jsonl"
 
 
 def command_line() -> str:
-    """The command that is running, as a shell takes it."""
+    """Return the running command, quoted for a shell."""
     return shlex.join(["dalle", *sys.argv[1:]])
 
 
 def record_command(made: Path, sha256: str | None = None) -> None:
-    """Add a line to the journal of the folder that ``made`` lies in, unless its last line for ``made`` says the same.
+    """Add the running command to the journal of a run, unless the last line for the artifact is the same.
 
-    ``made`` is a checkpoint, a store, a folder of samples or a tokenizer.json, ``sha256`` what identifies it. A
-    journal that cannot be written hinders nothing.
+    If the journal cannot be written, a message says so and the command continues.
+
+    Args:
+        made: the artifact: a checkpoint, a store, a folder of samples or a tokenizer.json.
+        sha256: hash that identifies the artifact.
     """
     folder = journal_folder(made)
     line = {
@@ -46,17 +49,17 @@ def record_command(made: Path, sha256: str | None = None) -> None:
         with (folder / JOURNAL).open("a", encoding="utf-8") as journal:
             journal.write(json.dumps({**line, "finished": finished}, ensure_ascii=False) + "\n")
     except OSError as error:
-        print(f"{folder / JOURNAL}: not written ({error.strerror}); {made} is whole", file=sys.stderr)
+        print(f"{folder / JOURNAL}: cannot be written ({error.strerror}); {made} is complete", file=sys.stderr)
 
 
 def commands_of(made: Path) -> list[dict[str, Any]]:
-    """The journal's lines for an artifact, oldest first."""
+    """Return the journal's lines for an artifact, oldest first."""
     folder = journal_folder(made)
     return [line for line in read_commands(folder) if line["artifact"] == _name(made, folder)]
 
 
 def read_commands(folder: Path) -> list[dict[str, Any]]:
-    """All lines of a folder's journal; what a killed command left half-written is passed over."""
+    """Return all lines of a folder's journal, without those that a killed command left incomplete."""
     lines = []
     try:
         texts = (folder / JOURNAL).read_text(encoding="utf-8").splitlines()
@@ -73,7 +76,7 @@ def read_commands(folder: Path) -> list[dict[str, Any]]:
 
 
 def journal_folder(made: Path) -> Path:
-    """The run's folder, as ``RunFolders`` lays it out: above steps, the tokenizer's folder, shares and samples."""
+    """Return the run's folder (see ``RunFolders``): above steps, the tokenizer's folder, shares and samples."""
     made = made.resolve()
     folder = made.parent
     if made.name.startswith("step-") or made.name == "tokenizer.json":

@@ -1,7 +1,7 @@
-"""Samples on disk: one PNG each, and a Zarr store of their tokens whose attribute ``rows`` counts the committed ones.
+"""Samples on disk: a PNG of each, and a Zarr store of their tokens whose attribute ``rows`` counts the committed rows.
 
-PNGs are encoded and batches committed by threads while the model draws the next batch. A batch's rows are committed
-once all its PNGs are written, batches in their order.
+While the model draws the next batch, threads encode PNGs and commit batches in order. The rows of a batch are committed
+once all its PNGs are written.
 """
 
 from __future__ import annotations
@@ -22,24 +22,25 @@ from dalle_cli.stores.shards import Shard
 
 STORE = "samples.zarr"
 ENCODERS = 4
-"""Threads that encode PNGs; they need a small part of what the model takes."""
+"""Number of threads that encode PNGs; they take a small part of the model's time."""
 CHUNK = 64
+"""Number of rows of a chunk of the store."""
 
 
 def png_name(prompt: int, index: int) -> str:
-    """File name of a sample, sorted by prompt and index."""
+    """Return the file name of a sample; names sort by prompt, then by index."""
     return f"{prompt:05d}-{index:05d}.png"
 
 
 def request_rows(shard: Shard, prompts: int, n: int) -> range:
-    """A share of the ``n`` samples of each prompt, counted through all; it holds prompts whole if there are enough."""
+    """Return the share's rows of ``n`` samples per prompt; it does not split prompts if there are enough for all."""
     return shard.rows(prompts * n, n if prompts >= shard.of else 1)
 
 
 def manifest_line(
     store: Path, row: int, prompts: Sequence[str], prompt: int, index: int, seed: int, log_likelihood: float
 ) -> dict[str, Any]:
-    """What ``dalle sample`` prints of the sample in a row of the store."""
+    """Return the line that ``dalle sample`` prints of a sample."""
     return {
         "prompt": prompts[prompt],
         "prompt_index": prompt,
@@ -53,9 +54,15 @@ def manifest_line(
 
 
 class SampleStore:
-    """The folder ``out`` with ``rows`` samples of grid x grid tokens of one request, new or begun before.
+    """The samples of one request in a folder, new or begun before.
 
-    As a context it has the threads that ``add`` needs; leaving it waits for what was added.
+    Used as a context manager, it starts the threads that ``add`` needs and waits for them at the end.
+
+    Args:
+        out: the folder.
+        identity: facts that make two requests the same.
+        rows: number of samples.
+        grid: number of tokens along the side of a sample.
 
     Raises:
         UserError: ``out`` holds something else, or samples of another request.
@@ -73,11 +80,11 @@ class SampleStore:
 
     @property
     def committed(self) -> int:
-        """Rows that are whole on disk."""
+        """Number of committed rows."""
         return int(self._group.attrs["rows"])
 
     def log_likelihood(self) -> np.ndarray:
-        """Of the committed rows, float64."""
+        """Return the log-likelihood of each committed row, float64."""
         found: np.ndarray = self._group["log_likelihood"][: self.committed]
         return found
 
@@ -93,13 +100,24 @@ class SampleStore:
     def add(
         self, row: int, tokens: np.ndarray, log_likelihood: np.ndarray, pictures: np.ndarray, names: list[str]
     ) -> Future[None]:
-        """Write and commit the rows from ``row`` on; the future ends when that is done, or with what hindered it."""
+        """Write and commit a batch of rows in the background.
+
+        Args:
+            row: number of the first row.
+            tokens: tokens (n, grid, grid).
+            log_likelihood: log-likelihood of each row (n,).
+            pictures: decoded pictures (n, H, W, 3) uint8.
+            names: file names of the pictures.
+
+        Returns:
+            A future that ends when the rows are committed, or with the error.
+        """
         return self._committer.submit(self._commit, row, tokens, log_likelihood, pictures, names)
 
     def _commit(
         self, row: int, tokens: np.ndarray, log_likelihood: np.ndarray, pictures: np.ndarray, names: list[str]
     ) -> None:
-        if row != self.committed:  # a batch before failed
+        if row != self.committed:  # an earlier batch failed
             return
         with explain_os_errors(self.out):
             list(self._encoders.map(self._save, pictures, names))

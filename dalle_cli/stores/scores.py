@@ -1,4 +1,4 @@
-"""Reading a sample store back as the lines of its manifest, and keeping CLIP's scores in it."""
+"""Scores of samples: a sample store as the lines that ``dalle sample`` printed, with CLIP's scores kept in it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from dalle_cli.stores.samples import STORE, manifest_line, request_rows
 from dalle_cli.stores.shards import WHOLE, parse_shard
 
 CLIP_SCORE = "clip_score"
-"""Array (rows,) float64, NaN where a sample has no score; its attribute ``scorer`` names the CLIP."""
+"""Name of the array (rows,) float64, NaN for a sample without a score; its attribute ``scorer`` names the CLIP."""
 
 
 def sample_stores(path: Path) -> list[Path]:
-    """The sample stores that ``path`` names: one, its folder, or the folder of a request's shards; else none."""
+    """Return the sample stores at ``path``, which may be a store, its folder, or the folder of a request's shares."""
     for store in (path, path / STORE):
         if store.name == STORE and (store / "zarr.json").is_file():
             return [store]
@@ -29,10 +29,10 @@ def sample_stores(path: Path) -> list[Path]:
 
 
 def store_lines(store: Path) -> list[dict[str, Any]]:
-    """The committed samples of a store as ``dalle sample`` prints them, with ``score`` and ``scorer`` if it has them.
+    """Return the committed samples of a store as ``dalle sample`` prints them, with ``score`` and ``scorer`` if known.
 
     Raises:
-        UserError: it cannot be read, or holds no sample yet.
+        UserError: the store cannot be read, or holds no sample yet.
     """
     group = _open(store)
     try:
@@ -42,7 +42,7 @@ def store_lines(store: Path) -> list[dict[str, Any]]:
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{store}: is no store of dalle sample ({error!r})") from None
     if not committed:
-        raise UserError(f"{store}: holds no sample yet; run dalle sample again to go on with it")
+        raise UserError(f"{store}: holds no sample yet; run dalle sample again to resume it")
     shard = parse_shard(request["shard"]) if "shard" in request else WHOLE
     start = request_rows(shard, len(prompts), n).start
     scores, scorer = _scores(group)
@@ -57,13 +57,18 @@ def store_lines(store: Path) -> list[dict[str, Any]]:
 
 
 def write_scores(store: Path, scores: Mapping[int, float], scorer: str) -> None:
-    """Keep the scores of some rows in the store, beside those it has of the same scorer; another's are replaced.
+    """Add scores to a store. Its scores by the same scorer are kept, those by another one are dropped.
 
-    The array is written beside the old one and renamed into its place. Processes that score parts of one store wait
-    for one another.
+    The array is written beside the old one and renamed into its place. Processes that score parts of the same store
+    wait for one another.
+
+    Args:
+        store: the sample store.
+        scores: scores by row.
+        scorer: name of the CLIP.
 
     Raises:
-        UserError: the store is missing, or may not be written.
+        UserError: the store is missing or may not be written, or has no such row.
     """
     import zarr
 
@@ -72,8 +77,8 @@ def write_scores(store: Path, scores: Mapping[int, float], scorer: str) -> None:
         rows = int(group["log_likelihood"].shape[0])
         if not all(0 <= row < rows for row in scores):
             raise UserError(f"{store}: has {rows} rows, not row {max(scores)}: these lines are of another store")
-        kept, named = _scores(group)
-        values = kept if kept is not None and named == scorer else np.full(rows, np.nan)
+        known, known_scorer = _scores(group)
+        values = known if known is not None and known_scorer == scorer else np.full(rows, np.nan)
         values[list(scores)] = list(scores.values())
         with new_directory(store / CLIP_SCORE) as folder:
             array = zarr.create_array(str(folder), data=values, chunks=(rows,), zarr_format=3, overwrite=True)

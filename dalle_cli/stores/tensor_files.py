@@ -1,8 +1,8 @@
-"""Named tensors on disk: one safetensors file, or several that hold the tensors' rows, with an index.
+"""Named tensors on disk: in one safetensors file, or row by row in several, with an index.
 
-``NAME.safetensors`` alone, or ``NAME-00001-of-00008.safetensors`` and so on beside ``NAME.index.json``, which says of
-each tensor its shape and which file holds which of its rows. Processes write one file each and read what rows they
-need, however many wrote them.
+The files are ``NAME.safetensors`` alone, or ``NAME-00001-of-00008.safetensors`` and so on beside ``NAME.index.json``,
+which holds the shape of each tensor and the rows of it in each file. Each rank writes one file; a reader reads the rows
+it needs, however many ranks wrote them.
 """
 
 from __future__ import annotations
@@ -22,16 +22,21 @@ if TYPE_CHECKING:
 
 
 class Part(NamedTuple):
-    """Rows of a tensor, from the first on; a tensor without rows is whole."""
+    """Consecutive rows of a tensor; a scalar has no rows and is stored whole."""
 
     value: torch.Tensor
     first: int = 0
+    """Number of the first row."""
     shape: tuple[int, ...] = ()
-    """Of the whole tensor."""
+    """Shape of the whole tensor."""
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
-    """Write a safetensors file. Raises OSError where the disk is full."""
+    """Write a safetensors file.
+
+    Raises:
+        OSError: the disk is full.
+    """
     from safetensors.torch import save_file
 
     try:
@@ -45,12 +50,12 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
 
 
 def part_file(name: str, index: int, count: int) -> str:
-    """Name of the ``index``-th (from 0) of ``count`` files that hold the tensors of ``name`` together."""
+    """Return the name of the ``index``-th (from 0) of ``count`` files that hold the tensors of ``name``."""
     return f"{name}-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
 def index_entries(file: str, parts: Mapping[str, Part]) -> dict[str, dict[str, Any]]:
-    """What the index says of ``parts``, which lie in ``file``."""
+    """Return the index entries of the parts in a file."""
     return {
         name: {"shape": list(part.shape), "parts": [[file, part.first, part.first + rows_of(part)]]}
         for name, part in parts.items()
@@ -58,15 +63,15 @@ def index_entries(file: str, parts: Mapping[str, Part]) -> dict[str, dict[str, A
 
 
 def rows_of(part: Part) -> int:
-    """How many rows a part has."""
+    """Return the number of rows of a part."""
     return len(part.value) if part.value.dim() else 0
 
 
 def join_entries(entries: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
-    """The index of files whose ``index_entries`` are given.
+    """Return the index of several files, given the ``index_entries`` of each.
 
     Raises:
-        ValueError: a row is in none of the files, or in two.
+        ValueError: a row is missing, or in two files.
     """
     tensors: dict[str, dict[str, Any]] = {}
     for own in entries:
@@ -75,7 +80,7 @@ def join_entries(entries: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
             known["parts"] += entry["parts"]
     for name, entry in tensors.items():
         if not entry["shape"]:
-            entry["parts"] = entry["parts"][:1]  # without rows: the same on all
+            entry["parts"] = entry["parts"][:1]  # a scalar: the same in all
         entry["parts"].sort(key=lambda part: part[1])
         ends = [0, *(stop for _, _, stop in entry["parts"])]
         starts = [start for _, start, _ in entry["parts"]]
@@ -86,32 +91,32 @@ def join_entries(entries: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TensorFiles:
-    """The tensors of ``name`` in ``folder``."""
+    """The tensors of ``name`` in ``folder``. Every method raises UserError if a file is missing or damaged."""
 
     folder: Path
     name: str
 
     @property
     def whole(self) -> Path:
-        """The file that holds all, where there is one."""
+        """File that holds all tensors, if there is only one."""
         return self.folder / f"{self.name}.safetensors"
 
     def names(self) -> list[str]:
-        """Of the tensors. Raises UserError if files are missing or damaged, as every method does."""
+        """Return the names of the tensors."""
         if self._index is not None:
             return list(self._index)
         with _opened(self.whole) as file:
             return list(file.keys())
 
     def files(self) -> list[Path]:
-        """All that hold tensors."""
+        """Return all files that hold tensors."""
         if self._index is None:
             return [self.whole]
         found = {part[0] for entry in self._index.values() for part in entry["parts"]}
         return [self.folder / file for file in sorted(found)]
 
     def nbytes(self, name: str) -> int:
-        """Bytes of a tensor."""
+        """Return the number of bytes of a tensor."""
         one = self.read(name, slice(0, 1))
         if not one.dim():
             return one.nbytes
@@ -119,7 +124,7 @@ class TensorFiles:
         return int(one.nbytes * rows)
 
     def read(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
-        """``rows`` of a tensor, on the CPU; a tensor without rows is read whole."""
+        """Return rows of a tensor, on the CPU; a scalar is read whole."""
         import torch
 
         if self._index is None:
@@ -136,7 +141,7 @@ class TensorFiles:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def all(self) -> dict[str, torch.Tensor]:
-        """Every tensor whole, by name."""
+        """Return all tensors by name."""
         if self._index is not None:
             return {name: self.read(name) for name in self.names()}
         from safetensors import SafetensorError

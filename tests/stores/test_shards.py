@@ -166,8 +166,8 @@ def test_a_share_may_be_made_again(tmp_path: Path) -> None:
         for number in (1, 2):
             make(store, "image", 30, Shard(number, 3))
         progress = Shares(store, "image")
-        progress.file(Shard(2, 3), ".json").unlink()  # as the manual says, to make share 2 anew
-        (store / "image" / "c" / "3" / "0" / "0").write_bytes(b"damaged")
+        progress.file(Shard(2, 3), ".json").unlink()
+        (store / "image_ok" / "c" / "3").unlink()
         make(store, "image", 30, Shard(2, 3))
         make(store, "image", 30, Shard(3, 3))
         make(tmp_path / "calm.zarr", "image", 30)
