@@ -77,7 +77,7 @@ class Progress:
 
 @contextmanager
 def progress(what: str, total: int | None, unit: str, start: int = 0) -> Iterator[Progress]:
-    """Show the progress of a job: ``with progress("encode-images", 20_000, "images") as bar: bar.advance(64)``.
+    """Yield the progress of a job, shown while the block runs; the block calls its ``advance``.
 
     Args:
         what: name of the job.

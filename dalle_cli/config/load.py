@@ -56,7 +56,9 @@ def dump_recipe(recipe: Recipe) -> str:
 def _read(path: Path, seen: tuple[Path, ...]) -> _Tree:
     resolved = path.resolve()
     if resolved in seen:
-        raise UserError(f"{path}: 'extends' leads back to the recipe itself: {' -> '.join(str(p) for p in (*seen, resolved))}")
+        raise UserError(
+            f"{path}: 'extends' leads back to the recipe itself: {' -> '.join(str(p) for p in (*seen, resolved))}"
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -391,8 +391,8 @@ class SamplingSettings(Settings):
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="total probability of the tokens sampled from")
     guidance: Annotated[float, Field(ge=0)] = Field(
         1.0,
-        description="classifier-free guidance S: logits = uncond + S (cond - uncond); 1 is the plain prior, others need one "
-        "trained with prior.caption_dropout, and twice the time",
+        description="classifier-free guidance S: logits = uncond + S (cond - uncond); 1 is the plain prior, other "
+        "values need one trained with prior.caption_dropout, and twice the time",
     )
     batch_size: Positive | None = Field(
         None, description="maximum number of samples drawn at once; null: as many as fit in memory and speed it up"

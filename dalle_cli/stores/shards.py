@@ -1,14 +1,14 @@
-"""Shares of the work that independent jobs do (``--shard I/N``), and how far each share of a token store has come.
+"""Shares of the work of independent jobs (``--shard I/N``), and the progress of each share of a token store.
 
 All jobs write into one token store. Their shares begin where the store's shard files begin, so that no two jobs write
-the same file. What is not final yet stands in the store's folder ``progress``, in files of each share:
+the same file. The progress of each share stands in files of its own, in the store's folder ``progress``:
 
 - ``image-0003-of-0008.json``: its ``ShareProgress``, replaced after each block of rows;
 - ``image-0003-of-0008.jsonl``: the samples it skipped;
 - ``image-0003-of-0008.lock``: locked while a process makes the share;
 
-and ``lock``, locked while a process changes what all shares have in common. The job that completes a part removes the
-part's files there, so that a complete store holds the same bytes whoever made it.
+A further file, ``lock``, is locked while a process changes keys, shapes of arrays or the group's attributes. The job
+that completes a part removes these files, so that a complete store holds the same bytes however it was made.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def parts_folder(whole: Path) -> Path:
 
 @dataclass(frozen=True)
 class ShareProgress:
-    """How far a job has come with its share of a part."""
+    """Progress of a job with its share of a part."""
 
     samples: int
     """Number of samples of the whole source."""
@@ -114,17 +114,17 @@ class Shares:
         return sorted(Shard(int(name[1]), int(name[2])) for name in names if name is not None)
 
     def read(self, shard: Shard) -> ShareProgress | None:
-        """Return how far a share has come, None if it has not been begun."""
+        """Return the progress of a share, None if it has not been begun."""
         found = read_json(self.file(shard, ".json"))
         return None if found is None else ShareProgress(**found)
 
     def all(self) -> dict[Shard, ShareProgress]:
-        """Return how far each share that has been begun has come, in order."""
+        """Return the progress of each share that has been begun, in order."""
         found = ((shard, self.read(shard)) for shard in self.begun())
         return {shard: now for shard, now in found if now is not None}
 
     def write(self, shard: Shard, progress: ShareProgress) -> None:
-        """Commit how far a share has come."""
+        """Commit the progress of a share."""
         write_json(self.file(shard, ".json"), asdict(progress))
 
     def unfinished(self, of: int, samples: int, multiple: int) -> list[Shard]:

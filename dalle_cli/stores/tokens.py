@@ -42,7 +42,7 @@ BY_VERSION = ("text_epochs", "text_epochs_length")
 
 @dataclass(frozen=True)
 class PartState:
-    """How far a part of a store is, and what it was made with."""
+    """Progress of a part of a store, and the facts it was made with."""
 
     rows: int
     """Number of committed rows from the first on."""

@@ -539,7 +539,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
 
 
 def used_kib(folder: Path) -> int:
-    """On a file system of pages of 4 KiB."""
+    """Return the KiB that a folder takes on a file system of pages of 4 KiB."""
     return sum(-(-path.stat().st_size // 4096) * 4 for path in folder.rglob("*") if path.is_file())
 
 

@@ -107,7 +107,7 @@ def test_blocks_hold_their_pictures_as_long_as_is_said(shapes: Path, workers: in
 
 
 def test_tokens_are_those_of_a_plain_loop(by_hand: Chain, shapes: Path, tmp_path: Path) -> None:
-    """With any number of workers, whole or in shares; and what is broken is skipped and said."""
+    """The tokens do not depend on workers or shares; broken pictures are skipped and listed."""
     program = (sys.executable, "-c", SMALL_SHARDS)
     source, checkpoint = open_source(str(shapes)), open_checkpoint(by_hand.dvae, "dvae")
     expected = in_a_loop(source, load_dvae(checkpoint), checkpoint.recipe().dvae.objective.logit_laplace_eps)

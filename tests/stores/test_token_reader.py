@@ -25,7 +25,7 @@ from dalle_cli.stores.tokens import CACHED_ROWS, TokenReader
 
 FILE, ROWS, TEXT, GRID = 16, 400, 3, 2
 ROW_BYTES = 2 * TEXT + 2 + 2 * GRID * GRID + 1
-"""Of text, text_length, image and image_ok."""
+"""Bytes of a row of text, text_length, image and image_ok."""
 
 
 @pytest.fixture(scope="module")
