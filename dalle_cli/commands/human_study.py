@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dalle_cli.commands.options import Command, named_systems
+from dalle_cli.commands.options import named_systems
 
 if TYPE_CHECKING:
     from dalle_cli.human_study.results import StudyFigures
@@ -22,7 +22,7 @@ app = typer.Typer(
 StudyArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The study's folder, as make wrote it.")]
 
 
-@app.command(cls=Command, no_args_is_help=True)
+@app.command(no_args_is_help=True)
 def make(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.")],
     system: Annotated[
@@ -58,7 +58,7 @@ def make(
     typer.echo(out)
 
 
-@app.command(cls=Command, no_args_is_help=True)
+@app.command(no_args_is_help=True)
 def serve(
     out: StudyArgument,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets phones in the same network in.")] = (
@@ -89,7 +89,7 @@ def serve(
             log("stopped; run the same command again to resume")
 
 
-@app.command(cls=Command, no_args_is_help=True)
+@app.command(no_args_is_help=True)
 def report(
     out: StudyArgument,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,

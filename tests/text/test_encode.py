@@ -21,7 +21,7 @@ from dalle_cli.config.schema import Recipe, TokenizerSettings
 from dalle_cli.data.open_source import open_source
 from dalle_cli.errors import UserError
 from dalle_cli.stores.checkpoint import open_checkpoint
-from dalle_cli.stores.tokens import PartWriter
+from dalle_cli.stores.token_writer import PartWriter
 from dalle_cli.text.bpe import Tokenizer
 from dalle_cli.text.encode import CaptionEncoder
 from dalle_cli.text.tokenize import tokenize_source
@@ -153,10 +153,10 @@ def test_held_out_captions_and_those_of_a_source_are_drawn_as_training_has_them(
         (data / f"{number:02d}.txt").write_text(caption)
     source = open_source(str(data))
     tokenize_source(recipe, source, Tokenizer.load(places.tokenizer), places.tokens)
-    writer = PartWriter(places.tokens, "image", {})
     image, whole = np.zeros((20, 4, 4), np.uint16), np.ones(20, np.uint8)
-    writer.append([source.key(row) for row in range(20)], {"image": image, "image_ok": whole}, {})
-    writer.finish()
+    with PartWriter(places.tokens, "image", {}, 20) as writer:
+        writer.append([source.key(row) for row in range(20)], {"image": image, "image_ok": whole}, {})
+        writer.finish()
     held_out = call("sample", places.prior, "--held-out", "--limit", 9, "--n", 1)
     prompts = {line["prompt"] for line in held_out.lines}
     assert LONG.strip() in prompts

@@ -38,9 +38,9 @@ from dalle_cli.data.open_source import open_source
 from dalle_cli.errors import UserError
 from dalle_cli.prior.train import PriorTask
 from dalle_cli.shapes.world import make_shapes
-from dalle_cli.stores.merge import merge_store
 from dalle_cli.stores.shards import Shard
-from dalle_cli.stores.tokens import PartWriter, TokenReader
+from dalle_cli.stores.token_writer import PartWriter
+from dalle_cli.stores.tokens import TokenReader
 from dalle_cli.text.bpe import train_bpe
 from dalle_cli.text.encode import CaptionEncoder
 from dalle_cli.text.tokenize import tokenize_source, train_tokenizer
@@ -84,7 +84,7 @@ def test_an_epoch_takes_its_version_of_each_caption(tmp_path: Path, dropout: flo
     assert made.captions == sum(row["usable"] for row in expected)
     assert made.overlong == sum(row["overlong"] for row in expected) > 0
     state = reader.part("text")
-    assert state["counts"] == {"captions": made.captions, "overlong": made.overlong}
+    assert state.counts == {"captions": made.captions, "overlong": made.overlong}
     group: Any = zarr.open_group(str(tmp_path / "t"), mode="r")
     most = max(len(row["versions"]) for row in expected)
     assert group["text_epochs"].shape == (rows, most, 9)
@@ -111,7 +111,6 @@ def test_shares_join_to_the_bytes_of_one_process(tmp_path: Path) -> None:
             tokenize_source(recipe, source, tokenizer(), whole)
             for number in (3, 1, 2):
                 tokenize_source(recipe, source, tokenizer(), joined, Shard(number, 3))
-            merge_store(joined)
         assert files(joined) == files(whole)
 
 
@@ -123,7 +122,7 @@ def test_filtered_captions_are_left_out_and_counted(tmp_path: Path) -> None:
     assert (made.rows, made.captions, made.skipped) == (4, 1, 3)
     reader = TokenReader(tmp_path / "t")
     assert reader.strings("caption", range(4)) == ["a tiny red circle", "", "", ""]
-    assert reader.part("text")["skipped"] == {"filtered: min_words": 2, "no caption": 1}
+    assert reader.part("text").skipped == {"filtered: min_words": 2, "no caption": 1}
     lines = [json.loads(line) for line in (tmp_path / "t" / "skipped-text.jsonl").read_text().splitlines()]
     assert [line["key"] for line in lines] == ["key-1", "key-2", "key-3"]
     with pytest.raises(UserError, match="made with filters"):
@@ -140,7 +139,7 @@ def test_a_store_of_the_first_format_is_refused(tmp_path: Path) -> None:
     group: Any = zarr.open_group(str(tmp_path / "t"), mode="a")
     assert group.attrs["version"] == 2
     group.attrs["version"] = 1
-    for opening in (lambda: TokenReader(tmp_path / "t"), lambda: PartWriter(tmp_path / "t", "text", {})):
+    for opening in (lambda: TokenReader(tmp_path / "t"), lambda: PartWriter(tmp_path / "t", "text", {}, 1)):
         with pytest.raises(UserError, match="format 1; delete it and make it again") as refused:
             opening()
         assert str(tmp_path / "t") in str(refused.value)
@@ -165,7 +164,7 @@ def test_a_store_ends_with_the_same_bytes_wherever_its_writer_died(
 ) -> None:
     """It dies after any array of any shard is made or widened, or before a commit."""
     source, recipe = uneven(23), recipe_with(dropout=dropout, dropout_epochs=2)
-    real_array, real_commit = PartWriter._array, PartWriter.commit
+    real_array, real_commit = PartWriter._open_array, PartWriter._commit
     with TemporaryDirectory() as folder, shards_of(4):
         calm, struck = Path(folder) / "calm", Path(folder) / "struck"
         tokenize_source(recipe, source, tokenizer(), calm)
@@ -187,8 +186,8 @@ def test_a_store_ends_with_the_same_bytes_wherever_its_writer_died(
                 real_commit(self, *given)
 
             with (
-                mock.patch.object(PartWriter, "_array", array),
-                mock.patch.object(PartWriter, "commit", commit),
+                mock.patch.object(PartWriter, "_open_array", array),
+                mock.patch.object(PartWriter, "_commit", commit),
                 suppress(Killed),
             ):
                 tokenize_source(recipe, source, tokenizer(), struck)
@@ -217,12 +216,11 @@ def test_processes_and_threads_change_no_byte(tmp_path: Path) -> None:
 def test_twenty_kills_at_random_moments_change_no_byte(tmp_path: Path) -> None:
     rows, kills, rng = 2400, 20, random.Random(0)
     assert child(rows, tmp_path / "calm", tmp_path / "words", "train").wait(300) == 0
-    attributes = tmp_path / "struck" / "zarr.json"
 
     def committed() -> int:
         try:
-            return int(json.loads(attributes.read_text())["attributes"]["text"]["rows"])
-        except (FileNotFoundError, KeyError):
+            return TokenReader(tmp_path / "struck").part("text").rows
+        except UserError:
             return 0
 
     stood = []
@@ -249,10 +247,10 @@ def test_both_trainings_draw_a_caption_an_epoch_and_validate_on_the_first(tmp_pa
     pictures = open_source(str(recipe.data.train))
     source = Captions([random.Random(row).sample(CORPUS, 1 + row % 3) for row in range(12)])
     tokenize_source(recipe, source, tokenizer(), tmp_path / "t")
-    writer = PartWriter(tmp_path / "t", "image", {})
     image = np.random.default_rng(0).integers(0, 16, (12, 4, 4)).astype(np.uint16)
-    writer.append([source.key(row) for row in range(12)], {"image": image, "image_ok": np.ones(12, np.uint8)}, {})
-    writer.finish()
+    with PartWriter(tmp_path / "t", "image", {}, 12) as writer:
+        writer.append([source.key(row) for row in range(12)], {"image": image, "image_ok": np.ones(12, np.uint8)}, {})
+        writer.finish()
 
     reader = TokenReader(tmp_path / "t")
     expected = reference_rows([captions or [] for captions in source.all], recipe.tokenizer, recipe.seed, 0)
@@ -298,6 +296,8 @@ def test_the_commands_count_what_they_did(call: Call, tmp_path: Path) -> None:
         {"key": "1", "reason": "caption of more than 48 tokens"},
         {"key": "2", "reason": "the caption is empty"},
     ]
-    share = call("tokenize-text", recipe, "--shard", "1/2").out.strip()
-    assert share == str(Shard(1, 2).store(store, "text"))
+    shutil.rmtree(store)
+    done = call("tokenize-text", recipe, "--shard", "1/2")
+    assert done.out == f"{store}\n"
+    assert f"{store}: share 1/2 of its text part is complete; unfinished: 2/2" in done.err
     assert "--shard 3/2" in call("tokenize-text", recipe, "--shard", "3/2").mistake()

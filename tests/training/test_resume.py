@@ -13,6 +13,10 @@ import pytest
 from helpers.killed_runs import SHARD, SMALL_SHARDS, Command, files, finish, journal_lines, kill
 from helpers.running import DALLE, Chain
 
+from dalle_cli.errors import UserError
+from dalle_cli.stores.shards import Part
+from dalle_cli.stores.tokens import TokenReader
+
 KILLS = 3
 
 
@@ -33,14 +37,15 @@ def kill_often(
     return progressed
 
 
-def rows_in(store: Path, part: str | None) -> Callable[[], int]:
+def rows_in(store: Path, part: Part | None) -> Callable[[], int]:
     """Return a function that reads the number of committed rows while the store is being written."""
 
     def rows() -> int:
         try:
-            attributes = json.loads((store / "zarr.json").read_text())["attributes"]
-            return int((attributes[part] if part else attributes)["rows"])
-        except (FileNotFoundError, KeyError):
+            if part:
+                return TokenReader(store).part(part).rows
+            return int(json.loads((store / "zarr.json").read_text())["attributes"]["rows"])
+        except (FileNotFoundError, KeyError, UserError):
             return 0
 
     return rows
