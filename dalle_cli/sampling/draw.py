@@ -72,18 +72,16 @@ def draw_tokens(logits: Tensor, uniforms: Tensor) -> Tensor:
 def sample_images(
     decoder: Decoder,
     text_ids: Tensor,
-    n: int,
     uniforms: Tensor,
     settings: SamplingSettings,
     prefix: Tensor | None = None,
     empty: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Draw ``n`` images for each of C captions.
+    """Draw n images for each of C captions.
 
     Args:
         decoder: the prior.
         text_ids: (C, T) text ids with paddings.
-        n: samples of each caption.
         uniforms: (C, n, S) float64 in [0, 1), one for each token.
         settings: temperature, top_k, top_p, guidance, and batch_size, the samples drawn at once: all if None.
         prefix: (C, P) first image tokens, given rather than drawn (image-to-image), P < S; None for no tokens.
@@ -93,9 +91,11 @@ def sample_images(
         Tokens (C, n, S) int64 with the prefix, and the log-likelihood (C, n) float64, in nats, of the drawn tokens
         under the model itself: at temperature 1, unfiltered and unguided.
     """
-    captions, length = text_ids.shape[0], decoder.image_length
-    if uniforms.shape != (captions, n, length):
-        raise ValueError(f"uniforms have shape {tuple(uniforms.shape)}, not {(captions, n, length)}")
+    captions, n, length = uniforms.shape
+    if captions != len(text_ids) or length != decoder.image_length:
+        raise ValueError(
+            f"uniforms have shape {tuple(uniforms.shape)}, not ({len(text_ids)}, n, {decoder.image_length})"
+        )
     if prefix is None:
         prefix = text_ids.new_zeros(captions, 0)
     given = prefix.shape[1]

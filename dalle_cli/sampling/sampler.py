@@ -54,7 +54,6 @@ class _LoadedModels:
         tokens, scores = sample_images(
             self.decoder,
             self.text_ids[some],
-            len(indices),
             uniforms.to(self.decoder.device),
             request.settings.model_copy(update={"batch_size": None}),
             self.given[some],

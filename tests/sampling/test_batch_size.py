@@ -39,7 +39,7 @@ def peak():
 def draw(count):
     ids = torch.arange(16)[None]
     settings = SamplingSettings(guidance=2.0 if guided else 1.0)
-    sample_images(decoder, ids, count, torch.rand(1, count, 64, dtype=torch.float64), settings, empty=ids[0])
+    sample_images(decoder, ids, torch.rand(1, count, 64, dtype=torch.float64), settings, empty=ids[0])
 
 def decode(count):
     decode_pictures(dvae, torch.zeros(count, 8, 8, dtype=torch.long), 0.1)

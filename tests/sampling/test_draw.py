@@ -121,7 +121,7 @@ def test_frequencies_are_the_models_probabilities(vocab: int, temperature: float
     ids = captions(prior, 2)
     images = torch.tensor(list(itertools.product(range(vocab), repeat=4)))
     settings_ = SamplingSettings(temperature=temperature, batch_size=2000)
-    tokens, log_likelihood = sample_images(Decoder(prior), ids, n, uniforms(2, n, 4), settings_)
+    tokens, log_likelihood = sample_images(Decoder(prior), ids, uniforms(2, n, 4), settings_)
     for c in range(2):
         repeated = ids[c].expand(len(images), -1)
         whole = prior.log_likelihood(repeated, images).exp()
@@ -146,11 +146,11 @@ def test_frequencies_are_the_models_probabilities(vocab: int, temperature: float
 def test_nothing_depends_on_the_batch_size() -> None:
     prior, count, n = tiny(7, 3), 3, 5
     ids, u = captions(prior, count), uniforms(count, n, 9)
-    runs = [sample_images(Decoder(prior), ids, n, u, SamplingSettings(batch_size=size)) for size in (1, 2, 5, 10, 64)]
+    runs = [sample_images(Decoder(prior), ids, u, SamplingSettings(batch_size=size)) for size in (1, 2, 5, 10, 64)]
     for tokens, log_likelihood in runs:
         assert tokens.equal(runs[0][0])
         assert torch.allclose(log_likelihood, runs[0][1], atol=1e-5)
-    alone = sample_images(Decoder(prior), ids[1:2], 2, u[1:2, 1:3], SamplingSettings())[0]
+    alone = sample_images(Decoder(prior), ids[1:2], u[1:2, 1:3], SamplingSettings())[0]
     assert alone.equal(runs[0][0][1:2, 1:3])
 
 
@@ -159,7 +159,7 @@ def test_prefix_stays_and_is_not_scored(given: int) -> None:
     prior, n = tiny(7, 3), 3
     ids, u = captions(prior, 2), uniforms(2, n, 9)
     prefix = torch.randint(7, (2, given), generator=torch.Generator().manual_seed(9))
-    tokens, log_likelihood = sample_images(Decoder(prior), ids, n, u, SamplingSettings(batch_size=2), prefix)
+    tokens, log_likelihood = sample_images(Decoder(prior), ids, u, SamplingSettings(batch_size=2), prefix)
     assert tokens[..., :given].equal(prefix[:, None].expand(-1, n, -1))
     with torch.no_grad():
         logits = prior.image_logits(prior(ids.repeat_interleave(n, 0), tokens.flatten(0, 1))).double()
@@ -181,7 +181,7 @@ n = int(sys.argv[1])
 prior = Prior(PriorModel(layers=8, heads=4, d_head=32, d_model=128, grid=8, layout="column ..."), 16, 32, 64)
 uniforms = torch.rand(1, n, 64, dtype=torch.float64)
 ids = prior.with_padding(torch.zeros(1, 16), torch.tensor([9]))
-sample_images(Decoder(prior), ids, n, uniforms, SamplingSettings(batch_size=int(sys.argv[2])))
+sample_images(Decoder(prior), ids, uniforms, SamplingSettings(batch_size=int(sys.argv[2])))
 print(next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line))
 """
 
@@ -202,7 +202,7 @@ def test_more_samples_of_a_caption_need_no_more_memory() -> None:
 def test_temperature_0_takes_the_likeliest() -> None:
     prior = tiny(7, 3)
     ids = captions(prior, 2)
-    tokens, log_likelihood = sample_images(Decoder(prior), ids, 2, uniforms(2, 2, 9), SamplingSettings(temperature=0))
+    tokens, log_likelihood = sample_images(Decoder(prior), ids, uniforms(2, 2, 9), SamplingSettings(temperature=0))
     with torch.no_grad():
         likeliest = prior.image_logits(prior(ids, tokens[:, 0])).argmax(-1)
     assert tokens[:, 0].equal(likeliest)
@@ -237,10 +237,10 @@ def test_guided_samples_are_the_naive_ones(guidance: float, top_k: int | None, g
     ids, u = captions(prior, 2), uniforms(2, n, 9)
     prefix = torch.randint(7, (2, given), generator=torch.Generator().manual_seed(9))
     wanted = [[naive_guided(prior, ids[c], u[c, i], guidance, top_k, prefix[c]) for i in range(n)] for c in range(2)]
-    plain = sample_images(Decoder(prior), ids, n, u, SamplingSettings(), prefix)
+    plain = sample_images(Decoder(prior), ids, u, SamplingSettings(), prefix)
     for size in (None, 1, 2, 4):
         settings_ = SamplingSettings(guidance=guidance, top_k=top_k, batch_size=size)
-        tokens, log_likelihood = sample_images(Decoder(prior), ids, n, u, settings_, prefix, empty=empty_caption(prior))
+        tokens, log_likelihood = sample_images(Decoder(prior), ids, u, settings_, prefix, empty=empty_caption(prior))
         assert tokens.equal(torch.stack([torch.stack([image for image, _ in row]) for row in wanted]))
         scores = torch.stack([torch.stack([score for _, score in row]) for row in wanted])
         assert torch.allclose(log_likelihood, scores, atol=1e-4)
@@ -251,20 +251,20 @@ def test_guidance_of_1_is_the_prior_itself_and_of_0_knows_no_caption() -> None:
     prior, n = tiny(7, 3), 4
     ids, u, empty = captions(prior, 2), uniforms(2, n, 9), empty_caption(prior)
     decoder = Decoder(prior)
-    plain = sample_images(decoder, ids, n, u, SamplingSettings())
-    one = sample_images(decoder, ids, n, u, SamplingSettings(guidance=1.0), empty=empty)
+    plain = sample_images(decoder, ids, u, SamplingSettings())
+    one = sample_images(decoder, ids, u, SamplingSettings(guidance=1.0), empty=empty)
     assert one[0].equal(plain[0])
     assert one[1].equal(plain[1])
-    blind = sample_images(decoder, ids, n, u, SamplingSettings(guidance=0.0), empty=empty)[0]
-    assert blind.equal(sample_images(decoder, empty.expand(2, -1), n, u, SamplingSettings())[0])
+    blind = sample_images(decoder, ids, u, SamplingSettings(guidance=0.0), empty=empty)[0]
+    assert blind.equal(sample_images(decoder, empty.expand(2, -1), u, SamplingSettings())[0])
     with pytest.raises(ValueError, match="empty caption"):
-        sample_images(decoder, ids, n, u, SamplingSettings(guidance=2.0))
+        sample_images(decoder, ids, u, SamplingSettings(guidance=2.0))
 
 
 def test_filters_reach_the_samples() -> None:
     prior = tiny(7, 3)
     ids, u = captions(prior, 1), uniforms(1, 40, 9)
-    tokens, _ = sample_images(Decoder(prior), ids, 40, u, SamplingSettings(top_k=2))
+    tokens, _ = sample_images(Decoder(prior), ids, u, SamplingSettings(top_k=2))
     with torch.no_grad():
         logits = prior.image_logits(prior(ids.expand(40, -1), tokens[0]))
     rank = (logits > logits.gather(-1, tokens[0][..., None])).sum(-1)
@@ -275,8 +275,8 @@ def test_wrong_shapes_are_refused() -> None:
     prior = tiny()
     ids = captions(prior, 2)
     with pytest.raises(ValueError, match="uniforms"):
-        sample_images(Decoder(prior), ids, 2, uniforms(2, 2, 3), SamplingSettings())
+        sample_images(Decoder(prior), ids, uniforms(2, 2, 3), SamplingSettings())
     for shape in ((2, 5), (2, 4), (1, 3)):
         prefix = torch.zeros(shape, dtype=torch.long)
         with pytest.raises(ValueError, match="prefix"):
-            sample_images(Decoder(prior), ids, 2, uniforms(2, 2, 4), SamplingSettings(), prefix)
+            sample_images(Decoder(prior), ids, uniforms(2, 2, 4), SamplingSettings(), prefix)

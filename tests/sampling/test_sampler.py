@@ -119,9 +119,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
     original = pipeline.sample_images
 
-    def counting(decoder: Any, text_ids: Any, n: int, *arguments: Any, **more: Any) -> Any:
-        sizes.append(len(text_ids) * n)
-        return original(decoder, text_ids, n, *arguments, **more)
+    def counting(decoder: Any, text_ids: Any, uniforms: Any, *arguments: Any, **more: Any) -> Any:
+        sizes.append(uniforms.shape[0] * uniforms.shape[1])
+        return original(decoder, text_ids, uniforms, *arguments, **more)
 
     monkeypatch.setattr(pipeline, "sample_images", counting)
     return sizes
@@ -328,10 +328,10 @@ def test_a_full_gpu_halves_the_batch(
     sampler: Sampler, whole: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def holds(most: int) -> Callable[..., Any]:
-        def draw(decoder: Any, text_ids: Any, n: int, *arguments: Any, **more: Any) -> Any:
-            if len(text_ids) * n > most:
+        def draw(decoder: Any, text_ids: Any, uniforms: Any, *arguments: Any, **more: Any) -> Any:
+            if uniforms.shape[0] * uniforms.shape[1] > most:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
-            return original(decoder, text_ids, n, *arguments, **more)
+            return original(decoder, text_ids, uniforms, *arguments, **more)
 
         return draw
 

@@ -79,7 +79,7 @@ def _sampling(recipe: Recipe, device: str) -> dict[str, Any]:
     uniforms = torch.rand(1, SAMPLES, decoder.image_length, dtype=torch.float64, device=device)
 
     def draw() -> None:
-        sample_images(decoder, text_ids, SAMPLES, uniforms, SamplingSettings(batch_size=SAMPLES))
+        sample_images(decoder, text_ids, uniforms, SamplingSettings(batch_size=SAMPLES))
 
     seconds = race({"images": Contender(draw)}, 1, device)["images"]
     read = bytes_read(decoder, SAMPLES)

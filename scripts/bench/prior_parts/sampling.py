@@ -150,7 +150,7 @@ def _ours(decoder: Decoder, precision: Precision, batch: int, captions: int) -> 
         max(1, decoder.grid - 1),
         lambda place: our_turn(decoder, text_ids, place, uniforms),
         lambda: decoder.prefill(text_ids).fork(n),
-        lambda: sample_images(decoder, text_ids, n, uniforms, settings),
+        lambda: sample_images(decoder, text_ids, uniforms, settings),
     )
 
 

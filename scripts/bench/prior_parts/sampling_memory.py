@@ -64,5 +64,5 @@ def _peak(sizes: Sizes, precision: Precision | None, batch: int) -> tuple[float,
         decoder = Decoder(prior, precision)
         del prior
         held = memory.held()
-        sample_images(decoder, text_ids, batch, uniforms, SamplingSettings(batch_size=batch), prefix)
+        sample_images(decoder, text_ids, uniforms, SamplingSettings(batch_size=batch), prefix)
     return held, memory.peak()

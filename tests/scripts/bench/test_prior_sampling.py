@@ -58,7 +58,7 @@ def test_a_turn_is_one_of_sampling(place: int, captions: int, n: int) -> None:
     decoder = Decoder(build_prior(SMALL).eval().requires_grad_(False))
     text_ids, given = texts(decoder, captions), torch.zeros(captions, place, dtype=torch.int64)
     uniforms = torch.rand(captions, n, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    wanted, _ = sample_images(decoder, text_ids, n, uniforms, SamplingSettings(), given)
+    wanted, _ = sample_images(decoder, text_ids, uniforms, SamplingSettings(), given)
     turn = our_turn(decoder, text_ids, place, uniforms)
     for position in range(place, place + 3):
         assert turn().equal(wanted[..., position])
