@@ -13,20 +13,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from queue import Full, Queue
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dalle_cli.clip.scoring import Scorer
 from dalle_cli.data.images import read_picture
-from dalle_cli.data.source import is_unicode
+from dalle_cli.data.sample_lines import SampleLine
 from dalle_cli.data.workers import available_cores
 from dalle_cli.errors import UserError
 from dalle_cli.progress import log
 
-Line = dict[str, Any]
-"""A sample as ``dalle sample`` prints it: it has ``prompt`` and ``png``, and any other keys are passed on."""
 BATCH = 64
 BATCHES_AHEAD = 3
 """Number of batches that reading and decoding run ahead of the model."""
@@ -35,42 +32,9 @@ PIECE = 32
 MAX_DECODERS = 16
 
 
-def read_manifest(lines: Iterable[str], name: str) -> Iterator[Line]:
-    """Yield the JSON lines of ``dalle sample``, as they come in.
-
-    Args:
-        lines: the lines.
-        name: name of their file, for errors.
-
-    Raises:
-        UserError: a line is no JSON object with ``prompt`` and ``png``.
-    """
-    for number, text in enumerate(_texts(lines, name), start=1):
-        if not text.strip():
-            continue
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{name}, line {number}: not JSON ({error}); give the lines of dalle sample") from None
-        if (
-            not isinstance(line, dict)
-            or not isinstance(line.get("prompt"), str)
-            or not isinstance(line.get("png"), str)
-        ):
-            raise UserError(f"{name}, line {number}: has no 'prompt' and 'png'; give the lines of dalle sample")
-        if not is_unicode(line["prompt"]):
-            raise UserError(f"{name}, line {number}: its prompt is not valid Unicode; give the lines of dalle sample")
-        yield line
-
-
-def _texts(lines: Iterable[str], name: str) -> Iterator[str]:
-    try:
-        yield from lines
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name}: not text ({error.reason}); give the lines of dalle sample") from None
-
-
-def rerank(lines: Iterable[Line], scorer: Scorer, *, batch: int = BATCH, gather: bool = False) -> Iterator[list[Line]]:
+def rerank(
+    lines: Iterable[SampleLine], scorer: Scorer, *, batch: int = BATCH, gather: bool = False
+) -> Iterator[list[SampleLine]]:
     """Yield each prompt's lines with ``score`` (cosine similarity), ``rank`` (from 1) and ``scorer``, best first.
 
     A prompt's lines are yielded when the next prompt begins and their batch is scored, so a stream of many prompts is
@@ -85,7 +49,7 @@ def rerank(lines: Iterable[Line], scorer: Scorer, *, batch: int = BATCH, gather:
     Raises:
         UserError: a picture is missing or cannot be read, or has another size than the others of its store.
     """
-    pools: dict[str, list[Line]] = {}
+    pools: dict[str, list[SampleLine]] = {}
     done: set[str] = set()
     warned = False
     for line in score(lines, scorer, batch):
@@ -108,13 +72,13 @@ def rerank(lines: Iterable[Line], scorer: Scorer, *, batch: int = BATCH, gather:
         log(f"rerank: captions cut to the tokens that CLIP reads: {scorer.captions_cut}")
 
 
-def best_of_all(pools: Iterable[list[Line]], top: int | None) -> list[Line]:
+def best_of_all(pools: Iterable[list[SampleLine]], top: int | None) -> list[SampleLine]:
     """Return the best lines of all prompts together, with new ranks; all lines if ``top`` is None."""
     lines = sorted((line for pool in pools for line in pool), key=lambda line: -line["score"])
     return [{**line, "rank": rank} for rank, line in enumerate(lines[:top], start=1)]
 
 
-def score(lines: Iterable[Line], scorer: Scorer, batch: int = BATCH) -> Iterator[Line]:
+def score(lines: Iterable[SampleLine], scorer: Scorer, batch: int = BATCH) -> Iterator[SampleLine]:
     """Yield the lines with an unrounded ``score``, in their order.
 
     A batch is always ``batch`` lines, however slowly they come in, so the same lines have the same scores. Features of
@@ -141,10 +105,10 @@ def score(lines: Iterable[Line], scorer: Scorer, batch: int = BATCH) -> Iterator
 
 Piece = list[tuple[Tensor, tuple[int, ...]]]
 """Prepared pictures, each with its height and width."""
-Batch = tuple[list[Line], list[Future[Piece]]]
+Batch = tuple[list[SampleLine], list[Future[Piece]]]
 
 
-def _prepared(lines: Iterable[Line], scorer: Scorer, batch: int) -> Iterator[Batch]:
+def _prepared(lines: Iterable[SampleLine], scorer: Scorer, batch: int) -> Iterator[Batch]:
     """Yield batches of lines with their pictures, which threads prepare; a thread reads up to BATCHES_AHEAD ahead.
 
     Where the model uses all cores, a batch's pictures are prepared before the model runs. Prepared at the same time,
@@ -163,11 +127,11 @@ def _prepared(lines: Iterable[Line], scorer: Scorer, batch: int) -> Iterator[Bat
                 continue
         return False
 
-    def prepare(piece: list[Line]) -> Piece:
+    def prepare(piece: list[SampleLine]) -> Piece:
         pictures = (read_picture(Path(line["png"]), "draw it again with dalle sample") for line in piece)
         return [(scorer.prepare(picture), picture.shape[:2]) for picture in pictures]
 
-    def begin(chunk: list[Line]) -> list[Future[Piece]]:
+    def begin(chunk: list[SampleLine]) -> list[Future[Piece]]:
         return [pool.submit(prepare, chunk[start : start + PIECE]) for start in range(0, len(chunk), PIECE)]
 
     def read() -> None:
@@ -194,18 +158,18 @@ def _prepared(lines: Iterable[Line], scorer: Scorer, batch: int) -> Iterator[Bat
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _ranked(pool: list[Line], scorer: Scorer) -> list[Line]:
+def _ranked(pool: list[SampleLine], scorer: Scorer) -> list[SampleLine]:
     # Python's sort is stable, so ties keep the order of the samples.
     ordered = sorted(pool, key=lambda line: -line["score"])
     return [{**line, "rank": rank, "scorer": scorer.name} for rank, line in enumerate(ordered, start=1)]
 
 
-def printed(line: Line) -> str:
+def printed(line: SampleLine) -> str:
     """Return the line as JSON, its score rounded to six digits."""
     return json.dumps({**line, "score": round(line["score"], 6)}, ensure_ascii=False)
 
 
-def _check_size(line: Line, size: tuple[int, ...], sizes: dict[str, tuple[int, ...]]) -> None:
+def _check_size(line: SampleLine, size: tuple[int, ...], sizes: dict[str, tuple[int, ...]]) -> None:
     """Refuse a picture of another size than its store's others, which ``dalle sample`` did not write."""
     store = line.get("store")
     if not isinstance(store, str):

@@ -89,14 +89,14 @@ SHEET_CAPTIONS = 24
 
 
 def _lines(manifests: list[Path]) -> Iterator[dict[str, Any]]:
-    from dalle_cli.clip.rerank import read_manifest
+    from dalle_cli.data.sample_lines import read_sample_lines
     from dalle_cli.errors import UserError
     from dalle_cli.stores.scores import sample_stores, store_lines
 
     if not manifests:
         # Not sys.stdin itself, which Python closes at exit, when a thread may still wait for it.
         with open(sys.stdin.fileno(), encoding="utf-8", closefd=False) as stream:
-            yield from read_manifest(stream, "stdin")
+            yield from read_sample_lines(stream, "stdin")
     for manifest in manifests:
         if manifest.is_dir() and (stores := sample_stores(manifest)):
             for store in stores:
@@ -104,7 +104,7 @@ def _lines(manifests: list[Path]) -> Iterator[dict[str, Any]]:
             continue
         try:
             with manifest.open(encoding="utf-8") as stream:
-                yield from read_manifest(stream, str(manifest))
+                yield from read_sample_lines(stream, str(manifest))
         except OSError as error:
             raise UserError(
                 f"{manifest}: cannot be read ({error.strerror}); name a file of dalle sample's lines"

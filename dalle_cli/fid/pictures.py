@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dalle_cli.clip.rerank import read_manifest
 from dalle_cli.data.images import BadImage, decode_image, eval_crop, read_header
 from dalle_cli.data.open_source import is_manifest, open_source
+from dalle_cli.data.sample_lines import read_sample_lines
 from dalle_cli.data.source import BadSample, Source, read_image_file
 from dalle_cli.errors import UserError
 
@@ -206,7 +206,7 @@ def open_pictures(spec: str, image_size: int) -> FilePictures | SourcePictures:
     folder = Path(spec)
     if folder.suffix == ".jsonl" and folder.is_file() and not is_manifest(folder):
         with folder.open(encoding="utf-8") as lines:
-            return FilePictures([Path(line["png"]) for line in read_manifest(lines, spec)], image_size)
+            return FilePictures([Path(line["png"]) for line in read_sample_lines(lines, spec)], image_size)
     if folder.is_dir():
         paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
         if paths:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dalle_cli.clip.rerank import read_manifest
 from dalle_cli.data.captions import normal_id
 from dalle_cli.data.open_source import is_manifest
+from dalle_cli.data.sample_lines import SampleLine, read_sample_lines
 from dalle_cli.data.source import BadSample, read_caption_file
 from dalle_cli.errors import UserError
 from dalle_cli.fid.pictures import FilePictures, Pictures, PictureSubset, SourcePictures, open_pictures
@@ -20,7 +20,6 @@ from dalle_cli.randomness import numpy_generator
 from dalle_cli.shapes.accuracy import Pool, group_by_caption
 from dalle_cli.stores.scores import sample_stores, store_lines
 
-Line = dict[str, Any]
 MAX_SOURCE_CAPTIONS = 50_000
 """Largest source whose captions are read; they only serve to show its pictures beside generated ones."""
 Origin = Literal["lines", "named files", "pictures"]
@@ -73,7 +72,7 @@ def open_system(
     path = Path(spec)
     if path.suffix == ".jsonl" and path.is_file() and not is_manifest(path):
         with path.open(encoding="utf-8") as stream:
-            lines = list(read_manifest(stream, spec))
+            lines = list(read_sample_lines(stream, spec))
     elif stores := sample_stores(path):
         lines = [line for store in stores for line in store_lines(store)]
     else:
@@ -93,15 +92,17 @@ def open_system(
     return _limited(System(name, spec, pictures, prompts, ranked, "lines"), limit, seed)
 
 
-def _with_ranks(lines: list[Line]) -> list[Line]:
+def _with_ranks(lines: list[SampleLine]) -> list[SampleLine]:
     """Give a store's lines ranks, which part equal scores by the order of the rows."""
     return [line if isinstance(line.get("rank"), int) else {**line, "rank": place} for place, line in enumerate(lines)]
 
 
-def _lines_of_captions(name: str, spec: str, lines: list[Line], captions: Mapping[str, str]) -> list[list[Line]]:
+def _lines_of_captions(
+    name: str, spec: str, lines: list[SampleLine], captions: Mapping[str, str]
+) -> list[list[SampleLine]]:
     """Return the lines of each caption, in the captions' order, with the caption as prompt."""
     by_id, by_prompt = (_grouped(lines, key) for key in ("id", "prompt"))
-    groups: list[list[Line]] = []
+    groups: list[list[SampleLine]] = []
     missing = []
     for identity, caption in captions.items():
         found = by_id.get(identity) or by_prompt.get(caption)
@@ -113,8 +114,8 @@ def _lines_of_captions(name: str, spec: str, lines: list[Line], captions: Mappin
     return groups
 
 
-def _grouped(lines: list[Line], key: str) -> dict[str, list[Line]]:
-    groups: dict[str, list[Line]] = {}
+def _grouped(lines: list[SampleLine], key: str) -> dict[str, list[SampleLine]]:
+    groups: dict[str, list[SampleLine]] = {}
     for line in lines:
         if key in line:
             value = str(line[key]).strip()

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dalle_cli.clip.rerank import read_manifest
 from dalle_cli.data.captions import normal_id
+from dalle_cli.data.sample_lines import read_sample_lines
 from dalle_cli.data.source import IMAGE_EXTENSIONS, split_extension
 from dalle_cli.errors import UserError
 
@@ -93,7 +93,7 @@ def _named_files(folder: Path) -> dict[str, Path]:
 def _by_prompt(path: Path, spec: str) -> dict[str, Path]:
     chosen: dict[str, tuple[bool, Path]] = {}
     with path.open(encoding="utf-8") as lines:
-        for line in read_manifest(lines, spec):
+        for line in read_sample_lines(lines, spec):
             prompt, picture, best = line["prompt"].strip(), Path(line["png"]), line.get("rank") == 1
             if best and prompt in chosen and chosen[prompt][0] and chosen[prompt][1] != picture:
                 raise UserError(f"{spec}: two pictures have rank 1 for {prompt!r}; rank them together")

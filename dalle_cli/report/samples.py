@@ -8,8 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from dalle_cli.clip.rerank import read_manifest
 from dalle_cli.data.images import BadImage, decode_image, eval_crop
+from dalle_cli.data.sample_lines import read_sample_lines
 from dalle_cli.data.source import BadSample, Source
 from dalle_cli.errors import UserError
 from dalle_cli.progress import progress
@@ -57,7 +57,7 @@ def read_ranked(file: Path) -> list[Pool]:
     """
     try:
         with file.open(encoding="utf-8") as stream:
-            ranked = group_by_caption(read_manifest(stream, str(file)), str(file))
+            ranked = group_by_caption(read_sample_lines(stream, str(file)), str(file))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: cannot be read ({error}); name a file of dalle rerank's lines") from None
     if not ranked:

@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dalle_cli.data.images import read_picture
+from dalle_cli.data.sample_lines import SampleLine
 from dalle_cli.errors import UserError
 from dalle_cli.shapes.oracle import detect, matches_claim
 from dalle_cli.shapes.world import HELD_OUT, Claim, parse_caption
 
-Line = dict[str, Any]
 """A line of ``dalle rerank``."""
 Group = Literal["seen pairs", "held-out pairs"]
 GROUPS: tuple[Group, ...] = ("seen pairs", "held-out pairs")
@@ -33,7 +33,7 @@ class Pool:
     """The samples of one caption, best first by CLIP."""
 
     prompt: str
-    lines: tuple[Line, ...]
+    lines: tuple[SampleLine, ...]
 
     @property
     def whole(self) -> bool:
@@ -50,7 +50,7 @@ class JudgedPool:
     right: tuple[bool, ...]
 
 
-def group_by_caption(lines: Iterable[Line], name: str) -> list[Pool]:
+def group_by_caption(lines: Iterable[SampleLine], name: str) -> list[Pool]:
     """Group ranked lines by caption, captions in the order of their first lines, samples best first.
 
     Samples with the same store, seed and index are the same sample of a repeated caption, and count once.
@@ -62,7 +62,7 @@ def group_by_caption(lines: Iterable[Line], name: str) -> list[Pool]:
     Raises:
         UserError: a line has no score and rank.
     """
-    gathered: dict[str, dict[Any, Line]] = {}
+    gathered: dict[str, dict[Any, SampleLine]] = {}
     for number, line in enumerate(lines, start=1):
         if not isinstance(line.get("score"), float | int) or not isinstance(line.get("rank"), int):
             raise UserError(f"{name}, sample {number}: has no score and rank; give the lines that dalle rerank prints")
@@ -105,7 +105,7 @@ def judge(ranked: Sequence[Pool], advance: Callable[[], None] | None = None) -> 
     return judged
 
 
-def load_picture(line: Line) -> NDArray[np.uint8]:
+def load_picture(line: SampleLine) -> NDArray[np.uint8]:
     """Read the picture (H, W, 3) uint8 of a sample's line.
 
     Raises:

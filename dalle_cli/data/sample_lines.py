@@ -1,0 +1,49 @@
+"""Samples as JSON lines, which ``dalle sample`` and ``dalle rerank`` print and other commands read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from dalle_cli.data.source import is_unicode
+from dalle_cli.errors import UserError
+
+SampleLine = dict[str, Any]
+"""A sample: ``prompt`` and ``png`` always, the other keys of ``stores.samples.manifest_line`` and, once it is ranked,
+``score``, ``rank`` and ``scorer``. Any other keys are passed on, so that ``jq`` may add some."""
+
+
+def read_sample_lines(lines: Iterable[str], name: str) -> Iterator[SampleLine]:
+    """Yield the samples of JSON lines, as they come in.
+
+    Args:
+        lines: the lines.
+        name: name of their file, for errors.
+
+    Raises:
+        UserError: a line is no JSON object with ``prompt`` and ``png``.
+    """
+    for number, text in enumerate(_decoded(lines, name), start=1):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{name}, line {number}: not JSON ({error}); give the lines of dalle sample") from None
+        if (
+            not isinstance(line, dict)
+            or not isinstance(line.get("prompt"), str)
+            or not isinstance(line.get("png"), str)
+        ):
+            raise UserError(f"{name}, line {number}: has no 'prompt' and 'png'; give the lines of dalle sample")
+        if not is_unicode(line["prompt"]):
+            raise UserError(f"{name}, line {number}: its prompt is not valid Unicode; give the lines of dalle sample")
+        yield line
+
+
+def _decoded(lines: Iterable[str], name: str) -> Iterator[str]:
+    try:
+        yield from lines
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: not text ({error.reason}); give the lines of dalle sample") from None
