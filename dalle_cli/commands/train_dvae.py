@@ -32,7 +32,7 @@ def command(
     """Train the discrete VAE, which turns a picture into a grid of image tokens and back.
 
     Killed, it goes on from the newest checkpoint when run again, and ends with the same bytes. Runs on a GPU where
-    there is one, and in several processes with --gpus, or under torchrun, DeepSpeed's launcher or srun, each on its
+    there is one, and in several processes with --gpus, or under torchrun or srun, each on its
     part of every batch.
 
     SIGTERM and SIGUSR1, to any of the processes, have it save at the end of the update in hand and leave with exit

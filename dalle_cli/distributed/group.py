@@ -240,10 +240,10 @@ def form_nodes(group: Group, node_size: int | None) -> Nodes:
     size = node_size or group.local_size
     sizes = group.gather(size)
     if size is None or sizes != [size] * group.size:
-        told = ", ".join(sorted({str(each) for each in sizes}))
+        found = ", ".join(sorted({str(each) for each in sizes}))
         raise UserError(
-            f"prior.sharding: a model is sharded among as many ranks on each machine, here are {told} of "
-            f"{group.size}; start as many on each (torchrun --nproc-per-node), or set prior.sharding.node_size"
+            f"prior.sharding: every machine needs the same number of ranks, here they have {found} of {group.size}; "
+            "start as many on each (torchrun --nproc-per-node), or set prior.sharding.node_size"
         )
     if group.size % size:
         raise UserError(

@@ -63,9 +63,9 @@ def command(made: tuple[Path, Path], out: Path, changes: dict[str, Any]) -> list
 def run_together(commands: list[list[Any]], count: int) -> list[str]:
     """Run ``commands`` on ``count`` ranks and return the stderr of each."""
     processes = start(commands, timeout=600, count=count)
-    told = [process.communicate(timeout=1200) for process in processes]
-    assert [process.returncode for process in processes] == [0] * count, "\n".join(error for _, error in told)
-    return [error for _, error in told]
+    outputs = [process.communicate(timeout=1200) for process in processes]
+    assert [process.returncode for process in processes] == [0] * count, "\n".join(error for _, error in outputs)
+    return [error for _, error in outputs]
 
 
 @pytest.fixture(scope="module")

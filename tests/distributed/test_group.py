@@ -185,18 +185,18 @@ def together(by_hand: Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
     commands.append(command(by_hand, stage, root / "two then one", {**changes, "training.updates": HALF}))
     commands.append([*command(by_hand, "dvae", root / "different", {}), "--set", "seed=RANK"])
     processes = start(commands)
-    told = [process.communicate(timeout=120) for process in processes]
+    outputs = [process.communicate(timeout=120) for process in processes]
     # The last command differs between the ranks, and both refuse it. Of the others only rank 0 prints anything.
     refused = "dalle: rank 1 of 2: not the recipe or checkpoint of rank 0; start all ranks with the same command"
-    assert [process.returncode for process in processes] == [2, 2], told[0][1] + told[1][1]
-    assert told[0][0].splitlines() == [str(root / name / f"step-{WHOLE:08d}") for name in [*CASES, "one then two"]] + [
-        str(root / "two then one" / f"step-{HALF:08d}")
-    ]
-    assert told[0][1].count("validation after") == 4 * WHOLE // 2 + 2 + 2
-    assert told[0][1].splitlines()[-1].startswith(refused)
-    assert told[1][0] == ""
-    assert told[1][1].startswith(refused)
-    assert len(told[1][1].splitlines()) == 1
+    assert [process.returncode for process in processes] == [2, 2], outputs[0][1] + outputs[1][1]
+    assert outputs[0][0].splitlines() == [
+        str(root / name / f"step-{WHOLE:08d}") for name in [*CASES, "one then two"]
+    ] + [str(root / "two then one" / f"step-{HALF:08d}")]
+    assert outputs[0][1].count("validation after") == 4 * WHOLE // 2 + 2 + 2
+    assert outputs[0][1].splitlines()[-1].startswith(refused)
+    assert outputs[1][0] == ""
+    assert outputs[1][1].startswith(refused)
+    assert len(outputs[1][1].splitlines()) == 1
     assert not list((root / "different").iterdir())
     return root
 
@@ -244,8 +244,8 @@ def test_a_rank_that_ends_or_hangs_ends_the_other(
     how: signal.Signals, by_hand: Chain, tmp_path: Path, ended: list[subprocess.Popen[str]]
 ) -> None:
     out = tmp_path / "out"
-    told = command(by_hand, "dvae", out, {"training.updates": 100_000, "training.save_every": 10})
-    ended += start([told], timeout=5)
+    words = command(by_hand, "dvae", out, {"training.updates": 100_000, "training.save_every": 10})
+    ended += start([words], timeout=5)
     deadline = time.monotonic() + 60
     while not list(out.glob("step-*/manifest.json")):
         assert time.monotonic() < deadline

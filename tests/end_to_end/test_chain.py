@@ -1,4 +1,4 @@
-"""The commands as a person meets them: the chain by hand, a shell's pipe, help, completion, refused joins."""
+"""The commands as a user meets them: a chain stage by stage, shell pipes, help, completion, refused combinations."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -31,14 +30,14 @@ HEAVY = ("torch", "numpy", "zarr", "PIL", "open_clip", "tokenizers", "matplotlib
 
 
 def shell(line: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """``line`` in a real shell, where ``dalle`` is the one under test."""
+    """Run ``line`` in a real shell, where ``dalle`` is the one under test."""
     path = f"{Path(DALLE).parent}:{os.environ['PATH']}"
     return subprocess.run(
         ["bash", "-c", line], cwd=cwd, env={**ENVIRONMENT, "PATH": path}, capture_output=True, text=True, timeout=120
     )
 
 
-def test_the_chain_by_hand(by_hand: Chain) -> None:
+def test_the_chain_stage_by_stage(by_hand: Chain) -> None:
     outputs = {
         "make-shapes": by_hand.root / "shapes",
         "train-tokenizer": by_hand.tokenizer / "tokenizer.json",
@@ -50,12 +49,12 @@ def test_the_chain_by_hand(by_hand: Chain) -> None:
     }
     for name, place in outputs.items():
         done = by_hand.stages[name]
-        assert done.out == f"{place}\n", name  # stdout: where the result is, and nothing else
+        assert done.out == f"{place}\n", name  # stdout has the path of the result and nothing else
         assert place.exists()
         assert done.err
         assert "\x1b" not in done.err
         assert "Warning" not in done.err
-    assert not (by_hand.root / "unused").exists()  # every place was named; none was taken from the recipe
+    assert not (by_hand.root / "unused").exists()  # every path was given, so the recipe's was not used
 
     source, reader = open_source(str(by_hand.train)), TokenReader(by_hand.tokens)
     rows = np.arange(len(source))
@@ -107,7 +106,7 @@ def test_rerank_without_arguments_reads_stdin_and_ranks_all(by_hand: Chain) -> N
     )
 
 
-def test_a_reader_that_goes_away_is_no_fault(by_hand: Chain) -> None:
+def test_a_closed_pipe_is_no_error(by_hand: Chain) -> None:
     prior = shlex.quote(str(by_hand.prior))
     done = shell(f"dalle sample {prior} '{CAPTION}' --n 600 --batch-size 2 --out gone | head -1", by_hand.root)
     assert json.loads(done.stdout)["index"] == 0
@@ -186,7 +185,7 @@ def test_artifacts_that_do_not_belong_together_are_refused(by_hand: Chain, call:
         assert part in refused
 
 
-def test_set_changes_a_setting_and_is_kept_with_the_artifact(by_hand: Chain, call: Call, tmp_path: Path) -> None:
+def test_set_changes_a_setting_and_is_saved_with_the_artifact(by_hand: Chain, call: Call, tmp_path: Path) -> None:
     arguments = ("train-prior", by_hand.recipe, "--tokens", by_hand.tokens, "--out", tmp_path / "prior")
     done = call(*arguments, "--set", "prior.training.updates=2", "--set", "prior.model.layout=row, conv, ...")
     assert done.out == f"{tmp_path / 'prior' / 'step-00000002'}\n"
@@ -204,7 +203,7 @@ def test_debug_shows_the_traceback(by_hand: Chain) -> None:
         assert "UserError" in done.err
 
 
-def test_ctrl_c_says_how_to_go_on(by_hand: Chain, tmp_path: Path) -> None:
+def test_ctrl_c_says_how_to_resume(by_hand: Chain, tmp_path: Path) -> None:
     command = [DALLE, "train-prior", by_hand.recipe, "--tokens", by_hand.tokens, "--out", tmp_path / "prior"]
     command += ["--set", "prior.training.updates=100000"]
     process = subprocess.Popen(
@@ -212,7 +211,7 @@ def test_ctrl_c_says_how_to_go_on(by_hand: Chain, tmp_path: Path) -> None:
         env=ENVIRONMENT,
         stderr=subprocess.PIPE,
         text=True,
-        # A job that was started in the background ignores ctrl-C, and hands that down.
+        # A job that was started in the background ignores ctrl-C, and its children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     deadline = time.monotonic() + 60
@@ -225,12 +224,13 @@ def test_ctrl_c_says_how_to_go_on(by_hand: Chain, tmp_path: Path) -> None:
     assert err.splitlines()[-1] == "dalle: stopped; run the same command again to go on"
 
 
-def test_help_of_every_command_is_light_and_has_an_example() -> None:
+def test_help_of_every_command_imports_little_and_has_an_example() -> None:
     program = f"""
 import sys
 from typer.testing import CliRunner
 from dalle_cli.app import app
 texts = []
+assert CliRunner().invoke(app, ["--help"]).exit_code == 0
 for name in {COMMANDS!r}:
     found = CliRunner().invoke(app, [name, "--help"])
     assert found.exit_code == 0, name
@@ -248,15 +248,9 @@ print("\\f".join(texts))
         assert "--help" in text
 
 
-def test_help_lists_the_commands_in_the_order_of_the_pipeline_within_a_moment() -> None:
-    seconds = []
-    for _ in range(5):
-        began = time.monotonic()
-        done = run("--help")
-        seconds.append(time.monotonic() - began)
-        assert done.code == 0
-    print(f"dalle --help: {statistics.median(seconds):.3f} s, median of 5")
-    assert statistics.median(seconds) < 0.6
+def test_help_lists_the_commands_in_the_order_of_the_pipeline() -> None:
+    done = run("--help")
+    assert done.code == 0
     places = [done.out.index(f" {name} ") for name in COMMANDS]
     assert places == sorted(places)
     pipeline = [

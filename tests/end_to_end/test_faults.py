@@ -1,4 +1,4 @@
-"""Samples with every fault that data of the field has: the run ends, and exactly the bad ones are skipped and named."""
+"""Samples with every common fault: the commands succeed, and exactly the unusable samples are skipped and named."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _skipped(report: Path) -> dict[str, str]:
 
 
 class _Peak:
-    """The largest resident memory of this process's children, grandchildren included, in MiB, sampled."""
+    """Samples the largest resident memory of this process's descendants, in MiB."""
 
     def __enter__(self) -> _Peak:
         self.mib, self._stop = 0.0, threading.Event()
@@ -58,7 +58,7 @@ def _descendants(pid: int) -> list[int]:
 
 
 def _resident_mib(pid: int) -> float:
-    """The process's own share of memory: pages that it shares with others count once among them."""
+    """Return the process's proportional memory: pages it shares with others are divided among them."""
     try:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):
@@ -69,7 +69,7 @@ def _resident_mib(pid: int) -> float:
 
 
 def _run_on(folder: Path, samples: int) -> dict[str, float]:
-    """Tokenize and encode faulty shards; returns the peak memory of each command in MiB."""
+    """Tokenize and encode faulty shards; return the peak memory of each command in MiB."""
     faulty = write_faulty_shards(folder / "data", samples, 0.05)
     settings = smallest_recipe(folder / "run", folder / "data")
     settings["data"]["filters"] = {"min_side": 8}
@@ -96,13 +96,13 @@ def _run_on(folder: Path, samples: int) -> dict[str, float]:
     return peaks
 
 
-def test_exactly_the_bad_samples_are_skipped(tmp_path: Path) -> None:
+def test_exactly_the_unusable_samples_are_skipped(tmp_path: Path) -> None:
     _run_on(tmp_path, FAST)
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_samples(tmp_path: Path) -> None:
-    """Memory stays flat: a run over 100,000 samples peaks less than 2 GB above what 600 of them take."""
+def test_memory_does_not_grow_with_the_number_of_samples(tmp_path: Path) -> None:
+    """The peak memory of 100,000 samples is less than 2 GB above that of 600."""
     small, large = _run_on(tmp_path / "small", FAST), _run_on(tmp_path / "large", WHOLE)
     for command, peak in large.items():
         assert peak < small[command] + 2000

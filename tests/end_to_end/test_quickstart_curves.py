@@ -1,4 +1,4 @@
-"""scripts/quickstart-curves on a tiny finished run: its page and figures, a second start, and what it refuses."""
+"""scripts/quickstart-curves on a tiny finished run: its page and figures, a second start, and refusals."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PLOTS = [
 
 
 def curves(root: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """The script as a checkout at ``root`` would run it: there is no .venv, so the ``dalle`` under test is found."""
+    """Run the script as in a checkout at ``root``. Without a .venv there, it finds the ``dalle`` under test."""
     root.mkdir(exist_ok=True)
     if not (root / "scripts").exists():
         (root / "scripts").symlink_to(SCRIPTS)
@@ -46,7 +46,7 @@ def start(root: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The root of a checkout where the script has run, and what it said."""
+    """The root of a checkout where the script has run, and its stderr."""
     root = tmp_path_factory.mktemp("curves")
     chain = build_chain(root)
     (root / "shapes").rename(chain.places.root / "shapes")
@@ -76,7 +76,7 @@ def test_the_page_has_three_systems_and_their_curves(finished: tuple[Path, str])
     assert [name for name in SYSTEMS if systems[name]["pool"]] == ["samples"]
     assert [name for name in SYSTEMS if systems[name]["accuracy"]] == ["samples"]
     assert [point["size"] for point in samples["pool"]] == [1, 2, 4]
-    # Of a whole pool there is one subset, with which the system stands for itself.
+    # A whole pool has only one subset, so the last point is the system's own FID.
     assert samples["pool"][-1]["fid"] == pytest.approx(samples["fid"])
     assert samples["pool"][0]["fid"] != samples["fid"]
     for group in ("seen pairs", "held-out pairs"):
@@ -96,20 +96,20 @@ def test_the_page_has_three_systems_and_their_curves(finished: tuple[Path, str])
 
 
 def read_all(folder: Path) -> dict[str, bytes]:
-    """All files but the journal of commands, which a second start adds to."""
+    """Read all files except the list of commands, to which a second start appends."""
     files = (file for file in folder.rglob("*") if file.is_file() and file.name != "commands.jsonl")
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 def written(root: Path) -> dict[str, tuple[int, int]]:
-    """When what takes long was written, and as which file: samples (their scores aside) and features."""
+    """Return the modification time and inode of samples (without scores) and features, which are slow to make."""
     found = [*(root / "cache").rglob("*"), *(root / "run" / "curves" / f"samples-{LIMIT}-{N}").rglob("*")]
     kept = [file for file in found if file.is_file() and "clip_score" not in file.parts]
     return {str(file): (file.stat().st_mtime_ns, file.stat().st_ino) for file in kept}
 
 
 @pytest.mark.slow
-def test_a_second_start_draws_and_measures_nothing_and_ends_the_same(finished: tuple[Path, str]) -> None:
+def test_a_second_start_samples_and_measures_nothing_anew(finished: tuple[Path, str]) -> None:
     root, said = finished
     contents, times = read_all(root / "run"), written(root)
     drawn = len([name for name in times if name.endswith(".png")])
@@ -122,7 +122,7 @@ def test_a_second_start_draws_and_measures_nothing_and_ends_the_same(finished: t
     assert read_all(root / "run") == contents
 
 
-def test_what_is_refused(tmp_path: Path) -> None:
+def test_a_missing_run_and_unknown_options_are_refused(tmp_path: Path) -> None:
     for arguments, words in {
         (): "quickstart-curves: runs/quickstart has no CLIP yet; run scripts/quickstart first",
         ("--run", "run"): "quickstart-curves: run has no CLIP yet; run scripts/quickstart first",

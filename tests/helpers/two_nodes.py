@@ -287,15 +287,15 @@ def drawn(here: Here) -> dict[str, Tensor]:
 
 def refused(here: Here) -> list[str]:
     """Return the errors on loading states of other parameters or sizes."""
-    told = []
+    errors = []
     for key, shape in {"error.other": (12, 20), "moment.wide": (12, 20), "error.wide": (12, 19)}.items():
         reducer = here.reducer(SETTINGS["warm"])
         try:
             reducer.load_state_dict({key: torch.zeros(shape)})
             here.step(reducer, 0)
         except ValueError as error:
-            told.append(str(error))
-    return told
+            errors.append(str(error))
+    return errors
 
 
 class In16Bit(PowerSgdReducer):

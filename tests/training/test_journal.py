@@ -41,13 +41,13 @@ class Run:
 def Image(array):
     return [*array.shape, str(array.dtype)]
 
-def init(**told):
+def init(**arguments):
     folder = Path(os.environ["FAKE_WANDB"])
     if (folder / "broken").exists():
         raise RuntimeError("api_key not configured (no-tty)\\nmore")
     with (folder / "init.jsonl").open("a") as file:
-        file.write(json.dumps(told) + "\\n")
-    return Run(folder / f"{told['id']}.jsonl")
+        file.write(json.dumps(arguments) + "\\n")
+    return Run(folder / f"{arguments['id']}.jsonl")
 """
 
 
@@ -173,9 +173,9 @@ def test_weights_and_biases_has_what_the_journal_has(store: Path, tmp_path: Path
     environment = {**ENVIRONMENT, "PYTHONPATH": modules, "FAKE_WANDB": str(tmp_path / "sent")}
 
     def run(updates: int) -> subprocess.CompletedProcess[str]:
-        told = [*map(str, command), "--set", f"prior.training.updates={updates}"]
-        told += ["--set", "prior.learning_rate.schedule=constant"]
-        return subprocess.run(told, env=environment, capture_output=True, text=True, timeout=600)
+        words = [*map(str, command), "--set", f"prior.training.updates={updates}"]
+        words += ["--set", "prior.learning_rate.schedule=constant"]
+        return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=600)
 
     assert (done := run(10)).returncode == 0, done.stderr
     # The last checkpoint is lost, so updates 9 and 10 are repeated before two more.
@@ -184,14 +184,14 @@ def test_weights_and_biases_has_what_the_journal_has(store: Path, tmp_path: Path
     assert (done := run(12)).returncode == 0, done.stderr
     assert "resumes from step-00000008" in done.stderr
 
-    told = [json.loads(line) for line in (tmp_path / "sent" / "init.jsonl").read_text().splitlines()]
-    assert len(told) == 2
-    assert len({each["id"] for each in told}) == 1
-    for each in told:
+    inits = [json.loads(line) for line in (tmp_path / "sent" / "init.jsonl").read_text().splitlines()]
+    assert len(inits) == 2
+    assert len({each["id"] for each in inits}) == 1
+    for each in inits:
         assert (each["project"], each["name"], each["resume"]) == ("shapes", "smallest prior", "allow")
         assert each["config"]["stage"] == "prior"
         assert each["config"]["prior"]["model"]["layers"] == 3
-    sent = tmp_path / "sent" / f"{told[0]['id']}.jsonl"
+    sent = tmp_path / "sent" / f"{inits[0]['id']}.jsonl"
     assert sent.with_suffix(".finished").exists()
     found = [json.loads(line) for line in sent.read_text().splitlines()]
     # The first run validated at its end, update 10. The journal dropped that on resume; W&B takes no point back.

@@ -55,25 +55,25 @@ def popen(words: list[Any], **more: Any) -> subprocess.Popen[str]:
 def test_two_signals_one_after_another(command: Callable[[Path], list[Any]], tmp_path: Path, call: Call) -> None:
     undisturbed, signalled = tmp_path / "undisturbed", tmp_path / "signalled"
     assert call(*command(undisturbed)).code == 0
-    stood = 0
+    last_saved = 0
     for which in (signal.SIGUSR1, signal.SIGTERM):
         process = popen(command(signalled))
-        wait_for(stood + 50, signalled, [process])
+        wait_for(last_saved + 50, signalled, [process])
         process.send_signal(which)
         process.send_signal(which)  # again, while it may be saving
         out, err = process.communicate(timeout=600)
         assert (process.returncode, out) == (RESUMABLE, "")
         assert "Traceback" not in err
         saved = open_checkpoint(signalled)
-        assert stood + 50 <= saved.step < UPDATES
+        assert last_saved + 50 <= saved.step < UPDATES
         assert err.splitlines()[-1] == (
             f"train-prior: stopped by {which.name}: saved {saved.path} of {UPDATES} updates; exit code 75; "
             "run the same command to resume"
         )
-        stood = saved.step
+        last_saved = saved.step
     done = call(*command(signalled))
     assert done.code == 0
-    assert f"resumes from step-{stood:08d}" in done.err
+    assert f"resumes from step-{last_saved:08d}" in done.err
     last = f"step-{UPDATES:08d}"
     assert files(signalled / last) == files(undisturbed / last)
     assert journal_lines(signalled) == journal_lines(undisturbed)
@@ -155,12 +155,12 @@ def test_torchrun(to: str, command: Callable[[Path], list[Any]], tmp_path: Path)
     _, err = process.communicate(timeout=600)
     assert process.returncode != 0
     assert "updates; exit code 75" in err
-    stood = open_checkpoint(signalled).step
-    assert 40 <= stood < UPDATES
+    last_saved = open_checkpoint(signalled).step
+    assert 40 <= last_saved < UPDATES
     process = torchrun(signalled)
     _, err = process.communicate(timeout=600)
     assert process.returncode == 0
-    assert f"resumes from step-{stood:08d}" in err
+    assert f"resumes from step-{last_saved:08d}" in err
     last = f"step-{UPDATES:08d}"
     assert files(signalled / last) == files(undisturbed / last)
     assert journal_lines(signalled) == journal_lines(undisturbed)

@@ -102,15 +102,15 @@ def test_a_run_resumes_between_two_updates_of_the_ema(begun: int, tmp_path: Path
     """A run resumed between two EMA updates, which are three updates apart, ends with the same bytes."""
     store = write_tokens(tmp_path / "tokens.zarr", 80, 48, 400, 4, 16)
     recipe = bf16_recipe(tmp_path, ema_every=3)
-    calm = train_prior(load_recipe(recipe), store, tmp_path / "calm")
+    undisturbed = train_prior(load_recipe(recipe), store, tmp_path / "undisturbed")
     train_prior(load_recipe(recipe, [f"prior.training.updates={begun}"]), store, tmp_path / "parts")
     parts = train_prior(load_recipe(recipe), store, tmp_path / "parts")
-    assert files(parts.path) == files(calm.path)
+    assert files(parts.path) == files(undisturbed.path)
     # The raw weights do not depend on the EMA, and the EMA weights do depend on how often it is updated.
     every = train_prior(load_recipe(recipe, ["prior.training.ema_every=1"]), store, tmp_path / "every")
     name = "resblocks.0.qkv.weight"
-    assert torch.equal(every.tensors("raw")[name], calm.tensors("raw")[name])
-    assert not torch.equal(every.tensors("ema")[name], calm.tensors("ema")[name])
+    assert torch.equal(every.tensors("raw")[name], undisturbed.tensors("raw")[name])
+    assert not torch.equal(every.tensors("ema")[name], undisturbed.tensors("ema")[name])
 
 
 def test_an_ema_that_never_moves_or_changes_is_refused(tmp_path: Path, call: Call) -> None:
