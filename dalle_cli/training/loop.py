@@ -8,7 +8,7 @@ bytes. Several ranks run the same loop, each on its part of every batch; see ``d
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,7 +33,7 @@ from dalle_cli.stores.checkpoint import (
     steps_in,
 )
 from dalle_cli.stores.files import explain_os_errors
-from dalle_cli.training.journal import Journal, WandbLogger, require_wandb
+from dalle_cli.training.journal import Journal, MetricLogger, WandbLogger, require_wandb
 from dalle_cli.training.resume import check_resumable
 from dalle_cli.training.schedules import learning_rate
 from dalle_cli.training.signals import StopRequest
@@ -269,7 +269,7 @@ class Run:
         )
         return Throughput(work, batch_size, self.group.size, peak)
 
-    def _more_loggers(self) -> list[Any]:
+    def _more_loggers(self) -> list[Callable[[], MetricLogger]]:
         recipe, kind = self.recipe, self.task.kind
         if (project := recipe.monitoring.wandb) is None:
             return []
