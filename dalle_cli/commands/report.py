@@ -57,7 +57,7 @@ def _print_summary(figures: ReportFigures) -> None:
         lines.append(("reconstructions", f"PSNR {found.psnr_mean:.1f} dB, SSIM {found.ssim_mean:.3f}"))
     if (codebook := figures.codebook) is not None:
         lines.append(("codebook", f"perplexity {codebook.perplexity:.1f} of {codebook.codes}"))
-    lines += [(f"FID on {fid.features.split()[0]}", f"{fid.fid:.2f}") for fid in figures.fid]
+    lines += [(f"FID on {fid.evaluation.features.split()[0]}", f"{fid.system.fid:.2f}") for fid in figures.fid]
     lines += [("missing", text) for text in figures.missing]
     tables.append(pairs_table(f"Report of {figures.name}", lines))
     print_tables(Console(stderr=True), tables)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dalle_cli.errors import UserError
-from dalle_cli.fid.figures import FORMAT, VERSION, Evaluation, evaluation_json, read_evaluation
+from dalle_cli.fid.figures import FORMAT, VERSION, Evaluation, SystemFigures, evaluation_json, read_evaluation
 from dalle_cli.fid.plots import draw_plots
 
 CURVES = ("blur", "pool", "accuracy")
@@ -26,26 +26,18 @@ class EvaluationFile:
 
 @dataclass(frozen=True)
 class EvaluationRow:
-    """Figures of one system in an evaluation; ``values`` is what report.json holds of it."""
+    """Figures of one system; ``warnings`` are its own, and on an evaluation's first row also the evaluation's."""
 
     file: str
-    command: str
-    features: str
-    fid: float
-    kid_mean: float
-    kid_std: float | None
-    score_name: str
-    score: float | None
-    n_generated: int
-    n_reference: int
-    generated: str
-    reference: str
+    evaluation: Evaluation
+    system: SystemFigures
     warnings: list[str]
-    values: dict[str, Any]
 
     def as_json(self) -> dict[str, Any]:
         """Return what report.json holds of this row."""
-        return self.values
+        values = evaluation_json(replace(self.evaluation, systems=[self.system]))
+        system = {key: value for key, value in values.pop("systems")[0].items() if key not in CURVES}
+        return values | system | {"warnings": self.warnings, "file": self.file}
 
 
 @dataclass(frozen=True)
@@ -87,7 +79,16 @@ def find_evaluations(run: Path, given: Sequence[Path]) -> list[EvaluationFile]:
 
 def evaluation_rows(evaluations: Sequence[EvaluationFile]) -> list[EvaluationRow]:
     """Return a row for each system of each evaluation."""
-    return [row for found in evaluations for row in _rows(found)]
+    return [
+        EvaluationRow(
+            found.file,
+            found.evaluation,
+            system,
+            [*(found.evaluation.warnings if number == 0 else []), *system.warnings],
+        )
+        for found in evaluations
+        for number, system in enumerate(found.evaluation.systems)
+    ]
 
 
 def draw_curves(evaluations: Sequence[EvaluationFile]) -> tuple[list[CurveFigures], dict[str, bytes]]:
@@ -122,32 +123,3 @@ def _has_format(file: Path) -> bool:
         return False
     # An earlier report.json has rows of this format, but is none itself.
     return isinstance(found, dict) and (found.get("format"), found.get("version")) == (FORMAT, VERSION)
-
-
-def _rows(found: EvaluationFile) -> list[EvaluationRow]:
-    evaluation = found.evaluation
-    values = evaluation_json(evaluation)
-    systems = values.pop("systems")
-    rows = []
-    for number, system in enumerate(evaluation.systems):
-        own = {key: value for key, value in systems[number].items() if key not in CURVES}
-        warnings = [*(evaluation.warnings if number == 0 else []), *system.warnings]
-        rows.append(
-            EvaluationRow(
-                file=found.file,
-                command=evaluation.command,
-                features=evaluation.features,
-                fid=system.fid,
-                kid_mean=system.kid_mean,
-                kid_std=system.kid_std,
-                score_name=evaluation.score_name,
-                score=system.score,
-                n_generated=system.n_generated,
-                n_reference=system.n_reference,
-                generated=system.generated,
-                reference=evaluation.reference,
-                warnings=warnings,
-                values=values | own | {"warnings": warnings, "file": found.file},
-            )
-        )
-    return rows

@@ -67,9 +67,10 @@ class ReportFigures:
                 single = " and ".join(f"{100 * share.value:.0f} %" for share in singles if share is not None)
                 line += f"; a single sample for {single}"
             return f"{line}."
-        for fid in self.fid:
-            badge, _ = features_badge(fid.features)
-            return f"FID {fid.fid:.2f} on {badge}, {fid.n_generated:,} pictures against {fid.n_reference:,}."
+        if self.fid:
+            badge, _ = features_badge(self.fid[0].evaluation.features)
+            system = self.fid[0].system
+            return f"FID {system.fid:.2f} on {badge}, {system.n_generated:,} pictures against {system.n_reference:,}."
         if self.contact_sheet is not None:
             sheet = self.contact_sheet
             return f"{sheet.captions_in_all} captions drawn, ranked by {sheet.scorer}."

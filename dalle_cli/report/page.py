@@ -27,9 +27,9 @@ def page(figures: ReportFigures, pngs: Pngs, recipe_yaml: str) -> str:
         pngs: Pictures and plots by name; a plot that is missing is left out.
         recipe_yaml: The resolved recipe.
     """
-    badges = [features_badge(fid.features) for fid in figures.fid]
+    badges = [features_badge(fid.evaluation.features) for fid in figures.fid]
     lines = [(c["artifact"], c["command"], c.get("sha256"), c.get("finished")) for c in figures.commands]
-    lines += [(fid.file, fid.command, None, None) for fid in figures.fid if fid.command]
+    lines += [(fid.file, fid.evaluation.command, None, None) for fid in figures.fid if fid.evaluation.command]
     return render(
         "report.html",
         figures=figures,

@@ -7,6 +7,7 @@ import io
 from helpers.html_page import Page
 from PIL import Image
 
+from dalle_cli.fid.figures import Evaluation, SystemFigures
 from dalle_cli.report.artifacts import CheckpointRow, Reference
 from dalle_cli.report.evaluations import CurveFigures, EvaluationRow
 from dalle_cli.report.figures import DataFigures, ReportFigures, SamplesFigures
@@ -28,6 +29,18 @@ def png() -> bytes:
 
 def test_script_in_any_value_is_shown_as_text() -> None:
     share = Share(0.5, 4)
+    system = SystemFigures(
+        name=hostile("system"),
+        generated=hostile("generated"),
+        fid=1.0,
+        kid_mean=0.1,
+        kid_subset_size=2,
+        kid_subsets=1,
+        score=1.0,
+        n_generated=2,
+        n_reference=2,
+        feature_dimensions=2,
+    )
     figures = ReportFigures(
         name=hostile("name"),
         description=hostile("description"),
@@ -39,20 +52,17 @@ def test_script_in_any_value_is_shown_as_text() -> None:
         stages={"dvae": StageFigures(hostile("stage"), 1, 2, {hostile("metric"): 0.5}, None)},
         fid=[
             EvaluationRow(
-                file=hostile("file"),
-                command=hostile("fid command"),
-                features=hostile("features"),
-                fid=1.0,
-                kid_mean=0.1,
-                kid_std=0.1,
-                score_name=hostile("score"),
-                score=1.0,
-                n_generated=2,
-                n_reference=2,
-                generated=hostile("generated"),
-                reference=hostile("reference"),
-                warnings=[hostile("warning")],
-                values={},
+                hostile("file"),
+                Evaluation(
+                    command=hostile("fid command"),
+                    reference=hostile("reference"),
+                    size=32,
+                    features=hostile("features"),
+                    score_name=hostile("score"),  # type: ignore[arg-type]
+                    systems=[system],
+                ),
+                system,
+                [hostile("warning")],
             )
         ],
         curves=[CurveFigures(hostile("curves"), hostile("of"), {"blur_fid": "blur_fid_0"})],
