@@ -30,7 +30,13 @@ from dalle_cli.dvae.model import CHANNELS, DVAE, Conv2d, Decoder, Encoder, Resbl
 from dalle_cli.dvae.torch_file import VALUE_BYTES, StoredTensor, open_torch_file, read_tensors
 from dalle_cli.errors import UserError
 from dalle_cli.progress import log
-from dalle_cli.stores.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
+from dalle_cli.stores.checkpoint import (
+    Checkpoint,
+    CheckpointContent,
+    CheckpointFacts,
+    open_checkpoint,
+    save_checkpoint,
+)
 from dalle_cli.stores.files import sha256_file
 
 COUNTERPARTS: dict[type[nn.Module], frozenset[str]] = {
@@ -66,17 +72,9 @@ def import_dvae(encoder: Path, decoder: Path, out: Path, image_size: int) -> Che
     if image_size % DOWNSAMPLING:
         raise UserError(f"--image-size {image_size} is no multiple of {DOWNSAMPLING}; choose one, such as 256")
     settings, weights = read_released(encoder, decoder)
-    save_checkpoint(
-        out,
-        kind="dvae",
-        step=0,
-        recipe=_recipe(settings, image_size),
-        belongs={},
-        metrics={},
-        weights={"raw": weights, "ema": weights},
-        optimizer={},
-        trainer_state={"imported": {file.name: sha256_file(file) for file in (encoder, decoder)}},
-    )
+    imported = {file.name: sha256_file(file) for file in (encoder, decoder)}
+    content = CheckpointContent({"raw": weights, "ema": weights}, {}, {"imported": imported})
+    save_checkpoint(out, CheckpointFacts("dvae", 0, _recipe(settings, image_size), {}, {}), content)
     return open_checkpoint(out, "dvae")
 
 

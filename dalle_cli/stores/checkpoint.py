@@ -1,4 +1,4 @@
-"""Checkpoints: directories of safetensors, a recipe and a manifest; no pickle is ever read.
+"""Checkpoints: folders of safetensors, a recipe and a manifest; no pickle is ever read.
 
 A training run's folder holds ``step-00001000/`` and so on, each a checkpoint, and ``metrics.jsonl``. Commands take
 either one checkpoint or the run's folder, which stands for its newest checkpoint.
@@ -31,55 +31,63 @@ _NAMES: dict[Weights, str] = {"raw": "model", "ema": "ema"}
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk, its manifest read and checked."""
+    """A checkpoint on disk, by its manifest."""
 
     path: Path
     kind: Kind
     step: int
     belongs: dict[str, str] = field(default_factory=dict)
-    """Hashes of the artifacts it was trained with, such as ``{"tokenizer": ..., "dvae": ...}``."""
+    """Hashes of the artifacts that it was trained with, such as ``{"tokenizer": ..., "dvae": ...}``."""
     metrics: dict[str, float] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
-    """sha256 of each file of weights."""
+    """SHA-256 of each file of weights."""
     identity: str = ""
-    """Of the weights that other stages use (the EMA): the sha256 of their file, or over those of their files."""
+    """Identity of the EMA weights, which other stages use: the SHA-256 of their file, or of their files' SHA-256."""
 
     def recipe(self) -> Recipe:
-        """The resolved recipe it was trained by."""
+        """Return the resolved recipe that it was trained by."""
         return load_recipe(self.path / "recipe.yaml")
 
     def tensors(self, weights: Weights = "ema") -> dict[str, torch.Tensor]:
-        """Weights by name, on the CPU. Raises UserError when a file is damaged or not the manifest's."""
+        """Return weights by name, on the CPU.
+
+        Raises:
+            UserError: a file is damaged or not the manifest's.
+        """
         return self.checked_files_of(weights).all()
 
     def files_of(self, weights: Weights) -> TensorFiles:
-        """Where the weights lie, to read parts of them; see ``check``."""
+        """Return the files of weights, not checked, to read rows of them; see ``check``."""
         return TensorFiles(self.path, _NAMES[weights])
 
     def checked_files_of(self, weights: Weights) -> TensorFiles:
-        """``files_of``, each file read through. Raises UserError when one is damaged or not the manifest's."""
+        """Return the files of weights, each checked against the manifest.
+
+        Raises:
+            UserError: a file is damaged or not the manifest's.
+        """
         files = self.files_of(weights)
         self._check(files.files())
         return files
 
     def check(self, rank: int, size: int) -> None:
-        """Read through the files of weights, or this share of them: each of ``size`` processes has another.
+        """Check this rank's share of the files of weights against the manifest.
 
         Raises:
-            UserError: one is damaged or not the manifest's.
+            UserError: a file is damaged or not the manifest's.
         """
         self._check([self.path / name for name in sorted(self.files)][rank::size])
 
     def trainer(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Optimizer tensors by name and the rest of the trainer's state."""
+        """Return the optimizer's tensors by name, and the rest of the trainer's state."""
         return self.moments().all(), self.trainer_state()
 
     def moments(self) -> TensorFiles:
-        """Where the optimizer's tensors lie."""
+        """Return the files of the optimizer's tensors."""
         return TensorFiles(self.path / "trainer", "optimizer")
 
     def trainer_state(self) -> dict[str, Any]:
-        """The rest of the trainer's state."""
+        """Return the trainer's state without the optimizer's tensors."""
         state = self.path / "trainer" / "state.json"
         try:
             return dict(json.loads(state.read_text()))
@@ -87,7 +95,7 @@ class Checkpoint:
             raise UserError(f"{state}: missing or damaged ({error}); restore it or use an older checkpoint") from None
 
     def own_state(self, rank: int, size: int) -> dict[str, torch.Tensor] | None:
-        """What process ``rank`` of ``size`` saved for itself alone; None where none of so many did."""
+        """Return the tensors that a rank saved for itself; None if the checkpoint was not saved by ``size`` ranks."""
         name = part_file("own", rank, size).removesuffix(".safetensors")
         files = TensorFiles(self.path / "trainer", name)
         return files.all() if files.whole.is_file() else None
@@ -100,37 +108,39 @@ class Checkpoint:
                 )
 
 
-def save_checkpoint(
-    path: Path,
-    *,
-    kind: Kind,
-    step: int,
-    recipe: Recipe,
-    belongs: Mapping[str, str],
-    metrics: Mapping[str, float],
-    weights: Mapping[Weights, Mapping[str, torch.Tensor]],
-    optimizer: Mapping[str, torch.Tensor],
-    trainer_state: Mapping[str, Any],
-) -> None:
-    """Write a checkpoint beside ``path`` and rename it into place.
+@dataclass(frozen=True)
+class CheckpointFacts:
+    """Facts of a checkpoint that stand in its manifest, and its recipe."""
 
-    Raises:
-        UserError: the disk is full or the place may not be written; earlier checkpoints stay.
-    """
-    with new_directory(path) as folder:
-        files = {}
-        for which, tensors in weights.items():
-            file = TensorFiles(folder, _NAMES[which]).whole
-            save_tensors(tensors, file)
-            files[file.name] = sha256_file(file)
-        (folder / "trainer").mkdir()
-        save_tensors(optimizer, folder / "trainer" / "optimizer.safetensors")
-        write_json(folder / "trainer" / "state.json", dict(trainer_state))
-        write_manifest(folder, kind, step, recipe, belongs, metrics, files)
+    kind: Kind
+    step: int
+    recipe: Recipe
+    belongs: Mapping[str, str]
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class CheckpointContent:
+    """Tensors and trainer's state to save."""
+
+    weights: Mapping[Weights, Mapping[str, torch.Tensor]]
+    optimizer: Mapping[str, torch.Tensor]
+    trainer_state: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class CheckpointShards:
+    """Tensors and trainer's state that one rank saves."""
+
+    weights: Mapping[Weights, Mapping[str, Part]]
+    optimizer: Mapping[str, Part]
+    trainer_state: Mapping[str, Any]
+    own: Mapping[str, torch.Tensor]
+    """Tensors that this rank alone wants back when a run of as many ranks resumes."""
 
 
 class Writers(Protocol):
-    """Processes that write a checkpoint together, as one of them sees them."""
+    """Ranks that write a checkpoint together, seen from one of them."""
 
     @property
     def rank(self) -> int: ...
@@ -139,32 +149,34 @@ class Writers(Protocol):
     def size(self) -> int: ...
 
     def gather(self, value: Any) -> list[Any]:
-        """Each process's ``value``."""
+        """Return the ``value`` of each rank."""
 
 
-def save_parts(
-    path: Path,
-    writers: Writers,
-    *,
-    kind: Kind,
-    step: int,
-    recipe: Recipe,
-    belongs: Mapping[str, str],
-    metrics: Mapping[str, float],
-    weights: Mapping[Weights, Mapping[str, Part]],
-    optimizer: Mapping[str, Part],
-    own: Mapping[str, torch.Tensor],
-    trainer_state: Mapping[str, Any],
-) -> None:
-    """``save_checkpoint`` by several processes, each of which writes the parts that it holds; see ``TensorFiles``.
-
-    All must see the same folder. The checkpoint takes its name once all have written.
-
-    Args:
-        own: what this process will want back when as many go on.
+def save_checkpoint(path: Path, facts: CheckpointFacts, content: CheckpointContent) -> None:
+    """Write a checkpoint beside ``path`` and rename it into place.
 
     Raises:
-        UserError: on every process, where one of them could not write; earlier checkpoints stay.
+        UserError: the disk is full or ``path`` may not be written; earlier checkpoints are kept.
+    """
+    with new_directory(path) as folder:
+        files = {}
+        for which, tensors in content.weights.items():
+            file = TensorFiles(folder, _NAMES[which]).whole
+            save_tensors(tensors, file)
+            files[file.name] = sha256_file(file)
+        (folder / "trainer").mkdir()
+        save_tensors(content.optimizer, folder / "trainer" / "optimizer.safetensors")
+        write_json(folder / "trainer" / "state.json", dict(content.trainer_state))
+        write_manifest(folder, facts, files)
+
+
+def save_sharded_checkpoint(path: Path, writers: Writers, facts: CheckpointFacts, shards: CheckpointShards) -> None:
+    """Write a checkpoint by several ranks, each of which writes the rows that it holds; see ``TensorFiles``.
+
+    All ranks must see the same folder. The checkpoint is renamed into place once all have written.
+
+    Raises:
+        UserError: on every rank, if one of them could not write; earlier checkpoints are kept.
     """
     beside = path.with_name(f".{path.name}.partial")
     leads = writers.rank == 0
@@ -173,16 +185,16 @@ def save_parts(
         if leads:
             shutil.rmtree(beside, ignore_errors=True)
             (beside / "trainer").mkdir(parents=True)
-        return bool(optimizer)
+        return bool(shards.optimizer)
 
     def write() -> dict[str, Any]:
-        if own:
-            save_tensors(own, beside / "trainer" / part_file("own", writers.rank, writers.size))
+        if shards.own:
+            save_tensors(shards.own, beside / "trainer" / part_file("own", writers.rank, writers.size))
         entries, hashes = {}, {}
         if holders[writers.rank]:
             place, count = sum(holders[: writers.rank]), sum(holders)
-            named = {**{_NAMES[which]: parts for which, parts in weights.items()}, "trainer/optimizer": optimizer}
-            for name, parts in named.items():
+            named = {_NAMES[which]: parts for which, parts in shards.weights.items()}
+            for name, parts in {**named, "trainer/optimizer": shards.optimizer}.items():
                 file = beside / part_file(name, place, count)
                 save_tensors({key: part.value for key, part in parts.items()}, file)
                 entries[name] = index_entries(file.name, parts)
@@ -196,25 +208,28 @@ def save_parts(
         for name in written[0]["entries"]:
             index = join_entries([each["entries"][name] for each in written if each["entries"]])
             write_json(beside / f"{name}.index.json", index)
-        write_json(beside / "trainer" / "state.json", dict(trainer_state))
-        files = {name: digest for each in written for name, digest in each["hashes"].items()}
-        write_manifest(beside, kind, step, recipe, belongs, metrics, files)
+        write_json(beside / "trainer" / "state.json", dict(shards.trainer_state))
+        write_manifest(beside, facts, {name: digest for each in written for name, digest in each["hashes"].items()})
         if path.exists():
             shutil.rmtree(path)
         beside.replace(path)
 
     try:
-        holders = _together(path, writers, begin)
-        written = _together(path, writers, write)
-        _together(path, writers, finish)
+        holders = _on_all(path, writers, begin)
+        written = _on_all(path, writers, write)
+        _on_all(path, writers, finish)
     except UserError:
         if leads:
             shutil.rmtree(beside, ignore_errors=True)
         raise
 
 
-def _together(path: Path, writers: Writers, work: Callable[[], Any]) -> list[Any]:
-    """Do ``work`` on every process; returns what each came to, or raises on all what went wrong on one."""
+def _on_all(path: Path, writers: Writers, work: Callable[[], Any]) -> list[Any]:
+    """Do ``work`` on every rank and return the results of all.
+
+    Raises:
+        UserError: on every rank, if the work of one failed.
+    """
     result, mistake = None, ""
     try:
         with explain_os_errors(path):
@@ -222,38 +237,32 @@ def _together(path: Path, writers: Writers, work: Callable[[], Any]) -> list[Any
     except (UserError, OSError) as error:
         mistake = str(error)
     found = writers.gather((result, mistake))
-    for rank, (_, told) in enumerate(found):
-        if told:
-            raise UserError(f"rank {rank} of {writers.size}: {told}")
+    for rank, (_, message) in enumerate(found):
+        if message:
+            raise UserError(f"rank {rank} of {writers.size}: {message}")
     return [result for result, _ in found]
 
 
-def write_manifest(
-    folder: Path,
-    kind: Kind,
-    step: int,
-    recipe: Recipe,
-    belongs: Mapping[str, str],
-    metrics: Mapping[str, float],
-    files: Mapping[str, str],
-    identity: str | None = None,
-) -> None:
-    """The recipe and the manifest of a checkpoint whose ``files`` of weights, with their sha256, are written.
+def write_manifest(folder: Path, facts: CheckpointFacts, files: Mapping[str, str], identity: str | None = None) -> None:
+    """Write the recipe and the manifest of a checkpoint whose weights are written.
 
-    ``identity`` is that of the checkpoint whose weights these are, if they are another's.
+    Args:
+        folder: the checkpoint.
+        facts: facts for the manifest.
+        files: SHA-256 of each file of weights.
+        identity: identity of the checkpoint whose weights these are, if it is another one.
     """
     if identity is None:
-        averaged = {name: digest for name, digest in sorted(files.items()) if name.startswith(_NAMES["ema"])}
-        told = "".join(averaged.values())
-        identity = told if len(averaged) == 1 else hashlib.sha256(told.encode()).hexdigest()
-    (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+        ema = "".join(digest for name, digest in sorted(files.items()) if name.startswith(_NAMES["ema"]))
+        identity = ema if len(ema) == 64 else hashlib.sha256(ema.encode()).hexdigest()
+    (folder / "recipe.yaml").write_text(dump_recipe(facts.recipe))
     manifest = {
         "format": "dalle-checkpoint",
         "version": FORMAT_VERSION,
-        "kind": kind,
-        "step": step,
-        "belongs": dict(belongs),
-        "metrics": dict(metrics),
+        "kind": facts.kind,
+        "step": facts.step,
+        "belongs": dict(facts.belongs),
+        "metrics": dict(facts.metrics),
         "files": dict(files),
         "identity": identity,
     }
@@ -261,28 +270,28 @@ def write_manifest(
 
 
 def steps_in(run: Path) -> list[Path]:
-    """Whole checkpoints in a run's folder, oldest first."""
+    """Return the complete checkpoints in a run's folder, oldest first."""
     return sorted(p for p in run.glob("step-*") if (p / "manifest.json").is_file())
 
 
 def step_folder(run: Path, step: int) -> Path:
-    """Where the checkpoint after ``step`` updates lies."""
+    """Return the folder of the checkpoint after ``step`` updates."""
     return run / f"step-{step:08d}"
 
 
 def prune(run: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` checkpoints, and what a killed run had begun to delete."""
-    kept = steps_in(run)[-keep:]
-    for old in set(run.glob("step-*")) - set(kept):
+    """Delete all but the newest ``keep`` checkpoints, and those that a killed run had begun to delete."""
+    newest = steps_in(run)[-keep:]
+    for old in set(run.glob("step-*")) - set(newest):
         (old / "manifest.json").unlink(missing_ok=True)
         shutil.rmtree(old)
 
 
 def open_checkpoint(path: Path, kind: Kind | None = None) -> Checkpoint:
-    """Read the manifest of a checkpoint, or of the newest in a run's folder.
+    """Open a checkpoint, or the newest one in a run's folder.
 
     Raises:
-        UserError: there is none, it is of another kind or of a newer format, or its manifest is damaged.
+        UserError: there is no checkpoint, it is of another kind or of a newer format, or its manifest is damaged.
     """
     folder = path
     if not (path / "manifest.json").is_file():
@@ -314,7 +323,17 @@ def open_checkpoint(path: Path, kind: Kind | None = None) -> Checkpoint:
 
 
 def check_belongs(user: Checkpoint, role: str, given_hash: str, given_name: str) -> None:
-    """Refuse to join ``user`` with an artifact other than the one it was trained with, naming both."""
+    """Check that an artifact is the one that a checkpoint was trained with.
+
+    Args:
+        user: the checkpoint.
+        role: role of the artifact, such as ``dvae``.
+        given_hash: hash of the artifact.
+        given_name: name of the artifact, for the message.
+
+    Raises:
+        UserError: the checkpoint was trained with another one; both are named.
+    """
     expected = user.belongs.get(role)
     if expected is not None and expected != given_hash:
         raise UserError(

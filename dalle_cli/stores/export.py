@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dalle_cli.errors import UserError
-from dalle_cli.stores.checkpoint import Checkpoint, open_checkpoint, write_manifest
+from dalle_cli.stores.checkpoint import Checkpoint, CheckpointFacts, open_checkpoint, write_manifest
 from dalle_cli.stores.files import new_directory, sha256_file, write_json
 from dalle_cli.stores.tensor_files import (
     Part,
@@ -49,9 +49,8 @@ def export_checkpoint(found: Checkpoint, out: Path, largest: int | None = None) 
             entries.append(index_entries(file.name, parts))
         if len(groups) > 1:
             write_json(folder / f"{source.name}.index.json", join_entries(entries))
-        write_manifest(
-            folder, found.kind, found.step, found.recipe(), found.belongs, found.metrics, hashes, found.identity
-        )
+        facts = CheckpointFacts(found.kind, found.step, found.recipe(), found.belongs, found.metrics)
+        write_manifest(folder, facts, hashes, found.identity)
     return open_checkpoint(out, found.kind)
 
 

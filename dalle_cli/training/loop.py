@@ -24,11 +24,12 @@ from dalle_cli.errors import RESUMABLE, Stopped, UserError
 from dalle_cli.progress import Progress, log, progress
 from dalle_cli.stores.checkpoint import (
     Checkpoint,
+    CheckpointFacts,
     Kind,
     open_checkpoint,
     prune,
     save_checkpoint,
-    save_parts,
+    save_sharded_checkpoint,
     step_folder,
     steps_in,
 )
@@ -227,17 +228,12 @@ class Run:
         return validated
 
     def _save(self, state: TrainingState, step: int, metrics: dict[str, float]) -> None:
-        facts: dict[str, Any] = {
-            "kind": self.task.kind,
-            "step": step,
-            "recipe": self.recipe,
-            "belongs": self.task.belongs,
-            "metrics": {name: value for name, value in metrics.items() if math.isfinite(value)},
-        }
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        facts = CheckpointFacts(self.task.kind, step, self.recipe, self.task.belongs, finite)
         if self.engine.sharded:
-            save_parts(step_folder(self.out, step), self.group, **facts, **state.checkpoint_shards(step))
+            save_sharded_checkpoint(step_folder(self.out, step), self.group, facts, state.checkpoint_shards(step))
         elif self.group.leads:
-            save_checkpoint(step_folder(self.out, step), **facts, **state.checkpoint(step))
+            save_checkpoint(step_folder(self.out, step), facts, state.checkpoint(step))
         if self.group.leads:
             prune(self.out, self.settings.training.keep)
 

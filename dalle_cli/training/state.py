@@ -14,7 +14,7 @@ from dalle_cli.config.schema import Adam, ClipSettings, DvaeSettings, PriorSetti
 from dalle_cli.distributed.engine import Engine
 from dalle_cli.precision.adam import Adam16
 from dalle_cli.precision.gradient_scaling import GradientScaling
-from dalle_cli.stores.checkpoint import Checkpoint
+from dalle_cli.stores.checkpoint import Checkpoint, CheckpointContent, CheckpointShards
 from dalle_cli.stores.tensor_files import Part, TensorFiles
 from dalle_cli.training.schedules import Plateau
 
@@ -90,26 +90,26 @@ class TrainingState:
         finally:
             self._set_weights(raw)
 
-    def checkpoint(self, step: int) -> dict[str, Any]:
-        """Return the whole state after ``step`` updates, as arguments of ``save_checkpoint``."""
+    def checkpoint(self, step: int) -> CheckpointContent:
+        """Return the whole state after ``step`` updates."""
         raw = {name: tensor.detach() for name, tensor in self.engine.model.state_dict().items()}
-        return {
-            "weights": {"raw": raw, "ema": {**raw, **dict(zip(self.names, self.ema, strict=True))}},
-            "optimizer": self._moments(self.names),
-            "trainer_state": self._trainer_state(step),
-        }
+        return CheckpointContent(
+            weights={"raw": raw, "ema": {**raw, **dict(zip(self.names, self.ema, strict=True))}},
+            optimizer=self._moments(self.names),
+            trainer_state=self._trainer_state(step),
+        )
 
-    def checkpoint_shards(self, step: int) -> dict[str, Any]:
-        """Return the state that this rank saves after ``step`` updates, as arguments of ``save_parts``."""
+    def checkpoint_shards(self, step: int) -> CheckpointShards:
+        """Return the state that this rank saves after ``step`` updates."""
         names = self.engine.names_to_save()
         raw = dict(zip(self.names, self.parameters, strict=True))
         ema = dict(zip(self.names, self.ema, strict=True))
-        return {
-            "weights": {"raw": self._parts(raw, names), "ema": self._parts(ema, names)},
-            "optimizer": self._parts(self._moments(names)),
-            "own": self.engine.rank_state(),
-            "trainer_state": self._trainer_state(step),
-        }
+        return CheckpointShards(
+            weights={"raw": self._parts(raw, names), "ema": self._parts(ema, names)},
+            optimizer=self._parts(self._moments(names)),
+            trainer_state=self._trainer_state(step),
+            own=self.engine.rank_state(),
+        )
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Restore the state of ``checkpoint``, whichever ranks saved it."""

@@ -12,7 +12,14 @@ from dalle_cli.config.run_folders import RunFolders
 from dalle_cli.config.schema import Recipe
 from dalle_cli.dvae.model import DVAE
 from dalle_cli.prior.model import build_prior
-from dalle_cli.stores.checkpoint import Kind, open_checkpoint, save_checkpoint, step_folder
+from dalle_cli.stores.checkpoint import (
+    CheckpointContent,
+    CheckpointFacts,
+    Kind,
+    open_checkpoint,
+    save_checkpoint,
+    step_folder,
+)
 from dalle_cli.text.bpe import Tokenizer, train_bpe
 
 CAPTIONS = ["a small red star above a large blue square", "the exact same shape on the top in blue on the bottom"]
@@ -40,14 +47,5 @@ def make_untrained_clip(recipe: Recipe, places: RunFolders) -> None:
 
 def _save(recipe: Recipe, folder: Path, kind: Kind, model: nn.Module, belongs: dict[str, str]) -> None:
     weights = model.state_dict()
-    save_checkpoint(
-        step_folder(folder / kind, 1),
-        kind=kind,
-        step=1,
-        recipe=recipe,
-        belongs=belongs,
-        metrics={},
-        weights={"raw": weights, "ema": weights},
-        optimizer={},
-        trainer_state={},
-    )
+    content = CheckpointContent({"raw": weights, "ema": weights}, {}, {})
+    save_checkpoint(step_folder(folder / kind, 1), CheckpointFacts(kind, 1, recipe, belongs, {}), content)

@@ -17,6 +17,8 @@ from dalle_cli.config.schema import Recipe
 from dalle_cli.errors import UserError
 from dalle_cli.stores.checkpoint import (
     Checkpoint,
+    CheckpointContent,
+    CheckpointFacts,
     check_belongs,
     open_checkpoint,
     prune,
@@ -42,19 +44,12 @@ def tensors(seed: int) -> dict[str, torch.Tensor]:
     }
 
 
-def save(run: Path, step: int, **changes: Any) -> Path:
+def save(run: Path, step: int, weights: Any = None) -> Path:
     path = step_folder(run, step)
-    given: dict[str, Any] = {
-        "kind": "prior",
-        "step": step,
-        "recipe": Recipe(name="saved", seed=5),
-        "belongs": {"dvae": "d" * 64},
-        "metrics": {"loss": 0.25},
-        "weights": {"raw": tensors(step), "ema": tensors(step + 1)},
-        "optimizer": tensors(step + 2),
-        "trainer_state": {"step": step, "plateau": {"best": float("inf"), "stale": 1}},
-    }
-    save_checkpoint(path, **{**given, **changes})
+    facts = CheckpointFacts("prior", step, Recipe(name="saved", seed=5), {"dvae": "d" * 64}, {"loss": 0.25})
+    weights = weights or {"raw": tensors(step), "ema": tensors(step + 1)}
+    state = {"step": step, "plateau": {"best": float("inf"), "stale": 1}}
+    save_checkpoint(path, facts, CheckpointContent(weights, tensors(step + 2), state))
     return path
 
 
@@ -110,14 +105,14 @@ def test_the_newest_steps_are_found_and_kept(steps: list[int], keep: int) -> Non
 @pytest.mark.parametrize("fault", ["weights", "optimizer", "recipe", "killed"])
 def test_what_goes_wrong_while_saving_leaves_nothing(tmp_path: Path, fault: str) -> None:
     save(tmp_path / "run", 1)
-    changes: dict[str, Any] = {"weights": {"raw": tensors(0), "ema": {"a": "no tensor"}}} if fault == "weights" else {}
+    weights = {"raw": tensors(0), "ema": {"a": "no tensor"}} if fault == "weights" else None
     target = {"optimizer": "write_json", "recipe": "dump_recipe", "killed": "sha256_file"}.get(fault, "dump_recipe")
     error: BaseException = Killed() if fault == "killed" else RuntimeError("broken")
     with (
         mock.patch(f"dalle_cli.stores.checkpoint.{target}", side_effect=error),
         pytest.raises((Killed, RuntimeError, AttributeError)),
     ):
-        save(tmp_path / "run", 2, **changes)
+        save(tmp_path / "run", 2, weights)
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["step-00000001"]
     assert open_checkpoint(tmp_path / "run").step == 1
     save(tmp_path / "run", 2)

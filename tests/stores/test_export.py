@@ -19,7 +19,14 @@ from dalle_cli.config.load import load_recipe
 from dalle_cli.config.schema import Recipe
 from dalle_cli.errors import UserError
 from dalle_cli.prior.model import build_prior, load_prior
-from dalle_cli.stores.checkpoint import open_checkpoint, save_checkpoint, save_parts
+from dalle_cli.stores.checkpoint import (
+    CheckpointContent,
+    CheckpointFacts,
+    CheckpointShards,
+    open_checkpoint,
+    save_checkpoint,
+    save_sharded_checkpoint,
+)
 from dalle_cli.stores.export import export_checkpoint
 from dalle_cli.stores.tensor_files import Part, TensorFiles, index_entries, join_entries, part_file, save_tensors
 
@@ -79,7 +86,10 @@ def tensors(recipe: Recipe, seed: int) -> dict[str, torch.Tensor]:
 
 
 BELONGS = {"tokenizer": "t", "dvae": "d"}
-FACTS: dict[str, Any] = {"kind": "prior", "step": 3, "belongs": BELONGS, "metrics": {"loss": 1.5}}
+
+
+def facts(recipe: Recipe) -> CheckpointFacts:
+    return CheckpointFacts("prior", 3, recipe, BELONGS, {"loss": 1.5})
 
 
 def part_of(tensor: torch.Tensor, rank: int, count: int) -> Part:
@@ -100,9 +110,7 @@ def save(path: Path, recipe: Recipe, count: int, seed: int = 1) -> list[BaseExce
         moments = {f"exp_avg.{name}": part for name, part in parts["raw"].items()}
         moments |= {f"step.{name}": Part(torch.tensor(3.0)) for name in parts["raw"]}
         own = {"error.x": torch.full((2,), float(rank))}
-        save_parts(
-            path, writer, recipe=recipe, weights=parts, optimizer=moments, own=own, trainer_state={"step": 3}, **FACTS
-        )
+        save_sharded_checkpoint(path, writer, facts(recipe), CheckpointShards(parts, moments, {"step": 3}, own))
 
     return Threads(count).run(work)
 
@@ -242,7 +250,7 @@ def test_what_is_exported_is_the_same(size: str | None, recipe: Recipe, tmp_path
 def test_exporting_one_file_and_what_is_refused(recipe: Recipe, tmp_path: Path, call: Call) -> None:
     path = tmp_path / "run" / "step-00000003"
     weights = {"raw": tensors(recipe, 1), "ema": tensors(recipe, 2)}
-    save_checkpoint(path, recipe=recipe, weights=weights, optimizer={}, trainer_state={}, **FACTS)
+    save_checkpoint(path, facts(recipe), CheckpointContent(weights, {}, {}))
     exported = export_checkpoint(open_checkpoint(path), tmp_path / "out")
     assert (exported.path / "ema.safetensors").read_bytes() == (path / "ema.safetensors").read_bytes()
     assert exported.identity == open_checkpoint(path).identity == exported.files["ema.safetensors"]

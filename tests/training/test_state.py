@@ -22,7 +22,7 @@ from dalle_cli.precision.gradient_scaling import HIGHEST
 from dalle_cli.prior.model import build_prior
 from dalle_cli.prior.train import set_precision, train_prior
 from dalle_cli.randomness import torch_generator
-from dalle_cli.stores.checkpoint import open_checkpoint, save_checkpoint
+from dalle_cli.stores.checkpoint import CheckpointFacts, open_checkpoint, save_checkpoint
 from dalle_cli.training.state import TrainingState
 
 # EMA weights
@@ -177,7 +177,7 @@ def test_scales_and_skipped_updates_are_counted_and_saved(tmp_path: Path) -> Non
     assert lines[2]["log2_scale_min"] == pytest.approx(13.001 - 0.5)
 
     saved = tmp_path / "step-00000004"
-    save_checkpoint(saved, kind="prior", step=4, recipe=recipe, belongs={}, metrics={}, **first.checkpoint(4))
+    save_checkpoint(saved, CheckpointFacts("prior", 4, recipe, {}, {}), first.checkpoint(4))
     second = state()
     second.load(open_checkpoint(saved))
     assert update(second, None)["skipped_updates"] == 2
