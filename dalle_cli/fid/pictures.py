@@ -138,7 +138,7 @@ def gaussian_blur(pictures: Tensor, radius: float) -> Tensor:
 
     ``radius`` is the standard deviation in pixels, as in Pillow's ``GaussianBlur``. The kernel is not approximated, is
     cut at four standard deviations, and repeats the border's pixel beyond the border: the same filter as
-    ``scipy.ndimage.gaussian_filter(x, radius, mode="nearest")`` of each channel. Two matrix products take about half
+    ``scipy.ndimage.gaussian_filter(x, radius, mode="nearest")`` of each channel. Two matrix products take about 0.6
     of scipy's time at radii 1, 2, 4 and 8 together.
     """
     if pictures.dtype != torch.uint8:

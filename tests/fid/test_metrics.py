@@ -94,10 +94,16 @@ def test_inception_score_of_closed_forms() -> None:
     mixed = torch.tensor([[1000.0, 0.0]] * 10 + [[0.0, 0.0]] * 10)
     by_hand = np.exp(0.5 * np.log(1 / 0.75) + 0.5 * (0.5 * np.log(0.5 / 0.75) + 0.5 * np.log(0.5 / 0.25)))
     assert inception_score(mixed)[0] == pytest.approx(by_hand)
-    mean, std, splits = inception_score(torch.randn(3000, 5, generator=torch.Generator().manual_seed(0)))
+
+
+def test_the_inception_score_of_many_pictures_is_the_mean_over_splits() -> None:
+    logits = torch.randn(3000, 5, generator=torch.Generator().manual_seed(0))
+    mean, std, splits = inception_score(logits, seed=3)
+    order = np.random.RandomState(3).permutation(3000)
+    scores = [inception_score(logits[torch.from_numpy(rows)]).mean for rows in np.split(order, 3)]
     assert splits == 3
-    assert std is not None
-    assert mean > 1
+    assert mean == pytest.approx(np.mean(scores), rel=1e-9)
+    assert std == pytest.approx(np.std(scores), rel=1e-6)
 
 
 def test_inception_score_is_the_exponential_of_the_mean_divergence() -> None:
