@@ -89,13 +89,13 @@ class ClipTask:
     def loss(self, batch: tuple[Tensor, Tensor], step: int) -> dict[str, Tensor]:
         images, text_ids = (part.to(self.group.device) for part in batch)
         caption_negatives = self.recipe.clip.objective.caption_negatives
-        return {"loss": contrastive_loss(self.model, pixels(images.permute(0, 2, 3, 1)), text_ids, caption_negatives)}
+        return {"loss": contrastive_loss(self.model, pixels(images), text_ids, caption_negatives)}
 
     def validate(self, step: int) -> dict[str, float]:
         if self.validation is None:
             return {}
         images, text_ids = (part.to(self.group.device) for part in self.validation)
-        image_features, text_features, scale = self.model(pixels(images.permute(0, 2, 3, 1)), text_ids)
+        image_features, text_features, scale = self.model(pixels(images), text_ids)
         logits = scale * image_features @ text_features.T
         loss = pairs_cross_entropy(logits, logits.T)
         # An equal caption ranks as high as the picture's own, so ties count as right.
@@ -122,7 +122,7 @@ class ClipTask:
             rows.append(int(row))
         if not rows:
             return None
-        return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2), self._text_ids(
+        return torch.from_numpy(np.stack(pictures)), self._text_ids(
             self.reader.read("text", np.array(rows)), self.reader.read("text_length", np.array(rows))
         )
 

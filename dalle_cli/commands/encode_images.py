@@ -52,6 +52,6 @@ def command(
     share = parse_shard(shard)
     checkpoint = open_checkpoint(dvae or places.dvae, "dvae")
     found = encode_source(settings, read_source(settings), checkpoint, out, share)
-    log(f"{out}: {found['rows']} pictures, {found['skipped']} skipped")
+    log(f"{out}: {found.rows} pictures, {found.skipped} skipped")
     record_command(out)
     typer.echo(out)

@@ -29,14 +29,13 @@ def command(
     gpus: GpusOption = None,
     wandb: WandbOption = None,
 ) -> None:
-    """Train the discrete VAE, which turns a picture into a grid of image tokens and back.
+    """Train the discrete VAE, which turns an image into a grid of tokens and back.
 
-    Killed, it goes on from the newest checkpoint when run again, and ends with the same bytes. Runs on a GPU where
-    there is one, and in several processes with --gpus, or under torchrun or srun, each on its
-    part of every batch.
+    If it is killed, run it again: it resumes from the newest checkpoint and ends with the same bytes. It uses a GPU if
+    there is one, and several ranks with --gpus or under torchrun or srun; each rank works on its part of every batch.
 
-    SIGTERM and SIGUSR1, to any of the processes, have it save at the end of the update in hand and leave with exit
-    code 75: run again, it goes on from there. scripts/slurm has the batch files that do so.
+    On SIGTERM or SIGUSR1, sent to any rank, it saves at the end of the current update and exits with code 75. Run it
+    again to resume from there; scripts/slurm has batch files that do so.
 
     Example: [bold]dalle train-dvae recipes/quickstart.yaml --data runs/quickstart/shapes/train[/bold]
     """

@@ -47,7 +47,7 @@ class PictureBatch(NamedTuple):
     """Training pictures of one update."""
 
     pictures: Tensor
-    """(B, 3, S, S) uint8."""
+    """(B, S, S, 3) uint8."""
     rows: np.ndarray
     """(B,) rows of the pictures in the source."""
     epochs: np.ndarray
@@ -153,7 +153,7 @@ class _BatchSampler:
 
 
 def _collate(items: Sequence[tuple[np.ndarray, int, int]]) -> PictureBatch:
-    pictures = torch.from_numpy(np.stack([picture for picture, _, _ in items])).permute(0, 3, 1, 2)
+    pictures = torch.from_numpy(np.stack([picture for picture, _, _ in items]))
     return PictureBatch(pictures, np.array([row for _, row, _ in items]), np.array([epoch for _, _, epoch in items]))
 
 

@@ -1,1 +1,1 @@
-"""The discrete VAE: model, likelihood, relaxations, training (paper, section 2.1)."""
+"""The discrete VAE: model, objective, training, encoding, OpenAI's release (paper, section 2.1, appendix A)."""

@@ -1,8 +1,9 @@
-"""Pictures to image tokens, into a token store."""
+"""Encoding of images into tokens and decoding of tokens, and the image part of a token store."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from dalle_cli.data.picture_loader import PictureBlock, consecutive_pictures
 from dalle_cli.data.source import Source
 from dalle_cli.distributed.device import choose_device, limit_threads, prepare_process
 from dalle_cli.dvae.model import DVAE
-from dalle_cli.dvae.objective import phi, reconstruct
+from dalle_cli.dvae.objective import encoder_input, reconstructed_images
 from dalle_cli.dvae.train import load_dvae
 from dalle_cli.progress import progress
 from dalle_cli.stores.checkpoint import Checkpoint
@@ -24,43 +25,42 @@ from dalle_cli.stores.token_writer import PartWriter
 from dalle_cli.stores.tokens import ROWS_PER_SHARD
 
 BLOCK = 64
-"""Pictures read and encoded together. Fixed, so that rounding, and with it the tokens, depends on nothing else."""
-MOST_ACTIVATIONS = 2**27
-"""Values of the first group's output held at once: fewer pictures than BLOCK where they are large (8 of the paper's,
-which then take 3 GB)."""
+"""Number of images read and encoded together. It is fixed, so that rounding, and thus the tokens, never varies."""
+MAX_ACTIVATIONS = 2**27
+"""Maximum number of values in the first group's output. Large images are encoded fewer than BLOCK at a time (8 of the
+paper's, which take 3 GB)."""
 
 
 @torch.no_grad()
-def encode_pictures(model: DVAE, pictures: Tensor, eps: float) -> Tensor:
-    """(B, S, S, 3) uint8 -> tokens (B, S / 8, S / 8) int64, the likeliest code at each place."""
-    _, height, width, _ = pictures.shape
-    together = pictures_at_once(model, height, width)
-    return torch.cat([model.encode_tokens(phi(part.permute(0, 3, 1, 2), eps)) for part in pictures.split(together)])
+def encode_images(model: DVAE, images: Tensor, eps: float) -> Tensor:
+    """Return the likeliest code at each position, (B, S / 8, S / 8) int64, of uint8 images (B, S, S, 3)."""
+    _, height, width, _ = images.shape
+    parts = images.split(images_per_pass(model, height, width))
+    return torch.cat([model.encode_tokens(encoder_input(part, eps)) for part in parts])
 
 
 @torch.no_grad()
-def decode_pictures(model: DVAE, tokens: Tensor, eps: float) -> Tensor:
-    """Tokens (B, h, w) int64 -> pictures (B, 8 h, 8 w, 3) uint8: the likelihood's median, phi^-1(sigmoid(mu))."""
+def decode_tokens(model: DVAE, tokens: Tensor, eps: float) -> Tensor:
+    """Return the likelihood's median, uint8 images (B, 8 h, 8 w, 3), of int64 tokens (B, h, w)."""
     _, rows, columns = tokens.shape
-    parts = tokens.split(pictures_at_once(model, DOWNSAMPLING * rows, DOWNSAMPLING * columns))
-    pictures = [reconstruct(model.decode_tokens(part)[0], eps).round().to(torch.uint8) for part in parts]
-    return torch.cat(pictures).permute(0, 2, 3, 1)
+    parts = tokens.split(images_per_pass(model, DOWNSAMPLING * rows, DOWNSAMPLING * columns))
+    return torch.cat([reconstructed_images(model.decode_tokens(part)[0], eps) for part in parts])
 
 
-def pictures_at_once(model: DVAE, height: int, width: int) -> int:
-    """How many pictures of this size are encoded or decoded together."""
-    return max(1, MOST_ACTIVATIONS // (height * width * model.settings.n_hid))
+def images_per_pass(model: DVAE, height: int, width: int) -> int:
+    """Return the number of images of this size that are encoded or decoded together."""
+    return max(1, MAX_ACTIVATIONS // (height * width * model.settings.n_hid))
 
 
 def encode_blocks(model: DVAE, blocks: Iterable[PictureBlock], eps: float) -> Iterator[tuple[PictureBlock, np.ndarray]]:
-    """Each block with its pictures' tokens, (n, S / 8, S / 8) uint16.
+    """Yield each block with its images' tokens, (n, S / 8, S / 8) uint16.
 
-    A block is handed out when the next one is queued, so that a GPU goes on while this process fetches and writes.
+    A block is yielded once the next one is queued, so that a GPU stays busy while this process fetches and writes.
     """
     device = next(model.parameters()).device
     queued: tuple[PictureBlock, Tensor] | None = None
     for block in blocks:
-        tokens = encode_pictures(model, block.pictures.to(device, non_blocking=True), eps)
+        tokens = encode_images(model, block.pictures.to(device, non_blocking=True), eps)
         if queued is not None:
             yield queued[0], _as_stored(queued[1])
         queued = block, tokens
@@ -72,25 +72,32 @@ def _as_stored(tokens: Tensor) -> np.ndarray:
     return tokens.cpu().numpy().astype(np.uint16)
 
 
+@dataclass(frozen=True)
+class EncodedRows:
+    """Row counts of a store's image part, or of a share of it."""
+
+    rows: int
+    """All rows, skipped ones included."""
+    skipped: int
+    """Rows whose image could not be read or was filtered."""
+
+
 def encode_source(
     recipe: Recipe, source: Source, checkpoint: Checkpoint, out: Path, shard: Shard = WHOLE
-) -> dict[str, int]:
+) -> EncodedRows:
     """Write the image part of the store ``out``, or one share of it; resume at the last committed row.
-
-    Returns:
-        The numbers of rows and of skipped rows.
 
     Raises:
         UserError: the store was made from another source or dVAE, another process is writing this share, or the disk is
             full.
     """
-    made_by = checkpoint.recipe()
-    eps = made_by.dvae.objective.logit_laplace_eps
+    trained_by = checkpoint.recipe()
+    eps = trained_by.dvae.objective.logit_laplace_eps
     identity = {
         "source": source.name,
         "dvae": checkpoint.identity,
-        "grid": made_by.grid,
-        "codebook_size": made_by.dvae.model.codebook_size,
+        "grid": trained_by.grid,
+        "codebook_size": trained_by.dvae.model.codebook_size,
         "filters": picture_identity(recipe.data.filters),
     }
     with PartWriter(out, "image", identity, len(source), shard) as writer:
@@ -103,28 +110,28 @@ def encode_source(
                 source,
                 todo,
                 block=BLOCK,
-                image_size=made_by.image_size,
+                image_size=trained_by.image_size,
                 data=recipe.data,
                 workers=recipe.dvae.training.workers,
                 pinned=device.type == "cuda",
             )
             encode_into(writer, model, blocks, eps, len(todo))
         writer.finish()
-    return {"rows": writer.rows, "skipped": sum(writer.progress.skipped.values())}
+    return EncodedRows(writer.rows, sum(writer.progress.skipped.values()))
 
 
-def encode_into(writer: PartWriter, model: DVAE, blocks: Iterable[PictureBlock], eps: float, left: int) -> None:
-    """Append the tokens of ``blocks``, which hold ``left`` samples, by whole shards."""
+def encode_into(writer: PartWriter, model: DVAE, blocks: Iterable[PictureBlock], eps: float, remaining: int) -> None:
+    """Append the tokens of ``blocks``, which hold ``remaining`` samples, in whole shards of the store."""
     keys: list[str] = []
     tokens: list[np.ndarray] = []
     reasons: dict[str, str] = {}
-    with progress("encode-images", writer.rows + left, "images", writer.rows) as bar:
-        for block, found in encode_blocks(model, blocks, eps):
+    with progress("encode-images", writer.rows + remaining, "images", writer.rows) as bar:
+        for block, block_tokens in encode_blocks(model, blocks, eps):
             keys += block.keys
-            tokens.append(found)
+            tokens.append(block_tokens)
             reasons |= block.reasons
-            left -= len(block.keys)
-            if len(keys) == ROWS_PER_SHARD or left == 0:
+            remaining -= len(block.keys)
+            if len(keys) == ROWS_PER_SHARD or remaining == 0:
                 ok = np.array([key not in reasons for key in keys], dtype=np.uint8)
                 image = np.concatenate(tokens) * ok[:, None, None]
                 writer.append(keys, {"image": image, "image_ok": ok}, reasons)

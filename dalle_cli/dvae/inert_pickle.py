@@ -1,7 +1,7 @@
-"""Pickles read as inert data: what a pickle names is never imported, constructed or called.
+"""A reader of pickles as inert data: nothing that a pickle names is imported, constructed or called.
 
-The opcodes are interpreted here, and only those that ``torch.save`` writes by default (protocol 2). A class stands in
-the result as its name beside its attributes, a function is one of ours or the pickle is refused.
+It interprets the opcodes itself, and only those that ``torch.save`` writes by default (protocol 2). In the result an
+object is its class's name and its attributes. A function is replaced by one of ours, or the pickle is refused.
 """
 
 from __future__ import annotations
@@ -11,41 +11,41 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import IO, Any, Final
 
-MOST_OPCODES = 1_000_000
-"""The modules that are read here take some 10,000. A bound, as an opcode of one byte can make an object of 60."""
+MAX_OPCODES = 1_000_000
+"""Limit against memory bombs, since an opcode of one byte can make an object of 60; a dVAE takes some 10,000."""
 
 
 class BadPickle(ValueError):
-    """A pickle that is damaged, or holds what is not admitted; the message is a short reason."""
+    """A damaged pickle, or one with something that is not on the allowlist; the message is a short reason."""
 
 
 @dataclass(frozen=True)
 class Symbol:
-    """A global that the pickle names, as "module name"."""
+    """A global that the pickle names, written "module name"."""
 
     name: str
 
 
 @dataclass(eq=False)
 class Instance:
-    """An object of the class ``kind`` ("module name"), its attributes as pickled, None before they are set."""
+    """An object of the class ``kind`` ("module name"), with its attributes as pickled, or None before they are set."""
 
     kind: str
     state: dict[str, object] | None = None
 
 
 @dataclass(frozen=True)
-class Admitted:
-    """What a pickle may name, each as "module name", and what is made of it."""
+class Allowlist:
+    """Globals that a pickle may name, each written "module name", and their replacements."""
 
     classes: frozenset[str]
-    """Classes, whose objects become an ``Instance``."""
+    """Classes whose objects become an ``Instance``."""
     functions: Mapping[str, Callable[..., object]]
-    """Ours, called in their place. They check what they are given and raise BadPickle."""
+    """Replacements to call for functions. They check their arguments and raise BadPickle."""
     symbols: frozenset[str]
-    """Globals that stand for themselves."""
+    """Globals that become a ``Symbol``."""
     persistent: Callable[[object], object]
-    """Makes an object of a persistent id. Raises BadPickle."""
+    """Returns the object of a persistent id, or raises BadPickle."""
 
 
 _MARK: Final = object()
@@ -53,37 +53,38 @@ _VALUES: Final = frozenset({"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT",
 _TUPLES: Final = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
-def read_pickle(stream: IO[bytes], admitted: Admitted) -> object:
-    """The object of the pickle that begins where ``stream`` stands, which is left behind the pickle's end.
+def read_pickle(stream: IO[bytes], allowlist: Allowlist) -> object:
+    """Read the pickle at the position of ``stream``, which then stands behind the pickle.
 
-    It is made of None, bool, int, float, str, tuples, lists, dictionaries with text as keys, ``Instance``,
-    ``Symbol`` and what the functions of ``admitted`` return. It may contain itself, and be nested to any depth.
+    Returns:
+        An object made of None, bool, int, float, str, tuples, lists, dictionaries with str keys, ``Instance``,
+        ``Symbol`` and what the functions of ``allowlist`` return. It may contain itself and be nested to any depth.
 
     Raises:
-        BadPickle: damaged, too large, or something is not admitted; what it is is named.
+        BadPickle: the pickle is damaged or too large, or has something that is not on the allowlist, which is named.
     """
-    machine = _Machine(admitted)
+    machine = _Machine(allowlist)
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
-            if count == MOST_OPCODES:
-                raise BadPickle(f"its pickle has more than {MOST_OPCODES} opcodes")
+            if count == MAX_OPCODES:
+                raise BadPickle(f"its pickle has more than {MAX_OPCODES} opcodes")
             machine.step(opcode.name, argument)
     except BadPickle:
         raise
-    except (ValueError, OverflowError) as error:  # of genops: unknown opcode, cut short, no UTF-8
-        raise BadPickle(f"damaged, or no pickle ({' '.join(str(error).split())[:100]})") from error
+    except (ValueError, OverflowError) as error:  # from genops: unknown opcode, cut short, not UTF-8
+        raise BadPickle(f"damaged, or not a pickle ({' '.join(str(error).split())[:100]})") from error
     return machine.result
 
 
 class _Machine:
-    def __init__(self, admitted: Admitted) -> None:
-        self.admitted = admitted
+    def __init__(self, allowlist: Allowlist) -> None:
+        self.allowlist = allowlist
         self.stack: list[object] = []
         self.memo: dict[int, object] = {}
         self.result: object = None
 
     def step(self, name: str, argument: Any) -> None:
-        """Do as one opcode says."""
+        """Execute one opcode."""
         match name:
             case "PROTO":
                 if argument != 2:
@@ -102,7 +103,7 @@ class _Machine:
                 self.memo[argument] = self.top()
             case "BINGET" | "LONG_BINGET":
                 if argument not in self.memo:
-                    raise BadPickle("damaged: it refers to what it does not hold")
+                    raise BadPickle("damaged: its pickle refers to a missing object")
                 self.stack.append(self.memo[argument])
             case "TUPLE":
                 self.stack.append(tuple(self.pop_to_mark()))
@@ -126,7 +127,7 @@ class _Machine:
             case "BUILD":
                 self.build(self.pop())
             case "BINPERSID":
-                self.stack.append(self.admitted.persistent(self.pop()))
+                self.stack.append(self.allowlist.persistent(self.pop()))
             case "STOP":
                 self.result = self.pop()
             case _ if name in _VALUES:
@@ -139,7 +140,7 @@ class _Machine:
 
     def top(self) -> object:
         if not self.stack or self.stack[-1] is _MARK:
-            raise BadPickle("damaged: its pickle takes what is not there")
+            raise BadPickle("damaged: its pickle takes from an empty stack")
         return self.stack[-1]
 
     def pop(self) -> object:
@@ -152,42 +153,42 @@ class _Machine:
                 items = self.stack[place + 1 :]
                 del self.stack[place:]
                 return items
-        raise BadPickle("damaged: its pickle takes what is not there")
+        raise BadPickle("damaged: its pickle takes from an empty stack")
 
     def extend(self, items: list[object]) -> None:
         target = self.top()
         if type(target) is not list:
-            raise BadPickle("it appends to what is no list")
+            raise BadPickle("it appends to something other than a list")
         target.extend(items)
 
     def update(self, items: list[object]) -> None:
         target = self.top()
         if type(target) is not dict or len(items) % 2:
-            raise BadPickle("it sets items of what is no dictionary")
+            raise BadPickle("it sets items of something other than a dictionary")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if type(key) is not str:  # hashing a tuple that is nested deeply enough ends the process
-                raise BadPickle("it has a dictionary whose keys are not text")
+            if type(key) is not str:  # hashing a deeply nested tuple overflows the C stack
+                raise BadPickle("it has a dictionary with keys that are not text")
             target[key] = value
 
     def symbol(self, name: str) -> Symbol:
-        admitted = self.admitted
-        if name not in admitted.classes and name not in admitted.functions and name not in admitted.symbols:
-            raise BadPickle(f"it names {dotted(name)!r}, which is not admitted; nothing of it was run")
+        allowed = self.allowlist
+        if name not in allowed.classes and name not in allowed.functions and name not in allowed.symbols:
+            raise BadPickle(f"it names {dotted(name)!r}, which is not on the allowlist; nothing was executed")
         return Symbol(name)
 
     def new(self, symbol: object, arguments: object) -> Instance:
-        if not isinstance(symbol, Symbol) or symbol.name not in self.admitted.classes:
-            raise BadPickle(f"it makes an object of {shown(symbol)}, which is no admitted class")
+        if not isinstance(symbol, Symbol) or symbol.name not in self.allowlist.classes:
+            raise BadPickle(f"it makes an object of {shown(symbol)}, which is not a class on the allowlist")
         if type(arguments) is not tuple or arguments:
             raise BadPickle(f"it makes an object of {dotted(symbol.name)!r} with arguments")
         return Instance(symbol.name)
 
     def call(self, symbol: object, arguments: object) -> object:
-        function = self.admitted.functions.get(symbol.name) if isinstance(symbol, Symbol) else None
+        function = self.allowlist.functions.get(symbol.name) if isinstance(symbol, Symbol) else None
         if function is None:
-            raise BadPickle(f"it calls {shown(symbol)}, which is no admitted function; nothing of it was run")
+            raise BadPickle(f"it calls {shown(symbol)}, which is not a function on the allowlist; nothing was executed")
         if type(arguments) is not tuple:
-            raise BadPickle(f"it calls {shown(symbol)} with what are no arguments")
+            raise BadPickle(f"it calls {shown(symbol)} with arguments that are not a tuple")
         return function(*arguments)
 
     def build(self, state: object) -> None:
@@ -198,12 +199,12 @@ class _Machine:
 
 
 def dotted(name: str) -> str:
-    """ "module name" as Python writes it."""
+    """Return "module name" as Python writes it, module.name."""
     return name.replace(" ", ".")
 
 
 def shown(value: object) -> str:
-    """A value of a pickle in a message: short, on one line, and safe however deeply it is nested."""
+    """Describe a value of a pickle for a message: short, on one line, and safe for any depth of nesting."""
     if isinstance(value, Symbol):
         return repr(dotted(value.name))
     if isinstance(value, Instance):

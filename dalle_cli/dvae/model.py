@@ -1,7 +1,7 @@
 """The dVAE's encoder and decoder (Ramesh et al. 2021, arXiv 2102.12092, appendix A.1).
 
-Convolutional ResNets of 4 groups of bottleneck resblocks. Parameters are named and laid out as in the dVAE
-that OpenAI released (``blocks.group_1.block_1.res_path.conv_1.w``), so that its weights load by name.
+Both are convolutional ResNets of 4 groups of bottleneck resblocks. Parameters are named and shaped as in the dVAE that
+OpenAI released (``blocks.group_1.block_1.res_path.conv_1.w``), so that its weights load by name.
 """
 
 from __future__ import annotations
@@ -24,8 +24,12 @@ CHANNELS = 3
 class Conv2d(nn.Module):
     """A convolution that keeps height and width, with parameters ``w`` (out, in, k, k) and ``b`` (out,).
 
-    ``float32``: computed in 32 bit whatever the surrounding autocast or the parameters' type, for the
-    convolutions whose result is a logit, a codebook's vector or a density's parameter.
+    Args:
+        n_in: input channels.
+        n_out: output channels.
+        kernel: side of the kernel, odd.
+        float32: compute in 32 bit under any autocast and with parameters of any type. It is set where the result is a
+            logit, a codebook vector or a parameter of a density.
     """
 
     def __init__(self, n_in: int, n_out: int, kernel: int, *, float32: bool = False) -> None:
@@ -45,9 +49,13 @@ class Conv2d(nn.Module):
 class Resblock(nn.Module):
     """``id_path(x) + post_gain * res_path(x)``; the residual path works at a quarter of the output's width.
 
-    ``kernels`` are the sides of its four convolutions, ``n_layers`` the number of resblocks of the whole
-    network: with post_gain = 1 / n_layers^2 a network at its initialisation is close to its identity path.
-    ``recomputed``: what is inside is not kept for the backward pass but computed again there, to the same bits.
+    Args:
+        n_in: input channels.
+        n_out: output channels.
+        kernels: sides of the residual path's four convolutions.
+        n_layers: number of resblocks in the whole network. With post_gain = 1 / n_layers^2, a network at its
+            initialization is close to its identity path.
+        recomputed: recompute the block's activations in the backward pass, to the same bits, instead of storing them.
     """
 
     def __init__(
@@ -91,10 +99,10 @@ def _output(n_in: int, n_out: int) -> nn.Sequential:
 
 
 def initialise(network: nn.Module, seed: int, name: str) -> None:
-    """Fill every convolution of ``network``: weights normal with variance 1 / fan_in, biases zero.
+    """Initialize every convolution of ``network``: weights normal with variance 1 / fan_in, biases zero.
 
-    Each weight has its own stream (seed, name, its path), drawn on the CPU, so that the values depend neither
-    on the device nor on the order of the modules. Parameters on the meta device are left as they are.
+    Each weight is drawn on the CPU from its own random stream (seed, name, its path), so that the values depend neither
+    on the device nor on the order of the modules. Parameters on the meta device are skipped.
     """
     for path, module in network.named_modules():
         if isinstance(module, Conv2d) and not module.w.is_meta:
@@ -106,7 +114,7 @@ def initialise(network: nn.Module, seed: int, name: str) -> None:
 
 
 class Encoder(nn.Module):
-    """Pictures to logits over the codebook."""
+    """The network from images to logits over the codebook."""
 
     def __init__(self, settings: DvaeModel, seed: int = 0) -> None:
         super().__init__()
@@ -122,10 +130,10 @@ class Encoder(nn.Module):
         initialise(self, seed, "dvae encoder")
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) pixels in (eps, 1 - eps), as of ``phi`` -> float32 logits (B, K, H / 8, W / 8).
+        """Map pixels (B, 3, H, W) in (eps, 1 - eps), see ``phi``, to float32 logits (B, K, H / 8, W / 8).
 
         Raises:
-            ValueError: a shape that is not (B, 3, H, W) with H and W multiples of 8.
+            ValueError: the shape is not (B, 3, H, W) with H and W multiples of 8.
         """
         if x.ndim != 4 or x.shape[1] != CHANNELS or x.shape[2] % DOWNSAMPLING or x.shape[3] % DOWNSAMPLING:
             raise ValueError(f"the encoder takes (B, 3, H, W), H and W multiples of 8, not {tuple(x.shape)}")
@@ -135,7 +143,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Codes, relaxed or hard, to the logit-Laplace's parameters of every pixel."""
+    """The network from codes, relaxed or hard, to the logit-Laplace parameters of every pixel."""
 
     def __init__(self, settings: DvaeModel, seed: int = 0) -> None:
         super().__init__()
@@ -154,30 +162,30 @@ class Decoder(nn.Module):
         self.blocks.add_module("output", _output(width, 2 * CHANNELS))
         initialise(self, seed, "dvae decoder")
         with torch.no_grad():
-            # Its input is one code of K, so a single column makes the output: by the rule above columns lie so close
-            # together that a short run never tells most codes apart; sqrt(K) times it, small models fall to one code.
+            # The input is one code of K, so a single column makes the output. With fan-in K columns lie so close
+            # together that a short run never tells most codes apart; with fan-in 1 small models collapse to one code.
             self.codebook.w.mul_(math.sqrt(settings.codebook_size) / 2)
 
     @property
     def codebook(self) -> Conv2d:
-        """The 1x1 convolution whose K columns (plus its bias) are the codes' vectors."""
+        """The 1x1 convolution whose K columns, plus its bias, are the vectors of the codes."""
         return cast(Conv2d, self.blocks.get_submodule("input"))
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, K, h, w), one-hot or relaxed -> mu and ln b, each (B, 3, 8 h, 8 w), float32, unbounded.
+        """Map codes (B, K, h, w), one-hot or relaxed, to mu and ln b, each (B, 3, 8 h, 8 w), float32, unbounded.
 
         Raises:
-            ValueError: a shape that is not (B, K, h, w).
+            ValueError: the shape is not (B, K, h, w).
         """
         if z.ndim != 4 or z.shape[1] != self.codebook_size:
             raise ValueError(f"the decoder takes (B, {self.codebook_size}, h, w), not {tuple(z.shape)}")
         return self._decode(self.codebook(z))
 
     def decode_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """``forward`` of the one-hot codes of ``tokens`` (B, h, w) int64, as a look-up that makes no one-hot.
+        """Compute ``forward`` of the one-hot codes of ``tokens`` (B, h, w) int64 by an embedding lookup.
 
         Raises:
-            ValueError: a shape that is not (B, h, w).
+            ValueError: the shape is not (B, h, w).
         """
         if tokens.ndim != 3:
             raise ValueError(f"tokens are (B, h, w), not {tuple(tokens.shape)}")
@@ -194,7 +202,7 @@ class Decoder(nn.Module):
 
 
 class DVAE(nn.Module):
-    """Encoder and decoder. ``seed`` decides the initial weights."""
+    """Encoder and decoder; ``seed`` determines the initial weights."""
 
     def __init__(self, settings: DvaeModel, seed: int = 0) -> None:
         super().__init__()
@@ -203,14 +211,14 @@ class DVAE(nn.Module):
         self.decoder = Decoder(settings, seed)
 
     def encode_tokens(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) pixels in (eps, 1 - eps) -> the likeliest codes, (B, H / 8, W / 8) int64."""
+        """Map pixels (B, 3, H, W) in (eps, 1 - eps) to the likeliest codes, (B, H / 8, W / 8) int64."""
         logits: Tensor = self.encoder(x)
         return logits.argmax(dim=1)
 
     def decode_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, h, w) int64 -> mu and ln b, each (B, 3, 8 h, 8 w)."""
+        """Map tokens (B, h, w) int64 to mu and ln b, each (B, 3, 8 h, 8 w)."""
         return self.decoder.decode_tokens(tokens)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) pixels in (eps, 1 - eps) -> mu and ln b of their hard codes, each (B, 3, H, W)."""
+        """Map pixels (B, 3, H, W) in (eps, 1 - eps) to mu and ln b of their hard codes, each (B, 3, H, W)."""
         return self.decode_tokens(self.encode_tokens(x))

@@ -1,12 +1,13 @@
-"""OpenAI's released dVAE (two pickled modules, encoder.pkl and decoder.pkl) as a checkpoint of ours.
+"""Import of OpenAI's released dVAE, two pickled modules (encoder.pkl and decoder.pkl), as a checkpoint.
 
-The published classes are never imported. Their modules are compared one by one with those of our ``DVAE``, names,
-kinds and constants, so that a file of another architecture is refused rather than loaded into a network that computes
-something else. Then each parameter's shape is compared, and only then are values read.
+The published classes are never imported. Each module's name, class and constants are compared with those of our
+``DVAE``, so that a file of another architecture is refused rather than loaded into a network that computes something
+else. Then each parameter's shape is compared, and only then are values read.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -50,39 +51,54 @@ COUNTERPARTS: dict[type[nn.Module], frozenset[str]] = {
     nn.MaxPool2d: frozenset({"torch.nn.modules.pooling MaxPool2d"}),
     nn.Upsample: frozenset({"torch.nn.modules.upsampling Upsample"}),
 }
-"""The classes that a file may name, "module name", by ours."""
+"""Published counterparts of our classes, written "module name"."""
 CLASSES: frozenset[str] = frozenset().union(*COUNTERPARTS.values())
+"""Allowlist of the classes that a file may name."""
 
 LOGIT_LAPLACE_EPS = 0.1
-MOST_BLOCKS = 64
-LARGEST_SIZE = 65535
-"""Bounds of what a file says of itself, so that a wrong one does not build a network without end."""
+MAX_BLOCKS = 64
+MAX_SIZE = 65535
+"""Upper bounds of the sizes that a file states, so that a wrong one cannot ask for an endless network."""
+
+
+@dataclass(frozen=True)
+class ReleasedDvae:
+    """A released dVAE as our ``DVAE`` takes it."""
+
+    settings: DvaeModel
+    weights: dict[str, Tensor]
+    """Float32 parameters by the names of our ``DVAE``."""
 
 
 def import_dvae(encoder: Path, decoder: Path, out: Path, image_size: int) -> Checkpoint:
-    """The released dVAE as the checkpoint ``out``, its raw and EMA weights the same.
+    """Save the released dVAE as the checkpoint ``out``, with equal raw and EMA weights.
 
-    ``image_size`` is what pictures are cut to where the checkpoint is used; the network itself takes any size.
+    Args:
+        encoder: the file encoder.pkl.
+        decoder: the file decoder.pkl.
+        out: a folder that is empty or does not exist.
+        image_size: side that images are cropped to where the checkpoint is used; the network itself takes any size.
 
     Raises:
-        UserError: ``out`` is not free, a file is refused, the two do not belong together, the size is no multiple of 8.
+        UserError: ``out`` is taken, a file is refused, the two do not belong together, or the size is not a multiple
+            of 8.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists; name a folder that does not")
+        raise UserError(f"{out}: already exists; name a new folder")
     if image_size % DOWNSAMPLING:
-        raise UserError(f"--image-size {image_size} is no multiple of {DOWNSAMPLING}; choose one, such as 256")
-    settings, weights = read_released(encoder, decoder)
+        raise UserError(f"--image-size {image_size} is not a multiple of {DOWNSAMPLING}; choose one, such as 256")
+    released = read_released(encoder, decoder)
     imported = {file.name: sha256_file(file) for file in (encoder, decoder)}
-    content = CheckpointContent({"raw": weights, "ema": weights}, {}, {"imported": imported})
-    save_checkpoint(out, CheckpointFacts("dvae", 0, _recipe(settings, image_size), {}, {}), content)
+    content = CheckpointContent({"raw": released.weights, "ema": released.weights}, {}, {"imported": imported})
+    save_checkpoint(out, CheckpointFacts("dvae", 0, _recipe(released.settings, image_size), {}, {}), content)
     return open_checkpoint(out, "dvae")
 
 
-def read_released(encoder: Path, decoder: Path) -> tuple[DvaeModel, dict[str, Tensor]]:
-    """The sizes of the released dVAE, and its weights by the names of our ``DVAE``, float32.
+def read_released(encoder: Path, decoder: Path) -> ReleasedDvae:
+    """Read the sizes and weights of a released dVAE.
 
     Raises:
-        UserError: a file is refused or damaged, is of another architecture, or the two do not belong together.
+        UserError: a file is damaged, refused or of another architecture, or the two do not belong together.
     """
     with open_torch_file(encoder, CLASSES) as encoder_file, open_torch_file(decoder, CLASSES) as decoder_file:
         roots = {"encoder": _Module(encoder_file.root, encoder), "decoder": _Module(decoder_file.root, decoder)}
@@ -98,11 +114,11 @@ def read_released(encoder: Path, decoder: Path) -> tuple[DvaeModel, dict[str, Te
                 if not bool(values.isfinite().all()):
                     roots[name].refuse(f"{parameter} has values that are not finite")
                 weights[f"{name}.{parameter}"] = values
-    return settings, weights
+    return ReleasedDvae(settings, weights)
 
 
 class _Module:
-    """A module of the file: what it is, its attributes, and where it stands."""
+    """A module of the file, with its class ``kind``, its attributes ``state`` and its dotted ``path``."""
 
     def __init__(self, value: object, file: Path, path: str = "") -> None:
         self.file, self.path, self.value = file, path, value
@@ -110,7 +126,7 @@ class _Module:
         self.state = (value.state or {}) if isinstance(value, Instance) else {}
 
     def part(self, attribute: str) -> dict[str, object]:
-        """``_modules``, ``_parameters`` or ``_buffers``."""
+        """Return ``_modules``, ``_parameters`` or ``_buffers``."""
         part = self.state.get(attribute)
         if type(part) is not dict:
             self.refuse(f"{self.path or 'its module'} has no {attribute}")
@@ -120,7 +136,7 @@ class _Module:
         return _Module(value, self.file, f"{self.path}.{name}" if self.path else name)
 
     def refuse(self, why: str) -> NoReturn:
-        raise UserError(f"{self.file}: {why}; it is damaged, or of another model than OpenAI's dVAE")
+        raise UserError(f"{self.file}: {why}; it is damaged, or not OpenAI's dVAE")
 
 
 def _refuse_other_roots(encoder: _Module, decoder: _Module) -> None:
@@ -138,15 +154,15 @@ def _refuse_other_roots(encoder: _Module, decoder: _Module) -> None:
 
 
 def _settings(encoder: _Module, decoder: _Module) -> DvaeModel:
-    """The sizes that both modules state; one that is not stated is the published one."""
+    """Return the sizes that both modules state; the default of one that is not stated is the published size."""
     names = {"n_hid": "n_hid", "blocks_per_group": "n_blk_per_group", "codebook_size": "vocab_size"}
     sizes = {ours: _size(encoder, ours, theirs) for ours, theirs in names.items()}
     for ours, theirs in names.items():
         other = _size(decoder, ours, theirs)
         if other != sizes[ours]:
             raise UserError(
-                f"{encoder.file} has {theirs} {sizes[ours]}, {decoder.file} has {other}: they are of two dVAEs; "
-                "give the two that belong together"
+                f"{encoder.file} has {theirs} {sizes[ours]}, {decoder.file} has {other}: they are of different dVAEs; "
+                "give two files of one release"
             )
     for module, name in ((encoder, "input_channels"), (decoder, "output_channels")):
         if (channels := module.state.get(name, CHANNELS)) != CHANNELS:
@@ -154,19 +170,19 @@ def _settings(encoder: _Module, decoder: _Module) -> DvaeModel:
     try:
         return DvaeModel(**sizes, n_init=_size(decoder, "n_init", "n_init"))
     except ValidationError as error:
-        encoder.refuse(f"its sizes are none of a dVAE ({error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']})")
+        encoder.refuse(f"its sizes are not those of a dVAE ({error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']})")
 
 
 def _size(module: _Module, ours: str, theirs: str) -> int:
     size = module.state.get(theirs, DvaeModel.model_fields[ours].default)
-    most = MOST_BLOCKS if ours == "blocks_per_group" else LARGEST_SIZE
-    if type(size) is not int or not 1 <= size <= most:
-        module.refuse(f"{theirs} is {shown(size)}, not a whole number of 1 to {most}")
+    largest = MAX_BLOCKS if ours == "blocks_per_group" else MAX_SIZE
+    if type(size) is not int or not 1 <= size <= largest:
+        module.refuse(f"{theirs} is {shown(size)}, not a whole number from 1 to {largest}")
     return size
 
 
 def _parameters(root: _Module, ours: nn.Module) -> dict[str, StoredTensor]:
-    """Where the values of each of our parameters lie in the file, every module and shape compared."""
+    """Return our parameters' names with the tensors of the file, after comparing every module and shape."""
     found: dict[str, StoredTensor] = {}
     _compare(root, ours, found)
     if sum(tensor.numel for tensor in found.values()) * VALUE_BYTES > root.file.stat().st_size:
@@ -203,7 +219,7 @@ def _compare_names(theirs: _Module, given: list[str], expected: list[str]) -> No
 
 
 def _constants(ours: nn.Module) -> dict[str, object]:
-    """What, beside kinds and parameters, decides what a module computes, by the names of the published classes."""
+    """Return the constants that determine what a module computes, by their names in the published classes."""
     names: tuple[str, ...] = ()
     match ours:
         case Resblock():
@@ -223,7 +239,7 @@ def _recipe(settings: DvaeModel, image_size: int) -> Recipe:
         description="OpenAI's released dVAE, imported",
         image_size=image_size,
         dvae=DvaeSettings(model=settings, objective=DvaeObjective(logit_laplace_eps=LOGIT_LAPLACE_EPS)),
-        # The other stages only have to go with the pictures' size.
+        # The other stages are unused, but have to be valid for the image size.
         prior=PriorSettings(model=PriorModel(grid=image_size // DOWNSAMPLING)),
         clip=ClipSettings(model=ClipModel(patch_size=DOWNSAMPLING)),
     )

@@ -1,4 +1,4 @@
-"""Pictures beside their reconstructions from image tokens, with the figures of how far they differ."""
+"""Images beside their reconstructions from tokens, with metrics of how far the two differ."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +21,8 @@ from dalle_cli.data.images import BadImage, decode_image, eval_crop
 from dalle_cli.data.open_source import open_source
 from dalle_cli.data.source import IMAGE_EXTENSIONS, BadSample, read_image_file, split_extension
 from dalle_cli.distributed.device import choose_device, limit_threads, prepare_process
-from dalle_cli.dvae.encode import decode_pictures, encode_pictures
-from dalle_cli.dvae.objective import LEAST_MSE
+from dalle_cli.dvae.encode import decode_tokens, encode_images
+from dalle_cli.dvae.objective import MIN_MSE
 from dalle_cli.dvae.ssim import ssim
 from dalle_cli.dvae.train import load_dvae
 from dalle_cli.errors import UserError
@@ -32,98 +31,116 @@ from dalle_cli.stores.checkpoint import Checkpoint
 from dalle_cli.stores.files import write_atomically
 
 GAP = 8
-"""White pixels between the two pictures."""
-FIGURES = ("psnr", "ssim", "mse")
+"""Number of white pixel columns between an original and its reconstruction."""
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture by name, not read yet."""
+class ImageFile:
+    """An image that has not been read yet."""
 
     key: str
     read: Callable[[], bytes]
-    """Its file's bytes. Raises BadSample."""
+    """Returns the file's bytes; raises BadSample."""
     captions: Callable[[], Sequence[str]] | None = None
-    """A source's captions of it. Raises BadSample."""
+    """Returns the captions that a source has for it; raises BadSample."""
 
 
-def list_pictures(specs: Sequence[str]) -> list[Picture]:
-    """What ``specs`` name, in their order: a path that ends as pictures do is one, anything else is a source.
+@dataclass(frozen=True)
+class Reconstruction:
+    """A reconstruction's file and metrics, computed on the pixels as written."""
+
+    key: str
+    psnr: float
+    """Decibels."""
+    ssim: float
+    mse: float
+    """Mean squared error on the scale 0..1."""
+    png: str
+
+
+def list_images(specs: Sequence[str]) -> list[ImageFile]:
+    """Return the images that ``specs`` name, in order: a path with an image's extension is one, the rest are sources.
 
     Raises:
-        UserError: a source is none, or holds no pictures.
+        UserError: a source cannot be opened, or holds no images.
     """
-    pictures: list[Picture] = []
+    images: list[ImageFile] = []
     for spec in specs:
         path = Path(spec)
         if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS and not path.is_dir():
-            pictures.append(Picture(spec, partial(read_image_file, path)))
+            images.append(ImageFile(spec, partial(read_image_file, path)))
             continue
         source = open_source(spec)
         log(source.describe())
-        pictures += [
-            Picture(source.key(row), partial(source.image_bytes, row), partial(source.captions, row))
+        images += [
+            ImageFile(source.key(row), partial(source.image_bytes, row), partial(source.captions, row))
             for row in range(len(source))
         ]
-    return pictures
+    return images
 
 
-def reconstruct_pictures(
-    checkpoint: Checkpoint, pictures: Sequence[Picture], out: Path, size: int | None = None, *, alone: bool = False
-) -> Iterator[dict[str, Any]]:
-    """Write ``out/00000-KEY.png`` and so on, original left and reconstruction right, or with ``alone`` only the latter,
-    with its captions in a .txt file beside it where a source has them; yield each picture's figures.
+def reconstruct_images(
+    checkpoint: Checkpoint, images: Sequence[ImageFile], out: Path, size: int | None = None, *, alone: bool = False
+) -> Iterator[Reconstruction]:
+    """Write each image's reconstruction to ``out/00000-KEY.png`` and so on, and yield its metrics.
 
-    Pictures are cut as for evaluation to ``size``, by default the dVAE's own. Each is encoded alone, so that its
-    figures do not depend on its company. They are of the pixels as written: ``mse`` and ``ssim`` on the scale 0..1,
-    ``psnr`` in dB. One that cannot be read is said on stderr, with its reason, and passed over.
+    Images are cropped as for evaluation. Each is encoded alone, so that its metrics do not depend on the other images.
+    One that cannot be read is skipped, with its reason on stderr.
+
+    Args:
+        checkpoint: the dVAE.
+        images: from ``list_images``.
+        out: folder of the PNG files.
+        size: side of the crop, the dVAE's own by default.
+        alone: write the reconstruction without the original to its left, with the image's captions in a .txt file
+            beside it where a source has them.
 
     Raises:
-        UserError: none of them could be read, ``size`` is no multiple of 8, or ``out`` may not be written.
+        UserError: none of the images could be read, ``size`` is not a multiple of 8, or ``out`` cannot be written.
     """
     recipe = checkpoint.recipe()
     size = recipe.image_size if size is None else size
     if size % DOWNSAMPLING:
-        raise UserError(f"--size {size} is no multiple of {DOWNSAMPLING}; choose one, such as {recipe.image_size}")
+        raise UserError(f"--size {size} is not a multiple of {DOWNSAMPLING}; choose one, such as {recipe.image_size}")
     limit_threads(recipe)
     device = choose_device()
     prepare_process(device)
     model, eps = load_dvae(checkpoint).to(device), recipe.dvae.objective.logit_laplace_eps
     skipped: dict[str, str] = {}
-    with progress("reconstruct", len(pictures), "pictures") as bar:
-        for number, picture in enumerate(pictures):
+    with progress("reconstruct", len(images), "images") as bar:
+        for number, image in enumerate(images):
             try:
-                original = eval_crop(decode_image(picture.read(), recipe.data.max_pixels), size)
+                original = eval_crop(decode_image(image.read(), recipe.data.max_pixels), size)
             except (BadSample, BadImage) as error:
-                skipped[picture.key] = str(error)
-                bar.say(f"skipped {picture.key}: {error}")
+                skipped[image.key] = str(error)
+                bar.say(f"skipped {image.key}: {error}")
             else:
                 pixels = torch.from_numpy(original.copy())[None].to(device)
-                rebuilt = decode_pictures(model, encode_pictures(model, pixels, eps), eps)[0].cpu().numpy()
-                png = out / f"{number:05d}-{_file_name(picture.key)}.png"
+                rebuilt = decode_tokens(model, encode_images(model, pixels, eps), eps)[0].cpu().numpy()
+                png = out / f"{number:05d}-{_file_name(image.key)}.png"
                 write_atomically(png, _png([rebuilt] if alone else _side_by_side(original, rebuilt)))
-                if alone and picture.captions is not None:
-                    with suppress(BadSample):  # it has none
-                        write_atomically(png.with_suffix(".txt"), "\n".join(picture.captions()) + "\n")
-                yield {"key": picture.key, **_figures(original, rebuilt), "png": str(png)}
+                if alone and image.captions is not None:
+                    with suppress(BadSample):  # it has no captions
+                        write_atomically(png.with_suffix(".txt"), "\n".join(image.captions()) + "\n")
+                yield _measured(image.key, original, rebuilt, png)
             bar.advance()
-    if len(skipped) == len(pictures):
+    if len(skipped) == len(images):
         key, reason = next(iter(skipped.items()))
-        raise UserError(f"none of the {len(pictures)} pictures can be read ({key}: {reason}); name whole pictures")
+        raise UserError(f"none of the {len(images)} images can be read ({key}: {reason}); name files that can")
     if skipped:
-        log(f"{len(skipped)} of {len(pictures)} pictures skipped")
+        log(f"{len(skipped)} of {len(images)} images skipped")
 
 
-def mean_figures(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The mean of each figure over the pictures."""
-    return {name: float(np.mean([row[name] for row in rows])) for name in FIGURES}
+def mean_metrics(reconstructions: Sequence[Reconstruction]) -> dict[str, float]:
+    """Return the mean of each metric over the images."""
+    return {name: float(np.mean([getattr(r, name) for r in reconstructions])) for name in ("psnr", "ssim", "mse")}
 
 
-def _figures(original: NDArray[np.uint8], rebuilt: NDArray[np.uint8]) -> dict[str, float]:
-    a, b = (torch.from_numpy(picture / 255).permute(2, 0, 1)[None] for picture in (original, rebuilt))
+def _measured(key: str, original: NDArray[np.uint8], rebuilt: NDArray[np.uint8], png: Path) -> Reconstruction:
+    a, b = (torch.from_numpy(pixels / 255).permute(2, 0, 1)[None] for pixels in (original, rebuilt))
     mse = float((a - b).square().mean())
-    psnr = -10 * math.log10(max(mse, LEAST_MSE))
-    return {"psnr": round(psnr, 4), "ssim": round(float(ssim(a, b)), 6), "mse": round(mse, 8)}
+    psnr = -10 * math.log10(max(mse, MIN_MSE))
+    return Reconstruction(key, round(psnr, 4), round(float(ssim(a, b)), 6), round(mse, 8), str(png))
 
 
 def _side_by_side(original: NDArray[np.uint8], rebuilt: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
@@ -137,7 +154,10 @@ def _png(columns: Sequence[NDArray[np.uint8]]) -> bytes:
 
 
 def _file_name(key: str) -> str:
-    """``key`` without what a file's name cannot hold, or a shell would have to quote; the number makes it unique."""
+    """Return ``key`` without its folders and without characters that a shell would have to quote.
+
+    It need not be unique: the number before it in a file's name is.
+    """
     stem, extension = split_extension(key.rpartition("/")[2])
     name = stem if extension in IMAGE_EXTENSIONS else f"{stem}.{extension}".rstrip(".")
     return re.sub(r"[^A-Za-z0-9._-]+", "_", name)[-80:]

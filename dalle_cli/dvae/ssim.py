@@ -1,4 +1,4 @@
-"""Structural similarity of pictures (Wang et al. 2004, "Image Quality Assessment", IEEE TIP 13(4))."""
+"""Structural similarity of images (Wang et al. 2004, "Image Quality Assessment", IEEE TIP 13(4))."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ C1, C2 = 0.01**2, 0.03**2
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Mean SSIM of each pair of pictures, (B, C, H, W) floating on the scale 0..1 -> (B,).
+    """Return the mean SSIM of each pair of images, (B, C, H, W) floating on the scale 0..1 -> (B,).
 
-    Means, variances and the covariance are weighted by a Gaussian window, at every place where it lies whole inside
-    the picture, in each channel by itself; the map that they give is averaged over places and channels. A picture
-    smaller than the window has a window of its own size.
+    In each channel, means, variances and the covariance are weighted by a Gaussian window, at every position where the
+    window lies inside the image. The resulting map is averaged over positions and channels. The window of an image
+    smaller than it is cut to the image's size.
 
     Raises:
-        ValueError: shapes that differ, or are not (B, C, H, W).
+        ValueError: the shapes differ, or are not (B, C, H, W).
     """
     if a.shape != b.shape or a.ndim != 4:
-        raise ValueError(f"pictures are two of (B, C, H, W), not {tuple(a.shape)} and {tuple(b.shape)}")
+        raise ValueError(f"ssim takes two images of one shape (B, C, H, W), not {tuple(a.shape)} and {tuple(b.shape)}")
     mean_a, mean_b = _blur(a), _blur(b)
     variance_a = _blur(a * a) - mean_a * mean_a
     variance_b = _blur(b * b) - mean_b * mean_b
@@ -34,7 +34,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _blur(x: Tensor) -> Tensor:
-    """The window's weighted means, as one convolution down and one across: (B, C, H, W) -> (B, C, H', W')."""
+    """Return the window's weighted means by a vertical and a horizontal convolution: (B, C, H, W) -> (B, C, H', W')."""
     batch, channels, height, width = x.shape
     maps = x.reshape(batch * channels, 1, height, width)
     down, across = (_gaussian(min(WINDOW, side), x) for side in (height, width))

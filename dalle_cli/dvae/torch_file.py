@@ -1,8 +1,15 @@
-"""Files of ``torch.save`` that hold a whole module, read without executing them; both layouts of such files.
+"""A reader of files of ``torch.save`` that hold a whole module; it executes nothing, in either layout of such files.
 
-torch writes a zip archive since 1.6: ``NAME/data.pkl`` and one uncompressed record ``NAME/data/KEY`` a storage. Before
-it was a stream: a magic number, a protocol version, the machine's sizes, the object and the keys of its storages, each
-a pickle, then the storages in that order, each as its length (int64) and its values. Values are little-endian in both.
+Since 1.6 torch writes a zip archive: ``NAME/data.pkl`` and one uncompressed record ``NAME/data/KEY`` per storage. Older
+versions wrote a stream: a magic number, a protocol version, the machine's sizes, the object and the keys of its
+storages, each a pickle, then the storages in that order, each as its length (int64) and its values. Values are
+little-endian in both.
+
+``torch.load(weights_only=True)`` cannot take this module's place (torch 2.14). It refuses every module in the
+older layout, which stores a class as a persistent id ("module", class, file, source): the only ids it allows are
+storages. In the zip layout it hashes whatever a pickle uses as a key or puts in a set. A tuple nested 150,000 deep then
+ends the process with a segmentation fault, and one that holds the same tuple twice at each of a few dozen levels hangs
+it. It also unpacks compressed records of any size.
 """
 
 from __future__ import annotations
@@ -21,16 +28,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dalle_cli.dvae.inert_pickle import Admitted, BadPickle, Symbol, read_pickle, shown
+from dalle_cli.dvae.inert_pickle import Allowlist, BadPickle, Symbol, read_pickle, shown
 from dalle_cli.errors import UserError
 
 ZIP_MAGIC = b"PK\x03\x04"
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
 VALUE_BYTES = 4
-"""Only 32-bit floats are admitted."""
-MOST_PICKLE_BYTES = 1 << 26
-MOST_DIMENSIONS = 8
+"""Size of a 32-bit float, the only type of value that is read."""
+MAX_PICKLE_BYTES = 1 << 26
+MAX_DIMENSIONS = 8
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in the file; that it lies within its storage, and is no larger, has been checked."""
+    """A tensor in the file, checked to lie within its storage and to be no larger than it."""
 
     storage: Storage
     offset: int
@@ -56,24 +63,28 @@ class StoredTensor:
 
 
 class TorchFile(Protocol):
-    """An open file: the pickled object, and the bytes of its storages."""
+    """An open file with its pickled object ``root``."""
 
     root: object
 
     def storage_bytes(self, storage: Storage) -> bytes:
-        """The storage's values. Raises BadPickle where the file does not hold them."""
+        """Return the storage's values.
+
+        Raises:
+            BadPickle: the file does not hold them.
+        """
         ...
 
 
 @contextmanager
 def open_torch_file(path: Path, classes: frozenset[str]) -> Iterator[TorchFile]:
-    """The file at ``path``, whose pickle may have objects of ``classes`` ("module name"), tensors and plain values.
+    """Open the file at ``path``; its pickle may hold objects of ``classes`` ("module name"), tensors and plain values.
 
     Raises:
-        UserError: it cannot be read, is damaged, or holds anything else; also for a BadPickle within the block.
+        UserError: the file cannot be read, is damaged, or holds anything else; or the block raised BadPickle.
     """
     if path.exists() and not path.is_file():
-        raise UserError(f"{path}: is no file; name a file of torch.save")
+        raise UserError(f"{path}: is not a file; name a file of torch.save")
     try:
         with path.open("rb") as file:
             start = file.read(len(ZIP_MAGIC))
@@ -83,14 +94,18 @@ def open_torch_file(path: Path, classes: frozenset[str]) -> Iterator[TorchFile]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); name a file of torch.save") from None
     except BadPickle as error:
-        raise UserError(f"{path}: {error}; get the file anew from those who published it") from error
+        raise UserError(f"{path}: {error}; download the file again from its publisher") from error
 
 
 def read_tensors(file: TorchFile, tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
-    """Each name and its values, as a contiguous float32 tensor of its own. Raises BadPickle as ``storage_bytes``."""
+    """Yield each name and its values, as a contiguous float32 tensor with its own storage.
+
+    Raises:
+        BadPickle: the file does not hold the values.
+    """
     last, values = None, np.zeros(0, np.float32)
     for name, tensor in tensors.items():
-        if tensor.storage != last:  # tensors may be parts of one large storage
+        if tensor.storage != last:  # neighbours may be parts of one large storage
             last = tensor.storage
             values = np.frombuffer(file.storage_bytes(last), "<f4").astype(np.float32)
         view = torch.from_numpy(values).as_strided(tensor.shape, tensor.stride, tensor.offset)
@@ -101,7 +116,7 @@ class _ZipFile:
     def __init__(self, file: IO[bytes], classes: frozenset[str]) -> None:
         try:
             self.archive = zipfile.ZipFile(file)
-        except Exception as error:  # hostile archives make zipfile fail in every way there is
+        except Exception as error:  # a hostile archive can make zipfile raise anything
             raise BadPickle(f"a damaged zip archive ({error})") from error
         names = [name for name in self.archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(names) != 1:
@@ -111,17 +126,17 @@ class _ZipFile:
             raise BadPickle("TorchScript, not a pickled module")
         if f"{self.folder}byteorder" in self.archive.namelist() and self._record("byteorder", 8) != b"little":
             raise BadPickle("its values are not little-endian")
-        pickled = io.BytesIO(self._record("data.pkl", MOST_PICKLE_BYTES))
-        self.root = read_pickle(pickled, _admitted(classes))
+        pickled = io.BytesIO(self._record("data.pkl", MAX_PICKLE_BYTES))
+        self.root = read_pickle(pickled, _allowlist(classes))
 
     def storage_bytes(self, storage: Storage) -> bytes:
         data = self._record(f"data/{storage.key}", storage.numel * VALUE_BYTES)
         return _of_length(data, storage)
 
-    def _record(self, name: str, most: int) -> bytes:
+    def _record(self, name: str, max_bytes: int) -> bytes:
         try:
             record = self.archive.getinfo(self.folder + name)
-            if record.compress_type != zipfile.ZIP_STORED or record.file_size > most:
+            if record.compress_type != zipfile.ZIP_STORED or record.file_size > max_bytes:
                 raise BadPickle(f"its record {name!r} is compressed, or longer than it can be")
             return self.archive.read(record)
         except BadPickle:
@@ -132,37 +147,37 @@ class _ZipFile:
 
 class _LegacyFile:
     def __init__(self, file: IO[bytes], classes: frozenset[str]) -> None:
-        # Reading beyond the end of a map takes no memory, whatever length a hostile opcode names.
+        # Reading beyond the end of a memory map allocates nothing, whatever length a hostile opcode names.
         self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         stream: IO[bytes] = self.map  # type: ignore[assignment]
-        plain = _admitted(frozenset())
+        plain = _allowlist(frozenset())
         if read_pickle(stream, plain) != LEGACY_MAGIC or read_pickle(stream, plain) != LEGACY_PROTOCOL:
-            raise BadPickle("no file of torch.save")
+            raise BadPickle("not a file of torch.save")
         machine = read_pickle(stream, plain)
         if type(machine) is not dict or machine.get("little_endian") is not True:
             raise BadPickle("its values are not little-endian")
-        self.root = read_pickle(stream, _admitted(classes))
+        self.root = read_pickle(stream, _allowlist(classes))
         keys = read_pickle(stream, plain)
         if type(keys) is not list or not all(type(key) is str for key in keys):
-            raise BadPickle("damaged: no list of its storages")
-        self.places = self._index(keys)
+            raise BadPickle("damaged: the list of its storages is missing")
+        self.offsets = self._index(keys)
 
     def storage_bytes(self, storage: Storage) -> bytes:
-        start, numel = self.places.get(storage.key, (0, 0))
+        start, numel = self.offsets.get(storage.key, (0, 0))
         return _of_length(self.map[start : start + numel * VALUE_BYTES], storage)
 
     def _index(self, keys: list[str]) -> dict[str, tuple[int, int]]:
-        """Where each storage's values begin, and how many they are."""
-        places: dict[str, tuple[int, int]] = {}
+        """Return the offset and the number of each storage's values."""
+        offsets: dict[str, tuple[int, int]] = {}
         at = self.map.tell()
         for key in keys:
             numel = int.from_bytes(self.map[at : at + 8], "little")
             at += 8
-            places[key] = at, numel
+            offsets[key] = at, numel
             at += numel * VALUE_BYTES
             if at > len(self.map):
                 raise BadPickle("cut short: its last values are missing")
-        return places
+        return offsets
 
 
 def _of_length(data: bytes, storage: Storage) -> bytes:
@@ -171,8 +186,8 @@ def _of_length(data: bytes, storage: Storage) -> bytes:
     return data
 
 
-def _admitted(classes: frozenset[str]) -> Admitted:
-    return Admitted(
+def _allowlist(classes: frozenset[str]) -> Allowlist:
+    return Allowlist(
         classes=classes,
         functions={
             "collections OrderedDict": _ordered_dict,
@@ -187,7 +202,7 @@ def _admitted(classes: frozenset[str]) -> Admitted:
 
 
 def _persistent(saved: object) -> object:
-    """A storage; or, in the older layout, a class beside its source code, which is passed over."""
+    """Return a storage or, in the older layout, a class; the source code beside the class is ignored."""
     match saved:
         case ("storage", Symbol("torch FloatStorage"), str(key), str(), int(numel), *view) if view in ([], [None]):
             if numel >= 0:
@@ -214,34 +229,34 @@ def _device(*arguments: object) -> str:
     match arguments:
         case (str(kind),) | (str(kind), int()):
             return kind
-    raise BadPickle("it calls 'torch.device' with other arguments than a device's")
+    raise BadPickle("it calls 'torch.device' with arguments that are not a device's")
 
 
 def _parameter(*arguments: object) -> StoredTensor:
     match arguments:
         case (StoredTensor() as tensor, bool(), {**hooks}) if not hooks:
             return tensor
-    raise BadPickle("it calls 'torch._utils._rebuild_parameter' with other arguments than a parameter's")
+    raise BadPickle("it calls 'torch._utils._rebuild_parameter' with arguments that are not a parameter's")
 
 
 def _tensor(*arguments: object) -> StoredTensor:
     match arguments:
         case (Storage() as storage, int(offset), tuple(shape), tuple(stride), bool(), {**hooks}) if not hooks:
-            return _within(storage, offset, _naturals(shape), _naturals(stride))
-    raise BadPickle("it calls 'torch._utils._rebuild_tensor_v2' with other arguments than a tensor's")
+            return _within(storage, offset, _natural_numbers(shape), _natural_numbers(stride))
+    raise BadPickle("it calls 'torch._utils._rebuild_tensor_v2' with arguments that are not a tensor's")
 
 
-def _naturals(values: tuple[object, ...]) -> tuple[int, ...]:
+def _natural_numbers(values: tuple[object, ...]) -> tuple[int, ...]:
     numbers = tuple(value for value in values if type(value) is int and value >= 0)
-    if len(numbers) != len(values) or len(values) > MOST_DIMENSIONS:
-        raise BadPickle("it has a tensor whose shape or stride is none")
+    if len(numbers) != len(values) or len(values) > MAX_DIMENSIONS:
+        raise BadPickle("it has a tensor with an invalid shape or stride")
     return numbers
 
 
 def _within(storage: Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> StoredTensor:
     tensor = StoredTensor(storage, offset, shape, stride)
     if offset < 0 or len(shape) != len(stride) or 0 in shape:
-        raise BadPickle("it has a tensor whose shape or stride is none")
+        raise BadPickle("it has a tensor with an invalid shape or stride")
     last = offset + sum((side - 1) * step for side, step in zip(shape, stride, strict=True))
     if last >= storage.numel or tensor.numel > storage.numel:
         raise BadPickle(f"it has a tensor that does not lie within its storage {shown(storage.key)}")

@@ -1,4 +1,4 @@
-"""Training the dVAE (paper, section 2.1 and appendix A.2) as a task of the one training loop."""
+"""The dVAE's training (paper, section 2.1 and appendix A.2) as a task of the shared training loop."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ from dalle_cli.data.picture_loader import TrainingPictures, load_eval_picture
 from dalle_cli.data.source import BadSample, Source
 from dalle_cli.distributed.group import ALONE, Group, join_group
 from dalle_cli.dvae.model import DVAE
-from dalle_cli.dvae.objective import dvae_loss, merge_metrics, phi, reconstruct, validation_metrics
+from dalle_cli.dvae.objective import (
+    LossSettings,
+    dvae_loss,
+    encoder_input,
+    merge_metrics,
+    reconstructed_images,
+    validation_metrics,
+)
 from dalle_cli.errors import UserError
 from dalle_cli.randomness import torch_generator
 from dalle_cli.stores.checkpoint import Checkpoint, Kind
@@ -30,12 +37,12 @@ from dalle_cli.training.throughput import SampleWork, training_flops
 
 VALIDATION_BATCH = 64
 EXAMPLES = 8
-"""Held-out pictures shown in TensorBoard."""
+"""Number of held-out images that TensorBoard shows."""
 
 
 @dataclass
 class DvaeTask:
-    """The relaxed ELBO on random crops; validation by hard codes, in 32 bit, on held-out pictures."""
+    """Training with the relaxed ELBO on random crops, and validation with hard codes, in 32 bit, on held-out images."""
 
     recipe: Recipe
     source: Source
@@ -50,7 +57,7 @@ class DvaeTask:
         self.training_rows, self.held_out = split_holdout(rows, self.recipe.data.holdout, self.recipe.seed)
 
     def work(self) -> SampleWork:
-        # Counted for one code: autocast knows no model without storage, and convolutions cost the same everywhere.
+        # Counted for one code, since convolutions cost the same everywhere and autocast needs a model with storage.
         pixels, codes = torch.zeros(1, 3, DOWNSAMPLING, DOWNSAMPLING, device=self.group.device), self.recipe.grid**2
         flops = training_flops(lambda: self.model.decoder(self.model.encoder(pixels).softmax(1)))
         dtype = torch.bfloat16 if self.recipe.dvae.precision == "bf16" else torch.float32
@@ -78,24 +85,26 @@ class DvaeTask:
         return [((first + i * len(parts[0]), part), len(part) / whole) for i, part in enumerate(parts)]
 
     def loss(self, batch: tuple[int, Tensor], step: int) -> dict[str, Tensor]:
-        first, pictures = batch
+        first, images = batch
         objective, device = self.recipe.dvae.objective, self.group.device
         kl_weight, temperature = ramp(objective.kl_weight, step), ramp(objective.temperature, step)
-        places = range(first, first + len(pictures))
-        # Autocast turns convolutions to bf16, but for those that give logits or the likelihood's parameters.
+        rows = range(first, first + len(images))
+        # Autocast runs convolutions in bf16, except those that give logits or the likelihood's parameters.
         with torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.dvae.precision == "bf16"):
             found = dvae_loss(
                 self.model,
-                pictures.to(device),
-                kl_weight=kl_weight,
-                marginal_kl_weight=ramp(objective.marginal_kl_weight, step),
-                temperature=temperature,
-                eps=objective.logit_laplace_eps,
-                ln_b_floor=objective.ln_b_floor,
-                estimator=objective.estimator,
-                reinforce_samples=objective.reinforce_samples,
-                generator=[torch_generator(self.recipe.seed, "dvae", step, place, device=device) for place in places],
-                batch_mean=self._batch_mean if self.group.size > 1 else None,
+                images.to(device),
+                LossSettings(
+                    kl_weight=kl_weight,
+                    marginal_kl_weight=ramp(objective.marginal_kl_weight, step),
+                    temperature=temperature,
+                    eps=objective.logit_laplace_eps,
+                    ln_b_floor=objective.ln_b_floor,
+                    estimator=objective.estimator,
+                    reinforce_samples=objective.reinforce_samples,
+                ),
+                [torch_generator(self.recipe.seed, "dvae", step, row, device=device) for row in rows],
+                self._batch_mean if self.group.size > 1 else None,
             )
         return {
             "loss": found.loss,
@@ -108,15 +117,15 @@ class DvaeTask:
         }
 
     def validate(self, step: int) -> dict[str, float]:
-        if self.validation_pictures is None:
+        if self.validation_images is None:
             return {}
         objective, seed, device = self.recipe.dvae.objective, self.recipe.seed, self.group.device
         size = self.recipe.dvae.training.micro_batch or VALIDATION_BATCH
         metrics = []
-        for first in range(0, len(self.validation_pictures), size):
-            part = self.validation_pictures[first : first + size].to(device)
-            places = range(first, first + len(part))
-            noise = [torch_generator(seed, "dvae validation", place, device=device) for place in places]
+        for first in range(0, len(self.validation_images), size):
+            part = self.validation_images[first : first + size].to(device)
+            rows = range(first, first + len(part))
+            noise = [torch_generator(seed, "dvae validation", row, device=device) for row in rows]
             metrics.append(
                 validation_metrics(self.model, part, objective.logit_laplace_eps, objective.ln_b_floor, noise)
             )
@@ -124,45 +133,44 @@ class DvaeTask:
         return {"loss": summary["recon_nll"], **summary}
 
     def example_images(self) -> dict[str, Tensor]:
-        """Originals, each with its reconstruction to the right, two pairs a line."""
-        if self.validation_pictures is None:
+        """Return one image of originals, each with its reconstruction to the right, two pairs a line."""
+        if self.validation_images is None:
             return {}
         eps = self.recipe.dvae.objective.logit_laplace_eps
-        originals = self.validation_pictures[:EXAMPLES]
-        mu, _ = self.model(phi(originals.to(self.group.device), eps))
-        rebuilt = reconstruct(mu, eps).round().to(torch.uint8).cpu()
-        pairs = torch.stack([originals, rebuilt], dim=1).flatten(0, 1)
-        return {"reconstructions": make_grid(pairs, nrow=4, pad_value=255)}
+        originals = self.validation_images[:EXAMPLES]
+        mu, _ = self.model(encoder_input(originals.to(self.group.device), eps))
+        pairs = torch.stack([originals, reconstructed_images(mu, eps).cpu()], dim=1).flatten(0, 1)
+        return {"reconstructions": make_grid(pairs.permute(0, 3, 1, 2), nrow=4, pad_value=255)}
 
     def decayed(self) -> set[str]:
         return {name for name, parameter in self.model.named_parameters() if parameter.ndim > 1}
 
     def after_update(self) -> None:
-        """The dVAE's weights are unconstrained."""
+        """Do nothing: the dVAE's weights are unconstrained."""
 
     def _batch_mean(self, own: Tensor) -> Tensor:
-        """The mean over all processes' parts of a batch, of this process's mean over its own."""
+        """Return the mean over the whole batch, given this rank's mean over its own part."""
         whole = self.recipe.dvae.training.batch_size
         part = self.group.part(whole)
         return self.group.sum(own * ((part.stop - part.start) / whole))
 
     @cached_property
-    def validation_pictures(self) -> Tensor | None:
-        """The first held-out pictures that can be read, (n, 3, S, S) uint8."""
-        pictures = []
+    def validation_images(self) -> Tensor | None:
+        """The first held-out images that can be read, (n, S, S, 3) uint8, or None if there are none."""
+        images = []
         for row in self.held_out[: self.recipe.dvae.training.validation_samples]:
             try:
-                pictures.append(load_eval_picture(self.source, int(row), self.recipe.image_size, self.recipe.data))
+                images.append(load_eval_picture(self.source, int(row), self.recipe.image_size, self.recipe.data))
             except (BadSample, BadImage):
                 continue
-        return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous() if pictures else None
+        return torch.from_numpy(np.stack(images)) if images else None
 
 
 def train_dvae(recipe: Recipe, source: Source, out: Path) -> Checkpoint:
-    """Train the recipe's dVAE on ``source`` into the run's folder ``out``; goes on where an earlier run stopped.
+    """Train the recipe's dVAE on ``source`` into the run's folder ``out``, or resume the run that is there.
 
     Raises:
-        UserError: see ``Run.train``; or the first pictures cannot be read.
+        UserError: no image that was tried can be read; or see ``Run.train``.
     """
     _refuse_unreadable(source, recipe)
     with join_group() as group:
@@ -171,7 +179,7 @@ def train_dvae(recipe: Recipe, source: Source, out: Path) -> Checkpoint:
 
 
 def load_dvae(checkpoint: Checkpoint) -> DVAE:
-    """The dVAE of a checkpoint (its EMA weights), ready for encoding and decoding."""
+    """Load the dVAE of a checkpoint with its EMA weights, ready for encoding and decoding."""
     model = DVAE(checkpoint.recipe().dvae.model)
     model.load_state_dict(checkpoint.tensors("ema"))
     model.to(memory_format=torch.channels_last)
@@ -179,15 +187,15 @@ def load_dvae(checkpoint: Checkpoint) -> DVAE:
 
 
 def _refuse_unreadable(source: Source, recipe: Recipe) -> None:
-    """Say at once when nothing can be read, rather than from inside a worker."""
+    """Raise UserError if nothing can be read, before a worker would."""
     reason = ""
-    for row in range(0, len(source), max(1, len(source) // 100)):  # spread: the first may all be filtered
+    for row in range(
+        0, len(source), max(1, len(source) // 100)
+    ):  # spread out, since the first rows may all be filtered
         try:
             load_eval_picture(source, row, recipe.image_size, recipe.data)
         except (BadSample, BadImage) as error:
             reason = reason or f"{source.key(row)}: {error}"
         else:
             return
-    raise UserError(
-        f"{source.name}: none of the pictures tried can be used ({reason}); name a source of whole pictures"
-    )
+    raise UserError(f"{source.name}: no image that was tried can be used ({reason}); name a source of readable images")

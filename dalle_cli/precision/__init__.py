@@ -1,1 +1,1 @@
-"""Training in 16 bit: gradient scales of each resblock, and Adam with 16-bit moments (paper, 2.4 and appendix D)."""
+"""Training in 16 bit: number formats, Adam with 16-bit moments, gradient scales (paper, section 2.4, appendix D)."""

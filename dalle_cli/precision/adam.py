@@ -1,10 +1,10 @@
-"""AdamW whose moments, and whose parameters, may take 16 bits each (paper, 2.4 and appendices B.2 and D).
+"""AdamW with 16-bit moments and 16-bit parameters (paper, section 2.4 and appendices B.2 and D).
 
-Parameters in float16 or bfloat16 have no 32-bit copy: an update is computed in 32 bit and rounded stochastically. The
-nearest number would not do: late in training most updates are below half the distance between neighbouring 16-bit
-numbers, and rounding to nearest would lose every one of them, stochastic rounding none on average. The moments are
-rounded the same way, so that they follow slow averages (beta2 = 0.999 moves less than a mantissa's last bit) too.
-The noise is a function of (seed, the parameter's place among the groups, the update).
+Parameters in float16 or bfloat16 have no 32-bit copy: an update is computed in 32 bit and rounded stochastically. Late
+in training most updates are below half the distance between neighbouring 16-bit numbers. Rounding to nearest would lose
+every one of them; stochastic rounding loses none on average. The moments are rounded the same way, so that they can
+follow slow averages too (with beta2 = 0.999 an update moves less than a mantissa's last bit). The noise is a function
+of (seed, the parameter's place among the groups, the update).
 """
 
 from __future__ import annotations
@@ -20,25 +20,24 @@ from dalle_cli.precision.formats import MEAN, VARIANCE, round_stochastically
 from dalle_cli.randomness import torch_generator
 
 MAX_VARIANCE = 5.0
-"""The running variance is clipped here before it is used (paper, appendix B.2)."""
+"""Maximum of the running variance, which is clipped before it is used (paper, appendix B.2)."""
 CHUNK = 2**22
-"""Values updated at once, which bounds the 32-bit intermediates."""
+"""Number of values updated at once, which bounds the memory of the 32-bit intermediates."""
 
 
 class Adam16(torch.optim.Optimizer):
-    """Adam with decoupled weight decay.
+    """Adam with decoupled weight decay, and optionally with moments in 16 bit.
 
-    A parameter takes 2 bytes of moments' memory for each moment where its group says ``packed=True`` (the formats
-    1-6-9 and 0-6-10), else 4. Moments are those of the gradients divided by their scales.
+    The moments are those of the gradients divided by their scales.
 
     Args:
         params: contiguous parameters in float32, float16 or bfloat16, or groups of them, as for every optimizer.
         lr: step size.
         betas: decays of the running mean and variance; the paper's by default.
         eps: added to the root of the variance.
-        weight_decay: a parameter shrinks by ``lr * weight_decay`` of itself in an update.
-        packed: whether moments are kept in 16 bit.
-        seed: of the rounding's noise.
+        weight_decay: share ``lr * weight_decay`` of itself by which a parameter shrinks in an update.
+        packed: store each moment in 2 bytes a parameter (the formats 1-6-9 and 0-6-10) instead of 4.
+        seed: seed of the rounding's noise.
     """
 
     def __init__(
@@ -61,8 +60,8 @@ class Adam16(torch.optim.Optimizer):
         """Update the parameters that have gradients.
 
         Args:
-            closure: computes the loss anew, with gradients.
-            factors: what a parameter's gradient is multiplied by in 32 bit before it is used; 1 by default.
+            closure: recomputes the loss, with gradients.
+            factors: factor of a parameter's gradient, applied in 32 bit before the gradient is used; 1 by default.
 
         Returns:
             The closure's loss.
@@ -79,7 +78,7 @@ class Adam16(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As every optimizer's, but moments keep their types: the base class would cast them to the parameters'."""
+        """Restore a state with the moments' types as saved; the base class would cast them to the parameters'."""
         super().load_state_dict(state_dict)
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for parameter, key in zip(group["params"], saved["params"], strict=True):
@@ -113,7 +112,7 @@ def _advance(
     step: int,
     generator: torch.Generator,
 ) -> None:
-    """One update of flat tensors, in place."""
+    """Update flat tensors in place."""
     (beta1, beta2), rate = group["betas"], group["lr"]
 
     def noise() -> Tensor:

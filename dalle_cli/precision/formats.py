@@ -1,12 +1,13 @@
-"""16-bit floating-point formats, exactly encoded and decoded by integer operations on 32-bit floats.
+"""16-bit floating-point formats, encoded and decoded exactly by integer operations on 32-bit floats.
 
-A code's bits are, from the highest: a sign where the format has one, an exponent field e, a mantissa m of M bits. It
-stands for 2^(e - bias) (1 + m / 2^M), and for the subnormal 2^(1 - bias) m / 2^M where e = 0; so 0 is zero. The
-formats of Adam's moments have neither infinities nor NaN: every code is a number.
+From the highest bit down, a code has a sign if the format has one, an exponent field e and a mantissa m of M bits. It
+stands for 2^(e - bias) (1 + m / 2^M), or for the subnormal 2^(1 - bias) m / 2^M if e = 0; code 0 is zero. The formats
+of Adam's moments have neither infinities nor NaN: every code is a number.
 
-The paper (appendix B.2) gives the moments' widths. Their bias follows from its appendix E.2, where the largest 1-6-9
-number is "slightly less than 16"; we take the same for 0-6-10. So both reach from 16 down to normal 2^-59, and
-subnormals go on to 2^-68 (mean) and 2^-69 (variance), far below what Adam's eps of 1e-8 lets count: eps^2 is 2^-53.
+The paper (appendix B.2) gives the widths of the moments' formats. Their bias follows from its appendix E.2, where the
+largest 1-6-9 number is "slightly less than 16"; 0-6-10 has the same bias here. Both formats reach from 16 down to
+normal 2^-59 and subnormal 2^-68 (mean) or 2^-69 (variance), far below the smallest values that matter beside Adam's
+eps of 1e-8, whose square is 2^-53.
 """
 
 from __future__ import annotations
@@ -22,34 +23,34 @@ _NOISE_BITS = 30
 
 @dataclass(frozen=True)
 class Format:
-    """A format of 1 sign bit or none, ``exponent`` and ``mantissa`` bits, 16 in all.
-
-    ``largest`` is the code of the largest finite number.
-    """
+    """A 16-bit format."""
 
     signed: bool
+    """True if the highest bit is a sign."""
     exponent: int
+    """Number of exponent bits."""
     mantissa: int
+    """Number of mantissa bits."""
     bias: int
     largest: int
+    """Code of the largest finite number."""
 
     def encode(self, values: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Nearest codes (uint16) of float32 ``values``, of the same shape; or stochastically rounded ones.
+        """Return the codes (uint16) of float32 ``values``, rounded to nearest or, with ``noise``, stochastically.
 
         Args:
-            values: what is above the largest number, infinities and NaN among it, becomes the largest number (of
-                the value's sign); what is below half the least subnormal becomes zero; without a sign bit, negative
-                values become zero.
-            noise: uniform random int32 >= 0 for each value: then a value between two neighbouring numbers of the
-                format becomes the upper one with a chance that is its distance from the lower one over theirs (to
-                2^-30), so that the expected result is the value itself. Without it the nearest is taken, of two as
-                near the even one.
+            values: of any shape. Values above the largest number, infinities and NaN become the largest number (with
+                the value's sign). Values below half the smallest subnormal become zero, as do negative values if the
+                format has no sign.
+            noise: uniform random int32 >= 0 for each value. A value between two neighbouring numbers of the format is
+                rounded up with a probability equal to its distance from the lower one over their distance (to 2^-30),
+                so that the expected result is the value itself. Without noise, ties go to the even code.
         """
         bits = values.contiguous().view(torch.int32)
         field = (bits >> _FLOAT_MANTISSA) & 0xFF
         significand = (bits & 0x7FFFFF) | ((field > 0).int() << _FLOAT_MANTISSA)
         exponent = field.clamp(min=1) - (_FLOAT_BIAS - self.bias)
-        # Bits that do not fit: always those of the longer mantissa, and one for each power of 2 below the normals.
+        # Bits to drop: those of the longer mantissa, plus one for each power of 2 below the normal numbers.
         dropped = (1 - exponent).clamp_(min=0).add_(_FLOAT_MANTISSA - self.mantissa)
         beyond = (dropped - _NOISE_BITS).clamp_(min=0)
         significand >>= beyond.clamp(max=31)
@@ -59,7 +60,7 @@ class Format:
             significand += (unit >> 1) - 1 + ((significand >> dropped) & 1)
         else:
             significand += noise & (unit - 1)
-        # The significand's leading bit adds the one that the field is short of.
+        # The field is one too low; the leading bit of the significand adds the missing one.
         code = ((exponent - 1).clamp_(min=0) << self.mantissa) + (significand >> dropped)
         code.clamp_(max=self.largest)
         negative = bits < 0
@@ -67,7 +68,7 @@ class Format:
         return code.to(torch.uint16)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """The numbers (float32) that uint16 ``codes`` stand for; each is exact."""
+        """Return the numbers (float32, exact) that uint16 ``codes`` stand for."""
         code = codes.to(torch.int32)
         magnitude = code & 0x7FFF if self.signed else code
         rebased = (magnitude << (_FLOAT_MANTISSA - self.mantissa)) + ((_FLOAT_BIAS - self.bias) << _FLOAT_MANTISSA)
@@ -77,9 +78,9 @@ class Format:
 
 
 MEAN = Format(signed=True, exponent=6, mantissa=9, bias=60, largest=0x7FFF)
-"""1-6-9, of Adam's running mean."""
+"""The format 1-6-9 of Adam's running mean."""
 VARIANCE = Format(signed=False, exponent=6, mantissa=10, bias=60, largest=0xFFFF)
-"""0-6-10, of Adam's running variance."""
+"""The format 0-6-10 of Adam's running variance."""
 _NATIVE = {
     torch.float16: Format(signed=True, exponent=5, mantissa=10, bias=15, largest=0x7BFF),
     torch.bfloat16: Format(signed=True, exponent=8, mantissa=7, bias=127, largest=0x7F7F),
@@ -87,9 +88,9 @@ _NATIVE = {
 
 
 def round_stochastically(values: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:
-    """float32 ``values`` in float16 or bfloat16, rounded by ``noise`` as ``Format.encode`` does.
+    """Round float32 ``values`` to float16 or bfloat16 with ``noise``, as ``Format.encode`` does.
 
-    Finite values beyond the type's largest number become that; infinities and NaN stay what they are.
+    Finite values beyond the type's largest number become that number; infinities and NaN are kept.
     """
     rounded = _NATIVE[dtype].encode(values, noise).view(dtype)
     return torch.where(values.isfinite(), rounded, values.to(dtype))

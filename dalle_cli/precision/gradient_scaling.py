@@ -1,30 +1,83 @@
-"""Gradient scaling in an update: which gradients are under which scale, what is skipped, what they are divided by."""
+"""Gradient scales, one per resblock, for training in 16 bit (paper, section 2.4, appendix D and figure 4).
+
+In the backward pass of a resblock x + branch(x) the gradient of the sum, in 32 bit, is multiplied by the block's scale
+and cast to the branch's type. The gradient that leaves the branch at x is filtered, divided by the scale and added to
+the gradient of the identity path in 32 bit. The gradients of the block's own parameters therefore come out multiplied
+by the scale. They stay so, since many would underflow in 16 bit; the update divides them in 32 bit.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from dalle_cli.precision.adam import Adam16
 
 START, LOWEST, HIGHEST = 13_000, 7_000, 24_000
-"""Exponents of a scale at first and at its bounds, in thousandths of an octave: M 2^13, M 2^7 and M 2^24."""
+"""Initial and extreme exponents of a scale, in thousandths of an octave above M: M 2^13, M 2^7 and M 2^24."""
 GROWTH, BACKOFF = 1, 500
-"""A scale is multiplied by 2^(1/1000), or divided by sqrt(2)."""
+"""Steps of an exponent, in thousandths: a scale is multiplied by 2^(1/1000) or divided by sqrt(2)."""
 WINDOW = 125
-"""Updates from one division of a scale to the next one at least: what overflows may do so several times in a row."""
+"""Minimum number of updates between two divisions of a scale, since overflows often come several in a row."""
+
+
+def scaled_residual(branch: Callable[[Tensor], Tensor], x: Tensor, scale: float) -> Tensor:
+    """Return x + branch(x), whose backward pass runs through ``branch`` with gradients multiplied by ``scale``.
+
+    Non-finite values of the gradient at x count as zero, so that one block's overflow does not reach the blocks before
+    it. The function works inside ``torch.utils.checkpoint`` and with hooks on parameters.
+
+    Args:
+        branch: returns a tensor of x's shape, possibly of another type such as float16.
+        x: the residual stream, float32.
+        scale: a positive number, the same in both passes of a checkpoint.
+    """
+    return _Join.apply(x, branch(_Fork.apply(x, scale)), scale)  # type: ignore[no-any-return]
+
+
+class _Fork(torch.autograd.Function):
+    """The branch's view of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).div_(ctx.scale), None
+
+
+class _Join(torch.autograd.Function):
+    """The sum x + update, in x's type."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, update: Tensor, scale: float) -> Tensor:
+        ctx.scale, ctx.dtype = scale, update.dtype
+        return x + update
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        return gradient, (gradient * ctx.scale).to(ctx.dtype), None
 
 
 class GradientScales:
-    """``count`` scales, all M 2^13 at first, with M = ``replicas`` data-parallel replicas.
+    """Scales that start at M 2^13, grow while gradients are finite, and shrink when they are not.
 
-    Kept as whole thousandths of an octave above M: they are exact, and a run may go on with another M. Between two
-    divisions of the same scale there are ``window`` updates at least.
+    They are stored as whole thousandths of an octave above M, which is exact and lets a run resume with another M.
+
+    Args:
+        count: number of scales.
+        replicas: M, the number of data-parallel replicas.
+        window: minimum number of updates between two divisions of the same scale.
     """
 
     def __init__(self, count: int, replicas: int = 1, window: int = WINDOW) -> None:
@@ -39,35 +92,41 @@ class GradientScales:
         return float(self.replicas * 2.0 ** (self.exponents[i] / 1000))
 
     def update(self, finite: Sequence[bool]) -> None:
-        """Move the scales after an update: ``finite[i]``, whether all gradients under scale i were finite.
+        """Grow or shrink the scales after an update.
 
-        A scale grows where they were, else it shrinks, or stays if it shrank less than a window ago.
+        Args:
+            finite: for each scale, whether all gradients under it were finite. If so it grows; if not it shrinks,
+                unless it shrank less than a window ago.
         """
-        for i, fine in enumerate(finite):
+        for i, all_finite in enumerate(finite):
             self.since_division[i] = min(self.since_division[i] + 1, self.window)
-            if fine:
+            if all_finite:
                 self.exponents[i] = min(self.exponents[i] + GROWTH, HIGHEST)
             elif self.since_division[i] == self.window:
                 self.exponents[i] = max(self.exponents[i] - BACKOFF, LOWEST)
                 self.since_division[i] = 0
 
     def at_bounds(self) -> int:
-        """How many scales are at their least or largest."""
+        """Return the number of scales at their lowest or highest value."""
         return sum(exponent in (LOWEST, HIGHEST) for exponent in self.exponents)
 
     def state_dict(self) -> dict[str, list[int]]:
-        """What a checkpoint keeps, as JSON can."""
+        """Return the state for a checkpoint, as JSON values."""
         return {"exponents": list(self.exponents), "since_division": list(self.since_division)}
 
     def load_state_dict(self, state: Mapping[str, Sequence[int]]) -> None:
-        """Go back to ``state``. Raises ValueError if it is of another number of scales."""
+        """Restore ``state``.
+
+        Raises:
+            ValueError: it has another number of scales.
+        """
         if not len(state["exponents"]) == len(state["since_division"]) == len(self):
-            raise ValueError(f"state of {len(state['exponents'])} scales, here are {len(self)}")
+            raise ValueError(f"the state has {len(state['exponents'])} scales, not {len(self)}")
         self.exponents, self.since_division = list(state["exponents"]), list(state["since_division"])
 
 
 class ScaledBlock(Protocol):
-    """A resblock that runs ``scaled_residual`` with its ``gradient_scale``."""
+    """A resblock that calls ``scaled_residual`` with its ``gradient_scale``."""
 
     gradient_scale: float | None
 
@@ -75,26 +134,26 @@ class ScaledBlock(Protocol):
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What becomes of the gradients of an update."""
+class Decision:
+    """The gradients that an update uses, and their factors."""
 
     norm: float
-    """Global norm of the gradients that are used, unscaled, before clipping."""
+    """Global norm of the used gradients, unscaled, before clipping."""
     factors: list[float | None]
-    """What the gradients under each scale are to be multiplied by, and last those under none: the clipping over the
-    scale. None where they are not to be used."""
+    """Clipping factor over scale, for the gradients under each scale and, last, for the unscaled ones. None where the
+    gradients are not used."""
 
 
 class GradientScaling:
-    """The scales of ``blocks`` at work: scale i is that of block i, or the only one is that of all blocks.
+    """Updates of a model whose resblocks have scaled gradients.
 
     Args:
-        blocks: the resblocks whose gradients are scaled. Other parameters of the model need none: they are in 32 bit.
-            Without any, only non-finite gradients are skipped and norms clipped, which suits bfloat16.
-        scales: as many as blocks, or one.
-        skip: what a non-finite gradient in a resblock keeps from being updated: the resblock, or everything. (The
-            paper skips the whole update, appendix E.2; with one common scale that is a must.) One outside the
-            resblocks, which no scale would mend, keeps everything from it.
+        blocks: the resblocks whose gradients are scaled. The model's other parameters are in 32 bit and need no scale.
+            Without blocks, non-finite gradients are still skipped and norms clipped, which suits bfloat16.
+        scales: one for each block, or one for all.
+        skip: the part of the model that is not updated when a resblock has a non-finite gradient, the resblock or
+            everything. The paper skips the whole update (appendix E.2), which one common scale requires. A non-finite
+            gradient outside the resblocks, which no scale can prevent, always skips the whole update.
     """
 
     def __init__(
@@ -103,29 +162,32 @@ class GradientScaling:
         if len(scales) not in (1, len(blocks)):
             raise ValueError(f"{len(scales)} scales for {len(blocks)} resblocks; give one, or one for each")
         self.blocks, self.scales, self.skip = blocks, scales, skip
-        self._own = [i if len(scales) == len(blocks) else 0 for i in range(len(blocks))]
+        self._scale_of_block = [i if len(scales) == len(blocks) else 0 for i in range(len(blocks))]
         self._scale_of: dict[Tensor, int] = {
-            p: own for own, block in zip(self._own, blocks, strict=True) for p in block.parameters()
+            p: i for i, block in zip(self._scale_of_block, blocks, strict=True) for p in block.parameters()
         }
-        self.hand_out()
+        self.assign_scales()
 
     def scale_index(self, parameter: Tensor) -> int:
-        """Which scale the gradient of ``parameter`` is under; ``len(scales)`` for none."""
+        """Return the index of the scale that the gradient of ``parameter`` is under, ``len(scales)`` for none."""
         return self._scale_of.get(parameter, len(self.scales))
 
-    def held(self, parameters: Iterable[nn.Parameter]) -> Iterator[tuple[int, Tensor]]:
-        """The gradients of ``parameters`` that have one, each with the index of its scale."""
+    def gradients(self, parameters: Iterable[nn.Parameter]) -> Iterator[tuple[int, Tensor]]:
+        """Yield the gradients of those ``parameters`` that have one, each with the index of its scale."""
         return ((self.scale_index(p), p.grad) for p in parameters if p.grad is not None)
 
     def values(self) -> list[float]:
-        """The scales as they are, and last the 1 of gradients under none."""
+        """Return the current scales and, last, 1 for the unscaled gradients."""
         return [*(self.scales[i] for i in range(len(self.scales))), 1.0]
 
     def squares(self, gradients: Iterable[tuple[int, Tensor]]) -> Tensor:
-        """Sums of squares of ``gradients``, each given with the index of its scale: (len(scales) + 1,) float64.
+        """Return the sums of squares of the gradients under each scale, (len(scales) + 1,) float64.
 
-        Where gradients are sharded, each process gives its own parts, and the processes' results are to be summed:
-        then all come to the same verdict. A sum is finite if and only if all its gradients are (and below 1e19).
+        If gradients are sharded, each rank passes its own parts and the ranks' results are added up, so that all ranks
+        come to the same decision. A sum is finite if and only if all its gradients are (and below 1e19).
+
+        Args:
+            gradients: each with the index of its scale, as ``gradients`` yields them.
         """
         indices, norms = [], []
         for index, gradient in gradients:
@@ -137,10 +199,12 @@ class GradientScaling:
             sums.index_add_(0, torch.tensor(indices), stacked.double().cpu().square())
         return sums
 
-    def judge(self, squares: Tensor, clip_norm: float | None) -> Verdict:
-        """Settle an update from its gradients' ``squares``, and move the scales for the next one.
+    def decide(self, squares: Tensor, clip_norm: float | None) -> Decision:
+        """Decide which gradients an update uses, and adjust the scales for the next one.
 
-        The gradients' global norm, of those that are used, is clipped at ``clip_norm``.
+        Args:
+            squares: sums over all ranks, see ``squares``.
+            clip_norm: maximum global norm of the used gradients.
         """
         used = squares.isfinite().tolist()
         finite = used[:-1]
@@ -151,45 +215,45 @@ class GradientScaling:
         norm = math.sqrt(sum(square / scale**2 for square, scale, use in terms if use))
         clip = 1.0 if clip_norm is None else min(1.0, clip_norm / (norm + 1e-6))
         self.scales.update(finite)
-        self.hand_out()
-        return Verdict(norm, [clip / scale if use else None for scale, use in zip(scales, used, strict=True)])
+        self.assign_scales()
+        return Decision(norm, [clip / scale if use else None for scale, use in zip(scales, used, strict=True)])
 
-    def apply(self, optimizer: Adam16, verdict: Verdict) -> float:
-        """Update the parameters of ``optimizer`` by the gradients they hold. Returns the share that was skipped."""
+    def apply(self, optimizer: Adam16, decision: Decision) -> float:
+        """Update the parameters of ``optimizer`` and return the share of them that was skipped."""
         factors: dict[Tensor, float] = {}
-        held = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        for parameter in held:
-            factor = verdict.factors[self.scale_index(parameter)]
+        with_gradient = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        for parameter in with_gradient:
+            factor = decision.factors[self.scale_index(parameter)]
             if factor is None:
                 parameter.grad = None
             else:
                 factors[parameter] = factor
         optimizer.step(factors=factors)
-        total, used = (sum(p.numel() for p in parameters) for parameters in (held, factors))
+        total, used = (sum(p.numel() for p in parameters) for parameters in (with_gradient, factors))
         return 1 - used / total if total else 0.0
 
     def step(self, optimizer: Adam16, clip_norm: float | None, squares: Tensor | None = None) -> dict[str, float]:
-        """An update from the gradients that parameters hold: squares, judge and apply.
+        """Make an update from the parameters' gradients: squares, decide and apply.
 
         Args:
-            optimizer: of the parameters, or of this process's parts of them.
-            clip_norm: see ``judge``.
-            squares: of the gradients, where parts of them are elsewhere; by default those at hand.
+            optimizer: of the parameters, or of this rank's parts of them.
+            clip_norm: see ``decide``.
+            squares: sums over all ranks; by default of the optimizer's parameters.
 
         Returns:
-            To be logged: the gradients' norm, the share of the parameters that was skipped, and where there are
-            scales, log2 of the least and largest and how many are at a bound.
+            Values to log: the gradients' norm, the share of the parameters that was skipped and, if there are scales,
+            log2 of the lowest and highest and the number at a bound.
         """
-        found: dict[str, float] = {}
+        logged: dict[str, float] = {}
         if scales := [self.scales[i] for i in range(len(self.scales))]:
-            found["log2_scale_min"], found["log2_scale_max"] = math.log2(min(scales)), math.log2(max(scales))
-            found["scales_at_bounds"] = float(self.scales.at_bounds())
+            logged["log2_scale_min"], logged["log2_scale_max"] = math.log2(min(scales)), math.log2(max(scales))
+            logged["scales_at_bounds"] = float(self.scales.at_bounds())
         if squares is None:
-            squares = self.squares(self.held(p for group in optimizer.param_groups for p in group["params"]))
-        verdict = self.judge(squares, clip_norm)
-        return {"grad_norm": verdict.norm, "skipped": self.apply(optimizer, verdict), **found}
+            squares = self.squares(self.gradients(p for group in optimizer.param_groups for p in group["params"]))
+        decision = self.decide(squares, clip_norm)
+        return {"grad_norm": decision.norm, "skipped": self.apply(optimizer, decision), **logged}
 
-    def hand_out(self) -> None:
-        """Give the blocks the scales as they are now; to be called once a checkpoint's are loaded."""
-        for block, index in zip(self.blocks, self._own, strict=True):
+    def assign_scales(self) -> None:
+        """Set each block's ``gradient_scale`` to its current scale; call it after loading a checkpoint's scales."""
+        for block, index in zip(self.blocks, self._scale_of_block, strict=True):
             block.gradient_scale = self.scales[index]

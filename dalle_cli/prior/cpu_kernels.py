@@ -1,8 +1,8 @@
-"""Linear layers laid out for decoding, where a product has few rows and is bound by reading the weights.
+"""Matrix products for decoding on the CPU, where a product has few rows and is bound by reading the weights.
 
-On the CPU oneDNN keeps a matrix in the order in which its kernels read it. PyTorch reaches that layout through the
-operators that ``torch.compile`` freezes weights with; they have no public name, so they are tried, and where a build
-lacks them or has changed them the matrix stays as it is.
+oneDNN can store a matrix in the order in which its kernels read it. PyTorch offers that layout through the operators
+with which ``torch.compile`` freezes weights. They are not public, so they are tried first; if a build lacks them or has
+changed them, the matrix keeps its layout.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfl
 
 
 class PackedLinear:
-    """act(W x + b) of a ``Linear``, computed in ``dtype`` with sums in 32 bit; forward only.
+    """A ``Linear`` for inference, computed in ``dtype`` with sums in 32 bit.
 
     Args:
+        linear: the layer, whose weights are copied.
+        dtype: type of the weights and the result.
         gelu: apply the exact GELU to the result.
     """
 
@@ -36,7 +38,7 @@ class PackedLinear:
             self.weight = _pack(self.weight)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(..., in) of any type -> (..., out) in ``dtype``."""
+        """Map (..., in) of any type to (..., out) in ``dtype``."""
         x = x.to(self.dtype)
         if self.packed:
             return _multiply(x, self.weight, self.bias, "gelu" if self.gelu else "none")
@@ -45,14 +47,14 @@ class PackedLinear:
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether oneDNN has a layout of its own for this matrix."""
-    return weight.device.type == "cpu" and packs(weight.dtype)
+    """Return whether oneDNN can pack this matrix."""
+    return weight.device.type == "cpu" and packing_works(weight.dtype)
 
 
 @lru_cache(maxsize=8)
 @torch.inference_mode()
-def packs(dtype: torch.dtype) -> bool:
-    """Whether this build and processor multiply packed matrices of ``dtype``, and rightly: tried on a small one."""
+def packing_works(dtype: torch.dtype) -> bool:
+    """Return whether products with packed matrices of ``dtype`` work and are right here, by trying a small one."""
     if not torch.backends.mkldnn.is_available():
         return False
     weight, bias, x = (
@@ -62,7 +64,7 @@ def packs(dtype: torch.dtype) -> bool:
         if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return False
         found = _multiply(x, _pack(weight), bias, "gelu")
-    except (AttributeError, RuntimeError, TypeError):  # operators that are gone, or take other arguments
+    except (AttributeError, RuntimeError, TypeError):  # the operators are gone, or take other arguments
         return False
     return torch.allclose(found.float(), F.gelu(F.linear(x.float(), weight.float(), bias.float())), atol=0.05)
 
@@ -75,39 +77,42 @@ def _multiply(x: Tensor, packed: Tensor, bias: Tensor, activation: Literal["none
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, activation, [], "none")  # type: ignore[no-any-return]
 
 
-FEW = 8
-"""With more rows than this it pays to use a matrix for several of them at once."""
-LEAST = {torch.bfloat16: 2**14, torch.float32: 2**18}
-"""From so many numbers of all matrices on, bags are faster: smaller products are bound by their start, and in 32 bit
-lie in the processor's cache."""
+MAX_ROWS = 8
+"""Maximum number of rows for ``skinny_bmm``'s fast path; with more it pays to use a matrix for several rows at once."""
+MIN_VALUES = {torch.bfloat16: 2**14, torch.float32: 2**18}
+"""Minimum number of values in all matrices for the fast path. Smaller products are bound by their start-up and, in 32
+bit, stay in the processor's cache."""
 
 
-def thin_bmm(a: Tensor, b: Tensor) -> Tensor:
-    """``torch.bmm`` of a (S, n, K) and b (S, K, N), fast for small n where b's rows lie one behind the other; forward
-    only.
+def skinny_bmm(a: Tensor, b: Tensor) -> Tensor:
+    """Compute ``torch.bmm`` of a (S, n, K) and b (S, K, N), fast for small n and contiguous rows of b; forward only.
+
+    The fast path computes weighted sums of b's rows by ``embedding_bag``, which reads each row once.
     """
     streams, n, inner = a.shape
     width = b.shape[-1]
     pitch, rest = divmod(b.stride(0), width)
-    in_rows = b.stride()[1:] == (width, 1) and rest == 0
-    if n > FEW or b.numel() < LEAST.get(b.dtype, math.inf) or not in_rows or not has_bags(b.device):
+    contiguous_rows = b.stride()[1:] == (width, 1) and rest == 0
+    small = b.numel() < MIN_VALUES.get(b.dtype, math.inf)
+    if n > MAX_ROWS or small or not contiguous_rows or not has_embedding_bag(b.device):
         return torch.bmm(a, b)
     rows = b.as_strided(((streams - 1) * pitch + inner, width), (width, 1))
-    places, bags = _places(streams, n, inner, pitch)
-    return F.embedding_bag(places, rows, bags, mode="sum", per_sample_weights=a.reshape(-1)).view(streams, n, width)
+    indices, offsets = _bag_indices(streams, n, inner, pitch)
+    return F.embedding_bag(indices, rows, offsets, mode="sum", per_sample_weights=a.reshape(-1)).view(streams, n, width)
 
 
 @lru_cache(maxsize=8)
-def has_bags(device: torch.device) -> bool:
-    """Whether bags of embeddings are compiled for this processor: by FBGEMM."""
+def has_embedding_bag(device: torch.device) -> bool:
+    """Return whether FBGEMM's ``embedding_bag`` is compiled for this processor."""
     return device.type == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines
 
 
-@lru_cache(maxsize=8)  # as many as are in use at a time: those of each kind of attention
-def _places(streams: int, n: int, inner: int, pitch: int) -> tuple[Tensor, Tensor]:
-    """For each number of a, which row it counts, of matrices that begin ``pitch`` rows apart; and where in them the
-    numbers of each of the S n sums begin.
+@lru_cache(maxsize=8)  # enough for the shapes in use at a time, those of each kind of attention
+def _bag_indices(streams: int, n: int, inner: int, pitch: int) -> tuple[Tensor, Tensor]:
+    """Return ``embedding_bag``'s indices and offsets for S matrices whose first rows are ``pitch`` rows apart.
+
+    The indices (S n K,) are the rows that the values of a weight; the offsets (S n,) are where each sum begins.
     """
     first = torch.arange(streams, dtype=torch.int32).repeat_interleave(n) * pitch
-    places = (first[:, None] + torch.arange(inner, dtype=torch.int32)).flatten()
-    return places, torch.arange(0, len(places), inner, dtype=torch.int32)
+    indices = (first[:, None] + torch.arange(inner, dtype=torch.int32)).flatten()
+    return indices, torch.arange(0, len(indices), inner, dtype=torch.int32)

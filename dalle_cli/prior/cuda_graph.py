@@ -1,7 +1,7 @@
-"""The decoding step as one CUDA graph: on a GPU its many small operations are launched together.
+"""The decoding step as one CUDA graph, which launches its many small operations together.
 
-A graph repeats the same operations on the same memory. So a step has its position and tokens in tensors here, and reads
-as many slots at each position as its kind ever does, with a bias that hides those that do not count.
+A graph repeats the same operations on the same memory. The step here therefore has its position and tokens in tensors,
+and each kind of attention reads the same number of slots at every position, with a bias that masks the excess ones.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from torch.nn import functional as F
 from dalle_cli.prior.decode import Cache, Decoder, Slots, attend_slots
 from dalle_cli.progress import log
 
-CLOSE = 0.05
-"""How far logits of a graph may be from those of a step by itself: more than 16 bit round, less than an error makes."""
+TOLERANCE = 0.05
+"""Maximum difference of a graph's logits from a plain step's: above 16-bit rounding, below the effect of an error."""
 
 
-def stepper(decoder: Decoder, cache: Cache) -> Callable[[int, Tensor], Tensor]:
-    """``decoder.step`` of ``cache``: on a CPU as it is, on a GPU by a graph."""
-    return by_graph(decoder, cache) if decoder.device.type == "cuda" else partial(decoder.step, cache)
+def fast_step(decoder: Decoder, cache: Cache) -> Callable[[int, Tensor], Tensor]:
+    """Return ``decoder.step`` of ``cache``, by a CUDA graph if the decoder is on a GPU."""
+    return graph_step(decoder, cache) if decoder.device.type == "cuda" else partial(decoder.step, cache)
 
 
-def by_graph(decoder: Decoder, cache: Cache) -> Callable[[int, Tensor], Tensor]:
-    """``decoder.step`` by a graph that the first step makes, or as it is where none can be made. What it returns is
-    overwritten by the next step.
+def graph_step(decoder: Decoder, cache: Cache) -> Callable[[int, Tensor], Tensor]:
+    """Return ``decoder.step`` of ``cache`` by a CUDA graph that the first step captures.
+
+    If none can be captured, or its logits are wrong, the plain step is used. Each step overwrites the last result.
     """
     static = StaticStep(decoder, cache)
     run: Callable[[int, Tensor], Tensor] | None = None
@@ -36,23 +37,23 @@ def by_graph(decoder: Decoder, cache: Cache) -> Callable[[int, Tensor], Tensor]:
     def step(position: int, token: Tensor) -> Tensor:
         nonlocal run
         if run is None:
-            wanted = decoder.step(cache, position, token)
+            plain = decoder.step(cache, position, token)
             try:
-                run = static.captured(position, token)
-                if not torch.allclose(run(position, token), wanted, rtol=CLOSE, atol=CLOSE):
-                    raise RuntimeError("its logits are others")
+                run = static.capture(position, token)
+                if not torch.allclose(run(position, token), plain, rtol=TOLERANCE, atol=TOLERANCE):
+                    raise RuntimeError("its logits differ from a plain step's")
             except RuntimeError as error:
                 reason = str(error).partition("\n")[0]
-                log(f"sample: no CUDA graph could be made of a step ({reason}); its operations are launched singly")
+                log(f"sample: no CUDA graph of the decoding step ({reason}); its operations are launched one by one")
                 run = partial(decoder.step, cache)
-            return wanted
+            return plain
         return run(position, token)
 
     return step
 
 
 class StaticStep:
-    """``decoder.step`` of ``cache`` in fixed shapes. Slots not yet written must hold numbers: they are read as well."""
+    """``decoder.step`` of ``cache`` in fixed shapes; it reads unwritten slots too, which must hold finite numbers."""
 
     def __init__(self, decoder: Decoder, cache: Cache) -> None:
         self.decoder, self.cache = decoder, cache
@@ -66,13 +67,13 @@ class StaticStep:
 
     @torch.inference_mode()
     def __call__(self, position: int, token: Tensor) -> Tensor:
-        self._put(position, token)
+        self._set_inputs(position, token)
         return self._run()
 
     @torch.inference_mode()
-    def captured(self, position: int, token: Tensor) -> Callable[[int, Tensor], Tensor]:
-        """The same by a graph, captured on the first step, which may run any number of times."""
-        self._put(position, token)
+    def capture(self, position: int, token: Tensor) -> Callable[[int, Tensor], Tensor]:
+        """Capture the step as a CUDA graph at this position, and return a function that replays it at any position."""
+        self._set_inputs(position, token)
         warm_up = torch.cuda.Stream()
         warm_up.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(warm_up):
@@ -84,13 +85,13 @@ class StaticStep:
 
         @torch.inference_mode()
         def replay(position: int, token: Tensor) -> Tensor:
-            self._put(position, token)
+            self._set_inputs(position, token)
             graph.replay()
             return logits
 
         return replay
 
-    def _put(self, position: int, token: Tensor) -> None:
+    def _set_inputs(self, position: int, token: Tensor) -> None:
         self.position.fill_(position)
         self.token.copy_(token)
 
@@ -107,8 +108,11 @@ class StaticStep:
 
 
 def slot_tables(slots: Slots, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """For each of S positions: the slot it is written to (S, 1), L slots that it reads (S, L), and what is added to
-    their scores (S, L), 0 or -inf. L is grid for ``column``, else all slots.
+    """Return the slots that each of S positions writes and reads, and a bias of the scores.
+
+    Returns:
+        The slot written (S, 1), the slots read (S, L), and 0 or -inf to add to their scores (S, L). L is the side of
+        the grid for ``column``, else the number of slots.
     """
     positions = torch.arange(slots.grid**2)
     write = torch.tensor([[slots.write(p)] for p in positions.tolist()])

@@ -1,9 +1,9 @@
-"""Decoding token by token with caches that hold only what each attention can still read.
+"""Decoding token by token, with key-value caches that hold only what each kind of attention can still read.
 
-The text, and the image tokens that are given, run once for each caption; the text's keys and values serve all samples
-of the caption without a copy. Image keys and values live in slots: a ring for ``row`` (grid + 1) and ``conv`` (largest
-offset + 1), a slot for each position, grouped by column, for ``column``, and in order for ``full``. A step reads
-slots as they lie, never a copy: for ``conv``, whose window is in pieces, all of its ring, with a bias.
+The text and the given image tokens run once per caption, and all samples of the caption share the text's keys and
+values. Image keys and values are stored in slots: a ring buffer for ``row`` (grid + 1 slots) and ``conv`` (largest
+offset + 1), and one slot per position for ``column``, grouped by column, and ``full``, in order. A step reads slots in
+place, without a copy. ``conv``, whose window is not contiguous, reads its whole ring with a bias.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from torch.nn import functional as F
 
 from dalle_cli.config.layout import AttentionKind
 from dalle_cli.prior.attention import attend, raster_offsets
-from dalle_cli.prior.cpu_kernels import DTYPES, PackedLinear, Precision, thin_bmm
+from dalle_cli.prior.cpu_kernels import DTYPES, PackedLinear, Precision, skinny_bmm
 from dalle_cli.prior.model import AttentionResblock, MlpResblock, Prior
 
-READ_AT_ONCE = 2**13
-"""Positions of all captions that run together in ``prefill``: enough for any product, and little memory beside the
-caches."""
+POSITIONS_PER_PASS = 2**13
+"""Number of positions, of all captions, that ``prefill`` runs together: enough to use the processor fully, and little
+memory beside the caches."""
 
 
 @dataclass(frozen=True)
 class Slots:
-    """Where one kind of attention keeps the keys of image positions."""
+    """The slots in which one kind of attention stores the keys and values of image positions."""
 
     kind: AttentionKind
     grid: int
@@ -36,27 +36,27 @@ class Slots:
 
     @property
     def count(self) -> int:
-        """Slots a sample and layer."""
+        """Number of slots per sample and layer."""
         if self.kind in ("row", "conv"):
             return raster_offsets(self.kind, self.grid, self.conv_kernel)[-1] + 1
         return self.grid**2
 
     def write(self, position: int) -> int:
-        """The slot that ``position`` goes to."""
+        """Return the slot that ``position`` is written to."""
         if self.kind == "column":
             row, column = divmod(position, self.grid)
             return column * self.grid + row
         return position % self.count
 
     def read(self, position: int) -> slice:
-        """Where the slots lie that ``position`` attends to, itself included; of ``conv``, see ``bias``."""
+        """Return the slots that ``position`` reads, its own included; ``conv`` masks some of them with ``bias``."""
         if self.kind == "column":
             row, column = divmod(position, self.grid)
             return slice(column * self.grid, column * self.grid + row + 1)
         return slice(0, min(position + 1, self.count))
 
     def bias(self) -> Tensor | None:
-        """For ``conv`` (S, count): 0 where a position attends to a slot, -inf where not; None: to all it reads."""
+        """Return (S, count) for ``conv``, 0 where a position attends to a slot, else -inf; None for other kinds."""
         if self.kind != "conv":
             return None
         offsets = torch.tensor(raster_offsets(self.kind, self.grid, self.conv_kernel))
@@ -67,9 +67,7 @@ class Slots:
 
 
 class TextCache(NamedTuple):
-    """The text of C captions in one layer: ``keys`` (C, H, D, T), as products with queries read them, and ``values``
-    (C, H, T, D).
-    """
+    """The text of C captions in one layer: keys (C, H, D, T), laid out for products, and values (C, H, T, D)."""
 
     keys: Tensor
     values: Tensor
@@ -77,50 +75,52 @@ class TextCache(NamedTuple):
 
 @dataclass
 class Cache:
-    """n samples of each of C captions: keys and values of each layer.
-
-    ``text`` is shared by a caption's samples, ``image`` (2, C, H, n, slots, D) is their own.
-    """
+    """The keys and values of n samples of each of C captions, by layer."""
 
     text: list[TextCache]
+    """Shared by a caption's samples."""
     image: list[Tensor]
+    """(2, C, H, n, slots, D), keys and values of each sample."""
 
 
 @dataclass
 class Prefix:
-    """C captions, read up to image position P = ``positions``: what their samples have in common.
-
-    ``logits`` (C, V_image) are those of position P. Of each layer: the ``text``, and keys and values of the last
-    ``given`` (2, C, H, G, D) image tokens, as many as its ``slots`` keep.
-    """
+    """The part that all samples of a caption share, for C captions: the text and the given image tokens."""
 
     logits: Tensor
+    """(C, V_image), of the first image position that is not given."""
     text: list[TextCache]
+    """One cache per layer."""
     given: list[Tensor]
+    """(2, C, H, G, D) per layer, keys and values of the last G given image tokens, as many as there are slots for."""
     positions: int
+    """Number of given image tokens."""
     slots: list[Slots]
+    """The slots of each layer."""
 
-    def of(self, captions: slice) -> Prefix:
-        """A view of some of the captions."""
+    def captions(self, captions: slice) -> Prefix:
+        """Return a view of some of the captions."""
         text = [TextCache(keys[captions], values[captions]) for keys, values in self.text]
         given = [layer[:, captions] for layer in self.given]
         return Prefix(self.logits[captions], text, given, self.positions, self.slots)
 
     def fork(self, n: int) -> Cache:
-        """N samples a caption that go on from here; text is shared, image slots are their own."""
+        """Return a cache of ``n`` samples per caption, with the text shared and image slots of their own."""
         image = []
         for given, slots in zip(self.given, self.slots, strict=True):
-            both, captions, heads, kept, width = given.shape
-            held = given.new_empty(both, captions, heads, n, slots.count, width)
-            if held.is_cuda:
-                held.zero_()  # a graph of a step reads slots before they are written
-            held[..., [slots.write(p) for p in range(self.positions - kept, self.positions)], :] = given[:, :, :, None]
-            image.append(held)
+            both, captions, heads, count, width = given.shape
+            cache = given.new_empty(both, captions, heads, n, slots.count, width)
+            if cache.is_cuda:
+                cache.zero_()  # a CUDA graph reads slots before they are written
+            cache[..., [slots.write(p) for p in range(self.positions - count, self.positions)], :] = given[
+                :, :, :, None
+            ]
+            image.append(cache)
         return Cache(self.text, image)
 
 
 class Layer:
-    """One layer of the prior, its matrices packed: attention of one kind, then the perceptron."""
+    """One layer of the prior with packed matrices: attention of one kind, then the MLP."""
 
     def __init__(self, attention: AttentionResblock, mlp: MlpResblock, dtype: torch.dtype) -> None:
         self.slots = Slots(attention.kind, attention.grid, attention.conv_kernel)
@@ -132,11 +132,11 @@ class Layer:
         self.up, self.down = PackedLinear(mlp.up, dtype, gelu=True), PackedLinear(mlp.out, dtype)
 
     def heads_of(self, x: Tensor) -> Tensor:
-        """Queries, keys and values (C, A, 3, H, D) of the stream (C, A, d)."""
+        """Return queries, keys and values (C, A, 3, H, D) of the residual stream (C, A, d)."""
         return self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1))  # type: ignore[no-any-return]
 
     def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """The stream (C, A, d) and attention's result (C, A, H, D) -> the stream behind the layer."""
+        """Return the residual stream (C, A, d) behind the layer, given the attention's result (C, A, H, D)."""
         x = x + self.out(mixed.flatten(2))
         return x + self.down(self.up(self.mlp_norm(x)))
 
@@ -144,12 +144,12 @@ class Layer:
 class Decoder:
     """A prior with its weights laid out for decoding.
 
-    It keeps copies of the prior's matrices and refers to the rest of its parameters: where the prior itself is not
-    needed any more, drop it.
+    It copies the prior's matrices and shares its other parameters; drop the prior if it is no longer needed.
 
     Args:
-        precision: of the resblocks' matrices and the caches. Residual stream, norms, softmax sums and logits have
-            32 bit either way.
+        prior: the model to decode with.
+        precision: type of the resblocks' matrices and of the caches. The residual stream, norms, softmax sums and
+            logits are in 32 bit in any case.
     """
 
     def __init__(self, prior: Prior, precision: Precision = "fp32") -> None:
@@ -161,34 +161,34 @@ class Decoder:
         self.layers = []
         for attention, mlp in zip(blocks[::2], blocks[1::2], strict=True):
             if not isinstance(attention, AttentionResblock) or not isinstance(mlp, MlpResblock):
-                raise TypeError("resblocks must alternate attention and perceptron")
+                raise TypeError("resblocks must alternate between attention and MLP")
             self.layers.append(Layer(attention, mlp, DTYPES[precision]))
         self.norm, self.head = prior.norm, PackedLinear(prior.image_head, torch.float32)
         self.dtype, self.device = DTYPES[precision], self.image_embedding.device
 
     @torch.inference_mode()
     def prefill(self, text_ids: Tensor, given: Tensor | None = None) -> Prefix:
-        """Read text ids (C, T), with paddings, and the first image tokens ``given`` (C, P) in one pass.
+        """Read text ids (C, T), with padding, and the first image tokens ``given`` (C, P) in one pass.
 
         Raises:
-            ValueError: the text has not T positions, or P is above S - 1.
+            ValueError: the text does not have T positions, or P is above S - 1.
         """
         if text_ids.shape[-1] != self.text_length:
-            raise ValueError(f"text has {text_ids.shape[-1]} positions, the prior {self.text_length}")
+            raise ValueError(f"the text has {text_ids.shape[-1]} positions, the prior takes {self.text_length}")
         if given is None:
             given = text_ids[:, :0]
         captions, positions = given.shape
         if positions >= self.image_length:
-            raise ValueError(f"{positions} given tokens leave nothing to draw of {self.image_length}")
-        prefix = self._unread(captions, positions)
-        together = max(1, READ_AT_ONCE // (self.text_length + (self.image_length if positions else 0)))
-        for first in range(0, captions, together):
-            some = slice(first, first + together)
-            self._read(text_ids[some], given[some], prefix.of(some))
+            raise ValueError(f"{positions} given tokens leave none of {self.image_length} to draw")
+        prefix = self._empty_prefix(captions, positions)
+        per_pass = max(1, POSITIONS_PER_PASS // (self.text_length + (self.image_length if positions else 0)))
+        for first in range(0, captions, per_pass):
+            part = slice(first, first + per_pass)
+            self._fill(prefix.captions(part), text_ids[part], given[part])
         return prefix
 
-    def _unread(self, captions: int, positions: int) -> Prefix:
-        """A prefix of ``captions`` captions and ``positions`` image tokens, with nothing in it."""
+    def _empty_prefix(self, captions: int, positions: int) -> Prefix:
+        """Return a prefix with uninitialized memory for ``captions`` captions and ``positions`` image tokens."""
         vocabulary, d_model = self.image_embedding.shape
         heads = self.layers[0].heads
         text, width = self.text_length, d_model // heads
@@ -200,19 +200,19 @@ class Decoder:
         return Prefix(
             torch.empty(captions, vocabulary, device=self.device),
             [TextCache(empty(captions, heads, width, text), empty(captions, heads, text, width)) for _ in slots],
-            [empty(2, captions, heads, min(positions, kept.count), width) for kept in slots],
+            [empty(2, captions, heads, min(positions, layer.count), width) for layer in slots],
             positions,
             slots,
         )
 
-    def _read(self, text_ids: Tensor, given: Tensor, into: Prefix) -> None:
+    def _fill(self, prefix: Prefix, text_ids: Tensor, given: Tensor) -> None:
         text, positions = self.text_length, given.shape[1]
         x = F.embedding(text_ids, self.text_embedding) + self.text_position
         if positions:
-            # Attention is causal: what stands behind the given tokens moves nothing before.
+            # Attention is causal, so the padding behind the given tokens does not affect them.
             image = F.pad(given, (0, self.image_length - positions))
             x = torch.cat([x, F.embedding(image, self.image_embedding) + self.image_position], dim=1)
-        for layer, text_kv, given_kv in zip(self.layers, into.text, into.given, strict=True):
+        for layer, text_kv, given_kv in zip(self.layers, prefix.text, prefix.given, strict=True):
             qkv = layer.heads_of(x)
             q, k, v = kv = qkv.permute(2, 0, 3, 1, 4)
             text_kv.keys.copy_(k[..., :text, :].mT)
@@ -223,13 +223,16 @@ class Decoder:
             else:
                 mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
             x = layer.finish(x, mixed)
-        into.logits.copy_(self.head(self.norm(x[:, text + positions - 1])))
+        prefix.logits.copy_(self.head(self.norm(x[:, text + positions - 1])))
 
     @torch.inference_mode()
     def step(self, cache: Cache, position: int, token: Tensor) -> Tensor:
-        """Put ``token`` (C, n) at image position ``position``; returns logits (C, n, V_image) of the next.
+        """Write ``token`` (C, n) at image position ``position`` and return the next position's logits (C, n, V_image).
 
-        Positions must come in order, from the first that is not given; ``position`` is at most S - 2.
+        Positions must come in order, from the first that is not given.
+
+        Raises:
+            ValueError: ``position`` is not within 0 to S - 2.
         """
         if not 0 <= position < self.image_length - 1:
             raise ValueError(f"position {position} has no successor in an image of {self.image_length} tokens")
@@ -244,7 +247,7 @@ class Decoder:
 
 
 def attend_slots(q: Tensor, text: TextCache, image: Tensor, bias: Tensor | None) -> Tensor:
-    """Queries (C, H, n, D) to keys and values of text and of image (2, C, H, n, L, D): (C, n, H, D).
+    """Return the attention (C, n, H, D) of queries (C, H, n, D) to the text and to image slots (2, C, H, n, L, D).
 
     ``bias`` (L,) is added to the image's scores.
     """
@@ -252,15 +255,15 @@ def attend_slots(q: Tensor, text: TextCache, image: Tensor, bias: Tensor | None)
     streams = captions * heads
     image_k, image_v = image.flatten(1, 3)
     if image.device.type == "cpu" and image.dtype != torch.float32:
-        image_k = image_k.contiguous()  # oneDNN's 16-bit product would do it, and along the wrong axis
+        image_k = image_k.contiguous()  # oneDNN's 16-bit product would copy it anyway, and along the wrong axis
     q = (q * (1 / math.sqrt(width))).contiguous().view(streams, n, width)
-    to_text = thin_bmm(q, text.keys.flatten(0, 1))
+    to_text = skinny_bmm(q, text.keys.flatten(0, 1))
     to_image = torch.bmm(q.view(streams * n, 1, width), image_k.mT).view(streams, n, -1)
     if bias is not None:
         to_image += bias
     weights = torch.cat([to_text, to_image], dim=-1).softmax(-1)
     for_text, for_image = weights.tensor_split([to_text.shape[-1]], -1)
-    from_text = thin_bmm(for_text, text.values.flatten(0, 1))
-    from_image = thin_bmm(for_image.flatten(0, 1)[:, None], image_v)
+    from_text = skinny_bmm(for_text, text.values.flatten(0, 1))
+    from_image = skinny_bmm(for_image.flatten(0, 1)[:, None], image_v)
     mixed = from_text + from_image.view(streams, n, width)
     return mixed.view(captions, heads, n, width).transpose(1, 2)

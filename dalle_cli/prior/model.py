@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dalle_cli.config.layout import AttentionKind
 from dalle_cli.config.schema import PriorModel, Recipe
-from dalle_cli.precision.resblock import scaled_residual
+from dalle_cli.precision.gradient_scaling import scaled_residual
 from dalle_cli.prior.attention import attend
 from dalle_cli.prior.head_loss import head_loss
 from dalle_cli.stores.checkpoint import Checkpoint
@@ -65,7 +65,7 @@ class Resblock(nn.Module):
     """A residual block x + branch(x), both (B, A, d); subclasses define the branch, which begins with the layer norm.
 
     If ``gradient_scale`` is set, the backward pass through the branch runs on gradients multiplied by it; see
-    ``precision/resblock.py``.
+    ``precision/gradient_scaling.py``.
     """
 
     def __init__(self, d_model: int) -> None:

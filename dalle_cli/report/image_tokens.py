@@ -12,7 +12,7 @@ from PIL import Image
 from dalle_cli.data.images import BadImage
 from dalle_cli.data.picture_loader import load_eval_picture
 from dalle_cli.data.source import BadSample, Source
-from dalle_cli.dvae.encode import decode_pictures, encode_pictures
+from dalle_cli.dvae.encode import decode_tokens, encode_images
 from dalle_cli.dvae.objective import codebook_perplexity, dead_codes, validation_metrics
 from dalle_cli.dvae.train import load_dvae
 from dalle_cli.randomness import torch_generator
@@ -71,9 +71,9 @@ def reconstruct(checkpoint: Checkpoint, source: Source) -> tuple[ReconstructionF
     objective = recipe.dvae.objective
     model, eps = load_dvae(checkpoint), objective.logit_laplace_eps
     originals = torch.from_numpy(np.stack(pictures))
-    copies = decode_pictures(model, encode_pictures(model, originals, eps), eps).numpy()
+    copies = decode_tokens(model, encode_images(model, originals, eps), eps).numpy()
     noise = torch_generator(recipe.seed, "report")
-    metrics = validation_metrics(model, originals.permute(0, 3, 1, 2), eps, objective.ln_b_floor, noise)
+    metrics = validation_metrics(model, originals, eps, objective.ln_b_floor, noise)
     psnr = [round(float(value), 2) for value in metrics.psnr]
     ssim = [round(float(value), 4) for value in metrics.ssim]
     figures = ReconstructionFigures(

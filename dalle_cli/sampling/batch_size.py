@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from dalle_cli.config.schema import DOWNSAMPLING
-from dalle_cli.dvae.encode import pictures_at_once
+from dalle_cli.dvae.encode import images_per_pass
 from dalle_cli.dvae.model import DVAE
-from dalle_cli.prior.decode import READ_AT_ONCE, Decoder
+from dalle_cli.prior.decode import POSITIONS_PER_PASS, Decoder
 
 MEMORY_SHARE = 0.5
 """Share of the free memory to use; the rest is for other programs, fragmentation and what is not computed here."""
@@ -100,9 +100,9 @@ def sampling_need(decoder: Decoder, dvae: DVAE, guided: bool, given: int = 0) ->
         draw=vocabulary * (4 * FLOAT + 3 * DOUBLE),
         text=token * (len(slots) * decoder.text_length + sum(min(count, given) for count in slots)),
         prefill=LAYER_ACTIVATIONS * d_model * FLOAT * positions,
-        captions_prefilled=max(1, READ_AT_ONCE // positions),
+        captions_prefilled=max(1, POSITIONS_PER_PASS // positions),
         picture=DECODER_ACTIVATIONS * side**2 * dvae.settings.n_hid * FLOAT,
-        pictures_decoded=min(DECODED_AT_ONCE, pictures_at_once(dvae, side, side)),
+        pictures_decoded=min(DECODED_AT_ONCE, images_per_pass(dvae, side, side)),
         sequences=2 if guided else 1,
     )
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dalle_cli.config.schema import SamplingSettings
-from dalle_cli.prior.cuda_graph import stepper
+from dalle_cli.prior.cuda_graph import fast_step
 from dalle_cli.prior.decode import Decoder, Prefix
 
 BELOW_ONE = 1 - 2.0**-52
@@ -131,7 +131,7 @@ def _draw_rest(
     """
     captions, n, length = uniforms.shape
     log_likelihood = torch.zeros(captions, n, dtype=torch.float64, device=tokens.device)
-    step, logits = stepper(decoder, prefilled.fork(n)), prefilled.logits[:, None].expand(-1, n, -1)
+    step, logits = fast_step(decoder, prefilled.fork(n)), prefilled.logits[:, None].expand(-1, n, -1)
     for position in range(prefilled.positions, length):
         conditional, unconditional = logits[:captions], logits[captions:]
         guided = conditional

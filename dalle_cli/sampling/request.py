@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dalle_cli.config.schema import Recipe, SamplingSettings
 from dalle_cli.data.images import eval_crop, read_picture
-from dalle_cli.dvae.encode import BLOCK, encode_pictures
+from dalle_cli.dvae.encode import BLOCK, encode_images
 from dalle_cli.dvae.model import DVAE
 from dalle_cli.errors import UserError
 from dalle_cli.randomness import numpy_generator
@@ -59,7 +59,7 @@ class Prime:
         for begin in range(0, len(distinct), BLOCK):
             cut = [eval_crop(self._read(path), recipe.image_size) for path in distinct[begin : begin + BLOCK]]
             pictures = torch.from_numpy(np.stack(cut)).to(device)
-            encoded.append(encode_pictures(dvae, pictures, eps)[:, : self.rows].flatten(1))
+            encoded.append(encode_images(dvae, pictures, eps)[:, : self.rows].flatten(1))
         index = {path: number for number, path in enumerate(distinct)}
         return torch.cat(encoded)[[index[path] for path in self.pictures]]
 

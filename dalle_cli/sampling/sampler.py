@@ -19,7 +19,7 @@ from torch import Tensor
 from dalle_cli.config.schema import SamplingSettings
 from dalle_cli.data.source import BadSample, clean_caption
 from dalle_cli.distributed.device import choose_device, explain_out_of_memory, limit_threads, prepare_process
-from dalle_cli.dvae.encode import decode_pictures
+from dalle_cli.dvae.encode import decode_tokens
 from dalle_cli.dvae.model import DVAE
 from dalle_cli.dvae.train import load_dvae
 from dalle_cli.errors import UserError
@@ -60,7 +60,7 @@ class _LoadedModels:
             empty=self.empty,
         )
         grids = tokens.flatten(0, 1).unflatten(-1, (self.decoder.grid, self.decoder.grid))
-        pictures = [decode_pictures(self.dvae, part, self.eps).cpu().numpy() for part in grids.split(DECODED_AT_ONCE)]
+        pictures = [decode_tokens(self.dvae, part, self.eps).cpu().numpy() for part in grids.split(DECODED_AT_ONCE)]
         return grids.cpu().numpy().astype(np.uint16), scores.flatten().cpu().numpy(), np.concatenate(pictures)
 
 

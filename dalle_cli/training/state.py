@@ -134,12 +134,12 @@ class TrainingState:
         if engine.scaling is not None:
             engine.scaling.scales.load_state_dict(state["scales"])
             self.skipped_updates = state.get("skipped_updates", 0)
-            engine.scaling.hand_out()
+            engine.scaling.assign_scales()
 
     def _scaled_update(self) -> dict[str, Tensor]:
         """Make an optimizer step from scaled gradients and adjust the scales."""
         scaling = cast(GradientScaling, self.engine.scaling)
-        squares = self.engine.sum_over_shards(scaling.squares(scaling.held(self.engine.owned_parameters())))
+        squares = self.engine.sum_over_shards(scaling.squares(scaling.gradients(self.engine.owned_parameters())))
         logged = scaling.step(cast(Adam16, self.optimizer), self.settings.adam.clip_norm, squares)
         self.skipped_updates += logged["skipped"] > 0
         logged["skipped_updates"] = self.skipped_updates

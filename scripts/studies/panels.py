@@ -27,7 +27,7 @@ from dalle_cli.config.load import load_recipe
 from dalle_cli.config.run_folders import RunFolders
 from dalle_cli.config.schema import Recipe
 from dalle_cli.data.open_source import open_source
-from dalle_cli.dvae.encode import decode_pictures, encode_pictures, encode_source
+from dalle_cli.dvae.encode import decode_tokens, encode_images, encode_source
 from dalle_cli.dvae.train import load_dvae, train_dvae
 from dalle_cli.errors import UserError
 from dalle_cli.prior.train import train_prior
@@ -72,7 +72,7 @@ def after_dvae(checkpoint: Checkpoint, recipe: Recipe, scenes: Sequence[Panels])
     """Return whether each scene's own picture is still right after the dVAE has encoded and decoded it."""
     dvae, eps = load_dvae(checkpoint), recipe.dvae.objective.logit_laplace_eps
     pictures = torch.from_numpy(np.stack([render_panels(scene, recipe.image_size) for scene in scenes]))
-    decoded = decode_pictures(dvae, encode_pictures(dvae, pictures, eps), eps).numpy()
+    decoded = decode_tokens(dvae, encode_images(dvae, pictures, eps), eps).numpy()
     return [bottom_matches(s.top, s.change, p) for s, p in zip(scenes, decoded, strict=True)]
 
 

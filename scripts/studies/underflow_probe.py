@@ -179,11 +179,11 @@ def _train(
             for group in optimizer.param_groups:
                 group["lr"] = study.learning_rate * min(1.0, (step + 1) / study.warmup)
             loss = _backward(prior, batch(step), scaling)
-            squares = scaling.squares(scaling.held(prior.parameters())) * study.replicas**2
-            verdict = scaling.judge(squares, adam.clip_norm)
-            summed = [factor and factor * study.replicas for factor in verdict.factors]
-            skipped = scaling.apply(optimizer, replace(verdict, factors=summed))
-            lines.append({"loss": loss, "grad_norm": verdict.norm, "skipped": skipped})
+            squares = scaling.squares(scaling.gradients(prior.parameters())) * study.replicas**2
+            decision = scaling.decide(squares, adam.clip_norm)
+            summed = [factor and factor * study.replicas for factor in decision.factors]
+            skipped = scaling.apply(optimizer, replace(decision, factors=summed))
+            lines.append({"loss": loss, "grad_norm": decision.norm, "skipped": skipped})
             bar.advance(1, f"loss {loss:.4f}")
     return lines, {key: value.float() for key, value in prior.state_dict().items()}
 
@@ -257,9 +257,9 @@ def _settle(prior: Prior, scaling: GradientScaling, tokens: Tokens) -> None:
     scales = scaling.scales
     scales.exponents = [HIGHEST] * len(scales)
     while True:
-        scaling.hand_out()
+        scaling.assign_scales()
         _backward(prior, tokens, scaling)
-        finite = scaling.squares(scaling.held(prior.parameters())).isfinite().tolist()
+        finite = scaling.squares(scaling.gradients(prior.parameters())).isfinite().tolist()
         lowered = [i for i in range(len(scales)) if not finite[i] and scales.exponents[i] > LOWEST]
         if not lowered:
             return

@@ -65,7 +65,7 @@ def test_batches_of_pictures_do_not_depend_on_the_workers_or_on_where_a_run_begi
         return [batch for batch, _, _ in pictures.batches(start, 6)]
 
     whole = batches(0, 0)
-    assert whole[0].shape == (8, 3, 32, 32)
+    assert whole[0].shape == (8, 32, 32, 3)
     assert whole[0].dtype == torch.uint8
     for workers, start in ((2, 0), (0, 4), (1, 3)):
         assert all(torch.equal(a, b) for a, b in zip(batches(workers, start), whole[start:], strict=True))

@@ -14,12 +14,20 @@ from torch import Tensor
 
 from dalle_cli.config.schema import DvaeModel
 from dalle_cli.dvae.model import DVAE
-from dalle_cli.dvae.objective import dvae_loss, kl_to_uniform, log_likelihood, phi, validation_metrics
+from dalle_cli.dvae.objective import (
+    LossSettings,
+    dvae_loss,
+    encoder_input,
+    kl_to_uniform,
+    log_likelihood,
+    validation_metrics,
+)
 from dalle_cli.randomness import numpy_generator, torch_generator
 
 EPS, FLOOR, BETA = 0.1, -2.0, 1.7
 POSITIONS = 2
-PIXELS = torch.randint(0, 256, (1, 3, 8, 8 * POSITIONS), generator=torch_generator(0, "pixels"), dtype=torch.uint8)
+SHAPE = (1, 3, 8, 8 * POSITIONS)
+PIXELS = torch.randint(0, 256, SHAPE, generator=torch_generator(0, "pixels"), dtype=torch.uint8).permute(0, 2, 3, 1)
 PER_VALUE = POSITIONS / PIXELS.numel()
 
 
@@ -40,19 +48,19 @@ def all_codes(codes: int) -> list[Tensor]:
 
 def log_q(model: DVAE, tokens: Tensor) -> Tensor:
     """Ln q(z|x) of the codes (1, 1, POSITIONS), by the definition: a sum over positions."""
-    log_probabilities = model.encoder(phi(PIXELS, EPS)).log_softmax(dim=1)
+    log_probabilities = model.encoder(encoder_input(PIXELS, EPS)).log_softmax(dim=1)
     return sum((log_probabilities[0, int(code), 0, at] for at, code in enumerate(tokens.flatten())), torch.zeros(()))
 
 
 def likelihood(model: DVAE, tokens: Tensor) -> Tensor:
     """Ln p(x|z) per value."""
-    return log_likelihood(phi(PIXELS, EPS), *model.decode_tokens(tokens), FLOOR)[0]
+    return log_likelihood(encoder_input(PIXELS, EPS), *model.decode_tokens(tokens), FLOOR)[0]
 
 
 def exact_elbo(model: DVAE, codes: int, beta: float) -> Tensor:
     """E_q[ln p(x|z)] - beta KL per value, the expectation as a sum over all codes."""
     expected = sum((log_q(model, z).exp() * likelihood(model, z) for z in all_codes(codes)), torch.zeros(()))
-    kl = kl_to_uniform(model.encoder(phi(PIXELS, EPS))).mean() * PER_VALUE
+    kl = kl_to_uniform(model.encoder(encoder_input(PIXELS, EPS))).mean() * PER_VALUE
     return expected - beta * kl
 
 
@@ -64,9 +72,7 @@ def gradient_of(model: DVAE, loss: Tensor) -> Tensor:
 
 
 def reinforce(model: DVAE, samples: int, generator: torch.Generator) -> Tensor:
-    return dvae_loss(
-        model,
-        PIXELS,
+    settings = LossSettings(
         kl_weight=BETA,
         marginal_kl_weight=0.0,
         temperature=1.0,
@@ -74,8 +80,8 @@ def reinforce(model: DVAE, samples: int, generator: torch.Generator) -> Tensor:
         ln_b_floor=FLOOR,
         estimator="reinforce",
         reinforce_samples=samples,
-        generator=generator,
-    ).loss
+    )
+    return dvae_loss(model, PIXELS, settings, generator).loss
 
 
 def every_draw(model: DVAE, codes: int, samples: int) -> Iterator[tuple[float, Tensor]]:
@@ -137,17 +143,17 @@ def test_the_kl_is_in_the_loss_with_its_weight_and_scale() -> None:
         for name, parameter in model.named_parameters():
             if "encoder" in name:
                 parameter.mul_(1.3)
-    pictures = torch.from_numpy(numpy_generator(1, "pictures").integers(0, 256, (3, 3, 32, 32), dtype=np.uint8))
+    pictures = torch.from_numpy(numpy_generator(1, "pictures").integers(0, 256, (3, 32, 32, 3), dtype=np.uint8))
 
     def loss(beta: Any) -> Any:
-        return dvae_loss(
-            model, pictures, kl_weight=beta, marginal_kl_weight=0.0, temperature=0.7, eps=0.1,
-            ln_b_floor=-4.0, estimator="gumbel", reinforce_samples=2,
-            generator=torch_generator(0, "noise"),
+        settings = LossSettings(
+            kl_weight=beta, marginal_kl_weight=0.0, temperature=0.7, eps=0.1, ln_b_floor=-4.0, estimator="gumbel",
+            reinforce_samples=2,
         )  # fmt: skip
+        return dvae_loss(model, pictures, settings, torch_generator(0, "noise"))
 
     with torch.no_grad():
-        q = model.encoder(phi(pictures, 0.1)).softmax(dim=1).double()
+        q = model.encoder(encoder_input(pictures, 0.1)).softmax(dim=1).double()
     # KL(q || uniform) by its definition: summed over codes and positions, averaged over pictures.
     by_hand = (q * (q / (1 / 16)).log()).sum(dim=(1, 2, 3)).mean()
     found = loss(0.0)

@@ -1,4 +1,4 @@
-"""encode-images: its tokens are those of a plain loop, however it is fed, split, killed or put together again."""
+"""encode-images: its tokens are those of a plain loop, whatever the workers, shards, kills and merges."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dalle_cli.data.images import BadImage
 from dalle_cli.data.open_source import open_source
 from dalle_cli.data.picture_loader import PREFETCH, consecutive_pictures, load_eval_picture
 from dalle_cli.data.source import BadSample, Source
-from dalle_cli.dvae.encode import BLOCK, MOST_ACTIVATIONS, encode_pictures
+from dalle_cli.dvae.encode import BLOCK, MAX_ACTIVATIONS, encode_images
 from dalle_cli.dvae.model import DVAE
 from dalle_cli.dvae.objective import phi
 from dalle_cli.dvae.train import load_dvae
@@ -33,7 +33,7 @@ DATA = DataSettings()
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Captioned pictures, three of them broken."""
+    """Make captioned images, three of them broken."""
     folder = tmp_path_factory.mktemp("encode") / "shapes"
     finish(["make-shapes", folder, "--n", ROWS, "--test-n", 1, "--size", 32, "--seed", 7])
     train = folder / "train"
@@ -49,7 +49,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def in_a_loop(source: Source, model: DVAE, eps: float) -> np.ndarray:
-    """(N, 4, 4) tokens by nothing but the model, in blocks from the source's beginning; zeros for what is broken."""
+    """Return tokens (N, 4, 4) from the model alone, block by block, with zeros for broken images."""
     tokens = []
     for start in range(0, len(source), BLOCK):
         pictures, broken = [], []
@@ -84,7 +84,7 @@ class SlowSource:
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_blocks_hold_their_pictures_as_long_as_is_said(shapes: Path, workers: int) -> None:
+def test_a_block_stays_valid_until_the_next_but_one(shapes: Path, workers: int) -> None:
     source = SlowSource(open_source(str(shapes)))
     rows = range(5, 700)
     pieces = consecutive_pictures(source, rows, block=16, image_size=32, data=DATA, workers=workers)  # type: ignore[arg-type]
@@ -93,11 +93,11 @@ def test_blocks_hold_their_pictures_as_long_as_is_said(shapes: Path, workers: in
     for number, block in enumerate(pieces):
         if number % (2 * PREFETCH) == 0:
             time.sleep(0.02)  # the workers get as far ahead as they may
-        for held in filter(None, (before, block)):  # the one before is still good
-            for key, picture in zip(held.keys[::5], held.pictures[::5], strict=True):
-                row = rows.start + 16 * (number - (held is before)) + held.keys.index(key)
+        for valid in filter(None, (before, block)):
+            for key, picture in zip(valid.keys[::5], valid.pictures[::5], strict=True):
+                row = rows.start + 16 * (number - (valid is before)) + valid.keys.index(key)
                 assert source.key(row) == key
-                if key in held.reasons:
+                if key in valid.reasons:
                     assert not picture.any()
                 else:
                     np.testing.assert_array_equal(picture, load_eval_picture(source, row, 32, DATA))  # type: ignore[arg-type]
@@ -107,7 +107,7 @@ def test_blocks_hold_their_pictures_as_long_as_is_said(shapes: Path, workers: in
 
 
 def test_tokens_are_those_of_a_plain_loop(by_hand: Chain, shapes: Path, tmp_path: Path) -> None:
-    """The tokens do not depend on workers or shares; broken pictures are skipped and listed."""
+    """Tokens are the same with any number of workers and shares; broken images are skipped and listed."""
     program = (sys.executable, "-c", SMALL_SHARDS)
     source, checkpoint = open_source(str(shapes)), open_checkpoint(by_hand.dvae, "dvae")
     expected = in_a_loop(source, load_dvae(checkpoint), checkpoint.recipe().dvae.objective.logit_laplace_eps)
@@ -130,19 +130,19 @@ def test_tokens_are_those_of_a_plain_loop(by_hand: Chain, shapes: Path, tmp_path
 def test_large_pictures_are_encoded_by_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     model = DVAE(DvaeModel(n_hid=4, n_init=4, blocks_per_group=1, codebook_size=32)).eval()
     pictures = torch.randint(0, 256, (7, 16, 16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    whole = encode_pictures(model, pictures, 0.1)
+    whole = encode_images(model, pictures, 0.1)
     sizes = []
     real = model.encode_tokens
     monkeypatch.setattr(model, "encode_tokens", lambda x: (sizes.append(len(x)), real(x))[1])
-    monkeypatch.setattr("dalle_cli.dvae.encode.MOST_ACTIVATIONS", 3 * 16 * 16 * 4)
-    assert torch.equal(encode_pictures(model, pictures, 0.1), whole)
+    monkeypatch.setattr("dalle_cli.dvae.encode.MAX_ACTIVATIONS", 3 * 16 * 16 * 4)
+    assert torch.equal(encode_images(model, pictures, 0.1), whole)
     assert sizes == [3, 3, 1]
-    assert MOST_ACTIVATIONS // (256 * 256 * 256) == 8
-    assert MOST_ACTIVATIONS // (64 * 64 * 32) > BLOCK
+    assert MAX_ACTIVATIONS // (256 * 256 * 256) == 8
+    assert MAX_ACTIVATIONS // (64 * 64 * 32) > BLOCK
 
 
 def strike(command: list[object], store: Path, kills: int, seed: int, longest: float) -> int:
-    """Kill ``command`` at random moments, from its first instant on; how many kills met it alive."""
+    """Kill ``command`` at random moments from its start on, and return how many kills found it alive."""
     rng = random.Random(seed)
     met = 0
     for _ in range(kills):
@@ -150,7 +150,7 @@ def strike(command: list[object], store: Path, kills: int, seed: int, longest: f
             [sys.executable, "-c", SMALL_SHARDS, *map(str, command)],
             env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        # Half of them while it starts and half while it writes, which begins when the store is there.
+        # Half of the kills come during start-up, half while it writes, which begins when the store exists.
         deadline = time.monotonic() + 60
         if rng.random() < 0.5:
             mark = rows_of(store)

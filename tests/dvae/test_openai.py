@@ -1,4 +1,4 @@
-"""OpenAI's released dVAE as a checkpoint of ours: the same logits, tokens and reconstructions, or one clear line."""
+"""Import of OpenAI's released dVAE: the same logits, tokens and reconstructions, or one clear line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dalle_cli.dvae.encode import decode_pictures, encode_pictures
+from dalle_cli.dvae.encode import decode_tokens, encode_images
 from dalle_cli.dvae.openai import import_dvae, read_released
 from dalle_cli.dvae.train import load_dvae
 from dalle_cli.errors import UserError
@@ -32,7 +32,7 @@ EPS = 0.1
 
 
 def pixels(n: int, side: int = 32) -> Tensor:
-    """(n, side, side, 3) uint8, coarse blocks with noise on them."""
+    """Return (n, side, side, 3) uint8, coarse blocks with noise on them."""
     generator = torch.Generator().manual_seed(1)
     coarse = torch.randint(0, 200, (n, side // 8, side // 8, 3), generator=generator)
     fine = torch.randint(0, 56, (n, side, side, 3), generator=generator)
@@ -41,7 +41,7 @@ def pixels(n: int, side: int = 32) -> Tensor:
 
 @torch.no_grad()
 def by_modules(encoder: nn.Module, decoder: nn.Module, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits, the decoder's output, and the reconstruction as pixels 0..255, as the released package is used."""
+    """Return logits, the decoder's output and the reconstruction as pixels 0..255, as the package computes them."""
     x = (1 - 2 * EPS) * pictures.permute(0, 3, 1, 2).float() / 255 + EPS
     logits = encoder(x)
     z = F.one_hot(logits.argmax(dim=1), num_classes=logits.shape[1]).permute(0, 3, 1, 2).float()
@@ -59,7 +59,7 @@ def files(folder: Path, encoder: object, decoder: object, *, legacy: bool = Fals
 
 
 def stored_in_one(module: nn.Module) -> None:
-    """Every parameter a part of one storage, each transposed in it."""
+    """Make every parameter a transposed part of one storage."""
     parameters = list(module.parameters())
     flat = torch.cat([parameter.detach().transpose(0, -1).flatten() for parameter in parameters])
     at = 0
@@ -90,11 +90,11 @@ def test_logits_tokens_and_pictures_are_those_of_the_modules(tmp_path: Path, cal
     with torch.no_grad():
         torch.testing.assert_close(model.encoder(x), logits, atol=1e-4, rtol=0)
         torch.testing.assert_close(torch.cat(model(x), dim=1), output, atol=1e-4, rtol=0)
-    tokens = encode_pictures(model, pictures, EPS)
+    tokens = encode_images(model, pictures, EPS)
     assert torch.equal(tokens, logits.argmax(dim=1))
     assert len(tokens.unique()) > 3
-    assert float((decode_pictures(model, tokens, EPS).float() - rebuilt).abs().max()) <= 0.5 + 1e-2
-    assert float(rebuilt.std()) > 20  # the pictures are not all one grey
+    assert float((decode_tokens(model, tokens, EPS).float() - rebuilt).abs().max()) <= 0.5 + 1e-2
+    assert float(rebuilt.std()) > 20  # the images are not all one grey
 
 
 def test_the_checkpoint_is_one_of_ours(tmp_path: Path, call: Call) -> None:
@@ -136,7 +136,7 @@ def test_the_rest_of_the_chain_takes_it(tmp_path: Path, call: Call) -> None:
     model = load_dvae(open_checkpoint(dvae))
     for line in done.lines:
         tokens = np.asarray(zarr.open_group(line["store"], mode="r")["tokens"][line["row"]]).astype(np.int64)
-        expected = decode_pictures(model, torch.from_numpy(tokens)[None], EPS)[0].numpy()
+        expected = decode_tokens(model, torch.from_numpy(tokens)[None], EPS)[0].numpy()
         assert np.array_equal(np.asarray(Image.open(line["png"])), expected)
     assert open_checkpoint(root / "run" / "prior").belongs["dvae"] == open_checkpoint(dvae).identity
     assert TokenReader(root / "run" / "tokens.zarr").read("image", np.arange(24)).max() < 64
@@ -181,13 +181,13 @@ def test_the_published_package_computes_the_same(tmp_path: Path, layout: str) ->
     theirs = {name: torch.from_numpy(value) for name, value in np.load(tmp_path / "package.npz").items()}
     model = load_dvae(import_dvae(tmp_path / "encoder.pkl", tmp_path / "decoder.pkl", tmp_path / "out", 64))
     x = (1 - 2 * EPS) * pictures.permute(0, 3, 1, 2).float() / 255 + EPS
-    tokens = encode_pictures(model, pictures, EPS)
+    tokens = encode_images(model, pictures, EPS)
     with torch.no_grad():
         torch.testing.assert_close(model.encoder(x), theirs["logits"], atol=1e-4, rtol=0)
         torch.testing.assert_close(torch.cat(model(x), dim=1), theirs["output"], atol=1e-4, rtol=0)
     assert torch.equal(tokens, theirs["tokens"])
     assert len(tokens.unique()) > 3
-    rebuilt = decode_pictures(model, tokens, EPS).permute(0, 3, 1, 2).float()
+    rebuilt = decode_tokens(model, tokens, EPS).permute(0, 3, 1, 2).float()
     assert float((rebuilt - theirs["rebuilt"] * 255).abs().max()) <= 0.5 + 1e-2
 
 
@@ -268,7 +268,7 @@ def one_code(encoder: Encoder, decoder: Decoder) -> None:
 
 
 def repeated(encoder: Encoder, decoder: Decoder) -> None:
-    """One storage for all parameters: more values than the file has bytes for."""
+    """Give all parameters one storage, so that they have more values than the file has bytes for."""
     shared = torch.zeros(max(parameter.numel() for parameter in encoder.parameters()))
     for parameter in encoder.parameters():
         parameter.data = shared[: parameter.numel()].view(parameter.shape)
@@ -291,12 +291,12 @@ MISFITS: list[tuple[Callable[[Encoder, Decoder], None], str, str]] = [
     (linear, "decoder.pkl", "blocks.output.relu is an object of 'torch.nn.modules.linear.Identity'"),
     (unpacked, "encoder.pkl", "blocks.input.w is None, not a tensor"),
     (damaged, "decoder.pkl", "blocks.input.b has values that are not finite"),
-    (halved, "encoder.pkl", "it names 'torch.HalfStorage', which is not admitted"),
+    (halved, "encoder.pkl", "it names 'torch.HalfStorage', which is not on the allowlist"),
     (grey, "encoder.pkl", "input_channels is 1, not 3"),
-    (endless, "encoder.pkl", "n_blk_per_group is 1000000000, not a whole number of 1 to 64"),
+    (endless, "encoder.pkl", "n_blk_per_group is 1000000000, not a whole number from 1 to 64"),
     (enormous, "encoder.pkl", "blocks.input.w has shape (8, 3, 7, 7), a dVAE of its sizes has (60000, 3, 7, 7)"),
     (worded, "encoder.pkl", "n_hid is '256', not a whole number"),
-    (one_code, "encoder.pkl", "its sizes are none of a dVAE (codebook_size: "),
+    (one_code, "encoder.pkl", "its sizes are not those of a dVAE (codebook_size: "),
     (repeated, "encoder.pkl", "its parameters are larger than the file"),
 ]
 
@@ -319,8 +319,7 @@ def test_a_size_that_is_not_stated_is_the_published_one(tmp_path: Path) -> None:
         read_released(*files(tmp_path, encoder, decoder))
     encoder, decoder = released(blocks=2)
     del encoder.n_blk_per_group, decoder.n_blk_per_group
-    settings, _ = read_released(*files(tmp_path, encoder, decoder))
-    assert settings.blocks_per_group == 2
+    assert read_released(*files(tmp_path, encoder, decoder)).settings.blocks_per_group == 2
 
 
 def test_the_two_files_mixed_up(tmp_path: Path, call: Call) -> None:
@@ -347,12 +346,12 @@ def test_places_and_sizes_that_will_not_do(tmp_path: Path, call: Call) -> None:
     full = tmp_path / "full"
     full.mkdir()
     (full / "mine.txt").write_text("mine")
-    assert f"{full}: exists" in call("import-dvae", *pair, full).mistake()
+    assert f"{full}: already exists" in call("import-dvae", *pair, full).mistake()
     assert (full / "mine.txt").read_text() == "mine"
-    assert "no multiple of 8" in call("import-dvae", *pair, tmp_path / "out", "--image-size", 60).mistake()
+    assert "is not a multiple of 8" in call("import-dvae", *pair, tmp_path / "out", "--image-size", 60).mistake()
     missing = tmp_path / "missing.pkl"
     assert f"{missing}: cannot be read" in call("import-dvae", missing, pair[1], tmp_path / "out").mistake()
-    assert f"{full}: is no file" in call("import-dvae", pair[0], full, tmp_path / "out").mistake()
+    assert f"{full}: is not a file" in call("import-dvae", pair[0], full, tmp_path / "out").mistake()
     empty = tmp_path / "empty.pkl"
     empty.touch()
     assert f"{empty}: empty" in call("import-dvae", empty, pair[1], tmp_path / "out").mistake()

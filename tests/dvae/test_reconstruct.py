@@ -1,4 +1,4 @@
-"""``dalle reconstruct``: the pictures as written, their figures by hand, and what is said of bad ones."""
+"""``dalle reconstruct``: the files it writes, its metrics by hand, and its messages about unreadable images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from PIL import Image
 
 from dalle_cli.data.images import eval_crop
 from dalle_cli.data.open_source import open_source
-from dalle_cli.dvae.encode import decode_pictures, encode_pictures
+from dalle_cli.dvae.encode import decode_tokens, encode_images
 from dalle_cli.dvae.openai import import_dvae
 from dalle_cli.dvae.train import load_dvae
 from dalle_cli.stores.checkpoint import Checkpoint, open_checkpoint
@@ -36,7 +36,7 @@ def dvae(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 def draw(path: Path, width: int, height: int, seed: int = 0) -> Image.Image:
-    """A picture file: a gradient with noise."""
+    """Write an image file, a gradient with noise."""
     noise = np.random.default_rng(seed).integers(0, 60, (height, width, 3))
     slope = np.linspace(0, 190, width)[None, :, None] * np.array([1.0, 0.5, 0.2])
     image = Image.fromarray((noise + slope).astype(np.uint8))
@@ -46,7 +46,7 @@ def draw(path: Path, width: int, height: int, seed: int = 0) -> Image.Image:
 
 
 def halves(png: str, size: int = SIZE) -> tuple[np.ndarray, np.ndarray]:
-    """Original and reconstruction of a written picture, what is between them checked."""
+    """Return the original and the reconstruction of a written file, after a check of the gap between them."""
     with Image.open(png) as image:
         assert (image.format, image.mode, image.size) == ("PNG", "RGB", (2 * size + GAP, size))
         pixels = np.asarray(image)
@@ -70,8 +70,8 @@ def test_pictures_and_figures(dvae: Checkpoint, call: Call, tmp_path: Path) -> N
     for image, line in zip((wide, tall, fit), done.lines, strict=True):
         original, rebuilt = halves(line["png"])
         assert np.array_equal(original, eval_crop(image, SIZE))
-        tokens = encode_pictures(model, torch.from_numpy(original.copy())[None], 0.1)
-        assert np.array_equal(rebuilt, decode_pictures(model, tokens, 0.1)[0].numpy())
+        tokens = encode_images(model, torch.from_numpy(original.copy())[None], 0.1)
+        assert np.array_equal(rebuilt, decode_tokens(model, tokens, 0.1)[0].numpy())
         mse = np.mean((original.astype(float) / 255 - rebuilt.astype(float) / 255) ** 2)
         assert line["mse"] == pytest.approx(mse, abs=1e-8)
         assert line["psnr"] == pytest.approx(10 * math.log10(1 / mse), abs=1e-3)
@@ -80,7 +80,7 @@ def test_pictures_and_figures(dvae: Checkpoint, call: Call, tmp_path: Path) -> N
     assert np.array_equal(halves(done.lines[2]["png"])[0], np.asarray(fit))
     means = {name: np.mean([line[name] for line in done.lines]) for name in ("psnr", "ssim", "mse")}
     last = done.err.splitlines()[-1]
-    assert last.startswith(f"{tmp_path / 'out'}: 3 pictures, on average ")
+    assert last.startswith(f"{tmp_path / 'out'}: 3 images, on average ")
     assert last.endswith(", ".join(f"{name} {mean:.5g}" for name, mean in means.items()))
 
 
@@ -142,11 +142,11 @@ def test_bad_pictures_are_passed_over_and_named(dvae: Checkpoint, call: Call, tm
     assert "skipped junk: no image of a known format\n" in done.err
     assert "skipped cut: " in done.err
     assert f"skipped {missing}: the image cannot be read: No such file" in done.err
-    assert f"skipped {pipe}: the image is not an ordinary file\n" in done.err  # to read it would take for ever
-    assert "4 of 5 pictures skipped\n" in done.err
+    assert f"skipped {pipe}: the image is not an ordinary file\n" in done.err  # reading it would block for ever
+    assert "4 of 5 images skipped\n" in done.err
 
     refused = call("reconstruct", missing, tmp_path / "in" / "junk.jpg", "--dvae", dvae.path, "--out", tmp_path / "no")
-    assert f"none of the 2 pictures can be read ({missing}: the image cannot be read: " in refused.mistake()
+    assert f"none of the 2 images can be read ({missing}: the image cannot be read: " in refused.mistake()
     assert not (tmp_path / "no").exists()
     assert refused.out == ""
 
@@ -155,7 +155,7 @@ def test_mistakes_are_one_line(dvae: Checkpoint, call: Call, tmp_path: Path) -> 
     draw(tmp_path / "a.png", 40, 40)
     out = ("--out", tmp_path / "out")
     refused = call("reconstruct", tmp_path / "a.png", "--dvae", dvae.path, *out, "--size", 20)
-    assert "--size 20 is no multiple of 8" in refused.mistake()
+    assert "--size 20 is not a multiple of 8" in refused.mistake()
     refused = call("reconstruct", tmp_path / "nowhere", "--dvae", dvae.path, *out)
     assert f"{tmp_path / 'nowhere'}: no such file or folder" in refused.mistake()
     assert "holds no checkpoint" in call("reconstruct", tmp_path / "a.png", "--dvae", tmp_path, *out).mistake()

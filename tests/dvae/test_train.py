@@ -13,14 +13,15 @@ from dalle_cli.config.schema import DvaeModel, Recipe
 from dalle_cli.dvae.model import DVAE, Conv2d, Resblock
 from dalle_cli.dvae.objective import (
     DvaeLoss,
+    LossSettings,
     ValidationMetrics,
     bounded_ln_b,
     codebook_perplexity,
     dead_codes,
     dvae_loss,
+    encoder_input,
     logit_laplace_log_prob,
     merge_metrics,
-    phi,
     reconstruct,
     validation_metrics,
 )
@@ -33,8 +34,9 @@ FLOOR = -4.0
 
 
 def pictures(n: int, side: int = 16) -> Tensor:
+    """Return (n, side, side, 3) uint8 noise."""
     generator = torch_generator(0, "pictures")
-    return torch.randint(0, 256, (n, 3, side, side), generator=generator, dtype=torch.uint8)
+    return torch.randint(0, 256, (n, 3, side, side), generator=generator, dtype=torch.uint8).permute(0, 2, 3, 1)
 
 
 def loss_of(model: DVAE, pixels: Tensor, **changes: object) -> DvaeLoss:
@@ -46,9 +48,9 @@ def loss_of(model: DVAE, pixels: Tensor, **changes: object) -> DvaeLoss:
         "eps": EPS,
         "estimator": "gumbel",
         "reinforce_samples": 2,
-        "generator": torch_generator(0, "loss"),
     }
-    return dvae_loss(model, pixels, **{**settings, **changes})  # type: ignore[arg-type]
+    generator = changes.pop("generator", torch_generator(0, "loss"))
+    return dvae_loss(model, pixels, LossSettings(**{**settings, **changes}), generator)  # type: ignore[arg-type]
 
 
 def metrics_of(model: DVAE, pixels: Tensor, first: int = 0) -> ValidationMetrics:
@@ -151,7 +153,7 @@ def reference(net: torch.nn.Module, x: Tensor, blocks: int, resize: str) -> Tens
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_networks_are_the_described_ones(blocks: int) -> None:
     model = DVAE(SMALL.model_copy(update={"blocks_per_group": blocks}), seed=3)
-    x = phi(pictures(2, 24), EPS)
+    x = encoder_input(pictures(2, 24), EPS)
     logits = model.encoder(x)
     assert logits.shape == (2, 16, 3, 3)
     assert logits.dtype == torch.float32
@@ -188,7 +190,7 @@ def test_decoding_tokens_is_decoding_their_one_hot_codes_with_the_same_gradients
 
 def test_encode_tokens_and_forward() -> None:
     model = DVAE(SMALL)
-    x = phi(pictures(2), EPS)
+    x = encoder_input(pictures(2), EPS)
     tokens = model.encode_tokens(x)
     assert tokens.shape == (2, 2, 2)
     assert tokens.dtype == torch.int64
@@ -212,7 +214,7 @@ def test_initial_weights_have_variance_one_over_fan_in_and_follow_the_seed() -> 
 
 def test_codebook_side_stays_in_32_bit_under_autocast() -> None:
     model = DVAE(SMALL)
-    x = phi(pictures(1), EPS)
+    x = encoder_input(pictures(1), EPS)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = model.encoder(x)
         mu, _ = model.decoder(logits.softmax(dim=1))
@@ -240,7 +242,7 @@ def test_loss_is_nll_and_weighted_kl_per_value(estimator: str) -> None:
     with torch.no_grad():
         model.encoder.get_submodule("blocks.output.conv").w.mul_(1e5)
     pixels = pictures(2, 24)
-    x = phi(pixels, EPS)
+    x = encoder_input(pixels, EPS)
     mu, ln_b = (output.detach() for output in model(x))
     nll = -logit_laplace_log_prob(x, mu, bounded_ln_b(ln_b, FLOOR)).sum() / (2 * 3 * 24 * 24)
     kl = 2 * 9 * math.log(16) / (2 * 3 * 24 * 24)
@@ -269,7 +271,7 @@ def test_every_parameter_gets_a_finite_gradient_that_repeats(estimator: str) -> 
 
 @pytest.mark.parametrize("estimator", ["gumbel", "reinforce"])
 def test_a_few_updates_fit_two_flat_pictures(estimator: str) -> None:
-    pixels = torch.stack([torch.full((3, 8, 8), 30), torch.full((3, 8, 8), 220)]).to(torch.uint8)
+    pixels = torch.stack([torch.full((3, 8, 8), 30), torch.full((3, 8, 8), 220)]).to(torch.uint8).permute(0, 2, 3, 1)
     model = DVAE(SMALL)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     before = metrics_of(model, pixels).summary()
@@ -296,9 +298,9 @@ def test_validation_metrics_by_hand_and_merged() -> None:
     model = DVAE(SMALL)
     pixels = pictures(3)
     whole = metrics_of(model, pixels)
-    rebuilt = reconstruct(model(phi(pixels, EPS))[0], EPS).detach()
+    rebuilt = reconstruct(model(encoder_input(pixels, EPS))[0], EPS).detach()
     for i in range(3):
-        mse = float(((rebuilt[i] / 255 - pixels[i].float() / 255) ** 2).mean())
+        mse = float(((rebuilt[i] / 255 - pixels[i].permute(2, 0, 1).float() / 255) ** 2).mean())
         assert float(whole.mse[i]) == pytest.approx(mse, rel=1e-4)
         assert float(whole.psnr[i]) == pytest.approx(10 * math.log10(1 / mse), rel=1e-4)
     assert int(whole.counts.sum()) == 3 * 4
@@ -372,7 +374,7 @@ def test_bf16_is_the_convolutions_alone() -> None:
     assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
     # From the outputs on, in 32 bit and by other means.
     mu, ln_b = outputs["decoder.blocks.output.conv"].chunk(2, dim=1)
-    nll = -logit_laplace_log_prob(phi(pixels, EPS), mu, bounded_ln_b(ln_b, FLOOR)).mean()
+    nll = -logit_laplace_log_prob(encoder_input(pixels, EPS), mu, bounded_ln_b(ln_b, FLOOR)).mean()
     assert float(values["recon_nll"]) == pytest.approx(float(nll), rel=1e-6)
     q = outputs["encoder.blocks.output.conv"].softmax(dim=1)
     kl = (q * (q * 16).log()).sum(dim=1).mean()
@@ -391,18 +393,18 @@ def test_example_images_are_originals_beside_what_their_codes_decode_to() -> Non
     }
     recipe = Recipe.model_validate({"image_size": 16, **blocks})
     task = DvaeTask(recipe, _Nothing(), DVAE(SMALL))
-    task.validation_pictures = pictures(3)
+    task.validation_images = pictures(3)
     with torch.no_grad():
         (grid,) = task.example_images().values()
-        rebuilt = reconstruct(task.model(phi(pictures(3), EPS))[0], EPS)
+        rebuilt = reconstruct(task.model(encoder_input(pictures(3), EPS))[0], EPS)
     assert grid.dtype == torch.uint8
     assert grid.shape == (3, 2 * 18 + 2, 4 * 18 + 2)
     for place, (original, copy) in enumerate(zip(pictures(3), rebuilt, strict=True)):
         top, left = 2 + place // 2 * 18, 2 + place % 2 * 36
-        assert torch.equal(grid[:, top : top + 16, left : left + 16], original)
+        assert torch.equal(grid[:, top : top + 16, left : left + 16], original.permute(2, 0, 1))
         right = grid[:, top : top + 16, left + 18 : left + 34].float()
         assert float((right - copy).abs().max()) <= 0.5
-    task.validation_pictures = None
+    task.validation_images = None
     assert task.example_images() == {}
 
 

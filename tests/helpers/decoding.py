@@ -1,4 +1,4 @@
-"""Small priors, and decoding compared with the whole stream."""
+"""Small priors, and decoding compared with a recomputation of the whole stream."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def build(layout: str, grid: int, text: int, kernel: int) -> Prior:
 
 
 def inputs(prior: Prior, captions: int, n: int, given: int = 0) -> tuple[Tensor, Tensor]:
-    """Text ids (C, T) of different lengths, and images (C, n, S) that agree in the first ``given`` tokens."""
+    """Return text ids (C, T) of different lengths, and images (C, n, S) that agree in the first ``given`` tokens."""
     generator = torch.Generator().manual_seed(2)
     text = torch.randint(TEXT_VOCAB, (captions, prior.text_length), generator=generator)
     length = torch.arange(captions) % prior.text_length + 1
@@ -39,7 +39,7 @@ def inputs(prior: Prior, captions: int, n: int, given: int = 0) -> tuple[Tensor,
 
 
 Stepping = Callable[[Decoder, Cache], Callable[[int, Tensor], Tensor]]
-"""A way to take decoding steps, from position and token to logits."""
+"""Maker of a decoding step, which maps position and token to logits."""
 
 
 def plain(decoder: Decoder, cache: Cache) -> Callable[[int, Tensor], Tensor]:
@@ -47,11 +47,10 @@ def plain(decoder: Decoder, cache: Cache) -> Callable[[int, Tensor], Tensor]:
 
 
 def decoded(decoder: Decoder, prefix: Prefix, images: Tensor, stepping: Stepping = plain) -> Tensor:
-    """Logits (C, n, S - P, V) of the positions behind the prefix."""
+    """Return logits (C, n, S - P, V) of the positions behind the prefix."""
     step = stepping(decoder, prefix.fork(images.shape[1]))
     logits = [prefix.logits[:, None].expand(-1, images.shape[1], -1)]
-    for position in range(prefix.positions, decoder.image_length - 1):
-        logits.append(step(position, images[..., position]))
+    logits += [step(p, images[..., p]) for p in range(prefix.positions, decoder.image_length - 1)]
     return torch.stack(logits, dim=2)
 
 

@@ -1,6 +1,7 @@
-"""Files laid out as OpenAI's released dVAE, by modules of our own that say they are of the package ``dall_e``.
+"""Files laid out like OpenAI's released dVAE, from modules of our own that claim to be of the package ``dall_e``.
 
-Written from the description of the architecture, so that what is read from them can be compared with what they compute.
+The modules are written from the description of the architecture, so that an import can be compared with what they
+compute.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ PLACES = {
 
 @contextmanager
 def _pretending() -> Iterator[None]:
-    """While it lasts the classes are found where the pickle will say they are."""
+    """Put the classes into the modules that the pickle will name, for the duration of the context."""
     names = {"dall_e": types.ModuleType("dall_e")}
     for place, classes in PLACES.items():
         module = names[place] = types.ModuleType(place)
@@ -143,14 +144,14 @@ def _pretending() -> Iterator[None]:
 def released(
     n_hid: int = 8, n_init: int = 6, blocks: int = 2, vocab: int = 64, seed: int = 0
 ) -> tuple[Encoder, Decoder]:
-    """The two modules with random weights, large enough that each matters to the output."""
+    """Return the two modules with random weights, large enough that each affects the output."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return Encoder(n_hid, blocks, vocab).eval(), Decoder(n_hid, n_init, blocks, vocab).eval()
 
 
 def as_torch_1_7(module: nn.Module) -> None:
-    """Undo what torch's modules have been given since: attributes, and plain dictionaries for ordered ones."""
+    """Undo later changes to torch's modules: new attributes, and plain dictionaries in place of ordered ones."""
     newer = set(nn.Module().__dict__) - ATTRIBUTES_OF_TORCH_1_7 | {"recompute_scale_factor"}
     for part in module.modules():
         for name in newer & set(part.__dict__):
@@ -160,7 +161,7 @@ def as_torch_1_7(module: nn.Module) -> None:
 
 
 def save(module: object, path: Path, *, legacy: bool = False) -> Path:
-    """``module`` as ``torch.save`` writes it, a zip archive or the stream of torch before 1.6."""
+    """Write ``module`` by ``torch.save``, as a zip archive or as the stream of torch before 1.6."""
     with _pretending(), warnings.catch_warnings():
         warnings.simplefilter("error")
         torch.save(module, path, _use_new_zipfile_serialization=not legacy)

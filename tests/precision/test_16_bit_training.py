@@ -1,4 +1,4 @@
-"""train-prior in 16 bit: the loop, its checkpoints and going on from them."""
+"""train-prior in 16 bit: the loop, its checkpoints and resuming from them."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ def test_16_bit_trains_as_32_does(precision: str, store: Path, tmp_path: Path) -
         assert ema[name].dtype == torch.float32
         assert moments[f"exp_avg.{name}"].dtype == (torch.uint16 if name in matrices else torch.float32)
     assert len(state["scales"]["exponents"]) == (6 if precision == "fp16" else 0)
-    # What sampling loads is the 32-bit average.
+    # Sampling loads the 32-bit EMA weights.
     assert all(p.dtype == torch.float32 for p in load_prior(found).parameters())
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_a_run_goes_on_with_the_same_bytes(precision: str, store: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_with_the_same_bytes(precision: str, store: Path, tmp_path: Path) -> None:
     whole = trained(tmp_path, store, "whole", precision, updates=20)
     trained(tmp_path, store, "parts", precision, updates=7)
     parts = trained(tmp_path, store, "parts", precision, updates=20)

@@ -34,7 +34,7 @@ def test_in_32_bit_it_is_torchs_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_16_bit_follows_32(dtype: torch.dtype) -> None:
-    """A quadratic's minimum is found as by AdamW, to the precision of the type."""
+    """Adam16 follows AdamW to a quadratic's minimum, to the precision of the type."""
     start, target = drawn(4000, size=0.1), drawn(4000, seed=9, size=0.1)
     ours, theirs = nn.Parameter(start.to(dtype)), nn.Parameter(start.clone())
     optimizer = Adam16([{"params": [ours], "packed": True}], lr=2e-3)
@@ -69,7 +69,7 @@ def test_moments_are_those_of_float32_but_for_a_last_bit() -> None:
 def test_steps_below_half_a_unit_are_made_on_average(dtype: torch.dtype) -> None:
     parameter = nn.Parameter(torch.full((20_000,), 0.75, dtype=dtype))
     rate, steps = torch.finfo(dtype).eps / 100, 100
-    assert torch.equal(parameter - rate, parameter)  # to nearest such a step is none
+    assert torch.equal(parameter - rate, parameter)  # rounding to nearest would lose such a step
     optimizer = Adam16([parameter], lr=rate, packed=True)
     for _ in range(steps):
         parameter.grad = torch.full_like(parameter, 0.01)
@@ -79,7 +79,7 @@ def test_steps_below_half_a_unit_are_made_on_average(dtype: torch.dtype) -> None
 
 
 def test_slow_averages_do_not_stall() -> None:
-    """With beta2 = 0.999 the variance falls by half a last bit an update or less; on average it falls all the same."""
+    """The variance falls on average, though with beta2 = 0.999 by at most half a last bit an update."""
     parameter = nn.Parameter(torch.zeros(20_000))
     optimizer = Adam16([parameter], betas=(0.99, 0.999), packed=True)
     for step in range(301):
@@ -101,7 +101,7 @@ def test_factors_undo_scales() -> None:
     assert torch.equal(scaled, plain)
 
 
-def test_goes_on_from_a_state_dict_with_the_same_bytes() -> None:
+def test_a_restored_state_dict_continues_with_the_same_bytes() -> None:
     def gradients(step: int) -> list[Tensor]:
         return [drawn(30, seed=step).half(), drawn(6, seed=100 + step)]
 
@@ -120,11 +120,11 @@ def test_goes_on_from_a_state_dict_with_the_same_bytes() -> None:
     train(straight, optimizer, range(10))
     first, optimizer = build()
     train(first, optimizer, range(4))
-    kept = copy.deepcopy(optimizer.state_dict())
+    saved = copy.deepcopy(optimizer.state_dict())
     second, other = build()
     for parameter, value in zip(second, first, strict=True):
         parameter.data.copy_(value.data)
-    other.load_state_dict(kept)
+    other.load_state_dict(saved)
     assert other.state[second[0]]["exp_avg"].dtype == torch.uint16
     train(second, other, range(4, 10))
     assert all(torch.equal(a, b) for a, b in zip(straight, second, strict=True))
@@ -132,17 +132,17 @@ def test_goes_on_from_a_state_dict_with_the_same_bytes() -> None:
 
 
 def test_bytes_of_a_parameter() -> None:
-    """Weight, gradient and moments: 8 bytes in 16 bit, 16 in 32."""
+    """Weight, gradient and moments take 8 bytes in 16 bit and 16 in 32 bit."""
 
-    def held(parameter: nn.Parameter, packed: bool) -> float:
+    def bytes_of(parameter: nn.Parameter, packed: bool) -> float:
         parameter.grad = torch.ones_like(parameter)
         optimizer = Adam16([parameter], packed=packed)
         optimizer.step()
         moments = sum(state.nbytes for state in optimizer.state[parameter].values() if state.dim())
         return (parameter.nbytes + parameter.grad.nbytes + moments) / parameter.numel()
 
-    assert held(nn.Parameter(torch.zeros(1000, dtype=torch.float16)), packed=True) == 8
-    assert held(nn.Parameter(torch.zeros(1000)), packed=False) == 16
+    assert bytes_of(nn.Parameter(torch.zeros(1000, dtype=torch.float16)), packed=True) == 8
+    assert bytes_of(nn.Parameter(torch.zeros(1000)), packed=False) == 16
 
 
 def test_parameters_without_gradient_and_their_moments_stay() -> None:

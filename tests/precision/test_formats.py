@@ -19,7 +19,7 @@ FORMATS = pytest.mark.parametrize(("form", "mantissa"), [(MEAN, 9), (VARIANCE, 1
 
 
 def value_of(code: int, mantissa: int) -> Fraction:
-    """What a code stands for, from the words of the format alone; the sign is bit 15 where mantissa is 9."""
+    """Return the number a code stands for by the format's definition; the sign is bit 15 if the mantissa has 9 bits."""
     magnitude = code % 2**15 if mantissa == 9 else code
     field, fraction = divmod(magnitude, 2**mantissa)
     lead, exponent = (1, field - BIAS) if field else (0, 1 - BIAS)
@@ -28,7 +28,7 @@ def value_of(code: int, mantissa: int) -> Fraction:
 
 
 def nearest_code(x: float, mantissa: int) -> int:
-    """Of the format's magnitudes the nearest, of two the even code; saturating."""
+    """Return the code of the nearest magnitude, ties to even, saturating."""
     size, magnitudes = abs(Fraction(x)), 2 ** (6 + mantissa)
     low, high = 0, magnitudes - 1
     while high - low > 1:  # magnitudes ascend with their codes
@@ -94,7 +94,7 @@ def test_what_has_no_code() -> None:
 
 @FORMATS
 def test_stochastic_rounding_is_right_on_average(form: Format, mantissa: int) -> None:
-    """Between two numbers the upper one comes up as often as the value is near it: normals, subnormals and below."""
+    """A value is rounded up as often as it is close to the upper number, for normals, subnormals and below."""
     n = 200_000
     generator = torch.Generator().manual_seed(1)
     for code, part in ((30000, 0.25), (2**mantissa - 1, 0.7), (5, 0.5), (0, 0.1), (0, 0.003)):

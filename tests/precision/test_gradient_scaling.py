@@ -1,4 +1,4 @@
-"""Gradient scaling of each resblock: the autograd mechanism, the scales' rule, and what an update makes of them."""
+"""Gradient scaling of each resblock: the autograd mechanism, the rule of the scales, and updates."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dalle_cli.config.schema import PriorModel
 from dalle_cli.precision.adam import Adam16
-from dalle_cli.precision.gradient_scaling import GradientScales, GradientScaling
-from dalle_cli.precision.resblock import scaled_residual
+from dalle_cli.precision.gradient_scaling import GradientScales, GradientScaling, scaled_residual
 from dalle_cli.prior.model import Prior
 
 TEXT, VOCAB, GRID = 5, 11, 4
@@ -34,7 +33,7 @@ def small(layers: int = 4, checkpointing: bool = False) -> Prior:
 
 
 def backward(prior: Prior, share: float = 1.0) -> dict[str, Tensor]:
-    """The parameters' gradients for one batch, as they come out."""
+    """Return the parameters' gradients for one batch, still scaled."""
     generator = torch.Generator().manual_seed(3)
     text = torch.randint(VOCAB, (4, TEXT), generator=generator)
     image = torch.randint(VOCAB, (4, GRID**2), generator=generator)
@@ -59,7 +58,7 @@ def unscaled(prior: Prior, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
 # The mechanism
 
 
-def test_a_gradient_that_float16_loses_is_kept() -> None:
+def test_a_gradient_below_float16s_range_survives() -> None:
     """Y = x + w x in closed form: dy/dw = x, dy/dx = 1 + w, under an incoming gradient of 2^-30."""
     incoming, x_value, w_value = 2.0**-30, 1.5, 0.25
 
@@ -75,8 +74,9 @@ def test_a_gradient_that_float16_loses_is_kept() -> None:
 
 
 def test_two_blocks_that_no_common_scale_serves() -> None:
-    """dL/da is 2^28 times the incoming gradient, a sum over the stream, and dL/db is 2^-14 times it: 42 octaves, two
-    more than from float16's least number to its largest.
+    """Two gradients are 42 octaves apart, two more than float16's numbers span.
+
+    dL/da is 2^28 times the incoming gradient, a sum over the stream, and dL/db is 2^-14 times it.
     """
 
     def gradients(first: float, second: float) -> tuple[float, set[float]]:
@@ -104,7 +104,7 @@ def test_in_32_bit_powers_of_two_change_no_bit() -> None:
 
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float16, 4e-3), (torch.bfloat16, 4e-2)])
 def test_in_16_bit_gradients_are_those_of_32(dtype: torch.dtype, error: float) -> None:
-    """At the same (rounded) weights; of a loss so small that without scales float16 has nothing left."""
+    """The weights are the same, rounded ones; without scales a loss this small would underflow in float16."""
     prior = small().cast_resblocks(dtype)
     exact = small()
     exact.load_state_dict(prior.state_dict())
@@ -189,8 +189,8 @@ def test_bounds_and_state() -> None:
     assert scales.at_bounds() == 3
     more = GradientScales(3, replicas=8)
     more.load_state_dict(scales.state_dict())
-    assert more[0] == 8 * 2.0**24  # of another number of replicas
-    with pytest.raises(ValueError, match="3 scales, here are 2"):
+    assert more[0] == 8 * 2.0**24  # the exponents are independent of M
+    with pytest.raises(ValueError, match="has 3 scales, not 2"):
         GradientScales(2).load_state_dict(scales.state_dict())
 
 
@@ -277,25 +277,25 @@ def test_one_common_scale() -> None:
         GradientScaling(list(prior.resblocks), GradientScales(2))
 
 
-def test_processes_with_parts_of_the_gradients_come_to_one_verdict() -> None:
-    """As under ZeRO: each has some of each tensor, or none of it."""
+def test_ranks_with_parts_of_the_gradients_come_to_one_decision() -> None:
+    """Under ZeRO each rank has some of each tensor, or none of it."""
     prior = small().cast_resblocks(torch.float16)
     whole = GradientScaling(list(prior.resblocks), GradientScales(8, replicas=2))
     backward(prior)
-    held = list(whole.held(prior.parameters()))
-    parts = [[(i, g.flatten()[rank::3]) for i, g in held if rank < 2 or g.dim() == 2] for rank in range(3)]
-    parts[2] += [(i, g.flatten()[2::3]) for i, g in held if g.dim() != 2]
+    gradients = list(whole.gradients(prior.parameters()))
+    parts = [[(i, g.flatten()[rank::3]) for i, g in gradients if rank < 2 or g.dim() == 2] for rank in range(3)]
+    parts[2] += [(i, g.flatten()[2::3]) for i, g in gradients if g.dim() != 2]
     total = sum(whole.squares(part) for part in parts)
-    assert torch.allclose(total, whole.squares(held), rtol=1e-5)
+    assert torch.allclose(total, whole.squares(gradients), rtol=1e-5)
     assert whole.squares([]).tolist() == [0.0] * 9
-    verdict = whole.judge(total, 4.0)
+    decision = whole.decide(total, 4.0)
     exact = unscaled(prior, {name: p.grad for name, p in prior.named_parameters()})
     before = [2 * 2.0**13] * 8 + [1.0]
     norm = math.sqrt(sum(g.double().square().sum().item() for g in exact.values()))
     clip = min(1.0, 4.0 / norm)
     # ``unscaled`` divided by the scales of the next update, 2^(1/1000) larger.
-    assert verdict.norm == pytest.approx(norm, rel=1e-3)
-    assert verdict.factors == pytest.approx([clip / scale for scale in before], rel=1e-3)
+    assert decision.norm == pytest.approx(norm, rel=1e-3)
+    assert decision.factors == pytest.approx([clip / scale for scale in before], rel=1e-3)
 
 
 def test_micro_batches_add_up() -> None:
@@ -304,9 +304,9 @@ def test_micro_batches_add_up() -> None:
     once = backward(prior)
     prior.zero_grad()
     for _ in range(4):
-        kept = {name: p.grad for name, p in prior.named_parameters()}
+        before = {name: p.grad for name, p in prior.named_parameters()}
         added = backward(prior, 0.25)
         for name, parameter in prior.named_parameters():
-            parameter.grad = added[name] if kept[name] is None else kept[name] + added[name]
+            parameter.grad = added[name] if before[name] is None else before[name] + added[name]
     for name, parameter in prior.named_parameters():
         assert torch.allclose(parameter.grad, once[name], rtol=1e-2, atol=1e-2), name

@@ -1,4 +1,4 @@
-"""What a CUDA graph of the decoding step captures, run as it is: fixed shapes, fixed memory, the same logits."""
+"""The step that a CUDA graph captures, run without a graph: fixed shapes, fixed memory, the same logits."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 from dalle_cli.config.layout import KINDS, AttentionKind
 from dalle_cli.prior.attention import raster_offsets
 from dalle_cli.prior.cpu_kernels import Precision
-from dalle_cli.prior.cuda_graph import StaticStep, by_graph, slot_tables, stepper
+from dalle_cli.prior.cuda_graph import StaticStep, fast_step, graph_step, slot_tables
 from dalle_cli.prior.decode import Cache, Decoder, Slots
 
 
 def zeroed(cache: Cache) -> Cache:
-    """As ``fork`` leaves it on a GPU."""
+    """Zero the slots, as ``fork`` does on a GPU."""
     return Cache(cache.text, [image.zero_() for image in cache.image])
 
 
@@ -36,7 +36,7 @@ def test_logits_are_those_of_the_whole_stream(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_it_goes_on_behind_given_tokens(precision: Precision) -> None:
+def test_it_continues_after_given_tokens(precision: Precision) -> None:
     prior = build("row column conv full row conv", 5, 4, 3)
     text_ids, images = inputs(prior, captions=2, n=2, given=12)
     decoder = Decoder(prior, precision)
@@ -56,15 +56,17 @@ def test_tables_read_what_the_pattern_allows(kind: AttentionKind, grid: int, ker
     write, read, bias = slot_tables(Slots(kind, grid, kernel), torch.float32)
     offsets = raster_offsets(kind, grid, kernel)
     assert read.shape == bias.shape == (grid**2, grid if kind == "column" else Slots(kind, grid, kernel).count)
-    held: dict[int, int] = {}
+    position_in: dict[int, int] = {}
     for position in range(grid**2):
-        held[int(write[position])] = position
-        seen = [held[int(slot)] for slot, hidden in zip(read[position], bias[position], strict=True) if hidden == 0]
+        position_in[int(write[position])] = position
+        seen = [
+            position_in[int(slot)] for slot, hidden in zip(read[position], bias[position], strict=True) if hidden == 0
+        ]
         assert sorted(seen) == sorted(position - d for d in offsets if d <= position)
 
 
-def test_shapes_and_memory_stand_still() -> None:
-    """What a graph needs: each operation has the same shapes at every position, and the caches stay where they are."""
+def test_shapes_and_memory_are_fixed() -> None:
+    """A graph needs the same shapes at every position, and caches that stay where they are in memory."""
     prior = build("row column conv full row conv", 4, 3, 3)
     text_ids, images = inputs(prior, captions=1, n=2)
     decoder = Decoder(prior)
@@ -79,17 +81,17 @@ def test_shapes_and_memory_stand_still() -> None:
     assert places == [x.data_ptr() for x in [*step.cache.image, step.position, step.token]]
 
 
-def test_a_cpu_takes_the_step_as_it_is() -> None:
+def test_a_cpu_uses_the_plain_step() -> None:
     prior = build("row ...", 3, 4, 3)
     decoder = Decoder(prior)
     cache = decoder.prefill(inputs(prior, 1, 2)[0]).fork(2)
-    step = stepper(decoder, cache)
+    step = fast_step(decoder, cache)
     assert isinstance(step, partial)
     assert step.func == decoder.step
 
 
-@pytest.mark.parametrize("fault", ["no capture", "others", None])
-def test_where_no_graph_can_be_made_steps_go_on_without(
+@pytest.mark.parametrize("fault", ["no capture", "wrong logits", None])
+def test_the_plain_step_is_used_if_no_graph_can_be_captured(
     fault: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prior = build("row column ...", 3, 4, 3)
@@ -98,20 +100,20 @@ def test_where_no_graph_can_be_made_steps_go_on_without(
     cache = zeroed(decoder.prefill(text_ids).fork(2))
     calls = []
 
-    def captured(static: StaticStep, position: int, token: Tensor) -> Callable[[int, Tensor], Tensor]:
+    def capture(static: StaticStep, position: int, token: Tensor) -> Callable[[int, Tensor], Tensor]:
         if fault == "no capture":
             raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
         def replay(position: int, token: Tensor) -> Tensor:
             calls.append(position)
-            return static(position, token) + (fault == "others")
+            return static(position, token) + (fault == "wrong logits")
 
         return replay
 
-    monkeypatch.setattr(StaticStep, "captured", captured)
-    step = by_graph(decoder, cache)
+    monkeypatch.setattr(StaticStep, "capture", capture)
+    step = graph_step(decoder, cache)
     found = torch.stack([step(p, images[..., p]) for p in range(8)], dim=2)
     assert found.shape[-1] == IMAGE_VOCAB
     assert (found - recomputed(prior, text_ids, images)[:, :, 1:]).abs().max() < 1e-4
-    assert calls == {"no capture": [], "others": [0], None: list(range(8))}[fault]
-    assert ("no CUDA graph could be made" in capsys.readouterr().err) == (fault is not None)
+    assert calls == {"no capture": [], "wrong logits": [0], None: list(range(8))}[fault]
+    assert ("no CUDA graph of the decoding step" in capsys.readouterr().err) == (fault is not None)

@@ -1,4 +1,4 @@
-"""Cached decoding against the whole stream computed anew."""
+"""Cached decoding against a recomputation of the whole stream."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dalle_cli.config.layout import KINDS, AttentionKind
-from dalle_cli.prior import cpu_kernels as packed
-from dalle_cli.prior import cpu_kernels as thin
-from dalle_cli.prior import decode
+from dalle_cli.prior import cpu_kernels, decode
 from dalle_cli.prior.attention import raster_offsets
 from dalle_cli.prior.cpu_kernels import PackedLinear
 from dalle_cli.prior.decode import Decoder, Slots
@@ -30,11 +28,11 @@ from dalle_cli.prior.model import Linear
 SIZES = [(3, 1, 5), (5, 7, 3), (3, 7, 11), (5, 1, 1), (1, 2, 3), (8, 16, 11), (12, 16, 5)]
 
 
-@pytest.fixture(params=[False, True], ids=["products", "bags"])
+@pytest.fixture(params=[False, True], ids=["bmm", "embedding_bag"])
 def _small_products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small products by bags of embeddings too, as large ones are."""
+    """Compute small products by embedding_bag too, like large ones."""
     if request.param:
-        monkeypatch.setattr(thin, "LEAST", {torch.float32: 0, torch.bfloat16: 0})
+        monkeypatch.setattr(cpu_kernels, "MIN_VALUES", {torch.float32: 0, torch.bfloat16: 0})
 
 
 @pytest.mark.usefixtures("_small_products")
@@ -65,7 +63,7 @@ def test_captions_are_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     text_ids, images = inputs(prior, captions=5, n=1, given=2)
     decoder = Decoder(prior)
     whole = decoder.prefill(text_ids, images[:, 0, :2])
-    monkeypatch.setattr(decode, "READ_AT_ONCE", 2 * (4 + 9))
+    monkeypatch.setattr(decode, "POSITIONS_PER_PASS", 2 * (4 + 9))
     parts = decoder.prefill(text_ids, images[:, 0, :2])
     both = ([prefix.logits, *chain(*prefix.text), *prefix.given] for prefix in (whole, parts))
     for a, b in zip(*both, strict=True):
@@ -77,13 +75,15 @@ def test_captions_are_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_step_reads_what_its_pattern_allows(kind: AttentionKind, grid: int, kernel: int) -> None:
     slots = Slots(kind, grid, kernel)
     offsets, bias = raster_offsets(kind, grid, kernel), slots.bias()
-    held: dict[int, int] = {}
+    position_in: dict[int, int] = {}
     for position in range(grid**2):
-        held[slots.write(position)] = position
+        position_in[slots.write(position)] = position
         read = slots.read(position)
-        found = [held[slot] for slot in range(read.start, read.stop) if bias is None or bias[position, slot] == 0]
+        found = [
+            position_in[slot] for slot in range(read.start, read.stop) if bias is None or bias[position, slot] == 0
+        ]
         assert sorted(found) == sorted(position - d for d in offsets if d <= position)
-        # What stands still with the position: a row layer's cost.
+        # A row or column layer's cost is bounded at every position.
         assert read.stop - read.start <= {"row": grid + 1, "column": grid}.get(kind, slots.count)
 
 
@@ -99,9 +99,9 @@ def test_caches_hold_what_can_still_be_read(kind: AttentionKind) -> None:
     for text, image, given, shared in zip(cache.text, cache.image, prefix.given, prefix.text, strict=True):
         assert image.shape == (2, 2, 2, 5, count, 4)
         assert given.shape == (2, 2, 2, min(20, count), 4)
-        for kept, read in zip(text, shared, strict=True):
-            assert kept.shape == (2, 2, 4, 4)
-            assert kept.data_ptr() == read.data_ptr()
+        for forked, original in zip(text, shared, strict=True):
+            assert forked.shape == (2, 2, 4, 4)
+            assert forked.data_ptr() == original.data_ptr()
 
 
 @pytest.mark.usefixtures("_small_products")
@@ -123,7 +123,7 @@ def test_16_bit_is_close(layout: str) -> None:
 @pytest.mark.parametrize("gelu", [True, False])
 def test_packed_linear_is_linear(dtype: torch.dtype, packs: bool, gelu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not packs:
-        monkeypatch.setattr(packed, "can_pack", lambda weight: False)
+        monkeypatch.setattr(cpu_kernels, "can_pack", lambda weight: False)
     generator = torch.Generator().manual_seed(3)
     for inputs_, outputs, shape in [
         (1, 1, (1,)),
@@ -138,7 +138,7 @@ def test_packed_linear_is_linear(dtype: torch.dtype, packs: bool, gelu: bool, mo
             linear.bias.normal_(generator=generator)
             x = torch.randn(*shape, inputs_, generator=generator)
             found = PackedLinear(linear, dtype, gelu)(x)
-            # Products of 16-bit numbers are exact in 64 bit: what is left is the rounding of sums and results.
+            # Products of 16-bit numbers are exact in 64 bit, so only sums and results are rounded.
             rounded = [y.to(dtype).double() for y in (x, linear.weight, linear.bias)]
             wanted = F.linear(*rounded)
         wanted = F.gelu(wanted) if gelu else wanted
@@ -165,18 +165,18 @@ def wrong(x: Tensor, *_: object) -> Tensor:
 def test_a_build_with_other_operators_decodes_without_them(
     operator: str, other: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packed, operator, other)
-    packed.packs.cache_clear()
+    monkeypatch.setattr(cpu_kernels, operator, other)
+    cpu_kernels.packing_works.cache_clear()
     try:
-        assert not packed.packs(torch.float32)
-        assert not packed.packs(torch.bfloat16)
+        assert not cpu_kernels.packing_works(torch.float32)
+        assert not cpu_kernels.packing_works(torch.bfloat16)
         prior = build("row ...", 3, 4, 3)
         text_ids, images = inputs(prior, captions=1, n=2)
         decoder = Decoder(prior)
         found = decoded(decoder, decoder.prefill(text_ids), images)
         assert torch.allclose(found, recomputed(prior, text_ids, images), atol=1e-4)
     finally:
-        packed.packs.cache_clear()
+        cpu_kernels.packing_works.cache_clear()
 
 
 def test_misuse_is_refused() -> None:
@@ -188,5 +188,5 @@ def test_misuse_is_refused() -> None:
         decoder.step(cache, 8, images[..., 8])
     with pytest.raises(ValueError, match="3 positions"):
         decoder.prefill(text_ids[:, :3])
-    with pytest.raises(ValueError, match="nothing to draw"):
+    with pytest.raises(ValueError, match="leave none of 9 to draw"):
         decoder.prefill(text_ids, images[:, 0])

@@ -22,7 +22,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 import torch
-from dalle_cli.dvae.encode import decode_pictures
+from dalle_cli.dvae.encode import decode_tokens
 from dalle_cli.dvae.model import DVAE
 from dalle_cli.prior.decode import Decoder
 from dalle_cli.prior.model import Prior
@@ -42,7 +42,7 @@ def draw(count):
     sample_images(decoder, ids, torch.rand(1, count, 64, dtype=torch.float64), settings, empty=ids[0])
 
 def decode(count):
-    decode_pictures(dvae, torch.zeros(count, 8, 8, dtype=torch.long), 0.1)
+    decode_tokens(dvae, torch.zeros(count, 8, 8, dtype=torch.long), 0.1)
 
 with torch.inference_mode():
     prior = Prior(PriorModel(layers=8, heads=4, d_head=64, d_model=256, grid=8, layout=layout), 16, 32, 2048)

@@ -20,7 +20,7 @@ from PIL import Image
 from dalle_cli.config.run_folders import RunFolders
 from dalle_cli.config.schema import Recipe, SamplingSettings
 from dalle_cli.data.images import eval_crop
-from dalle_cli.dvae.encode import encode_pictures
+from dalle_cli.dvae.encode import encode_images
 from dalle_cli.dvae.train import load_dvae
 from dalle_cli.errors import UserError
 from dalle_cli.prior.model import load_prior
@@ -249,7 +249,7 @@ def test_the_given_rows_stay_and_the_drawn_ones_are_scored(
     tokens, scores = drawn(tmp_path / "s")
     dvae, prior = load_dvae(sampler.dvae_checkpoint), load_prior(sampler.prior_checkpoint)
     cut = torch.from_numpy(eval_crop(Image.open(given), 32).copy())[None]
-    encoded = encode_pictures(dvae, cut, 0.1)[0].numpy()
+    encoded = encode_images(dvae, cut, 0.1)[0].numpy()
     assert (tokens[:, :rows] == encoded[:rows]).all()
     assert len(np.unique(encoded[:rows])) > 1
     assert len(np.unique(tokens[:, rows:], axis=0)) == 4 * N

@@ -54,7 +54,7 @@ def test_micro_batches_add_up_to_the_whole_batch_for_the_dvae(estimator: str) ->
     recipe = recipe_with("dvae", batch_size=6)
     objective = recipe.dvae.objective.model_copy(update={"estimator": estimator})
     recipe = recipe.model_copy(update={"dvae": recipe.dvae.model_copy(update={"objective": objective})})
-    pictures = torch.from_numpy(numpy_generator(0, "pictures").integers(0, 256, (6, 3, 32, 32), dtype=np.uint8))
+    pictures = torch.from_numpy(numpy_generator(0, "pictures").integers(0, 256, (6, 32, 32, 3), dtype=np.uint8))
     task = DvaeTask(recipe, _Nothing(), DVAE(recipe.dvae.model, seed=0))
     whole = gradients(task, pictures, None)
     for size in (1, 2, 3, 6):
@@ -138,9 +138,9 @@ def test_a_task_with_too_few_batches_is_an_error(tmp_path: Path) -> None:
 
     class Short(DvaeTask):
         def batches(self, start: int, stop: int) -> Any:
-            yield torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
+            yield torch.zeros(4, 32, 32, 3, dtype=torch.uint8)
 
     task = Short(recipe, [0] * 9, DVAE(recipe.dvae.model))  # type: ignore[arg-type]
-    task.validation_pictures = None
+    task.validation_images = None
     with pytest.raises(ValueError, match="shorter"):
         Run(task, recipe, tmp_path / "out").train()
