@@ -50,7 +50,7 @@ class _Fork(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).div_(ctx.scale), None
 
@@ -64,7 +64,7 @@ class _Join(torch.autograd.Function):
         return x + update
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         return gradient, (gradient * ctx.scale).to(ctx.dtype), None
 
