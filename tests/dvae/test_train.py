@@ -271,9 +271,9 @@ def test_every_parameter_gets_a_finite_gradient_that_repeats(estimator: str) -> 
 
 @pytest.mark.parametrize("estimator", ["gumbel", "reinforce"])
 def test_a_few_updates_fit_two_flat_pictures(estimator: str) -> None:
-    pixels = torch.stack([torch.full((3, 8, 8), 30), torch.full((3, 8, 8), 220)]).to(torch.uint8).permute(0, 2, 3, 1)
+    pixels = torch.stack([torch.full((8, 8, 3), 30), torch.full((8, 8, 3), 220)]).to(torch.uint8)
     model = DVAE(SMALL)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)  # at 3e-3 some processors' rounding ends in one code
     before = metrics_of(model, pixels).summary()
     for update in range(400):
         optimizer.zero_grad()
