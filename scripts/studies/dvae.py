@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Compare the two gradient estimators of a small dVAE: Gumbel-softmax, and REINFORCE with a leave-one-out baseline.
 
-    .venv/bin/python scripts/studies/dvae.py                  # the shapes world, some minutes on one core
-    .venv/bin/python scripts/studies/dvae.py --data photos --updates 20000  # your pictures, for longer
+    .venv/bin/python scripts/studies/dvae.py                  # the shapes world; takes some minutes on one core
+    .venv/bin/python scripts/studies/dvae.py --data photos --updates 20000  # your own pictures
 
-Trains the same model from the same initial weights on the same batches with each estimator and prints its validations
-on held-out pictures under the EMA weights: the ELBO (beta = 1) in nats a value, and the other figures for the
-likeliest codes. A killed study resumes when it is run again.
+The script trains the same model from the same initial weights on the same batches with each estimator. It prints the
+validations on held-out pictures with the EMA weights: the ELBO (beta = 1) in nats per pixel value, and the other
+figures with the most likely codes. A killed study resumes when it is run again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ COLUMNS = {"elbo": "ELBO", "psnr": "PSNR", "ssim": "SSIM", "mse": "MSE", "codebo
 
 
 def study_recipe(estimator: str, source: str, options: argparse.Namespace) -> Recipe:
-    """A dVAE of 32 codes for 32 x 32 pictures, with the quickstart's schedules."""
+    """Return the recipe of a dVAE with 32 codes for 32 x 32 pictures, with the quickstart's schedules."""
     updates = options.updates
     objective = {
         "estimator": estimator,
@@ -61,7 +61,7 @@ def study_recipe(estimator: str, source: str, options: argparse.Namespace) -> Re
 
 
 def validations(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's validations, with the names that metrics.jsonl gives them."""
+    """Return the lines of a run's metrics.jsonl that hold validations."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "val_elbo" in line]
 
@@ -69,11 +69,18 @@ def validations(run: Path) -> list[dict[str, Any]]:
 def main() -> None:
     """Parse the command line, run the study and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", metavar="SOURCE", help="pictures; the shapes world by default")
-    parser.add_argument("--updates", type=int, default=4000, help="of each run [4000]")
+    parser.add_argument("--data", metavar="SOURCE", help="source of pictures [the shapes world]")
+    parser.add_argument("--updates", type=int, default=4000, help="updates of each run [4000]")
     parser.add_argument("--rows", type=int, default=8, help="validations of each run [8]")
-    parser.add_argument("--marginal-kl-weight", type=float, default=50.0, help="keeps codes in use; paper: 0 [50]")
-    parser.add_argument("--out", type=Path, default=Path("runs/dvae"), help="[runs/dvae-study]")
+    parser.add_argument(
+        "--marginal-kl-weight",
+        type=float,
+        default=50.0,
+        help="dvae.objective.marginal_kl_weight, which keeps codes in use; 0 is the paper's ELBO [50]",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/dvae-study"), help="folder of the runs [runs/dvae-study]"
+    )
     parser.add_argument("--json", action="store_true", help="print the validations as JSON")
     options = parser.parse_args()
     if options.data is None and not (options.out / "shapes").exists():

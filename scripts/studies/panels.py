@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
 """Measure how often the prior draws the right bottom half below a top half that it has never seen (image to image).
 
-    .venv/bin/python scripts/studies/panels.py    # makes the pictures, trains, draws; as long as the quickstart
+    .venv/bin/python scripts/studies/panels.py    # makes the pictures, trains and samples; takes as long as quickstart
     .venv/bin/python scripts/studies/panels.py --set prior.training.updates=6000
 
-Every caption asks for the exact same shape on the bottom, changed in one way. The given pictures have an empty bottom
-half and a top half with a (colour, shape) pair that training never had on top, or, for comparison, one that it had.
-Prints the share of samples whose bottom the oracle finds right, for each change, beside the share of right pictures
-whose bottom the oracle still finds right after the dVAE, which no prior can exceed. Writes panels.json and panels.png
-into the run's folder. A killed study resumes when it is run again.
+Every caption asks for the same shape on the bottom as on the top, changed in one way. The given pictures have an empty
+bottom half, and a top half with a (colour, shape) pair that was never on top in training or, for comparison, one that
+was. For each kind of change, the script prints the share of samples whose bottom half the oracle finds right. Beside it
+stands an upper bound: the share of correct pictures that the oracle still finds right after the dVAE has encoded and
+decoded them. The script writes panels.json and panels.png into the run's folder. A killed study resumes when it is run
+again.
 """
 
 from __future__ import annotations
@@ -41,10 +42,11 @@ from dalle_cli.text.tokenize import tokenize_source, train_tokenizer
 from dalle_cli.views.contact_sheet import Row, contact_sheet
 
 GROUPS = {"unseen tops": "heldout", "seen tops": "seen"}
+"""Split of the pairs on top, by the group's name in the table."""
 
 
-def trained(recipe: Recipe, places: RunFolders, pictures: int, test: int) -> Sampler:
-    """Run the stages of the chain that are missing and return a sampler of its prior."""
+def train_chain(recipe: Recipe, places: RunFolders, pictures: int, test: int) -> Sampler:
+    """Run the stages of the chain that are not complete, and return a sampler of its prior."""
     make_panels(places.root / "shapes", pictures, test, recipe.seed, recipe.image_size)
     source = open_source(str(places.root / "shapes" / "train"))
     if not (places.tokenizer / "tokenizer.json").is_file():
@@ -58,7 +60,7 @@ def trained(recipe: Recipe, places: RunFolders, pictures: int, test: int) -> Sam
 
 
 def draw(sampler: Sampler, recipe: Recipe, scenes: Sequence[Panels], folder: Path, seed: int) -> list[dict[str, Any]]:
-    """Draw the bottom half below each scene's top half and return the manifest lines of the samples."""
+    """Draw bottom halves below each scene's top half, and return the manifest lines of the samples."""
     folder.mkdir(parents=True, exist_ok=True)
     tops = [folder / f"top-{number:04d}.png" for number in range(len(scenes))]
     for scene, file in zip(scenes, tops, strict=True):
@@ -69,7 +71,7 @@ def draw(sampler: Sampler, recipe: Recipe, scenes: Sequence[Panels], folder: Pat
 
 
 def after_dvae(checkpoint: Checkpoint, recipe: Recipe, scenes: Sequence[Panels]) -> list[bool]:
-    """Return whether each scene's own picture is still right after the dVAE has encoded and decoded it."""
+    """Return, for each scene, whether its correct picture is still right after the dVAE has encoded and decoded it."""
     dvae, eps = load_dvae(checkpoint), recipe.dvae.objective.logit_laplace_eps
     pictures = torch.from_numpy(np.stack([render_panels(scene, recipe.image_size) for scene in scenes]))
     decoded = decode_tokens(dvae, encode_images(dvae, pictures, eps), eps).numpy()
@@ -82,7 +84,15 @@ def kind(scene: Panels) -> str:
 
 
 def table(scenes: Sequence[Panels], right: np.ndarray, ceiling: Sequence[bool]) -> dict[str, dict[str, float]]:
-    """Return shares by kind of change; the error is the standard error over tops, as samples of one are dependent."""
+    """Return the shares of right bottoms for each kind of change.
+
+    The error is the standard error over tops, because the samples of one top are not independent.
+
+    Args:
+        scenes: Scenes, one for each top.
+        right: Whether each sample is right (tops, samples).
+        ceiling: Whether each scene's correct picture is right after the dVAE.
+    """
     found = {}
     for name in ["all", *dict.fromkeys(kind(scene) for scene in scenes)]:
         chosen = np.array([name in ("all", kind(scene)) for scene in scenes])
@@ -96,22 +106,24 @@ def table(scenes: Sequence[Panels], right: np.ndarray, ceiling: Sequence[bool]) 
 def main() -> None:
     """Parse the command line, run the study and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", type=Path, default=Path("recipes/panels.yaml"), help="[recipes/panels.yaml]")
-    parser.add_argument("--pictures", type=int, default=20_000, help="to train on [20000]")
-    parser.add_argument("--tops", type=int, default=100, help="given, of each kind [100]")
-    parser.add_argument("--seed", type=int, default=0, help="of the samples [0]")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the recipe; repeatable")
+    parser.add_argument(
+        "--recipe", type=Path, default=Path("recipes/panels.yaml"), help="recipe of the chain [recipes/panels.yaml]"
+    )
+    parser.add_argument("--pictures", type=int, default=20_000, help="pictures to train on [20000]")
+    parser.add_argument("--tops", type=int, default=100, help="top halves of each group [100]")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the samples [0]")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting; repeatable")
     options = parser.parse_args()
     recipe = load_recipe(options.recipe, options.set)
     places = RunFolders(Path(recipe.run))
-    sampler = trained(recipe, places, options.pictures, options.tops)
+    sampler = train_chain(recipe, places, options.pictures, options.tops)
     figures, rows = {}, []
     for group, split in GROUPS.items():
         scenes = [random_panels(recipe.seed, split, number) for number in range(options.tops)]
         lines = draw(sampler, recipe, scenes, places.root / "given" / split, options.seed)
         drawn = [np.asarray(Image.open(line["png"])) for line in lines]
-        told = [scenes[line["prompt_index"]] for line in lines]
-        judged = [bottom_matches(s.top, s.change, p) for s, p in zip(told, drawn, strict=True)]
+        asked = [scenes[line["prompt_index"]] for line in lines]
+        judged = [bottom_matches(s.top, s.change, p) for s, p in zip(asked, drawn, strict=True)]
         right = np.array(judged).reshape(len(scenes), recipe.sampling.n)
         figures[group] = table(scenes, right, after_dvae(sampler.dvae_checkpoint, recipe, scenes))
         for number in range(min(8, len(scenes))):

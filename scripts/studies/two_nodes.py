@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Measure what PowerSGD does to loss, bytes and update time where the network between two nodes is slow.
+"""Measure what PowerSGD does to the loss, traffic and update time of two nodes with a slow network between them.
 
     sudo .venv/bin/python scripts/studies/two_nodes.py --tokens runs/quickstart/tokens.zarr
     .venv/bin/python scripts/studies/two_nodes.py --tokens runs/quickstart/tokens.zarr --mbit 0 --updates 100
 
-Runs ``dalle train-prior`` on two nodes of two processes each: once with gradients sent whole, and once through factors
-of each of --ranks. The nodes are network namespaces of this machine, joined by a link of --mbit, which needs root and
-Debian's iproute2. Without them, or with --mbit 0, all processes share the loopback interface: losses and bytes are the
-same, and times say nothing about a network. Writes study.json into --out and prints a table. It takes some ten minutes
-on two cores; a run that is complete is not repeated.
+The script runs ``dalle train-prior`` on two nodes of two processes each: once without compression, and once with each
+PowerSGD rank of --ranks. The nodes are network namespaces of this machine, joined by a link of --mbit; this needs root
+and Debian's iproute2. Without those, or with --mbit 0, all processes share the loopback interface: losses and bytes are
+the same, but times say nothing about a network. The script writes study.json into --out and prints a table. It takes
+about ten minutes on two cores. Finished runs are not repeated.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ INTERFACE = "veth"
 
 @dataclass(frozen=True)
 class Network:
-    """The network between the nodes and how a process joins it."""
+    """The network between the nodes, and what a process needs to join it."""
 
     description: str
     address: str = "127.0.0.1"
     prefixes: tuple[tuple[str, ...], ...] = ((), ())
-    """Words that a command on each node begins with."""
+    """Words that each node's commands start with."""
     environment: dict[str, str] = field(default_factory=dict)
 
     def bytes_sent(self) -> int | None:
-        """Return the bytes the first node's interface has sent, as the kernel counts them; None on the loopback."""
+        """Return the bytes that the first node's interface has sent, by the kernel's count; None on the loopback."""
         if not self.prefixes[0]:
             return None
         file = f"/sys/class/net/{INTERFACE}/statistics/tx_bytes"
@@ -61,18 +61,18 @@ class Outcome:
     loss: float
     """Mean training loss of the last tenth of the updates, in nats."""
     validation_loss: float
-    """Loss on held-out rows under the raw weights after the last update, in nats."""
+    """Loss on held-out rows with the raw weights after the last update, in nats."""
     bytes_between_nodes: int
-    """Bytes one process hands to collectives between nodes in an update, without the first update."""
+    """Bytes that one process hands to collectives between nodes in an update (the median over updates)."""
     link_bytes: int | None
-    """Bytes the first node sends over its interface in an update; None on the loopback interface."""
+    """Bytes that the first node sends over its interface in an update; None on the loopback interface."""
     update_seconds: float
-    """Median time of an update."""
+    """Median seconds of an update."""
 
 
 @contextmanager
 def network(mbit: int) -> Iterator[Network]:
-    """Join two namespaces by a link of ``mbit`` Mbit/s each way, or fall back to the loopback interface."""
+    """Join two network namespaces by a link of ``mbit`` Mbit/s each way, or fall back to the loopback interface."""
     if not mbit:
         yield Network("loopback interface")
         return
@@ -104,7 +104,7 @@ def network(mbit: int) -> Iterator[Network]:
 
 
 def train(command: list[str], found: Network) -> None:
-    """Run ``command`` as each rank of the two nodes; if one rank fails, end all of them.
+    """Run ``command`` on all ranks of the two nodes; if one rank fails, end the others.
 
     Raises:
         UserError: a rank failed.
@@ -147,7 +147,7 @@ def read_outcome(name: str, run: Path, batch_size: int, link_bytes: int | None) 
 
 
 def table(outcomes: list[Outcome]) -> str:
-    """Lay out the figures of each run beside those of the first one, which sends gradients whole."""
+    """Return a table of each run's figures, beside their ratio to the first run's, which has no compression."""
     whole = outcomes[0]
     lines = [
         f"{'gradients':<12}{'training loss':>14}{'held-out':>10}{'vs whole':>10}{'KB a process':>14}{'vs whole':>10}"
@@ -169,10 +169,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=Path, required=True, help="token store to train on")
     parser.add_argument(
-        "--recipe", type=Path, default=Path("recipes/quickstart.yaml"), help="[recipes/quickstart.yaml]"
+        "--recipe",
+        type=Path,
+        default=Path("recipes/quickstart.yaml"),
+        help="recipe of the prior [recipes/quickstart.yaml]",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/two-nodes"), help="folder of the runs [runs/two-nodes]")
-    parser.add_argument("--mbit", type=int, default=50, help="rate of the link between the nodes, each way [50]")
+    parser.add_argument(
+        "--mbit",
+        type=int,
+        default=50,
+        help="Mbit/s of the link between the nodes, each way; 0 for the loopback interface [50]",
+    )
     parser.add_argument("--ranks", type=int, nargs="+", default=[64, 16, 4], help="PowerSGD ranks [64 16 4]")
     parser.add_argument("--updates", type=int, default=300, help="updates of each run [300]")
     parser.add_argument("--batch-size", type=int, default=16, help="samples of an update, all ranks together [16]")

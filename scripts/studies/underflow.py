@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Compare gradients of a deep narrow prior in float16, with no scale, one scale or one per resblock, with float32.
+"""Compare float16 gradients of a deep, narrow prior with float32: with no scale, one scale, and one scale per resblock.
 
     .venv/bin/python scripts/studies/underflow.py --out runs/underflow
     .venv/bin/python scripts/studies/underflow.py --tokens runs/quickstart/tokens.zarr --layers 24 --updates 500
 
-Writes training.csv, blocks.csv, study.json and underflow.png into --out and prints a table. Any CPU will do, but
-float16 is slow on it.
+The script writes training.csv, blocks.csv, study.json and underflow.png into --out and prints a table. It runs on any
+CPU, but float16 is slow there.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def write_study(study: Study, found: Found, out: Path) -> str:
     """Write ``blocks.csv``, ``training.csv``, ``study.json`` and ``underflow.png`` into ``out``.
 
     Returns:
-        A table of what was found.
+        A table of the results.
     """
     lines = found.training
     write_json(out / "study.json", asdict(study))
@@ -60,7 +60,7 @@ def _table(lines: Mapping[str, Sequence[Line]], rows: Sequence[Mapping[str, Any]
     def text() -> Iterator[str]:
         losses = {name: np.array([line["loss"] for line in lines[name]]) for name in VARIANTS}
         tenth = -(-len(losses["fp32"]) // 10)
-        yield f"{'training':<20}{'loss at first':>16}{'last tenth':>12}{'mean gap to fp32':>18}{'updates skipped':>17}"
+        yield f"{'training':<20}{'first loss':>16}{'last tenth':>12}{'mean gap to fp32':>18}{'updates skipped':>17}"
         for name, values in losses.items():
             gap = np.abs(values - losses["fp32"]).mean()
             skipped = sum(line["skipped"] > 0 for line in lines[name])
@@ -68,7 +68,7 @@ def _table(lines: Mapping[str, Sequence[Line]], rows: Sequence[Mapping[str, Any]
         for moment in ("start", "end"):
             yield ""
             yield (
-                f"weights at the {moment:<5}{'log2 of scales':>16}{'entering lost':>22}{'subnormal':>11}"
+                f"weights at the {moment:<5}{'log2 of scales':>16}{'entering zeroed':>22}{'subnormal':>11}"
                 f"{'matrices: zeros':>17}{'error':>9}{'worst':>9}"
             )
             for name in VARIANTS:
@@ -88,7 +88,7 @@ def _table(lines: Mapping[str, Sequence[Line]], rows: Sequence[Mapping[str, Any]
 
 
 def _figure(losses: Mapping[str, Sequence[float]], rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """PNG: loss curves, and at the trained weights the entering gradients, what is lost of them, and the errors."""
+    """Return a PNG of the loss curves and of gradients, scales and errors by resblock at the trained weights."""
     end = [row for row in rows if row["weights"] == "end"]
 
     def of(name: str, key: str) -> list[float]:
@@ -99,7 +99,7 @@ def _figure(losses: Mapping[str, Sequence[float]], rows: Sequence[Mapping[str, A
             2, 2, figsize=(9, 6.4), dpi=160, constrained_layout=True
         )
         for name, colour in COLOURS.items():
-            # The last one is dashed: where curves are the same, the one below it shows.
+            # The last curve is dashed, so that one it coincides with shows through.
             look = {"color": colour, "linestyle": "--" if name == "scale per resblock" else "-", "linewidth": 1.2}
             training.plot(range(1, len(losses[name]) + 1), losses[name], label=name, **look)
             if name != "fp32":
@@ -108,9 +108,9 @@ def _figure(losses: Mapping[str, Sequence[float]], rows: Sequence[Mapping[str, A
                 exponents.plot(of(name, "log2_scale"), label=f"log2 of scale: {name}", **look)
         blocks = range(len(of("fp32", "lost")))
         exponents.fill_between(blocks, of("fp32", "entering_log2_p05"), of("fp32", "entering_log2_p95"),
-                               color=GREY, alpha=0.25, linewidth=0, label="5% to 95% of gradients")  # fmt: skip
-        exponents.plot(of("fp32", "entering_log2_p50"), color=GREY, label="their median")
-        for level, what in ((-14, "least normal"), (-24, "least subnormal")):
+                               color=GREY, alpha=0.25, linewidth=0, label="5% to 95% of the gradients")  # fmt: skip
+        exponents.plot(of("fp32", "entering_log2_p50"), color=GREY, label="median of the gradients")
+        for level, what in ((-14, "smallest normal"), (-24, "smallest subnormal")):
             exponents.axhline(level, color="black", linewidth=0.7, linestyle=":")
             exponents.annotate(f"float16's {what}", (0, level), fontsize=7, xytext=(0, 2), textcoords="offset points")
         training.set(title="training", xlabel="updates", ylabel="loss, nats")
@@ -125,8 +125,12 @@ def _figure(losses: Mapping[str, Sequence[float]], rows: Sequence[Mapping[str, A
 def main() -> None:
     """Parse the command line, run the study and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/underflow"), help="[runs/underflow]")
-    parser.add_argument("--tokens", type=Path, help="a token store, whose sizes replace those below [synthetic tokens]")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/underflow"), help="folder of the results [runs/underflow]"
+    )
+    parser.add_argument(
+        "--tokens", type=Path, help="token store to train on, whose sizes replace those below [synthetic tokens]"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads [all]")
     for field in fields(Study):
         parser.add_argument(

@@ -1,12 +1,12 @@
 """Train and probe a deep prior in float16, with no scale, one scale or one scale per resblock.
 
-Two things are compared with float32. *Training* runs priors from the same seed on the same batches; the scales move by
-the paper's rule (appendix D), except that one common scale may shrink at every overflow, as loss scalers do. *Probes*
-take the gradients of one batch at the weights that the float32 run starts and ends with; there each scale is the value
-that the rule reaches in the long run, the largest power of two that overflows nothing.
+Two things are compared with float32. *Training* runs priors from the same seed on the same batches. The scales follow
+the paper's rule (appendix D), except that a single common scale may shrink at every overflow, as a loss scaler does.
+*Probes* take the gradients of one batch at the first and last weights of the float32 run. There, each scale has the
+value that the rule reaches in the long run: the largest power of two at which nothing overflows.
 
-The variant ``all fp16, one scale`` holds everything but the heads in float16, like ``model.half()`` with a loss scale.
-The other variants keep the residual stream, embeddings, gains and biases in float32.
+The variant ``all fp16, one scale`` keeps everything but the heads in float16, like ``model.half()`` with a loss scale.
+The other float16 variants keep the residual stream, embeddings, gains and biases in float32.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ from dalle_cli.stores.tokens import TokenReader
 ALL_HALF = "all fp16, one scale"
 VARIANTS = ("fp32", "plain fp16", ALL_HALF, "one scale", "scale per resblock")
 OCTAVE = 1000
+"""Steps of a scale's exponent that double it."""
 STRETCHED_END = 1024.0
+"""Root mean square at the end of the residual stream of a stretched prior."""
 Line = dict[str, float]
 Tokens = tuple[Tensor, Tensor, Tensor]
 """Captions (B, T), their lengths (B,), image tokens (B, S), all int64."""
@@ -40,13 +42,13 @@ Tokens = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Study:
-    """Sizes of the priors, and how they are trained.
+    """Sizes of the priors, and settings of their training.
 
-    ``replicas``, M, is how many data-parallel replicas there seem to be: as in the paper the loss is divided by M in
-    each (its gradients come out M times smaller) and their gradients are summed, as if all had the same batch.
+    ``replicas`` is the simulated number M of data-parallel replicas. Each divides the loss by M, as in the paper, so
+    that its gradients are M times smaller. Their gradients are summed as if all replicas had the same batch.
 
-    ``growth`` above 1 strains the start: the untrained prior's stream grows by that factor from resblock to resblock,
-    and so gradients fall about as much.
+    ``growth`` above 1 makes the untrained prior harder to train in float16: its residual stream grows by that factor
+    from resblock to resblock, so that the gradients shrink by about as much.
     """
 
     layers: int = 48
@@ -65,7 +67,7 @@ class Study:
     growth: float = 1.0
 
     def prior(self, variant: str = "fp32") -> Prior:
-        """Return the untrained prior in the types of ``variant``."""
+        """Return the untrained prior in the number formats of ``variant``."""
         model = PriorModel.of_heads(
             layers=self.layers, heads=self.heads, d_head=self.d_head, grid=self.grid, conv_kernel=3
         )
@@ -80,9 +82,9 @@ class Study:
 
 @torch.no_grad()
 def stretch(prior: Prior, growth: float, tokens: Tokens) -> None:
-    """Scale embeddings and resblock outputs so that the stream grows ``growth``-fold from resblock to resblock.
+    """Scale embeddings and resblock outputs so that the residual stream grows ``growth``-fold with each resblock.
 
-    The stream's root mean square on ``tokens`` ends at STRETCHED_END, which float16 still holds.
+    Its root mean square on ``tokens`` ends at STRETCHED_END, which float16 can represent.
     """
     text, length, image = tokens
 
@@ -104,8 +106,9 @@ def stretch(prior: Prior, growth: float, tokens: Tokens) -> None:
 def synthetic_tokens(study: Study, step: int) -> Tokens:
     """Return the batch of an update.
 
-    Captions are random. Each image's first token is its caption's first, and the others follow a fixed permutation of
-    the codebook nine times in ten: learning it brings an image token of 64 from 4.16 to 0.73 nats.
+    Captions are random. An image's first token equals the first token of its caption. Nine times in ten, each further
+    token is the image of the one before under a fixed permutation of the codebook; otherwise it is random. With 64
+    codes, learning this lowers the loss of an image token from 4.16 to 0.73 nats.
     """
     permutation = numpy_generator(study.seed, "underflow", "permutation").permutation(study.image_vocab)
     rng = numpy_generator(study.seed, "underflow", "batch", step)
@@ -134,23 +137,23 @@ class Found(NamedTuple):
     """Results of a study."""
 
     training: dict[str, list[Line]]
-    """For each variant and update, the loss before it, the gradients' norm and the share of skipped parameters."""
+    """Figures of each update, by variant: the loss before it, the gradient norm and the share of skipped parameters."""
     blocks: list[dict[str, Any]]
-    """The rows of ``probe`` with ``weights``, "start" or "end"."""
+    """Rows of ``probe``, with an entry ``weights`` that is "start" or "end"."""
 
 
 def run_study(study: Study, batch: Callable[[int], Tokens]) -> Found:
-    """Train and probe all variants."""
+    """Train and probe all variants on the batches that ``batch`` returns for each update."""
     log(f"underflow: {2 * study.layers} resblocks, d_model {study.heads * study.d_head}")
     start = study.prior()
     if study.growth > 1:
         stretch(start, study.growth, batch(0))
     initial = start.state_dict()
     runs = {name: _train(study, name, initial, batch) for name in VARIANTS}
-    held_back = batch(study.updates)
+    probe_batch = batch(study.updates)
     rows = []
     for moment, weights in (("start", initial), ("end", runs["fp32"][1])):
-        rows += [{"weights": moment, **row} for row in probe(study, weights, held_back)]
+        rows += [{"weights": moment, **row} for row in probe(study, weights, probe_batch)]
     return Found({name: lines for name, (lines, _) in runs.items()}, rows)
 
 
@@ -189,14 +192,16 @@ def _train(
 
 
 def probe(study: Study, weights: Mapping[str, Tensor], tokens: Tokens) -> list[dict[str, Any]]:
-    """Measure each resblock's gradients under each variant at the same ``weights``, one row a resblock and variant.
+    """Measure each resblock's gradients with each variant at the same ``weights``.
 
-    A row holds log2 of the resblock's scale; quantiles of log2 of the nonzero entering gradients of one replica,
-    unscaled; the shares of those that the cast to float16 makes zero (``lost``) and subnormal; the share of zeros among
-    the gradients of the resblock's matrices, and their error: the norm of their difference from float32's, relative to
-    the norm of those.
+    Returns:
+        A row for each resblock and variant. ``log2_scale`` is the log2 of the resblock's scale. ``entering_log2_...``
+        are quantiles of the log2 of the nonzero gradients that enter the resblock in one replica, without the scale.
+        ``lost`` and ``subnormal`` are the shares of those that the cast to float16 makes zero or subnormal.
+        ``matrix_zeros`` is the share of zeros among the gradients of the resblock's matrices. ``matrix_error`` is the
+        norm of their difference from float32's, relative to the norm of float32's.
     """
-    # All at weights that float16 holds, so that what differs is the arithmetic alone.
+    # Round the weights to float16 for all variants, so that they differ in arithmetic only.
     rounded = {name: value.half() for name, value in weights.items()}
     rows: list[dict[str, Any]] = []
     exact: list[Observed] = []
@@ -209,7 +214,7 @@ def probe(study: Study, weights: Mapping[str, Tensor], tokens: Tokens) -> list[d
         exact = exact or observed
         for i, (found, wanted) in enumerate(zip(observed, exact, strict=True)):
             entering = found.entering[wanted.entering != 0]
-            kept = (entering * found.scale).to(torch.float32 if name == "fp32" else torch.float16).abs()
+            cast = (entering * found.scale).to(torch.float32 if name == "fp32" else torch.float16).abs()
             exponents = found.entering[found.entering != 0].abs().log2()
             quantiles = torch.tensor([0.05, 0.5, 0.95])
             low, middle, high = exponents.quantile(quantiles).tolist() if len(exponents) else [math.nan] * 3
@@ -221,8 +226,8 @@ def probe(study: Study, weights: Mapping[str, Tensor], tokens: Tokens) -> list[d
                     "entering_log2_p05": low,
                     "entering_log2_p50": middle,
                     "entering_log2_p95": high,
-                    "lost": _share(kept == 0),
-                    "subnormal": _share((kept > 0) & (kept < torch.finfo(kept.dtype).smallest_normal)),
+                    "lost": _share(cast == 0),
+                    "subnormal": _share((cast > 0) & (cast < torch.finfo(cast.dtype).smallest_normal)),
                     "matrix_zeros": _share(found.matrices == 0),
                     "matrix_error": float((found.matrices - wanted.matrices).norm() / wanted.matrices.norm()),
                 }
@@ -232,7 +237,7 @@ def probe(study: Study, weights: Mapping[str, Tensor], tokens: Tokens) -> list[d
 
 @dataclass
 class _Whole:
-    """A prior treated as one block, whose gradients are all scaled because its loss is."""
+    """A whole prior as one block of gradient scaling, whose scale multiplies the loss."""
 
     prior: Prior
     gradient_scale: float | None = None
@@ -268,10 +273,12 @@ def _settle(prior: Prior, scaling: GradientScaling, tokens: Tokens) -> None:
 
 
 class Observed(NamedTuple):
-    """Flat float32 gradients of a resblock without scales, as one replica finds them."""
+    """Gradients of a resblock in one replica, without the scale, flattened and in float32."""
 
     entering: Tensor
+    """Gradients with respect to the resblock's output."""
     matrices: Tensor
+    """Gradients with respect to the resblock's matrices."""
     scale: float
 
 
@@ -303,7 +310,7 @@ def _loss_scale(scaling: GradientScaling) -> float:
 
 
 def _backward(prior: Prior, tokens: Tokens, scaling: GradientScaling) -> float:
-    """Compute the gradients that one replica finds and return the loss."""
+    """Compute the gradients of one replica, and return the loss."""
     prior.zero_grad()
     found, weight = prior.loss(*tokens), PriorObjective().text_weight
     loss = weight * found.text + (1 - weight) * found.image

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Find the peak learning rate that suits priors of several widths at equal compute: wider ones get fewer updates.
+"""Find the best peak learning rate for priors of several widths at equal compute, so that wider ones get fewer updates.
 
     .venv/bin/python scripts/studies/width.py --tokens runs/quickstart/tokens.zarr
     .venv/bin/python scripts/studies/width.py --tokens runs/quickstart/tokens.zarr --petaflops 0.01
 
-Trains the recipe's prior once for each width and peak rate, on a token store such as the quickstart's, and prints the
-last validation losses on held-out samples in nats a token, for text and image, under the EMA weights and under the raw
-ones. Writes study.json and study.png into --out. A killed study resumes when it is run again; a finished run is not
-repeated.
+The script trains the recipe's prior once for each width and peak rate, on a token store such as the quickstart's. It
+prints the last validation losses on held-out samples, in nats per token, for text and image, with the EMA weights and
+with the raw weights. It writes study.json and study.png into --out. A killed study resumes when it is run again;
+finished runs are not repeated.
 """
 
 from __future__ import annotations
@@ -29,24 +29,30 @@ from dalle_cli.views.plots import BLUE, GREEN, ORANGE, STYLE, VIOLET, figure_png
 
 LOSSES = ("text", "image", "loss")
 VALIDATIONS = 4
+"""Number of validations of a run."""
 WARMUP_SHARE = 0.03
+"""Share of the updates that warm up."""
 
 
 def integers(text: str) -> list[int]:
-    """Parse whole numbers parted by commas."""
+    """Parse whole numbers separated by commas."""
     return [int(part) for part in text.split(",")]
 
 
 def floats(text: str) -> list[float]:
-    """Parse numbers parted by commas."""
+    """Parse numbers separated by commas."""
     return [float(part) for part in text.split(",")]
 
 
 def study_recipe(options: argparse.Namespace, width: int, rate: float) -> Recipe:
-    """Return the recipe at this width and peak rate, with as many updates as its compute allows."""
+    """Return the recipe with this width and peak rate, and with as many updates as --petaflops allows.
+
+    Raises:
+        UserError: the width is no multiple of the recipe's d_head.
+    """
     d_head = load_recipe(options.recipe, options.set).prior.model.d_head
     if width % d_head:
-        raise UserError(f"--widths {width}: is no multiple of the recipe's d_head {d_head}")
+        raise UserError(f"--widths {width}: is no multiple of the recipe's d_head {d_head}; choose other widths")
     sizes = [f"prior.model.heads={width // d_head}", f"prior.model.d_model={width}"]
     recipe = load_recipe(options.recipe, [*options.set, *sizes])
     flops = sample_work(recipe).flops * recipe.prior.training.batch_size
@@ -66,7 +72,11 @@ def study_recipe(options: argparse.Namespace, width: int, rate: float) -> Recipe
 
 
 def last_validation(run: Path) -> dict[str, float]:
-    """Return the last line of validation scalars in a run's metrics.jsonl."""
+    """Return the last line of a run's metrics.jsonl that holds a validation.
+
+    Raises:
+        UserError: the run has no validations, because no samples are held out.
+    """
     for text in reversed((run / "metrics.jsonl").read_text().splitlines()):
         line: dict[str, float] = json.loads(text)
         if "val_loss" in line:
@@ -75,7 +85,7 @@ def last_validation(run: Path) -> dict[str, float]:
 
 
 def figure(rows: list[dict[str, Any]]) -> bytes:
-    """Draw losses against the peak rate as a PNG, one line a width, dashed for the raw weights."""
+    """Return a PNG of losses against the peak rate: one line for each width, dashed for the raw weights."""
     widths = sorted({row["width"] for row in rows})
     with plt.rc_context({**STYLE, "figure.figsize": (9.6, 3.0)}):
         drawn, panels = plt.subplots(1, len(LOSSES))
@@ -96,13 +106,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=Path, required=True, help="token store to train on")
     parser.add_argument(
-        "--recipe", type=Path, default=Path("recipes/quickstart.yaml"), help="[recipes/quickstart.yaml]"
+        "--recipe",
+        type=Path,
+        default=Path("recipes/quickstart.yaml"),
+        help="recipe of the prior [recipes/quickstart.yaml]",
     )
     parser.add_argument("--widths", type=integers, default="64,128,256", help="d_model of each prior [64,128,256]")
     parser.add_argument("--rates", type=floats, default="1e-3,3e-3,9e-3", help="peak rates [1e-3,3e-3,9e-3]")
-    parser.add_argument("--petaflops", type=float, default=0.05, help="compute of each run, 1e15 operations [0.05]")
+    parser.add_argument("--petaflops", type=float, default=0.05, help="compute of each run, in 1e15 FLOPs [0.05]")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting; repeatable")
-    parser.add_argument("--out", type=Path, default=Path("runs/width"), help="[runs/width-study]")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/width-study"), help="folder of the runs [runs/width-study]"
+    )
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     try:

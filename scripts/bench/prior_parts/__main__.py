@@ -1,4 +1,4 @@
-"""Run the parts and write their results; see scripts/bench/prior."""
+"""Measure speed and memory of the prior, part by part, beside PyTorch's dense attention and dalle-pytorch."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import torch
 from dalle_cli.config.load import load_recipe
 from dalle_cli.distributed.device import keep_freed_memory
 from prior_parts import attention, quickstart, recipe, sampling, sampling_memory, step, step_memory
-from prior_parts.machine import describe_machine
 from prior_parts.peer import load_peer
 from prior_parts.quickstart import UPDATES
-from prior_parts.report import render
+from prior_parts.report import describe_machine, render
 
-ON_CPU_ONLY = ("step-memory", "quickstart", "sampling", "sampling-memory")
-ON_GPU = ("recipe",)
-"""Too large for a CPU, unless it is asked for with a small recipe."""
+CPU_PARTS = ("step-memory", "quickstart", "sampling", "sampling-memory")
+"""Parts that run on a CPU only."""
+GPU_PARTS = ("recipe",)
+"""Parts that a CPU runs only if they are named, since the default recipe is too large for it."""
 
 
 def log(line: str) -> None:
@@ -33,7 +33,15 @@ def log(line: str) -> None:
 def parts(
     device: str, with_peer: bool, quick: bool, path: Path, changes: list[str]
 ) -> dict[str, Callable[[], dict[str, Any]]]:
-    """Return the parts that can be run, by name; ``path`` and ``changes`` name the recipe of the part ``recipe``."""
+    """Return a function that measures each part, by the part's name.
+
+    Args:
+        device: Device to measure on, "cpu" or "cuda".
+        with_peer: Whether dalle-pytorch is measured too.
+        quick: Whether sizes and rounds are cut to take under a minute a part.
+        path: Recipe of the part ``recipe``.
+        changes: Overrides of that recipe's settings, as KEY=VALUE.
+    """
     peer = load_peer() if with_peer else None
     attention_sizes, step_sizes, sampling_sizes, updates = attention.Sizes(), step.Sizes(), sampling.Sizes(), UPDATES
     if device == "cuda":
@@ -58,40 +66,43 @@ def main() -> None:
     """Parse the command line, measure and print the results."""
     parser = argparse.ArgumentParser(prog="scripts/bench/prior", description=__doc__)
     parser.add_argument(
-        "parts", nargs="*", help="attention, step, step-memory, quickstart, sampling, sampling-memory, recipe"
+        "parts",
+        nargs="*",
+        help="attention, step, step-memory, quickstart, sampling, sampling-memory, recipe [all that suit the device]",
     )
     parser.add_argument(
-        "--recipe", type=Path, help="of the part recipe [recipes/1b.yaml, with --quick recipes/quickstart.yaml]"
+        "--recipe", type=Path, help="recipe of the part recipe [recipes/1b.yaml, with --quick recipes/quickstart.yaml]"
     )
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of it")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of the recipe; repeatable"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="[cpu]")
     parser.add_argument("--threads", type=int, help="CPU threads [all]")
-    parser.add_argument("--no-peer", action="store_true", help="leave dalle-pytorch out")
+    parser.add_argument("--no-peer", action="store_true", help="do not measure dalle-pytorch")
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="fewer rounds at batch 1, smaller models: under a minute a part, to see that it runs; prints and keeps "
-        "nothing",
+        help="run smaller models for fewer rounds at batch 1, under a minute a part; write no file",
     )
     parser.add_argument("--out", type=Path, default=Path("benchmarks"), help="folder of the results [benchmarks]")
-    given = parser.parse_args()
-    if given.threads is not None:
-        torch.set_num_threads(given.threads)
-    if given.device == "cpu":
-        keep_freed_memory()  # as ``dalle`` does on a CPU; it helps all contenders alike
-    recipe_path = given.recipe or Path("recipes") / ("quickstart.yaml" if given.quick else "1b.yaml")
-    known = parts(given.device, not given.no_peer, given.quick, recipe_path, given.set)
-    left_out = ON_GPU if given.device == "cpu" else ON_CPU_ONLY
-    wanted = given.parts or [name for name in known if name not in left_out]
+    options = parser.parse_args()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    if options.device == "cpu":
+        keep_freed_memory()  # `dalle` does so on a CPU; it helps every contender
+    recipe_path = options.recipe or Path("recipes") / ("quickstart.yaml" if options.quick else "1b.yaml")
+    known = parts(options.device, not options.no_peer, options.quick, recipe_path, options.set)
+    possible = [name for name in known if options.device == "cpu" or name not in CPU_PARTS]
+    wanted = options.parts or [name for name in possible if options.device == "cuda" or name not in GPU_PARTS]
     for name in wanted:
-        if name not in known or (given.device == "cuda" and name in ON_CPU_ONLY):
-            parser.error(f"{name}: no such part on {given.device}; there are {', '.join(known)}")
-    path = given.out / ("prior.json" if given.device == "cpu" else "prior-gpu.json")
+        if name not in possible:
+            parser.error(f"{name}: is no part that runs on {options.device}; choose from {', '.join(possible)}")
+    path = options.out / ("prior.json" if options.device == "cpu" else "prior-gpu.json")
     results = json.loads(path.read_text()) if path.is_file() else {}
     for name in wanted:
-        results[name] = {"machine": describe_machine(given.device), **known[name]()}
-        if not given.quick:
-            given.out.mkdir(parents=True, exist_ok=True)
+        results[name] = {"machine": describe_machine(options.device), **known[name]()}
+        if not options.quick:
+            options.out.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(results, indent=1) + "\n")
             path.with_suffix(".md").write_text(render(results))
     print(render({name: results[name] for name in wanted}))

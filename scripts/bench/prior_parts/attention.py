@@ -13,12 +13,12 @@ from dalle_cli.config.layout import AttentionKind
 from dalle_cli.prior.attention import attend
 from prior_parts.flex import flex
 from prior_parts.naive import mask_of
-from prior_parts.timing import Contender, libraries, race
+from prior_parts.timing import Contender, libraries, median_seconds
 
 Log = Callable[[str], None]
 KINDS: tuple[AttentionKind, ...] = ("row", "column", "conv")
 GPU_BATCH, GPU_GOAL = 8, 2.5
-"""The goal on a GPU is a speed-up over dense causal attention, which is flash attention there, at GPU_BATCH."""
+"""Goal on a GPU: the speed-up over dense causal attention, which is flash attention there, at this batch size."""
 GOALS = {
     ("row", "mask"): 4.0,
     ("column", "mask"): 4.0,
@@ -26,11 +26,12 @@ GOALS = {
     ("row", "causal"): 2.5,
     ("column", "causal"): 2.5,
 }
+"""Goals on a CPU: the speed-up of a pattern over dense attention with its mask or over dense causal attention."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of the attention layer, and how often it is timed."""
+    """Sizes of the attention layer, and the number of timed rounds."""
 
     heads: int = 8
     d_head: int = 64
@@ -47,24 +48,31 @@ def measure(sizes: Sizes, device: str, log: Log) -> dict[str, Any]:
     ratios: list[dict[str, Any]] = []
     names = libraries() if device == "cpu" else ("GPU",)
     for batch in sizes.batches:
-        taken = race(_contenders(sizes, batch, device, names), sizes.rounds, device)
-        for name, seconds in taken.items():
+        seconds_of = median_seconds(_contenders(sizes, batch, device, names), sizes.rounds, device)
+        for name, seconds in seconds_of.items():
             rows.append({"batch": batch, "name": name, "ms": seconds * 1e3})
             log(f"attention  batch {batch}  {name:<34} {seconds * 1e3:8.1f} ms")
         for kind in KINDS:
             for library in names:
                 for dense, other in (("mask", f"{kind} mask, SDPA"), ("causal", "causal, SDPA")):
                     ours, theirs = f"{kind}, dalle, {names[0]}", f"{other}, {library}"
-                    ratio = {"batch": batch, "ours": ours, "peer": theirs, "ratio": taken[theirs] / taken[ours]}
-                    # The goals are for batch 1, and against PyTorch as it runs by itself.
+                    ratio = {
+                        "batch": batch,
+                        "ours": ours,
+                        "peer": theirs,
+                        "ratio": seconds_of[theirs] / seconds_of[ours],
+                    }
+                    # The goals hold for batch 1, against PyTorch with the library that it chooses itself.
                     if device == "cpu" and batch == 1 and library == names[-1] and (kind, dense) in GOALS:
                         ratio["goal"] = GOALS[kind, dense]
                     if device == "cuda" and batch == GPU_BATCH and dense == "causal":
                         ratio["goal"] = GPU_GOAL
                     ratios.append(ratio)
-            if (flexible := f"{kind}, flex_attention") in taken:
+            if (flexible := f"{kind}, flex_attention") in seconds_of:
                 ours = f"{kind}, dalle, {names[0]}"
-                ratios.append({"batch": batch, "ours": ours, "peer": flexible, "ratio": taken[flexible] / taken[ours]})
+                ratios.append(
+                    {"batch": batch, "ours": ours, "peer": flexible, "ratio": seconds_of[flexible] / seconds_of[ours]}
+                )
     return {"sizes": asdict(sizes), "rows": rows, "ratios": ratios}
 
 
@@ -103,6 +111,6 @@ def _contenders(sizes: Sizes, batch: int, device: str, names: tuple[str, ...]) -
             found[f"{kind}, dalle, {library}"] = Contender(ours(kind), fast)
             found[f"{kind} mask, SDPA, {library}"] = Contender(dense(kind), fast)
         found[f"causal, SDPA, {library}"] = Contender(dense(None), fast)
-    if device == "cuda":  # it has no backward pass elsewhere
+    if device == "cuda":  # flex_attention has no backward pass on a CPU
         found |= {f"{kind}, flex_attention": Contender(by_flex(kind)) for kind in KINDS}
     return found

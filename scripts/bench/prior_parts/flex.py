@@ -1,4 +1,4 @@
-"""The patterns by PyTorch's ``flex_attention`` with block masks, to see if a GPU runs it faster than our blocks."""
+"""Our attention patterns with PyTorch's ``flex_attention`` and block masks, to compare its speed on a GPU with ours."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from dalle_cli.prior.attention import raster_offsets
 
 
 def flex(kind: AttentionKind, text_length: int, grid: int, conv_kernel: int, device: str) -> Callable[[Tensor], Tensor]:
-    """A function with ``attend``'s arguments and result: qkv (B, T + S, 3, H, D) -> (B, T + S, H, D).
+    """Return a function that computes what ``attend`` does: qkv (B, T + S, 3, H, D) -> (B, T + S, H, D).
 
-    Columns are attended to on the transposed image, where they are rows: only there are whole blocks empty. On a GPU
-    it is compiled; elsewhere it runs as PyTorch's plain reference, forward only.
+    Column attention transposes the image and attends along rows, because only then does the mask have empty blocks. On
+    a GPU the function is compiled; elsewhere it runs PyTorch's reference, which has a forward pass only.
     """
     image, by_column = grid * grid, kind == "column"
     allowed = torch.zeros(image, dtype=torch.bool, device=device)
@@ -42,6 +42,6 @@ def flex(kind: AttentionKind, text_length: int, grid: int, conv_kernel: int, dev
 
 
 def _transposed(x: Tensor, text_length: int, grid: int) -> Tensor:
-    """(B, T + S, ...) with rows and columns of the image exchanged."""
+    """Return ``x`` (B, T + S, ...) with the rows and columns of the image swapped."""
     text, image = x.tensor_split([text_length], 1)
     return torch.cat([text, image.unflatten(1, (grid, grid)).transpose(1, 2).flatten(1, 2)], 1)

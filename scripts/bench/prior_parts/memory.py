@@ -1,18 +1,18 @@
-"""Megabytes of a process, as Linux counts them."""
+"""Resident memory of this process, as Linux counts it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 
-def held() -> float:
-    """Megabytes held now; the peak is counted anew from here."""
+def reset_peak() -> float:
+    """Reset the peak to the memory in use now, and return that in MB."""
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
 
 
 def peak() -> float:
-    """The most megabytes held since ``held``."""
+    """Return the peak in MB since ``reset_peak``."""
     return _status("VmHWM")
 
 

@@ -1,4 +1,4 @@
-"""The prior that is measured, and its sizes."""
+"""The prior that the benchmarks measure, and its sizes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dalle_cli.prior.model import Prior
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """The same for both sides of a comparison."""
+    """Sizes that both sides of a comparison have."""
 
     layers: int
     heads: int = 8
@@ -22,7 +22,7 @@ class ModelSizes:
 
 
 def build_prior(sizes: ModelSizes, **settings: object) -> Prior:
-    """Untrained: initial weights are as fast as trained ones. ``settings`` are further ones of the model."""
+    """Return an untrained prior, which is as fast as a trained one. ``settings`` are further settings of the model."""
     model = PriorModel.of_heads(
         layers=sizes.layers, heads=sizes.heads, d_head=sizes.d_head, grid=sizes.grid, **settings
     )

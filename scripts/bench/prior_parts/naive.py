@@ -1,4 +1,4 @@
-"""The prior as one writes it first: a mask over dense attention, and whole logits."""
+"""A naive prior: dense attention with a mask, and logits for all positions at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dalle_cli.prior.model import AttentionResblock, Prior
 
 
 def mask_of(kind: AttentionKind, text: int, grid: int, kernel: int) -> Tensor:
-    """(T + S, T + S): where a position (row) may look."""
+    """Return the attention mask (T + S, T + S), true where a query (row) attends to a key (column)."""
     length = text + grid**2
     mask = torch.ones(length, length, dtype=torch.bool).tril()
     position = torch.arange(grid**2)
@@ -25,7 +25,7 @@ def mask_of(kind: AttentionKind, text: int, grid: int, kernel: int) -> Tensor:
 
 
 def make_naive(prior: Prior) -> Prior:
-    """``prior``, in place, with masked dense attention written out."""
+    """Replace the attention of ``prior``, in place, by dense attention with a mask, and return it."""
     for block in prior.resblocks:
         if isinstance(block, AttentionResblock):
             mask = mask_of(block.kind, block.text_length, block.grid, block.conv_kernel)
@@ -34,7 +34,7 @@ def make_naive(prior: Prior) -> Prior:
 
 
 def naive_loss(prior: Prior, text: Tensor, image: Tensor) -> Tensor:
-    """The loss of captions (B, T) that fill their places, and images (B, S), 1/8 and 7/8."""
+    """Return 1/8 of the text loss of captions (B, T) without padding plus 7/8 of the image loss of images (B, S)."""
     hidden = prior(text, image)
     text_logits, image_logits = prior.text_logits(hidden), prior.image_logits(hidden)
     return (

@@ -1,4 +1,4 @@
-"""The PyPI package dalle-pytorch (lucidrains), as far as its model goes."""
+"""The model of the PyPI package dalle-pytorch (lucidrains), which ours is compared with."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import MagicMock
 
+from torch import nn
+
+from prior_parts.model import ModelSizes
+
 UNUSED = ("omegaconf", "pkg_resources", "requests", "taming", "taming.models", "taming.models.vqgan")
-"""Packages that the peer imports for its other dVAEs; stand-ins are enough for the transformer."""
+"""Packages that dalle-pytorch imports for its other dVAEs; the transformer runs with stand-ins for them."""
 
 
 def load_peer() -> Any | None:
-    """The module ``dalle_pytorch``, or None where it is not installed."""
+    """Return the module ``dalle_pytorch``, or None if it is not installed."""
     for name in UNUSED:
         if name not in sys.modules:
             stand_in = ModuleType(name)
@@ -25,3 +29,21 @@ def load_peer() -> Any | None:
         if error.name == "dalle_pytorch":
             return None
         raise
+
+
+def build_peer(sizes: ModelSizes, peer: Any, **settings: object) -> nn.Module:
+    """Return an untrained DALLE of ``sizes`` from the module ``peer``, with further ``settings`` of its own."""
+    vae = peer.DiscreteVAE(
+        image_size=8 * sizes.grid, num_layers=3, num_tokens=sizes.image_vocab, codebook_dim=8, hidden_dim=8
+    )
+    model: nn.Module = peer.DALLE(
+        dim=sizes.heads * sizes.d_head,
+        vae=vae,
+        num_text_tokens=sizes.text_vocab,
+        text_seq_len=sizes.text_length,
+        depth=sizes.layers,
+        heads=sizes.heads,
+        dim_head=sizes.d_head,
+        **settings,
+    )
+    return model

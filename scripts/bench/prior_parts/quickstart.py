@@ -1,4 +1,4 @@
-"""The quickstart's training of the prior: an update as a whole, its peak's share, and how long it waits for tokens."""
+"""Time an update of the quickstart's prior: its share of the matmul peak, and how long it waits for tokens."""
 
 from __future__ import annotations
 
@@ -22,20 +22,23 @@ from dalle_cli.stores.token_writer import PartWriter
 from dalle_cli.stores.tokens import ROWS_PER_SHARD, TokenReader
 from dalle_cli.training.loop import Run
 from dalle_cli.training.state import TrainingState
-from prior_parts.timing import SIDE, square_product
+from prior_parts.timing import SIDE, square_matmul
 
 Log = Callable[[str], None]
 RECIPE = Path(__file__).parents[3] / "recipes" / "quickstart.yaml"
-ROWS, UPDATES, PRODUCT_EVERY = 20_000, 200, 10
+ROWS, UPDATES = 20_000, 200
+MATMUL_EVERY = 10
+"""Updates between two timings of the matmul peak."""
 WAIT_GOAL = 0.01
+"""Largest share of the time that training should wait for tokens."""
 
 
 def measure(log: Log, updates: int = UPDATES) -> dict[str, Any]:
-    """Medians over ``updates`` by the training loop's own code, on a store of random tokens."""
+    """Return medians over ``updates`` updates of the training loop, on a store of random tokens."""
     recipe = load_recipe(RECIPE)
     stage = recipe.prior
-    product = square_product(torch.float32, "cpu")
-    waits, taken, products = [], [], []
+    matmul = square_matmul(torch.float32, "cpu")
+    waits, taken, matmuls = [], [], []
     with tempfile.TemporaryDirectory() as folder, fast_matmul() as library:
         task = PriorTask(recipe, _write_tokens(Path(folder) / "tokens", recipe), build_prior(recipe))
         run = Run(task, recipe, Path(folder))
@@ -52,11 +55,11 @@ def measure(log: Log, updates: int = UPDATES) -> dict[str, Any]:
             done = time.perf_counter()
             waits.append(waited - began)
             taken.append(done - waited)
-            if step % PRODUCT_EVERY == 0:
+            if step % MATMUL_EVERY == 0:
                 began = time.perf_counter()
-                product()
-                products.append(time.perf_counter() - began)
-    update, rate = statistics.median(taken), 2 * SIDE**3 / statistics.median(products)
+                matmul()
+                matmuls.append(time.perf_counter() - began)
+    update, rate = statistics.median(taken), 2 * SIDE**3 / statistics.median(matmuls)
     row = {
         "name": f"update, {library}",
         "ms": update * 1e3,
@@ -66,13 +69,13 @@ def measure(log: Log, updates: int = UPDATES) -> dict[str, Any]:
         "gflops": counter.get_total_flops() / update / 1e9,
         "share_of_peak": counter.get_total_flops() / update / rate,
     }
-    log(f"quickstart  {row['ms']:.1f} ms an update, beside {row['wait_share']:.3%} of waiting for tokens")
+    log(f"quickstart  {row['ms']:.1f} ms an update, and {row['wait_share']:.3%} of the time waiting for tokens")
     sizes = {**stage.model.model_dump(), "batch": stage.training.batch_size, "updates": updates}
     return {"sizes": sizes, "rows": [row], "ratios": []}
 
 
 def _write_tokens(path: Path, recipe: Recipe) -> TokenReader:
-    """A store of random tokens that is as large as the quickstart's."""
+    """Write a store of random tokens as large as the quickstart's."""
     rng = np.random.default_rng(0)
     length, vocab, codes = recipe.tokenizer.text_length, recipe.tokenizer.vocab_size, recipe.dvae.model.codebook_size
     with PartWriter(path, "text", {"text_length": length, "vocab_size": vocab, "tokenizer": ""}, ROWS) as text:

@@ -1,6 +1,6 @@
-"""Measure a recipe's whole prior, usually on a GPU.
+"""Measure training and sampling of a recipe's whole prior, usually on a GPU.
 
-An update is measured as a share of the matmul peak, sampling as a share of the memory bandwidth that its reads need.
+An update is rated by its share of the matmul peak, and sampling by its share of the memory bandwidth.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from dalle_cli.prior.train import sample_work, set_precision
 from dalle_cli.sampling.draw import sample_images
 from dalle_cli.training.state import TrainingState
 from dalle_cli.training.throughput import peak_tflops
-from prior_parts.timing import Contender, race
+from prior_parts.timing import Contender, median_seconds
 
 Log = Callable[[str], None]
 MICRO_BATCH, SAMPLES, ROUNDS = 8, 64, 3
 STEP_GOAL, SAMPLING_GOAL = 0.5, 0.6
 COPIED_BYTES = {"cpu": 2**27, "cuda": 2**31}
+"""Size of the copy that measures the memory bandwidth."""
 
 
 def measure(recipe: Recipe, device: str, log: Log) -> dict[str, Any]:
-    """Rows with seconds and shares, of an update in the recipe's precision and of samples of one caption in bf16."""
+    """Return a row for an update in the recipe's precision and a row for samples of one caption in bf16."""
     rows = [_step(recipe, device), _sampling(recipe, device)]
     for row in rows:
         log("recipe  " + "  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
@@ -39,7 +40,7 @@ def measure(recipe: Recipe, device: str, log: Log) -> dict[str, Any]:
 
 
 def _step(recipe: Recipe, device: str) -> dict[str, Any]:
-    """Forward, backward, clipping and optimizer on one micro-batch; products of the model alone count as FLOPs."""
+    """Time the forward and backward pass, clipping and optimizer on one micro-batch, and count the model's FLOPs."""
     stage = recipe.prior
     prior = build_prior(recipe)
     scaling = set_precision(prior, stage.precision, 1)
@@ -51,7 +52,7 @@ def _step(recipe: Recipe, device: str) -> dict[str, Any]:
         _loss(prior, MICRO_BATCH, device).backward()  # type: ignore[no-untyped-call]
         state.update(1e-5)
 
-    seconds = race({"update": Contender(update)}, ROUNDS, device)["update"]
+    seconds = median_seconds({"update": Contender(update)}, ROUNDS, device)["update"]
     work = sample_work(recipe)
     peak, _ = peak_tflops(None, work.dtype, torch.device(device))
     tflops = MICRO_BATCH * work.flops / seconds / 1e12
@@ -81,7 +82,7 @@ def _sampling(recipe: Recipe, device: str) -> dict[str, Any]:
     def draw() -> None:
         sample_images(decoder, text_ids, uniforms, SamplingSettings(batch_size=SAMPLES))
 
-    seconds = race({"images": Contender(draw)}, 1, device)["images"]
+    seconds = median_seconds({"images": Contender(draw)}, 1, device)["images"]
     read = bytes_read(decoder, SAMPLES)
     bandwidth = copy_bandwidth(device)
     return {
@@ -111,7 +112,7 @@ def bytes_read(decoder: Decoder, samples: int) -> int:
 
 
 def copy_bandwidth(device: str) -> float:
-    """Bytes a second that a copy reads and writes, best of several."""
+    """Return the bytes per second that the fastest of several copies reads and writes."""
     source = torch.zeros(COPIED_BYTES[device], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     seconds = []

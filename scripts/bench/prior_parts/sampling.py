@@ -1,10 +1,10 @@
-"""Sampling: tokens and images a second with our caches, against the peer's cached step and its ``generate_images``.
+"""Measure sampling with our caches against the cached step and ``generate_images`` of dalle-pytorch.
 
-Turns are timed at rows spread over the image, the contenders one after another in each round, and an image is counted
-as one turn for each of its tokens, linear between the rows. That is how the time goes: a step costs the same all along
-a row, but for the image's first, and grows by as much from each to the next where it grows. A turn is a step and the
-draw behind it; ours have the reading of the captions counted on top, the peer's have not. So that nobody has to
-believe this, one batch of whole images as ``dalle sample`` draws them stands beside.
+A step draws one token of each image and runs the model on it. Steps are timed at several rows of the image, and the
+time of an image is the sum over all its positions, interpolated linearly between those rows. This is accurate because
+the time of a step is constant within a row (but for the first row) and grows linearly from row to row. Our time also
+includes the prefill of the captions; dalle-pytorch's does not. As a check, one batch of whole images is drawn as
+``dalle sample`` draws them, and its speed is given too.
 """
 
 from __future__ import annotations
@@ -25,20 +25,23 @@ from dalle_cli.prior.cpu_kernels import Precision
 from dalle_cli.prior.decode import Decoder
 from dalle_cli.sampling.draw import draw_tokens, filter_logits, sample_images
 from prior_parts.model import ModelSizes, build_prior
+from prior_parts.peer import build_peer
 
-Turn = Callable[[], object]
+Step = Callable[[], object]
 Log = Callable[[str], None]
 CACHED, AS_CALLED = "dalle-pytorch, cached step", "dalle-pytorch, generate_images as called"
 GOAL_BATCH = 8
+"""Batch size that the goals hold for."""
 GOALS = {("fp32", CACHED): 5.0, ("bf16", CACHED): 8.0, ("fp32", AS_CALLED): 100.0, ("bf16", AS_CALLED): 100.0}
-ANEW_BATCH = 8
-"""More streams than this, computed anew, do not fit an ordinary machine's memory."""
-PEER_TURNS = {CACHED: 4, AS_CALLED: 1}
+MAX_UNCACHED_BATCH = 8
+"""Largest batch whose images are drawn without a cache; more do not fit the memory of an ordinary machine."""
+PEER_STEPS = {CACHED: 4, AS_CALLED: 1}
+"""Steps of dalle-pytorch that are timed together."""
 
 
 @dataclass(frozen=True)
 class Sizes(ModelSizes):
-    """The model, the same for both sides, and what is timed: ``rounds`` beside one that warms up."""
+    """Sizes of the model, batch sizes, the number of timed rounds (after one of warm-up) and of timed image rows."""
 
     layers: int = 12
     batches: tuple[int, ...] = (1, 8, 64)
@@ -50,32 +53,37 @@ class Sizes(ModelSizes):
         return self.grid**2
 
     @property
-    def places(self) -> tuple[int, ...]:
-        """Image positions from which turns are timed: the beginnings of rows, the first and the last among them."""
+    def positions(self) -> tuple[int, ...]:
+        """Image positions that timed steps start at: the starts of rows, from the first row to the last."""
         return tuple(round(i * (self.grid - 1) / (self.rows - 1)) * self.grid for i in range(self.rows))
 
 
 @dataclass
 class Contender:
-    """A timed way to sample: ``begin`` readies a turn at an image position; ``turns`` calls are measured at once."""
+    """A way to sample that is timed."""
 
     name: str
-    turns: int
-    begin: Callable[[int], Turn]
-    read: Callable[[], object] | None = None
-    """Work before an image's first turn, where it is counted."""
-    whole: Callable[[], object] | None = None
+    steps_per_timing: int
+    """Number of consecutive steps that are timed together."""
+    start_at: Callable[[int], Step]
+    """Returns a function that runs one step per call, from the given image position on."""
+    prefill: Callable[[], object] | None = None
+    """Work before an image's first step, if its time is counted."""
+    draw_images: Callable[[], object] | None = None
     """Draws a batch of whole images."""
-    steps: dict[int, float] = field(default_factory=dict)
+    step_seconds: dict[int, float] = field(default_factory=dict)
+    """Median seconds of a step, by the position that it was timed at."""
 
 
 def measure(sizes: Sizes, peer: Any | None, log: Log) -> dict[str, Any]:
-    """Rows of the table. ``peer`` is the module ``dalle_pytorch``, or None to leave it out."""
+    """Return the rows of the table. ``peer`` is the module ``dalle_pytorch``, or None to leave it out."""
     rows: list[dict[str, Any]] = []
     priors: dict[Precision, Decoder] = {
         precision: Decoder(build_prior(sizes).eval().requires_grad_(False), precision) for precision in ("fp32", "bf16")
     }
-    peers = {} if peer is None else {name: build_peer(sizes, peer, name == CACHED) for name in (CACHED, AS_CALLED)}
+    peers = (
+        {} if peer is None else {name: build_sampling_peer(sizes, peer, name == CACHED) for name in (CACHED, AS_CALLED)}
+    )
     for batch in sizes.batches:
         contenders = [
             _ours(decoder, precision, batch, captions)
@@ -83,13 +91,13 @@ def measure(sizes: Sizes, peer: Any | None, log: Log) -> dict[str, Any]:
             for captions in sorted({1, batch} if batch <= GOAL_BATCH else {1})
         ]
         for name, model in peers.items():
-            if name == CACHED or batch <= ANEW_BATCH:
+            if name == CACHED or batch <= MAX_UNCACHED_BATCH:
                 contenders.append(_peer(sizes, peer, model, batch, name))
-        _race(sizes, contenders)
+        _time_steps(sizes, contenders)
         for contender in contenders:
             rows.append(_row(sizes, contender, batch))
             log(describe(rows[-1]))
-    return {"sizes": asdict(sizes), "rows": rows, "ratios": _ratios(rows)}
+    return {"sizes": asdict(sizes), "rows": rows, "ratios": speed_ratios(rows)}
 
 
 def describe(row: dict[str, Any]) -> str:
@@ -100,37 +108,38 @@ def describe(row: dict[str, Any]) -> str:
     )
 
 
-def _race(sizes: Sizes, contenders: list[Contender]) -> None:
-    """Fill each one's ``steps`` with the median seconds of a turn at each place, all timed by turns."""
-    for place in sizes.places:
-        turns = [contender.begin(place) for contender in contenders]
-        taken: list[list[float]] = [[] for _ in contenders]
+def _time_steps(sizes: Sizes, contenders: list[Contender]) -> None:
+    """Fill ``step_seconds`` of all contenders, which are timed in alternation at each position."""
+    for position in sizes.positions:
+        steps = [contender.start_at(position) for contender in contenders]
+        seconds_of: list[list[float]] = [[] for _ in contenders]
         for _ in range(sizes.rounds + 1):
-            for contender, turn, seconds in zip(contenders, turns, taken, strict=True):
-                seconds.append(_seconds(turn, contender.turns) / contender.turns)
-        for contender, seconds in zip(contenders, taken, strict=True):
-            contender.steps[place] = statistics.median(seconds[1:])
-        del turns, turn
+            for contender, step, seconds in zip(contenders, steps, seconds_of, strict=True):
+                seconds.append(_seconds(step, contender.steps_per_timing) / contender.steps_per_timing)
+        for contender, seconds in zip(contenders, seconds_of, strict=True):
+            contender.step_seconds[position] = statistics.median(seconds[1:])
+        del steps, step
         gc.collect()
 
 
 def _row(sizes: Sizes, contender: Contender, batch: int) -> dict[str, Any]:
-    step = mean_over_image(contender.steps, sizes.image_length)
+    step = mean_over_image(contender.step_seconds, sizes.image_length)
     seconds = step * sizes.image_length
     row: dict[str, Any] = {"batch": batch, "name": contender.name}
-    if contender.read is not None:
-        read = statistics.median([_seconds(contender.read, 1) for _ in range(sizes.rounds + 1)][1:])
-        seconds += read
-        row["read_ms"] = read * 1e3
+    if contender.prefill is not None:
+        prefill = statistics.median([_seconds(contender.prefill, 1) for _ in range(sizes.rounds + 1)][1:])
+        seconds += prefill
+        row["prefill_ms"] = prefill * 1e3
     row |= {
         "step_ms": step * 1e3,
         "tokens_per_second": batch * sizes.image_length / seconds,
         "images_per_second": batch / seconds,
-        "counted_from": f"{sizes.rounds} x {contender.turns} turns at positions {', '.join(map(str, contender.steps))}",
-        "seconds_of_a_turn": contender.steps,
+        "timed": f"{sizes.rounds} x {contender.steps_per_timing} steps at positions "
+        + ", ".join(map(str, contender.step_seconds)),
+        "step_seconds": contender.step_seconds,
     }
-    if contender.whole is not None:
-        row["whole_images_tokens_per_second"] = batch * sizes.image_length / _seconds(contender.whole, 1)
+    if contender.draw_images is not None:
+        row["whole_images_tokens_per_second"] = batch * sizes.image_length / _seconds(contender.draw_images, 1)
     return row
 
 
@@ -142,38 +151,38 @@ def _seconds(work: Callable[[], object], times: int) -> float:
 
 
 def _ours(decoder: Decoder, precision: Precision, batch: int, captions: int) -> Contender:
-    text_ids, n = texts(decoder, captions), batch // captions
+    text_ids, n = distinct_captions(decoder, captions), batch // captions
     uniforms = torch.rand(captions, n, decoder.image_length, dtype=torch.float64)
     settings = SamplingSettings(batch_size=batch)
     return Contender(
         f"dalle {precision}, {captions} caption{'s' if captions > 1 else ''}",
         max(1, decoder.grid - 1),
-        lambda place: our_turn(decoder, text_ids, place, uniforms),
+        lambda position: our_step(decoder, text_ids, position, uniforms),
         lambda: decoder.prefill(text_ids).fork(n),
         lambda: sample_images(decoder, text_ids, uniforms, settings),
     )
 
 
-def texts(decoder: Decoder, captions: int) -> Tensor:
-    """Captions (C, T) that differ."""
+def distinct_captions(decoder: Decoder, captions: int) -> Tensor:
+    """Return token ids of captions that differ (C, T)."""
     return torch.arange(captions * decoder.text_length).view(captions, -1) % 100
 
 
-def our_turn(decoder: Decoder, text_ids: Tensor, place: int, uniforms: Tensor) -> Callable[[], Tensor]:
-    """Return a function that runs one step of ``sample_images`` at each call and gives the (C, n) tokens it drew.
+def our_step(decoder: Decoder, text_ids: Tensor, start: int, uniforms: Tensor) -> Callable[[], Tensor]:
+    """Return a function that runs one step of ``sample_images`` per call and returns the tokens it drew (C, n).
 
-    The steps run along the row of image tokens that begins at ``place``, again and again. Tokens before the row are
-    all 0. From the second pass on the caches hold later positions in place of earlier ones, which takes as long.
+    The steps run along the row that begins at image position ``start``, over and over; all tokens before it are 0. From
+    the second pass on, the caches hold later positions in place of earlier ones, which does not change the time.
     """
     captions, n, length = uniforms.shape
-    prefix = decoder.prefill(text_ids, text_ids.new_zeros(captions, place))
+    prefix = decoder.prefill(text_ids, text_ids.new_zeros(captions, start))
     cache, first = prefix.fork(n), prefix.logits[:, None].expand(-1, n, -1)
-    # The last position of a row is left out: behind the image's last token there is no step.
-    end = min(place + max(1, decoder.grid - 1), length - 1)
-    position, logits, likelihood = place, first, torch.zeros(captions, n, dtype=torch.float64)
+    # Leave out the last position of a row, since the model does not run on the image's last token.
+    end = min(start + max(1, decoder.grid - 1), length - 1)
+    position, logits, likelihood = start, first, torch.zeros(captions, n, dtype=torch.float64)
 
     @torch.inference_mode()
-    def turn() -> Tensor:
+    def step() -> Tensor:
         nonlocal position, logits, likelihood
         filtered = filter_logits(logits, temperature=1, top_k=None, top_p=1)
         token = draw_tokens(filtered, uniforms[..., position])
@@ -181,92 +190,82 @@ def our_turn(decoder: Decoder, text_ids: Tensor, place: int, uniforms: Tensor) -
         logits = decoder.step(cache, position, token)
         position += 1
         if position == end:
-            position, logits = place, first
+            position, logits = start, first
         return token
 
-    return turn
+    return step
 
 
-def build_peer(sizes: Sizes, peer: Any, cached: bool) -> Any:
-    """The peer at our sizes with its row and column attention.
+def build_sampling_peer(sizes: Sizes, peer: Any, cached: bool) -> Any:
+    """Return dalle-pytorch's model with row and column attention.
 
-    Its sparse attentions keep no cache; with ``optimize_for_inference`` it has masked dense ones that do. Its
-    convolution keeps none in either, so it stays out.
+    Its sparse attention has no cache; ``optimize_for_inference`` replaces it by dense attention with a mask, which has
+    one. Its convolutional attention has no cache in either case, so it is left out.
     """
-    vae = peer.DiscreteVAE(
-        image_size=8 * sizes.grid, num_layers=3, num_tokens=sizes.image_vocab, codebook_dim=8, hidden_dim=8
-    )
-    model = peer.DALLE(
-        dim=sizes.heads * sizes.d_head,
-        vae=vae,
-        num_text_tokens=sizes.text_vocab,
-        text_seq_len=sizes.text_length,
-        depth=sizes.layers,
-        heads=sizes.heads,
-        dim_head=sizes.d_head,
-        attn_types=("axial_row", "axial_col", "axial_row", "axial_row"),
-        optimize_for_inference=cached,
-    )
+    kinds = ("axial_row", "axial_col", "axial_row", "axial_row")
+    model = build_peer(sizes, peer, attn_types=kinds, optimize_for_inference=cached)
     return model.eval().requires_grad_(False)
 
 
 def _peer(sizes: Sizes, peer: Any, model: Any, batch: int, name: str) -> Contender:
-    turns = PEER_TURNS[name]
-    last = sizes.image_length - turns * (sizes.rounds + 1) - 1
-    return Contender(
-        name, turns, lambda place: peer_turn(sizes, peer, model, batch, min(place, last), cached=name == CACHED)
-    )
+    steps = PEER_STEPS[name]
+    last = sizes.image_length - steps * (sizes.rounds + 1) - 1
+
+    def start_at(position: int) -> Step:
+        return peer_step(sizes, peer, model, batch, min(position, last), cached=name == CACHED)
+
+    return Contender(name, steps, start_at)
 
 
-def peer_turn(sizes: Sizes, peer: Any, model: Any, batch: int, place: int, cached: bool) -> Callable[[], Tensor]:
-    """One turn of the loop in the peer's ``generate_images``, from image position ``place`` on, at each call."""
+def peer_step(sizes: Sizes, peer: Any, model: Any, batch: int, start: int, cached: bool) -> Callable[[], Tensor]:
+    """Return a function that runs one step of the loop in ``generate_images`` per call, from position ``start`` on."""
     top_k, gumbel_sample = peer.dalle_pytorch.top_k, peer.dalle_pytorch.gumbel_sample
     text = torch.arange(1, sizes.text_length + 1)[None] % 100 + 1
-    image = torch.zeros(1, place, dtype=torch.int64)
+    image = torch.zeros(1, start, dtype=torch.int64)
     cache: dict[str, Any] | None = None
     if cached:
-        # One stream fills the cache, which is then widened: its whole-stream pass of a large batch needs much memory.
+        # Fill the cache with one image and repeat it, because a full pass over a large batch needs too much memory.
         cache = {}
         with torch.no_grad():
             model(text, image, cache=cache)
-        cache = _widened(cache, batch)
+        cache = repeat_cache(cache, batch)
         image = torch.cat([image, image.new_zeros(1, 1)], dim=1)
     text, image = text.expand(batch, -1).clone(), image.expand(batch, -1).clone()
 
     @torch.no_grad()
-    def turn() -> Tensor:
+    def step() -> Tensor:
         nonlocal image
-        # ``forward_with_cond_scale`` at scale 1 drops the cache; the cached step is what it would be with it.
+        # ``forward_with_cond_scale`` drops the cache at scale 1, so the cached step calls the model itself.
         logits = model(text, image, cache=cache) if cached else model.forward_with_cond_scale(text, image)
         drawn = gumbel_sample(top_k(logits[:, -1, :], thres=0.5), temperature=1.0, dim=-1) - model.num_text_tokens
         image = torch.cat([image, drawn[:, None]], dim=-1)
         return image
 
-    return turn
+    return step
 
 
-def _widened(value: Any, batch: int) -> Any:
-    """A cache of one stream, repeated for ``batch``."""
+def repeat_cache(value: Any, batch: int) -> Any:
+    """Return the cache of one image, repeated for ``batch`` images."""
     if isinstance(value, Tensor):
         return value.repeat(batch, *[1] * (value.dim() - 1))
     if isinstance(value, dict):
-        return {key: _widened(entry, batch) for key, entry in value.items()}
+        return {key: repeat_cache(entry, batch) for key, entry in value.items()}
     if isinstance(value, tuple | list | deque):
-        return type(value)(_widened(entry, batch) for entry in value)
+        return type(value)(repeat_cache(entry, batch) for entry in value)
     return value
 
 
-def mean_over_image(steps: dict[int, float], image_length: int) -> float:
-    """Mean seconds of a step: linear between the places that were timed, constant before the first, behind the last."""
-    at, seconds = list(steps), list(steps.values())
+def mean_over_image(step_seconds: dict[int, float], image_length: int) -> float:
+    """Return the mean seconds of a step, interpolated linearly between timed positions and constant outside them."""
+    at, seconds = list(step_seconds), list(step_seconds.values())
     total = at[0] * seconds[0] + (image_length - at[-1]) * seconds[-1]
     for i in range(1, len(at)):
         total += (at[i] - at[i - 1]) * (seconds[i] + seconds[i - 1]) / 2
     return total / image_length
 
 
-def _ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each of ours over each of the peer's of the same batch, in tokens a second."""
+def speed_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the ratios of our tokens per second to dalle-pytorch's, for all pairs of one batch size."""
     ratios = []
     for ours in (row for row in rows if row["name"].startswith("dalle ")):
         for theirs in (row for row in rows if row["name"].startswith("dalle-pytorch")):

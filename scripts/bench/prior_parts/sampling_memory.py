@@ -1,7 +1,7 @@
 """Measure the peak memory of sampling, each case in a process of its own.
 
-Sampling with our caches is compared with the naive way, which recomputes the whole stream by masked dense attention.
-The last tokens of an image are drawn after a prefix of all others, so that the caches are full.
+Sampling with our caches is compared with naive sampling, which recomputes all positions for each token. Only the last
+tokens of an image are drawn, after a prefix of all others, so that the caches are full.
 """
 
 from __future__ import annotations
@@ -19,42 +19,48 @@ from dalle_cli.sampling.draw import draw_tokens, sample_images
 from prior_parts import memory
 from prior_parts.model import build_prior
 from prior_parts.naive import make_naive
-from prior_parts.sampling import ANEW_BATCH, Log, Sizes
+from prior_parts.sampling import MAX_UNCACHED_BATCH, Log, Sizes
 
-ANEW = "mask, whole stream anew"
+UNCACHED = "masked attention, no cache"
 LAST = 3
-"""Tokens drawn."""
+"""Number of tokens that are drawn."""
 
 
 def measure(sizes: Sizes, log: Log) -> dict[str, Any]:
-    """Rows with the megabytes that sampling takes beyond what the process held with its model ready."""
+    """Return rows with the MB that sampling adds to a process that has its model."""
     rows: list[dict[str, Any]] = []
     for batch in sizes.batches:
         for precision in ("fp32", "bf16", None):
-            if precision is None and batch > ANEW_BATCH:
+            if precision is None and batch > MAX_UNCACHED_BATCH:
                 continue
             with multiprocessing.get_context("spawn").Pool(1) as pool:
-                held, peak = pool.apply(_peak, (sizes, precision, batch))
-            name = f"dalle {precision}, caches" if precision else ANEW
-            rows.append({"name": name, "batch": batch, "model_mb": held, "sampling_mb": peak - held})
-            log(f"memory    batch {batch:>2}  {name:<42} {peak - held:>9.0f} MB beside {held:.0f} MB with the model")
-    anew = {row["batch"]: row["sampling_mb"] for row in rows if row["name"] == ANEW}
+                start, peak = pool.apply(peak_memory, (sizes, precision, batch))
+            name = f"dalle {precision}, caches" if precision else UNCACHED
+            rows.append({"name": name, "batch": batch, "model_mb": start, "sampling_mb": peak - start})
+            log(f"memory    batch {batch:>2}  {name:<42} {peak - start:>9.0f} MB beyond {start:.0f} MB with the model")
+    uncached = {row["batch"]: row["sampling_mb"] for row in rows if row["name"] == UNCACHED}
     ratios = [
-        {"batch": row["batch"], "ours": row["name"], "peer": ANEW, "ratio": anew[row["batch"]] / row["sampling_mb"]}
+        {
+            "batch": row["batch"],
+            "ours": row["name"],
+            "peer": UNCACHED,
+            "ratio": uncached[row["batch"]] / row["sampling_mb"],
+        }
         for row in rows
-        if row["name"] != ANEW and row["batch"] in anew
+        if row["name"] != UNCACHED and row["batch"] in uncached
     ]
     return {"sizes": asdict(sizes), "rows": rows, "ratios": ratios}
 
 
-def _peak(sizes: Sizes, precision: Precision | None, batch: int) -> tuple[float, float]:
+def peak_memory(sizes: Sizes, precision: Precision | None, batch: int) -> tuple[float, float]:
+    """Return the MB with the model ready and at the peak of sampling, which has no cache if ``precision`` is None."""
     prior = build_prior(sizes).eval().requires_grad_(False)
     text_ids = torch.arange(sizes.text_length)[None] % 100
     prefix = torch.zeros(1, sizes.image_length - LAST, dtype=torch.int64)
     uniforms = torch.rand(1, batch, sizes.image_length, dtype=torch.float64)
     if precision is None:
         make_naive(prior)
-        held = memory.held()
+        start = memory.reset_peak()
         image = torch.zeros(batch, sizes.image_length, dtype=torch.int64)
         with torch.inference_mode():
             for position in range(sizes.image_length - LAST, sizes.image_length):
@@ -63,6 +69,6 @@ def _peak(sizes: Sizes, precision: Precision | None, batch: int) -> tuple[float,
     else:
         decoder = Decoder(prior, precision)
         del prior
-        held = memory.held()
+        start = memory.reset_peak()
         sample_images(decoder, text_ids, uniforms, SamplingSettings(batch_size=batch), prefix)
-    return held, memory.peak()
+    return start, memory.peak()

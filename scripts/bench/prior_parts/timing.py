@@ -1,4 +1,4 @@
-"""Contenders timed by turns, so that what else the machine does falls on all of them."""
+"""Time several contenders in alternation, so that other load on the machine slows all of them equally."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ import torch
 from dalle_cli.distributed.device import fast_matmul
 
 SIDE = 2048
-"""Side of the square matrix product that stands for the machine's peak."""
+"""Side of the square matmul whose speed is taken as the machine's peak."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """``work`` is timed with 32-bit products as ``dalle`` runs them (``fast``), or as PyTorch does by default."""
+    """A piece of work to time."""
 
     work: Callable[[], object]
     fast: bool = True
+    """True to run fp32 matmuls in the library that ``dalle`` chooses, False to run them in PyTorch's default."""
 
-    def products(self) -> AbstractContextManager[object]:
+    def matmuls(self) -> AbstractContextManager[object]:
         return fast_matmul() if self.fast else nullcontext()
 
 
-def race(contenders: dict[str, Contender], rounds: int, device: str = "cpu") -> dict[str, float]:
-    """Median seconds of each contender, over ``rounds`` after two that warm up."""
+def median_seconds(contenders: dict[str, Contender], rounds: int, device: str = "cpu") -> dict[str, float]:
+    """Return the median seconds of each contender over ``rounds``, after two rounds of warm-up."""
     taken: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds + 2):
         for name, contender in contenders.items():
-            with contender.products():
+            with contender.matmuls():
                 _finish(device)
                 began = time.perf_counter()
                 contender.work()
@@ -42,13 +43,13 @@ def race(contenders: dict[str, Contender], rounds: int, device: str = "cpu") -> 
 
 
 def libraries() -> tuple[str, ...]:
-    """Names of the libraries that 32-bit products can run on here, the one that ``dalle`` takes first."""
+    """Return the libraries that can run fp32 matmuls here, the one that ``dalle`` chooses first."""
     with fast_matmul() as library:
         return (library, "MKL") if library == "oneDNN" else (library,)
 
 
-def square_product(dtype: torch.dtype, device: str) -> Callable[[], object]:
-    """The product whose speed stands for the machine's peak."""
+def square_matmul(dtype: torch.dtype, device: str) -> Callable[[], object]:
+    """Return a function that runs the matmul whose speed is taken as the machine's peak."""
     a, b = (torch.randn(SIDE, SIDE, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     return lambda: torch.mm(a, b, out=out)

@@ -1,4 +1,4 @@
-"""The benchmark scripts run and say what they measured; how fast it is, is for a quiet machine to say."""
+"""The benchmark scripts run and report what they measured; the speeds themselves are not tested."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ SCRIPTS = Path(__file__).parents[3] / "scripts" / "bench"
 
 
 def bench(name: str, *arguments: object) -> dict[str, float]:
+    """Run a benchmark script and return the JSON object it prints."""
     done = subprocess.run(
         [sys.executable, SCRIPTS / name, *map(str, arguments), "--json"],
         env=ENVIRONMENT, capture_output=True, text=True, timeout=120,
@@ -46,4 +47,4 @@ def test_bench_store(tmp_path: Path) -> None:
     assert found["store_bytes"] < found["memmap_bytes"]
     assert found["epoch_decoded_bytes"] == found["memmap_bytes"]
     assert all(found[f"{kind}_store_rows_per_second"] > 0 for kind in ("epoch", "anywhere", "uncached"))
-    assert bench("store", *arguments)["store_bytes"] == found["store_bytes"]  # found again
+    assert bench("store", *arguments)["store_bytes"] == found["store_bytes"]  # the store is found, not made again

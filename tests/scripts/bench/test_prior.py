@@ -1,4 +1,4 @@
-"""What scripts/bench/prior compares is the same computation, and its table holds what was measured."""
+"""The contenders of scripts/bench/prior compute the same thing, and its table shows what was measured."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prior_parts import attention, recipe, step
 from prior_parts.flex import flex
 from prior_parts.naive import make_naive, naive_loss
 from prior_parts.report import render
-from prior_parts.timing import Contender, libraries, race
+from prior_parts.timing import Contender, libraries, median_seconds
 
 from dalle_cli.config.layout import AttentionKind
 from dalle_cli.config.schema import PriorModel, Recipe
@@ -24,12 +24,12 @@ SMALL = step.Sizes(
 )
 
 
-def test_the_naive_prior_is_the_same() -> None:
+def test_the_naive_prior_has_the_same_loss_and_gradients() -> None:
     model = PriorModel(layers=4, heads=2, d_head=4, d_model=8, grid=9, conv_kernel=5, layout="row column conv full")
     ours, naive = (Prior(model, 3, 11, 7).double() for _ in range(2))
     make_naive(naive)
     text, length, image = step.draw_batch(SMALL, 2, "cpu")
-    losses = [step.ours(ours, text, length, image)(), naive_loss(naive, text, image)]
+    losses = [step.training_loss(ours, text, length, image)(), naive_loss(naive, text, image)]
     assert abs(losses[0] - losses[1]) < 1e-12
     gradients = [
         torch.autograd.grad(loss, list(prior.parameters())) for loss, prior in zip(losses, (ours, naive), strict=True)
@@ -40,8 +40,8 @@ def test_the_naive_prior_is_the_same() -> None:
 
 @pytest.mark.parametrize("kind", ["row", "column", "conv", "full"])
 @pytest.mark.parametrize(("text", "grid", "kernel"), [(3, 9, 5), (1, 4, 3), (130, 12, 11)])
-def test_flex_attention_is_the_same(kind: AttentionKind, text: int, grid: int, kernel: int) -> None:
-    """Forward only: it has no backward pass on a CPU."""
+def test_flex_attention_computes_the_same(kind: AttentionKind, text: int, grid: int, kernel: int) -> None:
+    """Only the forward pass is compared, because flex_attention has no backward pass on a CPU."""
     qkv = torch.randn(2, text + grid**2, 3, 2, 16, generator=torch.Generator().manual_seed(0))
     found = flex(kind, text, grid, kernel, "cpu")(qkv)
     assert (found - attend(kind, qkv, text, grid, kernel)).abs().max() < 1e-5
@@ -55,7 +55,7 @@ def test_parts_report_every_contender() -> None:
     found = step.measure(SMALL, None, "cpu", log)
     names = {row["name"] for row in found["rows"]}
     assert {f"dalle fp32, {library}" for library in libraries()} <= names
-    assert "mask and whole logits" in names
+    assert step.NAIVE in names
     assert all(row["ms"] > 0 and row["gflops"] > 0 for row in found["rows"])
     sizes = attention.Sizes(heads=1, d_head=4, grid=9, text_length=3, batches=(1,), rounds=1)
     patterns = attention.measure(sizes, "cpu", log)
@@ -64,12 +64,12 @@ def test_parts_report_every_contender() -> None:
     assert len(lines) == len(found["rows"]) + len(patterns["rows"])
     table = render({"step": {"machine": {"command": "c", "date": "d"}, **found}})
     assert "`c`: date d." in table
-    assert "| 2 | mask and whole logits |" in table
+    assert f"| 2 | {step.NAIVE} |" in table
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_recipe_as_a_whole(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The code that runs on a GPU, on a CPU."""
+def test_measure_a_whole_recipe(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code for a GPU runs on a CPU too."""
     monkeypatch.setattr(recipe, "SAMPLES", 3)
     monkeypatch.setattr(recipe, "COPIED_BYTES", {"cpu": 2**20})
     settings = smallest_recipe(Path("run"), None)
@@ -83,8 +83,12 @@ def test_a_recipe_as_a_whole(precision: str, monkeypatch: pytest.MonkeyPatch) ->
     assert "| update, " in render({"recipe": {"machine": {"command": "c"}, **found}})
 
 
-def test_what_sampling_reads() -> None:
-    """Counted by hand: 8 steps; two layers of 12 d^2 and a head of d V in 32 bit; the text 2 T d, the images' slots."""
+def test_bytes_that_sampling_reads() -> None:
+    """The count agrees with one by hand, of values in 32 bit.
+
+    There are 8 steps. Each reads two layers of 12 d^2, a head of d V, the cached text of 2 T d a layer, and the cache
+    slots of each image that its position attends to.
+    """
     model = PriorModel(layers=2, heads=2, d_head=4, d_model=8, grid=3, conv_kernel=3, layout="row column")
     decoder = Decoder(Prior(model, 5, 11, 7), "fp32")
     row, column = sum(min(p + 1, 4) for p in range(8)), sum(p // 3 + 1 for p in range(8))
@@ -92,7 +96,7 @@ def test_what_sampling_reads() -> None:
     assert recipe.bytes_read(decoder, 10) == 4 * values
 
 
-def test_a_race_gives_medians_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0, 9, 0, 9, 0, 1, 0, 5, 0, 3])  # two that warm up, then 1, 5 and 3
+def test_timings_are_medians_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0, 9, 0, 9, 0, 1, 0, 5, 0, 3])  # two rounds of warm-up, then 1, 5 and 3
     monkeypatch.setattr("prior_parts.timing.time.perf_counter", lambda: next(clock))
-    assert race({"one": Contender(lambda: None, fast=False)}, 3) == {"one": 3}
+    assert median_seconds({"one": Contender(lambda: None, fast=False)}, 3) == {"one": 3}

@@ -1,4 +1,4 @@
-"""The two-node study at a size of seconds, on the loopback interface and over a link."""
+"""scripts/studies/two_nodes.py at a size that takes seconds, on the loopback interface and over a link."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).parents[3] / "scripts" / "studies" / "two_nodes.py"
 
 
 def study(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the study on a small store, with its results in ``folder/out``."""
+    """Run the study on a small store and write its results into ``folder/out``."""
     recipe = smallest_recipe(folder / "unused", None)
     store = write_tokens(folder / "tokens.zarr", 40, text_length=48, vocab_size=400, grid=4, codebook_size=16)
     command = [
@@ -28,7 +28,7 @@ def study(folder: Path, *arguments: str, **environment: str) -> subprocess.Compl
 
 
 @pytest.mark.slow
-def test_the_script_prints_a_table_and_writes_what_it_found(tmp_path: Path) -> None:
+def test_the_script_prints_a_table_and_writes_its_results(tmp_path: Path) -> None:
     done = study(tmp_path, "--mbit", "0")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -49,7 +49,7 @@ def test_over_a_link_the_kernel_counts_the_bytes(tmp_path: Path) -> None:
         pytest.skip(done.stderr.splitlines()[0])
     assert done.stdout.startswith("two nodes of 2 processes, link of 20 Mbit/s")
     whole, low = json.loads((tmp_path / "out" / "study.json").read_text())["outcomes"]
-    # Both processes of a node send through the link; packet headers and the other collectives of a run come on top.
+    # Both processes of a node send over the link, together with packet headers and the run's other collectives.
     for outcome in (whole, low):
         assert 2 * outcome["bytes_between_nodes"] < outcome["link_bytes"]
     assert low["link_bytes"] < whole["link_bytes"]
@@ -59,7 +59,7 @@ def test_over_a_link_the_kernel_counts_the_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_without_namespaces_it_says_so_and_uses_the_loopback(tmp_path: Path) -> None:
-    """The commands refuse here, as they refuse an ordinary user."""
+    """The commands fail here as they do for a user without root."""
     for name in ("ip", "tc"):
         tool = tmp_path / "bin" / name
         tool.parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""The underflow study at sizes of seconds."""
+"""scripts/studies/underflow.py at sizes that take seconds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def by_variant(rows: list[dict[str, float]], key: str) -> dict[str, list[float]]
     return {name: [row[key] for row in rows if row["variant"] == name] for name in VARIANTS}
 
 
-def test_a_thousand_replicas_leave_plain_float16_little() -> None:
+def test_plain_float16_loses_the_gradients_of_a_thousand_replicas() -> None:
     rows = probe(TINY, TINY.prior().state_dict(), synthetic_tokens(TINY, 0))
     assert len(rows) == 6 * len(VARIANTS)
     errors, scales = by_variant(rows, "matrix_error"), by_variant(rows, "log2_scale")
@@ -33,8 +33,8 @@ def test_a_thousand_replicas_leave_plain_float16_little() -> None:
     assert min(scales["scale per resblock"]) >= scales["one scale"][0] > 10 + 7
 
 
-def test_gradients_25_octaves_apart() -> None:
-    """A scale for each resblock keeps the last one's gradients among float16's normals; one common scale does not."""
+def test_gradients_25_octaves_apart_need_a_scale_per_resblock() -> None:
+    """A scale per resblock keeps gradients above float16's subnormals; one common scale does not."""
     prior, tokens = TINY.prior(), synthetic_tokens(TINY, 0)
     stretch(prior, 2.0**5, tokens)
     rows = probe(TINY, prior.state_dict(), tokens)
@@ -48,7 +48,7 @@ def test_gradients_25_octaves_apart() -> None:
     assert max(errors["scale per resblock"]) < 5e-3
 
 
-def test_stretched_streams_grow_as_told() -> None:
+def test_a_stretched_stream_grows_by_the_given_factor() -> None:
     prior, tokens = TINY.prior(), synthetic_tokens(TINY, 0)
     stretch(prior, 3.0, tokens)
     sizes: list[float] = []
@@ -61,7 +61,7 @@ def test_stretched_streams_grow_as_told() -> None:
 
 
 def test_the_script_writes_tables_and_a_plot(tmp_path: Path) -> None:
-    """On a token store, whose sizes it takes."""
+    """The study takes its sizes from a token store."""
     store = write_tokens(tmp_path / "tokens.zarr", 20, text_length=3, vocab_size=30, grid=2, codebook_size=8)
     sizes = {"layers": 1, "heads": 1, "d-head": 8, "batch-size": 2, "updates": 3, "threads": 1, "tokens": store}
     arguments = [f"--{name}={value}" for name, value in sizes.items()]
@@ -82,7 +82,7 @@ def test_the_script_writes_tables_and_a_plot(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "underflow.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_missing_store_is_the_users_mistake(tmp_path: Path) -> None:
+def test_a_missing_store_exits_with_2(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, SCRIPT, "--out", tmp_path, "--tokens", tmp_path / "none.zarr"],
         capture_output=True, text=True, check=False,

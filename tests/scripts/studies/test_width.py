@@ -1,4 +1,4 @@
-"""scripts/studies/width.py at sizes of seconds: what it prints is what the runs' journals say, and it goes on."""
+"""scripts/studies/width.py at sizes that take seconds: it prints what the runs recorded, and it resumes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from helpers.token_stores import write_tokens
 SCRIPT = Path(__file__).parents[3] / "scripts" / "studies" / "width.py"
 
 
-def test_a_study_prints_what_the_runs_found_and_goes_on(tmp_path: Path) -> None:
+def test_a_study_prints_what_the_runs_recorded_and_resumes(tmp_path: Path) -> None:
     settings = smallest_recipe(tmp_path / "run", None)
     settings["tokenizer"] = {"vocab_size": 256, "text_length": 3}
     recipe = write_recipe(tmp_path, settings)
