@@ -6,7 +6,7 @@
 #SBATCH --output=slurm-%x-%j.out
 #SBATCH --signal=B:USR1@30
 #
-# FID, KID and Inception Score. Arguments are those of `dalle eval-fid`. See README.md.
+# Compute FID, KID and the Inception Score. Arguments are those of `dalle eval-fid`. See README.md.
 #
 #     sbatch --gpus 1 scripts/slurm/eval-fid.sh runs/12b/samples/coco-lines.ranked.jsonl coco/val2014 \
 #         --out runs/12b/fid.json

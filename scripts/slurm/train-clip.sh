@@ -7,9 +7,9 @@
 #SBATCH --output=slurm-%x-%j.out
 #SBATCH --signal=B:USR1@120
 #
-# Train a small CLIP to rerank by, in one process.
-# Arguments are those of `dalle train-clip`. Preempted, or two minutes before its time limit, it saves, is queued again
-# and goes on from there with the same result. See README.md.
+# Train a small CLIP for reranking, in one process.
+# Arguments are those of `dalle train-clip`. When it is preempted, or two minutes before its time limit, it saves,
+# is queued again and resumes with the same result. See README.md.
 #
 #     sbatch --gpus 1 --cpus-per-task 16 scripts/slurm/train-clip.sh recipes/quickstart.yaml
 set -euo pipefail

@@ -7,9 +7,9 @@
 #SBATCH --output=slurm-%x-%j.out
 #SBATCH --signal=B:USR1@120
 #
-# Train the dVAE: a process for each task.
-# Arguments are those of `dalle train-dvae`. Preempted, or two minutes before its time limit, it saves, is queued again
-# and goes on from there with the same result. See README.md.
+# Train the dVAE, with one rank for each task.
+# Arguments are those of `dalle train-dvae`. When it is preempted, or two minutes before its time limit, it saves,
+# is queued again and resumes with the same result. See README.md.
 #
 #     sbatch scripts/slurm/train-dvae.sh recipes/quickstart.yaml
 #     sbatch --ntasks-per-node 8 --gpus-per-node 8 --cpus-per-task 16 --time 1-0 scripts/slurm/train-dvae.sh \

@@ -7,9 +7,9 @@
 #SBATCH --output=slurm-%x-%j.out
 #SBATCH --signal=B:USR1@120
 #
-# Train the prior, on one node or many: a process for each task.
-# Arguments are those of `dalle train-prior`. Preempted, or two minutes before its time limit, it saves, is queued again
-# and goes on from there with the same result. See README.md.
+# Train the prior on one node or many, with one rank for each task.
+# Arguments are those of `dalle train-prior`. When it is preempted, or two minutes before its time limit, it saves,
+# is queued again and resumes with the same result. See README.md.
 #
 #     sbatch scripts/slurm/train-prior.sh recipes/quickstart.yaml
 #     sbatch --nodes 128 --ntasks-per-node 8 --gpus-per-node 8 --cpus-per-task 8 --time 1-0 --exclusive \

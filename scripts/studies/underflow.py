@@ -5,7 +5,8 @@
     .venv/bin/python scripts/studies/underflow.py --tokens runs/quickstart/tokens.zarr --layers 24 --updates 500
 
 The script writes training.csv, blocks.csv, study.json and underflow.png into --out and prints a table. It runs on any
-CPU, but float16 is slow there.
+CPU, but float16 is slow there. --replicas is the simulated number of data-parallel replicas, by which each divides its
+loss; --growth above 1 makes the gradients of the resblocks differ more in size.
 """
 
 from __future__ import annotations

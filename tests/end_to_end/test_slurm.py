@@ -139,7 +139,7 @@ def test_a_signalled_and_preempted_job_ends_with_the_same_bytes(slurm: Cluster, 
     assert len(saved) == 2
     assert 60 <= saved[0] == first < saved[1] < updates
     assert said.count("resumes from step-") == 2
-    assert said.count("queued again to go on") == 2
+    assert said.count("queued again to resume") == 2
 
     last = f"step-{updates:08d}"
     assert files(disturbed / last) == files(undisturbed / last)
