@@ -15,6 +15,7 @@ from helpers.killed_runs import TIMED, finish, kill
 from helpers.running import DALLE, ENVIRONMENT, Chain, smallest_recipe, write_recipe
 from helpers.token_stores import write_tokens
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from dalle_cli.training.journal import Journal
 from dalle_cli.training.throughput import THROUGHPUT_KEYS
@@ -82,7 +83,10 @@ def points_of_lines(run: Path) -> dict[str, list[tuple[int, float]]]:
     return expected
 
 
-def test_points_after_the_checkpoint_are_dropped_on_resume(tmp_path: Path) -> None:
+def test_points_after_the_checkpoint_are_dropped_on_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # TensorBoard reads event files in the order of their names, which end with a count of the process's writers. Runs
+    # have a process each; here the count starts at 0, so that its digits sort as numbers do.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     picture = torch.arange(3 * 4 * 5, dtype=torch.uint8).view(3, 4, 5)
     for start, stop, offset in ((0, 5, 100.0), (0, 8, 0.0), (6, 10, 0.5), (6, 9, 0.25)):
         journal = Journal(tmp_path, start)  # never closed, as in a process that was killed
