@@ -89,7 +89,7 @@ def test_pictures_that_are_all_broken_are_refused_at_once(call: Call, tmp_path: 
     for name in ("a", "b"):
         (data / f"{name}.png").write_bytes(b"nothing")
     recipe = write_recipe(tmp_path, smallest_recipe(tmp_path / "run", data))
-    assert "none of the pictures tried can be used (a: " in call("train-dvae", recipe).mistake()
+    assert "no image that was tried can be used (a: " in call("train-dvae", recipe).mistake()
 
 
 def test_pictures_that_break_off_while_training_are_one_line(call: Call, tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_recipes_that_extend_in_a_circle_or_nothing(call: Call, tmp_path: Path) 
     (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
     (tmp_path / "b.yaml").write_text("extends: a.yaml\n")
     refused = call("show", tmp_path / "a.yaml").mistake()
-    assert "circle" in refused
+    assert "leads back to the recipe itself" in refused
     assert "a.yaml" in refused
     assert "b.yaml" in refused
     (tmp_path / "b.yaml").write_text("extends: c.yaml\n")
@@ -358,12 +358,12 @@ def test_a_store_of_another_source(by_hand: Chain, spoiled: Path, call: Call, tm
     words = ("--tokenizer", by_hand.tokenizer, "--tokens", fresh)
     assert call("tokenize-text", by_hand.recipe, "--data", by_hand.train, *words).code == 0
     pairs = tmp_path / "pairs"
-    write_pairs(pairs, ["a", "b"])
+    write_pairs(pairs, [f"{number:02d}" for number in range(48)])  # as many as the store has
     refused = call(
         "encode-images", by_hand.recipe, "--data", pairs, "--dvae", by_hand.dvae, "--tokens", fresh
     ).mistake()
     assert f"{fresh}: row 0 is " in refused
-    assert "'a'" in refused
+    assert "'00' in the source" in refused
 
 
 def test_a_source_that_has_changed_its_size(by_hand: Chain, call: Call, tmp_path: Path) -> None:
@@ -373,7 +373,7 @@ def test_a_source_that_has_changed_its_size(by_hand: Chain, call: Call, tmp_path
     assert call(*command).code == 0
     assert call(*command).code == 0
     write_pairs(data, ["d"])
-    assert "has 3 rows, the source now 4 samples" in call(*command).mistake()
+    assert "its text part is of 3 samples, the source now has 4" in call(*command).mistake()
 
 
 def test_a_store_of_another_tokenizer_or_dvae(by_hand: Chain, spoiled: Path, call: Call, tmp_path: Path) -> None:

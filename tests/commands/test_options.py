@@ -13,7 +13,7 @@ from conftest import Call
         ("plan", "[RECIPE]"),
         ("sample", "PRIOR [PROMPT]..."),
         ("rerank", "[MANIFEST]..."),
-        ("reconstruct", "PICTURE..."),
+        ("reconstruct", "IMAGE..."),
         ("eval-fid", "[GENERATED] REFERENCE"),
         ("overlap", "TRAIN [EVAL]"),
     ],

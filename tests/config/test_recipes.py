@@ -178,7 +178,10 @@ def test_misplaced_dots(layout: str) -> None:
         ("clip:\n  model: {patch_size: 24}\n", "clip.model.patch_size 24 does not divide image_size 256"),
         ("clip:\n  model: {vision_width: 100}\n", "vision_width 100 is no multiple of head_width 64"),
         ("clip:\n  model: {vision_width: 30, head_width: 15, text_width: 30}\n", "vision_width 30 is no multiple of 4"),
-        ("clip:\n  objective: {hard_negatives: 3}\n", "objective.hard_negatives 3 does not divide training.batch_size 256"),
+        (
+            "clip:\n  objective: {hard_negatives: 3}\n",
+            "objective.hard_negatives 3 does not divide training.batch_size 256",
+        ),
         (
             "prior:\n  training: {updates: 1, batch_size: 6, micro_batch: 4}\n",
             "micro_batch 4 does not divide batch_size 6",

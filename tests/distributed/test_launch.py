@@ -92,7 +92,7 @@ def test_the_command_of_a_rank_has_no_gpus_option() -> None:
 def test_gpus_under_a_launcher_is_refused(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="--gpus starts processes, but a launcher started this one: give up one"):
+    with pytest.raises(UserError, match="--gpus starts processes, but a launcher started this one; drop one"):
         starts_processes(2)
 
 
