@@ -1,13 +1,11 @@
-"""A mean over nodes whose numbers travel in 16 bit, in the format 1-6-9 (paper, appendix E.2).
+"""An all-reduce (mean) over nodes that sends numbers in the 16-bit format 1-6-9 (paper, appendix E.2).
 
 Nothing is added up in 16 bit. Each node receives one part of every node's codes, averages it in 32 bit and sends the
-codes of the mean to all. So nothing overflows on the way, each number is rounded exactly twice however many nodes there
-are, and all nodes end with the same bytes. Twice, a node sends (k - 1) / k of its codes to the k - 1 others, which is
-what a ring all-reduce of as many bytes sends.
+codes of the mean to all. So no sum overflows, each number is rounded exactly twice with any number of nodes, and all
+nodes end with the same bytes. Each of k nodes sends (k - 1) / k of its codes twice, as in a ring all-reduce.
 
 Numbers are rounded to the nearest code. A node knows the error of its own rounding and can send it later. The error of
-rounding the mean, at most 2^-10 of a normal number, is lost. It does not add up, since no mean is accumulated from
-update to update.
+rounding the mean, at most 2^-10 of a normal number, is lost, but it does not accumulate from update to update.
 """
 
 from __future__ import annotations
@@ -46,13 +44,9 @@ def decode(codes: Tensor, out: Tensor) -> None:
 
 
 def all_reduce_mean(codes: Tensor, group: dist.ProcessGroup) -> None:
-    """Replace ``codes`` by the codes of their mean over the ``group``, the same bytes on every rank.
+    """Replace int16 ``codes`` by the codes of their mean over ``group``, the same bytes on every rank.
 
-    Where one rank has a number that is not finite, all ranks get NOT_FINITE.
-
-    Args:
-        codes: int16 codes; their number is a multiple of the group's size.
-        group: the ranks to average over.
+    Their number must be a multiple of the group's size. Where any rank has NOT_FINITE, all ranks get it.
     """
     nodes = dist.get_world_size(group)
     received = torch.empty_like(codes)

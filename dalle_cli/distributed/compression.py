@@ -1,12 +1,12 @@
 """The traffic between nodes with PowerSGD, in closed form. Imports nothing heavy.
 
 Each of a node's m ranks holds a shard of each matrix's gradient and factorises it alone. Its r/m columns of the factors
-are not part of a factorisation of the whole matrix (paper, section 2.5). So ``rank``, wherever a recipe or a table
-names it, is r, the total over a matrix's m shards. An M x N shard costs (M + N) r/m numbers instead of M N.
+are not part of a factorisation of the whole matrix (paper, section 2.5). In recipes and tables, ``rank`` is r, the
+total over a matrix's m shards. An M x N shard costs (M + N) r/m numbers instead of M N.
 
 The paper's rate, 1 - 5 r / (8 d_model), follows for one layer from its appendix E.1: query, key, value and output
-matrices of d x d, and the perceptron's of d x 4d and 4d x d, each split among m = 8 ranks along its 4d side where it
-has one. The sides that are not split add up to 6 d and those that are to 12 d / m, so
+matrices of d x d, and the MLP's of d x 4d and 4d x d, each split among m = 8 ranks along one side, the MLP's along 4d.
+The sides that are not split add up to 6 d and the split ones to 12 d / m, so
 
     (6 d + 12 d / m) (r / m)  of  12 d^2 / m  numbers,  that is  (m + 2) r / (2 m d).
 
@@ -20,13 +20,13 @@ from collections.abc import Iterable, Iterator, Sequence
 
 Shape = tuple[int, int]
 GPUS_PER_NODE = 8
-"""Number of GPUs in each of the paper's machines (section 2.5)."""
+"""Number of GPUs in each of the paper's nodes (section 2.5)."""
 BATCH_NUMBERS = 32 * 2**20
-"""Most numbers in matrices that are compressed together; a larger matrix is compressed alone."""
+"""Maximum number of values in matrices that are compressed together; a larger matrix is compressed alone."""
 
 
 def shard_rank(rank: int, shards: int) -> int:
-    """Return the rank of each shard's factors where the ``shards`` of a matrix have ``rank`` in total."""
+    """Return the rank of each shard's factors if the ``shards`` of a matrix have ``rank`` in total."""
     return _ceil_div(rank, shards)
 
 
@@ -37,15 +37,15 @@ def shard_shape(shape: Shape, shards: int) -> Shape:
 
 
 def factor_rank(shape: Shape, rank: int) -> int:
-    """Return the rank of the factors of an (M, N) matrix: ``rank``, but no more than the matrix can have."""
+    """Return the rank of the factors of an (M, N) matrix: ``rank``, or the matrix's shorter side if that is less."""
     return min(rank, *shape)
 
 
 def is_compressed(shape: Shape, rank: int, min_compression: float = 1.0) -> bool:
     """Return whether an (M, N) matrix is sent as factors of ``rank`` rather than whole.
 
-    It is if the factors have more than ``min_compression`` times fewer numbers than the matrix. Past break-even,
-    r (M + N) >= M N, sending the matrix whole costs less and loses nothing.
+    It is if the matrix has more than ``min_compression`` times as many numbers as its factors. From break-even on,
+    r (M + N) >= M N, sending the matrix whole costs no more and loses nothing.
     """
     return rank > 0 and min_compression * _factor_numbers(shape, rank) < shape[0] * shape[1]
 
@@ -58,13 +58,7 @@ def numbers_sent(shape: Shape, rank: int, min_compression: float = 1.0) -> int:
 
 
 def compression_rate(shapes: Iterable[Shape], rank: int, min_compression: float = 1.0) -> float:
-    """Return the share of the numbers in matrices of ``shapes`` that need not be sent.
-
-    Args:
-        shapes: shapes of one rank's shards, see ``shard_shape``.
-        rank: the rank of each shard's factors, see ``shard_rank``.
-        min_compression: see ``is_compressed``.
-    """
+    """Return the share of the numbers in shards of ``shapes`` that a rank need not send; ``rank`` is a shard's."""
     shapes = list(shapes)
     whole = sum(rows * columns for rows, columns in shapes)
     return 1 - sum(numbers_sent(shape, rank, min_compression) for shape in shapes) / whole

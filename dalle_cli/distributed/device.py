@@ -49,7 +49,7 @@ def keep_freed_memory() -> None:
     """Have glibc's malloc reuse freed memory instead of returning it to the system.
 
     By default, an activation of more than 32 MB is mapped anew each time, and the kernel then clears its pages one by
-    one. That takes half of the time of a dVAE's forward pass on the CPU. Other allocators are left alone.
+    one, which takes half of the time of a dVAE's forward pass on the CPU. Other allocators are left alone.
     """
     mmap_threshold, trim_threshold, mmap_max = -3, -1, -4  # M_MMAP_THRESHOLD and so on, of glibc's malloc.h
     try:
@@ -80,11 +80,7 @@ def total_memory(device: torch.device) -> int:
 
 @contextmanager
 def explain_out_of_memory(out: Path, mend: str) -> Iterator[None]:
-    """Turn an out-of-memory error of a GPU into one line that ends with ``mend``, the setting to change.
-
-    Raises:
-        UserError: the GPU ran out of memory inside the block.
-    """
+    """Turn a GPU's out-of-memory error into a UserError that ends with ``mend``, the setting to change."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -97,10 +93,10 @@ def fast_matmul() -> Iterator[str]:
     """Run 32-bit matrix products on the CPU by the faster of PyTorch's two libraries; yield the library's name.
 
     MKL does not use AVX-512 on AMD processors; oneDNN does, and is twice as fast there. PyTorch passes 32-bit products
-    to oneDNN only with the permission to round their operands to bfloat16. oneDNN makes use of the permission on
-    processors with AMX alone, so those keep MKL, and a trial product confirms that nothing is rounded.
+    to oneDNN only if it may round their operands to bfloat16. oneDNN does so only on processors with AMX, so those keep
+    MKL, and a trial product confirms that nothing is rounded.
 
-    Not for code with many small ``scaled_dot_product_attention`` calls, whose inner products become slow.
+    Many small ``scaled_dot_product_attention`` calls become slow inside this block.
     """
     settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision

@@ -28,26 +28,16 @@ class Engine(Protocol):
         """Prepare for a micro-batch's forward pass; ``last`` marks the last micro-batch of the update."""
 
     def collect_gradients(self, update: int) -> None:
-        """Give each parameter its gradient summed over all ranks, after the update's last backward pass.
-
-        Args:
-            update: how many updates were done before.
-        """
+        """Sum each parameter's gradient over all ranks, after the last backward pass of ``update`` (from 0)."""
 
     def owned_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters this rank contributes to global norms.
-
-        Summed by ``sum_over_shards``, each row of each parameter counts once.
-        """
+        """Return the parameters this rank contributes to global norms; ``sum_over_shards`` counts each row once."""
 
     def sum_over_shards(self, value: Tensor) -> Tensor:
         """Return the sum of ``value`` over the ranks that hold the model together."""
 
     def release_gathered(self) -> None:
-        """Drop gathered copies of the parameters, which are stale once the parameters change.
-
-        Call it after the parameters were changed, and before they are changed if the model was used.
-        """
+        """Drop gathered copies of the parameters; call it after changing parameters, and before if the model ran."""
 
     def rows(self, name: str) -> slice:
         """Return which rows of the parameter ``name`` this rank holds."""
@@ -66,7 +56,7 @@ class Engine(Protocol):
         """Return the state besides the parameters that this rank alone needs to resume."""
 
     def load_rank_state(self, state: Mapping[str, Tensor] | None) -> None:
-        """Restore what ``rank_state`` returned; None if the checkpoint was saved by another number of ranks."""
+        """Restore what ``rank_state`` returned; None if the checkpoint is from another number of ranks."""
 
     def traffic(self) -> dict[str, int]:
         """Return the bytes that this rank has sent so far, by the name that the journal gives them."""

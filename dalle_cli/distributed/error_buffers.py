@@ -13,15 +13,13 @@ from torch import Tensor
 from dalle_cli.precision.formats import MEAN
 
 CHUNK = 2**20
-"""Numbers that are encoded or decoded at once, which bounds the temporary memory."""
+"""Number of values encoded or decoded at once, which bounds the temporary memory."""
 
 
 class ErrorBuffers:
-    """Stores tensors by key. They are read and written as float32, whatever they are stored as.
+    """Tensors by key, read and written as float32 whatever their stored type.
 
-    Args:
-        on_host: store them in the host's memory. With a GPU that memory is page-locked, so that they cross at the bus's
-            full rate.
+    With ``on_host`` they are in the host's memory, page-locked if there is a GPU, for the bus's full rate.
     """
 
     def __init__(self, on_host: bool = False) -> None:
@@ -29,12 +27,9 @@ class ErrorBuffers:
         self._tensors: dict[str, Tensor] = {}
 
     def read(self, key: str, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
-        """Return the tensor ``key`` on ``device``, or None if there is none.
+        """Return the tensor ``key`` of ``shape`` on ``device``, or None if there is none.
 
         A tensor that is stored on ``device`` in 32 bit is returned itself, not a copy.
-
-        Raises:
-            ValueError: the tensor has another shape.
         """
         found = self._tensors.get(key)
         if found is None:
@@ -49,13 +44,10 @@ class ErrorBuffers:
         return values
 
     def write(self, key: str, values: Tensor, packed: bool, noise: torch.Generator | None = None) -> None:
-        """Store contiguous float32 ``values`` as ``key``.
+        """Store contiguous float32 ``values`` as ``key``, in 16 bit if ``packed``.
 
-        Args:
-            key: the name to read them by.
-            values: the numbers. They may be stored without a copy, so do not change them afterwards.
-            packed: store them in 16 bit.
-            noise: round stochastically with this noise, as ``Format.encode`` does; None rounds to nearest.
+        With ``noise`` they are rounded stochastically, without it to nearest. In 32 bit they may be stored without a
+        copy, so do not change them afterwards.
         """
         device = torch.device("cpu") if self.on_host else values.device
         if not packed and values.device == device:
@@ -72,12 +64,12 @@ class ErrorBuffers:
             codes.copy_(MEAN.encode(part, drawn))
 
     def clear(self, keys: Iterable[str]) -> None:
-        """Forget the tensors ``keys``, as far as they are stored."""
+        """Delete the tensors ``keys`` if they are stored."""
         for key in keys:
             self._tensors.pop(key, None)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return all tensors as they are stored, float32 or uint16 codes. They are not copies."""
+        """Return all tensors as stored, float32 or uint16 codes, without copying them."""
         return dict(self._tensors)
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
@@ -85,7 +77,7 @@ class ErrorBuffers:
         self._tensors = {key: tensor.clone() for key, tensor in tensors.items()}
 
     def _buffer(self, key: str, values: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return the buffer of ``key``, allocated anew if the stored one does not fit, as after a resume."""
+        """Return the buffer of ``key``, newly allocated if the stored one does not fit, as after resuming."""
         locked = self.on_host and values.device.type == "cuda"
         buffer = self._tensors.get(key)
         fits = buffer is not None and (buffer.shape, buffer.dtype, buffer.device) == (values.shape, dtype, device)

@@ -1,16 +1,17 @@
 """Sharded training (ZeRO): each rank of a node holds one shard of every parameter, gradient and moment.
 
-This is the paper's parameter sharding (section 2.5), by torch's ``fully_shard``, which stores each parameter's rows on
-one rank each and gathers a resblock just before its use. The ZeRO stages differ in what stays gathered in between:
+This is the paper's parameter sharding (section 2.5), by torch's ``fully_shard``, which stores each row of a parameter
+on one rank and gathers a resblock just before its use. The ZeRO stages differ in how long things stay gathered:
 
 * 1: weights from their first use in an update to its end, and gradients until the update's last backward pass;
-* 2: weights likewise, but each backward pass's gradients are reduce-scattered at once;
+* 2: weights as in stage 1, but each backward pass's gradients are reduce-scattered at once;
 * 3: a resblock's weights are released after its forward pass too, and gathered again for its backward pass.
 
-The resblocks' matrices, the embeddings and the heads are sharded. Gains and biases are replicated: they are a
-thousandth of the parameters, and in 16-bit training of another type than the matrices. Between nodes, gradients are
-summed or go through ``distributed/power_sgd.py``. Then every rank updates its shards. There is no 32-bit copy of the
-parameters: with 16-bit moments too, each of eight ranks that train 12e9 parameters holds 1.5e9 of 8 bytes.
+The resblocks' matrices, the embeddings and the heads are sharded. The resblocks' gains and biases are replicated: they
+are a thousandth of the parameters, and in 16-bit training their type differs from the matrices'. Between nodes,
+gradients are summed or go through ``distributed/power_sgd.py``. Then every rank updates its shards. There is no 32-bit
+copy of the parameters: weight, gradient and moments take 8 bytes in 16-bit training, so each of eight ranks that train
+12e9 parameters holds 12 GB.
 """
 
 from __future__ import annotations
@@ -86,12 +87,6 @@ class Sharded:
         loss: a module that holds ``model`` and computes the loss in its forward pass, since ``fully_shard`` gathers
             parameters around forward passes.
         seed: the seed of the initial weights. Each rank draws one parameter after another and keeps its own rows.
-        nodes: all ranks, in nodes.
-        sharding: the recipe's settings, with ``zero`` 1, 2 or 3.
-        powersgd: the recipe's settings.
-
-    Attributes:
-        blocks: the resblocks, for gradient scaling.
     """
 
     sharded = True
@@ -237,7 +232,7 @@ class Sharded:
         return [name for name in self.parameters if first or name in self._sharded]
 
     def _require_same_weights(self) -> None:
-        """Refuse to save if the nodes' weights differ, since a checkpoint holds those of the first node alone."""
+        """Raise UserError if the nodes' weights differ, since only the first node's are saved."""
         if self.nodes.across.size == 1:
             return
         digest = hashlib.sha256()
@@ -257,8 +252,8 @@ class Sharded:
     def _reduce_compressed(self, reducer: PowerSgdReducer, update: int) -> None:
         """Replace the sharded gradients by their sums over the nodes, through PowerSGD.
 
-        Gradients that will be skipped (see ``GradientScaling``) must not reach the error buffers. So before anything is
-        sent, all ranks agree on the scales under which any rank has a non-finite gradient, and leave those out.
+        Gradients that will be skipped (see ``GradientScaling``) must not reach the error buffers. So the ranks first
+        agree on the scales under which any of them has a non-finite gradient, and leave out all gradients under these.
         """
         scaling = self.scaling
         index = {name: 0 if scaling is None else scaling.scale_index(p) for name, p in self.parameters.items()}
@@ -281,11 +276,7 @@ class Sharded:
     def _non_finite(self, indices: list[int], count: int) -> list[bool]:
         """Return for each of ``count`` scales whether any rank has a non-finite gradient under it.
 
-        The last scale is that of the parameters under none; a non-finite gradient there counts for all scales.
-
-        Args:
-            indices: the index of each parameter's scale.
-            count: the number of scales.
+        ``indices`` has each parameter's scale; the last is for unscaled ones, whose non-finite gradients count for all.
         """
         flags = [(~cast(Tensor, p.grad).isfinite().all()).to(self.group.device) for p in self.parameters.values()]
         found = torch.zeros(count, device=self.group.device)

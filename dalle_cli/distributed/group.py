@@ -25,14 +25,14 @@ from dalle_cli.distributed.liveness import absent_ranks, describe_absent
 from dalle_cli.errors import Stopped, UserError
 
 TIMEOUT = timedelta(minutes=10)
-"""Time that a rank waits for the others, longer than a validation or the saving of a checkpoint takes."""
+"""Time that a rank waits for the others, longer than it takes to validate or to save a checkpoint."""
 TIMEOUT_VARIABLE = "DALLE_TIMEOUT"
-"""Environment variable with seconds to use in place of TIMEOUT, for slow disks and for tests."""
+"""Environment variable with seconds that replace TIMEOUT, for slow disks and for tests."""
 BUCKET_BYTES = 32 * 2**20
-"""Most bytes of gradients in one message."""
+"""Maximum number of bytes of gradients in one message."""
 _CPU = torch.device("cpu")
 _COMMUNICATION = re.compile("gloo|nccl|connection|socket|timed? ?out|tcpstore|rendezvous", re.IGNORECASE)
-"""Words that tell a failed communication from other errors where the error has no class of its own."""
+"""Words that mark an error of communication, which often is a plain RuntimeError."""
 
 
 @dataclass
@@ -47,18 +47,18 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Group:
-    """A group of ranks, as rank ``rank`` of ``size`` sees it. By default the process is alone.
+    """A group of ``size`` ranks, as seen by ``rank``. By default the process is alone.
 
-    All ranks must call the same methods in the same order. Alone, the methods return their argument at once.
+    All ranks must call the same methods in the same order. With one rank the methods return their argument at once.
     """
 
     rank: int = 0
     size: int = 1
     device: torch.device = _CPU
     local_size: int | None = 1
-    """Number of the ranks that are on this machine; None if the launcher does not say."""
+    """Number of ranks on this machine; None if the launcher does not say."""
     subgroup: dist.ProcessGroup | None = None
-    """The process group, None if it is that of all ranks."""
+    """The process group; None for all ranks."""
     traffic: Traffic = field(default_factory=Traffic, compare=False)
 
     @property
@@ -72,7 +72,7 @@ class Group:
         return self.rank == 0
 
     def part(self, count: int) -> slice:
-        """Return the slice of ``count`` samples that this rank takes; the ranks' slices differ by one at most."""
+        """Return this rank's slice of ``count`` samples; the lengths of the ranks' slices differ by at most 1."""
         return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
     def sum(self, value: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class Group:
         return self._all_reduce(value.detach().to(self.device, copy=True))
 
     def sum_scalars(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the sum of each named scalar over the ranks, by one message; all ranks give the same names."""
+        """Return the sum of each named scalar over the ranks, in one message; all ranks give the same names."""
         if self.size == 1:
             return values
         stacked = self.sum(torch.stack([value.to(self.device, torch.float32) for value in values.values()]))
@@ -106,7 +106,7 @@ class Group:
         return float(self.sum(torch.tensor(value if self.leads else 0.0, dtype=torch.float64)))
 
     def gather(self, value: Any) -> list[Any]:
-        """Return the ranks' ``value``, any picklable object, in the order of the ranks."""
+        """Return each rank's ``value``, any picklable object, in the order of the ranks."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -115,11 +115,7 @@ class Group:
         return values
 
     def require_same(self, what: str, value: str) -> None:
-        """Check that all ranks give the same ``value``, which errors call ``what``.
-
-        Raises:
-            UserError: on every rank, naming the ranks that differ from rank 0.
-        """
+        """Raise UserError on every rank, naming the ranks whose ``value`` of ``what`` differs from rank 0's, if any."""
         digest = int.from_bytes(hashlib.sha256(value.encode()).digest()[:7], "big")
         digests = torch.zeros(self.size, dtype=torch.int64)
         digests[self.rank] = digest
@@ -137,11 +133,7 @@ class Group:
 
     @contextmanager
     def explain_lost_ranks(self) -> Iterator[None]:
-        """Turn a communication that failed because a rank ended, hangs or never started into one line.
-
-        Raises:
-            UserError: the communication failed; the line names the ranks that do not answer.
-        """
+        """Turn an error of communication into a UserError that names the ranks that do not answer."""
         try:
             yield
         except RuntimeError as error:
@@ -168,7 +160,7 @@ ALONE = Group()
 
 
 def buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield ``gradients`` in order, in lists of one type and at most BUCKET_BYTES, or of one gradient."""
+    """Yield ``gradients`` in order, in lists of one type and of at most BUCKET_BYTES unless a single one is larger."""
     bucket: list[Tensor] = []
     for gradient in gradients:
         full = sum(g.nbytes for g in bucket) + gradient.nbytes > BUCKET_BYTES
@@ -182,11 +174,10 @@ def buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def join_group() -> Iterator[Group]:
-    """Join the group that the launcher's environment describes, with this process prepared for its device.
+    """Join the group that the launcher's environment describes, after preparing this process for its device.
 
     Raises:
-        UserError: the environment contradicts itself or this machine; or the other ranks do not join within TIMEOUT, or
-            within the seconds in DALLE_TIMEOUT.
+        UserError: the environment contradicts itself or this machine, or the other ranks do not join within TIMEOUT.
     """
     launch = read_launch()
     device = choose_device(launch.local_rank)
@@ -221,10 +212,9 @@ def _timeout() -> timedelta:
 
 @dataclass(frozen=True)
 class Nodes:
-    """All ranks, arranged in nodes. This is rank ``inside.rank`` of node ``across.rank``."""
+    """All ranks, arranged in nodes. This process is rank ``inside.rank`` of node ``across.rank``."""
 
     world: Group
-    """All ranks."""
     inside: Group
     """The ranks of this node, which hold the model together."""
     across: Group
@@ -243,7 +233,7 @@ def form_nodes(group: Group, node_size: int | None) -> Nodes:
         found = ", ".join(sorted({str(each) for each in sizes}))
         raise UserError(
             f"prior.sharding: every machine needs the same number of ranks, here they have {found} of {group.size}; "
-            "start as many on each (torchrun --nproc-per-node), or set prior.sharding.node_size"
+            "start equally many on each (torchrun --nproc-per-node), or set prior.sharding.node_size"
         )
     if group.size % size:
         raise UserError(
@@ -256,10 +246,10 @@ def form_nodes(group: Group, node_size: int | None) -> Nodes:
 
 
 def _new_subgroup(group: Group, ranks: list[list[int]]) -> Group:
-    """Create a group of each list in ``ranks``, which all ranks do together; return the one with this rank."""
+    """Create a group of each list in ``ranks``, on all ranks together; return the one with this rank."""
     own = group
     for members in ranks:
-        # The communicator of all ranks exists already, so it serves where it can.
+        # A group of all ranks needs no new communicator.
         subgroup = None if len(members) == group.size else cast(dist.ProcessGroup, dist.new_group(members))
         if group.rank in members:
             rank, size = members.index(group.rank), len(members)

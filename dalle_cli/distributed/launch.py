@@ -1,7 +1,7 @@
-"""This process's rank among those that a launcher started, read from the environment. Imports nothing heavy.
+"""This process's rank, read from the environment that its launcher set. Imports nothing heavy.
 
-Two sets of variables are understood: RANK, WORLD_SIZE and so on, as torchrun sets them, and srun's SLURM_PROCID and so
-on, from which the address for the rendezvous is derived. ``distributed/spawn.py`` starts ranks without a launcher.
+Two sets of variables are understood: torchrun's RANK, WORLD_SIZE and so on, and srun's SLURM_PROCID and so on, from
+which the rendezvous address is derived. ``distributed/spawn.py`` starts ranks without a launcher.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from dalle_cli.errors import UserError
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
-"""Variables with the number of ranks on this machine: torchrun's, and DeepSpeed's."""
+"""Variables with the number of ranks on this node: torchrun's, and DeepSpeed's."""
 _NODES = ("GROUP_RANK", "CROSS_RANK")
-"""Variables with the number of this machine: torchrun's, and DeepSpeed's."""
+"""Variables with the index of this node: torchrun's, and DeepSpeed's."""
 _SLURM_SPECIAL_STEP = 0xFFFF_FFF0
-"""First of the step ids that Slurm reserves, for batch scripts and interactive shells, which run a single task."""
+"""Lowest of Slurm's reserved step ids, for batch scripts and interactive shells, which run a single task."""
 _FIRST_PORT, _PORTS = 20_000, 10_000
-"""Range of ports for the rendezvous under Slurm, below the ports that systems assign by themselves."""
+"""Range of rendezvous ports under Slurm, below the ports that operating systems assign."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Rank ``rank`` of ``size``, with number ``local_rank`` on its machine."""
+    """Rank ``rank`` of ``size``, ``local_rank`` on its node."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int | None = 1
-    """Number of ranks on this machine; None if the launcher does not say."""
+    """Number of ranks on this node; None if the launcher does not say."""
     node: int = 0
-    """Number of this machine, from 0."""
+    """Index of this node, from 0."""
     rendezvous: Mapping[str, str] = field(default_factory=dict, compare=False)
-    """Environment variables by which ``torch.distributed`` finds the other ranks."""
+    """Environment variables with which ``torch.distributed`` finds the other ranks."""
 
     @property
     def leads(self) -> bool:
@@ -121,7 +121,7 @@ def _read_slurm(environment: Mapping[str, str]) -> Launch:
 
 
 def _check_machine(launch: Launch, rank: str, size: str, local_rank: str, local_size: str) -> None:
-    """Refuse a local rank, local size and machine that cannot be; the names are the environment's variables."""
+    """Raise UserError if the local rank, local size and node contradict one another; the rest names the variables."""
     if launch.local_size is None:
         return
     first = launch.rank - launch.local_rank
@@ -129,13 +129,13 @@ def _check_machine(launch: Launch, rank: str, size: str, local_rank: str, local_
     if not fits or (first > 0) != (launch.node > 0):
         raise UserError(
             f"environment: {rank} {launch.rank}, {size} {launch.size}, {local_rank} {launch.local_rank}, {local_size} "
-            f"{launch.local_size} on machine {launch.node} contradict one another: the ranks of a machine are "
+            f"{launch.local_size} on node {launch.node} contradict one another: the ranks of a node are "
             "consecutive; start them with torchrun or srun (and its --distribution=block)"
         )
 
 
 def _slurm_local_size(environment: Mapping[str, str], node: int) -> int | None:
-    """Return the number of tasks on machine ``node``, from a text such as ``8(x2),4``: two machines of 8, one of 4."""
+    """Return the number of tasks on ``node``, from a text such as ``8(x2),4``: two nodes of 8, one of 4."""
     text = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE") or ""
     counts: list[int] = []
     for part in filter(None, text.split(",")):
@@ -158,12 +158,12 @@ def _slurm_first_host(environment: Mapping[str, str]) -> str:
         return address
     raise UserError(
         "environment: neither SLURM_JOB_NODELIST nor SLURM_LAUNCH_NODE_IPADDR says where rank 0 is; "
-        "set MASTER_ADDR to its machine"
+        "set MASTER_ADDR to its node"
     )
 
 
 def _slurm_port(environment: Mapping[str, str]) -> int:
-    """Return a port that differs between jobs and steps that are likely to share a machine."""
+    """Return a port that differs between jobs and steps that are likely to share a node."""
     job = _number(environment, "SLURM_JOB_ID") if environment.get("SLURM_JOB_ID") else 0
     return _FIRST_PORT + (job * 7 + _number(environment, "SLURM_STEP_ID")) % _PORTS
 

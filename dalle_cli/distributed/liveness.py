@@ -1,7 +1,7 @@
-"""Liveness: which ranks of a run still answer, asked by the ranks that waited for one in vain.
+"""Liveness: finding the ranks that no longer answer, once a collective has failed.
 
-Ranks ask through the store that ``torch.distributed`` uses for rendezvous, which is not part of what failed. Nothing is
-sent as long as all goes well.
+Ranks announce themselves in the store that ``torch.distributed`` uses for rendezvous, which the failed collective does
+not involve. Nothing is sent in normal operation.
 """
 
 from __future__ import annotations
@@ -14,20 +14,18 @@ from contextlib import suppress
 import torch.distributed as dist
 
 ANSWER_SECONDS = 10.0
-"""Seconds to wait for the other ranks' answers. Ranks that wait for a hung one give up at about the same time."""
+"""Seconds to wait for other ranks' answers; all ranks that waited for a hung one ask at about the same time."""
 _STORE_SECONDS = 5.0
-"""Seconds to wait for the store besides."""
+"""Additional seconds to wait for the store."""
 _STAY_SECONDS = 3.0
-"""Seconds that rank 0 stays for ranks that ask a little later, since the store may end with it."""
+"""Seconds that rank 0 waits before it ends, as the store may end with it while other ranks still ask."""
 _POLL_SECONDS = 1.0
 
 
 def absent_ranks(rank: int, size: int, seconds: float = ANSWER_SECONDS) -> list[int] | None:
-    """Announce ``rank`` and return the ranks, of ``size``, that do not answer.
+    """Announce ``rank`` and return those of ``size`` ranks that do not announce themselves within ``seconds``.
 
-    Returns:
-        The ranks that did not announce themselves within ``seconds``. Only rank 0, whose machine has the store, if the
-        store does not answer. None if the ranks never met.
+    The result is [0] if the store, on rank 0's node, does not answer, and None if the ranks never met.
     """
     try:
         store = dist.distributed_c10d._get_default_store()
@@ -48,7 +46,7 @@ def absent_ranks(rank: int, size: int, seconds: float = ANSWER_SECONDS) -> list[
                     return
                 time.sleep(_POLL_SECONDS)
 
-    # In a thread, because a store whose process hangs would block the caller for ever.
+    # In a thread, because a store whose process hangs would block the caller forever.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(seconds + _STORE_SECONDS)

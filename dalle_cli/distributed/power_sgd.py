@@ -6,12 +6,11 @@ For each matrix's gradient M, to which the node's error buffer has been added (t
     Q = M^T P          averaged over the nodes
     every node updates by P Q^T, and its error buffer becomes its own M - P (M^T P)^T
 
-As in the paper (Ramesh et al. 2021, section 2.5), each rank does so with its shard of the gradient, already averaged
-within its node, and with the ranks that hold the same shard in the other nodes. P is orthonormalised by Householder
-reflections, as there. They give an orthonormal basis even of a P without full rank, so that no small multiple of the
-identity need be added. The error buffers and factors of 16-bit gradients are stored and sent in 16 bit, as in the
-paper's appendix E.2; everything is computed in 32 bit. Few matrices are processed at a time, so that an update needs
-temporary memory for those few and not for the model.
+As in the paper (Ramesh et al. 2021, section 2.5), each rank does this for its shard of the gradient, already averaged
+within its node, together with the ranks that hold the same shard in the other nodes. P is orthonormalised by
+Householder reflections, as there. They give an orthonormal basis even if P lacks full rank, so no small multiple of the
+identity is added. The error buffers and factors of 16-bit gradients are stored and sent in 16 bit (appendix E.2), but
+everything is computed in 32 bit. A few matrices are processed at a time, which bounds the temporary memory.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from dalle_cli.randomness import torch_generator
 
 
 class _Matrix(NamedTuple):
-    """A gradient that is compressed, as an (M, N) matrix, once it is divided by its scale."""
+    """A gradient that is divided by its scale and then compressed as an (M, N) matrix."""
 
     name: str
     gradient: Tensor
@@ -41,30 +40,27 @@ class _Matrix(NamedTuple):
 
     @property
     def packed(self) -> bool:
-        """True if its error buffer and factors take 16 bit."""
+        """True if its error buffer and factors are in 16 bit."""
         return self.gradient.dtype != torch.float32
 
 
 class PowerSgdReducer:
     """Averages gradients over ``group``: matrices through low-rank factors, everything else whole.
 
-    It knows nothing of the training. The caller passes the gradients of this rank's shards, averaged over its node and
-    complete for the update.
+    The caller passes the gradients of this rank's shards, averaged over its node and complete for the update.
 
     Args:
         settings: the recipe's ``prior.powersgd``.
         group: the ranks that hold the same shards, one in each node.
-        columns: N of each parameter that is compressed, by name. Its shard consists of rows of N numbers; a last row
-            that is not full is padded with zeros. Parameters that are not named (embeddings, gains, biases) are sent
-            whole.
-        shards: the number of ranks that a matrix is sharded among, which share its rank.
+        columns: N of each parameter that is compressed, by name. Its shard is a matrix of rows of N numbers, the last
+            one padded with zeros. Other parameters (embeddings, gains, biases) are sent whole.
+        shards: the number of shards of a matrix, among which its rank is divided.
         seed: the seed of the initial Q and of the stochastic rounding of error buffers.
-        device: where ``group`` communicates and the work is done; by default where each gradient is.
+        device: the device for communication and computation; by default each gradient's.
 
     Attributes:
-        bytes_sent: bytes that this rank has passed to ``group`` so far. How many cross a link depends on the
-            collective: each of k nodes sends 2 (k - 1) / k times as many in a ring all-reduce and in
-            ``all_reduce_mean``, whose bytes are those of the codes with their padding.
+        bytes_sent: bytes that this rank has passed to ``group`` so far, padding included. With k nodes, 2 (k - 1) / k
+            times as many leave the node, by a ring all-reduce as by ``all_reduce_mean``.
     """
 
     def __init__(
@@ -89,13 +85,13 @@ class PowerSgdReducer:
         """Replace each gradient, in 16 or 32 bit, by an approximation of its mean over the nodes.
 
         All ranks of the group must name the same gradients in the same order. All nodes get the same bytes, provided
-        that their processors and libraries compute the same. If a compressed gradient is not finite, it and those that
-        are sent with it become NaN, and their error buffers are cleared.
+        that their processors and libraries compute the same. If a compressed gradient is not finite, it and those
+        compressed with it become NaN, and their error buffers are cleared.
 
         Args:
-            named: gradients by their parameters' names, without those of resblocks that skip the update.
+            named: gradients with their parameters' names, without those of resblocks that skip the update.
             update: how many updates were done before.
-            scales: what each gradient is multiplied by, 1 by default. Error buffers are stored without it.
+            scales: the factor that each gradient was multiplied by, 1 by default. Error buffers are unscaled.
         """
         if self.nodes == 1:
             return
@@ -120,7 +116,7 @@ class PowerSgdReducer:
                     self.clear(matrix.name for matrix in batch)
 
     def matrix_shape(self, name: str, gradient: Tensor) -> Shape | None:
-        """Return the shape that the shard ``gradient`` of parameter ``name`` is compressed as; None if it is not."""
+        """Return the shape in which the shard ``gradient`` of ``name`` is compressed; None if it is sent whole."""
         if name not in self.columns or not gradient.numel():
             return None
         columns = self.columns[name]
@@ -130,26 +126,21 @@ class PowerSgdReducer:
     def clear(self, names: Iterable[str] | None = None) -> None:
         """Clear the error buffers of ``names``, or of all parameters.
 
-        This is for an update that was skipped although its gradients were reduced: what was sent of them is lost, so
-        what was not sent must not be added to the next. An update that is skipped before ``reduce`` needs no clearing.
+        Call it if an update is skipped after ``reduce``: the part of its gradients that was sent is lost, so the error
+        must not be added to the next update. An update that is skipped before ``reduce`` needs no clearing.
         """
         self._buffers.clear([f"error.{name}" for name in (self.columns if names is None else names)])
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return this rank's state: ``error.NAME`` and, with a warm start, ``factor.NAME``.
 
-        Those of 16-bit gradients are 1-6-9 codes (uint16). The tensors are not copies: the next ``reduce`` changes
-        them.
+        For 16-bit gradients these are 1-6-9 codes (uint16). They are not copies: the next ``reduce`` changes them.
         """
         state = self._buffers.state_dict()
         return state if self.settings.warm_start else {k: v for k, v in state.items() if k.startswith("error.")}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what ``state_dict`` returned.
-
-        Raises:
-            ValueError: a key belongs to no compressed parameter.
-        """
+        """Restore what ``state_dict`` returned."""
         for key in state:
             kind, _, name = key.partition(".")
             if kind not in ("error", "factor") or name not in self.columns:
@@ -157,7 +148,7 @@ class PowerSgdReducer:
         self._buffers.load_state_dict(state)
 
     def _reduce_matrices(self, matrices: list[_Matrix], packed: bool, update: int) -> bool:
-        """Reduce ``matrices``, all ``packed`` or none, with few messages; return False if anything is not finite."""
+        """Reduce ``matrices``, all of them ``packed`` or none; return False if anything is not finite."""
         totals = [self._gradient_plus_error(matrix) for matrix in matrices]
         products = [total @ self._factor(matrix, total.device) for matrix, total in zip(matrices, totals, strict=True)]
         left = [mean for _, mean in self._means(products, packed)]
@@ -173,9 +164,9 @@ class PowerSgdReducer:
             mean = (p @ q.T).mul_(matrix.scale).view(-1)[: matrix.gradient.numel()]
             matrix.gradient.copy_(mean.view_as(matrix.gradient))
             del mean
-            # A node's error is its own gradient less its own product P (M^T P)^T, which is orthogonal to P but for the
-            # rounding of the Q that it sent. Less the mean product, it would also hold how far the node's gradient is
-            # from the mean. These parts cancel in the sum over the nodes but grow from update to update.
+            # A node's error is its own gradient minus its own product P (M^T P)^T, so it is orthogonal to P up to the
+            # rounding of the node's Q. Subtracting the mean product instead would add the node's deviation from the
+            # mean. These deviations cancel in the sum over the nodes but grow from update to update.
             total.addmm_(p, own_q.T, alpha=-1)
             self._store(matrix, total, q.clone(), update)
         return True
@@ -193,16 +184,16 @@ class PowerSgdReducer:
     def _factor(self, matrix: _Matrix, device: torch.device) -> Tensor:
         """Return Q (N, r): the last update's, or the initial Gaussian, which is the same on every node.
 
-        Without a warm start it stays the initial one, as in the paper (section 2.5), where that made no difference. The
-        columns of P may have any length. Where P is sent in 16 bit, those of Q are normalised first: with a warm start
-        P would otherwise grow as the square of the gradients, in a format that ends at 16 and 2^-68.
+        Without a warm start it stays the initial one, which trained equally well in the paper (section 2.5). If P is
+        sent in 16 bit, the columns of Q are normalised first: with a warm start P would otherwise grow as the square of
+        the gradients, in a format that ends at 16 and 2^-68.
         """
         key, size = f"factor.{matrix.name}", (matrix.shape[1], factor_rank(matrix.shape, self.rank))
         factor = self._buffers.read(key, size, device)
         if factor is None:
             drawn = torch.randn(size, generator=torch_generator(self.seed, "power-sgd", matrix.name))
             self._buffers.write(key, drawn.to(device), matrix.packed)
-            # Read back, since a resumed run has the rounded factor too.
+            # Read back: a resumed run has the rounded factor too.
             return self._factor(matrix, device)
         if matrix.packed:
             factor = factor / torch.linalg.vector_norm(factor, dim=0).clamp_(min=torch.finfo(torch.float32).tiny)
@@ -211,8 +202,8 @@ class PowerSgdReducer:
     def _store(self, matrix: _Matrix, error: Tensor, factor: Tensor, update: int) -> None:
         """Store the error and Q for the next update.
 
-        16-bit errors are rounded stochastically. An update may add less than half the distance between neighbouring
-        codes, time after time, all of which rounding to nearest would lose.
+        16-bit errors are rounded stochastically: every update may add less than half the distance between neighbouring
+        codes, and rounding to nearest would lose it each time.
         """
         if self.settings.error_feedback:
             what = ("power-sgd-error", matrix.name, update, self.node)
@@ -222,9 +213,9 @@ class PowerSgdReducer:
             self._buffers.write(f"factor.{matrix.name}", factor, matrix.packed)
 
     def _means(self, tensors: list[Tensor], packed: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield each of ``tensors`` with its mean over the nodes in 32 bit; many are sent in one message.
+        """Yield each of ``tensors`` with its mean over the nodes in 32 bit, sending many in one message.
 
-        If they are ``packed`` they are sent in 16 bit, and each tensor is replaced by what was sent of it.
+        If ``packed``, they are sent in 16 bit, and each tensor is replaced by its rounded values.
         """
         for bucket in buckets(tensors):
             flat = torch.cat([tensor.flatten() for tensor in bucket])

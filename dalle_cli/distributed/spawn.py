@@ -1,4 +1,4 @@
-"""Starts, watches and ends several ranks of one command on this machine. Imports nothing heavy."""
+"""Start, watch and end several ranks of one command on this machine. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from dalle_cli.errors import STOP_SIGNALS, UserError
 from dalle_cli.progress import log
 
 GRACE_SECONDS = 20.0
-"""Seconds that ranks have to end by themselves once one has failed, and again between SIGTERM and SIGKILL."""
+"""Seconds that the other ranks have to end by themselves once one fails, and again between SIGTERM and SIGKILL."""
 _POLL_SECONDS = 0.1
 _PR_SET_PDEATHSIG = 1
 
 
 def has_launcher() -> bool:
-    """Return whether a launcher started this process as a rank. The only task of srun does not count as one.
+    """Return whether a launcher started this process as a rank. A single srun task does not count.
 
     Raises:
         UserError: the launcher's environment contradicts itself.
@@ -35,11 +35,11 @@ def start_processes(count: int, command: Sequence[str]) -> None:
     """Run ``dalle`` with the arguments ``command`` as ``count`` ranks; return when all have succeeded.
 
     SIGTERM and SIGUSR1 are forwarded to all ranks. If one fails, the others get GRACE_SECONDS to end by themselves.
-    None is left behind, not even if this process is killed.
+    No rank outlives this process, even if it is killed.
 
     Raises:
-        UserError: a rank failed or was killed; the line names it and how it ended.
-        SystemExit: all ranks ended with the same exit code, which is passed on.
+        UserError: a rank failed or was killed.
+        SystemExit: all ranks failed with the same exit code, which is passed on.
     """
     port = _free_port()
     processes = [_start(rank, count, port, command) for rank in range(count)]
@@ -86,7 +86,7 @@ def _start(rank: int, count: int, port: int, command: Sequence[str]) -> subproce
 
 
 def _watch(processes: list[subprocess.Popen[bytes]]) -> int | None:
-    """Return the first rank that failed, once all have ended or had GRACE_SECONDS to; None if none failed."""
+    """Wait until all ranks have ended, or GRACE_SECONDS after the first failure; return the first failed rank."""
     first, deadline = None, float("inf")
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
         if first is None:
@@ -100,7 +100,7 @@ def _watch(processes: list[subprocess.Popen[bytes]]) -> int | None:
 
 
 def _first_failed(processes: list[subprocess.Popen[bytes]]) -> int | None:
-    """Return a rank that failed, if any: rather one that was killed than those that failed because it was."""
+    """Return a failed rank, if any, preferably one killed by a signal, which may have made the others fail."""
     codes = {rank: process.poll() for rank, process in enumerate(processes)}
     failed = [rank for rank, code in codes.items() if code]
     return min(failed, key=lambda rank: (codes[rank] or 0) > 0, default=None)

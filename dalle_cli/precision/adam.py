@@ -26,18 +26,13 @@ CHUNK = 2**22
 
 
 class Adam16(torch.optim.Optimizer):
-    """Adam with decoupled weight decay, and optionally with moments in 16 bit.
-
-    The moments are those of the gradients divided by their scales.
+    """AdamW, optionally with moments in 16 bit. The moments are those of the unscaled gradients.
 
     Args:
-        params: contiguous parameters in float32, float16 or bfloat16, or groups of them, as for every optimizer.
-        lr: step size.
+        params: contiguous parameters in float32, float16 or bfloat16, or groups of them.
         betas: decays of the running mean and variance; the paper's by default.
-        eps: added to the root of the variance.
-        weight_decay: share ``lr * weight_decay`` of itself by which a parameter shrinks in an update.
         packed: store each moment in 2 bytes a parameter (the formats 1-6-9 and 0-6-10) instead of 4.
-        seed: seed of the rounding's noise.
+        seed: seed of the noise of stochastic rounding.
     """
 
     def __init__(
@@ -57,15 +52,7 @@ class Adam16(torch.optim.Optimizer):
     def step(  # type: ignore[override]
         self, closure: Callable[[], float] | None = None, *, factors: Mapping[Tensor, float] | None = None
     ) -> float | None:
-        """Update the parameters that have gradients.
-
-        Args:
-            closure: recomputes the loss, with gradients.
-            factors: factor of a parameter's gradient, applied in 32 bit before the gradient is used; 1 by default.
-
-        Returns:
-            The closure's loss.
-        """
+        """Update the parameters that have gradients, each gradient times its factor (1 by default) in 32 bit."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -78,7 +65,7 @@ class Adam16(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a state with the moments' types as saved; the base class would cast them to the parameters'."""
+        """Restore a state, with the moments in their saved types; the base class would cast them to the parameters'."""
         super().load_state_dict(state_dict)
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for parameter, key in zip(group["params"], saved["params"], strict=True):

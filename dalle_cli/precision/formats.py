@@ -23,14 +23,11 @@ _NOISE_BITS = 30
 
 @dataclass(frozen=True)
 class Format:
-    """A 16-bit format."""
+    """A 16-bit format, with the numbers of its exponent and mantissa bits."""
 
     signed: bool
-    """True if the highest bit is a sign."""
     exponent: int
-    """Number of exponent bits."""
     mantissa: int
-    """Number of mantissa bits."""
     bias: int
     largest: int
     """Code of the largest finite number."""
@@ -43,8 +40,8 @@ class Format:
                 the value's sign). Values below half the smallest subnormal become zero, as do negative values if the
                 format has no sign.
             noise: uniform random int32 >= 0 for each value. A value between two neighbouring numbers of the format is
-                rounded up with a probability equal to its distance from the lower one over their distance (to 2^-30),
-                so that the expected result is the value itself. Without noise, ties go to the even code.
+                rounded up with probability (value - lower) / (upper - lower), to within 2^-30, so that the expected
+                result is the value itself. Without noise, ties go to the even code.
         """
         bits = values.contiguous().view(torch.int32)
         field = (bits >> _FLOAT_MANTISSA) & 0xFF

@@ -30,19 +30,15 @@ WINDOW = 125
 def scaled_residual(branch: Callable[[Tensor], Tensor], x: Tensor, scale: float) -> Tensor:
     """Return x + branch(x), whose backward pass runs through ``branch`` with gradients multiplied by ``scale``.
 
-    Non-finite values of the gradient at x count as zero, so that one block's overflow does not reach the blocks before
-    it. The function works inside ``torch.utils.checkpoint`` and with hooks on parameters.
-
-    Args:
-        branch: returns a tensor of x's shape, possibly of another type such as float16.
-        x: the residual stream, float32.
-        scale: a positive number, the same in both passes of a checkpoint.
+    The residual stream ``x`` is float32; ``branch`` returns x's shape, in any type. Non-finite values of the gradient
+    that leaves the branch count as zero, so that one block's overflow does not reach the blocks before it. The function
+    works inside ``torch.utils.checkpoint``, with the same ``scale`` in both passes, and with hooks on parameters.
     """
     return _Join.apply(x, branch(_Fork.apply(x, scale)), scale)  # type: ignore[no-any-return]
 
 
 class _Fork(torch.autograd.Function):
-    """The branch's view of x."""
+    """Identity whose backward pass zeroes non-finite gradients and divides by the scale."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
@@ -56,7 +52,7 @@ class _Fork(torch.autograd.Function):
 
 
 class _Join(torch.autograd.Function):
-    """The sum x + update, in x's type."""
+    """x + update, whose backward pass casts the gradient times the scale to the type of ``update``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, update: Tensor, scale: float) -> Tensor:
@@ -92,12 +88,7 @@ class GradientScales:
         return float(self.replicas * 2.0 ** (self.exponents[i] / 1000))
 
     def update(self, finite: Sequence[bool]) -> None:
-        """Grow or shrink the scales after an update.
-
-        Args:
-            finite: for each scale, whether all gradients under it were finite. If so it grows; if not it shrinks,
-                unless it shrank less than a window ago.
-        """
+        """Grow each scale whose gradients were all ``finite``; shrink the others, at most once per window."""
         for i, all_finite in enumerate(finite):
             self.since_division[i] = min(self.since_division[i] + 1, self.window)
             if all_finite:
@@ -115,11 +106,7 @@ class GradientScales:
         return {"exponents": list(self.exponents), "since_division": list(self.since_division)}
 
     def load_state_dict(self, state: Mapping[str, Sequence[int]]) -> None:
-        """Restore ``state``.
-
-        Raises:
-            ValueError: it has another number of scales.
-        """
+        """Restore ``state``, which must have as many scales."""
         if not len(state["exponents"]) == len(state["since_division"]) == len(self):
             raise ValueError(f"the state has {len(state['exponents'])} scales, not {len(self)}")
         self.exponents, self.since_division = list(state["exponents"]), list(state["since_division"])
@@ -140,8 +127,7 @@ class Decision:
     norm: float
     """Global norm of the used gradients, unscaled, before clipping."""
     factors: list[float | None]
-    """Clipping factor over scale, for the gradients under each scale and, last, for the unscaled ones. None where the
-    gradients are not used."""
+    """Clipping factor over scale, for each scale's gradients and, last, for the unscaled ones; None if not used."""
 
 
 class GradientScaling:
@@ -151,9 +137,9 @@ class GradientScaling:
         blocks: the resblocks whose gradients are scaled. The model's other parameters are in 32 bit and need no scale.
             Without blocks, non-finite gradients are still skipped and norms clipped, which suits bfloat16.
         scales: one for each block, or one for all.
-        skip: the part of the model that is not updated when a resblock has a non-finite gradient, the resblock or
-            everything. The paper skips the whole update (appendix E.2), which one common scale requires. A non-finite
-            gradient outside the resblocks, which no scale can prevent, always skips the whole update.
+        skip: what is not updated if a resblock has a non-finite gradient: that resblock, or everything. The paper skips
+            the whole update (appendix E.2), as one common scale requires. A non-finite gradient outside the resblocks,
+            which no scale can prevent, always skips the whole update.
     """
 
     def __init__(
@@ -169,11 +155,11 @@ class GradientScaling:
         self.assign_scales()
 
     def scale_index(self, parameter: Tensor) -> int:
-        """Return the index of the scale that the gradient of ``parameter`` is under, ``len(scales)`` for none."""
+        """Return the index of the scale of ``parameter``'s gradient, ``len(scales)`` if it is unscaled."""
         return self._scale_of.get(parameter, len(self.scales))
 
     def gradients(self, parameters: Iterable[nn.Parameter]) -> Iterator[tuple[int, Tensor]]:
-        """Yield the gradients of those ``parameters`` that have one, each with the index of its scale."""
+        """Yield each parameter's gradient, if it has one, with the index of its scale."""
         return ((self.scale_index(p), p.grad) for p in parameters if p.grad is not None)
 
     def values(self) -> list[float]:
@@ -183,11 +169,9 @@ class GradientScaling:
     def squares(self, gradients: Iterable[tuple[int, Tensor]]) -> Tensor:
         """Return the sums of squares of the gradients under each scale, (len(scales) + 1,) float64.
 
-        If gradients are sharded, each rank passes its own parts and the ranks' results are added up, so that all ranks
-        come to the same decision. A sum is finite if and only if all its gradients are (and below 1e19).
-
-        Args:
-            gradients: each with the index of its scale, as ``gradients`` yields them.
+        If gradients are sharded, each rank passes its own shards, as ``gradients`` yields them, and the ranks' results
+        are added up, so that all ranks make the same decision. A sum is finite if and only if all its gradients are
+        finite (and below 1e19).
         """
         indices, norms = [], []
         for index, gradient in gradients:
@@ -202,9 +186,7 @@ class GradientScaling:
     def decide(self, squares: Tensor, clip_norm: float | None) -> Decision:
         """Decide which gradients an update uses, and adjust the scales for the next one.
 
-        Args:
-            squares: sums over all ranks, see ``squares``.
-            clip_norm: maximum global norm of the used gradients.
+        ``squares`` are summed over all ranks; ``clip_norm`` is the maximum global norm of the used gradients.
         """
         used = squares.isfinite().tolist()
         finite = used[:-1]
@@ -233,16 +215,10 @@ class GradientScaling:
         return 1 - used / total if total else 0.0
 
     def step(self, optimizer: Adam16, clip_norm: float | None, squares: Tensor | None = None) -> dict[str, float]:
-        """Make an update from the parameters' gradients: squares, decide and apply.
+        """Make an update from ``squares`` (by default the optimizer's own) and return values to log.
 
-        Args:
-            optimizer: of the parameters, or of this rank's parts of them.
-            clip_norm: see ``decide``.
-            squares: sums over all ranks; by default of the optimizer's parameters.
-
-        Returns:
-            Values to log: the gradients' norm, the share of the parameters that was skipped and, if there are scales,
-            log2 of the lowest and highest and the number at a bound.
+        These are the gradients' norm, the share of the parameters that was skipped and, if there are scales, log2 of
+        the lowest and highest and the number at a bound.
         """
         logged: dict[str, float] = {}
         if scales := [self.scales[i] for i in range(len(self.scales))]:

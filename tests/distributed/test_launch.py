@@ -64,15 +64,15 @@ def test_a_batch_script_and_a_single_task_are_alone() -> None:
 @pytest.mark.parametrize(
     ("environment", "changes", "words"),
     [
-        (TORCHRUN, {"LOCAL_WORLD_SIZE": "1"}, "LOCAL_RANK 1, LOCAL_WORLD_SIZE 1 on machine 1 contradict"),
-        (TORCHRUN, {"GROUP_RANK": "0"}, "on machine 0 contradict"),
+        (TORCHRUN, {"LOCAL_WORLD_SIZE": "1"}, "LOCAL_RANK 1, LOCAL_WORLD_SIZE 1 on node 1 contradict"),
+        (TORCHRUN, {"GROUP_RANK": "0"}, "on node 0 contradict"),
         (TORCHRUN, {"LOCAL_WORLD_SIZE": "5"}, "LOCAL_WORLD_SIZE 5"),
         (DEEPSPEED, {"MASTER_ADDR": ""}, "MASTER_ADDR not set"),
         (SRUN, {"SLURM_LOCALID": ""}, "SLURM_LOCALID not set, but SLURM_PROCID is"),
         (SRUN, {"SLURM_PROCID": "8"}, "SLURM_PROCID 8, SLURM_NTASKS 8"),
         (SRUN, {"SLURM_NTASKS": "many"}, "SLURM_NTASKS is 'many', not a number"),
         (SRUN, {"SLURM_STEP_TASKS_PER_NODE": "4x2"}, "SLURM_STEP_TASKS_PER_NODE is '4x2'"),
-        (SRUN, {"SLURM_NODEID": "0"}, "on machine 0 contradict"),
+        (SRUN, {"SLURM_NODEID": "0"}, "on node 0 contradict"),
         (SRUN, {"SLURM_JOB_NODELIST": "", "SLURM_LAUNCH_NODE_IPADDR": ""}, "set MASTER_ADDR"),
     ],
 )
