@@ -9,11 +9,7 @@ KINDS: tuple[AttentionKind, ...] = get_args(AttentionKind)
 
 
 def paper_layout(layers: int) -> list[AttentionKind]:
-    """Return the paper's layout (appendix B.1).
-
-    With layers numbered from 1, layer i has column attention where (i - 2) mod 4 = 0 and row attention otherwise; the
-    last layer has convolutional attention.
-    """
+    """Return the paper's layout (appendix B.1): column attention in layers 2, 6, 10 ..., conv in the last, else row."""
     kinds: list[AttentionKind] = ["column" if (i - 2) % 4 == 0 else "row" for i in range(1, layers + 1)]
     kinds[-1] = "conv"
     return kinds
@@ -22,10 +18,8 @@ def paper_layout(layers: int) -> list[AttentionKind]:
 def parse_layout(layout: str | list[str], layers: int) -> list[AttentionKind]:
     """Return the kind of attention of each layer, first layer first.
 
-    Args:
-        layout: ``"paper"``, or kinds as a list or separated by commas or blanks, as in ``"row, column, row, row, ...
-            conv"``: ``...`` repeats the kinds before it up to the last layers, which have the kinds after it.
-        layers: number of layers.
+    ``layout`` is ``"paper"``, or kinds as a list or separated by commas or blanks, as in ``"row, column, row, row, ...
+    conv"``: ``...`` repeats the kinds before it up to the last layers, which have the kinds after it.
 
     Raises:
         ValueError: ``layout`` names an unknown kind, has another number of layers, or a misplaced ``...``.

@@ -26,11 +26,7 @@ class _Tree:
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read, merge and validate a recipe.
-
-    Args:
-        path: the recipe.
-        overrides: settings to change, ``a.b=value`` as ``--set`` takes them.
+    """Read, merge and validate a recipe; ``overrides`` are settings to change, ``a.b=value`` as for ``--set``.
 
     Raises:
         UserError: one line for each mistake, with file, line, key and the mend.
@@ -38,7 +34,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     tree = _read(path, seen=())
     for override in overrides:
         _override(tree, override)
-    # A block that is written in part keeps the other defaults of its stage, not those of the block's class.
+    # A block that is written in part keeps the other defaults of its stage, not the defaults of the block's class.
     values = Recipe().model_dump()
     _merge(values, tree.values)
     try:

@@ -34,7 +34,7 @@ class Filters(Settings):
     The paper (section 2.3 and appendix C) drops captions that are too short, not English, or mostly boilerplate, and
     pictures whose aspect ratio lies outside [1/2, 2]. It gives a number for the aspect ratio only, so that filter alone
     is on by default. For the others, ``dalle scan`` shows how many samples of the data at hand a common value would
-    drop. ``min_ascii_letters`` is no filter by language, as the paper's is: it drops Greek, but keeps French.
+    drop. Unlike the paper's filter by language, ``min_ascii_letters`` drops Greek but keeps French.
     """
 
     min_words: Positive | None = Field(None, description="minimum number of words, which white space separates")
@@ -251,11 +251,7 @@ class PriorModel(Settings):
         return cls(layers=layers, heads=heads, d_head=d_head, d_model=heads * d_head, **rest)
 
     def attention_kinds(self) -> list[AttentionKind]:
-        """Return the kind of attention of each layer, first layer first.
-
-        Raises:
-            ValueError: the layout is malformed.
-        """
+        """Return the kind of attention of each layer, first layer first."""
         return parse_layout(self.layout, self.layers)
 
     @model_validator(mode="after")

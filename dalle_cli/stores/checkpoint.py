@@ -31,13 +31,13 @@ _NAMES: dict[Weights, str] = {"raw": "model", "ema": "ema"}
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk, by its manifest."""
+    """A checkpoint on disk, by its manifest. Every method raises UserError if a file it reads is missing or damaged."""
 
     path: Path
     kind: Kind
     step: int
     belongs: dict[str, str] = field(default_factory=dict)
-    """Hashes of the artifacts that it was trained with, such as ``{"tokenizer": ..., "dvae": ...}``."""
+    """Hashes of the artifacts it was trained with, such as ``{"tokenizer": ..., "dvae": ...}``."""
     metrics: dict[str, float] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     """SHA-256 of each file of weights."""
@@ -45,37 +45,24 @@ class Checkpoint:
     """Identity of the EMA weights, which other stages use: the SHA-256 of their file, or of their files' SHA-256."""
 
     def recipe(self) -> Recipe:
-        """Return the resolved recipe that it was trained by."""
         return load_recipe(self.path / "recipe.yaml")
 
     def tensors(self, weights: Weights = "ema") -> dict[str, torch.Tensor]:
-        """Return weights by name, on the CPU.
-
-        Raises:
-            UserError: a file is damaged or not the manifest's.
-        """
+        """Return weights by name, on the CPU."""
         return self.checked_files_of(weights).all()
 
     def files_of(self, weights: Weights) -> TensorFiles:
-        """Return the files of weights, not checked, to read rows of them; see ``check``."""
+        """Return the files of weights, not yet checked against the manifest; see ``check``."""
         return TensorFiles(self.path, _NAMES[weights])
 
     def checked_files_of(self, weights: Weights) -> TensorFiles:
-        """Return the files of weights, each checked against the manifest.
-
-        Raises:
-            UserError: a file is damaged or not the manifest's.
-        """
+        """Return the files of weights, each checked against the manifest."""
         files = self.files_of(weights)
         self._check(files.files())
         return files
 
     def check(self, rank: int, size: int) -> None:
-        """Check this rank's share of the files of weights against the manifest.
-
-        Raises:
-            UserError: a file is damaged or not the manifest's.
-        """
+        """Check this rank's share of the files of weights against the manifest."""
         self._check([self.path / name for name in sorted(self.files)][rank::size])
 
     def trainer(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -110,7 +97,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class CheckpointFacts:
-    """Facts of a checkpoint that stand in its manifest, and its recipe."""
+    """A checkpoint's recipe and the facts in its manifest."""
 
     kind: Kind
     step: int
@@ -136,7 +123,7 @@ class CheckpointShards:
     optimizer: Mapping[str, Part]
     trainer_state: Mapping[str, Any]
     own: Mapping[str, torch.Tensor]
-    """Tensors that this rank alone wants back when a run of as many ranks resumes."""
+    """Tensors for this rank alone, which it reads back if the run resumes with the same number of ranks."""
 
 
 class Writers(Protocol):
@@ -225,11 +212,7 @@ def save_sharded_checkpoint(path: Path, writers: Writers, facts: CheckpointFacts
 
 
 def _on_all(path: Path, writers: Writers, work: Callable[[], Any]) -> list[Any]:
-    """Do ``work`` on every rank and return the results of all.
-
-    Raises:
-        UserError: on every rank, if the work of one failed.
-    """
+    """Do ``work`` on every rank and return all results; if it fails on one rank, raise UserError on every rank."""
     result, mistake = None, ""
     try:
         with explain_os_errors(path):
@@ -246,11 +229,7 @@ def _on_all(path: Path, writers: Writers, work: Callable[[], Any]) -> list[Any]:
 def write_manifest(folder: Path, facts: CheckpointFacts, files: Mapping[str, str], identity: str | None = None) -> None:
     """Write the recipe and the manifest of a checkpoint whose weights are written.
 
-    Args:
-        folder: the checkpoint.
-        facts: facts for the manifest.
-        files: SHA-256 of each file of weights.
-        identity: identity of the checkpoint whose weights these are, if it is another one.
+    ``files`` maps each file of weights to its SHA-256; ``identity`` is that of the checkpoint they were exported from.
     """
     if identity is None:
         ema = "".join(digest for name, digest in sorted(files.items()) if name.startswith(_NAMES["ema"]))
@@ -280,7 +259,7 @@ def step_folder(run: Path, step: int) -> Path:
 
 
 def prune(run: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` checkpoints, and those that a killed run had begun to delete."""
+    """Delete all but the newest ``keep`` checkpoints, and checkpoints that a killed run left half deleted."""
     newest = steps_in(run)[-keep:]
     for old in set(run.glob("step-*")) - set(newest):
         (old / "manifest.json").unlink(missing_ok=True)
@@ -323,13 +302,7 @@ def open_checkpoint(path: Path, kind: Kind | None = None) -> Checkpoint:
 
 
 def check_belongs(user: Checkpoint, role: str, given_hash: str, given_name: str) -> None:
-    """Check that an artifact is the one that a checkpoint was trained with.
-
-    Args:
-        user: the checkpoint.
-        role: role of the artifact, such as ``dvae``.
-        given_hash: hash of the artifact.
-        given_name: name of the artifact, for the message.
+    """Check that an artifact, whose ``role`` is for example ``dvae``, is the one a checkpoint was trained with.
 
     Raises:
         UserError: the checkpoint was trained with another one; both are named.

@@ -19,19 +19,13 @@ from dalle_cli.stores.tensor_files import (
 
 
 def export_checkpoint(found: Checkpoint, out: Path, largest: int | None = None) -> Checkpoint:
-    """Write a checkpoint with the EMA weights of ``found`` and without the trainer's state.
+    """Write the EMA weights of ``found``, without the trainer's state, as a checkpoint of the same identity.
 
-    Args:
-        found: a checkpoint saved by any number of ranks, at any ZeRO stage.
-        out: a new folder. The result has the identity of ``found``, and loads like it.
-        largest: maximum number of bytes of a file, and in memory at once, unless a single tensor has more. None: one
-            file.
-
-    Returns:
-        The new checkpoint.
+    ``largest`` is the maximum number of bytes in a file, and in memory at once, unless a single tensor has more; None
+    writes one file.
 
     Raises:
-        UserError: ``out`` exists, the disk is full, or the EMA weights are damaged. No other file is read.
+        UserError: ``out`` exists, the disk is full, or the EMA weights are damaged.
     """
     if out.exists():
         raise UserError(f"{out}: is there already; name another place, or delete it")

@@ -57,7 +57,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Return the value in a JSON file, None where there is no such file.
+    """Return the value in a JSON file; None if there is no such file.
 
     Raises:
         UserError: the file is damaged.
@@ -93,8 +93,8 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
     """Hold an exclusive lock on the file ``path``, which is deleted when the block ends.
 
     Raises:
-        BlockingIOError: another process holds it, and ``wait`` is false.
-        UserError: its file system has no locks.
+        BlockingIOError: another process holds the lock, and ``wait`` is false.
+        UserError: the file system has no locks.
     """
     while (file := _lock(path, wait)) is None:
         pass

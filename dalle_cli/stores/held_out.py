@@ -39,9 +39,9 @@ def held_out_captions(store: Path, recipe: Recipe, limit: int) -> list[str]:
 
 
 def split_holdout(rows: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return (training rows, held-out rows). The split of a row depends on the seed and its number alone.
+    """Return (training rows, held-out rows); whether a row is held out depends on the seed and its number alone.
 
-    At least one row is held out if ``share`` > 0 and there are two rows.
+    At least one row is held out if ``share`` > 0 and there are two rows or more.
 
     Raises:
         UserError: no row is left to train on.

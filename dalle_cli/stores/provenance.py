@@ -27,11 +27,8 @@ def command_line() -> str:
 def record_command(made: Path, sha256: str | None = None) -> None:
     """Add the running command to the journal of a run, unless the last line for the artifact is the same.
 
+    ``made`` is the artifact: a checkpoint, a store, a folder of samples or a tokenizer.json; ``sha256`` identifies it.
     If the journal cannot be written, a message says so and the command continues.
-
-    Args:
-        made: the artifact: a checkpoint, a store, a folder of samples or a tokenizer.json.
-        sha256: hash that identifies the artifact.
     """
     folder = journal_folder(made)
     line = {
@@ -59,7 +56,7 @@ def commands_of(made: Path) -> list[dict[str, Any]]:
 
 
 def read_commands(folder: Path) -> list[dict[str, Any]]:
-    """Return all lines of a folder's journal, without those that a killed command left incomplete."""
+    """Return all lines of a folder's journal except incomplete ones, which a killed command leaves."""
     lines = []
     try:
         texts = (folder / JOURNAL).read_text(encoding="utf-8").splitlines()
@@ -76,7 +73,7 @@ def read_commands(folder: Path) -> list[dict[str, Any]]:
 
 
 def journal_folder(made: Path) -> Path:
-    """Return the run's folder (see ``RunFolders``): above steps, the tokenizer's folder, shares and samples."""
+    """Return the folder of the run (see ``RunFolders``) that an artifact lies in."""
     made = made.resolve()
     folder = made.parent
     if made.name.startswith("step-") or made.name == "tokenizer.json":

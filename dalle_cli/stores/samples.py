@@ -33,14 +33,14 @@ def png_name(prompt: int, index: int) -> str:
 
 
 def request_rows(shard: Shard, prompts: int, n: int) -> range:
-    """Return the share's rows of ``n`` samples per prompt; it does not split prompts if there are enough for all."""
+    """Return a share's rows of ``n`` samples per prompt; a prompt is split only if prompts are fewer than shares."""
     return shard.rows(prompts * n, n if prompts >= shard.of else 1)
 
 
 def manifest_line(
     store: Path, row: int, prompts: Sequence[str], prompt: int, index: int, seed: int, log_likelihood: float
 ) -> dict[str, Any]:
-    """Return the line that ``dalle sample`` prints of a sample."""
+    """Return the line that ``dalle sample`` prints for a sample."""
     return {
         "prompt": prompts[prompt],
         "prompt_index": prompt,
@@ -54,15 +54,10 @@ def manifest_line(
 
 
 class SampleStore:
-    """The samples of one request in a folder, new or begun before.
+    """The ``rows`` samples of one request, of grid x grid tokens each, in the folder ``out``, new or begun before.
 
-    Used as a context manager, it starts the threads that ``add`` needs and waits for them at the end.
-
-    Args:
-        out: the folder.
-        identity: facts that make two requests the same.
-        rows: number of samples.
-        grid: number of tokens along the side of a sample.
+    Used as a context manager, it starts the threads that ``add`` needs and waits for them at the end. Two requests are
+    the same if their ``identity`` is.
 
     Raises:
         UserError: ``out`` holds something else, or samples of another request.
@@ -80,7 +75,6 @@ class SampleStore:
 
     @property
     def committed(self) -> int:
-        """Number of committed rows."""
         return int(self._group.attrs["rows"])
 
     def log_likelihood(self) -> np.ndarray:
@@ -100,17 +94,10 @@ class SampleStore:
     def add(
         self, row: int, tokens: np.ndarray, log_likelihood: np.ndarray, pictures: np.ndarray, names: list[str]
     ) -> Future[None]:
-        """Write and commit a batch of rows in the background.
+        """Write and commit rows from ``row`` on in the background; the future ends when they are committed, or fails.
 
-        Args:
-            row: number of the first row.
-            tokens: tokens (n, grid, grid).
-            log_likelihood: log-likelihood of each row (n,).
-            pictures: decoded pictures (n, H, W, 3) uint8.
-            names: file names of the pictures.
-
-        Returns:
-            A future that ends when the rows are committed, or with the error.
+        ``tokens`` is (n, grid, grid), ``log_likelihood`` (n,), and ``pictures`` (n, H, W, 3) uint8; ``names`` are the
+        file names of the pictures.
         """
         return self._committer.submit(self._commit, row, tokens, log_likelihood, pictures, names)
 

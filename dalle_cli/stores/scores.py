@@ -1,4 +1,4 @@
-"""Scores of samples: a sample store as the lines that ``dalle sample`` printed, with CLIP's scores kept in it."""
+"""CLIP scores of samples, kept in their store, and the store's samples as lines of ``dalle sample``."""
 
 from __future__ import annotations
 
@@ -57,15 +57,10 @@ def store_lines(store: Path) -> list[dict[str, Any]]:
 
 
 def write_scores(store: Path, scores: Mapping[int, float], scorer: str) -> None:
-    """Add scores to a store. Its scores by the same scorer are kept, those by another one are dropped.
+    """Add scores by row to a sample store; its scores by the same CLIP are kept, those by another one are dropped.
 
     The array is written beside the old one and renamed into its place. Processes that score parts of the same store
     wait for one another.
-
-    Args:
-        store: the sample store.
-        scores: scores by row.
-        scorer: name of the CLIP.
 
     Raises:
         UserError: the store is missing or may not be written, or has no such row.

@@ -52,10 +52,10 @@ WHOLE = Shard(1, 1)
 
 
 def parse_shard(text: str) -> Shard:
-    """Read an I/N such as ``"3/8"``.
+    """Parse I/N, such as ``"3/8"``.
 
     Raises:
-        UserError: it is written otherwise, or I is not from 1 to N.
+        UserError: ``text`` has another form, or I is not from 1 to N.
     """
     match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
@@ -76,15 +76,13 @@ def parts_folder(whole: Path) -> Path:
 
 @dataclass(frozen=True)
 class ShareProgress:
-    """Progress of a job with its share of a part."""
+    """Progress of one share of a part: its committed rows, and the number of skipped samples by reason."""
 
     samples: int
     """Number of samples of the whole source."""
     identity: dict[str, Any]
     rows: int = 0
-    """Number of committed rows of the share."""
     skipped: dict[str, int] = field(default_factory=dict)
-    """Number of skipped samples by reason."""
     counts: dict[str, int] = field(default_factory=dict)
 
 
@@ -97,11 +95,9 @@ class Shares:
 
     @property
     def folder(self) -> Path:
-        """Folder of the progress files."""
         return self.store / "progress"
 
     def file(self, shard: Shard, suffix: str) -> Path:
-        """Return the place of a share's file."""
         return self.folder / f"{self.part}-{shard.number:04d}-of-{shard.of:04d}{suffix}"
 
     def report(self, shard: Shard) -> Path:
@@ -128,7 +124,7 @@ class Shares:
         write_json(self.file(shard, ".json"), asdict(progress))
 
     def unfinished(self, of: int, samples: int, multiple: int) -> list[Shard]:
-        """Return the shares, of ``of``, that are missing or still lack rows."""
+        """Return those of the ``of`` shares that have not been begun or still lack rows."""
         every = {shard: self.read(shard) for shard in (Shard(number, of) for number in range(1, of + 1))}
         return [shard for shard, now in every.items() if now is None or now.rows < len(shard.rows(samples, multiple))]
 

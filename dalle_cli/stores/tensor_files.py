@@ -22,13 +22,11 @@ if TYPE_CHECKING:
 
 
 class Part(NamedTuple):
-    """Consecutive rows of a tensor; a scalar has no rows and is stored whole."""
+    """Consecutive rows, from ``first`` on, of a tensor of ``shape``; a scalar has no rows and is stored whole."""
 
     value: torch.Tensor
     first: int = 0
-    """Number of the first row."""
     shape: tuple[int, ...] = ()
-    """Shape of the whole tensor."""
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
@@ -63,7 +61,7 @@ def index_entries(file: str, parts: Mapping[str, Part]) -> dict[str, dict[str, A
 
 
 def rows_of(part: Part) -> int:
-    """Return the number of rows of a part."""
+    """Return the number of rows of a part, 0 for a scalar."""
     return len(part.value) if part.value.dim() else 0
 
 
@@ -80,7 +78,7 @@ def join_entries(entries: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
             known["parts"] += entry["parts"]
     for name, entry in tensors.items():
         if not entry["shape"]:
-            entry["parts"] = entry["parts"][:1]  # a scalar: the same in all
+            entry["parts"] = entry["parts"][:1]  # every file holds the same scalar
         entry["parts"].sort(key=lambda part: part[1])
         ends = [0, *(stop for _, _, stop in entry["parts"])]
         starts = [start for _, start, _ in entry["parts"]]
@@ -102,21 +100,18 @@ class TensorFiles:
         return self.folder / f"{self.name}.safetensors"
 
     def names(self) -> list[str]:
-        """Return the names of the tensors."""
         if self._index is not None:
             return list(self._index)
         with _opened(self.whole) as file:
             return list(file.keys())
 
     def files(self) -> list[Path]:
-        """Return all files that hold tensors."""
         if self._index is None:
             return [self.whole]
         found = {part[0] for entry in self._index.values() for part in entry["parts"]}
         return [self.folder / file for file in sorted(found)]
 
     def nbytes(self, name: str) -> int:
-        """Return the number of bytes of a tensor."""
         one = self.read(name, slice(0, 1))
         if not one.dim():
             return one.nbytes
@@ -141,7 +136,6 @@ class TensorFiles:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def all(self) -> dict[str, torch.Tensor]:
-        """Return all tensors by name."""
         if self._index is not None:
             return {name: self.read(name) for name in self.names()}
         from safetensors import SafetensorError

@@ -50,7 +50,7 @@ def _create_group(path: Path) -> None:
 
 
 class PartWriter:
-    """Writes one part of a store, or one share of it, by whole shard files; resumes at the last committed row.
+    """Writes one part of a store, or one share of it, in whole shard files; resumes at the last committed row.
 
     The same part may be written by several processes, each with another share, and both parts at the same time::
 
@@ -60,12 +60,8 @@ class PartWriter:
                 writer.append([source.key(row) for row in rows], ...)
             writer.finish()
 
-    Args:
-        path: the store, new or begun before.
-        part: the part to write.
-        identity: facts that make two runs the same work (source, hashes, sizes).
-        samples: number of samples of the source, all shares together.
-        shard: the share of the rows to write.
+    Two writers do the same work if their ``identity`` (source, hashes, sizes) is the same. ``samples`` counts the whole
+    source, not only the share.
 
     Raises:
         UserError: ``path`` is something else, the part or another share of it was made with another identity or in
@@ -110,12 +106,12 @@ class PartWriter:
 
     @property
     def complete(self) -> bool:
-        """True if all shares of the part are."""
+        """True if every share of the part is complete."""
         return self.state is not None
 
     @property
     def todo(self) -> range:
-        """The source's rows that are still to be appended."""
+        """Rows of the share that are still to be appended."""
         return range(0) if self.complete else range(self.share.start + self.rows, self.share.stop)
 
     def append(
@@ -125,13 +121,13 @@ class PartWriter:
         skipped: Mapping[str, str],
         counts: Mapping[str, int] | None = None,
     ) -> None:
-        """Write and commit the first rows of ``todo``: whole shard files, or the last.
+        """Write and commit the first rows of ``todo``, which fill whole shard files or reach its end.
 
         Args:
             keys: keys of the rows.
-            arrays: values (rows, ...) by name; string arrays have numpy's object dtype. An array may come up in a later
-                block only, or be wider in it: the other rows are then filled with zeros.
-            skipped: the reason for each key that holds no data.
+            arrays: values (rows, ...) by name; strings have numpy's object dtype. An array may be new in a later block,
+                or wider there; other rows are then filled with zeros.
+            skipped: the reason for each key without data.
             counts: numbers that are added up in the part's state.
 
         Raises:
@@ -155,7 +151,7 @@ class PartWriter:
         """Complete the part, unless other shares are still to be made.
 
         Raises:
-            UserError: a share's list of skipped samples is not whole.
+            UserError: a share's list of skipped samples is incomplete.
         """
         if self.complete:
             return
@@ -169,7 +165,7 @@ class PartWriter:
             log(f"{self.path}: share {self.shard} of its {self.part} part is complete; unfinished: {join_names(left)}")
 
     def _refuse_other_folders(self) -> None:
-        """Refuse a folder that holds anything but a store, or what a writer killed at once leaves of one."""
+        """Refuse a folder that holds anything but a store or the files of a writer that was killed at its start."""
         if self.path.exists() and not (self.path / "zarr.json").is_file():
             progress = self._shares.folder
             if any(path != progress and not path.match("zarr*.partial") for path in self.path.iterdir()):
@@ -177,12 +173,12 @@ class PartWriter:
 
     @contextmanager
     def _common_lock(self) -> Iterator[None]:
-        """Keep other writers from changing keys, arrays' shapes and the state of the parts."""
+        """Lock keys, shapes of arrays and the state of the parts against changes by other writers."""
         with locked(self._shares.folder / "lock"):
             yield
 
     def _begin(self, identity: dict[str, Any]) -> ShareProgress:
-        """Return this share's progress, checked to belong to what the store holds already."""
+        """Return this share's progress; refuse work that does not match the store."""
         if self.state is not None:
             self._check(identity, self.state.identity, self.state.rows)
             return ShareProgress(self.samples, identity, self.state.rows, self.state.skipped, self.state.counts)
@@ -219,7 +215,7 @@ class PartWriter:
             )
 
     def _open_arrays(self, values: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """Return the arrays by name, made or widened where they do not hold ``values``."""
+        """Return the arrays by name; create or widen those that are too small for ``values``."""
         shapes = {name: (self.samples, *each.shape[1:]) for name, each in values.items()}
         missing = [
             name
@@ -236,7 +232,7 @@ class PartWriter:
         import zarr
         from zarr.codecs import ZstdCodec
 
-        # To look for empty chunks takes as long as to write them; only versions have many.
+        # Looking for empty chunks takes as long as writing them, and only the arrays of versions have many.
         with zarr.config.set({"array.write_empty_chunks": name not in BY_VERSION}), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # zarr warns that its string type has no frozen specification yet
             if name in self.group:
@@ -245,7 +241,7 @@ class PartWriter:
                 if array.shape != wide:
                     array.resize(wide)
                 return array
-            shard = chunk = (ROWS_PER_SHARD, *shape[1:])  # read whole, and each chunk costs time
+            shard = chunk = (ROWS_PER_SHARD, *shape[1:])  # a shard is read whole, and each chunk adds a fixed cost
             if name in BY_VERSION:
                 chunk, shard = (ROWS_PER_CHUNK, 1, *shape[2:]), (ROWS_PER_SHARD, 1, *shape[2:])
             return self.group.create_array(
@@ -280,14 +276,14 @@ class PartWriter:
                 )
 
     def _commit(self, rows: int, reasons: Iterable[str], counts: Mapping[str, int]) -> None:
-        """Count ``rows`` more as committed; their arrays and keys are written."""
+        """Commit ``rows`` more, whose arrays and keys have been written."""
         now = self.progress
         skipped = _add_reasons(now.skipped, reasons)
         self.progress = replace(now, rows=now.rows + rows, skipped=skipped, counts=sum_counts([now.counts, counts]))
         self._shares.write(self.shard, self.progress)
 
     def _complete(self) -> None:
-        """Turn the progress of all shares, which are finished, into the state of the part."""
+        """Turn the progress of all shares into the state of the part; every share is finished."""
         shares = self._shares.all()
         skipped: dict[str, int] = {}
         for shard, now in shares.items():
@@ -305,7 +301,7 @@ class PartWriter:
         self.state = PartState(self.samples, True, self.progress.identity, skipped, counts)
         self._sweep()
         attributes = {**open_group(self.path, "r").attrs, self.part: self.state.attribute()}
-        order = ("format", "version", "text", "image")  # whichever part is complete first
+        order = ("format", "version", "text", "image")  # the same whichever part is completed first
         self.group.attrs.put({name: attributes[name] for name in order if name in attributes})
         self._shares.remove(keep=self._shares.file(self.shard, ".lock"))
 
@@ -320,13 +316,13 @@ class PartWriter:
         beside.replace(whole)
 
     def _sweep(self) -> None:
-        """Delete what killed writers of this part left half-written; no process is writing it now."""
+        """Delete half-written files of killed writers; no process is writing this part any more."""
         arrays = [self.path / name for name in ("key", *ARRAYS[self.part])]
         for left in chain(self.path.glob("*.partial"), *(array.rglob("*.partial") for array in arrays)):
             left.unlink(missing_ok=True)
 
     def _cut_report(self) -> None:
-        """Drop from the list of skipped samples what a killed run wrote beyond the committed rows."""
+        """Cut lines that a killed run wrote beyond the committed rows off the list of skipped samples."""
         report = self._shares.report(self.shard)
         if report.is_file() and not self.complete:
             with report.open("r+b") as lines:
@@ -340,10 +336,10 @@ class PartWriter:
 
 
 def _add_reasons(counts: Mapping[str, int], reasons: Iterable[str]) -> dict[str, int]:
-    """Return ``counts`` and the reasons of more skips, names in order."""
+    """Return ``counts`` with ``reasons`` counted in, sorted by name."""
     found = dict(counts)
     for reason in reasons:
-        kind = reason.partition(" (")[0]  # what stands in brackets concerns one sample alone
+        kind = reason.partition(" (")[0]  # text in brackets is specific to one sample
         kind = kind if kind in found or len(found) < MOST_REASONS else OTHER_REASONS
         found[kind] = found.get(kind, 0) + 1
     return dict(sorted(found.items()))

@@ -1,4 +1,4 @@
-"""The data set of tokens: one Zarr v3 group that ``tokenize-text`` and ``encode-images`` fill side by side.
+"""The token store: one Zarr v3 group that ``tokenize-text`` and ``encode-images`` fill side by side.
 
 Row i is sample i of the source, in both parts:
 
@@ -8,12 +8,12 @@ Row i is sample i of the source, in both parts:
   e mod ``text_versions``, or ``text`` where that is 0. ``more_captions`` (N,) string holds JSON lists of the other
   captions, "" for none. These four exist only if they are needed;
 - part ``image``: ``image`` (N, grid, grid) uint16, ``image_ok`` (N,) uint8 (0: skipped);
-- ``key`` (N,) string: whichever part commits a row first writes its key, the other part checks that it is the same.
+- ``key`` (N,) string: written by the part that commits a row first, and checked by the other part.
 
-Arrays have all rows from the beginning. Each part is made by one process, or in shares by several at a time, in whole
-shard files. A share's count of committed rows moves after its rows are written, so that a killed writer resumes at the
-last committed row and a reader never sees half a row. ``stores/shards.py`` says where the count stands until the part
-is complete; then its ``PartState`` is an attribute of the group.
+Arrays have all rows from the beginning. Each part is written by one process, or in shares by several at a time, in
+whole shard files. A share's count of committed rows grows only after its rows are written, so that a killed writer
+resumes at the last committed row and a reader never sees half a row. ``stores/shards.py`` describes the files that hold
+the count; once the part is complete, its ``PartState`` is an attribute of the group.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from dalle_cli.errors import UserError
 from dalle_cli.stores.shards import COMMANDS, WHOLE, Part, Shard, Shares, join_names
 
 FORMAT_VERSION = 2
-"""1 knew one caption a picture and kept its dropped versions in one array, read whole."""
+"""Version 1 held one caption per picture, with all its BPE-dropout versions in one array that was read whole."""
 ROWS_PER_SHARD = 4096
 ROWS_PER_CHUNK = 256
 CACHED_ROWS = 2**20
@@ -42,17 +42,15 @@ BY_VERSION = ("text_epochs", "text_epochs_length")
 
 @dataclass(frozen=True)
 class PartState:
-    """Progress of a part of a store, and the facts it was made with."""
+    """Progress of a part of a store, the facts it was made with, and the number of skipped samples by reason."""
 
     rows: int
-    """Number of committed rows from the first on."""
+    """Number of committed rows from the first on, without a gap."""
     complete: bool
     identity: dict[str, Any]
     skipped: dict[str, int]
-    """Number of skipped samples by reason."""
     counts: dict[str, int] = field(default_factory=dict)
     unfinished: tuple[Shard, ...] = ()
-    """Shares that are missing or lack rows."""
 
     @classmethod
     def of_attributes(cls, attributes: Mapping[str, Any], part: Part) -> PartState | None:
@@ -83,7 +81,7 @@ class PartState:
 
 
 def sum_counts(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """Return the sum by name, names in order."""
+    """Return the sum for each name, sorted by name."""
     found: dict[str, int] = {}
     for each in counts:
         for name, count in each.items():
@@ -120,9 +118,9 @@ def open_group(path: Path, mode: Literal["r", "r+"]) -> Any:
 class TokenReader:
     """Random reads of a store's committed rows, for training above all; safe to use from several threads.
 
-    A cache keeps the shards read last decoded. It takes as much memory as ``cached_rows`` rows of all arrays: 2.6 KB a
-    row of the paper's 1024 image and 256 text tokens, and 0.5 KB for each version of the text. Reads within as many
-    rows are fast in any order; beyond, most reads of rows that lie apart decode a whole shard.
+    A cache keeps the shards read last, decoded. It holds up to ``cached_rows`` rows of all arrays: 2.6 KB a row for the
+    paper's 1024 image and 256 text tokens, and 0.5 KB more for each version of the text. Random reads in a store of at
+    most that many rows are fast; in a larger store most of them decode a whole shard.
 
     Raises:
         UserError: ``path`` is no token store, or one of another format.
@@ -130,17 +128,16 @@ class TokenReader:
 
     def __init__(self, path: Path, cached_rows: int = CACHED_ROWS) -> None:
         self.path = path
-        # First what is unfinished: it becomes an attribute before its files are deleted.
+        # Read the progress files before the attributes: a part becomes an attribute before its files are deleted.
         unfinished = {part: PartState.of_shares(Shares(path, part)) for part in COMMANDS}
         self._group = open_group(path, "r")
         found = {part: PartState.of_attributes(self._group.attrs, part) or unfinished[part] for part in COMMANDS}
         self.parts: dict[Part, PartState] = {part: state for part, state in found.items() if state is not None}
-        """State of each part that has been begun."""
         names = sorted(metadata.parent.name for metadata in path.glob("*/zarr.json"))
         self._arrays: dict[str, Any] = {name: self._group[name] for name in names}
         sizes = [math.prod(array.shape[1:]) * array.dtype.itemsize for array in self._arrays.values()]
         self.cache_limit = sum(sizes) * max(cached_rows, ROWS_PER_SHARD)
-        """Most bytes of decoded shards in the cache."""
+        """Maximum number of bytes of decoded shards in the cache."""
         self._cache: dict[tuple[str, int, int | None], np.ndarray] = {}
         self.cached_bytes = 0
         self._lock = threading.Lock()
@@ -160,10 +157,10 @@ class TokenReader:
         return min(state.rows for state in self.parts.values())
 
     def require_complete(self) -> None:
-        """Refuse a store that is still being written, or was left unfinished.
+        """Check that the store is complete.
 
         Raises:
-            UserError: it names the part, and the shares that are missing or unfinished.
+            UserError: a part is still being written or was left unfinished; its unfinished shares are named.
         """
         for part, command in COMMANDS.items():
             state = self.part(part)
@@ -199,13 +196,7 @@ class TokenReader:
         return text, length
 
     def read(self, name: str, rows: np.ndarray, version: int | None = None) -> np.ndarray:
-        """Return the values (len(rows), ...) of an array at ``rows``, in any order.
-
-        Args:
-            name: name of the array.
-            rows: numbers of the rows.
-            version: the version to read, of an array that has several.
-        """
+        """Return the values (len(rows), ...) of an array at ``rows``, in any order; ``version`` is for BY_VERSION."""
         array = self._arrays[name]
         out = np.empty((len(rows), *array.shape[1 if version is None else 2 :]), array.dtype)
         shards, places = np.divmod(rows, ROWS_PER_SHARD)
@@ -218,7 +209,6 @@ class TokenReader:
         return out
 
     def strings(self, name: Literal["key", "caption"], rows: Iterable[int]) -> list[str]:
-        """Return the strings at ``rows``."""
         return [str(value) for value in self.read(name, np.asarray(list(rows), dtype=np.int64))]
 
     def _shard(self, name: str, shard: int, version: int | None) -> np.ndarray:
@@ -230,7 +220,7 @@ class TokenReader:
                 at = (slice(start, start + ROWS_PER_SHARD), *(() if version is None else (version,)))
                 found = np.asarray(self._arrays[name][at])
                 self.cached_bytes += found.nbytes
-            self._cache[key] = found  # at the end: the first is the least recently used
+            self._cache[key] = found  # moved to the end, so that the first is the least recently used
             while self.cached_bytes > self.cache_limit and len(self._cache) > 1:
                 self.cached_bytes -= self._cache.pop(next(iter(self._cache))).nbytes
         return found
