@@ -10,10 +10,8 @@ import numpy as np
 from dalle_cli.randomness import numpy_generator
 
 WINDOW = 2**18
-"""Number of consecutive rows of the source that are shuffled among themselves; windows are shuffled too.
-
-A store larger than memory is thus read in few large reads. A source of one window is shuffled as a whole.
-"""
+"""Number of consecutive rows that are shuffled among themselves, so that a store larger than memory is read in large
+pieces. The order of the windows is shuffled too."""
 REORDER_BLOCK = 8192
 """Number of rows that a ``Reorder`` function gets at a time."""
 
@@ -24,12 +22,8 @@ Reorder = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 class BatchOrder:
     """Endless epochs over ``rows``; a batch may span two epochs, so that no row is dropped.
 
-    Args:
-        rows: Row numbers (n,) in ascending order.
-        batch_size: Rows in the batch of all ranks.
-        seed: Seed of the shuffling.
-        part: The slice of each batch that this rank takes.
-        reorder: Applied to each REORDER_BLOCK consecutive rows of a shuffled epoch, when the block is reached.
+    ``rows`` is (n,), ascending. ``batch_size`` counts all ranks; ``part`` is this rank's slice of each batch.
+    ``reorder`` is applied to each REORDER_BLOCK consecutive rows of a shuffled epoch when the block is reached.
     """
 
     def __init__(
@@ -57,7 +51,6 @@ class BatchOrder:
         return rows, epochs
 
     def _rows(self, epoch: int, places: np.ndarray) -> np.ndarray:
-        """Return the rows (n,) at ``places`` (n,) of an epoch."""
         if self.reorder is None:
             whole: np.ndarray = self._epoch(epoch)[places]
             return whole

@@ -1,4 +1,4 @@
-"""Captions to draw or to ask about: from text, JSON lines, COCO's captions or standard input, or from a source."""
+"""Captions read from a text file, JSON lines, COCO's captions, standard input or a source of pictures."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from dalle_cli.errors import UserError
 STDIN = Path("-")
 CAPTION_KEYS = ("prompt", "caption")
 ID_KEYS = ("id", "key", "image_id", "caption_id")
-"""Names of the ids that sample lines carry on from a captions file."""
+"""Keys of a captions file that are copied to the sample lines."""
 
 
 @dataclass(frozen=True)
 class Caption:
-    """A caption to draw, its ids in the file it comes from, and the picture whose first rows are given, if any."""
+    """A caption to sample, its ids in its file, and the picture, if any, whose first rows the samples complete."""
 
     text: str
     ids: dict[str, str | int] = field(default_factory=dict)
@@ -32,7 +32,7 @@ class Caption:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A caption as a file has it: ``place`` names it in errors, ``row`` holds its fields."""
+    """A caption in a file: ``place`` names its line or annotation in errors, ``row`` holds its fields."""
 
     file: str
     place: str
@@ -62,21 +62,21 @@ def read_captions(file: Path) -> list[Caption]:
 
 
 def read_captions_by_id(file: Path) -> dict[str, str]:
-    """Read captions as :func:`read_captions` does, by ``id``, in the file's order.
+    """Read captions as ``read_captions`` does, by ``id``, in the file's order.
 
-    Without an ``id``, a line's number counts, from 1. COCO's annotations must have one.
+    The id of a line without one is its line number, from 1. COCO's annotations must have an id.
 
     Raises:
-        UserError: see ``read_captions``; or the file holds no caption, or an id is missing, unusable or there twice.
+        UserError: see ``read_captions``; or the file holds no caption, or an id is missing, unusable or repeated.
     """
     captions: dict[str, str] = {}
     for entry in _entries(file):
         given = entry.row.get("id", entry.line)
         if not _is_id(given) or isinstance(given, bool) or not str(given).strip():
-            raise entry.error("its id is no number or word")
+            raise entry.error("its id is not a number or a word")
         identity = normal_id(str(given).strip())
         if identity in captions:
-            raise entry.error(f"the id {identity} is there twice; give each caption an id of its own")
+            raise entry.error(f"the id {identity} is used twice; give each caption its own id")
         captions[identity] = entry.text
     if not captions:
         raise UserError(f"{file}: holds no caption; write one a line")
@@ -84,7 +84,7 @@ def read_captions_by_id(file: Path) -> dict[str, str]:
 
 
 def normal_id(identity: str) -> str:
-    """Return the id without leading zeros, with which some tools pad the numbers in file names."""
+    """Return the id without leading zeros, which some tools add to numbers in file names."""
     return str(int(identity)) if identity.isascii() and identity.isdigit() else identity
 
 
@@ -109,7 +109,7 @@ def first_captions(spec: str, filters: Filters, limit: int) -> list[str]:
 
 
 def filtered_captions(source: Source, row: int, filters: Filters | None) -> tuple[list[str], str | None]:
-    """Return a row's captions that pass the filters, if any are given, and the reason where there is none."""
+    """Return a row's captions that pass the filters, or none and the reason; without filters, all captions."""
     try:
         captions = source.captions(row)
     except BadSample as error:

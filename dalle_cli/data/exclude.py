@@ -13,16 +13,12 @@ from dalle_cli.errors import UserError
 
 
 class SourceWithExclusions:
-    """A source some of whose samples are excluded: they keep their rows, but reading them raises BadSample.
+    """A source without the samples in ``file``: they keep their rows, but reading them raises BadSample.
 
-    Its name includes a hash of the file, so that an artifact made with one exclusion is not continued with another.
-
-    Args:
-        source: The source with all samples.
-        file: The keys to exclude, as ``read_keys`` reads them.
+    Its name includes a hash of the file, so that an artifact made with one exclusion is not resumed with another.
 
     Raises:
-        UserError: ``file`` cannot be read, or holds keys of which none is in ``source``.
+        UserError: ``file`` cannot be read, or none of its keys is in ``source``.
     """
 
     def __init__(self, source: Source, file: Path) -> None:
@@ -58,9 +54,7 @@ class SourceWithExclusions:
 
 
 def read_keys(file: Path) -> tuple[set[str], str]:
-    """Read the keys in a file and compute the file's SHA-256.
-
-    A .jsonl file has an object with a "key" in each line, any other file a key in each line.
+    """Read the keys of a .jsonl file (an object with a "key" a line) or of a text file (a key a line), and its SHA-256.
 
     Raises:
         UserError: the file cannot be read, or a line is not an object with a "key".

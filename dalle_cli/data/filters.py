@@ -1,8 +1,8 @@
-"""Filters that judge captions and pictures one by one, to leave out those that are not worth training on.
+"""Filters that leave out captions and pictures which are not worth training on, judged one by one.
 
 They follow the paper (Ramesh et al. 2021, appendix C) and Conceptual Captions (Sharma et al. 2018, section 3), except
-for what needs a trained model: language, parts of speech, named entities, adult pictures, the content of the picture.
-A filter's name says what it measures and whether its setting is the smallest or the largest value that passes.
+for filters that need a trained model: language, parts of speech, named entities, adult or other content of pictures.
+A filter's name says what it measures and whether its setting is the minimum or the maximum that passes.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ T = TypeVar("T")
 
 _WORD = re.compile(r"\w+")
 _BOILERPLATE_SEARCH_LENGTH = 2000
-"""Number of characters of a caption that are searched for boilerplate; the time may grow with its square."""
+"""Number of characters of a caption that are searched for boilerplate; the time may grow quadratically with it."""
 
 
 def _words(caption: str) -> list[str]:

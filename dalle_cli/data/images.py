@@ -15,7 +15,7 @@ from dalle_cli.data.source import IMAGE_FORMATS, BadSample, read_image_file
 from dalle_cli.errors import UserError
 
 MAX_PIXELS = 100_000_000
-"""Number of pixels above which a picture is rejected, where a recipe does not say."""
+"""Default number of pixels above which a picture is rejected."""
 
 _EXIF_KEYS = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
 """Keys of Pillow's ``Image.info`` that may hold an orientation; a TIFF has it in its tags instead."""
@@ -36,18 +36,16 @@ class BadImage(ValueError):
 
 
 class ImageHeader(NamedTuple):
-    """An image file's format and size as its header states them, before EXIF turns the picture."""
+    """An image file's format (Pillow's name) and (width, height) in its header, before the EXIF orientation applies."""
 
     format: str
-    """Pillow's name, such as "JPEG"."""
     size: tuple[int, int]
-    """Width and height."""
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode an image file's first frame to RGB.
 
-    The picture is turned as its EXIF says, transparency is laid on white, and 16-bit values are rounded to 8 bits.
+    The EXIF orientation is applied, transparent pixels are blended with white, and 16-bit values are rounded to 8 bits.
 
     Raises:
         BadImage: the data is not an image, or is cut short or damaged (a missing end marker alone is accepted), or the
@@ -76,11 +74,7 @@ def read_picture(path: Path, mend: str, max_pixels: int = MAX_PIXELS) -> NDArray
 
 
 def read_header(data: bytes) -> ImageHeader:
-    """Read an image file's header.
-
-    Raises:
-        BadImage: the data does not begin as one of IMAGE_FORMATS.
-    """
+    """Read an image file's header; raise BadImage if it is of none of IMAGE_FORMATS."""
     try:
         with Image.open(io.BytesIO(data), formats=list(IMAGE_FORMATS)) as image:
             return ImageHeader(str(image.format), image.size)
@@ -113,10 +107,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
 
 
 def _check_chunks(data: bytes) -> None:
-    """Raise BadImage if a chunk of a PNG is cut short or fails its checksum.
-
-    Pillow's ``verify`` does the same but consumes the image, which would have to be opened twice.
-    """
+    """Raise BadImage if a PNG's chunk is cut short or fails its checksum; Pillow's ``verify`` consumes the image."""
     start = 8  # after the signature
     while (kind := data[start + 4 : start + 8]) != b"IEND":
         end = start + 8 + int.from_bytes(data[start : start + 4], "big")
@@ -161,20 +152,12 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
 def train_crop(
     image: Image.Image, size: int, rng: np.random.Generator, *, flip: bool = False, crop: bool = True
 ) -> NDArray[np.uint8]:
-    """Crop an RGB image at random for training, as the paper does for the prior (Listing 2).
+    """Crop an RGB image at random to (size, size, 3) uint8, as the paper does for the prior (Listing 2).
 
     The largest square, its offset uniform in the middle quarter of the slack, is resized by area to a random side
-    between ``size`` and 9/8 of it (but not enlarged for that), and a random square of side ``size`` is taken.
-
-    Args:
-        image: The RGB image.
-        size: Side of the result in pixels.
-        rng: Source of the random numbers.
-        flip: Mirror half of the pictures. For the dVAE only: the prior would learn mirrored writing.
-        crop: Whether to crop at random; otherwise the crop is that of ``eval_crop``.
-
-    Returns:
-        The picture, (size, size, 3) uint8.
+    between ``size`` and 9/8 of it (but not enlarged for that), and a random square of side ``size`` is taken. Without
+    ``crop``, the crop is that of ``eval_crop``. ``flip`` mirrors half of the pictures; it is for the dVAE only, since
+    the prior would learn mirrored writing.
     """
     if crop:
         short = min(image.size)

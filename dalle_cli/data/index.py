@@ -33,19 +33,15 @@ class PackedStrings:
 
 
 def hash_string(string: str) -> bytes:
-    """Return HASH_BYTES bytes that tell the string from millions of others."""
+    """Return a hash of HASH_BYTES bytes, which is unique among many millions of strings."""
     return blake2b(string.encode("utf-8", "surrogatepass"), digest_size=HASH_BYTES).digest()
 
 
 def group_by_hash(hashes: bytes | bytearray) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Group n items by their hashes.
-
-    Args:
-        hashes: The n hashes of HASH_BYTES each, concatenated.
+    """Group n items by their concatenated hashes of HASH_BYTES each; groups are ordered by their first items.
 
     Returns:
         ``items`` (n,) and ``offsets`` (groups + 1,): group g is ``items[offsets[g]:offsets[g + 1]]``, ascending.
-        Groups are ordered by their first items.
     """
     halves = np.frombuffer(hashes, np.uint64).reshape(-1, HASH_BYTES // 8)
     order = np.lexsort(halves.T)  # stable, so items of a group stay in ascending order

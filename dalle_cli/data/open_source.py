@@ -30,19 +30,17 @@ _MAX_SHARDS = 1_000_000
 
 
 class Format(NamedTuple):
-    """A format of sources."""
+    """A format of sources, described for error messages; ``open`` returns None if a source has another format."""
 
     description: str
-    """Appearance of such a source, for error messages."""
     open: Callable[[str, Path], Source | None]
-    """Opens a source given by its name and path; returns None if it has another format."""
 
 
 def open_source(spec: str | Path) -> Source:
     """Open the source at ``spec``, a path or a pattern of shards, by the first of FORMATS that fits.
 
     Raises:
-        UserError: nothing is there, or nothing that can be used.
+        UserError: there is nothing at ``spec``, or nothing that can be used.
     """
     path, name = Path(spec), str(spec)
     try:
@@ -109,7 +107,7 @@ def _open_manifest(name: str, path: Path) -> Source | None:
 
 
 def is_manifest(path: Path) -> bool:
-    """Return whether the file is a manifest: its extension is one, and its columns name pictures and captions."""
+    """Return whether the file is a manifest that names columns of pictures and captions."""
     try:
         _table(path, path.suffix.lower())
     except (UserError, OSError):
@@ -177,7 +175,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def _alternatives(inside: str, pattern: str) -> list[str]:
-    """Return what the braces around ``inside`` stand for."""
+    """Return the strings that the braces around ``inside`` stand for."""
     first, dots, last = inside.partition("..")
     if not dots:
         return inside.split(",")

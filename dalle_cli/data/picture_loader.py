@@ -44,22 +44,19 @@ def _load_filtered(source: Source, row: int, data: DataSettings) -> Image.Image:
 
 
 class PictureBatch(NamedTuple):
-    """Training pictures of one update."""
+    """Training pictures (B, S, S, 3) uint8 of one update, with the row and the epoch (B,) of each."""
 
     pictures: Tensor
-    """(B, S, S, 3) uint8."""
     rows: np.ndarray
-    """(B,) rows of the pictures in the source."""
     epochs: np.ndarray
-    """(B,) epoch in which each picture was drawn."""
 
 
 @dataclass
 class TrainingPictures:
     """Random batches of training pictures, a function of (seed, step) whatever the number of workers.
 
-    A sample that cannot be read or that a filter rejects is replaced by another one drawn from all rows. Thus broken
-    files do not end a run, and the neighbour of a long run of rejected samples is not seen more often than others.
+    A sample that cannot be read or that a filter rejects is replaced by one drawn from all rows. So broken files do not
+    end a run, and the sample after a long series of rejected ones is not seen more often than others.
     """
 
     source: Source
@@ -69,13 +66,12 @@ class TrainingPictures:
     data: DataSettings
     seed: int
     batch_size: int
-    """Pictures in the batch of all ranks."""
+    """Number of pictures in the batch of all ranks."""
     flip: bool
-    """Mirror half of the pictures."""
     workers: int
     """Number of worker processes; 0 loads in this process."""
     part: slice = field(default_factory=lambda: slice(None))
-    """The slice of each batch that this rank takes."""
+    """This rank's slice of each batch."""
 
     def batches(self, start: int, stop: int, reorder: Reorder | None = None) -> Iterator[PictureBatch]:
         """Yield the batches of updates ``start`` to ``stop``; ``reorder`` (see BatchOrder) runs in this process."""
@@ -100,10 +96,7 @@ class TrainingPictures:
                 iterator._shutdown_workers()  # type: ignore[attr-defined]
 
     def picture(self, row: int, epoch: int) -> tuple[np.ndarray, int]:
-        """Load and augment one picture.
-
-        Returns:
-            The picture (image_size, image_size, 3) uint8 and its row, which is ``row`` unless that had to be replaced.
+        """Load and augment a picture (image_size, image_size, 3) uint8; return it and its row, replaced if necessary.
 
         Raises:
             BadSample: none of MAX_REPLACEMENTS samples can be used.
@@ -163,13 +156,13 @@ class PictureBlock:
 
     keys: list[str]
     pictures: Tensor
-    """(n, S, S, 3) uint8, zeros where a sample cannot be used. The memory is reused after the next block but one."""
+    """(n, S, S, 3) uint8, zeros where a sample cannot be used; the memory is reused two blocks later."""
     reasons: dict[str, str]
     """Why a sample cannot be used, by key."""
 
 
 class _BlockDecoder(Dataset[tuple[list[str], dict[str, str]]]):
-    """Decodes block i into slot i of ``buffer`` (slots, block, S, S, 3), which all processes share; sends the rest."""
+    """Decodes block i into slot i mod slots of ``buffer`` (slots, block, S, S, 3) in shared memory."""
 
     def __init__(self, source: Source, blocks: list[range], buffer: Tensor, data: DataSettings) -> None:
         self.source, self.blocks, self.buffer, self.data = source, blocks, buffer, data
@@ -196,14 +189,8 @@ def consecutive_pictures(
 ) -> Iterator[PictureBlock]:
     """Yield the pictures of ``rows`` in order, in blocks that worker processes prefetch.
 
-    Args:
-        source: The source to read.
-        rows: Rows to load.
-        block: Number of samples in a block.
-        image_size: Side of a picture in pixels.
-        data: The recipe's data settings, with the filters.
-        workers: Number of worker processes; 0 loads in this process.
-        pinned: Put pictures into page-locked memory, from which a copy to a GPU is asynchronous.
+    A block has ``block`` samples. Without ``workers``, this process decodes. ``pinned`` puts pictures into page-locked
+    memory, from which a copy to a GPU is asynchronous.
     """
     blocks = split_blocks(rows, block)
     # One slot for each prefetched block, the block being yielded, and the two before it that the caller may still use.

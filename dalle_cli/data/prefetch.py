@@ -11,10 +11,9 @@ T = TypeVar("T")
 
 
 def prefetch(items: Iterator[T], count: int) -> Iterator[T]:
-    """Yield the same items, up to ``count`` of them made by a thread while earlier ones are in use.
+    """Yield the same items, of which a daemon thread makes up to ``count`` while earlier ones are in use.
 
-    An exception of ``items`` is raised in the place of the item. The thread ends when the iterator is closed or
-    exhausted, and does not keep the program from ending.
+    An exception raised by ``items`` is raised again in place of the item. The thread ends with the iterator.
     """
     queue: Queue[tuple[T] | BaseException | None] = Queue(count)
     closed = Event()

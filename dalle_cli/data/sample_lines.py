@@ -10,16 +10,12 @@ from dalle_cli.data.source import is_unicode
 from dalle_cli.errors import UserError
 
 SampleLine = dict[str, Any]
-"""A sample: ``prompt`` and ``png`` always, the other keys of ``stores.samples.manifest_line`` and, once it is ranked,
-``score``, ``rank`` and ``scorer``. Any other keys are passed on, so that ``jq`` may add some."""
+"""A sample: always ``prompt`` and ``png``, the other keys of ``stores.samples.manifest_line`` and, once it is ranked,
+``score``, ``rank`` and ``scorer``. Any other keys, which ``jq`` may add, are passed on."""
 
 
 def read_sample_lines(lines: Iterable[str], name: str) -> Iterator[SampleLine]:
-    """Yield the samples of JSON lines, as they come in.
-
-    Args:
-        lines: the lines.
-        name: name of their file, for errors.
+    """Yield the samples of JSON lines as they come in; ``name`` is the file's name in error messages.
 
     Raises:
         UserError: a line is no JSON object with ``prompt`` and ``png``.

@@ -28,7 +28,7 @@ QUANTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 EXAMPLES_PER_FILTER = 3
 BROKEN_EXAMPLES = 20
 MIN_LANGUAGE_PROBABILITY = 0.5
-"""Probability below which a language is "unsure", as that of a caption of two or three words often is."""
+"""Probability below which a language is "unsure", which is common for captions of two or three words."""
 _BLOCK = 32
 
 
@@ -62,7 +62,7 @@ class BrokenSample:
 
 @dataclass(frozen=True)
 class BrokenSamples:
-    """Samples that cannot be used: found when they were read, or left out by the source's index."""
+    """Samples that cannot be used, because reading them failed or because the source's index left them out."""
 
     by_reason: dict[str, int]
     first: list[BrokenSample]
@@ -113,10 +113,7 @@ class ScanResult:
 
 @dataclass
 class _Counts:
-    """Counts over some rows; those of other rows can be added, so that memory does not grow with the source.
-
-    Measured values are rounded to three digits and counted.
-    """
+    """Counts over some rows, to which those of other rows can be added; values have three significant digits."""
 
     samples: int = 0
     usable: int = 0
@@ -131,18 +128,16 @@ class _Counts:
     examples: dict[str, list[FilterExample]] = field(default_factory=dict)
 
     def measure(self, name: str, value: float) -> None:
-        """Count a measured value."""
         self.measures.setdefault(name, Counter())[float(f"{value:.3g}")] += 1
 
     def drop(self, name: str, key: str, shown: str) -> None:
-        """Count a sample that the filter ``name`` would drop."""
         self.dropped[name] += 1
         examples = self.examples.setdefault(name, [])
         if len(examples) < EXAMPLES_PER_FILTER:
             examples.append(FilterExample(key, shown[:200]))
 
     def add(self, other: _Counts) -> None:
-        """Add the counts of the rows that come next."""
+        """Add the counts of the following rows."""
         for name in ("samples", "usable", "kept", "captions"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name, counts in other.measures.items():
@@ -161,7 +156,6 @@ class _BlockScan:
     source: Source
     data: DataSettings
     tried: Filters
-    """Filters that are all on."""
     detector: LanguageDetector | None
 
     def __call__(self, rows: range) -> _Counts:
@@ -186,7 +180,7 @@ class _BlockScan:
             counts.kept += passes
 
     def _scan_captions(self, counts: _Counts, row: int, key: str) -> tuple[list[str], str | None]:
-        """Return the captions, and what is wrong with them."""
+        """Return the captions, and the error if they cannot be read."""
         try:
             captions = self.source.captions(row)
         except BadSample as error:
@@ -205,7 +199,7 @@ class _BlockScan:
         return captions, None
 
     def _scan_picture(self, counts: _Counts, row: int, key: str) -> tuple[Image.Image | None, str | None]:
-        """Return the picture, and what is wrong with it."""
+        """Return the picture, or the error if it cannot be read."""
         try:
             data = self.source.image_bytes(row)
             image = decode_image(data, self.data.max_pixels)
@@ -225,14 +219,9 @@ class _BlockScan:
 def scan(
     source: Source, data: DataSettings, image_size: int, *, workers: int, detector: LanguageDetector | None = None
 ) -> ScanResult:
-    """Read every sample of a source and count what training would meet.
+    """Read every sample of a source and return its statistics.
 
-    Args:
-        source: The source to scan.
-        data: The recipe's data settings. Every filter is tried, one that is off with ``with_typical_limits``.
-        image_size: The recipe's side of a picture in pixels.
-        workers: Number of processes that read.
-        detector: Guesses each caption's language, if given.
+    Every filter is tried, one that is off in ``data`` with the limit of ``with_typical_limits``.
     """
     tried = with_typical_limits(data.filters, image_size)
     counts = _Counts()
@@ -272,7 +261,7 @@ def scan(
 
 
 def examples(source: Source, count: int, max_pixels: int) -> Iterator[tuple[Image.Image, str]]:
-    """Yield pictures with their first captions, from rows spread evenly; samples that cannot be read are left out."""
+    """Yield up to ``count`` pictures from evenly spaced rows, each with its first caption; skip unreadable samples."""
     n = len(source)
     for row in sorted({place * n // count for place in range(count)}):
         try:
@@ -282,10 +271,7 @@ def examples(source: Source, count: int, max_pixels: int) -> Iterator[tuple[Imag
 
 
 def quantiles(counts: Counter[float]) -> dict[str, float]:
-    """Return the mean and QUANTILES of values given with their counts.
-
-    The quantile at p % is the smallest value such that at least p % of all values are no larger.
-    """
+    """Return the mean and QUANTILES of values by their counts: the least value that p % of all values do not exceed."""
     values, total = sorted(counts.items()), counts.total()
     found: dict[str, float] = {"mean": sum(value * count for value, count in values) / total}
     for percent in QUANTILES:
@@ -299,5 +285,5 @@ def quantiles(counts: Counter[float]) -> dict[str, float]:
 
 
 def _category(reason: str) -> str:
-    """Return a reason without what is specific to one sample, so that reasons can be counted."""
+    """Return a reason without the part that is specific to one sample, so that reasons can be counted."""
     return reason.split(":")[0].split(" (")[0]

@@ -21,8 +21,8 @@ IMAGE_FORMATS: dict[str, tuple[str, ...]] = {
 }
 """Formats that are decoded, by Pillow's names, and the extensions by which sources find pictures.
 
-Pillow's other formats are left out because some start programs (EPS) or are barely maintained. Files ending in .tif
-are not looked for, but a TIFF under another of these extensions, or one that a manifest names, is decoded.
+Some of Pillow's other formats start programs (EPS), others are barely maintained. Sources do not look for .tif, but
+decode a TIFF that has another extension or that a manifest names.
 """
 IMAGE_EXTENSIONS = frozenset(chain.from_iterable(IMAGE_FORMATS.values()))
 MAX_CAPTION_BYTES = 1 << 20
@@ -34,35 +34,32 @@ class BadSample(ValueError):
 
 
 class Source(Protocol):
-    """An indexed and picklable collection of captioned pictures, whose order follows from the data alone.
+    """An indexed and picklable collection of captioned pictures, in the order of a manifest's rows or of the keys.
 
-    The order is that of the list that the samples come from (such as the rows of a manifest), or of the keys where
-    there is no list. Opening a source reads only its index; a defect of a sample's content raises BadSample when the
-    sample is read.
+    Opening a source reads only its index; a defect of a sample's content raises BadSample when the sample is read.
     """
 
     name: str
     """Name that the user gave the source."""
     format: str
-    """Kind of source, such as "webdataset"."""
     skipped: list[tuple[str, str]]
     """Key (or member, or row) and reason of each sample that the index left out."""
 
     def describe(self) -> str:
-        """Return one line for people: format, name, number of samples, number left out."""
+        """Return a line for the log: format, name, number of samples, number left out."""
         ...
 
     def __len__(self) -> int: ...
 
     def key(self, i: int) -> str:
-        """Return the sample's name, which is unique in the source and does not depend on where the source lies."""
+        """Return the sample's name, which is unique in the source and independent of the source's location."""
         ...
 
     def captions(self, i: int) -> list[str]:
         """Return the usable captions of the picture in order, at least one, each stripped and never empty.
 
         Raises:
-            BadSample: the picture has no caption, or none that can be used (the reason is that of the first).
+            BadSample: no caption can be used; the reason is that of the first.
         """
         ...
 
@@ -82,11 +79,7 @@ def describe(source: Source) -> str:
 
 
 def text_captions(data: bytes) -> list[str]:
-    """Return the captions of a .txt file's bytes, one a line: UTF-8, with or without a byte order mark.
-
-    Raises:
-        BadSample: no line can be used.
-    """
+    """Return the captions in a .txt file's bytes (UTF-8, one a line), as ``clean_captions`` does."""
     lines = re.split(rb"\r\n|\r|\n", data.removeprefix(codecs.BOM_UTF8))
     return clean_captions([line for line in lines if line.strip()] or [b""])
 
@@ -115,7 +108,7 @@ def clean_caption(text: str) -> str:
     """Return the caption stripped.
 
     Raises:
-        BadSample: it is empty or not text (it holds a NUL, or a lone surrogate from JSON).
+        BadSample: it is empty, or holds a NUL or a lone surrogate (from JSON).
     """
     text = text.strip()
     if not text:
@@ -128,20 +121,12 @@ def clean_caption(text: str) -> str:
 
 
 def read_caption_file(path: Path) -> list[str]:
-    """Return the captions of a .txt file.
-
-    Raises:
-        BadSample: the file cannot be read, or holds no caption that can be used.
-    """
+    """Return the captions of a .txt file; raise BadSample if it cannot be read or no caption can be used."""
     return text_captions(_read(path, "caption", MAX_CAPTION_BYTES))
 
 
 def read_image_file(path: Path) -> bytes:
-    """Return the bytes of an image file.
-
-    Raises:
-        BadSample: the file cannot be read or is too large.
-    """
+    """Return the bytes of an image file; raise BadSample if it cannot be read or is too large."""
     return _read(path, "image", MAX_IMAGE_BYTES)
 
 

@@ -32,12 +32,12 @@ def available_cores() -> int:
 def map_blocks(function: Callable[[range], T], blocks: Sequence[range], workers: int) -> Iterator[T]:
     """Yield ``function(block)`` for each block in order, computed by ``workers`` processes.
 
-    One worker works in this process. ``function`` is sent to each process once, when the process starts, so it may
-    hold a large index. It computes with a single BLAS thread: on small matrices several threads are far slower, since
-    they wait for one another, and they take the cores of the other processes.
+    With one worker, this process computes. ``function`` is sent to each process once, at its start, so it may hold a
+    large index. It computes with a single BLAS thread: on small matrices several are far slower, since they wait for
+    one another and take cores from the other processes.
 
     Raises:
-        UserError: a worker process was killed, for example for lack of memory.
+        UserError: a worker process was killed, perhaps for lack of memory.
     """
     workers = min(workers, len(blocks))
     if workers < 2:
@@ -74,13 +74,12 @@ def split_blocks(rows: range, size: int) -> list[range]:
 
 
 def ignore_stop_signals() -> None:
-    """Ignore STOP_SIGNALS in a worker: a launcher may signal every process, and only the trainer is to react."""
+    """Ignore STOP_SIGNALS in a worker: a launcher may signal every process, but only the trainer should react."""
     for stop_signal in STOP_SIGNALS:
         signal.signal(stop_signal, signal.SIG_IGN)
 
 
 def _start(function: Callable[[Any], Any], parent: int) -> None:
-    """Prepare a worker process."""
     global _function
     _function = function
     threadpool_limits(1)

@@ -1,7 +1,7 @@
 """The share of samples that show what their captions say, judged by the oracle of the shapes world.
 
-Three figures matter: the share of single samples that are right (what the prior knows), the share of pools whose best
-by CLIP is right (what a user gets), and the share of pools with any right sample (what a perfect reranker would get).
+There are three figures: the share of single samples that are right (the prior alone), the share of pools whose best
+sample by CLIP is right (the result for a user), and the share of pools with any right sample (a perfect reranker).
 Captions with a held-out (colour, shape) pair, which no training picture shows, are counted apart, since they require
 composition.
 """
@@ -23,7 +23,6 @@ from dalle_cli.errors import UserError
 from dalle_cli.shapes.oracle import detect, matches_claim
 from dalle_cli.shapes.world import HELD_OUT, Claim, parse_caption
 
-"""A line of ``dalle rerank``."""
 Group = Literal["seen pairs", "held-out pairs"]
 GROUPS: tuple[Group, ...] = ("seen pairs", "held-out pairs")
 
@@ -51,13 +50,10 @@ class JudgedPool:
 
 
 def group_by_caption(lines: Iterable[SampleLine], name: str) -> list[Pool]:
-    """Group ranked lines by caption, captions in the order of their first lines, samples best first.
+    """Group lines of ``dalle rerank`` by caption, in the order of the captions' first lines, samples best first.
 
-    Samples with the same store, seed and index are the same sample of a repeated caption, and count once.
-
-    Args:
-        lines: Lines of ``dalle rerank``.
-        name: Name of the file, for error messages.
+    Samples with the same store, seed and index are the same sample of a repeated caption, and count once. ``name`` is
+    the file's name in error messages.
 
     Raises:
         UserError: a line has no score and rank.
@@ -76,7 +72,7 @@ def group_by_caption(lines: Iterable[SampleLine], name: str) -> list[Pool]:
 
 
 def claim_of(caption: str) -> Claim | None:
-    """Parse a caption; return None if it is not of the shapes world."""
+    """Parse a caption; return None if it is not one of the shapes world."""
     try:
         return parse_caption(caption)
     except ValueError:
@@ -84,7 +80,7 @@ def claim_of(caption: str) -> Claim | None:
 
 
 def group_of(claim: Claim) -> Group:
-    """Return the group of a claim, by whether it has a held-out (colour, shape) pair."""
+    """Return "held-out pairs" if the claim has any held-out (colour, shape) pair, else "seen pairs"."""
     return "held-out pairs" if any((t.colour, t.shape) in HELD_OUT for t in claim.things) else "seen pairs"
 
 
@@ -106,11 +102,7 @@ def judge(ranked: Sequence[Pool], advance: Callable[[], None] | None = None) -> 
 
 
 def load_picture(line: SampleLine) -> NDArray[np.uint8]:
-    """Read the picture (H, W, 3) uint8 of a sample's line.
-
-    Raises:
-        UserError: the picture is missing or broken.
-    """
+    """Read the picture (H, W, 3) uint8 of a sample's line; raise UserError if it is missing or broken."""
     return read_picture(Path(line["png"]), "run from the folder that dalle sample ran in, or draw it again")
 
 
@@ -123,7 +115,6 @@ class Share:
 
     @property
     def error(self) -> float:
-        """Standard error of the share."""
         return math.sqrt(self.value * (1 - self.value) / self.prompts)
 
 
@@ -134,11 +125,11 @@ class Accuracy:
     prompts: int
     samples: int
     pool_size: int
-    """Number of samples of a caption, the smallest if they differ."""
+    """Number of samples of a caption, or the smallest number if captions differ."""
     best: Share
     """Pools whose best sample by CLIP is right."""
     single: Share | None
-    """Single samples that are right, each caption counting alike."""
+    """Single samples that are right, averaged per caption first."""
     any_right: Share | None
     """Pools in which any sample is right."""
     by_pool_size: dict[int, Share]
@@ -146,11 +137,9 @@ class Accuracy:
 
 
 def accuracy(judged: Sequence[JudgedPool], sizes: Sequence[int] | None = None) -> Accuracy:
-    """Compute the figures of some captions, each counting alike.
+    """Compute the figures of at least one pool; all captions have the same weight.
 
-    Args:
-        judged: At least one pool.
-        sizes: Sizes of ``by_pool_size``, none above the smallest pool's; 1, 2, 4 ... by default.
+    ``sizes`` are those of ``by_pool_size``, none above the smallest pool's; 1, 2, 4 ... by default.
     """
     if not judged:
         raise ValueError("accuracy of no caption")

@@ -1,7 +1,7 @@
 """An oracle that measures what a picture of the shapes world shows, without learning and without the caption.
 
-It compares generated pictures with the facts of their captions, so it tolerates what a dVAE does to a picture: blur,
-noise, drifting colours.
+It compares generated pictures with the facts of their captions, so it tolerates the defects of a dVAE: blur, noise and
+shifted colours.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dalle_cli.shapes.world import COLOURS, OUTLINES, SHAPES, SIZES, Claim, Fact
 Floats = NDArray[np.float32]
 
 _WORKING_SIDE = 64
-"""Side in pixels to which larger pictures are shrunk, roughly."""
+"""Side in pixels to which larger pictures are shrunk by a whole factor, so only roughly."""
 _PALETTE = np.array(list(COLOURS.values()), dtype=np.float32)
 _SMOOTHING = 0.4
 """Sigma in pixels of the blur that reduces noise before anything is measured."""
@@ -32,7 +32,7 @@ _SIZE_BORDER = (SIZES["small"] + SIZES["large"]) / 2
 _HALO = 2
 """Number of pixels around a patch that still belong to its soft edge."""
 _LEVEL = 1.3
-"""Least ratio of the distance along a relation's axis to the distance across it."""
+"""Minimum ratio of the distance along a relation's axis to the distance across it."""
 _BLURS = (0.6, 1.3)
 """Sigmas in pixels of the templates that a silhouette is compared with."""
 
@@ -81,7 +81,7 @@ def detect(picture: NDArray[np.uint8]) -> list[Detection]:
 
 
 def _background(pixels: Floats) -> Floats:
-    """Return the background's colour (3,), the median of the border, of which things cover less than half."""
+    """Return the background's colour (3,), the median of the border, since things cover less than half of it."""
     border = np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
     return np.asarray(np.median(border, axis=0), dtype=np.float32)
 
@@ -114,11 +114,7 @@ def _measure(
 def _fit(
     silhouette: Floats, region: NDArray[np.bool_], shape: str, centroid: NDArray[np.float64], area: float
 ) -> tuple[float, str, tuple[float, float], float]:
-    """Fit a shape to a silhouette of the given area and centroid.
-
-    Returns:
-        The overlap with the silhouette, the shape, and its centre and radius in pixels.
-    """
+    """Fit a shape to a silhouette; return their overlap, the shape, and its centre and radius in pixels."""
     unit_area, unit_centroid = _MOMENTS[shape]
     radius = (area / unit_area) ** 0.5
     x, y = (centroid - radius * unit_centroid).tolist()
@@ -129,7 +125,7 @@ def _fit(
     template = np.asarray(canvas.reduce(4), dtype=np.float32) / 255
     overlap = 0.0
     for sigma in _BLURS:
-        # Cropped like the silhouette, so that what the blur carried out of the region counts on neither side.
+        # Cropped like the silhouette, so that ink which the blur moved out of the region is not counted in either.
         blurred = ndimage.gaussian_filter(template, sigma) * region
         both, either = np.minimum(silhouette, blurred).sum(), np.maximum(silhouette, blurred).sum()
         overlap = max(overlap, float(both / either))
@@ -148,7 +144,7 @@ _MOMENTS = {shape: _moments(OUTLINES[shape]) for shape in SHAPES}
 
 
 def relation(a: Detection, b: Detection) -> str | None:
-    """Return how ``a`` stands to ``b``, such as "above" or "left of"; None if neither axis clearly leads."""
+    """Return the relation of ``a`` to ``b``, such as "above" or "left of"; None if neither axis clearly dominates."""
     across, down = b.x - a.x, b.y - a.y
     if abs(down) > _LEVEL * abs(across):
         return "above" if down > 0 else "below"

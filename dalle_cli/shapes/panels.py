@@ -1,9 +1,9 @@
 """The two-panel world: a thing in the top half, and below it the same shape, changed as the caption says.
 
 The caption does not name the thing, so a model that completes the bottom half has to look at the top half. This is the
-paper's image-to-image translation ("the exact same cat on the top as a sketch on the bottom") on pictures that can be
-judged by measuring them. In training the held-out (colour, shape) pairs are never in the top half; they may be in the
-bottom half, where the caption asks for a colour.
+paper's image-to-image translation ("the exact same cat on the top as a sketch on the bottom") with pictures that can be
+judged by measurement. In training, a held-out (colour, shape) pair is never in the top half, but a caption that asks
+for a colour may put it in the bottom half.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CHANGES = ("same", "smaller", "on black", *(f"in {colour}" for colour in COLOURS
 _PLACES = 8
 """Number of steps per side of the lattice of centres, which lie on the panel's middle line."""
 _SEAM = 32
-"""1 / _SEAM of the side is ignored at the edges of a half, where the backgrounds blend into each other."""
+"""Inverse of the share of the side that is ignored at the top and bottom of a half, where backgrounds blend."""
 _PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 
 
@@ -60,7 +60,6 @@ class Panels:
 
     @property
     def caption(self) -> str:
-        """The caption, in lower case, with single spaces."""
         if self.change == "same":
             return "the exact same shape on the top and on the bottom"
         return f"the exact same shape on the top {self.change} on the bottom"
@@ -91,12 +90,9 @@ def random_panels(seed: int, split: str, index: int) -> Panels:
 
 
 def render_panels(panels: Panels, size: int = 64, *, bottom: bool = True) -> NDArray[np.uint8]:
-    """Render the panels as an anti-aliased picture, (size, size, 3) uint8.
+    """Render the panels as an anti-aliased picture, (size, size, 3) uint8, ``size`` a multiple of 16, at least 32.
 
-    Args:
-        panels: The two halves.
-        size: Side in pixels, a multiple of 16.
-        bottom: Whether to draw the bottom half, rather than leave it empty for a model to complete.
+    Without ``bottom``, the bottom half is left empty for a model to complete.
     """
     if size < 32 or size % 16:
         raise ValueError(f"size {size}: a picture's side is a multiple of 16 and at least 32")

@@ -44,11 +44,8 @@ HELD_OUT: frozenset[tuple[str, str]] = frozenset(
         ("yellow", "square"),
     }
 )
-"""(colour, shape) pairs that never appear in training.
-
-Their outlines consist of pieces that other shapes of the colour have too, so that a picture of them can be composed of
-tokens that the prior has seen.
-"""
+"""(colour, shape) pairs that never appear in training, but whose outlines can be composed of the tokens of other shapes
+of that colour."""
 _PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 _HELD = tuple(pair for pair in _PAIRS if pair in HELD_OUT)
 _FREE = tuple(pair for pair in _PAIRS if pair not in HELD_OUT)
@@ -58,12 +55,10 @@ SPLITS = ("train", "seen", "heldout")
 _SINGLE_SHARE = 0.2
 """Share of the scenes with a single thing."""
 _LATTICE = 8
-"""Number of steps per side of the lattice of centres.
-
-A lattice lets a small model learn the world in minutes. At 64 pixels a step is the width of an image token.
-"""
+"""Number of steps per side of the lattice of centres, which lets a small model learn the world in minutes. At 64 pixels
+a step is the width of an image token."""
 _MAX_RADII = 0.5
-"""Bound of the sum of two radii, since two large things do not fit beside each other."""
+"""Exclusive upper bound of the sum of two radii, since two large things do not fit beside each other."""
 _GAP = 0.03
 """Smallest distance between two things along the relation's axis."""
 _SLANT = 0.3
@@ -73,7 +68,7 @@ _SUPERSAMPLE = 4
 
 
 class Fact(NamedTuple):
-    """The attributes of one thing that a caption names."""
+    """The attributes of a thing in a caption."""
 
     size: str
     colour: str
@@ -174,7 +169,7 @@ def _lattice(radius: float) -> range:
 
 def _place(rng: np.random.Generator, radii: list[float], relation: str) -> list[tuple[float, float]]:
     """Draw the centres of two things, apart along the relation's axis and nearly level across it."""
-    # Work as if the first thing came first along the axis (above, left of), then swap.
+    # Place the things as for "above" or "left of", then swap.
     a, b = radii if relation in ("above", "left of") else radii[::-1]
     apart = (a + b + _GAP) * _LATTICE
     pairs = [(i, j) for i in _lattice(a) for j in _lattice(b) if j - i >= apart]
@@ -210,17 +205,14 @@ def _unit_outlines() -> dict[str, NDArray[np.float64]]:
 
 
 OUTLINES = _unit_outlines()
-"""Corner points (points, 2) of each shape at radius 1 around (0, 0), y downwards.
-
-A bar is the lower half of a square, a post the left half.
-"""
+"""Corner points (points, 2) of each shape at radius 1 around (0, 0), y downwards."""
 
 
 @lru_cache(maxsize=4096)
 def coverage(shape: str, x: float, y: float, radius: float, side: int) -> NDArray[np.float64]:
     """Return the share of each pixel that a silhouette covers, (side, side); ``x``, ``y``, ``radius`` in pixels.
 
-    It is counted at 4 x 4 points per pixel by the even-odd rule. The array is read-only, since it is cached.
+    It is sampled at 4 x 4 points per pixel, by the even-odd rule. The array is cached, so it is read-only.
     """
     points = OUTLINES[shape] * radius + np.array([x, y])
     centres = (np.arange(side * _SUPERSAMPLE) + 0.5) / _SUPERSAMPLE
@@ -269,12 +261,11 @@ _PAIR_FORMS = (
 
 
 def _words(relation: str) -> tuple[str, ...]:
-    """Return the wordings of a relation."""
     return (relation, f"to the {relation}") if relation in ("left of", "right of") else (relation,)
 
 
 def phrasings(scene: Scene) -> list[str]:
-    """Return every caption of the scene; two things are described from either side."""
+    """Return every caption of the scene; a pair is described from either thing's side."""
     facts = [" ".join(thing.fact) for thing in scene.things]
     if scene.relation is None:
         return [form.format(facts[0]) for form in _SINGLE_FORMS]
@@ -283,7 +274,7 @@ def phrasings(scene: Scene) -> list[str]:
 
 
 def random_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """Return a random caption of the scene, in lower case, with single spaces."""
+    """Return a random one of the scene's ``phrasings``."""
     forms = phrasings(scene)
     return forms[int(rng.integers(len(forms)))]
 

@@ -1,4 +1,4 @@
-"""Writing of a rendered world of captioned pictures as WebDataset tars."""
+"""Writing a rendered world of captioned pictures as WebDataset tars."""
 
 from __future__ import annotations
 
@@ -23,12 +23,10 @@ ROWS_PER_SHARD = 1000
 
 
 class Row(NamedTuple):
-    """A captioned picture with the facts that it shows."""
+    """A picture (size, size, 3), the facts that it shows, in types that JSON has, and its caption."""
 
     facts: dict[str, Any]
-    """Facts as JSON can hold them."""
     picture: NDArray[np.uint8]
-    """(size, size, 3)."""
     caption: str
 
 
@@ -38,18 +36,17 @@ class World:
 
     kind: str
     version: int
-    """Version of the world, to be raised when the same seed gives other bytes."""
     row: Callable[[int, str, int, int], Row]
     """Makes the row of (seed, split, index, size)."""
     multiple: int
-    """Number of pixels that a picture's side is a multiple of."""
+    """Divisor of a picture's side in pixels."""
     facts: Mapping[str, object]
     """Further entries of world.json."""
 
 
 @dataclass(frozen=True)
 class WrittenWorld:
-    """Numbers of pictures: written now, and in shards that were there already."""
+    """Number of pictures written now, and of pictures in shards that existed already."""
 
     written: int
     existing: int
@@ -63,21 +60,13 @@ class _Shard:
 
 
 def write_world(world: World, out: Path, n: int, test_n: int, seed: int, size: int = 64) -> WrittenWorld:
-    """Write a world as OUT/SPLIT/KIND-00000.tar and so on, and OUT/world.json.
+    """Write ``n`` training pictures and two test splits of ``test_n`` as OUT/SPLIT/KIND-00000.tar ..., and world.json.
 
     A row consists of KEY.png, KEY.txt (the caption) and KEY.json (the facts). Its content depends on (seed, split,
     row) only, not on the number of rows. A shard gets its name when it is complete, so a killed run can be resumed.
 
-    Args:
-        world: The world to write.
-        out: A folder that is new, is empty or holds the same world.
-        n: Number of training pictures.
-        test_n: Number of pictures in each of the two test splits.
-        seed: Seed of all pictures.
-        size: Side of a picture in pixels.
-
     Raises:
-        UserError: a setting is impossible, or the folder holds anything else.
+        UserError: a setting is impossible, or the folder is neither new nor empty and does not hold the same world.
     """
     _check(n, test_n, world.multiple, seed, size)
     rows = {"train": n, "seen": test_n, "heldout": test_n}
@@ -99,7 +88,6 @@ def write_world(world: World, out: Path, n: int, test_n: int, seed: int, size: i
 
 
 def _check(n: int, test_n: int, multiple: int, seed: int, size: int) -> None:
-    """Raise UserError if a setting is impossible."""
     if size < 32 or size % multiple:
         raise UserError(f"size {size}: the pictures' side must be a multiple of {multiple} and at least 32")
     for name, value, least in (("n", n, 1), ("test_n", test_n, 0), ("seed", seed, 0)):
@@ -108,7 +96,7 @@ def _check(n: int, test_n: int, multiple: int, seed: int, size: int) -> None:
 
 
 def _claim_folder(out: Path, settings: dict[str, object]) -> None:
-    """Write world.json into ``out``, or check that the one there says the same."""
+    """Write world.json into ``out``, or check that it holds these settings."""
     world = out / "world.json"
     if world.exists():
         try:
@@ -155,7 +143,7 @@ def _write_shard(world: World, shard: _Shard, seed: int, size: int) -> None:
 
 
 def _members(row: Row) -> list[tuple[str, bytes]]:
-    """Return (extension, content) of each member of a row."""
+    """Return the (extension, content) of each file of a row."""
     png = io.BytesIO()
     Image.fromarray(row.picture).save(png, "PNG", compress_level=1)
     return [("json", json.dumps(row.facts).encode()), ("png", png.getvalue()), ("txt", row.caption.encode())]

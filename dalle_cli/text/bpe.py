@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as HFTokenizer
 
 ENCODED_AT_ONCE = 4096
-"""Captions in one call to the library: enough for all cores, while its results take some kilobytes a caption."""
+"""Number of captions in a call to the library: enough for all cores; its results take kilobytes per caption."""
 
 
 class Tokenizer:
@@ -33,7 +33,7 @@ class Tokenizer:
         self.backend, self.name = backend, name
         # Hash the canonical serialization, so that the file's layout does not matter.
         self.identity = hashlib.sha256(backend.to_str().encode()).hexdigest()
-        # A file may set these three, but dropout and length are the recipe's.
+        # A file may set these three, but the recipe decides on dropout and length.
         backend.model.dropout = None
         backend.no_truncation()
         backend.no_padding()
@@ -69,7 +69,7 @@ class Tokenizer:
         return Ragged.joined([_flat(encode(part, add_special_tokens=False), "ids") for part in _parts(captions)])
 
     def encode_words(self, captions: list[str]) -> tuple[Ragged, np.ndarray]:
-        """Return the token ids as ``encode`` does, and each token's word number within its caption, (total,)."""
+        """Return the token ids, as ``encode`` does, and the number (total,) of each token's word in its caption."""
         ids, words = [], []
         for part in _parts(captions):
             encodings = self.backend.encode_batch(part, add_special_tokens=False)
@@ -82,7 +82,7 @@ class Tokenizer:
         return str(self.backend.decode(list(ids)))
 
     def dropout(self, p: float) -> BpeDropout:
-        """Return this tokenizer's merges as BPE dropout that skips each with probability ``p``."""
+        """Return BPE dropout that skips each of this tokenizer's merges with probability ``p``."""
         model = json.loads(self.backend.to_str())["model"]
         prefix = model.get("continuing_subword_prefix") or ""
         return BpeDropout(self.backend.get_vocab(), model["merges"], p, prefix)

@@ -2,7 +2,7 @@
 
 A word is encoded in steps. In each step, the pairs of symbols that could be merged are tried in the order of their
 ranks. Each is skipped with probability p, and the first that is not skipped is merged. The word is finished when every
-pair is skipped or none is left. So one random number a step is enough: how many pairs are skipped.
+pair is skipped or none is left. So one random number per step suffices: the number of pairs that are skipped.
 
 All words of a block take each step together, in numpy. A word that skips nothing keeps the library's encoding, which is
 the same. The library's own dropout is not used because its random generator cannot be seeded.
@@ -20,17 +20,13 @@ from dalle_cli.text.ragged import Ragged, running_total, spans
 NEVER = np.int32(2**20)
 """Rank of a pair of symbols that is never merged; no vocabulary has so many merges."""
 WIDTHS = (4, 6, 8, 10, 12, 16, 24, 32, 64, 128, 256, 512, 1024)
-"""Largest numbers of symbols of the groups that words are handled in. A word longer than the last has no dropout."""
+"""Maximum numbers of symbols in a word, by which words are grouped. A word above the last has no dropout."""
 
 
 class BpeDropout:
-    """Merges of a BPE vocabulary, each skipped with a given probability.
+    """Merges (pairs of tokens, in the order of their ranks) of a BPE vocabulary, each skipped with probability ``p``.
 
-    Args:
-        vocab: the id of each token.
-        merges: pairs of tokens, in the order of their ranks.
-        p: probability of skipping a merge.
-        prefix: string that the vocabulary writes before a symbol that does not begin a word, if any.
+    ``prefix`` is the string, if any, that the vocabulary writes before a symbol which does not begin a word.
     """
 
     def __init__(self, vocab: Mapping[str, int], merges: Sequence[Sequence[str]], p: float, prefix: str = "") -> None:
@@ -51,7 +47,7 @@ class BpeDropout:
             by_id[vocab[token]] = parts
         counts = np.array([len(parts) for parts in by_id])
         self._symbols = Ragged(np.array([s for parts in by_id for s in parts], np.int32), counts)
-        # A random number below p^k skips k pairs or more.
+        # A 53-bit random number below p^k 2^53 skips k pairs or more.
         powers = np.cumprod(np.full(WIDTHS[-1], p)) * 2.0**53
         self._below = powers[powers >= 1].astype(np.uint64)
 
@@ -60,7 +56,7 @@ class BpeDropout:
 
         Args:
             ids: the captions' tokens without dropout.
-            words: (total,) number of the word within its caption that each token belongs to, ascending.
+            words: (total,) number of each token's word in its caption, ascending.
             streams: (n,) uint64 random stream of each caption; a result depends on its tokens and its stream alone.
         """
         n, tokens = len(ids.counts), len(ids.values)
@@ -78,7 +74,7 @@ class BpeDropout:
         skipped = self._draw(np.diff(symbols_before), streams)
         starts = edges[word_start]
         counts = np.diff(starts, append=edges[-1])
-        # A word of s symbols that becomes t tokens has s - t merges: without a skip in these it is unchanged.
+        # A word of s symbols that becomes t tokens takes s - t merges; without a skip in these steps it is unchanged.
         skips = running_total(skipped > 0)
         changed = skips[starts + counts - word_tokens] > skips[starts]
 
@@ -102,7 +98,7 @@ class BpeDropout:
         return Ragged(out, np.diff(out_starts[words_before]))
 
     def _draw(self, counts: np.ndarray, streams: np.ndarray) -> np.ndarray:
-        """Return the number of pairs that each step skips, (sum of counts,) int32: a step for each symbol."""
+        """Return the number of pairs that each step skips, (sum of counts,) int32; there is a step for each symbol."""
         step = spans(np.ones_like(counts), counts).astype(np.uint64)
         draws = splitmix64(np.repeat(streams, counts) + step * SPLITMIX_STEP) >> np.uint64(11)
         skipped = np.zeros(len(draws), np.int32)
@@ -112,12 +108,7 @@ class BpeDropout:
         return skipped
 
     def _merge(self, symbols: np.ndarray, skipped: np.ndarray) -> Ragged:
-        """Return the tokens of m words.
-
-        Args:
-            symbols: (m, width) symbols of each word, padded with -1.
-            skipped: (m, width) number of pairs that each step skips.
-        """
+        """Return the tokens of m words, given their symbols (m, width), padded with -1, and skips a step (m, width)."""
         m, width = symbols.shape
         # Arrays are (width, words) from here on, so that a step works on long contiguous rows.
         symbol, skipped = np.ascontiguousarray(symbols.T), np.ascontiguousarray(skipped.T)
@@ -162,7 +153,7 @@ class BpeDropout:
 
 
 def _least_after_skips(priority: np.ndarray, skipped: np.ndarray, never: np.int32) -> np.ndarray:
-    """Return each word's least priority, (words,), after its ``skipped`` least ones; ``never`` or more is none."""
+    """Return the least priority (words,) of each word after skipping ``skipped``; ``never`` or more means none."""
     least: np.ndarray = priority.min(axis=0)
     more = np.flatnonzero(skipped)
     rest = priority[:, more]

@@ -25,7 +25,7 @@ class TextRows:
 
     arrays: dict[str, np.ndarray]
     reasons: dict[int, str]
-    """Reason for each skipped row, by its index in the block."""
+    """Reason of each skipped row, by its index in the block."""
     counts: dict[str, int]
     """Number of usable ``captions`` and of ``overlong`` ones, which were cut or refused."""
 
@@ -44,15 +44,8 @@ class _UsableCaptions:
 class CaptionEncoder:
     """Encoder of captions with a tokenizer and the recipe's tokenizer settings.
 
-    Captions of more than ``text_length`` tokens are cut or refused, as the setting ``overlong`` says.
-
-    Args:
-        tokenizer: the trained BPE.
-        settings: the recipe's ``tokenizer`` settings.
-        seed: seed of the BPE dropout, which only ``rows`` applies.
-
-    Attributes:
-        cut: number of captions that ``encode`` has cut so far.
+    Captions of more than ``text_length`` tokens are cut or refused, according to the setting ``overlong``; ``cut`` is
+    the number of captions that ``encode`` has cut so far. ``seed`` is that of BPE dropout, which only ``rows`` applies.
     """
 
     def __init__(self, tokenizer: Tokenizer, settings: TokenizerSettings, seed: int = 0) -> None:
@@ -60,10 +53,7 @@ class CaptionEncoder:
         self.cut = 0
 
     def encode(self, captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Encode captions without dropout, for sampling and reranking.
-
-        Returns:
-            Tokens (n, text_length) int64, zero behind each caption's end, and their numbers (n,) int64.
+        """Return tokens (n, text_length) int64 without dropout, padded with zeros, and their counts (n,) int64.
 
         Raises:
             UserError: a caption has more than ``text_length`` tokens, and ``overlong`` is ``refuse``.
@@ -80,25 +70,16 @@ class CaptionEncoder:
         return ids.padded(length).astype(np.int64), np.minimum(ids.counts, length)
 
     def rows(self, captions: list[list[str]], first_row: int) -> TextRows:
-        """Encode the captions of consecutive rows for a token store.
+        """Encode the captions of consecutive rows into the arrays of a token store; see ``stores.tokens``.
 
-        A row's tokens depend on its captions, its number and the seed alone, not on the block it is encoded in.
-
-        Args:
-            captions: the captions of each row; a row may have none, for a reason that the caller reports.
-            first_row: the first row's number in the store.
-
-        Returns:
-            Arrays for n rows of T = ``text_length`` tokens: ``text`` (n, T), ``text_length`` (n,) and ``caption`` (n,)
-            hold each row's first caption without dropout. With dropout, or where a row has several captions, there are
-            also ``text_epochs`` (n, E, T), ``text_epochs_length`` (n, E) and ``text_versions`` (n,). Where a row has
-            several captions, there is also ``more_captions`` (n,), JSON lists of the others.
+        A row's tokens depend on its captions, its number and the seed alone, not on the block it is encoded in. The
+        caller reports the rows that have no captions.
         """
         n, length = len(captions), self.settings.text_length
         usable, reasons, overlong = self._encode_usable(captions)
         rows = np.flatnonzero(usable.counts)
         first = usable.ids.take(usable.starts[rows])
-        counts = np.zeros(n, np.int64)  # of tokens: none in a row without a caption
+        counts = np.zeros(n, np.int64)  # number of tokens, 0 in a row without a caption
         counts[rows] = first.counts
         arrays = {
             "text": Ragged(first.values.astype(np.uint16), counts).padded(length),

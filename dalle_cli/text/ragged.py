@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Ragged:
-    """A list of n sequences: ``values`` (total,) concatenates them, ``counts`` (n,) int64 holds their lengths."""
+    """A list of n sequences: ``values`` (total,) is their concatenation, ``counts`` (n,) int64 holds their lengths."""
 
     values: np.ndarray
     counts: np.ndarray
@@ -27,7 +27,7 @@ class Ragged:
         return cls(np.concatenate([part.values for part in parts]), np.concatenate([part.counts for part in parts]))
 
     def take(self, indices: np.ndarray) -> Ragged:
-        """Return the sequences at ``indices``, in that order; an index may be there twice."""
+        """Return the sequences at ``indices``, in that order; an index may be repeated."""
         counts = self.counts[indices]
         return Ragged(self.values[spans(self.starts[indices], counts)], counts)
 

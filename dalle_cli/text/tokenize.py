@@ -21,7 +21,7 @@ from dalle_cli.text.bpe import Tokenizer, train_bpe
 from dalle_cli.text.encode import CaptionEncoder, TextRows
 
 SHARDS_AT_ONCE = 4
-"""Shards written and committed together, since each write has a fixed cost."""
+"""Number of shards written and committed together, since each write has a fixed cost."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def train_tokenizer(recipe: Recipe, source: Source, out: Path) -> Tokenizer:
 
 
 def tokenize_source(recipe: Recipe, source: Source, tokenizer: Tokenizer, out: Path, shard: Shard = WHOLE) -> Tokenized:
-    """Write the text part of the store ``out``, or one share of it, and resume at the last committed row.
+    """Write the text part of the store ``out``, or one share of it; resume at the last committed row.
 
     Raises:
         UserError: the store was made from another source, tokenizer or settings, another process is writing this share,
@@ -96,7 +96,7 @@ def tokenize_source(recipe: Recipe, source: Source, tokenizer: Tokenizer, out: P
 
 @dataclass(frozen=True)
 class _Block:
-    """Keys and filtered captions of consecutive samples, and the reason of each that has none, by its index here."""
+    """Keys and filtered captions of consecutive samples, and the reason, by index, of each without a caption."""
 
     first_row: int
     keys: list[str]

@@ -90,13 +90,13 @@ def test_captions_by_id(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "why"),
     [
-        ("a.jsonl", '{"id": 1, "caption": "a"}\n{"id": "01", "caption": "b"}\n', "line 2: the id 1 is there twice"),
+        ("a.jsonl", '{"id": 1, "caption": "a"}\n{"id": "01", "caption": "b"}\n', "line 2: the id 1 is used twice"),
         ("a.jsonl", '{"id": 1}\n', "line 1: has no text under 'prompt' or 'caption'"),
         ("a.jsonl", '{"id": 1, "caption": "  "}\n', "line 1: the caption is empty"),
-        ("a.jsonl", '{"id": [1], "caption": "a"}\n', "line 1: its id is no number or word"),
-        ("a.jsonl", '{"id": true, "caption": "a"}\n', "line 1: its id is no number or word"),
+        ("a.jsonl", '{"id": [1], "caption": "a"}\n', "line 1: its id is not a number or a word"),
+        ("a.jsonl", '{"id": true, "caption": "a"}\n', "line 1: its id is not a number or a word"),
         ("a.jsonl", "[1\n", "line 1: not JSON"),
-        ("a.json", '{"annotations": [{"caption": "a"}]}', "annotation 1: its id is no number or word"),
+        ("a.json", '{"annotations": [{"caption": "a"}]}', "annotation 1: its id is not a number or a word"),
         ("a.txt", "\n\n", "holds no caption"),
     ],
 )

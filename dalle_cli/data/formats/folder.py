@@ -24,10 +24,9 @@ _WANTED = IMAGE_EXTENSIONS | {"txt"}
 
 
 class FolderSource:
-    """The images at any depth of a folder, sorted by key.
+    """The images at any depth of a folder, sorted by key: the path without extension, "cats/0001" for cats/0001.jpg.
 
-    A key is the path below the folder without the extension, such as "cats/0001" for cats/0001.jpg. Hidden files and
-    folders are ignored; links to files are followed, links to folders are not.
+    Hidden files and folders are ignored; links to files are followed, links to folders are not.
 
     Raises:
         UserError: there is no image.

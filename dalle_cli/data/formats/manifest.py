@@ -32,15 +32,8 @@ class ManifestSource:
     """The pictures of a table in the order of their first rows; all rows of a picture contribute captions.
 
     A key is the value of the table's key column in the picture's first row. Without such a column it is the path
-    without its extension, or with the extension if two pictures differ in nothing else.
-
+    without its extension, or with the extension if two paths differ in nothing else. Paths are relative to ``root``.
     The index takes 16 bytes for a picture and 8 bytes for each further row.
-
-    Args:
-        name: What the user called the source.
-        format: Kind of source, for people.
-        table: The rows.
-        root: Folder that paths are relative to.
 
     Raises:
         UserError: there is no picture, no picture's file can be found, or keys are not unique.
@@ -103,11 +96,7 @@ class ManifestSource:
         return list(map(int, self._places[self._offsets[i] : self._offsets[i + 1]]))
 
     def _check(self, row: Row) -> Row | BadRow:
-        """Return the row, or why it cannot be used.
-
-        Raises:
-            UserError: the key column is empty.
-        """
+        """Return the row, or why it cannot be used; raise UserError if it has no value in the key column."""
         if not row.image:
             return BadRow(row.where, "names no picture")
         if "\0" in row.image or not is_unicode(row.image):
@@ -120,11 +109,7 @@ class ManifestSource:
         return row if is_unicode(row.key) else BadRow(row.where, "the key is not UTF-8")
 
     def _tell_key_kind(self, keys: bytes) -> Literal["column", "stem", "path"]:
-        """Return what tells the pictures apart, given the hashes of their keys.
-
-        Raises:
-            UserError: the key column has equal keys for two pictures.
-        """
+        """Return the kind of key that is unique for each picture, given the hashes of the pictures' keys."""
         pictures, offsets = group_by_hash(keys)
         unique = len(offsets) - 1 == len(pictures)
         if self._table.key_column is None:
@@ -157,7 +142,7 @@ class ManifestSource:
 
 
 def normal_path(path: str) -> str:
-    """Remove ./ and doubled slashes, so that a file has one name; links and .. are left as they are."""
+    """Remove ./ and doubled slashes, so that a file has one name; links and .. are not resolved."""
     if URL.match(path) or not ("//" in path or "./" in path):
         return path
     return PurePosixPath(path).as_posix()

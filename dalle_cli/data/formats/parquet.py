@@ -81,7 +81,7 @@ class ParquetTable:
 
 
 def _strings(path: Path, name: str) -> Iterator[str]:
-    """Yield the stripped values of a column, "" for null; a path that is not UTF-8 is replaced and thus never found."""
+    """Yield the stripped values of a column, "" for null; invalid UTF-8 is replaced, so such a path is never found."""
     with pq.ParquetFile(path) as file:
         for batch in file.iter_batches(columns=[name]):
             column = batch.column(0)
@@ -94,7 +94,7 @@ def _strings(path: Path, name: str) -> Iterator[str]:
 
 
 def _check_type(path: Path, name: str, kind: Any, *, integers: bool) -> None:
-    """Raise UserError if a column is not text, or (where ``integers``) integers."""
+    """Raise UserError if a column is neither text nor, with ``integers``, integers."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     if pa.types.is_struct(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):

@@ -21,7 +21,7 @@ from dalle_cli.errors import UserError
 COCO_CAPTIONS = "captions_*.json"
 CUB_CAPTIONS = ("text_c10", "text")
 FLICKR_CAPTIONS = ("Flickr8k.token.txt", "results_20130124.token", "results.csv", "captions.txt")
-"""Names of the captions' file: two by the authors, then Kaggle's of Flickr30k and of Flickr8k."""
+"""Names of the captions file: the authors' two, then Kaggle's for Flickr30k and for Flickr8k."""
 FLICKR_FOLDERS = ("", "Flickr8k_text", "flickr30k_images")
 """Folders of the unpacked archives that may hold the captions' file."""
 FLICKR_IMAGES = (
@@ -53,7 +53,7 @@ class CocoCaption(NamedTuple):
 
 
 class CocoTable:
-    """A `tables.Table` of a COCO captions file, sorted by file name; captions are sorted by their annotations' ids.
+    """A `tables.Table` of a COCO captions file, sorted by file name; captions are sorted by annotation id.
 
     Raises:
         UserError: the file is not COCO's captions.
@@ -114,7 +114,7 @@ class CocoTable:
 
 
 def open_coco(name: str, path: Path) -> ManifestSource:
-    """Open a captions file, with its pictures where COCO's archives unpack to: train2017/ beside annotations/.
+    """Open a captions file, whose pictures lie where COCO's archives unpack to: train2017/ beside annotations/.
 
     Raises:
         UserError: the file is not COCO's captions, or its pictures are missing.
@@ -169,7 +169,7 @@ def _coco_lists(path: Path) -> CocoLists:
 
 
 def _objects(whole: Any, name: str) -> list[dict[str, Any]] | None:
-    """Return the list of objects under ``name`` in an object; None if there is none."""
+    """Return the list of JSON objects under ``name``; None if there is none."""
     found = whole.get(name) if isinstance(whole, dict) else None
     return found if isinstance(found, list) and all(isinstance(entry, dict) for entry in found) else None
 
@@ -228,11 +228,7 @@ def cub_root(path: Path) -> Path | None:
 
 
 def cub_captions(name: str, root: Path) -> Path:
-    """Return the folder of the captions of the pictures in ``root``.
-
-    Raises:
-        UserError: it is missing.
-    """
+    """Return the folder of the captions of the pictures in ``root``; raise UserError if it is missing."""
     places = [folder / captions for folder in (root, root.parent) for captions in CUB_CAPTIONS]
     captions = next((place for place in places if place.is_dir()), None)
     if captions is None:
@@ -254,7 +250,7 @@ def _is_cub(root: Path) -> bool:
 
 
 def open_flickr(name: str, path: Path) -> ManifestSource | None:
-    """Open a file of Flickr's captions, with its pictures where the archives unpack to; None if it is another file.
+    """Open a file of Flickr's captions, whose pictures lie where the archives unpack to; None if it is another file.
 
     A line of the authors' files has "picture.jpg#0", a tab and a caption; Kaggle's files have a header.
 

@@ -1,6 +1,6 @@
 """Tables of pictures and captions: their interface, their column names, and CSV, TSV and JSON lines.
 
-Of a text file only the offset of each row is kept in memory; a row is read again when it is needed.
+For a text file, only the offset of each row is kept in memory; a row is read again when it is needed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _NUMBERED = re.compile(r"caption_?[0-9]+")
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns that are used, by their names as the manifest spells them."""
+    """Names of the columns that are used, as the manifest spells them."""
 
     image: str
     captions: tuple[str, ...]
@@ -38,9 +38,9 @@ class Columns:
 
 
 def find_columns(names: Iterable[str]) -> Columns | None:
-    """Find the columns by the first known name of each kind, in any case.
+    """Find the columns by the first known name of each kind, or all of caption_0, caption_1 ..., ignoring case.
 
-    All of caption_0, caption_1, ... are used. Returns None if there is no column of pictures or none of captions.
+    Return None if there is no column of pictures or none of captions.
     """
     spelled = {name.strip().lower(): name for name in reversed(list(names))}
     image = next((spelled[name] for name in IMAGE_COLUMNS if name in spelled), None)
@@ -53,7 +53,7 @@ def find_columns(names: Iterable[str]) -> Columns | None:
 
 
 def looked_for(found: Iterable[str]) -> str:
-    """Return the end of an error message for when ``find_columns`` finds none."""
+    """Return the end of the error message for a manifest in which ``find_columns`` finds nothing."""
     names = ", ".join(name.strip()[:40] for name in list(found)[:12]) or "none"
     return (
         f"no columns of pictures and captions (its columns: {names}; "
@@ -75,16 +75,14 @@ _ROWS_INSPECTED = 100
 
 
 class Row(NamedTuple):
-    """A manifest's row."""
+    """A manifest's row; ``image`` (the picture's path) and ``key`` are "" if missing."""
 
     place: int
     """Number by which the table finds the row again."""
     where: str
-    """The row's name for people, such as "line 17"."""
+    """The row's name in messages, such as "line 17"."""
     image: str
-    """The picture's path, "" if it is missing."""
     key: str
-    """The key, "" if it is missing."""
 
 
 class BadRow(NamedTuple):
@@ -102,7 +100,6 @@ class Table(Protocol):
 
     path: Path
     key_column: str | None
-    """Name of the column of keys, if there is one."""
 
     def rows(self) -> Iterator[Row | BadRow]:
         """Yield all rows in order."""
@@ -117,7 +114,7 @@ class Table(Protocol):
         ...
 
     def captions(self, place: int) -> list[str | bytes]:
-        """Return the row's captions as written, which may be none."""
+        """Return the row's captions as written, possibly none."""
         ...
 
 
@@ -130,11 +127,7 @@ class _TextTable:
         self._state = file_state(os.stat(path))
 
     def _open(self, place: int) -> BinaryIO:
-        """Open the file at a row's place.
-
-        Raises:
-            BadSample: the file cannot be read, or has changed.
-        """
+        """Open the file at a row's place; raise BadSample if it cannot be read or has changed."""
         try:
             file = self.path.open("rb")
         except OSError as error:
@@ -147,28 +140,26 @@ class _TextTable:
 
 
 def file_state(found: os.stat_result) -> tuple[int, int]:
-    """Return size and time of modification, by which a changed file is noticed."""
+    """Return size and time of modification, to detect that a file has changed."""
     return found.st_size, found.st_mtime_ns
 
 
 @dataclass(frozen=True)
 class DelimitedLayout:
-    """The layout of a delimited file; columns are counted from 0."""
+    """The layout of a delimited file of ``width`` columns, which are counted from 0."""
 
     delimiter: str
     width: int
-    """Number of columns."""
     image: int
     captions: tuple[int, ...]
     key: int | None = None
     key_column: str | None = None
     """Name of the column ``key``."""
     header: bool = True
-    """True if the first line holds the names of the columns."""
     quoted: bool = True
     """True if fields may be quoted, as Python's csv and pandas write them."""
     image_suffix: re.Pattern[str] | None = None
-    """Text after a picture's name that is cut off."""
+    """Pattern of text after a picture's name that is cut off."""
 
 
 class DelimitedTable(_TextTable):
@@ -264,9 +255,9 @@ class _Lines:
 def open_delimited(path: Path) -> DelimitedTable:
     """Open a CSV or TSV file with a header, or a TSV in Conceptual Captions' layout, which has none.
 
-    With a header, the delimiter is that of comma, tab, semicolon and bar for which ``find_columns`` knows the names,
-    and fields may be quoted. Without a header, a line has a caption and a path or URL in either order with a tab
-    between them, and quotes are ordinary characters.
+    With a header, the delimiter is the one of comma, tab, semicolon and bar that yields column names known to
+    ``find_columns``, and fields may be quoted. Without a header, a line has a caption and a path or URL in either order
+    with a tab between them, and quotes are ordinary characters.
 
     Raises:
         UserError: the file has neither layout.
@@ -336,7 +327,7 @@ class JsonLinesTable(_TextTable):
     """A `Table` of one JSON object a line, whose columns are the fields of the first objects.
 
     Raises:
-        UserError: no field is known as one of pictures, or none as one of captions.
+        UserError: no field has a known name for pictures, or none has one for captions.
     """
 
     def __init__(self, path: Path) -> None:
@@ -373,7 +364,7 @@ class JsonLinesTable(_TextTable):
         return [text for texts in lists for text in texts if isinstance(text, str)]
 
     def _objects(self) -> Iterator[tuple[int, int, dict[str, Any] | str]]:
-        """Yield (place, line number, the object or what is wrong with it) of each line that is not empty."""
+        """Yield (place, line number, the object or an error message) for each line that is not empty."""
         with self._open(0) as file:
             place = number = 0
             while line := file.readline(_MAX_LINE_BYTES):

@@ -63,10 +63,10 @@ class _Member(NamedTuple):
 class WebDatasetSource:
     """The samples of one or several shards, sorted by key.
 
-    A key is the member's path without the last extension. With several shards the shard's name precedes it, as in
-    "shapes-00001/00001234". Members of a key may lie apart in a shard; if a role comes twice, the key's first sample
-    is used and the rest is left out. The captions are the lines of the .txt, or else the text (a string or a list) in
-    the first of CAPTION_FIELDS of the .json.
+    A key is the member's path without the last extension, after the shard's name if there are several shards, as in
+    "shapes-00001/00001234". Members of a key may lie apart in a shard; if a key has a second image, .txt or .json, its
+    first sample is used and the rest is left out. The captions are the lines of the .txt, or else the text (a string or
+    a list) in the first of CAPTION_FIELDS of the .json.
 
     Raises:
         UserError: there is no sample.
@@ -144,17 +144,13 @@ class WebDatasetSource:
 
 
 def _labels(shards: Sequence[Path]) -> list[str]:
-    """Return each shard's name for keys: its path, without the extension, below the folder that all shards share."""
+    """Return each shard's prefix of keys: its path without extension below the common folder of all shards."""
     common = Path(os.path.commonpath([path.parent for path in shards]))
     return [path.relative_to(common).with_suffix("").as_posix() for path in shards]
 
 
 def _index(path: Path, prefix: str, label: str, skipped: list[tuple[str, str]]) -> tuple[list[str], np.ndarray]:
-    """Index one shard; append what cannot be used to ``skipped``.
-
-    Returns:
-        The samples' keys and their members' (offset, size) by role, (samples, 3, 2) int64.
-    """
+    """Index a shard: its keys and their members' (offset, size) by role, (keys, 3, 2) int64; append to ``skipped``."""
     groups: dict[str, list[_Member]] = {}
     run, last = 0, ""
     size_on_disk = path.stat().st_size
@@ -192,7 +188,7 @@ def _index(path: Path, prefix: str, label: str, skipped: list[tuple[str, str]]) 
 
 
 class _HeaderFile(io.BufferedReader):
-    """A file for tarfile that refuses to read absurdly large headers, which tarfile would read into memory."""
+    """A file that refuses to read a header of absurd size, which tarfile would read into memory."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or not 0 <= size <= _MAX_HEADER_BYTES:
@@ -238,7 +234,7 @@ def _rejection(member: tarfile.TarInfo, name: str, size_on_disk: int) -> str | N
 
 
 def _without_duplicates(members: list[_Member]) -> list[_Member]:
-    """Return all members if each role comes once, otherwise the first of each role in the key's first run."""
+    """Return all members if each role occurs once, otherwise the first of each role in the key's first run."""
     if len({member.role for member in members}) == len(members):
         return members
     first: dict[int, _Member] = {}
@@ -249,11 +245,7 @@ def _without_duplicates(members: list[_Member]) -> list[_Member]:
 
 
 def _json_captions(data: bytes) -> list[str]:
-    """Return the captions in the first of CAPTION_FIELDS that holds a string or a list of strings.
-
-    Raises:
-        BadSample: there is none.
-    """
+    """Return the captions in the first of CAPTION_FIELDS that holds a string or a list of strings."""
     try:
         fields = json.loads(data)
     except (ValueError, RecursionError) as error:

@@ -1,7 +1,7 @@
-"""Search for the hashes near given ones without comparing all with all.
+"""Search for near hashes without comparing all pairs, by multi-index hashing (Norouzi et al. 2012).
 
-This is multi-index hashing (Norouzi et al. 2012): of the four 16-bit parts of two hashes that differ in few bits, one
-pair differs in at most one bit, so that only hashes that share a part, up to one bit, are compared.
+A hash is split into four parts of 16 bits. If two hashes differ in at most 7 bits, then at least one of their parts
+differs in at most one bit. So only hashes with such a part in common are compared.
 """
 
 from __future__ import annotations
@@ -13,10 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_DISTANCE = 10
-"""Number of bits in which two near hashes may differ.
-
-Up to 7 bits no pair is missed, since one of the four parts then differs in at most one bit.
-"""
+"""Maximum number of bits in which near hashes differ."""
 PARTS = 4
 PART_BITS = 16
 _FLIPS = np.array([0, *(1 << bit for bit in range(PART_BITS))], dtype=np.int64)
@@ -25,14 +22,11 @@ _CANDIDATES_AT_ONCE = 1 << 21
 
 
 class NearPairs(NamedTuple):
-    """Pairs of a probe and a row of the index; a pair may occur several times."""
+    """Pairs of a probe and a row of the index, with the number of bits that differ, each (n,); pairs may repeat."""
 
     probe: NDArray[np.int64]
-    """(n,)."""
     row: NDArray[np.int64]
-    """(n,)."""
     distance: NDArray[np.uint8]
-    """(n,) number of bits in which the hashes differ."""
 
 
 class HashIndex:
@@ -48,7 +42,7 @@ class HashIndex:
             self._first.append(np.concatenate([[0], np.cumsum(counts)]))
 
     def near(self, probes: NDArray[np.uint64]) -> Iterator[NearPairs]:
-        """Yield, in chunks, the rows within MAX_DISTANCE of each probe: all up to 7 bits, most of those beyond."""
+        """Yield, in chunks, the rows within MAX_DISTANCE of each probe; none up to 7 bits away is missed."""
         for part in range(PARTS):
             order, first = self._order[part], self._first[part]
             values = _part(probes, part)

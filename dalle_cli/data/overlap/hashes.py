@@ -1,9 +1,9 @@
 """Perceptual hashes of pictures that survive re-encoding, rescaling and slight crops.
 
-A hash has 64 bits, which say which of the 8 x 8 lowest frequencies of the picture's cosine transform (DCT) stand out.
-A crop shifts the frequencies, so a picture is also hashed as if it had been cropped: a *view* is the picture without
-0, 2.5 or 5 % at each of its four sides. If b was cropped from a by at most that much, some view of a has nearly the
-hash of b. All is computed from thumbnails of 32 x 32 pixels, in which the transform of a view is a matrix product.
+The 64 bits of a hash say which of the 8 x 8 lowest frequencies of the picture's cosine transform (DCT) stand out. A
+crop shifts the frequencies, so a picture is also hashed as if it had been cropped: a *view* is the picture without 0,
+2.5 or 5 % at each of its four sides. If b was cropped from a by at most that much, some view of a has nearly the hash
+of b. Hashes are computed from thumbnails of 32 x 32 pixels, where the transform of a view is a matrix product.
 """
 
 from __future__ import annotations
@@ -26,14 +26,11 @@ INTERVALS = tuple(itertools.product(CUTS, CUTS))
 VIEWS = len(INTERVALS) ** 2
 """View v x len(INTERVALS) + h is cut by INTERVALS[v] from top and bottom, by INTERVALS[h] from left and right."""
 BIT_THRESHOLD = 0.1
-"""Share of the mean amplitude above which a bit is set.
-
-It is not 0, since a symmetric drawing has many frequencies that are 0 but for noise, whose bits would be noise.
-"""
+"""Share of the mean amplitude above which a bit is set. Above 0, noise in an absent frequency sets no bit."""
 MIN_CONTRAST = 2.0
 """Standard deviation of grey levels below which a thumbnail counts as one colour and its hash is noise."""
 COMPARISON_SIDE = 16
-"""Side in pixels at which two pictures are compared; it is coarse, so that a residual shift of 1 % counts little."""
+"""Side in pixels at which two pictures are compared, so coarse that a remaining shift of 1 % matters little."""
 
 _PAIRS_AT_ONCE = 2
 """Number of pairs compared at once, small enough for all their views to fit the cache of a core."""
@@ -137,10 +134,7 @@ def _whole_gradients(thumbnails: Thumbnails) -> Floats:
 
 
 def _unit_gradients(pictures: Floats) -> Floats:
-    """Return colour gradients as unit vectors (..., d), or 0 for a picture of one colour.
-
-    ``pictures`` is (..., 3, COMPARISON_SIDE, COMPARISON_SIDE).
-    """
+    """Return colour gradients of pictures (..., 3, side, side) as unit vectors (..., d), 0 for one of one colour."""
     flat = (*pictures.shape[:-3], -1)
     gradients = np.concatenate([np.diff(pictures, axis=axis).reshape(flat) for axis in (-2, -1)], axis=-1)
     length = np.sqrt(np.square(gradients).sum(axis=-1, keepdims=True))

@@ -35,9 +35,9 @@ from dalle_cli.progress import progress
 SIMILARITY_THRESHOLD = 0.8
 """Similarity from which two pictures count as near-duplicates."""
 _CANDIDATE_THRESHOLD = 0.3
-"""Similarity of the nearest view from which all other views are compared too.
+"""Minimum similarity of the nearest view for the other views to be compared too.
 
-Of 11,792 altered copies (photographs, textures and drawings) that reach SIMILARITY_THRESHOLD, none was below it.
+None of 11,792 altered copies (photographs, textures and drawings) that reach SIMILARITY_THRESHOLD was below it.
 """
 _BLOCK = 128
 
@@ -47,7 +47,7 @@ class UniquePictures:
     """The distinct comparable pictures of a source, each by the first of the rows with an equal thumbnail."""
 
     thumbnails: Thumbnails
-    """Thumbnails of all rows of the source, (n, SIDE, SIDE, 3) uint8."""
+    """(n, SIDE, SIDE, 3) thumbnails of all rows of the source."""
     rows: NDArray[np.int64]
     """(m,) row of each distinct picture."""
     picture_of_row: NDArray[np.int64]
@@ -58,7 +58,6 @@ class UniquePictures:
 
     @property
     def incomparable(self) -> int:
-        """Number of rows that cannot be compared."""
         return int((self.picture_of_row < 0).sum())
 
     def thumbnails_of(self, pictures: NDArray[np.int64] | range) -> Thumbnails:
@@ -67,20 +66,17 @@ class UniquePictures:
 
 
 class Pairs(NamedTuple):
-    """Near-duplicates as indices of pictures in two ``UniquePictures``."""
+    """Near-duplicates as indices of pictures in two ``UniquePictures``; each field is (n,)."""
 
     a: NDArray[np.int64]
-    """(n,)."""
     b: NDArray[np.int64]
-    """(n,)."""
     distance: NDArray[np.int64]
-    """(n,) number of bits in which the hashes differ."""
+    """Number of bits in which the hashes differ."""
     similarity: NDArray[np.float32]
-    """(n,)."""
 
 
 class Match(NamedTuple):
-    """A row of the first source and the row of the other source that it is a near-duplicate of."""
+    """A row of the first source and the row of the other source of which it is a near-duplicate."""
 
     row: int
     other: int
@@ -94,16 +90,15 @@ class Overlap:
 
     source: Source
     other: Source
-    """The source compared with; ``source`` itself if it was compared with itself."""
+    """The source it was compared with, which may be ``source`` itself."""
     incomparable: int
     """Number of rows of ``source`` that cannot be compared: unreadable, or of one colour."""
     matches: list[Match]
     """One match for each row of ``source`` that has any, by row."""
     others: int
-    """Number of rows of ``other`` that are a near-duplicate of any row of ``source``."""
+    """Number of rows of ``other`` with a near-duplicate in ``source``."""
 
     def to_json_lines(self) -> str:
-        """Return a line of JSON for each match."""
         lines = []
         for match in self.matches:
             key, other = self.source.key(match.row), self.other.key(match.other)
@@ -112,7 +107,6 @@ class Overlap:
         return "".join(lines)
 
     def summary(self) -> str:
-        """Return one line for people."""
         if self.source is self.other:
             result = f"{len(self.matches):,} of {len(self.source):,} pictures repeat {self.others:,} earlier ones"
         else:
@@ -135,16 +129,9 @@ def find_overlap(
 ) -> Overlap:
     """Find the rows of ``train`` with a near-duplicate in ``other``, each with the most similar one.
 
-    Without ``other``, find the rows of ``train`` that repeat an earlier row which is not itself such a repeat: leaving
-    out the found rows keeps one picture of each group.
-
-    Args:
-        train: The source whose rows are matched.
-        other: The source to compare with.
-        cache: Folder in which the thumbnails of both are kept.
-        max_pixels: Number of pixels above which a picture is not read.
-        workers: Number of processes.
-        threshold: Smallest similarity of near-duplicates.
+    Without ``other``, find the rows of ``train`` that repeat an earlier row which is not itself such a repeat, so that
+    leaving out the found rows keeps one picture of each group. Near-duplicates have at least the similarity
+    ``threshold``. Thumbnails are kept in the folder ``cache``; pictures of more than ``max_pixels`` are not compared.
 
     Raises:
         UserError: see ``read_thumbnails``.
@@ -158,7 +145,7 @@ def find_overlap(
 
 
 def read_pictures(source: Source, cache: Path, *, max_pixels: int, workers: int) -> UniquePictures:
-    """Read the source's thumbnails and join the equal ones."""
+    """Read the source's thumbnails and group equal ones."""
     thumbnails = read_thumbnails(source, cache, max_pixels=max_pixels, workers=workers)
     usable = np.empty(len(thumbnails), bool)
     digests = bytearray()
@@ -201,7 +188,7 @@ def near_duplicates(
 
 
 class _Search:
-    """Finds pairs of a block of ``whole`` and pictures of ``cropped`` that are similar to a view of the former."""
+    """Finds the pictures of ``cropped`` that are similar to a view of a picture in a block of ``whole``."""
 
     def __init__(self, whole: UniquePictures, cropped: UniquePictures, threshold: float) -> None:
         self.whole, self.cropped, self.threshold = whole, cropped, threshold
@@ -247,7 +234,7 @@ class _Candidates(NamedTuple):
 
 
 def repeats(a: UniquePictures, pairs: Pairs) -> list[Match]:
-    """Return the rows to leave out so that no two near-duplicates remain, each with one that remains."""
+    """Return the rows to leave out so that no near-duplicates remain, each matched with a row that stays."""
     original = np.arange(len(a))
     distance, score = np.zeros(len(a), np.int64), np.ones(len(a), np.float32)
     for i in np.lexsort((-pairs.similarity, pairs.a)):

@@ -24,7 +24,7 @@ _VERSION = "thumbnails 1"
 
 @dataclass(frozen=True)
 class _ThumbnailReader:
-    """Makes the thumbnails of some rows as bytes; that of a picture that cannot be read is black."""
+    """Makes the thumbnails of rows, as bytes; a picture that cannot be read is black."""
 
     source: Source
     max_pixels: int
