@@ -36,8 +36,8 @@ from dalle_cli.errors import RESUMABLE, Stopped, UserError
 
 app = typer.Typer(
     name="dalle",
-    help="Train and run a DALL-E from captioned pictures to scored samples: each command reads and writes plain "
-    "files, can be killed and run again, and is listed below in the order of the pipeline.",
+    help="Train and run a DALL-E, from captioned pictures to scored samples. Commands are listed in the order of the "
+    "pipeline; each reads and writes plain files, and resumes if it was killed and is run again.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -65,7 +65,7 @@ PANELS: dict[str, dict[str, Callable[..., None]]] = {
 
 
 def paragraphs(docstring: str | None) -> str:
-    """Join the lines of each paragraph of a docstring, so that a help page is broken where the terminal ends."""
+    """Join the lines of each paragraph of a docstring, so that help wraps at the terminal's width."""
     parts = inspect.cleandoc(docstring or "").split("\n\n")
     return "\n\n".join(" ".join(part.split()) for part in parts)
 
@@ -95,13 +95,13 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; may stand anywhere.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; allowed anywhere in the line.")] = False,
 ) -> None:
-    """Options of all commands; ``main`` reads --debug."""
+    """Declare the options of all commands; ``main`` reads --debug."""
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one line on stderr and exit code 2, a run that a signal ended RESUMABLE."""
+    """Run the command line; exit with code 2 after a UserError, and with RESUMABLE if a signal stopped training."""
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
@@ -116,5 +116,5 @@ def main() -> None:
         sys.exit(RESUMABLE)
     except SystemExit as end:
         if end.code == INTERRUPTED:
-            print("dalle: stopped; run the same command again to go on", file=sys.stderr)
+            print("dalle: stopped; run the same command again to resume", file=sys.stderr)
         raise

@@ -17,7 +17,7 @@ _silent = False
 
 
 def silence() -> None:
-    """Print nothing from now on; all ranks but one do this."""
+    """Print nothing from now on; every rank but the first calls this."""
     global _silent
     _silent = True
 
@@ -29,7 +29,7 @@ def log(message: str) -> None:
 
 
 class Progress:
-    """Progress of a job. Rate and remaining time count the work since this process started, not what it resumed."""
+    """Progress of a job. The rate and the time left ignore work done before this process started."""
 
     def __init__(self, what: str, total: int | None, unit: str, start: int, bar: RichProgress | None) -> None:
         self.what, self.total, self.unit = what, total, unit
@@ -43,12 +43,7 @@ class Progress:
             log(f"{what}: resumes at {start} of {total} {unit}")
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Count more units as done.
-
-        Args:
-            count: number of units.
-            note: text to show behind the count.
-        """
+        """Count ``count`` more units as done, and show ``note`` behind the count."""
         self._done += count
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self._done, rate=f"{self.rate():.1f} {self.unit}/s", note=note)
@@ -77,14 +72,7 @@ class Progress:
 
 @contextmanager
 def progress(what: str, total: int | None, unit: str, start: int = 0) -> Iterator[Progress]:
-    """Yield the progress of a job, shown while the block runs; the block calls its ``advance``.
-
-    Args:
-        what: name of the job.
-        total: number of units in all, None where it is unknown.
-        unit: name of the units.
-        start: number of units that were done before.
-    """
+    """Show the progress of the job ``what`` while the block runs; ``total`` is None if unknown, ``start`` are done."""
     if _silent or not sys.stderr.isatty():
         yield Progress(what, total, unit, start, None)
         return

@@ -1,6 +1,6 @@
-"""Counter-based randomness: every random draw is a function of (seed, what it is for, its index).
+"""Counter-based randomness: every random draw is a function of (seed, purpose, index).
 
-Nothing reads a global generator's state, so that resuming and the number of workers change no result.
+No global generator is used, so neither resuming nor the number of workers changes a result.
 """
 
 from __future__ import annotations
@@ -20,11 +20,7 @@ SPLITMIX_STEP = np.uint64(0x9E3779B97F4A7C15)
 def stream_seed(seed: int, *what: str | int) -> int:
     """Return a 63-bit seed of the stream named by ``what``, e.g. ``stream_seed(0, "dvae", "gumbel", update)``.
 
-    SHA-256 hashes the parts with their types and boundaries: ``("a", "b")``, ``("ab",)``, ``(1,)`` and ``("1",)``
-    are four streams.
-
-    Raises:
-        TypeError: a part is neither str nor int.
+    The SHA-256 covers types and boundaries: ``("a", "b")``, ``("ab",)``, ``(1,)`` and ``("1",)`` are four streams.
     """
     for part in (seed, *what):
         if isinstance(part, bool) or not isinstance(part, (str, int)):
@@ -46,10 +42,9 @@ def numpy_generator(seed: int, *what: str | int) -> np.random.Generator:
 
 
 def splitmix64(x: np.ndarray) -> np.ndarray:
-    """Return pseudorandom uint64 values of the uint64 values ``x``, elementwise.
+    """Map uint64 values to pseudorandom uint64 values one to one: the output function of splitmix64.
 
-    This is the output function of the generator splitmix64 (Steele et al. 2014), a bijection. Its i-th draw, from
-    i = 1 on, is ``splitmix64(seed + i * SPLITMIX_STEP)``.
+    The generator's i-th draw, i >= 1, is ``splitmix64(seed + i * SPLITMIX_STEP)`` (Steele et al. 2014).
     """
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

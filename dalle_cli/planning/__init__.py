@@ -1,1 +1,1 @@
-"""Memory, traffic, time and cost of training a recipe's prior on given machines."""
+"""Memory, traffic, time and cost of training a recipe's prior on given nodes."""

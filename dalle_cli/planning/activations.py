@@ -1,7 +1,4 @@
-"""Memory of the activations of a micro-batch in the prior, counted from the shapes that the code makes.
-
-A test compares the whole plan with the allocator's peak in real training.
-"""
+"""Memory of the prior's activations for one micro-batch, counted from the shapes of the tensors it allocates."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from dalle_cli.prior.head_loss import CHUNK as HEAD_CHUNK
 
 @dataclass(frozen=True)
 class BlockMemory:
-    """Bytes that a resblock takes for a micro-batch."""
+    """Bytes that a resblock takes for one micro-batch."""
 
     saved: int
     """Tensors saved from the forward to the backward pass, the block's input included."""
@@ -25,13 +22,12 @@ class BlockMemory:
     backward: int
     """Peak of the backward pass, ``stream`` included, besides ``saved`` and the gradients of weights."""
     stream: int
-    """Gradient of the block's output, in 32 bit and as the branch takes it."""
+    """Gradient of the block's output, in 32 bit, plus its 16-bit copy if the block computes in 16 bit."""
     inference: int
-    """Peak of a forward pass that no backward pass follows."""
+    """Peak of a forward pass without a backward pass."""
     gradients: int
-    """Gradients of the block's matrices."""
+    """Gradients of all matrices of the block."""
     largest_gradient: int
-    """Gradient of the block's largest matrix."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,7 @@ class Activations:
 
     @property
     def numbers(self) -> int:
-        """Number of values of the residual stream."""
+        """Number of values in the residual stream."""
         return self.batch * (self.text + self.image) * self.recipe.prior.model.d_model
 
     @property
@@ -73,10 +69,10 @@ class Activations:
         return [block for kind in kinds for block in (of_kind[kind], mlp)]
 
     def head(self) -> int:
-        """Return the peak of the loss, besides the gradients of the unembeddings (see ``prior/head_loss.py``).
+        """Return the peak of the loss (``prior/head_loss.py``), without the gradients of the unembeddings.
 
-        It holds the normed stream, the image's rows of it, the gradients of the rows of both heads, and a slice of
-        logits. The number of text rows is the largest possible.
+        It counts the normed stream, its image rows, the gradients of both heads' rows, and one chunk of logits. The
+        number of text rows is the largest possible.
         """
         d, codes = self.recipe.prior.model.d_model, self.recipe.dvae.model.codebook_size
         rows_text, rows_image = self.batch * (self.text - 1), self.batch * self.image
@@ -90,12 +86,12 @@ class Activations:
 
     @property
     def _inner(self) -> int:
-        """Bytes of the stream in the type that resblocks compute in."""
+        """Bytes of the residual stream in the precision of the resblocks."""
         return self._width * self.numbers
 
     @property
     def _cast(self) -> int:
-        """Bytes of a 32-bit copy of the stream if resblocks compute in 16 bit, else 0."""
+        """Bytes of a 32-bit copy of the residual stream if resblocks compute in 16 bit, else 0."""
         return 0 if self._width == BYTES_32 else self.bytes
 
     @property
@@ -103,7 +99,7 @@ class Activations:
         return self.bytes + (self._inner if self._cast else 0)
 
     def _norm(self) -> int:
-        """Return what a layer norm saves, its input included, plus the input of the linear layer after it."""
+        """Return the bytes saved by a layer norm, its input included, and by the input of the next linear layer."""
         return self.bytes + 2 * BYTES_32 * self.batch * (self.text + self.image) + self._inner
 
     def _mlp(self) -> BlockMemory:
@@ -123,25 +119,25 @@ class Activations:
         return self._attention(4 * self._inner + sums, self._inner, 7 * self._inner, 4 * self._inner)
 
     def _sparse(self, kind: AttentionKind) -> BlockMemory:
-        """Return the memory of a block of sparse attention, which works on one chunk of streams after another."""
+        """Return the memory of a sparse attention block, which on the CPU processes the batch in chunks."""
         model, length = self.recipe.prior.model, self.text + self.image
         windows, d_head = windows_of(kind, model.grid, model.conv_kernel), model.d_head
         weights = length * self.text + self.image * windows.keys
         samples, heads = chunk_on_cpu(self.batch, model.heads, weights) if self.on_cpu else (self.batch, model.heads)
         chunk = self._width * samples * heads
-        # Values of a stream, of its image, and of the image copied to windows.
+        # Values of one head's sequence, of its image positions, and of these copied to windows.
         whole, image, in_windows = length * d_head, self.image * d_head, windows.blocks * windows.keys * d_head
         cut = in_windows if windows.above else 0
         softmax = max(self.image * (self.text + windows.keys), 2 * self.text**2)
         mix = whole + image + cut
         spread = max(in_windows + image, image + whole) + self.text * d_head
-        # The tensors of a chunk are freed only after those of the next chunk are allocated.
+        # A chunk's tensors are freed only after the next chunk's are allocated.
         previous = min(chunk, self._width * (self.batch * model.heads - samples * heads))
         return self._attention(
-            # Queries, keys, values and the result; the weights.
+            # Queries, keys, values and the result; then the attention weights.
             saved=4 * self._inner + self._width * self.batch * model.heads * weights,
             forward=3 * self._inner + chunk * max(softmax, mix),
-            # Gradients of the result and of queries, keys and values; those of a chunk with its weights.
+            # Gradients of the result, queries, keys and values; then a chunk's gradients and its attention weights.
             backward=4 * self._inner
             + chunk * (whole + weights)
             + max(chunk * max(mix, spread), chunk * cut + previous * weights),
@@ -151,7 +147,7 @@ class Activations:
         )
 
     def _attention(self, saved: int, forward: int, backward: int, inference: int) -> BlockMemory:
-        """Return the memory of an attention resblock, given that of the attention itself."""
+        """Return the memory of a whole attention resblock, given the attention's own."""
         d, stream = self.recipe.prior.model.d_model, self._stream_gradient
         return BlockMemory(
             saved=self._norm() + saved,

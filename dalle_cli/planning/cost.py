@@ -1,4 +1,4 @@
-"""Time and cost of the prior's training, from its FLOPs, its traffic and its checkpoints."""
+"""Time and cost of the prior's training, from FLOPs, traffic and checkpoints."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ HOUR = 3600
 
 @dataclass(frozen=True)
 class Assumptions:
-    """Figures that no recipe gives; by default those of the paper's GPU, a V100."""
+    """Assumptions about the hardware; the defaults are for the paper's GPU, a V100."""
 
     peak_flops: float = 125e12
-    """FLOP/s of a GPU at its peak: the V100's in 16 bit, from its data sheet."""
+    """Peak FLOP/s of a GPU: the V100's in 16 bit, from its data sheet."""
     share: float = 0.3
     """Share of the peak that training reaches: a guess until it is measured."""
     interconnect: float | None = None
-    """Bits per second that a machine's link to the others carries, each way."""
+    """Bandwidth of a node's network link, in bits per second each way."""
     price: float | None = None
     """Price of a GPU for an hour."""
     disk: float = 1e9
-    """Bytes per second that a machine writes of a checkpoint: a guess."""
+    """Bytes per second at which a node writes a checkpoint: a guess."""
 
 
 def assume(recipe: Recipe, peak_tflops: float | None = None, **given: Any) -> Assumptions:
-    """Return the assumptions ``given``, with the given peak, or else the recipe's, or else the default."""
+    """Return the assumptions ``given``; the peak is the given one, else the recipe's, else the default."""
     peak = peak_tflops or recipe.monitoring.peak_tflops
     return Assumptions(**given) if peak is None else Assumptions(1e12 * peak, **given)
 
@@ -39,13 +39,13 @@ class TrainingTime:
     """Time and cost of training, without checkpoints."""
 
     model_flops: int
-    """FLOPs of an update without recomputation."""
+    """FLOPs of an update, without recomputation."""
     recomputed_flops: int
-    """FLOPs of an update that are recomputation."""
+    """FLOPs of recomputation in an update."""
     compute_seconds: float
-    """Seconds of an update without traffic between machines."""
+    """Seconds of an update, without traffic between nodes."""
     step_seconds: float
-    """Seconds of an update."""
+    """Seconds of an update, traffic included."""
     tokens_per_second: float
     mfu: float
     updates: int
@@ -58,15 +58,7 @@ class TrainingTime:
 def training_time(
     recipe: Recipe, counts: Counts, machines: Machines, assumed: Assumptions, traffic_seconds: float
 ) -> TrainingTime:
-    """Return the time and cost of training.
-
-    Args:
-        recipe: the recipe.
-        counts: sizes of its prior's parameters.
-        machines: the machines to train on.
-        assumed: what no recipe says.
-        traffic_seconds: seconds of an update in which gradients cross between machines.
-    """
+    """Return the time and cost of training; each update spends ``traffic_seconds`` on gradients between nodes."""
     training, flops = recipe.prior.training, count_flops(recipe, counts)
     samples = -(-training.batch_size // machines.processes)
     compute = samples * flops.executed / (assumed.peak_flops * assumed.share)
@@ -93,15 +85,14 @@ class CheckpointCost:
 
     bytes: int
     model: int
-    """Bytes of weights, EMA weights and moments, which the first machine writes."""
+    """Bytes of weights, EMA weights and moments, which the first node writes."""
     each_process: int
-    """Bytes of PowerSGD's state, which every rank writes for itself."""
+    """Bytes of PowerSGD's state that each rank writes."""
     first_machine: int
-    """Bytes that the first machine writes, more than any other."""
+    """Bytes that the first node writes, the most of all nodes."""
     seconds: float
     """Seconds that training waits for a checkpoint."""
     every_updates: int
-    """Updates from one checkpoint to the next."""
     share: float
     """Share of the training time that is spent on checkpoints."""
 
@@ -109,14 +100,9 @@ class CheckpointCost:
 def checkpoint_cost(
     stage: PriorSettings, counts: Counts, machines: Machines, disk: float, step_seconds: float
 ) -> CheckpointCost:
-    """Return the cost of a checkpoint.
+    """Return the cost of a checkpoint. All nodes write at once, at ``disk`` bytes per second; training waits for all.
 
-    Args:
-        stage: the recipe's prior.
-        counts: sizes of its parameters.
-        machines: the machines to train on. All write at once, and training goes on when the last has written.
-        disk: bytes per second that a machine writes.
-        step_seconds: seconds of an update.
+    ``step_seconds`` is the time of an update.
     """
     parts = training_state(stage, counts, machines)
     powersgd = ["PowerSGD error buffers", *(["PowerSGD factors"] if stage.powersgd.warm_start else [])]

@@ -1,4 +1,4 @@
-"""Check of whether the prior's training fits given machines, and the settings that make it fit."""
+"""Check whether the prior's training fits into memory on given nodes, and find settings that make it fit."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from dalle_cli.prior.counts import Counts
 from dalle_cli.stores.held_out import VALIDATION_BATCH
 
 RESERVE = 0.1
-"""Share of a rank's memory that a plan leaves for what is not counted."""
+"""Share of a rank's memory that a plan reserves for memory it does not count."""
 MOST_GPUS = 1024
-"""Largest number of GPUs that is suggested."""
+"""Largest number of GPUs to suggest."""
 EMA_EVERY = 25
-"""Suggested number of updates from one step of the EMA to the next: the paper's (appendix E.2)."""
+"""Suggested number of updates between steps of the EMA: the paper's (appendix E.2)."""
 
 Value = bool | int | str
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Memory of a recipe's training on machines, in bytes of a rank."""
+    """Memory of a recipe's training, in bytes per rank."""
 
     parts: dict[str, StatePart]
     peaks: Peaks
     samples: int
-    """Samples of a rank in an update."""
+    """Samples per rank in an update."""
     micro_batch: int
     phases: dict[str, int]
-    """Peak of each phase of training."""
+    """Peak of each phase of training, by the phase's name."""
     usable: int
 
     @property
@@ -41,7 +41,6 @@ class Fit:
 
     @property
     def peak_phase(self) -> str:
-        """Name of the phase with the highest peak."""
         return max(self.phases, key=self.phases.__getitem__)
 
     @property
@@ -50,16 +49,15 @@ class Fit:
 
     @property
     def on_host(self) -> int:
-        """Bytes of the training state that are in the host's memory."""
+        """Bytes of the training state in the host's memory."""
         return sum(part.each for part in self.parts.values() if part.place == "cpu")
 
 
 def check_fit(recipe: Recipe, counts: Counts, machines: Machines) -> Fit:
-    """Work out the memory that a recipe's training takes on machines.
+    """Compute the memory that a recipe's training takes.
 
     Raises:
-        UserError: there are more ranks than samples in a batch, or the recipe cannot split the batch or the model among
-            them.
+        UserError: the batch or the model cannot be split among that many ranks.
     """
     training, shards = recipe.prior.training, shards_of(recipe.prior, machines)
     if machines.processes > training.batch_size:
@@ -91,22 +89,19 @@ def check_fit(recipe: Recipe, counts: Counts, machines: Machines) -> Fit:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Settings and machines with which a recipe fits or, if none were found, comes closest."""
+    """Settings and nodes with which a recipe fits or, if none were found, comes closest."""
 
     settings: dict[str, Value]
     machines: Machines
     fit: Fit
 
     def options(self) -> list[str]:
-        """Return the settings as options of the command line."""
+        """Return the settings as command-line options."""
         return [f"--set {key}={str(value).lower()}" for key, value in self.settings.items()]
 
 
 def suggest_settings(recipe: Recipe, counts: Counts, machines: Machines) -> Suggestion:
-    """Find the fewest changes of settings with which a recipe fits, cheap ones first.
-
-    If no settings are enough, machines with more GPUs are tried too.
-    """
+    """Find a small set of changed settings, cheap ones first, with which a recipe fits; if none, try more GPUs too."""
     settings: dict[str, Value] = {}
     for key, value in _candidates(recipe, machines):
         settings[key] = value
@@ -118,7 +113,7 @@ def suggest_settings(recipe: Recipe, counts: Counts, machines: Machines) -> Sugg
         fewer = {other: value for other, value in settings.items() if other != key}
         if _check_with(recipe, counts, machines, fewer).fits:
             settings = fewer
-    # A key may have several values, such as ever smaller micro-batches: take the first that fits.
+    # A key may have several values, such as smaller and smaller micro-batches: take the first that fits.
     for key, value in _candidates(recipe, machines):
         if key in settings and _check_with(recipe, counts, machines, {**settings, key: value}).fits:
             settings = {**settings, key: value}
@@ -136,14 +131,9 @@ def _with_more_gpus(recipe: Recipe, counts: Counts, machines: Machines, settings
 
 
 def suggest_machine(recipe: Recipe, counts: Counts, memory: int) -> Suggestion | None:
-    """Find the smallest single machine on which a recipe fits, and the settings to change there.
+    """Find the smallest node, of GPUs with ``memory`` bytes, on which a recipe fits, and the settings to change.
 
-    A machine without offloading is preferred to a smaller one with it.
-
-    Args:
-        recipe: the recipe.
-        counts: sizes of its prior's parameters.
-        memory: bytes of a GPU.
+    A node that needs no offloading is preferred to a smaller one that does.
     """
     offloading = None
     gpus = recipe.prior.sharding.node_size or 1
@@ -170,7 +160,7 @@ def _candidates(recipe: Recipe, machines: Machines) -> Iterator[tuple[str, Value
         size = next(divisor for divisor in range(size // 2, 0, -1) if batch % divisor == 0)
         yield "prior.training.micro_batch", size
     if size == 1 and stage.training.micro_batch is None:
-        yield "prior.training.micro_batch", 1  # it sets the size of validation batches too
+        yield "prior.training.micro_batch", 1  # this also sets the size of validation batches
     if machines.gpus > 1:
         for zero in range(stage.sharding.zero + 1, 4):
             yield "prior.sharding.zero", zero
@@ -187,7 +177,6 @@ def _candidates(recipe: Recipe, machines: Machines) -> Iterator[tuple[str, Value
 
 
 def _check_with(recipe: Recipe, counts: Counts, machines: Machines, settings: dict[str, Value]) -> Fit:
-    """Check the fit of a recipe with some settings changed."""
     values = recipe.model_dump()
     for key, value in settings.items():
         *path, name = key.split(".")

@@ -1,10 +1,8 @@
 """Memory of the training state, which stays from update to update: weights, gradients, moments, EMA, PowerSGD.
 
-Sizes follow from the recipe and the model's shapes alone. Nothing is allocated or run, so a plan of the largest prior
-takes no time. ``planning/activations.py`` and ``planning/peaks.py`` add what is in memory only for a time.
-
-Only tensors are counted. A reserve covers the rest: Python and its libraries, GPU contexts, the buffers of matrix and
-communication libraries, fragmentation, and prefetched batches.
+Sizes follow from the recipe and the model's shapes; nothing is allocated. ``activations.py`` and ``peaks.py`` add
+temporary memory. Only tensors are counted. A reserve covers the rest: Python, GPU contexts, library buffers,
+fragmentation and prefetched batches.
 """
 
 from __future__ import annotations
@@ -20,16 +18,15 @@ BYTES_16, BYTES_32 = 2, 4
 
 @dataclass(frozen=True)
 class Machines:
-    """The machines to train on, each with the same number of GPUs and one rank per GPU."""
+    """The nodes to train on, each with the same number of GPUs and one rank per GPU."""
 
     gpus: int
-    """GPUs of a machine; without GPUs, ranks of a machine."""
+    """GPUs per node; without GPUs, ranks per node."""
     nodes: int
-    """Number of machines."""
     memory: int
-    """Bytes of a GPU; without GPUs, a rank's share of the machine's memory."""
+    """Bytes of a GPU; without GPUs, a rank's share of the node's memory."""
     on_cpu: bool = False
-    """True if the machines have no GPUs."""
+    """True if the nodes have no GPUs."""
     processes: int = field(init=False)
     """Number of ranks."""
 
@@ -46,15 +43,15 @@ class StatePart:
     in_32: int
     """Bytes in 32 bit, over all shards."""
     small: int = 0
-    """Bytes among them that belong to small parameters, which every rank holds whole."""
+    """Bytes, out of these, of small parameters, which every rank holds whole."""
     shards: int = 1
-    """Number of ranks that the rest is split among."""
+    """Number of ranks that share the rest."""
     place: str = "device"
-    """Memory it is in: the ``device``'s or the host's (``cpu``)."""
+    """``device``, or ``cpu`` for the host's memory."""
     whole: int = field(init=False)
     """Bytes over all shards."""
     each: int = field(init=False)
-    """Bytes of one rank."""
+    """Bytes per rank."""
 
     def __post_init__(self) -> None:
         whole = self.in_16 + self.in_32
@@ -63,11 +60,7 @@ class StatePart:
 
 
 def training_state(stage: PriorSettings, counts: Counts, machines: Machines) -> dict[str, StatePart]:
-    """Return the parts of the training state by name.
-
-    They are kept by ``training/state.py``, ``precision/adam.py``, ``distributed/fsdp.py`` and
-    ``distributed/error_buffers.py``.
-    """
+    """Return the parts of the training state by name."""
     shards = shards_of(stage, machines)
     offloads = stage.sharding.zero > 0 and machines.processes > 1 and not machines.on_cpu
     place = stage.sharding.offload if offloads and stage.sharding.offload != "none" else "device"
@@ -93,7 +86,7 @@ def training_state(stage: PriorSettings, counts: Counts, machines: Machines) -> 
 
 
 def _powersgd_part(stage: PriorSettings, machines: Machines, shards: int, numbers: int) -> StatePart:
-    """Return the size of ``numbers`` values per rank that PowerSGD keeps."""
+    """Return the memory of a part of PowerSGD's state that has ``numbers`` values per rank."""
     place = "cpu" if stage.powersgd.offload == "cpu" and not machines.on_cpu else "device"
     if stage.precision == "fp32":
         return StatePart(0, shards * BYTES_32 * numbers, shards=shards, place=place)
@@ -101,17 +94,17 @@ def _powersgd_part(stage: PriorSettings, machines: Machines, shards: int, number
 
 
 def shards_of(stage: PriorSettings, machines: Machines) -> int:
-    """Return the number of ranks that hold the model together."""
+    """Return the number of ranks that share one copy of the model."""
     return stage.sharding.node_size or machines.gpus if stage.sharding.zero else 1
 
 
 def uses_powersgd(stage: PriorSettings, machines: Machines) -> bool:
-    """Return whether PowerSGD compresses gradients: it needs several groups of ranks that each share a model."""
+    """Return whether PowerSGD compresses gradients, for which several groups of ranks must each share a model."""
     return stage.powersgd.rank > 0 and stage.sharding.zero > 0 and machines.processes > shards_of(stage, machines)
 
 
 def compressed_shapes(stage: PriorSettings, counts: Counts, shards: int) -> list[tuple[int, int]]:
-    """Return the shapes of those of a rank's shards that PowerSGD compresses."""
+    """Return the shapes of a rank's shards, without the shards that PowerSGD leaves uncompressed."""
     settings, rank = stage.powersgd, shard_rank(stage.powersgd.rank, shards)
     shapes = [shard_shape(matrix, shards) for matrix in counts.matrices]
     return [shape for shape in shapes if is_compressed(shape, rank, settings.min_compression)]

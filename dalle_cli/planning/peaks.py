@@ -1,7 +1,4 @@
-"""Peak memory of each phase of the prior's training, besides the training state that is always in memory.
-
-A test compares the whole plan with the allocator's peak in real training.
-"""
+"""Peak memory of each phase of the prior's training, besides the training state that is always in memory."""
 
 from __future__ import annotations
 
@@ -27,39 +24,34 @@ from dalle_cli.precision.adam import CHUNK as ADAM_CHUNK
 from dalle_cli.prior.counts import Counts
 
 ADAM_WORK, ENCODING_WORK = 61, 41
-"""Bytes per value that 16-bit Adam, and the encoding of PowerSGD's state, take while they work on a chunk."""
+"""Temporary bytes per value of a chunk in 16-bit Adam, and in the encoding of PowerSGD's state."""
 FINITE_WORK = 3
-"""Bytes per value that a test for non-finite values takes, besides a copy of the value."""
+"""Temporary bytes per value of a test for non-finite values, besides a copy of the value."""
 GATHERED = 2
-"""Number of resblocks whose weights ZeRO-3 holds whole at a time: the current one and the next."""
+"""Number of resblocks whose weights ZeRO-3 gathers at a time: the current one and the next."""
 
 
 @dataclass(frozen=True)
 class Peaks:
-    """Peak bytes of a rank, besides weights, moments, EMA weights and PowerSGD's state."""
+    """Peak bytes per rank, besides weights, moments, EMA weights and PowerSGD's state."""
 
     saved: int
     """Activations saved from the forward to the backward pass."""
     passes: int
-    """Forward and backward pass, gradients included."""
+    """Peak of the forward and backward pass, gradients included."""
     update: int
-    """Reduction of gradients and update of weights, moments and EMA, gradients included."""
+    """Peak of the gradients' reduction and the update of weights, moments and EMA, gradients included."""
     validation: int
-    """Validation, including the weights that the EMA weights replace meanwhile."""
+    """Peak of validation, including the weights set aside while the EMA weights replace them."""
 
 
 def phase_peaks(
     recipe: Recipe, counts: Counts, machines: Machines, batch: int, accumulates: bool, validated: int = 0
 ) -> Peaks:
-    """Return the peaks of the phases of training.
+    """Return the peak of each phase of training, for micro-batches of ``batch`` samples.
 
-    Args:
-        recipe: the recipe.
-        counts: sizes of its prior's parameters.
-        machines: the machines to train on.
-        batch: samples of a micro-batch.
-        accumulates: whether an update takes several micro-batches.
-        validated: rows that a validation scores at once; 0 without validation.
+    ``accumulates`` says whether an update has several micro-batches. ``validated`` is the number of rows that
+    validation scores at once, 0 without validation.
     """
     stage = recipe.prior
     parts = training_state(stage, counts, machines)
@@ -71,8 +63,8 @@ def phase_peaks(
     checkpointed = stage.model.checkpoint_resblocks
     saved = list(accumulate([activations.bytes if checkpointed else block.saved for block in blocks], initial=0))
     all_saved = saved[-1] + activations.bytes
-    # In the backward pass saved activations shrink while gradients grow, unless the gradients of an earlier micro-batch
-    # are there from the start.
+    # In the backward pass saved activations shrink while gradients grow, unless the gradients are already allocated
+    # since an earlier micro-batch.
     present = gradients if accumulates else 0
     if accumulates and gathered.gradients:
         present = BYTES_32 * counts.small + gathered.gradients
@@ -81,7 +73,7 @@ def phase_peaks(
     for block, earlier in zip(reversed(blocks), reversed(saved[:-1]), strict=True):
         own = block.largest_gradient if present else block.gradients
         if gathered.shards > 1:
-            own = block.gradients + gathered.block  # the second is the copy that is sent to the other ranks
+            own = block.gradients + gathered.block  # the latter is the copy sent to the other ranks
         recomputed = block.stream + block.forward if checkpointed else 0
         if not checkpointed:
             candidates.append(present + earlier + block.saved + block.forward + gathered.at_block)
@@ -99,20 +91,20 @@ def phase_peaks(
 
 @dataclass(frozen=True)
 class _Gathered:
-    """Bytes of parameters and gradients that ZeRO holds whole for a time; all 0 without it, but for two."""
+    """Bytes of unsharded parameters and gradients under ZeRO; without it only ``head_gradients`` and ``block``."""
 
     shards: int
-    """Number of ranks that hold the model together."""
+    """Number of ranks that share one copy of the model."""
     at_head: int
-    """Weights that are whole during the loss, besides a rank's own shards."""
+    """Weights gathered during the loss, besides the rank's own shards."""
     at_block: int
-    """Weights that are whole during a resblock, besides a rank's own shards."""
+    """Weights gathered during a resblock, besides the rank's own shards."""
     head_gradients: int
-    """Gradients of the unembeddings, also without ZeRO."""
+    """Gradients of the unembeddings."""
     gradients: int
-    """Gradients that stay whole while they add up over the micro-batches of an update."""
+    """Unsharded gradients, summed over the micro-batches of an update."""
     block: int
-    """Weights, and gradients, of the largest resblock, also without ZeRO."""
+    """Weights of the largest resblock; its gradients take as much."""
 
 
 def _gathered(recipe: Recipe, counts: Counts, parts: dict[str, StatePart], block: int) -> _Gathered:
@@ -129,7 +121,7 @@ def _gathered(recipe: Recipe, counts: Counts, parts: dict[str, StatePart], block
 
 
 def _update_work(stage: PriorSettings, counts: Counts, machines: Machines) -> int:
-    """Return the bytes that an update takes for a time, besides gradients."""
+    """Return the temporary bytes of an update, besides gradients."""
     shards = shards_of(stage, machines)
     matrices = [-(-rows * columns // shards) for rows, columns in counts.matrices]
     others = [-(-number // shards) for number in counts.others]
@@ -137,7 +129,7 @@ def _update_work(stage: PriorSettings, counts: Counts, machines: Machines) -> in
     if stage.precision != "fp32":
         work.append(ADAM_WORK * min(ADAM_CHUNK, max(matrices + others)))
         if stage.training.ema_every == 1 or machines.on_cpu:
-            work.append(BYTES_32 * max(matrices))  # the EMA takes a matrix in 32 bit
+            work.append(BYTES_32 * max(matrices))  # the EMA converts a matrix to 32 bit
     if machines.processes > 1:
         work.append(_buckets([BYTES_32 * counts.small]))
     if machines.processes > shards and not uses_powersgd(stage, machines):
@@ -151,15 +143,15 @@ def _update_work(stage: PriorSettings, counts: Counts, machines: Machines) -> in
 
 
 def _buckets(sizes: list[int]) -> int:
-    """Return the bytes that tensors of ``sizes`` bytes take while they are sent: a bucket and the next one."""
+    """Return the bytes of communication buffers for tensors of ``sizes`` bytes: a bucket and the next one."""
     return min(sum(sizes), 2 * max(BUCKET_BYTES, *sizes))
 
 
 def _powersgd_work(stage: PriorSettings, machines: Machines, shapes: list[Shape], shards: int) -> int:
-    """Return the bytes that PowerSGD takes to compress matrices together (see ``distributed/power_sgd.py``).
+    """Return the bytes that PowerSGD takes to compress one batch of matrices (``distributed/power_sgd.py``).
 
-    These are the sums of gradients and error buffers, the factors (before, while and after they are sent), and the
-    product of a matrix's factors.
+    They hold the sums of gradients and error buffers, the factors before, during and after sending, and a matrix's
+    reconstruction.
     """
     rank = shard_rank(stage.powersgd.rank, shards)
     numbers = [rows * columns for rows, columns in shapes]
@@ -168,7 +160,7 @@ def _powersgd_work(stage: PriorSettings, machines: Machines, shapes: list[Shape]
     in_16_bit = stage.precision != "fp32"
     encoding = ENCODING_WORK * min(ERROR_CHUNK, max(numbers)) if in_16_bit else 0
     left_sent, right_sent = (_as_codes(sizes) if in_16_bit else 0 for sizes in factors)
-    # In 32 bit the sums become the error buffers, unless those are on the host.
+    # In 32 bit the sums become the error buffers in place, unless the buffers are on the host.
     on_device = machines.on_cpu or stage.powersgd.offload == "none"
     sums = 0 if stage.powersgd.error_feedback and not in_16_bit and on_device else BYTES_32 * sum(numbers)
     steps = (2 * left + max(left, left_sent), left + 2 * right + max(encoding, right_sent, BYTES_32 * max(numbers)))
@@ -176,10 +168,9 @@ def _powersgd_work(stage: PriorSettings, machines: Machines, shapes: list[Shape]
 
 
 def _as_codes(sizes: list[int]) -> int:
-    """Return the bytes that factors of ``sizes`` bytes take while they are sent in 16 bit.
+    """Return the bytes that float32 factors of ``sizes`` bytes take while they are sent in 16 bit.
 
-    A message's own codes and those received from the other machines take as much as its float32 values; rounding takes
-    more.
+    The 16-bit codes sent and received take as much as a message's float32 values; rounding adds temporary memory.
     """
     message = min(sum(sizes), max(BUCKET_BYTES, *sizes))
     return message + ENCODING_WORK * min(ERROR_CHUNK, message // BYTES_32)

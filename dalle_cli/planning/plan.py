@@ -1,4 +1,4 @@
-"""The plan of ``dalle plan``: memory, traffic, time and cost of training a recipe's prior on given machines."""
+"""The plan of ``dalle plan``: memory, traffic, time and cost of training a recipe's prior on given nodes."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class Parameters:
 
     total: int
     effective: int
-    """Matrices of the resblocks."""
+    """Parameters in the matrices of the resblocks."""
     other: int
     closed_form_effective: int
-    """The paper's formula, 12 d^2 a layer."""
+    """The paper's formula for ``effective``, 12 d^2 per layer."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of the recipe that decide what training takes."""
+    """Settings of the recipe that decide memory and traffic."""
 
     precision: str
     zero: int
@@ -42,38 +42,37 @@ class Batch:
 
     samples: int
     a_process: int
-    """Samples of a rank."""
+    """Samples per rank."""
     micro_batch: int
     tokens_a_sample: int
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory of training, in bytes of a rank unless said otherwise."""
+    """Memory of training, in bytes per rank unless said otherwise."""
 
     parts: dict[str, StatePart]
     activations_kept: int
     """Activations saved from the forward to the backward pass."""
     phases: dict[str, int]
-    """Peak of each phase of training."""
+    """Peak of each phase of training, by the phase's name."""
     peak: int
     peak_phase: str
     memory: int
-    """Memory that there is."""
     usable: int
     """Memory without the reserve."""
     fits: bool
     host_a_machine: int
-    """Bytes in the host's memory of each machine."""
+    """Bytes of host memory per node."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """Changes with which the recipe fits, or comes closest."""
+    """Changes with which the recipe fits or, if none were found, comes closest."""
 
     fits: bool
     set: list[str]
-    """Options of the command line."""
+    """Command-line options."""
     gpus_per_node: int
     peak: int
     peak_phase: str
@@ -82,7 +81,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole plan. Sizes are in bytes, times in seconds unless named otherwise."""
+    """A whole plan, with sizes in bytes and times in seconds unless named otherwise."""
 
     what: str = field(default="plan", init=False)
     recipe: str
@@ -94,17 +93,17 @@ class Plan:
     change: Change | None
     """None if the recipe fits as it is."""
     between_machines: Traffic | None
-    """None for a single machine."""
+    """None for a single node."""
     checkpoint: CheckpointCost
     time: TrainingTime
     assumptions: list[str]
 
 
 def plan(recipe: Recipe, machines: Machines, assumed: Assumptions) -> Plan:
-    """Plan the training of a recipe's prior on machines.
+    """Plan the training of a recipe's prior.
 
     Raises:
-        UserError: see ``check_fit``.
+        UserError: the batch or the model cannot be split among that many ranks.
     """
     stage, counts = recipe.prior, count_parameters(recipe)
     fit = check_fit(recipe, counts, machines)
@@ -159,7 +158,7 @@ def _change(suggestion: Suggestion) -> Change:
 
 
 def _assumptions(machines: Machines, assumed: Assumptions) -> list[str]:
-    """Say in sentences what the plan assumes."""
+    """Return the plan's assumptions as sentences."""
     link = (
         f"each machine's link carries {assumed.interconnect / 1e9:g} Gbit/s each way (--interconnect), and gradients "
         "cross it after the backward pass, in a ring all-reduce"
@@ -169,7 +168,7 @@ def _assumptions(machines: Machines, assumed: Assumptions) -> list[str]:
     return [
         f"a GPU does {assumed.peak_flops / 1e12:g} TFLOP/s at its peak (--peak-tflops), and training reaches "
         f"{assumed.share:.0%} of that (--share)",
-        "this share includes traffic inside a machine and to its host, reading data, and validation",
+        "this share covers traffic inside a machine and to its host, reading data, and validation",
         *([link] if machines.nodes > 1 else []),
         f"each machine writes its part of a checkpoint at {assumed.disk / 1e9:g} GB/s (--disk), and training waits",
         f"{RESERVE:.0%} of memory is reserved for what is not counted: GPU contexts, library buffers, fragmentation",

@@ -1,4 +1,4 @@
-"""Training on this machine: whether it fits, and the dry run, which checks a start without making it."""
+"""Training on this machine: check that it fits into memory, and the dry run, which checks a start without training."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from dalle_cli.stores.held_out import split_store
 from dalle_cli.stores.tokens import TokenReader
 
 GPU_MEMORY = 80_000_000_000
-"""Bytes of the GPUs of the machine that a refusal suggests."""
+"""Bytes of the GPUs that the error message suggests."""
 
 
 def this_machine(launch: Launch) -> Machines:
-    """Return the machines of a launch, all taken to be like this one; ranks without a GPU share its RAM."""
+    """Return the nodes of a launch, assumed to be like this machine; ranks without a GPU share its RAM."""
     local = launch.local_size or launch.size
     nodes = -(-launch.size // local)
     if torch.cuda.is_available():
@@ -37,10 +37,10 @@ def this_machine(launch: Launch) -> Machines:
 
 
 def refuse_too_large(recipe: Recipe) -> None:
-    """Refuse a recipe whose prior takes more memory to train than this machine has. Nothing is allocated.
+    """Refuse a recipe whose prior takes more memory to train than this machine has; nothing is allocated.
 
     Raises:
-        UserError: with the sizes, and what would fit.
+        UserError: training does not fit; the message suggests settings or a machine that would.
     """
     machines = this_machine(read_launch())
     counts = count_parameters(recipe)
@@ -50,7 +50,7 @@ def refuse_too_large(recipe: Recipe) -> None:
     where = "in one process" if machines.processes == 1 else f"in each of {machines.processes} processes"
     lines = [
         f"recipe {recipe.name}: training {counts.total / 1e9:.2f}e9 parameters takes {_gb(fit.peak)} of memory "
-        f"{where} ({_sizes(fit)}), but only {_gb(machines.memory)} are there"
+        f"{where} ({_sizes(fit)}), but only {_gb(machines.memory)} are available"
     ]
     suggestion = suggest_settings(recipe, counts, machines)
     if suggestion.fit.fits and suggestion.machines == machines:
@@ -58,8 +58,8 @@ def refuse_too_large(recipe: Recipe) -> None:
     elif larger := suggest_machine(recipe, counts, GPU_MEMORY):
         gpus, options = larger.machines.gpus, " ".join(larger.options())
         lines.append(
-            f"it fits a machine with {gpus} GPU{'s' if gpus > 1 else ''} of {_gb(GPU_MEMORY)}, in "
-            f"{_gb(larger.fit.peak)} of each, {f'with: {options}' if options else 'as the recipe is'}"
+            f"it fits a machine with {gpus} GPU{'s' if gpus > 1 else ''} of {_gb(GPU_MEMORY)}, taking "
+            f"{_gb(larger.fit.peak)} of each, {f'with: {options}' if options else 'with the recipe unchanged'}"
         )
     lines.append("dalle plan computes this for other machines; nothing was allocated or written")
     raise UserError("\n".join(lines))
@@ -84,7 +84,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Start:
-    """The point from which a training run would begin."""
+    """Start of a training run: this rank, its inputs, and the checkpoint to resume from."""
 
     rank: int
     ranks: int
@@ -93,16 +93,13 @@ class Start:
     """None if there is no token store yet."""
     out: Path
     resumes_from: str | None
-    """Name of the newest checkpoint in ``out``, if there is one."""
+    """Name of the newest checkpoint in ``out``; None if there is none."""
 
 
 def dry_run(recipe: Recipe, store: Path, out: Path) -> tuple[Plan, Start]:
-    """Check what a start of ``dalle train-prior`` would check, and plan it on this machine. Nothing is written.
+    """Make the checks of a start of ``dalle train-prior``, and plan it on this machine; nothing is written.
 
-    Args:
-        recipe: the recipe.
-        store: the token store; it may be missing.
-        out: the run's folder.
+    The token store may be missing.
 
     Raises:
         UserError: the launcher's environment contradicts itself, the recipe's settings do not work together, or the

@@ -1,4 +1,4 @@
-"""Traffic between machines in an update of the prior, with and without PowerSGD (paper, section 2.5)."""
+"""Traffic between nodes in an update of the prior, with and without PowerSGD (paper, section 2.5)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class WholeAndSent(Generic[T]):
-    """A quantity of the gradients sent whole, and of what the recipe sends."""
+    """A quantity for uncompressed gradients (``whole``), and for the gradients as the recipe sends them (``sent``)."""
 
     whole: T
     sent: T
@@ -40,9 +40,9 @@ class Traffic:
     a_process: WholeAndSent[int]
     """Bytes that a rank hands to the collectives: the gradients of its shards."""
     a_machine_on_the_link: WholeAndSent[float]
-    """Bytes that a machine sends, and receives."""
+    """Bytes that a node sends; it receives as many."""
     seconds: WholeAndSent[float | None]
-    """Seconds on the link; None if its rate is unknown."""
+    """Seconds on a node's link; None if its bandwidth is unknown."""
     compression: float
     """Share of a rank's bytes that PowerSGD saves."""
 
@@ -50,17 +50,11 @@ class Traffic:
 def between_machines(
     stage: PriorSettings, counts: Counts, machines: Machines, interconnect: float | None = None
 ) -> Traffic:
-    """Return the traffic between machines.
+    """Return the traffic between nodes, whose links carry ``interconnect`` bits per second each way, if known.
 
-    With ZeRO each rank of a machine is part of a ring through all machines. Without it a single ring goes through all
-    ranks, and once through each machine. PowerSGD sends factors in 16 bit if the recipe trains in 16 bit, and all else
-    in 32 bit. Padding of its messages is not counted.
-
-    Args:
-        stage: the recipe's prior.
-        counts: sizes of its parameters.
-        machines: the machines to train on.
-        interconnect: bits per second that a machine's link carries each way, if known.
+    With ZeRO each rank of a node is part of its own ring through all nodes. Without it a single ring goes through all
+    ranks, and once through each node. PowerSGD sends factors in 16 bit if the recipe trains in 16 bit, and the rest in
+    32 bit. Padding of its messages is not counted.
     """
     shards, rings = shards_of(stage, machines), machines.gpus if stage.sharding.zero > 0 else 1
     width = BYTES_32 if stage.precision == "fp32" else BYTES_16
@@ -75,7 +69,7 @@ def between_machines(
         handed += sum(each * numbers_sent(shape, rank, least) for each, shape in zip(widths, shapes, strict=True))
 
     def on_link(of_rank: int) -> float:
-        # In a ring all-reduce among k machines each sends 2 (k - 1) / k times its bytes, as in ``all_reduce_mean``.
+        # In a ring all-reduce among k nodes each sends 2 (k - 1) / k times its bytes, as in ``all_reduce_mean``.
         return (rings * of_rank + BYTES_32 * counts.small) * 2 * (machines.nodes - 1) / machines.nodes
 
     def seconds(size: float) -> float | None:
@@ -92,7 +86,7 @@ def between_machines(
 
 @dataclass(frozen=True)
 class CompressionRow:
-    """A recipe's row of the paper's table 1, for eight GPUs per machine: shares of the gradients that are not sent."""
+    """A recipe's row of the paper's table 1, for eight GPUs per node: shares of the gradients that PowerSGD saves."""
 
     recipe: str
     effective_parameters: int
@@ -101,9 +95,9 @@ class CompressionRow:
     paper: float
     """The paper's closed form."""
     shards: float
-    """Share of the values of this project's shards of the resblocks' matrices."""
+    """Share of the values of the resblocks' matrices, as this project shards them."""
     bytes: float
-    """Share of the bytes of all gradients, as they are handed to the collectives."""
+    """Share of the bytes of all gradients."""
 
 
 def compression_row(recipe: Recipe, counts: Counts) -> CompressionRow:
@@ -125,11 +119,7 @@ def compression_row(recipe: Recipe, counts: Counts) -> CompressionRow:
 
 
 def compression_table(files: Sequence[Path] | None, overrides: Sequence[str] = ()) -> list[CompressionRow]:
-    """Return the rows of recipes, smallest first.
-
-    Args:
-        files: recipes; None takes all in the folder recipes/ that use PowerSGD.
-        overrides: settings as given by ``--set``.
+    """Return the rows of the recipes that use PowerSGD, smallest first; ``files`` None means all in recipes/.
 
     Raises:
         UserError: none of the recipes uses PowerSGD.
@@ -137,7 +127,7 @@ def compression_table(files: Sequence[Path] | None, overrides: Sequence[str] = (
     found = sorted(Path("recipes").glob("*.yaml")) if files is None else files
     recipes = [recipe for file in found if (recipe := load_recipe(file, overrides)).prior.powersgd.rank]
     if not recipes:
-        named = "recipes/: no recipe there" if files is None else f"{files[0]}: the recipe"
-        raise UserError(f"{named} has prior.powersgd.rank above 0; name one that has, or give it with --set")
+        named = "recipes/: no recipe there has" if files is None else f"{files[0]}: the recipe does not have"
+        raise UserError(f"{named} prior.powersgd.rank above 0; name a recipe that has, or raise it with --set")
     rows = [compression_row(recipe, count_parameters(recipe)) for recipe in recipes]
     return sorted(rows, key=lambda row: row.effective_parameters)

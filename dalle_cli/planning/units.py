@@ -11,11 +11,7 @@ _BINARY = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 
 def parse_bytes(text: str, option: str) -> int:
-    """Parse a number of bytes, such as ``16GB`` (decimal) or ``16GiB``.
-
-    Args:
-        text: the value of a command-line option.
-        option: the option's name, for the error message.
+    """Parse the value of a command-line ``option``, a number of bytes such as ``16GB`` (decimal) or ``16GiB``.
 
     Raises:
         UserError: ``text`` is not a number of bytes above 0.
@@ -24,11 +20,7 @@ def parse_bytes(text: str, option: str) -> int:
 
 
 def parse_rate(text: str, option: str) -> float:
-    """Parse a rate in bits per second, such as ``100Gbit`` or ``50Mbit/s``.
-
-    Args:
-        text: the value of a command-line option.
-        option: the option's name, for the error message.
+    """Parse the value of a command-line ``option``, a rate in bits per second such as ``100Gbit`` or ``50Mbit/s``.
 
     Raises:
         UserError: ``text`` is not a rate above 0.

@@ -1,7 +1,7 @@
-"""The number of samples to draw at once: as many as memory holds, up to where more no longer raise throughput.
+"""Number of samples to draw at once: as many as fit into memory, up to a number that hardly raises throughput.
 
-The memory that samples take is computed from the models' sizes. So nothing has to be tried, and a machine finds the
-same number each time unless it is short of memory.
+The memory is computed from the models' sizes, not measured, so the same machine chooses the same number each time
+unless it is short of memory.
 """
 
 from __future__ import annotations
@@ -18,18 +18,16 @@ from dalle_cli.dvae.model import DVAE
 from dalle_cli.prior.decode import POSITIONS_PER_PASS, Decoder
 
 MEMORY_SHARE = 0.5
-"""Share of the free memory to use; the rest is for other programs, fragmentation and what is not computed here."""
+"""Share of the free memory to use; the rest is for other programs, fragmentation and memory not counted here."""
 MAX_SAMPLES = {"cpu": 64, "cuda": 512}
-"""Samples at once beyond which throughput hardly grows: at the quickstart's size, one core takes 6 % less time for 128
-at once than for 64."""
+"""Batch size beyond which throughput hardly grows: 128 instead of 64 saves one core 6 % at the quickstart's size."""
 DECODED_AT_ONCE = 16
-"""Pictures that the dVAE decodes at once, fewer where they are large. It is fast beside the prior, and larger batches
-would take most of the memory."""
+"""Pictures that the dVAE decodes at once, fewer if they are large; larger batches would take most of the memory."""
 FLOAT, DOUBLE = 4, 8
 LAYER_ACTIVATIONS = 16
-"""Activations of a layer at one position, in units of d_model: residual stream, queries, keys, values and MLP."""
+"""Values of a layer's activations at one position, in units of d_model: residual stream, queries, keys, values, MLP."""
 DECODER_ACTIVATIONS = 8
-"""Memory of the dVAE's decoder, in units of one activation of n_hid channels at every pixel."""
+"""Memory of the dVAE's decoder, in units of n_hid values at every pixel."""
 
 
 @dataclass(frozen=True)
@@ -37,26 +35,26 @@ class MemoryNeed:
     """Bytes that sampling takes in addition to the models' weights."""
 
     cache: int
-    """Keys and values of one sequence's image tokens."""
+    """KV cache of one sequence's image tokens."""
     step: int
     """Activations of one sequence in a step of the prior."""
     draw: int
     """Logits and probabilities of one sequence."""
     text: int
-    """Keys and values of one caption and of the image tokens given with it."""
+    """KV cache of one caption and of the image tokens given with it."""
     prefill: int
-    """Activations of one caption while it is read."""
+    """Activations of one caption during prefill."""
     captions_prefilled: int
-    """Number of captions that are read at once."""
+    """Number of captions in a prefill batch."""
     picture: int
     """Activations of one picture in the dVAE's decoder."""
     pictures_decoded: int
     """Number of pictures that the dVAE decodes at once."""
     sequences: int
-    """Number of sequences a sample: 2 with guidance, else 1."""
+    """Sequences per sample: 2 with guidance, else 1."""
 
     def peak(self, samples: int, n: int) -> int:
-        """Return the bytes at the peak of ``samples`` drawn at once, ``n`` of each caption."""
+        """Return the peak bytes of drawing ``samples`` at once, ``n`` of each caption."""
         captions = self.sequences * max(1, samples // n)
         prefilling = min(captions, self.captions_prefilled) * self.prefill
         drawing = self.sequences * samples * (self.cache + max(self.step, self.draw))
@@ -64,14 +62,10 @@ class MemoryNeed:
         return max(captions * self.text + max(prefilling, drawing), decoding)
 
     def fitting_samples(self, free: int | None, n: int, most: int) -> int:
-        """Return the largest power of two, from 1 to ``most``, of samples that take at most MEMORY_SHARE of memory.
+        """Return the largest power of two up to ``most`` of samples that fit, ``n`` of each caption.
 
-        It is a power of two so that a little more or less memory seldom changes it.
-
-        Args:
-            free: free memory in bytes; None if unknown, which counts as enough.
-            n: samples of each caption.
-            most: upper limit.
+        They may take MEMORY_SHARE of ``free`` bytes (None: unknown, any number fits). A power of two seldom changes
+        when there is a little more or less memory.
         """
         count = 1 << (most.bit_length() - 1)
         while free is not None and count > 1 and self.peak(count, n) > MEMORY_SHARE * free:
@@ -80,14 +74,7 @@ class MemoryNeed:
 
 
 def sampling_need(decoder: Decoder, dvae: DVAE, guided: bool, given: int = 0) -> MemoryNeed:
-    """Compute the memory that sampling takes from the models' sizes.
-
-    Args:
-        decoder: the prior.
-        dvae: the dVAE, whose decoder makes the pictures.
-        guided: whether samples are drawn with classifier-free guidance.
-        given: number of image tokens that are given with each caption.
-    """
+    """Compute the memory of sampling, with or without guidance, with ``given`` image tokens given for each caption."""
     vocabulary, d_model = decoder.image_embedding.shape
     slots = [layer.slots.count for layer in decoder.layers]
     token = 2 * d_model * decoder.dtype.itemsize
@@ -108,7 +95,7 @@ def sampling_need(decoder: Decoder, dvae: DVAE, guided: bool, given: int = 0) ->
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Return the bytes that this process may still take on ``device``, or None where the system does not say."""
+    """Return the bytes that this process can still allocate on ``device``, or None if the system does not tell."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -127,9 +114,9 @@ def _available() -> int | None:
 def cgroup_headroom(
     memberships: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")
 ) -> Iterator[int]:
-    """Yield the bytes left below each memory limit of this process's control groups and those above them.
+    """Yield the bytes left under each memory limit of this process's cgroups (v1 or v2) and their parents.
 
-    Containers and batch systems set such limits, of version 1 or 2. Inactive file caches do not count as taken.
+    Containers and batch systems set such limits. Inactive file cache does not count as used.
     """
     try:
         lines = memberships.read_text().splitlines()
@@ -147,7 +134,7 @@ def cgroup_headroom(
             try:
                 limit, taken = (int((group / name).read_text()) for name in files)
                 statistics = (group / "memory.stat").read_text().splitlines()
-            except (OSError, ValueError):  # not of this version, not shown here, or "max"
+            except (OSError, ValueError):  # another cgroup version, not mounted here, or the limit is "max"
                 continue
             inactive = "inactive_file " if not controllers else "total_inactive_file "
             yield max(0, limit - taken + sum(int(line.split()[1]) for line in statistics if line.startswith(inactive)))

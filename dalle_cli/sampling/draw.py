@@ -1,8 +1,7 @@
 """Drawing of image tokens from the prior (paper, section 2.6), with optional classifier-free guidance.
 
-Each (caption, sample, position) has its own uniform number. The token drawn is the one at which the cumulative
-distribution, summed in float64, passes that number. So neither the batch's size nor its other samples change a token,
-up to the rounding of the logits themselves.
+Tokens are drawn by inverse CDF, summed in float64, from a uniform number for each (caption, sample, position). So
+neither the batch size nor the other samples of a batch change a token, up to rounding of the logits.
 
 With classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598), each sample is two sequences of the same image
 tokens, one behind its caption and one behind the empty caption. Tokens are drawn from the logits
@@ -21,17 +20,17 @@ from dalle_cli.prior.cuda_graph import fast_step
 from dalle_cli.prior.decode import Decoder, Prefix
 
 BELOW_ONE = 1 - 2.0**-52
-"""Factor such that the largest uniform number times it, times any sum, rounds to less than the sum."""
+"""Factor that keeps a uniform number times a sum strictly below the sum after rounding."""
 
 
 def filter_logits(logits: Tensor, temperature: float, top_k: int | None, top_p: float) -> Tensor:
-    """Return the logits (..., V) of the distribution to draw from; tokens left out have -inf.
+    """Return the logits (..., V) of the distribution to draw from; excluded tokens have -inf.
 
     Args:
         logits: (..., V) logits of the model.
-        temperature: divisor of the logits; 0 leaves only the likeliest token, the lower id of equals.
-        top_k: number of likeliest tokens to keep after that; None keeps all.
-        top_p: the fewest of those are kept, likeliest first, whose probabilities sum to at least this.
+        temperature: divisor of the logits; 0 keeps only the likeliest token (of ties, the lowest id).
+        top_k: number of likeliest tokens to keep; None keeps all.
+        top_p: keep the fewest of the remaining likeliest tokens whose probabilities sum to at least this.
     """
     if temperature < 0 or not 0 < top_p <= 1 or (top_k is not None and top_k < 1):
         raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: out of range")
@@ -51,7 +50,7 @@ def filter_logits(logits: Tensor, temperature: float, top_k: int | None, top_p: 
 
 
 def _likeliest(logits: Tensor, k: int) -> Tensor:
-    """Set all but the k largest of (..., V) to -inf, keeping the lower ids of equals."""
+    """Set all but the k largest of (..., V) to -inf; of ties, keep the lower ids."""
     least = logits.topk(k, sorted=False).values.amin(-1, keepdim=True)
     above, equal = logits > least, logits == least
     selected = above | (equal & (equal.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
@@ -59,10 +58,7 @@ def _likeliest(logits: Tensor, k: int) -> Tensor:
 
 
 def draw_tokens(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """Return the token (...) of each distribution (..., V) by inverse CDF at its uniform number (...) in [0, 1).
-
-    A token of probability 0 is never drawn.
-    """
+    """Draw a token of nonzero probability from each distribution (..., V), by inverse CDF at ``uniforms`` in [0, 1)."""
     cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
     threshold = uniforms.double()[..., None] * BELOW_ONE * cumulative[..., -1:]
     return torch.searchsorted(cumulative, threshold, right=True)[..., 0]
@@ -83,13 +79,13 @@ def sample_images(
         decoder: the prior.
         text_ids: (C, T) text ids with paddings.
         uniforms: (C, n, S) float64 in [0, 1), one for each token.
-        settings: temperature, top_k, top_p, guidance, and batch_size, the samples drawn at once: all if None.
+        settings: temperature, top_k, top_p, guidance, and batch_size, the samples drawn at once (None: all).
         prefix: (C, P) first image tokens, given rather than drawn (image-to-image), P < S; None for no tokens.
         empty: (T,) text ids of the empty caption, for guidance other than 1.
 
     Returns:
-        Tokens (C, n, S) int64 with the prefix, and the log-likelihood (C, n) float64, in nats, of the drawn tokens
-        under the model itself: at temperature 1, unfiltered and unguided.
+        Tokens (C, n, S) int64 including the prefix, and the log-likelihood (C, n) float64 of the drawn tokens, in
+        nats, at temperature 1 without filters and guidance.
     """
     captions, n, length = uniforms.shape
     if captions != len(text_ids) or length != decoder.image_length:
@@ -125,9 +121,9 @@ def sample_images(
 def _draw_rest(
     decoder: Decoder, prefilled: Prefix, tokens: Tensor, uniforms: Tensor, settings: SamplingSettings
 ) -> Tensor:
-    """Draw the ``tokens`` (C, n, S) behind the prefilled ones, in place, and return their log-likelihood (C, n).
+    """Draw the rest of ``tokens`` (C, n, S) in place, and return their log-likelihood (C, n).
 
-    ``prefilled`` holds C captions, or with guidance 2 C, of which the last C are empty.
+    ``prefilled`` holds C captions or, with guidance, 2 C, of which the last C are empty.
     """
     captions, n, length = uniforms.shape
     log_likelihood = torch.zeros(captions, n, dtype=torch.float64, device=tokens.device)

@@ -1,4 +1,4 @@
-"""Requests for samples: captions, settings, given pictures, and the identity by which a request is found again."""
+"""Requests for samples: captions, settings and given pictures, and the hash that names a request's folder."""
 
 from __future__ import annotations
 
@@ -29,10 +29,7 @@ from dalle_cli.stores.shards import WHOLE, Shard, parts_folder
 
 @dataclass(frozen=True)
 class Prime:
-    """Pictures whose first ``rows`` rows of tokens are given (image-to-image), one for each prompt.
-
-    Pictures of more than ``max_pixels`` are refused.
-    """
+    """A picture for each prompt whose first ``rows`` rows of tokens are given (image-to-image)."""
 
     pictures: Sequence[Path]
     rows: int
@@ -40,11 +37,7 @@ class Prime:
 
     @cached_property
     def hashes(self) -> list[str]:
-        """SHA-256 of each picture's file.
-
-        Raises:
-            UserError: a file cannot be read as a picture.
-        """
+        """SHA-256 of each picture's file."""
         found = {}
         for path in dict.fromkeys(self.pictures):
             self._read(path)
@@ -52,7 +45,7 @@ class Prime:
         return [found[path] for path in self.pictures]
 
     def tokens(self, dvae: DVAE, recipe: Recipe) -> Tensor:
-        """Return the given tokens, (C, rows * grid) int64 on the dVAE's device; pictures are cut as in evaluation."""
+        """Return the given tokens, (C, rows * grid) int64 on the dVAE's device; pictures are centre-cropped."""
         distinct = list(dict.fromkeys(self.pictures))
         device, eps = next(dvae.parameters()).device, recipe.dvae.objective.logit_laplace_eps
         encoded = []
@@ -68,13 +61,7 @@ class Prime:
 
 
 def choose_prime(pictures: Sequence[Path | None], rows: str | None, grid: int, max_pixels: int) -> Prime | None:
-    """Combine ``--prime``, the primes of a captions file and ``--prime-rows``; None if there are none of these.
-
-    Args:
-        pictures: the picture of each prompt.
-        rows: ``--prime-rows``.
-        grid: rows of tokens in a picture.
-        max_pixels: most pixels of a picture.
+    """Combine the prompts' pictures (``--prime``) with ``--prime-rows``; return None if neither is given.
 
     Raises:
         UserError: pictures come without rows, rows without pictures, or only some prompts have a picture.
@@ -84,12 +71,12 @@ def choose_prime(pictures: Sequence[Path | None], rows: str | None, grid: int, m
         return None
     if not named:
         raise UserError(
-            "--prime-rows: of which picture? name it with --prime, or as prime in the JSON lines of --prompts"
+            "--prime-rows: no picture is given; name it with --prime, or as prime in the JSON lines of --prompts"
         )
     if rows is None:
-        raise UserError("--prime: how many of the picture's rows are given? say it with --prime-rows, such as 0.5")
+        raise UserError("--prime: the number of given rows is missing; set it with --prime-rows, such as 0.5")
     if len(named) < len(pictures):
-        raise UserError(f"prompt {pictures.index(None) + 1}: has no prime, others have; give one for all with --prime")
+        raise UserError(f"prompt {pictures.index(None) + 1}: has no prime but others do; give one for all with --prime")
     return Prime(named, parse_rows(rows, grid), max_pixels)
 
 
@@ -97,7 +84,7 @@ def parse_rows(text: str, grid: int) -> int:
     """Parse ``--prime-rows``: rows of tokens such as ``16``, or a share of the picture below 1 such as ``0.5``.
 
     Raises:
-        UserError: it is neither, or gives no row, or leaves none to draw.
+        UserError: it is neither, gives no row, or leaves none to draw.
     """
     try:
         value = float(text)
@@ -106,8 +93,8 @@ def parse_rows(text: str, grid: int) -> int:
     rows = round(value * grid) if 0 < value < 1 else int(value) if value.is_integer() else 0
     if not 0 < rows < grid:
         raise UserError(
-            f"--prime-rows {text}: give rows of tokens from 1 to {grid - 1}, or a share of the picture that comes to "
-            f"as many, such as 0.5 for {grid // 2}"
+            f"--prime-rows {text}: give 1 to {grid - 1} rows of tokens, or a share of the picture, such as 0.5 for "
+            f"{grid // 2} rows"
         )
     return rows
 
@@ -122,7 +109,7 @@ class SampleRequest:
     first: int = 0
     prime: Prime | None = None
     ids: Sequence[dict[str, str | int]] | None = None
-    """Ids of each prompt, which its sample lines carry."""
+    """Ids of each prompt, copied into its sample lines."""
     shard: Shard = WHOLE
 
     def __post_init__(self) -> None:
@@ -143,9 +130,9 @@ class SampleRequest:
         return prompt, self.first + index
 
     def batch(self, row: int, size: int) -> tuple[range, range]:
-        """Return the prompts and sample indices of the next batch, of up to ``size`` samples from ``row``.
+        """Return the prompts and sample indices of the next batch, of up to ``size`` samples from ``row`` on.
 
-        A batch holds some samples of one prompt, or all samples of several prompts, and skips none.
+        A batch has some samples of one prompt, or all samples of several prompts.
         """
         n, stop = self.settings.n, self.rows.stop
         prompt, begin = divmod(row, n)
@@ -156,7 +143,7 @@ class SampleRequest:
         return range(prompt, prompt + prompts), range(self.first, self.first + n)
 
     def identity(self, prior: Checkpoint) -> dict[str, Any]:
-        """Return everything that decides the samples, the same for all shards; options not used are left out.
+        """Return everything that decides the samples, the same for all shards, without unused options.
 
         It is the store's ``request`` attribute, and its hash names the default folder.
 
@@ -176,7 +163,7 @@ class SampleRequest:
         return named
 
     def uniforms(self, prompts: range, indices: range, positions: int) -> Tensor:
-        """Return the uniform numbers (prompts, indices, positions) float64, from each (seed, prompt's text, index)."""
+        """Return uniform numbers (prompts, indices, positions) float64, seeded by (seed, prompt's text, index)."""
         rows = [
             [numpy_generator(self.seed, "sample", self.prompts[p], index).random(positions) for index in indices]
             for p in prompts
@@ -185,11 +172,11 @@ class SampleRequest:
 
 
 def default_folder(samples: Path, identity: dict[str, Any]) -> Path:
-    """Return the folder of a request in ``samples``, which the same command finds again."""
+    """Return the folder in ``samples`` that is named by the hash of a request's ``identity``."""
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     return samples / digest[:12]
 
 
 def shard_folder(whole: Path, shard: Shard) -> Path:
-    """Return the folder of a shard of the request whose folder is ``whole``: ``WHOLE.parts/samples-0003-of-0008``."""
+    """Return a shard's folder, such as ``OUT.parts/samples-0003-of-0008``; ``whole`` itself if there is one shard."""
     return whole if shard == WHOLE else parts_folder(whole) / f"samples-{shard.number:04d}-of-{shard.of:04d}"

@@ -1,7 +1,7 @@
-"""Sampling: tokens are drawn from the prior and decoded by the dVAE, into one PNG and one line of JSON a sample.
+"""Sampling: draw tokens from the prior and decode them with the dVAE, into a PNG file and a JSON line per sample.
 
-A sample is a function of (models, settings, seed, prompt, index). So any sample can be drawn again alone, and a killed
-job resumes with the same pictures.
+A sample is a function of (models, settings, seed, prompt, index). So any sample can be drawn again by itself, and a
+killed job resumes with the same pictures.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from dalle_cli.text.encode import CaptionEncoder
 
 @dataclass
 class _LoadedModels:
-    """Models on the device and their inputs: text ids (C, T), the empty caption's (T,) and given tokens (C, P)."""
+    """Models on the device, with text ids (C, T), the empty caption's ids (T,) and given image tokens (C, P)."""
 
     decoder: Decoder
     dvae: DVAE
@@ -48,7 +48,7 @@ class _LoadedModels:
     given: Tensor
 
     def draw(self, request: SampleRequest, prompts: range, indices: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Draw a batch: tokens (B, grid, grid) uint16, log-likelihoods (B,) and pictures (B, S, S, 3) uint8."""
+        """Draw tokens (B, grid, grid) uint16, log-likelihoods (B,) in nats, and pictures (B, S, S, 3) uint8."""
         some = slice(prompts.start, prompts.stop)
         uniforms = request.uniforms(prompts, indices, self.decoder.image_length)
         tokens, scores = sample_images(
@@ -66,7 +66,7 @@ class _LoadedModels:
 
 @dataclass
 class Sampler:
-    """The models of one chain, checked to belong together."""
+    """A prior with the dVAE and the tokenizer it was trained with; refuses others."""
 
     prior_checkpoint: Checkpoint
     dvae_checkpoint: Checkpoint
@@ -77,10 +77,10 @@ class Sampler:
         check_belongs(self.prior_checkpoint, "tokenizer", self.tokenizer.identity, self.tokenizer.name)
 
     def run(self, request: SampleRequest, out: Path) -> Iterator[dict[str, Any]]:
-        """Draw into ``out/samples.zarr`` and ``out/*.png``, and yield the line of each sample once it is committed.
+        """Draw into ``out/samples.zarr`` and ``out/*.png``, and yield each sample's line, in order, once committed.
 
-        A shard is drawn into ``shard_folder(out, shard)``. Lines come in the order of the samples, and those of a batch
-        at the latest when the next batch is drawn.
+        A shard is drawn into ``shard_folder(out, shard)``. A batch's lines are yielded at the latest after the next
+        batch is drawn.
 
         Raises:
             UserError: a prompt is empty or refused as too long, a given picture cannot be read, the prior was trained
@@ -164,7 +164,7 @@ class Sampler:
 
 
 def samples_at_once(request: SampleRequest, decoder: Decoder, dvae: DVAE) -> int:
-    """Return the size of a batch: as many samples as memory holds, at most the request's ``batch_size``."""
+    """Return the batch size: as many samples as fit into memory, at most the request's ``batch_size``."""
     settings, device = request.settings, decoder.device
     given = request.prime.rows * decoder.grid if request.prime else 0
     need = sampling_need(decoder, dvae, settings.guidance != 1, given)

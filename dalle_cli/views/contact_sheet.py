@@ -1,4 +1,4 @@
-"""Contact sheets of a model's samples by caption, of dVAE reconstructions, and of captioned pictures."""
+"""Contact sheets of samples by caption, of dVAE reconstructions, and of captioned pictures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ INK: Colour = (28, 30, 36)
 FAINT: Colour = (118, 122, 132)
 RULE: Colour = (228, 230, 235)
 BEST: Colour = (14, 138, 104)
-"""Colour of the frame around the picture that reranking chose."""
+"""Colour of the frame around the best picture."""
 TAG: Colour = (196, 84, 16)
 """Background colour of a row's tag, such as "held out"."""
 
@@ -36,7 +36,7 @@ ELLIPSIS = "…"
 
 @dataclass(frozen=True)
 class Row:
-    """A caption's pictures (H, W, 3) uint8; ``best`` is framed, ``tag`` is a coloured label below the caption."""
+    """Pictures (H, W, 3) uint8 of a caption; ``best`` is framed, ``tag`` is a coloured label below the caption."""
 
     caption: str
     best: Picture
@@ -54,7 +54,7 @@ def contact_sheet(
 ) -> Image.Image:
     """Draw a row for each caption: the caption and its tag, the best picture framed, then the other pictures.
 
-    Pictures are ``cell`` px wide. A long caption is wrapped, and ends in an ellipsis if it is taller than its row.
+    Pictures are ``cell`` px wide. A caption is wrapped, and ends in an ellipsis if it does not fit.
     """
     if not rows:
         raise ValueError("a contact sheet needs at least one row")
@@ -124,7 +124,7 @@ def side_by_side(
 def captioned_grid(
     pictures: Sequence[tuple[Picture, str]], *, title: str | None = None, columns: int = 5, cell: int = 176
 ) -> Image.Image:
-    """Draw each picture above its caption, ``columns`` on a line; a long caption ends in an ellipsis."""
+    """Draw each picture above its caption, ``columns`` on a line; a caption that does not fit ends in an ellipsis."""
     if not pictures:
         raise ValueError("a grid needs at least one picture")
     lines = -(-len(pictures) // columns)
@@ -210,14 +210,14 @@ def _line(
 
 
 def _mounted(sheet: Image.Image, picture: Picture, place: tuple[int, int], cell: int) -> None:
-    """Paste the picture with a hairline around it, so that a white one stands out from the paper."""
+    """Paste the picture with a thin border, so that a white picture stands out from the background."""
     x, y = place
     ImageDraw.Draw(sheet).rectangle([x - 1, y - 1, x + cell, y + cell], outline=RULE)
     sheet.paste(_scaled(picture, cell), place)
 
 
 def _scaled(picture: Picture, cell: int) -> Image.Image:
-    """Scale the picture to ``cell`` px: by repeating pixels if that is a whole multiple, otherwise smoothly."""
+    """Scale the picture to ``cell`` px, by repeating pixels if that is a whole multiple, otherwise smoothly."""
     image = Image.fromarray(picture)
     whole = image.width == image.height and cell % image.width == 0
     return image.resize((cell, cell), Image.Resampling.NEAREST if whole else Image.Resampling.LANCZOS)

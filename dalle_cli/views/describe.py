@@ -26,7 +26,7 @@ UNDERSTOOD = (
 CAPTION_EXAMPLES = 5
 TOKEN_EXAMPLES = 24
 BYTE_TOKENS = 256
-"""Number of tokens of a byte-level BPE that are single bytes; they come first."""
+"""Number of single-byte tokens of a byte-level BPE, which have the first ids."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class ArrayDescription:
 
 @dataclass(frozen=True)
 class PartDescription:
-    """The text or the image part of a token store; ``made_with`` holds the settings and hashes it was made with."""
+    """The text or the image part of a token store, and the settings and hashes it was made with."""
 
     rows: int
     complete: bool
@@ -58,7 +58,7 @@ class CaptionExample:
 
 @dataclass(frozen=True)
 class TokenStoreDescription:
-    """A token store: its parts, what they were made from, what was skipped, and its first captions."""
+    """A token store: its parts, their origin, the skipped rows, and the first captions."""
 
     what: str = field(default="token store", init=False)
     path: str
@@ -68,7 +68,7 @@ class TokenStoreDescription:
     complete: bool
     parts: dict[str, PartDescription]
     source: str | list[str] | None
-    """Source of both parts, or the sources where they differ."""
+    """Source of both parts, or both sources if they differ."""
     tokenizer: str | None
     dvae: str | None
     skipped: dict[str, dict[str, int]]
@@ -80,7 +80,7 @@ class TokenStoreDescription:
 
 @dataclass(frozen=True)
 class SampleStoreDescription:
-    """A sample store: how many samples of which prompts, and the settings they are drawn with."""
+    """A sample store: its prompts, the number of samples, and their settings."""
 
     what: str = field(default="sample store", init=False)
     path: str
@@ -105,7 +105,7 @@ class FileDescription:
 
 @dataclass(frozen=True)
 class CheckpointDescription:
-    """A checkpoint: how far it was trained, its files, and the artifacts it belongs to by hash."""
+    """A checkpoint: its update, its files, and the hashes of the artifacts it belongs to."""
 
     what: str = field(default="checkpoint", init=False)
     path: str
@@ -123,7 +123,7 @@ class CheckpointDescription:
 
 @dataclass(frozen=True)
 class TokenizerDescription:
-    """A tokenizer; ``examples`` maps token ids, as text, to the text that each stands for."""
+    """A tokenizer; ``examples`` maps token ids, as strings, to the tokens' text."""
 
     what: str = field(default="tokenizer", init=False)
     path: str
@@ -138,14 +138,10 @@ Description = (
 
 
 def describe(path: Path, overrides: Sequence[str] = ()) -> Description:
-    """Describe what ``path`` holds; ``asdict`` of the result is JSON, with the kind under ``"what"``.
-
-    Args:
-        path: A recipe or an artifact.
-        overrides: Settings of ``--set``, for a recipe.
+    """Describe a recipe (with the settings of ``--set``) or an artifact; ``asdict`` of the result is JSON.
 
     Raises:
-        UserError: ``path`` is none of what ``UNDERSTOOD`` lists, or is damaged.
+        UserError: ``path`` is of none of the kinds listed in ``UNDERSTOOD``, or is damaged.
     """
     if path.suffix in (".yaml", ".yml"):
         return describe_recipe(load_recipe(path, overrides))
@@ -169,12 +165,11 @@ def describe(path: Path, overrides: Sequence[str] = ()) -> Description:
 
 
 def _describe_store(path: Path) -> Description:
-    """Describe a Zarr group: a token store or a sample store."""
     import zarr
 
     try:
         group: Any = zarr.open_group(str(path), mode="r", zarr_format=3)
-    except Exception as error:  # a node that is no group, or metadata that is no JSON
+    except Exception as error:  # an array instead of a group, or metadata that is not JSON
         raise UserError(f"{path}: cannot be read as a Zarr group ({error}); {UNDERSTOOD}") from None
     kind = group.attrs.get("format")
     if kind == "dalle-samples":
@@ -272,7 +267,7 @@ def _size(file: Path) -> int | None:
 
 
 def _count_parameters(file: Path) -> int | None:
-    """Count the values of a safetensors file by its header alone; None if there is no such file."""
+    """Count the values of a safetensors file from its header; None if there is no such file."""
     if not file.is_file():
         return None
     try:

@@ -1,4 +1,4 @@
-"""Sizes of a recipe, counted on the models themselves, which are built without storage."""
+"""Sizes of a recipe's models, counted on the meta device, without storage."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dalle_cli.prior.counts import count_parameters
 
 BYTES_16, BYTES_32 = 2, 4
 LONGEST_LAYER_LIST = 4
-"""Number of items of a list of layers that are printed; a longer list is shortened in its middle."""
+"""Most items of a printed list of layers; the middle of a longer list is left out."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Tokens:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingLength:
-    """The part of a stage's training settings that says how long it trains."""
+    """Length and batch size of a stage's training."""
 
     updates: int
     batch_size: int
@@ -43,7 +43,7 @@ class TrainingLength:
 
 @dataclass(frozen=True, kw_only=True)
 class Optimization(TrainingLength):
-    """The training settings of a stage, optimizer and learning rate in words."""
+    """Training settings of a stage, with optimizer and learning rate in words."""
 
     precision: str
     optimizer: str
@@ -78,7 +78,7 @@ class PriorParameters:
 
     total: int
     effective: int
-    """Matrices of the resblocks, 12 d^2 a layer: the number in the paper's table of models."""
+    """Parameters in the matrices of the resblocks, 12 d^2 per layer: the count in the paper's table 1."""
     other: int
 
 
@@ -95,7 +95,7 @@ class WeightBytes:
 
 @dataclass(frozen=True)
 class Compression:
-    """PowerSGD's rank and the share of gradients that it saves by the paper's formula."""
+    """PowerSGD's rank, and the share of gradients that it saves by the paper's formula."""
 
     rank: int
     compression: float | None
@@ -111,12 +111,12 @@ class PriorSizes(Optimization):
     d_head: int
     d_model: int
     attention: dict[str, str]
-    """Layers of each kind of attention, numbered from 1, in words."""
+    """Layers of each kind of attention, numbered from 1, such as ``2, 6, 10 ... 62``."""
     attention_of_each_layer: list[str]
     attention_as: dict[str, str]
-    """Way in which each kind of attention is computed, in words."""
+    """Implementation of each kind of attention, in words."""
     cpu_matmul: str
-    """Library that computes 32-bit matrix products on this CPU."""
+    """Library of 32-bit matrix products on this CPU."""
     weight_bytes: WeightBytes
     sharding: dict[str, Any]
     powersgd: Compression

@@ -1,4 +1,4 @@
-"""HTML pages from templates: each page is one file with style and pictures inside, and fetches nothing."""
+"""HTML pages from templates; each page is one file with style and pictures embedded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Pngs = Mapping[str, bytes]
 
 
 def render(template: str, **values: object) -> str:
-    """Return the page that a file of the ``templates`` folder makes of ``values``, which are escaped."""
+    """Render a file of the ``templates`` folder; ``values`` are escaped."""
     return _environment().get_template(template).render(values)
 
 
@@ -27,7 +27,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["png_uri"] = png_uri
-    # No-break spaces keep figures and their signs on one line.
+    # No-break spaces keep numbers and their signs on one line.
     environment.filters["unbroken"] = lambda text: text.replace(" %", "\u00a0%").replace(" ± ", "\u00a0±\u00a0")
     return environment
 

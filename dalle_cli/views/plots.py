@@ -1,4 +1,4 @@
-"""Plots of the report as PNG, drawn small with large letters so that a phone can show them."""
+"""Plots of the report as PNG, small and with large letters, to be readable on a phone."""
 
 from __future__ import annotations
 
@@ -59,10 +59,7 @@ def loss_curves(metrics: Sequence[Mapping[str, Any]], curves: Sequence[Curve], u
 
 
 def codebook_histogram(counts: NDArray[np.int64], perplexity: float) -> bytes:
-    """Plot the share of each code among all tokens, the most used first, on a log scale.
-
-    ``counts`` (K,) has the number of tokens of each code.
-    """
+    """Plot the share of each code among all tokens, the most used first, on a log scale; ``counts`` is (K,)."""
     used = np.sort(counts[counts > 0])[::-1]
     with rc_context(STYLE):
         figure = Figure()
@@ -84,7 +81,7 @@ def codebook_histogram(counts: NDArray[np.int64], perplexity: float) -> bytes:
 
 
 def accuracy_bars(groups: Mapping[str, Accuracy]) -> bytes:
-    """Plot the accuracy of a single sample, of the best by CLIP and of any sample, by group, with standard errors."""
+    """Plot for each group the accuracy of a single sample, the best by CLIP and any sample, with standard errors."""
     with rc_context(STYLE):
         figure = Figure()
         axes = figure.subplots()
@@ -119,7 +116,7 @@ def accuracy_bars(groups: Mapping[str, Accuracy]) -> bytes:
 
 
 def accuracy_by_pool_size(groups: Mapping[str, Accuracy]) -> bytes | None:
-    """Plot the accuracy of the best by CLIP against the pool's size; return None if pools were cut to their best."""
+    """Plot the accuracy of the best by CLIP against the pool size; return None if pools were cut by ``--top``."""
     with rc_context(STYLE):
         figure = Figure()
         axes = figure.subplots()

@@ -1,4 +1,4 @@
-"""Contact sheet of ranked samples: for each caption the best by CLIP, then others as drawn."""
+"""Contact sheet of ranked samples: for each caption the best by CLIP, then others in the order drawn."""
 
 from __future__ import annotations
 
@@ -17,13 +17,8 @@ CELL = 128
 def sample_sheet(ranked: Sequence[Pool], title: str, true_pictures: Mapping[str, Picture] | None = None) -> Image.Image:
     """Draw a row for each caption: its best sample, framed, then others in the order in which they were drawn.
 
-    The others are not chosen by their scores, so they show what a single sample looks like.
-
-    Args:
-        ranked: The samples of each caption, best first.
-        title: Title of the sheet.
-        true_pictures: Pictures by caption. If there are any, each row's true picture stands before the others, or an
-            empty cell where it is not known.
+    The others are not chosen by score, so they show what a single sample looks like. If ``true_pictures`` has any
+    picture, each row's true picture (or an empty cell) comes before the others.
     """
     rows = []
     for pool in ranked:

@@ -12,11 +12,10 @@ from dalle_cli.data.source import BadSample, Source
 from dalle_cli.views.contact_sheet import Picture, captioned_grid, png_bytes, side_by_side
 
 EXAMPLES = 25
-"""Number of pictures on a sheet of examples."""
 PAIRS = 32
 """Largest number of pairs on a sheet of near-duplicates."""
 CELL = 176
-"""Side of a picture on a sheet in pixels."""
+"""Side of a picture on a sheet, in pixels."""
 
 
 def examples_sheet(source: Source, max_pixels: int) -> bytes | None:
@@ -28,7 +27,7 @@ def examples_sheet(source: Source, max_pixels: int) -> bytes | None:
 def pairs_sheet(found: Overlap, max_pixels: int) -> bytes | None:
     """Return a PNG of near-duplicates one above the other, the least similar first; None if none can be read.
 
-    Half of the pairs are the least similar ones, the other half is spread evenly over the rest.
+    Half of them are the least similar pairs, and half are spread evenly over the rest.
     """
     order = sorted(found.matches, key=lambda match: match.similarity)
     rest = order[PAIRS // 2 :]

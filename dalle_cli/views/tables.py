@@ -1,4 +1,4 @@
-"""Tables on the terminal: what ``dalle show`` and ``dalle scan`` found."""
+"""Tables that ``dalle show`` and ``dalle scan`` print."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHOWN_QUANTILES = ("0%", "5%", "50%", "95%", "100%")
 
 
 def render(found: Description, console: Console) -> None:
-    """Print what ``describe`` found."""
+    """Print the result of ``describe``."""
     match found:
         case TokenStoreDescription():
             tables = _token_store(found)
@@ -44,7 +44,7 @@ def render(found: Description, console: Console) -> None:
 
 
 def render_scan(found: ScanResult, console: Console) -> None:
-    """Print the statistics that ``scan`` found."""
+    """Print the result of ``scan``."""
     formats = ", ".join(f"{name} {count:,}" for name, count in found.picture_formats.items())
     tables = [
         pairs_table(
@@ -90,7 +90,7 @@ def render_scan(found: ScanResult, console: Console) -> None:
 
 
 def print_tables(console: Console, tables: Iterable[Table]) -> None:
-    """Print each table under its title, which is bold."""
+    """Print each table under its title in bold."""
     for table in tables:
         # Rich would wrap a table's own title to the width of the table.
         title, table.title = table.title, None
@@ -100,7 +100,7 @@ def print_tables(console: Console, tables: Iterable[Table]) -> None:
 
 
 def number(value: float) -> str:
-    """Format a count: ``"2,359"``, and from a million on also in short, ``"12,094,799,872 (12.09e9)"``."""
+    """Format a count: ``"2,359"``, and from a million on with a short form, ``"12,094,799,872 (12.09e9)"``."""
     if value < 1_000_000:
         return f"{value:,}"
     return f"{value:,} ({value / 1e9:.2f}e9)" if value >= 1e8 else f"{value:,} ({value / 1e6:.1f}e6)"
@@ -127,7 +127,7 @@ def pairs_table(title: str, rows: Iterable[tuple[str, Any]]) -> Table:
 
 
 def grid_table(title: str, columns: list[str], rows: Iterable[Iterable[Any]], right: Iterable[int] = ()) -> Table:
-    """Return a table with a head; columns whose index is in ``right`` are aligned to the right."""
+    """Return a table with a header row; columns whose index is in ``right`` are right-aligned."""
     table = Table(title=title, header_style="dim", box=None, padding=(0, 2))
     for place, name in enumerate(columns):
         table.add_column(name, justify="right" if place in set(right) else "left", overflow="fold")

@@ -221,7 +221,7 @@ def test_ctrl_c_says_how_to_resume(by_hand: Chain, tmp_path: Path) -> None:
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in err
-    assert err.splitlines()[-1] == "dalle: stopped; run the same command again to go on"
+    assert err.splitlines()[-1] == "dalle: stopped; run the same command again to resume"
 
 
 def test_help_of_every_command_imports_little_and_has_an_example() -> None:

@@ -57,7 +57,7 @@ def test_the_command_refuses_a_prior_that_is_too_large(tmp_path: Path, monkeypat
 def test_only_the_command_asks_whether_it_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(this_machine, "total_memory", lambda _: 1)
     recipe, store = tiny_prior(), write_tokens(tmp_path / "t.zarr", 80, 8, 400, 4, 64)
-    with pytest.raises(UserError, match=r"but only 0\.0 GB are there"):
+    with pytest.raises(UserError, match=r"but only 0\.0 GB are available"):
         refuse_too_large(recipe)
     assert train_prior(recipe, store, tmp_path / "run").step == 2
 
@@ -71,7 +71,7 @@ def test_the_ranks_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch
     assert isinstance(done.exception, UserError)
     first = str(done.exception).splitlines()[0]
     assert "in each of 8 processes " in first
-    assert "only 6.2 GB are there" in first
+    assert "only 6.2 GB are available" in first
 
 
 @pytest.mark.usefixtures("small_machine")

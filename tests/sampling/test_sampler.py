@@ -300,8 +300,8 @@ def test_a_picture_for_each_prompt(places: RunFolders, given: Path, call: Call, 
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (("--prime-rows", 2), "of which picture"),
-        (("--prime", "GIVEN"), "how many of the picture's rows"),
+        (("--prime-rows", 2), "no picture is given"),
+        (("--prime", "GIVEN"), "the number of given rows is missing"),
         (("--prime", "GIVEN", "--prime-rows", 0), "from 1 to 3"),
         (("--prime", "GIVEN", "--prime-rows", 4), "from 1 to 3"),
         (("--prime", "GIVEN", "--prime-rows", 1.5), "from 1 to 3"),
