@@ -73,7 +73,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> _Tree:
     own = _Tree()
     if node is not None:
         if not isinstance(node, yaml.MappingNode):
-            raise UserError(f"{path}:1: a recipe is a mapping of keys to settings, this is not")
+            raise UserError(f"{path}:1: not a recipe: it must be a mapping of keys to settings")
         own.values = _plain(node, (), path, own.places)
     base = own.values.pop("extends", None)
     if base is None:

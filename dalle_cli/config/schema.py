@@ -91,7 +91,7 @@ class TokenizerSettings(Settings):
         "caption; each epoch takes the next one; 0: no dropout",
     )
     min_frequency: Positive = Field(2, description="minimum number of occurrences for a pair to be merged")
-    overlong: Literal["truncate", "refuse"] = Field("truncate", description="captions of more than text_length tokens")
+    overlong: Literal["truncate", "refuse"] = Field("truncate", description="action on captions that are too long")
 
 
 class DvaeModel(Settings):
@@ -120,7 +120,7 @@ class Ramp(Settings):
     @model_validator(mode="after")
     def _exponential_is_positive(self) -> Ramp:
         if self.shape == "exponential" and min(self.start, self.end) <= 0:
-            raise ValueError(f"an exponential ramp goes between positive values, not {self.start} and {self.end}")
+            raise ValueError(f"an exponential ramp needs positive values, not {self.start} and {self.end}")
         return self
 
 
@@ -152,7 +152,7 @@ class LearningRate(Settings):
     decay_updates: Positive | None = Field(None, description="update at which the cosine ends; null: the last one")
     plateau_validations: Positive = Field(5, description="number of validations without a gain before a halving")
     plateau_threshold: Annotated[float, Field(ge=0)] = Field(
-        1e-3, description="minimum relative gain of the validation loss"
+        1e-3, description="minimum relative fall of the validation loss that counts as a gain"
     )
 
 
@@ -223,7 +223,7 @@ class DvaeSettings(Settings):
             )
         if (marginal.start or marginal.end) and self.training.micro_batch is not None:
             raise ValueError(
-                "objective.marginal_kl_weight looks at the whole batch, training.micro_batch splits it; "
+                "objective.marginal_kl_weight needs the whole batch, but training.micro_batch splits it; "
                 "set the first to 0, or the second to null"
             )
         return self
@@ -262,7 +262,7 @@ class PriorModel(Settings):
                 f"{self.heads * self.d_head}; set d_model: {self.heads * self.d_head}"
             )
         if self.conv_kernel % 2 == 0:
-            raise ValueError(f"conv_kernel {self.conv_kernel} is even; a centred window is odd")
+            raise ValueError(f"conv_kernel {self.conv_kernel} is even; a centred window needs an odd side")
         self.attention_kinds()
         return self
 
@@ -278,7 +278,7 @@ class Sharding(Settings):
 
     zero: Literal[0, 1, 2, 3] = Field(0, description="ZeRO stage: 0 none, 1 moments, 2 + gradients, 3 + parameters")
     offload: Literal["none", "cpu"] = Field("none", description="cpu: keep sharded weights and moments in host memory")
-    node_size: Positive | None = Field(None, description="number of ranks that shard a model; null: those of a node")
+    node_size: Positive | None = Field(None, description="number of ranks that shard a model; null: all of a node")
 
 
 class PowerSgd(Settings):
@@ -291,7 +291,7 @@ class PowerSgd(Settings):
         True, description="start from the last update's factor; false: from a fixed Gaussian one, as in the paper"
     )
     error_feedback: bool = Field(True, description="add the error of an update's compression to the next gradient")
-    start_update: Annotated[int, Field(ge=0)] = Field(0, description="number of updates without compression before it")
+    start_update: Annotated[int, Field(ge=0)] = Field(0, description="number of first updates without compression")
     min_compression: Annotated[float, Field(ge=0)] = Field(
         1.0, description="compress a matrix if its factors are more than this many times smaller; 1: break-even"
     )

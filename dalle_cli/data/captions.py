@@ -168,7 +168,7 @@ def _coco(name: str, text: str) -> Iterator[tuple[int, Any]]:
 def _prime(entry: _Entry) -> Path | None:
     prime = entry.row.get("prime")
     if prime is not None and not isinstance(prime, str):
-        raise entry.error("its 'prime' is no path of a picture")
+        raise entry.error("its 'prime' is not the path of a picture")
     return None if prime is None else Path(prime)
 
 

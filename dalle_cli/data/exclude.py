@@ -29,7 +29,7 @@ class SourceWithExclusions:
         self._excluded = np.fromiter((source.key(i) in keys for i in range(len(source))), bool, len(source))
         self.count = int(self._excluded.sum())
         if keys and not self.count:
-            raise UserError(f"{file}: none of its {len(keys)} keys is in {source.name}; name the file made for it")
+            raise UserError(f"{file}: none of its {len(keys)} keys is in {source.name}; give one made for it")
 
     def describe(self) -> str:
         return f"{self.source.describe()}, {self.count} excluded by {self._file}"

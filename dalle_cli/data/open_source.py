@@ -68,7 +68,7 @@ def _open_webdataset(name: str, path: Path) -> Source | None:
         if not shards:
             below = [entry.name for entry in entries if entry.is_dir() and any(entry.glob("*.tar"))]
             if below:
-                raise UserError(f"{name}: no .tar shards in it, but in its folders {', '.join(below)}: name one")
+                raise UserError(f"{name}: its .tar shards are in folders below it; name one of {', '.join(below)}")
             return None
         return WebDatasetSource(name, shards)
     if path.is_file():

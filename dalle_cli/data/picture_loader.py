@@ -111,8 +111,8 @@ class TrainingPictures:
                 continue
             return train_crop(image, self.image_size, rng, flip=self.flip, crop=self.data.crop), candidate
         raise BadSample(
-            f"{self.source.name}: {MAX_REPLACEMENTS} samples in a row from {self.source.key(row)} on cannot be read "
-            "or are filtered; look at dalle scan"
+            f"{self.source.name}: {MAX_REPLACEMENTS} samples drawn for {self.source.key(row)} cannot be read or are "
+            "filtered out; run dalle scan to see why"
         )
 
 

@@ -28,7 +28,7 @@ def export_checkpoint(found: Checkpoint, out: Path, largest: int | None = None) 
         UserError: ``out`` exists, the disk is full, or the EMA weights are damaged.
     """
     if out.exists():
-        raise UserError(f"{out}: is there already; name another place, or delete it")
+        raise UserError(f"{out}: exists already; choose another place, or delete it")
     source = found.checked_files_of("ema")
     groups = [source.names()] if largest is None else list(_groups(source, largest))
     hashes, entries = {}, []

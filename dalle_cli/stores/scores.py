@@ -71,7 +71,7 @@ def write_scores(store: Path, scores: Mapping[int, float], scorer: str) -> None:
         group = _open(store)
         rows = int(group["log_likelihood"].shape[0])
         if not all(0 <= row < rows for row in scores):
-            raise UserError(f"{store}: has {rows} rows, not row {max(scores)}: these lines are of another store")
+            raise UserError(f"{store}: has {rows} rows and no row {max(scores)}; give the lines of this store")
         known, known_scorer = _scores(group)
         values = known if known is not None and known_scorer == scorer else np.full(rows, np.nan)
         values[list(scores)] = list(scores.values())

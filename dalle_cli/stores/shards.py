@@ -59,7 +59,7 @@ def parse_shard(text: str) -> Shard:
     """
     match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
-        raise UserError(f"--shard {text}: is I/N with I from 1 to N, such as 1/8 for the first of eight")
+        raise UserError(f"--shard {text}: write I/N with I from 1 to N, such as 1/8 for the first of eight")
     return Shard(int(match[1]), int(match[2]))
 
 

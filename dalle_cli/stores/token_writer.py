@@ -135,7 +135,7 @@ class PartWriter:
         """
         rows = range(self.todo.start, self.todo.start + len(keys))
         if rows.stop > self.share.stop:
-            raise ValueError(f"rows {rows.start} to {rows.stop} end behind share {self.shard}, {self.share}")
+            raise ValueError(f"rows {rows.start} to {rows.stop} end after share {self.shard}, {self.share}")
         with explain_os_errors(self.path):
             opened = self._open_arrays({"key": np.array(keys, dtype=object), **arrays})
             for name, values in arrays.items():
@@ -186,7 +186,7 @@ class PartWriter:
         samples = {other.rows} if other else {now.samples for now in self._other_shares.all().values()}
         if samples - {self.samples}:
             raise UserError(
-                f"{self.path}: its {OTHER[self.part]} part is of {samples.pop()} samples, the source now has "
+                f"{self.path}: its {OTHER[self.part]} part has {samples.pop()} samples, the source now has "
                 f"{self.samples}; both commands must read the same source"
             )
         begun = self._shares.all()
@@ -211,7 +211,7 @@ class PartWriter:
                 raise UserError(f"{self.path}: its {self.part} part {made}; {again}")
         if samples != self.samples:
             raise UserError(
-                f"{self.path}: its {self.part} part is of {samples} samples, the source now has {self.samples}; {again}"
+                f"{self.path}: its {self.part} part has {samples} samples, the source now has {self.samples}; {again}"
             )
 
     def _open_arrays(self, values: Mapping[str, np.ndarray]) -> dict[str, Any]:

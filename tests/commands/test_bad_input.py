@@ -101,7 +101,7 @@ def test_pictures_that_break_off_while_training_are_one_line(call: Call, tmp_pat
     recipe = write_recipe(tmp_path, smallest_recipe(tmp_path / "run", data))
     for workers in (0, 1):
         refused = call("train-dvae", recipe, "--set", f"dvae.training.workers={workers}").mistake()
-        assert f"{data}: 100 samples in a row from " in refused
+        assert f"{data}: 100 samples drawn for " in refused
         assert "Error" not in refused
 
 
@@ -112,7 +112,7 @@ def test_no_worker_outlives_what_it_raised(tmp_path: Path) -> None:
         (tmp_path / f"{name}.png").write_bytes(b"nothing")
     source, data = open_source(str(tmp_path)), Recipe().data
     pictures = TrainingPictures(source, np.arange(2), 32, data, seed=0, batch_size=2, flip=False, workers=2)
-    with pytest.raises(UserError, match="100 samples in a row") as kept:
+    with pytest.raises(UserError, match="100 samples drawn for") as kept:
         next(pictures.batches(0, 9))
     assert kept.traceback
     assert not multiprocessing.active_children()
@@ -373,7 +373,7 @@ def test_a_source_that_has_changed_its_size(by_hand: Chain, call: Call, tmp_path
     assert call(*command).code == 0
     assert call(*command).code == 0
     write_pairs(data, ["d"])
-    assert "its text part is of 3 samples, the source now has 4" in call(*command).mistake()
+    assert "its text part has 3 samples, the source now has 4" in call(*command).mistake()
 
 
 def test_a_store_of_another_tokenizer_or_dvae(by_hand: Chain, spoiled: Path, call: Call, tmp_path: Path) -> None:

@@ -290,5 +290,5 @@ def test_a_marginal_weight_may_end_but_not_start_below_zero(tmp_path: Path) -> N
 def test_a_marginal_over_parts_of_a_batch_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "parts.yaml"
     path.write_text("dvae:\n  objective: {marginal_kl_weight: 1.0}\n  training: {batch_size: 4, micro_batch: 2}\n")
-    with pytest.raises(UserError, match="looks at the whole batch"):
+    with pytest.raises(UserError, match="needs the whole batch"):
         load_recipe(path)

@@ -65,7 +65,7 @@ def test_standard_input_is_text_or_json_lines(monkeypatch: pytest.MonkeyPatch) -
         ("a.jsonl", b'{"prompt": "a star"}\n{"prompt": 3}\n', "a.jsonl, line 2: has no text under"),
         ("a.jsonl", b'["a star"]', "line 1: has no text under"),
         ("a.jsonl", b"\na star", "line 2: not JSON"),
-        ("a.jsonl", b'{"prompt": "a", "prime": 3}', "line 1: its 'prime' is no path"),
+        ("a.jsonl", b'{"prompt": "a", "prime": 3}', "line 1: its 'prime' is not the path"),
         ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "  "}', "a.jsonl, line 2: the caption is empty"),
         ("a.json", b"[", "not valid JSON"),
         ("a.json", b'{"prompt": "a star"}', "no list 'annotations'"),

@@ -38,7 +38,7 @@ def test_the_shapes_world_is_a_source(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [parse_caption(*source.captions(i)) for i in range(12)] == [
         random_scene(5, "train", i).claim for i in range(12)
     ]
-    with pytest.raises(UserError, match="in its folders heldout, seen, train"):
+    with pytest.raises(UserError, match="in folders below it; name one of heldout, seen, train"):
         open_source(tmp_path)
 
 

@@ -254,7 +254,7 @@ def test_exporting_one_file_and_what_is_refused(recipe: Recipe, tmp_path: Path, 
     exported = export_checkpoint(open_checkpoint(path), tmp_path / "out")
     assert (exported.path / "ema.safetensors").read_bytes() == (path / "ema.safetensors").read_bytes()
     assert exported.identity == open_checkpoint(path).identity == exported.files["ema.safetensors"]
-    assert "is there already" in call("export", path, tmp_path / "out").mistake()
+    assert "exists already" in call("export", path, tmp_path / "out").mistake()
     assert "write bytes, such as 16GB" in call("export", path, tmp_path / "new", "--shard-size", "big").mistake()
     assert "holds no checkpoint" in call("export", tmp_path).mistake()
     (path / "ema.safetensors").write_bytes(b"damaged")

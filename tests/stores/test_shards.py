@@ -197,10 +197,10 @@ def test_a_second_writer_of_a_share_is_refused(tmp_path: Path) -> None:
     ("fault", "words"),
     [
         ("other dVAE", "its image part was made with dvae 'a', now 'b'; choose another --tokens, or delete the store"),
-        ("more samples", "its image part is of 30 samples, the source now has 31; choose another --tokens"),
+        ("more samples", "its image part has 30 samples, the source now has 31; choose another --tokens"),
         ("another split", "begun as share 1/3, now 1/4; make all of its shares with the same N, or delete .*progress"),
         ("no split", "begun as share 1/3, now 1/1; make all of its shares with the same N"),
-        ("text of more samples", "its image part is of 30 samples, the source now has 31; both commands must read the"),
+        ("text of more samples", "its image part has 30 samples, the source now has 31; both commands must read the"),
         ("other keys", "row 0 is 'key-0' in the store and 'other-0' in the source; both commands must read"),
         (
             "skips",

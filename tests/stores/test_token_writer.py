@@ -128,13 +128,13 @@ def test_the_second_part_must_hold_the_same_keys(shard: int, rows: int, wrong: s
         ):
             append(second, [*keys[:row], "another", *keys[row + 1 :]])
         assert second.rows == row // shard * shard
-        with pytest.raises(UserError, match=f"text part is of {rows} samples, the source now has {rows + 1}; both"):
+        with pytest.raises(UserError, match=f"text part has {rows} samples, the source now has {rows + 1}; both"):
             PartWriter(path, "image", IDENTITY, rows + 1)
         with PartWriter(path, "image", IDENTITY, rows) as second:
             with pytest.raises(ValueError, match="are still to be appended"):
                 second.finish()
             append(second, keys)
-            with pytest.raises(ValueError, match="end behind share 1/1"):
+            with pytest.raises(ValueError, match="end after share 1/1"):
                 second.append(["one too many"], {"image": np.zeros((1, 2, 2), np.uint16)}, {})
             second.finish()
         reader = TokenReader(path)

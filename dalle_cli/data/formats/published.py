@@ -234,7 +234,7 @@ def cub_captions(name: str, root: Path) -> Path:
     if captions is None:
         looked = ", ".join(map(str, places))
         raise UserError(
-            f"{name}: CUB's pictures without captions: put its text_c10 beside images (looked for {looked})"
+            f"{name}: holds CUB's pictures but no captions; put text_c10 beside images (looked for {looked})"
         )
     return captions
 

@@ -209,13 +209,13 @@ def _headers(path: Path) -> Iterator[tarfile.TarInfo | str]:
             block = file.read(_BLOCK)
     except (tarfile.TarError, OSError, ValueError) as error:
         if found:  # the last member's data or the header after it is damaged
-            yield f"the archive is cut short or damaged ({error}); what precedes is used"
+            yield f"the archive is cut short or damaged ({error}); earlier samples are used"
         else:
             yield f"not a readable tar archive ({error}); a compressed one has to be unpacked first"
         return
     # tarfile takes a damaged header for the end of the archive; the true end is a block of zeros.
     if len(block) < _BLOCK or block.strip(b"\0"):
-        yield f"the archive is cut short or damaged at byte {tar.offset}; what precedes is used"
+        yield f"the archive is cut short or damaged at byte {tar.offset}; earlier samples are used"
 
 
 def _rejection(member: tarfile.TarInfo, name: str, size_on_disk: int) -> str | None:

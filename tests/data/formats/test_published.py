@@ -173,7 +173,7 @@ def test_cub(tmp_path: Path, captions: str) -> None:
 def test_cub_with_parts_missing(tmp_path: Path) -> None:
     root = cub(tmp_path / "CUB_200_2011", tmp_path / "elsewhere")
     with pytest.raises(
-        UserError, match=r"CUB's pictures without captions: put its text_c10 beside images \(looked for .*/text_c10"
+        UserError, match=r"holds CUB's pictures but no captions; put text_c10 beside images \(looked for .*/text_c10"
     ):
         open_source(root)
     (tmp_path / "elsewhere").rename(root / "text_c10")

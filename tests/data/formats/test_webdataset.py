@@ -101,7 +101,7 @@ def test_a_damaged_header_is_reported(tmp_path: Path) -> None:
     path.write_bytes(data)
     source = open_source(path)
     assert [source.key(i) for i in range(len(source))] == ["a"]
-    assert source.skipped == [("s", "the archive is cut short or damaged at byte 1024; what precedes is used")]
+    assert source.skipped == [("s", "the archive is cut short or damaged at byte 1024; earlier samples are used")]
 
 
 def test_unsafe_and_odd_members_are_left_out(tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_a_header_of_absurd_size_takes_no_memory(tmp_path: Path, kind: bytes) ->
     tracemalloc.stop()
     assert contents(source) == {"a": (b"A", "BAD no caption (no .txt or .json member beside the image)")}
     assert source.skipped == [
-        ("s", "the archive is cut short or damaged (a header of absurd size); what precedes is used")
+        ("s", "the archive is cut short or damaged (a header of absurd size); earlier samples are used")
     ]
     assert peak < 10_000_000
 
