@@ -180,7 +180,7 @@ def test_scores_are_kept_in_the_store_by_the_scorers_name(tmp_path: Path) -> Non
     write_scores(store, {2: 0.125}, "b")
     assert [line.get("score") for line in store_lines(store)] == [None, None, 0.125, None]
     assert sorted(path.name for path in store.iterdir()) == ["clip_score", "log_likelihood", "zarr.json"]
-    with pytest.raises(UserError, match="has 4 rows, not row 4"):
+    with pytest.raises(UserError, match="has 4 rows and no row 4"):
         write_scores(store, {4: 1.0}, "b")
     shard = make_store(tmp_path / "two", ["bright", "dark"], 2, shard="2/2")
     zarr.open_group(str(shard)).attrs["rows"] = 2
