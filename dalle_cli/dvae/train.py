@@ -189,9 +189,8 @@ def load_dvae(checkpoint: Checkpoint) -> DVAE:
 def _refuse_unreadable(source: Source, recipe: Recipe) -> None:
     """Raise UserError if nothing can be read, before a worker would."""
     reason = ""
-    for row in range(
-        0, len(source), max(1, len(source) // 100)
-    ):  # spread out, since the first rows may all be filtered
+    # Rows are spread out, since the first ones may all be filtered.
+    for row in range(0, len(source), max(1, len(source) // 100)):
         try:
             load_eval_picture(source, row, recipe.image_size, recipe.data)
         except (BadSample, BadImage) as error:

@@ -251,7 +251,7 @@ print("\\f".join(texts))
 def test_help_lists_the_commands_in_the_order_of_the_pipeline() -> None:
     done = run("--help")
     assert done.code == 0
-    places = [done.out.index(f" {name} ") for name in COMMANDS]
+    places = [done.out.index(f"│ {name} ") for name in COMMANDS]
     assert places == sorted(places)
     pipeline = [
         "make-shapes",
