@@ -1,4 +1,4 @@
-"""Attention of the sparse transformer, on whole streams (paper, section 2.2 and appendix B.1).
+"""Attention of the sparse transformer over whole streams (paper, section 2.2 and appendix B.1).
 
 A stream has T text positions, then S = grid x grid image positions in raster order. A text position attends to the
 text up to itself. An image position attends to all of the text and to some of the image positions up to itself,
@@ -9,12 +9,12 @@ depending on the kind of attention:
 * ``conv``: a causal k x k window, which wraps around at the ends of rows as ``row`` does;
 * ``full``: all positions before it.
 
-A kind is given by its raster offsets, the allowed differences of the query's and the key's raster index. One softmax
-runs over text and image keys together.
+A kind is defined by its raster offsets, the allowed differences between the raster indices of query and key. One
+softmax runs over text and image keys together.
 
-The sparse kinds cost as much as they attend to. The image is cut into blocks of rows; the queries of a block share a
-window of keys, the block itself and the rows above it that they need. All products are dense: queries x text, and
-blocks x windows.
+The sparse kinds compute only what they attend to, and some masked entries. The image is cut into blocks of rows; the
+queries of a block share a window of keys, the block itself and the rows above it that they need. All products are
+dense: queries x text, and blocks x windows.
 """
 
 from __future__ import annotations
@@ -33,28 +33,17 @@ from torch.nn import functional as F
 from dalle_cli.config.layout import AttentionKind
 
 SMALL_IMAGE = 64
-"""Number of image tokens up to which one block is as fast as several, since the number of products costs most."""
+"""Number of image tokens up to which one block is as fast as several, because the number of products dominates."""
 DENSE_IMAGE = 256
 """Number of image tokens up to which one block is faster than PyTorch's dense attention for ``full``."""
 CHUNK = 2**22
-"""Approximate number of attention weights that are computed at a time on a CPU, so that they stay in its cache."""
+"""Approximate number of attention weights computed at a time on a CPU, so that they stay in its cache."""
 
 
 def attend(kind: AttentionKind, qkv: Tensor, text_length: int, grid: int, conv_kernel: int) -> Tensor:
-    """Compute the attention of one layer.
+    """Compute the attention of one layer, ``qkv`` (B, T + S, 3, H, D) -> (B, T + S, H, D).
 
-    Args:
-        kind: the kind of attention.
-        qkv: (B, T + S, 3, H, D) queries, keys and values of H heads.
-        text_length: T.
-        grid: image tokens per side, S = grid^2.
-        conv_kernel: side k of the window of ``conv``.
-
-    Returns:
-        (B, T + S, H, D).
-
-    Raises:
-        ValueError: the stream does not have T + S positions.
+    T is ``text_length`` and S = ``grid``^2; ``conv_kernel`` is the side k of the window of ``conv``.
     """
     if qkv.shape[1] != text_length + grid * grid:
         raise ValueError(f"stream of {qkv.shape[1]} positions is not {text_length} text + {grid} x {grid} image")
@@ -88,14 +77,14 @@ def raster_offsets(kind: AttentionKind, grid: int, conv_kernel: int) -> tuple[in
 
 @lru_cache(maxsize=256)
 def windows_of(kind: AttentionKind, grid: int, conv_kernel: int) -> Windows:
-    """Return the blocks and windows of ``kind``; those of ``column`` are of the transposed image."""
+    """Return the blocks and windows of ``kind``, on the transposed image for ``column``."""
     if kind == "column":
         return Windows(grid, rows=1, above=0, offsets=tuple(range(grid)))
     offsets = raster_offsets(kind, grid, conv_kernel)
     above = -(-offsets[-1] // grid)
     if grid * grid <= SMALL_IMAGE or above >= grid - 1:
         return Windows(grid, rows=grid, above=0, offsets=offsets)
-    # If a window has many rows, sharing it between two rows of queries saves work.
+    # Two rows of queries share a window of many rows, which saves work.
     return Windows(grid, 2 if above > 1 and grid % 2 == 0 else 1, above, offsets)
 
 
@@ -117,7 +106,7 @@ class Windows:
     above: int
     """Rows of a window above its block, at most ``grid - rows``."""
     offsets: tuple[int, ...]
-    """Raster offsets that a query may attend to: its raster index minus the key's."""
+    """Allowed values of a query's raster index minus the key's."""
 
     @property
     def blocks(self) -> int:
@@ -134,10 +123,7 @@ class Windows:
         return (self.above + self.rows) * self.grid
 
     def cut(self, image: Tensor) -> Tensor:
-        """Copy the keys or values (N, S, D) of N images to their windows (N * blocks, keys, D).
-
-        Rows above the image are 0.
-        """
+        """Copy keys or values (N, S, D) of N images to their windows (N * blocks, keys, D), 0 above the image."""
         if self.above == 0:
             return image.reshape(-1, self.keys, image.shape[-1])
         n, _, width = image.shape
@@ -150,7 +136,7 @@ class Windows:
         return windows.view(n * self.blocks, self.keys, width)
 
     def join(self, windows: Tensor) -> Tensor:
-        """Sum what several windows hold for a row, (N * blocks, keys, D) -> (N, S, D): the adjoint of ``cut``."""
+        """Sum the windows' values of each position, (N * blocks, keys, D) -> (N, S, D): the adjoint of ``cut``."""
         if self.above == 0:
             return windows.view(-1, self.grid**2, windows.shape[-1])
         parts = windows.view(-1, self.blocks, self.above + self.rows, self.grid, windows.shape[-1])
@@ -160,7 +146,7 @@ class Windows:
         return rows.flatten(1, 2)
 
     def _rows_above(self) -> Iterator[tuple[int, slice, slice]]:
-        """Yield each row index of a window above its block, the blocks with an image row there, and these rows."""
+        """Yield each row of a window above its block, the blocks that have an image row there, and these image rows."""
         for i in range(self.above):
             back = self.above - i
             first = -(-back // self.rows)
@@ -170,8 +156,8 @@ class Windows:
 class SparseAttention(torch.autograd.Function):
     """Attention softmax(q k^T / sqrt(D) + mask) v, forward and backward a few streams at a time.
 
-    The backward pass is written by hand: the gradients that autograd derives for slices and overlapping windows are
-    large tensors of mostly zeros.
+    The backward pass is written by hand, because autograd's gradients of slices and overlapping windows are large
+    tensors of mostly zeros.
     """
 
     @staticmethod
@@ -219,13 +205,7 @@ def _chunks(qkv: Tensor, pattern: Pattern) -> Iterator[tuple[Any, ...]]:
 
 
 def chunk_on_cpu(batch: int, heads: int, weights: int) -> tuple[int, int]:
-    """Return the number of samples, and of their heads, that a CPU works on at a time.
-
-    Args:
-        batch: number of samples.
-        heads: number of heads.
-        weights: number of attention weights of a stream, one head of one sample.
-    """
+    """Return how many samples, and heads of each, a CPU computes at a time; a head of one has ``weights`` weights."""
     count = max(1, min(batch * heads, CHUNK // weights))
     return max(1, count // heads), min(count, heads)
 
@@ -288,10 +268,7 @@ class Pattern:
     def softmax_backward_(self, weights: Weights, d_weights: Weights, inner: Tensor) -> Weights:
         """Turn the gradient of the weights into that of the scores, w (dw - sum w dw), in place.
 
-        Args:
-            weights: w.
-            d_weights: dw, overwritten.
-            inner: (n, T + S, 1) the sums, equal to the dot products of the attention's result and its gradient.
+        ``inner`` (n, T + S, 1) has the sums, which equal the dot products of the attention's result and its gradient.
         """
         d_weights.text.sub_(inner).mul_(weights.text)
         d_weights.window.sub_(self._blocks(inner)).mul_(weights.window)

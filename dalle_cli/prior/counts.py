@@ -19,11 +19,11 @@ class Counts:
     """Sizes of the prior's parameters."""
 
     matrices: tuple[tuple[int, int], ...]
-    """Shapes (out, in) of the resblocks' matrices: held in the recipe's precision, and compressed by PowerSGD."""
+    """Shapes (out, in) of the resblocks' matrices, in the recipe's precision and compressed by PowerSGD."""
     small: int
-    """Size of the resblocks' gains and biases: 32 bit, and whole on every rank."""
+    """Size of the resblocks' gains and biases, in 32 bit and replicated on every rank."""
     others: tuple[int, ...]
-    """Sizes of the embeddings, unembeddings and the last gain and bias: 32 bit."""
+    """Sizes of the embeddings, unembeddings and the last gain and bias, in 32 bit."""
 
     @property
     def effective(self) -> int:
@@ -58,11 +58,11 @@ class Flops:
     matrices: int
     """Forward pass through the resblocks' matrices."""
     attention: int
-    """Scores and weighted sums of the forward pass, as computed: in dense blocks, masked entries included."""
+    """Scores and weighted sums of the forward pass, masked entries of dense blocks included."""
     heads: int
-    """Forward pass through the unembeddings, of all positions that can be counted by the loss."""
+    """Forward pass through the unembeddings, at all positions that the loss can count."""
     recomputes: bool
-    """True if the backward pass runs the resblocks forward once more."""
+    """True if the backward pass recomputes the resblocks."""
 
     @property
     def model(self) -> int:

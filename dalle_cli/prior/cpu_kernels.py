@@ -1,8 +1,8 @@
 """Matrix products for decoding on the CPU, where a product has few rows and is bound by reading the weights.
 
-oneDNN can store a matrix in the order in which its kernels read it. PyTorch offers that layout through the operators
-with which ``torch.compile`` freezes weights. They are not public, so they are tried first; if a build lacks them or has
-changed them, the matrix keeps its layout.
+oneDNN can store a matrix in the order in which its kernels read it. PyTorch offers that layout through the private
+operators with which ``torch.compile`` freezes weights. If a trial product shows that a build lacks or has changed them,
+matrices keep their layout.
 """
 
 from __future__ import annotations
@@ -22,13 +22,7 @@ DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfl
 
 
 class PackedLinear:
-    """A ``Linear`` for inference, computed in ``dtype`` with sums in 32 bit.
-
-    Args:
-        linear: the layer, whose weights are copied.
-        dtype: type of the weights and the result.
-        gelu: apply the exact GELU to the result.
-    """
+    """A copy of a ``Linear`` for inference in ``dtype`` with sums in 32 bit, and the exact GELU if ``gelu``."""
 
     def __init__(self, linear: Linear, dtype: torch.dtype, gelu: bool = False) -> None:
         self.dtype, self.gelu = dtype, gelu
@@ -54,7 +48,7 @@ def can_pack(weight: Tensor) -> bool:
 @lru_cache(maxsize=8)
 @torch.inference_mode()
 def packing_works(dtype: torch.dtype) -> bool:
-    """Return whether products with packed matrices of ``dtype`` work and are right here, by trying a small one."""
+    """Return whether a trial product with a packed matrix of ``dtype`` works and is right on this machine."""
     if not torch.backends.mkldnn.is_available():
         return False
     weight, bias, x = (
@@ -78,10 +72,9 @@ def _multiply(x: Tensor, packed: Tensor, bias: Tensor, activation: Literal["none
 
 
 MAX_ROWS = 8
-"""Maximum number of rows for ``skinny_bmm``'s fast path; with more it pays to use a matrix for several rows at once."""
+"""Maximum number of rows for ``skinny_bmm``'s fast path; with more rows, reusing the matrix across them pays."""
 MIN_VALUES = {torch.bfloat16: 2**14, torch.float32: 2**18}
-"""Minimum number of values in all matrices for the fast path. Smaller products are bound by their start-up and, in 32
-bit, stay in the processor's cache."""
+"""Minimum number of values in all matrices for the fast path; in smaller products overhead dominates."""
 
 
 def skinny_bmm(a: Tensor, b: Tensor) -> Tensor:
@@ -107,11 +100,11 @@ def has_embedding_bag(device: torch.device) -> bool:
     return device.type == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines
 
 
-@lru_cache(maxsize=8)  # enough for the shapes in use at a time, those of each kind of attention
+@lru_cache(maxsize=8)  # enough for the shapes of all kinds of attention
 def _bag_indices(streams: int, n: int, inner: int, pitch: int) -> tuple[Tensor, Tensor]:
     """Return ``embedding_bag``'s indices and offsets for S matrices whose first rows are ``pitch`` rows apart.
 
-    The indices (S n K,) are the rows that the values of a weight; the offsets (S n,) are where each sum begins.
+    The indices (S n K,) give each weight its row of values; the offsets (S n,) are where each sum begins.
     """
     first = torch.arange(streams, dtype=torch.int32).repeat_interleave(n) * pitch
     indices = (first[:, None] + torch.arange(inner, dtype=torch.int32)).flatten()

@@ -1,7 +1,7 @@
 """The decoding step as one CUDA graph, which launches its many small operations together.
 
-A graph repeats the same operations on the same memory. The step here therefore has its position and tokens in tensors,
-and each kind of attention reads the same number of slots at every position, with a bias that masks the excess ones.
+A graph repeats the same operations on the same memory. So the position and tokens are in tensors, and each kind of
+attention reads the same number of slots at every position, with a bias that masks the excess ones.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from dalle_cli.prior.decode import Cache, Decoder, Slots, attend_slots
 from dalle_cli.progress import log
 
 TOLERANCE = 0.05
-"""Maximum difference of a graph's logits from a plain step's: above 16-bit rounding, below the effect of an error."""
+"""Tolerance between a graph's and a plain step's logits: above 16-bit rounding, below the effect of an error."""
 
 
 def fast_step(decoder: Decoder, cache: Cache) -> Callable[[int, Tensor], Tensor]:
-    """Return ``decoder.step`` of ``cache``, by a CUDA graph if the decoder is on a GPU."""
+    """Return ``decoder.step`` of ``cache``, as a CUDA graph if the decoder is on a GPU."""
     return graph_step(decoder, cache) if decoder.device.type == "cuda" else partial(decoder.step, cache)
 
 
 def graph_step(decoder: Decoder, cache: Cache) -> Callable[[int, Tensor], Tensor]:
-    """Return ``decoder.step`` of ``cache`` by a CUDA graph that the first step captures.
+    """Return ``decoder.step`` of ``cache`` as a CUDA graph that the first step captures.
 
-    If none can be captured, or its logits are wrong, the plain step is used. Each step overwrites the last result.
+    If that fails, or its logits are wrong, the plain step is used. Each step overwrites the last result.
     """
     static = StaticStep(decoder, cache)
     run: Callable[[int, Tensor], Tensor] | None = None
@@ -72,7 +72,7 @@ class StaticStep:
 
     @torch.inference_mode()
     def capture(self, position: int, token: Tensor) -> Callable[[int, Tensor], Tensor]:
-        """Capture the step as a CUDA graph at this position, and return a function that replays it at any position."""
+        """Capture the step as a CUDA graph, and return a function that replays it at any position."""
         self._set_inputs(position, token)
         warm_up = torch.cuda.Stream()
         warm_up.wait_stream(torch.cuda.current_stream())
@@ -108,11 +108,9 @@ class StaticStep:
 
 
 def slot_tables(slots: Slots, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the slots that each of S positions writes and reads, and a bias of the scores.
+    """Return the slot (S, 1) that each position writes, the slots (S, L) it reads, and their bias (S, L), 0 or -inf.
 
-    Returns:
-        The slot written (S, 1), the slots read (S, L), and 0 or -inf to add to their scores (S, L). L is the side of
-        the grid for ``column``, else the number of slots.
+    L is the side of the grid for ``column``, else the number of slots.
     """
     positions = torch.arange(slots.grid**2)
     write = torch.tensor([[slots.write(p)] for p in positions.tolist()])

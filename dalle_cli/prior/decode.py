@@ -2,8 +2,8 @@
 
 The text and the given image tokens run once per caption, and all samples of the caption share the text's keys and
 values. Image keys and values are stored in slots: a ring buffer for ``row`` (grid + 1 slots) and ``conv`` (largest
-offset + 1), and one slot per position for ``column``, grouped by column, and ``full``, in order. A step reads slots in
-place, without a copy. ``conv``, whose window is not contiguous, reads its whole ring with a bias.
+offset + 1), and one slot per position for ``full`` and, grouped by column, for ``column``. A step reads slots without
+copying them. ``conv``, whose window is not contiguous, reads its whole ring with a bias.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ from dalle_cli.prior.cpu_kernels import DTYPES, PackedLinear, Precision, skinny_
 from dalle_cli.prior.model import AttentionResblock, MlpResblock, Prior
 
 POSITIONS_PER_PASS = 2**13
-"""Number of positions, of all captions, that ``prefill`` runs together: enough to use the processor fully, and little
-memory beside the caches."""
+"""Number of positions over all captions that ``prefill`` runs together; enough to use the processor fully."""
 
 
 @dataclass(frozen=True)
 class Slots:
-    """The slots in which one kind of attention stores the keys and values of image positions."""
+    """The slots where one kind of attention stores the keys and values of image positions."""
 
     kind: AttentionKind
     grid: int
@@ -56,7 +55,7 @@ class Slots:
         return slice(0, min(position + 1, self.count))
 
     def bias(self) -> Tensor | None:
-        """Return (S, count) for ``conv``, 0 where a position attends to a slot, else -inf; None for other kinds."""
+        """Return ``conv``'s mask (S, count), 0 where a position attends to a slot, else -inf; None for other kinds."""
         if self.kind != "conv":
             return None
         offsets = torch.tensor(raster_offsets(self.kind, self.grid, self.conv_kernel))
@@ -67,7 +66,7 @@ class Slots:
 
 
 class TextCache(NamedTuple):
-    """The text of C captions in one layer: keys (C, H, D, T), laid out for products, and values (C, H, T, D)."""
+    """The text of C captions in one layer: keys (C, H, D, T), stored transposed, and values (C, H, T, D)."""
 
     keys: Tensor
     values: Tensor
@@ -75,28 +74,25 @@ class TextCache(NamedTuple):
 
 @dataclass
 class Cache:
-    """The keys and values of n samples of each of C captions, by layer."""
+    """The keys and values of n samples of each of C captions, by layer. A caption's samples share its text."""
 
     text: list[TextCache]
-    """Shared by a caption's samples."""
     image: list[Tensor]
     """(2, C, H, n, slots, D), keys and values of each sample."""
 
 
 @dataclass
 class Prefix:
-    """The part that all samples of a caption share, for C captions: the text and the given image tokens."""
+    """The text and the given image tokens of C captions, which all samples of a caption share; lists are by layer."""
 
     logits: Tensor
     """(C, V_image), of the first image position that is not given."""
     text: list[TextCache]
-    """One cache per layer."""
     given: list[Tensor]
-    """(2, C, H, G, D) per layer, keys and values of the last G given image tokens, as many as there are slots for."""
+    """(2, C, H, G, D), keys and values of the last G given image tokens, as many as fit into the slots."""
     positions: int
     """Number of given image tokens."""
     slots: list[Slots]
-    """The slots of each layer."""
 
     def captions(self, captions: slice) -> Prefix:
         """Return a view of some of the captions."""
@@ -105,7 +101,7 @@ class Prefix:
         return Prefix(self.logits[captions], text, given, self.positions, self.slots)
 
     def fork(self, n: int) -> Cache:
-        """Return a cache of ``n`` samples per caption, with the text shared and image slots of their own."""
+        """Return a cache of ``n`` samples per caption, which share the text and have separate image slots."""
         image = []
         for given, slots in zip(self.given, self.slots, strict=True):
             both, captions, heads, count, width = given.shape
@@ -136,7 +132,7 @@ class Layer:
         return self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1))  # type: ignore[no-any-return]
 
     def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """Return the residual stream (C, A, d) behind the layer, given the attention's result (C, A, H, D)."""
+        """Return the residual stream (C, A, d) after the layer, given the attention's result (C, A, H, D)."""
         x = x + self.out(mixed.flatten(2))
         return x + self.down(self.up(self.mlp_norm(x)))
 
@@ -144,12 +140,8 @@ class Layer:
 class Decoder:
     """A prior with its weights laid out for decoding.
 
-    It copies the prior's matrices and shares its other parameters; drop the prior if it is no longer needed.
-
-    Args:
-        prior: the model to decode with.
-        precision: type of the resblocks' matrices and of the caches. The residual stream, norms, softmax sums and
-            logits are in 32 bit in any case.
+    It copies the prior's matrices and shares its other parameters. The resblocks' matrices and the caches are in
+    ``precision``; the residual stream, norms, softmax sums and logits are always in 32 bit.
     """
 
     def __init__(self, prior: Prior, precision: Precision = "fp32") -> None:
@@ -168,11 +160,7 @@ class Decoder:
 
     @torch.inference_mode()
     def prefill(self, text_ids: Tensor, given: Tensor | None = None) -> Prefix:
-        """Read text ids (C, T), with padding, and the first image tokens ``given`` (C, P) in one pass.
-
-        Raises:
-            ValueError: the text does not have T positions, or P is above S - 1.
-        """
+        """Read text ids (C, T), with padding, and the first P < S image tokens ``given`` (C, P) in one pass."""
         if text_ids.shape[-1] != self.text_length:
             raise ValueError(f"the text has {text_ids.shape[-1]} positions, the prior takes {self.text_length}")
         if given is None:
@@ -188,7 +176,7 @@ class Decoder:
         return prefix
 
     def _empty_prefix(self, captions: int, positions: int) -> Prefix:
-        """Return a prefix with uninitialized memory for ``captions`` captions and ``positions`` image tokens."""
+        """Return an uninitialized prefix of ``captions`` captions and ``positions`` image tokens."""
         vocabulary, d_model = self.image_embedding.shape
         heads = self.layers[0].heads
         text, width = self.text_length, d_model // heads
@@ -209,7 +197,7 @@ class Decoder:
         text, positions = self.text_length, given.shape[1]
         x = F.embedding(text_ids, self.text_embedding) + self.text_position
         if positions:
-            # Attention is causal, so the padding behind the given tokens does not affect them.
+            # Attention is causal, so the padding after the given tokens does not affect them.
             image = F.pad(given, (0, self.image_length - positions))
             x = torch.cat([x, F.embedding(image, self.image_embedding) + self.image_position], dim=1)
         for layer, text_kv, given_kv in zip(self.layers, prefix.text, prefix.given, strict=True):
@@ -229,10 +217,7 @@ class Decoder:
     def step(self, cache: Cache, position: int, token: Tensor) -> Tensor:
         """Write ``token`` (C, n) at image position ``position`` and return the next position's logits (C, n, V_image).
 
-        Positions must come in order, from the first that is not given.
-
-        Raises:
-            ValueError: ``position`` is not within 0 to S - 2.
+        Positions, up to S - 2, must come in order, from the first that is not given.
         """
         if not 0 <= position < self.image_length - 1:
             raise ValueError(f"position {position} has no successor in an image of {self.image_length} tokens")
@@ -255,7 +240,7 @@ def attend_slots(q: Tensor, text: TextCache, image: Tensor, bias: Tensor | None)
     streams = captions * heads
     image_k, image_v = image.flatten(1, 3)
     if image.device.type == "cpu" and image.dtype != torch.float32:
-        image_k = image_k.contiguous()  # oneDNN's 16-bit product would copy it anyway, and along the wrong axis
+        image_k = image_k.contiguous()  # oneDNN's 16-bit product would copy it anyway, in a slower layout
     q = (q * (1 / math.sqrt(width))).contiguous().view(streams, n, width)
     to_text = skinny_bmm(q, text.keys.flatten(0, 1))
     to_image = torch.bmm(q.view(streams * n, 1, width), image_k.mT).view(streams, n, -1)

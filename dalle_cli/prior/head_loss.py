@@ -1,7 +1,7 @@
-"""Cross-entropy of a vocabulary head that never holds all logits: loss and gradients are computed slice by slice.
+"""Cross-entropy of a vocabulary head, with loss and gradients computed slice by slice so that not all logits exist.
 
 The logits are the largest tensors of a training step (1024 x 8192 for the image tokens of one sample), and autograd
-would hold three tensors of their size.
+would keep three tensors of their size.
 """
 
 from __future__ import annotations
@@ -20,14 +20,8 @@ CHUNK = 2**24
 def head_loss(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
     """Return the cross-entropy of softmax(weight x + bias) against ``targets``, in nats, summed over N rows.
 
-    Products run in the type of ``weight`` or of autocast, softmax and sums in 32 bit or more. ``backward`` can run only
-    once.
-
-    Args:
-        x: (N, d).
-        weight: (V, d).
-        bias: (V,).
-        targets: (N,) int64, in 0 .. V - 1.
+    Shapes are x (N, d), weight (V, d), bias (V,) and targets (N,) int64. Products run in the type of ``weight`` or of
+    autocast, softmax and sums in 32 bit or more. ``backward`` can run only once.
     """
     device = x.device.type
     kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -38,7 +32,7 @@ def head_loss(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tenso
 
 
 class _HeadLoss(torch.autograd.Function):
-    """The loss, with gradients computed in the forward pass, where the softmax is at hand; backward scales them."""
+    """The loss; the forward pass, which has the softmax, computes the gradients too, and backward scales them."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:

@@ -1,9 +1,8 @@
 """The prior: a sparse transformer over one stream of text and image tokens (paper, section 2.2 and appendix B).
 
-The stream has T text positions, then S = grid x grid image positions in raster order. It has no start token: the
-output at a position predicts the next position, the last text position predicts the first image token, and the first
-text token is given. Residual stream, embeddings, gains, biases and heads stay in 32 bit; a resblock computes in the
-type of its matrices.
+The stream has T text positions, then S = grid x grid image positions in raster order. It has no start token: each
+position predicts the next, so the last text position predicts the first image token, and the first text token is given.
+Residual stream, embeddings, gains, biases and heads stay in 32 bit; a resblock computes in the type of its matrices.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ class Linear(nn.Module):
         kind = self.weight.dtype
         x = x.to(kind)
         if x.device.type == "cpu" and kind == torch.float32 and not torch.is_autocast_enabled("cpu"):
-            # PyTorch's product with a bias first writes the bias to the result and reads it again, which is slower.
+            # Faster than PyTorch's product with a bias, which writes the bias to the result first and reads it again.
             return F.linear(x, self.weight).add_(self.bias)
         return F.linear(x, self.weight, self.bias.to(kind))
 
@@ -100,7 +99,7 @@ class AttentionResblock(Resblock):
 
 
 class MlpResblock(Resblock):
-    """A residual block with a GELU perceptron of four times the width."""
+    """A residual block of a GELU MLP of four times the width."""
 
     def __init__(self, d_model: int) -> None:
         super().__init__(d_model)
@@ -112,9 +111,7 @@ class MlpResblock(Resblock):
 
 
 class Prior(nn.Module):
-    """The sparse transformer.
-
-    A layer is two ``resblocks``, attention and perceptron.
+    """The sparse transformer. A layer is two ``resblocks``, attention and MLP.
 
     Args:
         model: sizes and layout.
@@ -155,14 +152,14 @@ class Prior(nn.Module):
 
     @property
     def heads(self) -> list[nn.Module]:
-        """Return the unembeddings of text and image."""
+        """The unembeddings of text and image."""
         return [self.text_head, self.image_head]
 
     def initial_values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
-        """Yield the name and the initial value (float32) of each parameter; a value depends on (seed, name) alone.
+        """Yield each parameter's name and initial value (float32), which depends on (seed, name) alone.
 
-        Values are normal with std 0.02, or 0.02 / sqrt(resblocks) for the output matrix of a resblock. Biases are 0 and
-        gains 1.
+        Biases are 0 and gains 1. Others are normal with std 0.02, or 0.02 / sqrt(resblocks) for resblocks' output
+        matrices.
         """
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
@@ -177,7 +174,7 @@ class Prior(nn.Module):
                 yield name, torch.empty(parameter.shape).normal_(0.0, std, generator=generator)
 
     def cast_resblocks(self, dtype: torch.dtype) -> Prior:
-        """Cast the matrices of the resblocks to ``dtype``; all else stays as it is."""
+        """Cast only the matrices of the resblocks to ``dtype``."""
         for parameter in self.decayed_parameters().values():
             parameter.data = parameter.data.to(dtype)
         return self
@@ -185,8 +182,8 @@ class Prior(nn.Module):
     def decayed_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters that weight decay applies to, by name: the matrices of the resblocks.
 
-        Biases, gains, embeddings and unembeddings are not decayed (paper, appendix B.2). The same matrices are in 16
-        bit in mixed precision, and PowerSGD compresses them.
+        Biases, gains, embeddings and unembeddings are not decayed (paper, appendix B.2). In mixed precision the same
+        matrices are in 16 bit, and PowerSGD compresses them.
         """
         return {
             name: parameter
@@ -195,18 +192,14 @@ class Prior(nn.Module):
         }
 
     def with_padding(self, text: Tensor, length: Tensor) -> Tensor:
-        """Replace the caption ids (B, T) from ``length`` (B,) on by the padding token of their position.
-
-        Raises:
-            ValueError: ``text`` does not have T columns.
-        """
+        """Replace the ids of captions (B, T) after their ``length`` (B,) by the padding tokens of their positions."""
         if text.shape[-1] != self.text_length:
             raise ValueError(f"text has {text.shape[-1]} positions, the prior {self.text_length}")
         position = torch.arange(self.text_length, device=text.device)
         return torch.where(position < length[:, None].long(), text.long(), self.text_vocab + position)
 
     def embed_text(self, text_ids: Tensor) -> Tensor:
-        """Embed ids with paddings, (..., T) -> (..., T, d)."""
+        """Embed ids with padding, (..., T) -> (..., T, d)."""
         return F.embedding(text_ids, self.text_embedding) + self.text_position
 
     def embed_image(self, image: Tensor) -> Tensor:
@@ -215,7 +208,7 @@ class Prior(nn.Module):
         return F.embedding(image, self.image_embedding) + positions
 
     def forward(self, text_ids: Tensor, image: Tensor) -> Tensor:
-        """Return the normed hidden states (B, T + S, d) of text ids (B, T) with paddings and image tokens (B, S)."""
+        """Return the normed hidden states (B, T + S, d) of text ids (B, T) with padding and image tokens (B, S)."""
         x = torch.cat([self.embed_text(text_ids), self.embed_image(image)], dim=1)
         for block in self.resblocks:
             if self.model.checkpoint_resblocks and torch.is_grad_enabled():
@@ -244,7 +237,7 @@ class Prior(nn.Module):
     ) -> PriorLoss:
         """Return the mean cross-entropies of a batch.
 
-        The text's mean is over ``text_counts`` positions: paddings after the first are certain and would dilute it.
+        The text's mean is over ``text_counts`` positions: padding after the first is certain and would dilute it.
         The image's mean is over all S tokens.
 
         Args:
@@ -252,8 +245,8 @@ class Prior(nn.Module):
             text_length: (B,) number of tokens of each caption.
             image: (B, S) image tokens, int64.
             text_count: divisor of the text's sum; by default the number of counted positions. For a micro-batch, give
-                the whole batch's number times the micro-batch's share of the rows: then the means of all micro-batches,
-                weighted by their shares, add up to those of the whole batch.
+                the whole batch's number times the micro-batch's share of the rows: then the micro-batches' means,
+                weighted by their shares, add up to the whole batch's.
         """
         text_ids = self.with_padding(text, text_length)
         hidden = self(text_ids, image)
@@ -266,7 +259,7 @@ class Prior(nn.Module):
         return PriorLoss(text_sum / count, image_sum / image.numel())
 
     def log_likelihood(self, text_ids: Tensor, image: Tensor) -> Tensor:
-        """Return ln p(image | text) in nats, (B,) float64, of text ids (B, T) with paddings and images (B, S)."""
+        """Return ln p(image | text) in nats, (B,) float64, of text ids (B, T) with padding and images (B, S)."""
         log_probabilities = self.image_logits(self(text_ids, image)).double().log_softmax(-1)
         return log_probabilities.gather(-1, image[..., None])[..., 0].sum(-1)
 

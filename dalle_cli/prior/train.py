@@ -1,4 +1,4 @@
-"""Training of the prior (paper, section 2.2 and appendix B) as a task of the one training loop."""
+"""The prior's training (paper, section 2.2 and appendix B) as a task of the shared training loop."""
 
 from __future__ import annotations
 
@@ -38,15 +38,7 @@ PREFETCHED_BATCHES = 8
 
 
 def train_prior(recipe: Recipe, store: Path, out: Path) -> Checkpoint:
-    """Train the recipe's prior on a token store, or resume the run in ``out``.
-
-    Args:
-        recipe: the recipe.
-        store: the token store.
-        out: the run's folder.
-
-    Returns:
-        The checkpoint of the last update.
+    """Train the recipe's prior on a token store, or resume the run in ``out``; return the last update's checkpoint.
 
     Raises:
         UserError: the store is unfinished or was made for other sizes than the recipe's, or the recipe's settings do
@@ -70,14 +62,7 @@ def train_prior(recipe: Recipe, store: Path, out: Path) -> Checkpoint:
 
 
 def require_same_sizes(recipe: Recipe, reader: TokenReader) -> dict[str, str]:
-    """Require that a token store was made for the recipe's sizes.
-
-    Returns:
-        The hashes of the tokenizer and the dVAE that the store was made with.
-
-    Raises:
-        UserError: a size differs.
-    """
+    """Return the hashes of a store's tokenizer and dVAE; raise UserError if its sizes are not the recipe's."""
     text, image = reader.part("text").identity, reader.part("image").identity
     sizes = [
         ("prior.model.grid", recipe.prior.model.grid, image["grid"]),
@@ -96,11 +81,7 @@ def require_same_sizes(recipe: Recipe, reader: TokenReader) -> dict[str, str]:
 
 
 def refuse_unsupported(sharding: Sharding, powersgd: PowerSgd, group: Group) -> None:
-    """Refuse settings that the ranks of ``group`` cannot carry out, before anything is allocated.
-
-    Raises:
-        UserError: with the key and the mend.
-    """
+    """Raise UserError for settings that the ranks of ``group`` do not support, before anything is allocated."""
     if sharding.offload == "cpu" and group.device.type != "cpu" and (group.size == 1 or not sharding.zero):
         raise UserError(
             "prior.sharding.offload: cpu is for several processes with prior.sharding.zero of 1 to 3; set it to none, "
@@ -114,7 +95,7 @@ def refuse_unsupported(sharding: Sharding, powersgd: PowerSgd, group: Group) -> 
 
 
 def shard_prior(recipe: Recipe, group: Group) -> tuple[Sharded, Prior]:
-    """Build the recipe's prior in shards, one per rank of a node. No rank ever holds the whole model."""
+    """Build the recipe's prior in shards, one per rank of a node; no rank ever holds the whole model."""
     from dalle_cli.distributed.fsdp import Sharded
     from dalle_cli.distributed.group import form_nodes
 
@@ -152,16 +133,7 @@ def gradient_scaling(blocks: Sequence[ScaledBlock], precision: Precision, replic
 
 @dataclass
 class PriorTask:
-    """The prior's part in the training loop: batches of tokens, weighted cross-entropies, validation.
-
-    Args:
-        recipe: the recipe.
-        reader: the token store.
-        model: the prior; while it is sharded, only ``forward`` can compute its loss.
-        group: all ranks that train it.
-        belongs: hashes of the tokenizer and the dVAE that the store was made with.
-        forward: replaces ``model.loss`` if the model is sharded.
-    """
+    """The prior's part in the training loop; ``forward`` computes the loss if ``model`` is sharded."""
 
     recipe: Recipe
     reader: TokenReader
@@ -194,8 +166,8 @@ class PriorTask:
             yield batch
 
     def micro_batches(self, batch: TokenBatch, size: int | None) -> list[tuple[Any, float]]:
-        # Captions differ in length, and the text's mean is over tokens: each part divides by its share of the whole
-        # batch's count, so that the parts add up to the whole batch's mean.
+        # Captions differ in length, and the text's mean is over tokens: each micro-batch divides by its share of the
+        # whole batch's count, so that they add up to the whole batch's mean.
         count = self.group.sum(self.model.text_counts(batch.length).sum())
         return self._split(batch, size, float(count.clamp(min=1)), self.recipe.prior.training.batch_size)
 
@@ -230,16 +202,9 @@ class PriorTask:
     def _split(
         batch: TokenBatch, size: int | None, text_count: float, rows: int
     ) -> list[tuple[tuple[TokenBatch, float], float]]:
-        """Split a batch into micro-batches of ``size`` samples, or one.
+        """Return micro-batches, each with the divisor of its text loss, and with its share of the whole batch.
 
-        Args:
-            batch: this rank's samples.
-            size: samples of a micro-batch; None takes all.
-            text_count: number of counted text tokens of the whole batch of all ranks.
-            rows: number of samples of the whole batch of all ranks.
-
-        Returns:
-            Each micro-batch with the divisor of its text loss, and its share of the whole batch.
+        The whole batch of all ranks has ``rows`` samples and ``text_count`` counted text tokens.
         """
         shares = [(part, len(part) / rows) for part in batch.split(size or len(batch))]
         return [((part, text_count * share), share) for part, share in shares]
@@ -272,13 +237,10 @@ class TokenBatch:
 
 
 def read_tokens(reader: TokenReader, rows: np.ndarray, epochs: np.ndarray | None) -> TokenBatch:
-    """Read rows of a token store.
+    """Read ``rows`` (B,) of a token store.
 
-    Args:
-        reader: the token store.
-        rows: (B,) row numbers.
-        epochs: (B,) how often each row was seen before, which selects its caption and BPE dropout; None reads each
-            image's first caption without dropout.
+    ``epochs`` (B,) is how often each was seen before, which selects its caption and BPE dropout. None reads each first
+    caption without dropout.
     """
 
     def tensor(values: np.ndarray) -> Tensor:
@@ -292,16 +254,9 @@ def read_tokens(reader: TokenReader, rows: np.ndarray, epochs: np.ndarray | None
 
 
 def dropped_captions(seed: int, step: int, indices: np.ndarray, share: float) -> np.ndarray:
-    """Draw the samples of an update's batch that train with an empty caption, for classifier-free guidance.
+    """Draw which samples train with an empty caption, each with probability ``share``, for classifier-free guidance.
 
-    Args:
-        seed: the recipe's.
-        step: the update.
-        indices: samples by their index in the batch of all ranks.
-        share: probability of an empty caption.
-
-    Returns:
-        Bool of the shape of ``indices``; a function of (seed, step, index) alone.
+    ``indices`` are places in the batch of all ranks; the bool result depends on (seed, step, index) alone.
     """
     stream = np.uint64(stream_seed(seed, "caption-dropout", step))
     drawn = splitmix64(stream + (indices.astype(np.uint64) + np.uint64(1)) * SPLITMIX_STEP)

@@ -17,20 +17,14 @@ from dalle_cli.errors import UserError
 from dalle_cli.stores.files import explain_os_errors, write_atomically
 
 _NOT_LOGGED = ("step", "seconds")
-"""Values of a JSON line that no ``MetricLogger`` gets."""
+"""Keys of a JSON line that are not passed to the loggers."""
 
 
 class Journal:
     """Writes a run's metrics to ``out/metrics.jsonl``, ``out/tensorboard/`` and further loggers.
 
-    A resumed run repeats the updates after its checkpoint, so what an earlier process wrote about them is dropped: from
-    the file by deleting lines, from TensorBoard by a marker that it heeds.
-
-    Args:
-        out: the run's folder.
-        start: the number of updates that the run resumes from.
-        writes: false to write nothing, on ranks other than the leader.
-        more: functions that open further loggers.
+    A resumed run repeats the updates after its checkpoint, ``start``, so their earlier records are dropped: lines are
+    deleted from the file, and a marker voids points in TensorBoard. Ranks other than the leader write nothing.
     """
 
     def __init__(
@@ -45,7 +39,7 @@ class Journal:
             self.loggers += [TensorBoardLogger(out, start), *(open_logger() for open_logger in more)]
 
     def log_training(self, step: int, rate: float, scalars: Mapping[str, float]) -> None:
-        """Write the scalars and the step size of update number ``step``, from 1."""
+        """Write the scalars and the learning rate of update ``step``, counted from 1."""
         seconds = round(time.monotonic() - self._began, 3)
         self._write("train", step, {"step": step, "lr": rate, "seconds": seconds, **scalars})
 
@@ -83,7 +77,7 @@ class Journal:
 
 
 def _lines_until(path: Path, step: int) -> str:
-    """Return the file's lines about updates up to ``step``, without any that was cut short."""
+    """Return the file's lines about updates up to ``step``, without incomplete ones."""
     lines = []
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
@@ -134,19 +128,9 @@ class TensorBoardLogger:
 
 
 class WandbLogger:
-    """Records to one run of Weights & Biases, whose id is in ``out/wandb-id``.
+    """Records to one run of Weights & Biases, whose id is in ``out/wandb-id``; raises UserError if it does not start.
 
-    Weights & Biases takes no point back. So a resumed run sends no updates again that it has already; their values are
-    the same.
-
-    Args:
-        out: the run's folder.
-        project: the project in Weights & Biases.
-        name: the run's name there.
-        config: the settings to show with the run.
-
-    Raises:
-        UserError: Weights & Biases does not start.
+    Weights & Biases cannot delete points, so a resumed run does not send repeated updates, whose values are the same.
     """
 
     def __init__(self, out: Path, project: str, name: str, config: Mapping[str, Any]) -> None:
@@ -176,22 +160,18 @@ class WandbLogger:
         self.log(step, {name: self._image(image.permute(1, 2, 0).numpy())})
 
     def flush(self) -> None:
-        """Do nothing: another process has everything already."""
+        """Do nothing: the process of Weights & Biases already has everything."""
 
     def close(self) -> None:
         self._run.finish()
 
 
 def require_wandb(project: str | None) -> None:
-    """Check that Weights & Biases is installed if a ``project`` is given.
-
-    Raises:
-        UserError: it is not installed.
-    """
+    """Raise UserError if a ``project`` is given and Weights & Biases is not installed."""
     if project is None:
         return
     spec = importlib.util.find_spec("wandb")
-    if spec is None or spec.origin is None:  # wandb leaves a folder ./wandb behind, which is no package
+    if spec is None or spec.origin is None:  # a run's folder ./wandb is found too, but is no package
         raise UserError(
             f"--wandb {project}: Weights & Biases is not installed; pip install wandb, or leave --wandb out: "
             "TensorBoard and metrics.jsonl have the same values"

@@ -1,8 +1,8 @@
-"""The training loop that the dVAE, the prior and CLIP share; they differ in their ``Task`` alone.
+"""The training loop that the dVAE, the prior and CLIP share; they differ only in their ``Task``.
 
-An update depends on the weights, the moments and its number, and on nothing else that happened before: batches, noise
-and schedules are functions of (seed, step). So a killed run that resumes from its newest checkpoint ends with the same
-bytes. Several ranks run the same loop, each on its part of every batch; see ``distributed/group.py``.
+An update depends only on the saved state and its number: batches and noise are functions of (seed, step). So a killed
+run that resumes from its newest checkpoint ends with the same bytes. Several ranks run the same loop, each on its part
+of every batch; see ``distributed/group.py``.
 """
 
 from __future__ import annotations
@@ -69,13 +69,10 @@ class Task(Protocol):
         """Return scalars to log, of which ``"loss"`` is minimised."""
 
     def validate(self, step: int) -> dict[str, float]:
-        """Return scalars of the model on held-out samples, none if nothing is held out.
-
-        ``"loss"`` steers the plateau schedule.
-        """
+        """Return scalars on held-out samples, if there are any; ``"loss"`` drives the plateau schedule."""
 
     def example_images(self) -> dict[str, Tensor]:
-        """Return images (3, H, W) uint8, by name, that show what the model can do; called after ``validate``."""
+        """Return example outputs, images (3, H, W) uint8 by name; called after ``validate``."""
 
     def decayed(self) -> set[str]:
         """Return the names of the parameters that weight decay applies to."""
@@ -85,14 +82,7 @@ class Task(Protocol):
 
 
 class Run:
-    """A training run and its folder.
-
-    Args:
-        task: the model to train.
-        recipe: the recipe, whose block of the task's kind has the run's settings.
-        out: the folder to write checkpoints and the journal to.
-        engine: holds the model on all ranks; by default each rank holds it whole.
-    """
+    """A training run of ``task`` in the folder ``out``; by default each rank holds the whole model."""
 
     def __init__(self, task: Task, recipe: Recipe, out: Path, engine: Engine | None = None) -> None:
         self.task, self.group, self.recipe, self.out = task, task.group, recipe, out
@@ -107,7 +97,7 @@ class Run:
         Raises:
             UserError: ``out`` holds a run of other settings or inputs; the loss is not finite; the disk or the GPU's
                 memory is full; there are more ranks than samples in a batch; or a rank is lost.
-            Stopped: one of the ranks received a signal; all stopped after the same update, once it was saved.
+            Stopped: a rank received a signal; all ranks stopped after the same update, which was saved.
         """
         require_wandb(self.recipe.monitoring.wandb)
         self._check_batch_size()
@@ -122,7 +112,7 @@ class Run:
             if start < self.settings.training.updates:
                 with self.group.explain_lost_ranks():
                     self._train(state, start, validated)
-        # No rank leaves before the leader has saved: launchers end the other ranks once one has left.
+        # No rank exits before the leader has saved, since launchers end all ranks once one has exited.
         self.group.barrier()
         if self.stop.agreed:
             raise Stopped
@@ -139,7 +129,7 @@ class Run:
             )
 
     def _train(self, state: TrainingState, start: int, validated: dict[str, float]) -> None:
-        """Train from update ``start`` on; ``validated`` has the metrics of the last validation before."""
+        """Train from update ``start``; ``validated`` has the metrics of the last validation before it."""
         task, group, training, note = self.task, self.group, self.settings.training, ""
         updates = range(start, training.updates)
         with (
@@ -175,7 +165,7 @@ class Run:
                     break
 
     def update(self, state: TrainingState, batch: Any, step: int, rate: float) -> dict[str, Tensor]:
-        """Make the update that follows ``step`` updates, with step size ``rate``, and return values to log.
+        """Make the update that follows ``step`` updates, with learning rate ``rate``, and return values to log.
 
         Raises:
             UserError: the loss is not finite.
@@ -206,8 +196,7 @@ class Run:
     def _validate(self, state: TrainingState, step: int, journal: Journal, bar: Progress) -> dict[str, float]:
         """Validate with the EMA weights and, as ``raw_``, with the raw weights; update the plateau schedule.
 
-        Only the leader validates a model that it holds whole. The result is empty on other ranks, and if nothing is
-        held out.
+        If every rank holds the whole model, only the leader validates and the others return nothing.
         """
         validated: dict[str, float] = {}
         if self.group.leads or self.engine.sharded:
@@ -238,7 +227,7 @@ class Run:
             prune(self.out, self.settings.training.keep)
 
     def _resume(self, state: TrainingState) -> Checkpoint | None:
-        """Load the newest checkpoint, if there is one, into ``state`` and return it."""
+        """Load the newest checkpoint, if any, into ``state`` and return it."""
         if not steps_in(self.out):
             return None
         checkpoint = open_checkpoint(self.out, self.task.kind)

@@ -24,22 +24,16 @@ _FREE_KEYS = (
     "model.checkpoint_resblocks",
     "powersgd.offload",
 )
-"""Settings of a stage that may change because they do not change what is computed."""
+"""Settings of a stage that may change because they do not affect the results."""
 _LOGGED_KEYS = tuple(f"sharding.{key}" for key in ("zero", "offload", "node_size"))
-"""Settings of a stage that may change but are logged, because they change the order in which sums are taken."""
+"""Settings of a stage that may change but are logged, because they change the order of summation."""
 
 
 def check_resumable(out: Path, checkpoint: Checkpoint, recipe: Recipe, belongs: Mapping[str, str]) -> None:
     """Check that the run in ``out`` may resume from ``checkpoint`` with ``recipe``.
 
-    Args:
-        out: the run's folder.
-        checkpoint: its newest checkpoint.
-        recipe: the current recipe.
-        belongs: hashes of the current artifacts that the run is trained with, by role.
-
     Raises:
-        UserError: the artifacts or settings differ; the line names the first difference.
+        UserError: a setting, or the hash in ``belongs`` of an artifact that the run is trained with, has changed.
     """
     for role, value in belongs.items():
         if checkpoint.belongs.get(role) != value:

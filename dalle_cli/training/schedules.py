@@ -9,7 +9,7 @@ from dalle_cli.config.schema import LearningRate, Ramp
 
 
 def ramp(settings: Ramp, step: int) -> float:
-    """Return the value after ``step`` updates, a function of the step alone."""
+    """Return the value after ``step`` updates."""
     if settings.updates == 0 or step >= settings.updates:
         return settings.end
     done = step / settings.updates
@@ -21,13 +21,9 @@ def ramp(settings: Ramp, step: int) -> float:
 
 
 def learning_rate(settings: LearningRate, step: int, updates: int, halvings: int = 0) -> float:
-    """Return the step size of the update that follows ``step`` updates.
+    """Return the learning rate of the update that follows ``step`` of the run's ``updates``.
 
-    Args:
-        settings: the recipe's settings.
-        step: how many updates were done before.
-        updates: the number of updates in the whole run.
-        halvings: how often the plateau schedule has halved the step size.
+    ``halvings`` is how often the plateau schedule has halved it.
     """
     if step < settings.warmup_updates:
         return settings.peak * (step + 1) / settings.warmup_updates
@@ -42,7 +38,7 @@ def learning_rate(settings: LearningRate, step: int, updates: int, halvings: int
 
 @dataclass
 class Plateau:
-    """Counts halvings of the step size, one each time the validation loss has stopped improving."""
+    """Counts halvings of the learning rate, one each time the validation loss has stopped improving."""
 
     settings: LearningRate
     state: dict[str, float] = field(default_factory=lambda: {"best": math.inf, "stale": 0, "halvings": 0})

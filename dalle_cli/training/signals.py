@@ -16,13 +16,13 @@ from dalle_cli.errors import STOP_SIGNALS
 class StopRequest:
     """Remembers SIGTERM and SIGUSR1 inside its block instead of letting them end the process.
 
-    If the run stops, the signals stay ignored after the block, since a batch system that ends a job may send them more
-    than once. Outside the main thread, where Python handles no signals, none is remembered.
+    If the run stops, the signals stay ignored after the block, since batch systems may send them more than once.
+    Outside the main thread, where Python handles no signals, it does nothing.
     """
 
     def __init__(self) -> None:
         self.signal: str | None = None
-        """Name of the first signal that this process received."""
+        """Name of the first signal received."""
         self.agreed = False
         """True once all ranks have agreed to stop."""
         self._before: dict[signal.Signals, Any] = {}

@@ -25,11 +25,10 @@ EMA_WARMUP = 10
 
 
 class TrainingState:
-    """A model with all that training adds to it.
+    """The weights, EMA weights and moments of the rows that this rank holds, and the plateau schedule.
 
-    Weights, EMA weights and moments are those of the rows that this rank holds. If the engine scales gradients, the
-    model trains in 16 bit with ``precision.adam``. EMA weights are always in 32 bit. If they are updated less often
-    than once per update, they are in the host's memory, as in the paper (appendix B.2).
+    If the engine scales gradients, the model trains in 16 bit with ``precision.adam``. EMA weights are always in 32
+    bit. If they are not updated after every update, they are in the host's memory, as in the paper (appendix B.2).
 
     Args:
         engine: the model, whole or sharded.
@@ -47,10 +46,10 @@ class TrainingState:
         )
         self.plateau = Plateau(settings.learning_rate)
         self.skipped_updates = 0
-        """Number of updates that skipped any parameter because of a non-finite gradient."""
+        """Number of updates that skipped a parameter because of a non-finite gradient."""
 
     def update(self, rate: float) -> dict[str, Tensor]:
-        """Clip the gradients and make one optimizer step of size ``rate``; return values to log."""
+        """Clip the gradients and make one optimizer step with learning rate ``rate``; return values to log."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         if self.engine.scaling is not None:
@@ -66,9 +65,9 @@ class TrainingState:
 
     @torch.no_grad()
     def update_ema(self, step: int) -> None:
-        """Update the EMA weights after the update that follows ``step`` updates.
+        """Update the EMA weights in every ``ema_every``th update, with the product of the decays since the last time.
 
-        With ``ema_every`` above 1, this happens in the last of as many updates, with the product of their decays.
+        ``step`` is the number of updates before the current one.
         """
         done, training = step + 1, self.settings.training
         if done % training.ema_every:
@@ -76,12 +75,12 @@ class TrainingState:
         warmups = ((1 + t) / (EMA_WARMUP + t) for t in range(done - training.ema_every, done))
         share = 1 - math.prod(min(training.ema_decay, warmup) for warmup in warmups)
         for averaged, parameter in zip(self.ema, self.parameters, strict=True):
-            # One by one, because 16-bit weights are copied to 32 bit.
+            # One by one to save memory, because 16-bit weights are copied to 32 bit.
             averaged.lerp_(parameter.detach().to(averaged.device).float(), share)
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
-        """Give the model its EMA weights inside the block; meanwhile its own are where the EMA weights usually are."""
+        """Give the model its EMA weights inside the block; a copy of its own is on the device of the EMA weights."""
         parameters = [p.detach() for p in self.parameters]
         raw = [p.to(averaged.device, copy=True) for p, averaged in zip(parameters, self.ema, strict=True)]
         self._set_weights(self.ema)
@@ -112,7 +111,7 @@ class TrainingState:
         )
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Restore the state of ``checkpoint``, whichever ranks saved it."""
+        """Restore the state of ``checkpoint``, however many ranks saved it."""
         engine = self.engine
         checkpoint.check(engine.group.rank, engine.group.size)
         if engine.sharded:
@@ -160,10 +159,7 @@ class TrainingState:
         return {"step": step, "plateau": self.plateau.state, **scales}
 
     def _parts(self, tensors: Mapping[str, Tensor], keys: Iterable[str] | None = None) -> dict[str, Part]:
-        """Return ``tensors``, or those named ``keys``, with their places in the whole tensors.
-
-        A key is a parameter's name, or ends with it.
-        """
+        """Return ``tensors`` (of ``keys``: NAME or PREFIX.NAME) with their places in the whole tensors."""
         parts = {}
         for key in tensors if keys is None else keys:
             value = tensors[key].detach()
@@ -191,7 +187,7 @@ class TrainingState:
 def _build_optimizer(
     named: dict[str, nn.Parameter], decayed: set[str], adam: Adam, seed: int | None
 ) -> torch.optim.Optimizer:
-    """Return AdamW; with a ``seed``, the one for 16-bit training, with 16-bit moments of decayed parameters."""
+    """Return AdamW; with a ``seed``, ``Adam16`` with 16-bit moments of the decayed parameters."""
     matrices = {"params": [p for name, p in named.items() if name in decayed], "weight_decay": adam.weight_decay}
     others = {"params": [p for name, p in named.items() if name not in decayed], "weight_decay": 0.0}
     betas = (adam.beta1, adam.beta2)
@@ -202,10 +198,7 @@ def _build_optimizer(
 
 
 def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:
-    """Return ``value`` with the device and strides of ``parameter``, such as channels last.
-
-    The optimizer creates its moments with the same strides.
-    """
+    """Return ``value`` with the device and strides of ``parameter``, such as channels last, as the optimizer does."""
     if value.shape != parameter.shape:
         return value.to(parameter.device)
     return torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 THROUGHPUT_KEYS = ("samples_per_second", "tokens_per_second", "tflops", "mfu")
 """Names of the values that ``Throughput`` measures; ``tflops`` and ``mfu`` are per device."""
 CPU_SIDE, GPU_SIDE, TRIALS = 512, 8192, 3
-"""Side and number of the square matrix products that measure a device's peak."""
+"""Sides of the square matrices, and number of products, that measure a device's peak."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,10 @@ class SampleWork:
 
 
 def training_flops(forward: Callable[[], object]) -> float:
-    """Return the FLOPs of a forward and backward pass; on the meta device nothing is computed.
+    """Return the FLOPs of the pass that ``forward`` runs and of its backward pass.
 
-    They are those of matrix products and convolutions, where a multiplication and an addition count as two. A backward
-    pass has twice the FLOPs of the forward pass; recomputation does not count (Chowdhery et al. 2022, arXiv 2204.02311,
-    appendix B).
-
-    Args:
-        forward: runs the forward pass.
+    Only matrix products and convolutions count; a multiplication and an addition are two FLOPs. A backward pass has
+    twice the FLOPs of the forward pass; recomputation does not count (Chowdhery et al. 2022, arXiv 2204.02311, B).
     """
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         forward()
@@ -42,12 +38,9 @@ def training_flops(forward: Callable[[], object]) -> float:
 
 
 def peak_tflops(given: float | None, dtype: torch.dtype, device: torch.device) -> tuple[float, str]:
-    """Return the device's peak in TFLOP/s and a phrase that names its source.
+    """Return the device's peak in TFLOP/s for products of ``dtype``, and a phrase that names its source.
 
-    Args:
-        given: the recipe's ``monitoring.peak_tflops``; None measures the peak, once per process.
-        dtype: the type of the products.
-        device: the device to measure.
+    It is ``given``, the recipe's ``monitoring.peak_tflops``; if that is None, it is measured once per process.
     """
     if given is not None:
         return given, "as monitoring.peak_tflops says"
@@ -72,26 +65,19 @@ def _measure_peak(side: int, dtype: torch.dtype, device: torch.device, _threads:
 
 
 class Throughput:
-    """Measures the throughput of training between two calls of ``measure``.
-
-    Args:
-        work: the work in a sample.
-        batch_size: samples in an update, over all devices.
-        devices: number of devices that train together.
-        peak: peak of one device in TFLOP/s.
-    """
+    """Measures throughput; ``batch_size`` is over all ``devices``, ``peak`` is one device's in TFLOP/s."""
 
     def __init__(self, work: SampleWork, batch_size: int, devices: int, peak: float) -> None:
         self.work, self.batch_size, self.devices, self.peak = work, batch_size, devices, peak
         self._updates, self._began = 0, time.monotonic()
 
     def count_update(self) -> None:
-        """Count one update that was done."""
+        """Count one update."""
         self._updates += 1
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out the time that the block takes, for validating or saving."""
+        """Exclude the block's time, for validating or saving."""
         began = time.monotonic()
         yield
         self._began += time.monotonic() - began
