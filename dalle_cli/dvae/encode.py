@@ -25,15 +25,14 @@ from dalle_cli.stores.token_writer import PartWriter
 from dalle_cli.stores.tokens import ROWS_PER_SHARD
 
 BLOCK = 64
-"""Number of images read and encoded together. It is fixed, so that rounding, and thus the tokens, never varies."""
+"""Number of images read and encoded together; fixed, so that rounding, and thus the tokens, never varies."""
 MAX_ACTIVATIONS = 2**27
-"""Maximum number of values in the first group's output. Large images are encoded fewer than BLOCK at a time (8 of the
-paper's, which take 3 GB)."""
+"""Maximum number of values in the first group's output, which limits the images per pass (the paper's: 8, in 3 GB)."""
 
 
 @torch.no_grad()
 def encode_images(model: DVAE, images: Tensor, eps: float) -> Tensor:
-    """Return the likeliest code at each position, (B, S / 8, S / 8) int64, of uint8 images (B, S, S, 3)."""
+    """Return the likeliest code at each position, (B, S / 8, S / 8) int64, for uint8 images (B, S, S, 3)."""
     _, height, width, _ = images.shape
     parts = images.split(images_per_pass(model, height, width))
     return torch.cat([model.encode_tokens(encoder_input(part, eps)) for part in parts])
@@ -41,7 +40,7 @@ def encode_images(model: DVAE, images: Tensor, eps: float) -> Tensor:
 
 @torch.no_grad()
 def decode_tokens(model: DVAE, tokens: Tensor, eps: float) -> Tensor:
-    """Return the likelihood's median, uint8 images (B, 8 h, 8 w, 3), of int64 tokens (B, h, w)."""
+    """Return the likelihood's median for int64 tokens (B, h, w), as uint8 images (B, 8 h, 8 w, 3)."""
     _, rows, columns = tokens.shape
     parts = tokens.split(images_per_pass(model, DOWNSAMPLING * rows, DOWNSAMPLING * columns))
     return torch.cat([reconstructed_images(model.decode_tokens(part)[0], eps) for part in parts])
@@ -74,12 +73,10 @@ def _as_stored(tokens: Tensor) -> np.ndarray:
 
 @dataclass(frozen=True)
 class EncodedRows:
-    """Row counts of a store's image part, or of a share of it."""
+    """Numbers of all ``rows`` encoded and of those ``skipped``, whose image could not be read or was filtered."""
 
     rows: int
-    """All rows, skipped ones included."""
     skipped: int
-    """Rows whose image could not be read or was filtered."""
 
 
 def encode_source(
@@ -121,7 +118,7 @@ def encode_source(
 
 
 def encode_into(writer: PartWriter, model: DVAE, blocks: Iterable[PictureBlock], eps: float, remaining: int) -> None:
-    """Append the tokens of ``blocks``, which hold ``remaining`` samples, in whole shards of the store."""
+    """Append the tokens of ``blocks``, with ``remaining`` samples in all, one whole shard of the store at a time."""
     keys: list[str] = []
     tokens: list[np.ndarray] = []
     reasons: dict[str, str] = {}

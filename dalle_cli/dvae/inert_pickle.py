@@ -1,7 +1,7 @@
 """A reader of pickles as inert data: nothing that a pickle names is imported, constructed or called.
 
-It interprets the opcodes itself, and only those that ``torch.save`` writes by default (protocol 2). In the result an
-object is its class's name and its attributes. A function is replaced by one of ours, or the pickle is refused.
+It interprets the opcodes itself, and only those that ``torch.save`` writes by default (protocol 2). Objects become
+their class's name and attributes. Functions are replaced by ours; a pickle that names any other is refused.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import IO, Any, Final
 
 MAX_OPCODES = 1_000_000
-"""Limit against memory bombs, since an opcode of one byte can make an object of 60; a dVAE takes some 10,000."""
+"""Limit against memory bombs: one byte of opcode can make an object of 60 bytes. A dVAE has about 10,000 opcodes."""
 
 
-class BadPickle(ValueError):
+class BadPickle(Exception):
     """A damaged pickle, or one with something that is not on the allowlist; the message is a short reason."""
 
 
@@ -36,12 +36,12 @@ class Instance:
 
 @dataclass(frozen=True)
 class Allowlist:
-    """Globals that a pickle may name, each written "module name", and their replacements."""
+    """Globals that a pickle may name, each written "module name", and what they become."""
 
     classes: frozenset[str]
     """Classes whose objects become an ``Instance``."""
     functions: Mapping[str, Callable[..., object]]
-    """Replacements to call for functions. They check their arguments and raise BadPickle."""
+    """Replacements for functions. They check their arguments and raise BadPickle."""
     symbols: frozenset[str]
     """Globals that become a ``Symbol``."""
     persistent: Callable[[object], object]
@@ -54,14 +54,13 @@ _TUPLES: Final = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 def read_pickle(stream: IO[bytes], allowlist: Allowlist) -> object:
-    """Read the pickle at the position of ``stream``, which then stands behind the pickle.
+    """Read the pickle at the current position of ``stream``, up to its end.
 
-    Returns:
-        An object made of None, bool, int, float, str, tuples, lists, dictionaries with str keys, ``Instance``,
-        ``Symbol`` and what the functions of ``allowlist`` return. It may contain itself and be nested to any depth.
+    The result consists of None, bool, int, float, str, tuples, lists, dictionaries with str keys, ``Instance``,
+    ``Symbol`` and results of the functions in ``allowlist``. It may contain itself and be nested to any depth.
 
     Raises:
-        BadPickle: the pickle is damaged or too large, or has something that is not on the allowlist, which is named.
+        BadPickle: the pickle is damaged or too large, or has something that is not on the allowlist.
     """
     machine = _Machine(allowlist)
     try:
@@ -69,8 +68,6 @@ def read_pickle(stream: IO[bytes], allowlist: Allowlist) -> object:
             if count == MAX_OPCODES:
                 raise BadPickle(f"its pickle has more than {MAX_OPCODES} opcodes")
             machine.step(opcode.name, argument)
-    except BadPickle:
-        raise
     except (ValueError, OverflowError) as error:  # from genops: unknown opcode, cut short, not UTF-8
         raise BadPickle(f"damaged, or not a pickle ({' '.join(str(error).split())[:100]})") from error
     return machine.result
@@ -84,7 +81,6 @@ class _Machine:
         self.result: object = None
 
     def step(self, name: str, argument: Any) -> None:
-        """Execute one opcode."""
         match name:
             case "PROTO":
                 if argument != 2:
@@ -140,7 +136,7 @@ class _Machine:
 
     def top(self) -> object:
         if not self.stack or self.stack[-1] is _MARK:
-            raise BadPickle("damaged: its pickle takes from an empty stack")
+            raise BadPickle("damaged: its pickle pops from an empty stack")
         return self.stack[-1]
 
     def pop(self) -> object:
@@ -153,7 +149,7 @@ class _Machine:
                 items = self.stack[place + 1 :]
                 del self.stack[place:]
                 return items
-        raise BadPickle("damaged: its pickle takes from an empty stack")
+        raise BadPickle("damaged: its pickle pops from an empty stack")
 
     def extend(self, items: list[object]) -> None:
         target = self.top()
@@ -204,7 +200,7 @@ def dotted(name: str) -> str:
 
 
 def shown(value: object) -> str:
-    """Describe a value of a pickle for a message: short, on one line, and safe for any depth of nesting."""
+    """Describe a value of a pickle in one short line, safely for any depth of nesting."""
     if isinstance(value, Symbol):
         return repr(dotted(value.name))
     if isinstance(value, Instance):

@@ -22,14 +22,10 @@ CHANNELS = 3
 
 
 class Conv2d(nn.Module):
-    """A convolution that keeps height and width, with parameters ``w`` (out, in, k, k) and ``b`` (out,).
+    """A convolution that keeps height and width, with parameters ``w`` (out, in, k, k), k odd, and ``b`` (out,).
 
-    Args:
-        n_in: input channels.
-        n_out: output channels.
-        kernel: side of the kernel, odd.
-        float32: compute in 32 bit under any autocast and with parameters of any type. It is set where the result is a
-            logit, a codebook vector or a parameter of a density.
+    With ``float32`` it computes in 32 bit under any autocast and with parameters of any type. This is for results that
+    are logits, codebook vectors or parameters of a density.
     """
 
     def __init__(self, n_in: int, n_out: int, kernel: int, *, float32: bool = False) -> None:
@@ -47,15 +43,15 @@ class Conv2d(nn.Module):
 
 
 class Resblock(nn.Module):
-    """``id_path(x) + post_gain * res_path(x)``; the residual path works at a quarter of the output's width.
+    """``id_path(x) + post_gain * res_path(x)``; the residual path has a quarter of the output's width.
 
     Args:
         n_in: input channels.
         n_out: output channels.
         kernels: sides of the residual path's four convolutions.
-        n_layers: number of resblocks in the whole network. With post_gain = 1 / n_layers^2, a network at its
-            initialization is close to its identity path.
-        recomputed: recompute the block's activations in the backward pass, to the same bits, instead of storing them.
+        n_layers: number of resblocks in the whole network. With post_gain = 1 / n_layers^2, the network is close to its
+            identity path at initialization.
+        recomputed: recompute the block's activations in the backward pass instead of storing them.
     """
 
     def __init__(
@@ -130,11 +126,7 @@ class Encoder(nn.Module):
         initialise(self, seed, "dvae encoder")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map pixels (B, 3, H, W) in (eps, 1 - eps), see ``phi``, to float32 logits (B, K, H / 8, W / 8).
-
-        Raises:
-            ValueError: the shape is not (B, 3, H, W) with H and W multiples of 8.
-        """
+        """Map pixels (B, 3, H, W) in (eps, 1 - eps), see ``phi``, to float32 logits (B, K, H / 8, W / 8)."""
         if x.ndim != 4 or x.shape[1] != CHANNELS or x.shape[2] % DOWNSAMPLING or x.shape[3] % DOWNSAMPLING:
             raise ValueError(f"the encoder takes (B, 3, H, W), H and W multiples of 8, not {tuple(x.shape)}")
         stem = cast(Conv2d, self.blocks.get_submodule("input"))
@@ -162,31 +154,23 @@ class Decoder(nn.Module):
         self.blocks.add_module("output", _output(width, 2 * CHANNELS))
         initialise(self, seed, "dvae decoder")
         with torch.no_grad():
-            # The input is one code of K, so a single column makes the output. With fan-in K columns lie so close
-            # together that a short run never tells most codes apart; with fan-in 1 small models collapse to one code.
+            # The input is one-hot, so the output is a single column. With fan-in K, columns lie so close together that
+            # a short run never tells most codes apart; with fan-in 1, small models collapse to one code.
             self.codebook.w.mul_(math.sqrt(settings.codebook_size) / 2)
 
     @property
     def codebook(self) -> Conv2d:
-        """The 1x1 convolution whose K columns, plus its bias, are the vectors of the codes."""
+        """The 1 x 1 convolution whose K columns, plus its bias, are the vectors of the codes."""
         return cast(Conv2d, self.blocks.get_submodule("input"))
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Map codes (B, K, h, w), one-hot or relaxed, to mu and ln b, each (B, 3, 8 h, 8 w), float32, unbounded.
-
-        Raises:
-            ValueError: the shape is not (B, K, h, w).
-        """
+        """Map codes (B, K, h, w), one-hot or relaxed, to mu and ln b, each (B, 3, 8 h, 8 w), float32, unbounded."""
         if z.ndim != 4 or z.shape[1] != self.codebook_size:
             raise ValueError(f"the decoder takes (B, {self.codebook_size}, h, w), not {tuple(z.shape)}")
         return self._decode(self.codebook(z))
 
     def decode_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute ``forward`` of the one-hot codes of ``tokens`` (B, h, w) int64 by an embedding lookup.
-
-        Raises:
-            ValueError: the shape is not (B, h, w).
-        """
+        """Compute ``forward`` of the one-hot codes of ``tokens`` (B, h, w) int64 by an embedding lookup."""
         if tokens.ndim != 3:
             raise ValueError(f"tokens are (B, h, w), not {tuple(tokens.shape)}")
         vectors = F.embedding(tokens, self.codebook.w[:, :, 0, 0].t().float()) + self.codebook.b.float()

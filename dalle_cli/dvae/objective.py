@@ -1,9 +1,9 @@
 """The dVAE's training objective and its validation metrics (Ramesh et al. 2021, arXiv 2102.12092, section 2.1, A).
 
-In the order of computation: pixels, their likelihood, the posterior over codes with its two gradient estimators, the
-loss, the metrics. Everything in ``DvaeLoss`` is in nats per value: the log-likelihood and the KL of an image are sums,
-over its 3 H W values and over its (H / 8)(W / 8) positions, and both are divided by 3 H W. The mean KL of a position
-therefore has the weight beta / 192, as in the paper.
+The order is that of computation: pixels, their likelihood, the posterior over codes with its two gradient estimators,
+the loss, the metrics. ``DvaeLoss`` is in nats per value: an image's log-likelihood, a sum over its 3 H W values, and
+its KL, a sum over its (H / 8)(W / 8) positions, are both divided by 3 H W. So the mean KL of a position has the weight
+beta / 192, as in the paper.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from dalle_cli.dvae.model import DVAE
 from dalle_cli.dvae.ssim import ssim
 
 Generators = torch.Generator | Sequence[torch.Generator]
-"""One generator for a batch, or one per image, which makes an image's noise independent of how a batch is split."""
+"""One generator for a batch, or one per image, so that an image's noise does not depend on how a batch is split."""
 
 MIN_MSE = 1e-10
-"""Lower bound of the error in a PSNR: a perfect reconstruction counts as 100 dB, and means stay finite."""
+"""Lower bound of the error in a PSNR: a perfect reconstruction counts as 100 dB, which keeps means finite."""
 
 
 def phi(pixels: Tensor, eps: float) -> Tensor:
@@ -33,7 +33,7 @@ def phi(pixels: Tensor, eps: float) -> Tensor:
 
 
 def phi_inverse(x: Tensor, eps: float) -> Tensor:
-    """Map (eps, 1 - eps) back to 0..255, floating; values outside the interval end up outside 0..255."""
+    """Map (eps, 1 - eps) back to 0..255, floating, without clamping."""
     return (x - eps) * (255 / (1 - 2 * eps))
 
 
@@ -55,9 +55,8 @@ def reconstructed_images(mu: Tensor, eps: float) -> Tensor:
 def logit_laplace_log_prob(x: Tensor, mu: Tensor, ln_b: Tensor) -> Tensor:
     """Return the elementwise log density, in nats, of ``x`` in (0, 1) where logit(x) is Laplace(mu, b).
 
-    f(x | mu, b) = exp(-|logit(x) - mu| / b) / (2 b x (1 - x)). The Jacobian -ln x - ln(1 - x) is written with
-    l = logit(x) as softplus(l) + softplus(-l), and b only as ``ln_b``, so that no intermediate underflows.
-    ``ln_b`` is used as given; the objective bounds the decoder's output with ``bounded_ln_b`` first.
+    f(x | mu, b) = exp(-|logit(x) - mu| / b) / (2 b x (1 - x)). So that nothing underflows, the Jacobian's logarithm
+    -ln x - ln(1 - x) is computed as softplus(l) + softplus(-l), where l = logit(x), and b only as ``ln_b``.
     """
     logit = torch.logit(x)
     jacobian = F.softplus(logit) + F.softplus(-logit)
@@ -67,8 +66,8 @@ def logit_laplace_log_prob(x: Tensor, mu: Tensor, ln_b: Tensor) -> Tensor:
 def bounded_ln_b(raw: Tensor, floor: float) -> Tensor:
     """Bound ``raw`` smoothly from below: floor + softplus(raw - floor), close to ``raw`` well above the floor.
 
-    Pixels are integers, so a density on them is unbounded: on flat, noiseless images b would shrink without end, and
-    the gradients with respect to mu, which are 1 / b, would grow without end.
+    Pixels are integers, so a density on them is unbounded: on flat, noiseless images b would shrink forever, and the
+    gradients with respect to mu, which are 1 / b, would grow forever.
     """
     return floor + F.softplus(raw - floor)
 
@@ -92,8 +91,7 @@ def gumbel_noise(like: Tensor, generator: Generators) -> Tensor:
 def gumbel_softmax(logits: Tensor, temperature: float, generator: Generators) -> Tensor:
     """Draw a relaxed sample of the codes: softmax over dim 1 of (logits + Gumbel noise) / temperature.
 
-    (B, K, h, w) -> the same shape, summing to 1 over K. The lower the temperature, the closer the result is to one-hot
-    samples of softmax(logits).
+    (B, K, h, w) -> the same shape, summing to 1 over K and the closer to one-hot, the lower the temperature.
     """
     return torch.softmax((logits + gumbel_noise(logits, generator)) / temperature, dim=1)
 
@@ -114,16 +112,13 @@ def marginal_kl(logits: Tensor, batch_mean: Callable[[Tensor], Tensor] | None = 
     """Return KL(mean of softmax(logits) over batch and positions || uniform over K), in nats: (B, K, h, w) -> scalar.
 
     It is the part of the mean ``kl_to_uniform`` that measures how unevenly codes are used; the rest is the information
-    that codes carry about the image (Hoffman and Johnson 2016, "ELBO surgery").
-
-    Args:
-        logits: of the images at hand.
-        batch_mean: maps the mean (K,) over this rank's part of a batch to the mean over the whole batch. The gradients
-            of the parts, weighted by their shares, then add up to the whole batch's.
+    that codes carry about the image (Hoffman and Johnson 2016, "ELBO surgery"). ``batch_mean`` maps the mean (K,) over
+    this rank's part of a batch to that over the whole batch; then the parts' gradients, weighted by their shares, add
+    up to the whole batch's.
     """
     marginal = torch.softmax(logits, dim=1).mean(dim=(0, 2, 3))
     if batch_mean is not None:
-        # The value is the whole batch's; the gradient flows through this part alone.
+        # The value is the whole batch's; the gradient flows only through this part.
         marginal = marginal + (batch_mean(marginal.detach()) - marginal.detach())
     # A code whose probability underflows everywhere would have an infinite slope.
     return math.log(logits.shape[1]) + (marginal * marginal.clamp_min(1e-12).log()).sum()
@@ -138,11 +133,8 @@ def reinforce_surrogate(logits: Tensor, tokens: Tensor, reward: Tensor) -> Tenso
 
     Args:
         logits: (B, K, h, w); the codes of an image are independent given its logits.
-        tokens: (S, B, h, w) int64, drawn from softmax(logits) over K.
+        tokens: (S, B, h, w) int64, drawn from softmax(logits) over K; S is at least 2.
         reward: (S, B), one for all codes of an image; the expectation is averaged over B.
-
-    Raises:
-        ValueError: fewer than 2 samples, or shapes that disagree.
     """
     samples, batch = reward.shape
     if samples < 2:
@@ -162,13 +154,13 @@ class LossSettings:
     """Settings of ``dvae_loss`` at one update, with the schedules evaluated."""
 
     kl_weight: float
-    """Beta, the weight of the KL to uniform; 1 gives the ELBO proper."""
+    """Beta, the weight of the KL to uniform; 1 gives the ELBO."""
     marginal_kl_weight: float
     """Extra weight of ``marginal_kl``; 0 is the paper's ELBO.
 
-    Above 0 it keeps codes in use where a run is too short to win them back. Below 0 it is a price on the entropy of the
-    mean posterior, the nats a position would cost a prior that knows frequencies only. It does not change how much the
-    codes tell about the image, nor how freely, so synonyms merge."""
+    Above 0 it keeps codes in use that a short run could not revive. Below 0 it penalises the entropy of the mean
+    posterior, the cost of a position to a prior that knows only frequencies. It does not penalise the information that
+    codes carry about the image, so codes with the same meaning merge."""
     temperature: float
     """Temperature of the Gumbel-softmax; unused by ``reinforce``."""
     eps: float
@@ -176,8 +168,8 @@ class LossSettings:
     ln_b_floor: float
     """Lower bound of ln b, see ``bounded_ln_b``."""
     estimator: Literal["gumbel", "reinforce"]
-    """``gumbel`` decodes one relaxed sample of the codes. ``reinforce`` decodes hard samples: the decoder's gradient is
-    exact for them, and the encoder's is the score function's with the log-likelihood as reward."""
+    """``gumbel`` decodes one relaxed sample of the codes. ``reinforce`` decodes hard samples; the gradient is exact for
+    the decoder and a score-function estimate, with the log-likelihood as reward, for the encoder."""
     reinforce_samples: int
     """Hard samples per image; unused by ``gumbel``."""
 
@@ -187,7 +179,7 @@ class DvaeLoss:
     """Scalars, means over the batch, in nats per value (3 H W an image). Only ``loss`` carries a gradient."""
 
     loss: Tensor
-    """recon_nll + kl_weight * kl, plus the marginal KL where it has a weight."""
+    """recon_nll + kl_weight * kl + marginal_kl_weight * marginal KL."""
     recon_nll: Tensor
     """-E_q[ln p(x|z)]."""
     kl: Tensor
@@ -197,7 +189,7 @@ class DvaeLoss:
 
     @property
     def elbo(self) -> Tensor:
-        """The evidence lower bound proper (beta = 1)."""
+        """The evidence lower bound (beta = 1)."""
         return -(self.recon_nll + self.kl)
 
 
@@ -208,10 +200,9 @@ def dvae_loss(
     generator: Generators,
     batch_mean: Callable[[Tensor], Tensor] | None = None,
 ) -> DvaeLoss:
-    """Return the relaxed ELBO of uint8 images (B, H, W, 3), with the sign of a loss.
+    """Return the negative relaxed ELBO of uint8 images (B, H, W, 3); the KL and its gradient are always exact.
 
-    The KL and its gradient are exact with either estimator. Every term is a mean over images except ``marginal_kl``,
-    which takes ``batch_mean``.
+    Every term is a mean over images except ``marginal_kl``, which needs ``batch_mean`` if there are several ranks.
     """
     x = encoder_input(images, settings.eps)
     logits: Tensor = model.encoder(x)
@@ -242,11 +233,11 @@ class ValidationMetrics:
     """Metrics of B images. All but the ELBO use the likeliest codes (argmax of the logits)."""
 
     elbo: Tensor
-    """(B,) nats per value, of codes drawn once from the posterior, with the exact KL at weight 1."""
+    """(B,) nats per value, with one sample of the posterior and the exact KL at weight 1."""
     recon_nll: Tensor
     """(B,) nats per value."""
     mse: Tensor
-    """(B,) mean squared error of pixels on the scale 0..1, reconstructions not rounded."""
+    """(B,) mean squared error of pixels on the scale 0..1, without rounding."""
     ssim: Tensor
     """(B,) structural similarity of the same."""
     kl_per_position: Tensor
@@ -260,7 +251,7 @@ class ValidationMetrics:
         return -10 * self.mse.clamp_min(MIN_MSE).log10()
 
     def summary(self) -> dict[str, float]:
-        """Return the means over the images, and the codebook's use."""
+        """Return the means over the images and the usage of the codebook."""
         return {
             "elbo": float(self.elbo.mean()),
             "recon_nll": float(self.recon_nll.mean()),
@@ -290,7 +281,7 @@ def validation_metrics(
     model: DVAE, images: Tensor, eps: float, ln_b_floor: float, generator: Generators
 ) -> ValidationMetrics:
     """Return the metrics of uint8 images (B, H, W, 3); ``generator`` draws the ELBO's codes."""
-    planes = images.permute(0, 3, 1, 2).contiguous()  # so that the means below are summed plane by plane
+    planes = images.permute(0, 3, 1, 2).contiguous()  # which fixes the order of the sums below
     x = phi(planes, eps)
     logits: Tensor = model.encoder(x)
     kl_per_position = kl_to_uniform(logits).mean(dim=(1, 2))
@@ -310,10 +301,7 @@ def validation_metrics(
 
 
 def codebook_perplexity(counts: Tensor) -> float:
-    """Return exp(entropy) of the codes' frequencies, the number of equally used codes as varied as these.
-
-    0 if all ``counts`` (K,) are 0.
-    """
+    """Return exp(entropy) of the codes' frequencies, the effective number of codes; 0 if all ``counts`` (K,) are 0."""
     p = counts.double() / counts.sum().clamp_min(1)
     return float(torch.special.entr(p).sum().exp()) if counts.sum() > 0 else 0.0
 

@@ -1,8 +1,7 @@
 """Import of OpenAI's released dVAE, two pickled modules (encoder.pkl and decoder.pkl), as a checkpoint.
 
-The published classes are never imported. Each module's name, class and constants are compared with those of our
-``DVAE``, so that a file of another architecture is refused rather than loaded into a network that computes something
-else. Then each parameter's shape is compared, and only then are values read.
+The published classes are never imported. Each module's name, class and constants and each parameter's shape are
+compared with our ``DVAE`` before any values are read, so that a file of another architecture is refused.
 """
 
 from __future__ import annotations
@@ -58,12 +57,12 @@ CLASSES: frozenset[str] = frozenset().union(*COUNTERPARTS.values())
 LOGIT_LAPLACE_EPS = 0.1
 MAX_BLOCKS = 64
 MAX_SIZE = 65535
-"""Upper bounds of the sizes that a file states, so that a wrong one cannot ask for an endless network."""
+"""Upper bounds of the sizes in a file, so that a wrong one cannot demand a huge network."""
 
 
 @dataclass(frozen=True)
 class ReleasedDvae:
-    """A released dVAE as our ``DVAE`` takes it."""
+    """A released dVAE in the form of our ``DVAE``."""
 
     settings: DvaeModel
     weights: dict[str, Tensor]
@@ -71,17 +70,13 @@ class ReleasedDvae:
 
 
 def import_dvae(encoder: Path, decoder: Path, out: Path, image_size: int) -> Checkpoint:
-    """Save the released dVAE as the checkpoint ``out``, with equal raw and EMA weights.
+    """Save the released dVAE, encoder.pkl and decoder.pkl, as the checkpoint ``out``, with equal raw and EMA weights.
 
-    Args:
-        encoder: the file encoder.pkl.
-        decoder: the file decoder.pkl.
-        out: a folder that is empty or does not exist.
-        image_size: side that images are cropped to where the checkpoint is used; the network itself takes any size.
+    ``image_size`` is the side to which users of the checkpoint crop images; the network itself takes any size.
 
     Raises:
-        UserError: ``out`` is taken, a file is refused, the two do not belong together, or the size is not a multiple
-            of 8.
+        UserError: ``out`` is not empty, a file is refused, the two do not belong together, or the size is not a
+            multiple of 8.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: already exists; name a new folder")
@@ -126,7 +121,7 @@ class _Module:
         self.state = (value.state or {}) if isinstance(value, Instance) else {}
 
     def part(self, attribute: str) -> dict[str, object]:
-        """Return ``_modules``, ``_parameters`` or ``_buffers``."""
+        """Return the dictionary ``_modules``, ``_parameters`` or ``_buffers``."""
         part = self.state.get(attribute)
         if type(part) is not dict:
             self.refuse(f"{self.path or 'its module'} has no {attribute}")
@@ -154,7 +149,7 @@ def _refuse_other_roots(encoder: _Module, decoder: _Module) -> None:
 
 
 def _settings(encoder: _Module, decoder: _Module) -> DvaeModel:
-    """Return the sizes that both modules state; the default of one that is not stated is the published size."""
+    """Return the sizes that both modules state; sizes not stated are the published ones, our defaults."""
     names = {"n_hid": "n_hid", "blocks_per_group": "n_blk_per_group", "codebook_size": "vocab_size"}
     sizes = {ours: _size(encoder, ours, theirs) for ours, theirs in names.items()}
     for ours, theirs in names.items():
@@ -182,7 +177,7 @@ def _size(module: _Module, ours: str, theirs: str) -> int:
 
 
 def _parameters(root: _Module, ours: nn.Module) -> dict[str, StoredTensor]:
-    """Return our parameters' names with the tensors of the file, after comparing every module and shape."""
+    """Return the file's tensors by our parameters' names, after comparing every module and shape."""
     found: dict[str, StoredTensor] = {}
     _compare(root, ours, found)
     if sum(tensor.numel for tensor in found.values()) * VALUE_BYTES > root.file.stat().st_size:
@@ -239,7 +234,7 @@ def _recipe(settings: DvaeModel, image_size: int) -> Recipe:
         description="OpenAI's released dVAE, imported",
         image_size=image_size,
         dvae=DvaeSettings(model=settings, objective=DvaeObjective(logit_laplace_eps=LOGIT_LAPLACE_EPS)),
-        # The other stages are unused, but have to be valid for the image size.
+        # The other stages are unused, but must be valid for the image size.
         prior=PriorSettings(model=PriorModel(grid=image_size // DOWNSAMPLING)),
         clip=ClipSettings(model=ClipModel(patch_size=DOWNSAMPLING)),
     )

@@ -1,4 +1,4 @@
-"""Images beside their reconstructions from tokens, with metrics of how far the two differ."""
+"""Images beside their reconstructions from tokens, with metrics of the difference."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class ImageFile:
 
     key: str
     read: Callable[[], bytes]
-    """Returns the file's bytes; raises BadSample."""
+    """Returns the file's bytes or raises BadSample."""
     captions: Callable[[], Sequence[str]] | None = None
-    """Returns the captions that a source has for it; raises BadSample."""
+    """Returns the source's captions or raises BadSample."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Reconstruction:
 
 
 def list_images(specs: Sequence[str]) -> list[ImageFile]:
-    """Return the images that ``specs`` name, in order: a path with an image's extension is one, the rest are sources.
+    """Return the images of ``specs`` in order; a path with an image's extension is one image, all others are sources.
 
     Raises:
         UserError: a source cannot be opened, or holds no images.
@@ -84,16 +84,9 @@ def reconstruct_images(
 ) -> Iterator[Reconstruction]:
     """Write each image's reconstruction to ``out/00000-KEY.png`` and so on, and yield its metrics.
 
-    Images are cropped as for evaluation. Each is encoded alone, so that its metrics do not depend on the other images.
-    One that cannot be read is skipped, with its reason on stderr.
-
-    Args:
-        checkpoint: the dVAE.
-        images: from ``list_images``.
-        out: folder of the PNG files.
-        size: side of the crop, the dVAE's own by default.
-        alone: write the reconstruction without the original to its left, with the image's captions in a .txt file
-            beside it where a source has them.
+    Images are cropped to ``size`` (by default the dVAE's) as for evaluation. Each is encoded alone, so that its metrics
+    do not depend on the others. Unreadable images are skipped, with the reason on stderr. ``alone`` leaves out the
+    original to the left, and writes the captions that a source has to a .txt file beside the PNG.
 
     Raises:
         UserError: none of the images could be read, ``size`` is not a multiple of 8, or ``out`` cannot be written.
@@ -154,10 +147,7 @@ def _png(columns: Sequence[NDArray[np.uint8]]) -> bytes:
 
 
 def _file_name(key: str) -> str:
-    """Return ``key`` without its folders and without characters that a shell would have to quote.
-
-    It need not be unique: the number before it in a file's name is.
-    """
+    """Return ``key`` without folders and characters that need quoting; the number before it makes it unique."""
     stem, extension = split_extension(key.rpartition("/")[2])
     name = stem if extension in IMAGE_EXTENSIONS else f"{stem}.{extension}".rstrip(".")
     return re.sub(r"[^A-Za-z0-9._-]+", "_", name)[-80:]

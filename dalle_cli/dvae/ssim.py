@@ -16,11 +16,8 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     """Return the mean SSIM of each pair of images, (B, C, H, W) floating on the scale 0..1 -> (B,).
 
     In each channel, means, variances and the covariance are weighted by a Gaussian window, at every position where the
-    window lies inside the image. The resulting map is averaged over positions and channels. The window of an image
-    smaller than it is cut to the image's size.
-
-    Raises:
-        ValueError: the shapes differ, or are not (B, C, H, W).
+    window lies inside the image. The resulting map is averaged over positions and channels. In an image smaller than
+    the window, the window shrinks to the image's size.
     """
     if a.shape != b.shape or a.ndim != 4:
         raise ValueError(f"ssim takes two images of one shape (B, C, H, W), not {tuple(a.shape)} and {tuple(b.shape)}")

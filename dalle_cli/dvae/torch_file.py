@@ -1,15 +1,15 @@
-"""A reader of files of ``torch.save`` that hold a whole module; it executes nothing, in either layout of such files.
+"""A reader of whole modules that ``torch.save`` wrote, in either of its layouts; it executes nothing.
 
 Since 1.6 torch writes a zip archive: ``NAME/data.pkl`` and one uncompressed record ``NAME/data/KEY`` per storage. Older
-versions wrote a stream: a magic number, a protocol version, the machine's sizes, the object and the keys of its
-storages, each a pickle, then the storages in that order, each as its length (int64) and its values. Values are
+versions wrote a stream: a magic number, a protocol version, the machine's byte order and sizes, the object and the keys
+of its storages, each a pickle, then the storages in that order, each as its length (int64) and its values. Values are
 little-endian in both.
 
-``torch.load(weights_only=True)`` cannot take this module's place (torch 2.14). It refuses every module in the
-older layout, which stores a class as a persistent id ("module", class, file, source): the only ids it allows are
-storages. In the zip layout it hashes whatever a pickle uses as a key or puts in a set. A tuple nested 150,000 deep then
-ends the process with a segmentation fault, and one that holds the same tuple twice at each of a few dozen levels hangs
-it. It also unpacks compressed records of any size.
+``torch.load(weights_only=True)`` (torch 2.14) cannot replace this module. It refuses every module in the older layout,
+where a class is a persistent id ("module", class, file, source), because it allows only storages as ids. In the zip
+layout it hashes the keys and set elements of a pickle: a tuple nested 150,000 deep ends the process with a segmentation
+fault, and one that holds the same tuple twice at each of a few dozen levels hangs it. It also unpacks compressed
+records of any size.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ ZIP_MAGIC = b"PK\x03\x04"
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
 VALUE_BYTES = 4
-"""Size of a 32-bit float, the only type of value that is read."""
+"""Size of a 32-bit float, the only supported type."""
 MAX_PICKLE_BYTES = 1 << 26
 MAX_DIMENSIONS = 8
 
 
 @dataclass(frozen=True)
 class Storage:
-    """A run of 32-bit floats in the file."""
+    """A contiguous array of ``numel`` 32-bit floats in the file."""
 
     key: str
     numel: int
@@ -50,7 +50,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in the file, checked to lie within its storage and to be no larger than it."""
+    """A tensor in the file, which lies within its storage and is no larger than it."""
 
     storage: Storage
     offset: int
@@ -68,12 +68,7 @@ class TorchFile(Protocol):
     root: object
 
     def storage_bytes(self, storage: Storage) -> bytes:
-        """Return the storage's values.
-
-        Raises:
-            BadPickle: the file does not hold them.
-        """
-        ...
+        """Return the storage's values, or raise BadPickle if the file lacks them."""
 
 
 @contextmanager
@@ -81,7 +76,7 @@ def open_torch_file(path: Path, classes: frozenset[str]) -> Iterator[TorchFile]:
     """Open the file at ``path``; its pickle may hold objects of ``classes`` ("module name"), tensors and plain values.
 
     Raises:
-        UserError: the file cannot be read, is damaged, or holds anything else; or the block raised BadPickle.
+        UserError: the file cannot be read, is damaged or holds anything else, or the block raised BadPickle.
     """
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: is not a file; name a file of torch.save")
@@ -98,14 +93,10 @@ def open_torch_file(path: Path, classes: frozenset[str]) -> Iterator[TorchFile]:
 
 
 def read_tensors(file: TorchFile, tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield each name and its values, as a contiguous float32 tensor with its own storage.
-
-    Raises:
-        BadPickle: the file does not hold the values.
-    """
+    """Yield each name with its values, a contiguous float32 tensor; raise BadPickle if the file lacks them."""
     last, values = None, np.zeros(0, np.float32)
     for name, tensor in tensors.items():
-        if tensor.storage != last:  # neighbours may be parts of one large storage
+        if tensor.storage != last:  # neighbours may share one large storage
             last = tensor.storage
             values = np.frombuffer(file.storage_bytes(last), "<f4").astype(np.float32)
         view = torch.from_numpy(values).as_strided(tensor.shape, tensor.stride, tensor.offset)
@@ -167,7 +158,7 @@ class _LegacyFile:
         return _of_length(self.map[start : start + numel * VALUE_BYTES], storage)
 
     def _index(self, keys: list[str]) -> dict[str, tuple[int, int]]:
-        """Return the offset and the number of each storage's values."""
+        """Return the offset in bytes and the number of each storage's values."""
         offsets: dict[str, tuple[int, int]] = {}
         at = self.map.tell()
         for key in keys:

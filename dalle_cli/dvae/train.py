@@ -37,7 +37,7 @@ from dalle_cli.training.throughput import SampleWork, training_flops
 
 VALIDATION_BATCH = 64
 EXAMPLES = 8
-"""Number of held-out images that TensorBoard shows."""
+"""Number of held-out images shown in TensorBoard."""
 
 
 @dataclass
@@ -57,7 +57,7 @@ class DvaeTask:
         self.training_rows, self.held_out = split_holdout(rows, self.recipe.data.holdout, self.recipe.seed)
 
     def work(self) -> SampleWork:
-        # Counted for one code, since convolutions cost the same everywhere and autocast needs a model with storage.
+        # Counted for an image of one code and scaled by the area; autocast does not work on the meta device.
         pixels, codes = torch.zeros(1, 3, DOWNSAMPLING, DOWNSAMPLING, device=self.group.device), self.recipe.grid**2
         flops = training_flops(lambda: self.model.decoder(self.model.encoder(pixels).softmax(1)))
         dtype = torch.bfloat16 if self.recipe.dvae.precision == "bf16" else torch.float32
@@ -133,7 +133,7 @@ class DvaeTask:
         return {"loss": summary["recon_nll"], **summary}
 
     def example_images(self) -> dict[str, Tensor]:
-        """Return one image of originals, each with its reconstruction to the right, two pairs a line."""
+        """Return a grid of originals, each with its reconstruction to the right, two pairs a row."""
         if self.validation_images is None:
             return {}
         eps = self.recipe.dvae.objective.logit_laplace_eps
@@ -187,7 +187,7 @@ def load_dvae(checkpoint: Checkpoint) -> DVAE:
 
 
 def _refuse_unreadable(source: Source, recipe: Recipe) -> None:
-    """Raise UserError if nothing can be read, before a worker would."""
+    """Raise UserError if none of about 100 rows can be read, before workers start."""
     reason = ""
     # Rows are spread out, since the first ones may all be filtered.
     for row in range(0, len(source), max(1, len(source) // 100)):
