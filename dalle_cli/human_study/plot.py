@@ -15,7 +15,7 @@ from dalle_cli.views.plots import BLUE, ORANGE, STYLE
 COLOURS = (BLUE, ORANGE)
 TITLES: dict[Question, str] = {"realistic": "more realistic", "caption": "matches the\ncaption better"}
 WIDTH = 0.38
-_STYLE = {
+_STYLE: Any = {
     **STYLE,
     "axes.titlesize": 9,
     "axes.titlecolor": "#4b5160",

@@ -99,7 +99,7 @@ def open_group(path: Path, mode: Literal["r", "r+"]) -> Any:
 
     mend = "make one with tokenize-text and encode-images" if mode == "r" else "choose another --tokens"
     try:
-        group = zarr.open_group(str(path), mode=mode, zarr_format=3)
+        group: Any = zarr.open_group(str(path), mode=mode, zarr_format=3)
     except (FileNotFoundError, ValueError, zarr.errors.GroupNotFoundError):
         raise UserError(f"{path}: is no token store; {mend}") from None
     if group.attrs.get("format") != "dalle-tokens":

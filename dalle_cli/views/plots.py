@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from dalle_cli.shapes.accuracy import Accuracy, Share
 
 BLUE, GREEN, ORANGE, VIOLET, GREY = "#2563a8", "#0e8a68", "#c45410", "#7a4ea3", "#6b7280"
-STYLE = {
+STYLE: Any = {
     "figure.figsize": (4.8, 3.0),
     "figure.dpi": 200,
     "figure.constrained_layout.use": True,
