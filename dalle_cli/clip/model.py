@@ -1,4 +1,4 @@
-"""A small CLIP (Radford et al. 2021, arXiv 2103.00020), built of open_clip's classes, that reads our BPE ids."""
+"""A small CLIP (Radford et al. 2021, arXiv 2103.00020) of open_clip's classes that reads our BPE ids."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dalle_cli.config.schema import ClipModel
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
-"""Mean of red, green and blue of pixels in [0, 1], as published CLIPs are trained with."""
+"""Mean of red, green and blue of pixels in [0, 1], as in published CLIPs."""
 
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 """Standard deviation of red, green and blue of pixels in [0, 1]."""
@@ -23,21 +23,14 @@ PAD = 0
 
 
 def build_clip(settings: ClipModel, image_size: int, text_length: int, text_vocab: int, *, seed: int = 0) -> CLIP:
-    """Build a randomly initialized CLIP.
+    """Build a CLIP with random weights, for pictures of ``image_size`` px and captions of up to ``text_length`` tokens.
 
     Patches have sine-cosine positions, and their mean is the picture's feature. With little training, this learns
-    places far sooner than learned positions and a class token do (Beyer et al. 2022, arXiv 2205.01580).
+    positions far sooner than learned embeddings and a class token do (Beyer et al. 2022, arXiv 2205.01580).
 
-    The vocabulary is the BPE's ids and one end-of-text id, ``text_vocab``. The context is ``text_length + 1``, see
-    :func:`clip_text_ids`. A caption's feature is taken at its end-of-text token, which is found as the highest id of
-    its row. The text transformer is causal, so the padding behind that token cannot reach the feature.
-
-    Args:
-        settings: sizes of both transformers.
-        image_size: side of the pictures, in pixels.
-        text_length: most tokens of a caption.
-        text_vocab: number of BPE ids.
-        seed: seed that the weights depend on; the global random state is left as it was.
+    The vocabulary is the ``text_vocab`` BPE ids and one end-of-text id, ``text_vocab``. A caption's feature is taken at
+    its end-of-text token, the highest id of its row. The text transformer is causal, so the padding after that token
+    cannot affect the feature. The global random state is left unchanged.
     """
     vision = CLIPVisionCfg(
         layers=settings.vision_layers,
@@ -64,12 +57,12 @@ def build_clip(settings: ClipModel, image_size: int, text_length: int, text_voca
 
 
 def clip_text_ids(text: Tensor, length: Tensor, text_vocab: int) -> Tensor:
-    """Return captions as the text transformer reads them: tokens, end-of-text, padding; (B, T + 1) int64.
+    """Return the text transformer's input, (B, T + 1) int64: tokens, end-of-text id ``text_vocab``, padding.
 
     Args:
-        text: (B, T) BPE ids below ``text_vocab``.
-        length: (B,) number of tokens of each caption; what stands behind them in ``text`` is ignored.
-        text_vocab: the end-of-text id.
+        text: (B, T) BPE ids.
+        length: (B,) number of tokens of each caption; ids after them are ignored.
+        text_vocab: number of BPE ids, and the end-of-text id.
     """
     batch, positions = text.shape
     if length.shape != (batch,):
@@ -82,7 +75,7 @@ def clip_text_ids(text: Tensor, length: Tensor, text_vocab: int) -> Tensor:
 
 
 def pixels(x: Tensor) -> Tensor:
-    """Return pictures (B, H, W, 3) uint8 as the vision transformer reads them: (B, 3, H, W) standardized floats."""
+    """Return the vision transformer's input, (B, 3, H, W) standardized floats, of pictures (B, H, W, 3) uint8."""
     if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[-1] != 3:
         raise TypeError(f"pictures are (B, H, W, 3) uint8, not {tuple(x.shape)} {x.dtype}")
     mean, std = (torch.tensor(values, device=x.device)[:, None, None] for values in (PIXEL_MEAN, PIXEL_STD))
@@ -91,18 +84,17 @@ def pixels(x: Tensor) -> Tensor:
 
 
 def contrastive_loss(model: CLIP, images: Tensor, text_ids: Tensor, caption_negatives: bool = False) -> Tensor:
-    """Return the symmetric cross-entropy of a batch of pairs.
+    """Return the symmetric cross-entropy of a batch of (image, caption) pairs.
 
-    Equal captions in a batch count as mismatches of one another, as in CLIP, so where captions repeat the loss has a
-    floor above zero.
+    Equal captions in a batch count as mismatches, as in CLIP, so the loss stays above zero if captions repeat.
 
     Args:
         model: the CLIP.
         images: (B, 3, H, W) pictures, see :func:`pixels`.
         text_ids: (B, T + 1) captions, see :func:`clip_text_ids`.
-        caption_negatives: whether a caption's negatives include the batch's other captions, besides its pictures. As
-            long as picture features do not show relations, relations in caption features are noise to the loss, and
-            captions that differ in them alone become alike; then neither side can learn them from the other.
+        caption_negatives: add the batch's other captions to a caption's negatives. Without them, captions that differ
+            only in relations collapse while image features do not encode relations yet, and then neither encoder can
+            learn relations from the other.
     """
     image_features, text_features, scale = model(images, text_ids)
     similarities = scale * image_features @ text_features.T
@@ -116,17 +108,12 @@ def contrastive_loss(model: CLIP, images: Tensor, text_ids: Tensor, caption_nega
 
 
 def pairs_cross_entropy(of_images: Tensor, of_captions: Tensor) -> Tensor:
-    """Return the mean of the cross-entropies of images and of captions; the i-th image belongs to the i-th caption.
-
-    Args:
-        of_images: (B, B or more) logits of each image.
-        of_captions: (B, B or more) logits of each caption.
-    """
+    """Return the mean cross-entropy of logits (B, B or more) of images and of captions; pairs are on the diagonal."""
     own = torch.arange(len(of_images), device=of_images.device)
     return (nn.functional.cross_entropy(of_images, own) + nn.functional.cross_entropy(of_captions, own)) / 2
 
 
 @torch.no_grad()
 def clamp_logit_scale(model: CLIP) -> None:
-    """Clamp the learned scale of similarities to [1, 100], to be called after each update."""
+    """Clamp the learned scale of similarities to [1, 100]; called after each update."""
     model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)

@@ -1,7 +1,7 @@
-"""Reranking of each caption's samples by how close CLIP finds them to it (paper, section 2.6).
+"""Reranking of each caption's samples by CLIP similarity (paper, section 2.6).
 
-Lines are scored while they come in. So that the model is the bottleneck, threads read, decode and prepare the pictures,
-while the model runs if it leaves cores idle, and batches run across captions.
+Lines are scored as they arrive, in batches across captions. To keep the model busy, threads read, decode and prepare
+pictures, while the model runs if it leaves cores idle.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from dalle_cli.progress import log
 
 BATCH = 64
 BATCHES_AHEAD = 3
-"""Number of batches that reading and decoding run ahead of the model."""
+"""Number of batches that are prefetched."""
 PIECE = 32
-"""Pictures that a thread prepares in one task; a task of one would cost as much as decoding a small picture."""
+"""Number of pictures per thread task; a task's overhead is as large as decoding a small picture."""
 MAX_DECODERS = 16
 
 
@@ -37,17 +37,11 @@ def rerank(
 ) -> Iterator[list[SampleLine]]:
     """Yield each prompt's lines with ``score`` (cosine similarity), ``rank`` (from 1) and ``scorer``, best first.
 
-    A prompt's lines are yielded when the next prompt begins and their batch is scored, so a stream of many prompts is
-    never in memory whole. It is logged when a prompt comes a second time, and at the end how many captions were cut.
-
-    Args:
-        lines: samples, the samples of a prompt one after another.
-        scorer: the CLIP.
-        batch: number of pictures that are scored at once.
-        gather: collect all lines before any is yielded, so that a prompt's samples need not be consecutive.
+    A prompt's lines are yielded once the next prompt begins and their batch is scored, so a stream of many prompts is
+    never in memory whole. With ``gather``, all lines are collected first, and a prompt's lines need not be consecutive.
 
     Raises:
-        UserError: a picture is missing or cannot be read, or has another size than the others of its store.
+        UserError: a picture is missing or unreadable, or has another size than the others of its store.
     """
     pools: dict[str, list[SampleLine]] = {}
     done: set[str] = set()
@@ -62,8 +56,8 @@ def rerank(
             if prompt in done and not warned:
                 warned = True
                 log(
-                    f"rerank: the samples of {prompt!r} are not consecutive and are ranked apart; name their files as "
-                    "arguments to rank them together"
+                    f"rerank: the samples of {prompt!r} are not consecutive and are ranked apart; name their files "
+                    "as arguments to rank them together"
                 )
         pools.setdefault(prompt, []).append(line)
     for pool in pools.values():
@@ -81,16 +75,16 @@ def best_of_all(pools: Iterable[list[SampleLine]], top: int | None) -> list[Samp
 def score(lines: Iterable[SampleLine], scorer: Scorer, batch: int = BATCH) -> Iterator[SampleLine]:
     """Yield the lines with an unrounded ``score``, in their order.
 
-    A batch is always ``batch`` lines, however slowly they come in, so the same lines have the same scores. Features of
-    captions are computed once.
+    A batch is always ``batch`` lines, however slowly they arrive, so the same lines get the same scores. A caption's
+    features are computed once.
 
     Raises:
-        UserError: see :func:`rerank`.
+        UserError: a picture is missing or unreadable, or has another size than the others of its store.
     """
     texts: dict[str, Tensor] = {}
     sizes: dict[str, tuple[int, ...]] = {}
     for chunk, pieces in _prepared(lines, scorer, batch):
-        # In the order of the lines, so that the first bad picture is the one named.
+        # In the order of the lines, so that the error names the first bad picture.
         pictures = [picture for piece in pieces for picture in piece.result()]
         for line, (_, size) in zip(chunk, pictures, strict=True):
             _check_size(line, size, sizes)
@@ -104,15 +98,15 @@ def score(lines: Iterable[SampleLine], scorer: Scorer, batch: int = BATCH) -> It
 
 
 Piece = list[tuple[Tensor, tuple[int, ...]]]
-"""Prepared pictures, each with its height and width."""
+"""Prepared pictures, each with its original height and width."""
 Batch = tuple[list[SampleLine], list[Future[Piece]]]
 
 
 def _prepared(lines: Iterable[SampleLine], scorer: Scorer, batch: int) -> Iterator[Batch]:
-    """Yield batches of lines with their pictures, which threads prepare; a thread reads up to BATCHES_AHEAD ahead.
+    """Yield batches of lines with the futures of their prepared pictures, prefetching up to BATCHES_AHEAD batches.
 
-    Where the model uses all cores, a batch's pictures are prepared before the model runs. Prepared at the same time,
-    they would take cores, and the interpreter's lock, from it.
+    If the model uses all cores, a batch's pictures are prepared before the model runs, since preparing them meanwhile
+    would take cores and the GIL from it.
     """
     queue: Queue[Batch | BaseException | None] = Queue(BATCHES_AHEAD)
     stopped = threading.Event()
@@ -141,11 +135,11 @@ def _prepared(lines: Iterable[SampleLine], scorer: Scorer, batch: int) -> Iterat
                 if not put((chunk, begin(chunk) if overlap else [])):
                     return
             put(None)
-        except BaseException as error:  # raised again in the thread that uses the lines
+        except BaseException as error:  # raised again in the consuming thread
             put(error)
 
     with ThreadPoolExecutor(min(available_cores(), MAX_DECODERS), "decode") as pool:
-        # A daemon thread, since it may wait for a line of standard input that never comes.
+        # A daemon thread, since it may wait forever for a line of standard input.
         threading.Thread(target=read, name="read", daemon=True).start()
         try:
             while (item := queue.get()) is not None:
@@ -165,12 +159,12 @@ def _ranked(pool: list[SampleLine], scorer: Scorer) -> list[SampleLine]:
 
 
 def printed(line: SampleLine) -> str:
-    """Return the line as JSON, its score rounded to six digits."""
+    """Return the line as JSON, with its score rounded to six digits."""
     return json.dumps({**line, "score": round(line["score"], 6)}, ensure_ascii=False)
 
 
 def _check_size(line: SampleLine, size: tuple[int, ...], sizes: dict[str, tuple[int, ...]]) -> None:
-    """Refuse a picture of another size than its store's others, which ``dalle sample`` did not write."""
+    """Refuse a picture of another size than the others of its store, since ``dalle sample`` did not write it."""
     store = line.get("store")
     if not isinstance(store, str):
         return

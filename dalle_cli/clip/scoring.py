@@ -1,4 +1,4 @@
-"""Scorers of how well a picture matches a caption: our own CLIP, or a published one through open_clip."""
+"""CLIPs that score how well a picture matches a caption: our own, or a published one through open_clip."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from dalle_cli.text.bpe import Tokenizer
 from dalle_cli.text.encode import CaptionEncoder
 
 Pictures = Sequence[NDArray[np.uint8]] | NDArray[np.uint8]
-"""Pictures (H, W, 3) uint8, in a list (sizes may differ) or as one array (n, H, W, 3)."""
+"""Pictures (H, W, 3) uint8 in a list (sizes may differ), or one array (n, H, W, 3)."""
 
 BATCH = 128
 _WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".npz")
@@ -48,12 +48,12 @@ class Scorer(Protocol):
 
     @property
     def name(self) -> str:
-        """Name of the model, for outputs that carry its scores."""
+        """Name of the model, for outputs with its scores."""
         ...
 
     @property
     def identity(self) -> str:
-        """Hash of the weights and of the preparation of pictures, for caches of features."""
+        """Hash of the weights and the picture preprocessing, for caches of features."""
         ...
 
     @property
@@ -63,7 +63,7 @@ class Scorer(Protocol):
 
     @property
     def captions_cut(self) -> int:
-        """Number of captions cut so far because they have more tokens than the model reads, if it is known."""
+        """Number of captions cut so far to the model's number of tokens; 0 if unknown."""
         ...
 
     def text_features(self, captions: Sequence[str]) -> Tensor:
@@ -71,7 +71,7 @@ class Scorer(Protocol):
         ...
 
     def prepare(self, picture: NDArray[np.uint8]) -> Tensor:
-        """Prepare a picture (H, W, 3) for ``prepared_features``; several threads may call this at once."""
+        """Prepare a picture (H, W, 3) for ``prepared_features``; safe to call from several threads."""
         ...
 
     def prepared_features(self, prepared: Sequence[Tensor]) -> Tensor:
@@ -84,14 +84,7 @@ class Scorer(Protocol):
 
 
 class OwnScorer:
-    """Scorer by a CLIP of our own; pictures of another size than the model's are cropped and resized.
-
-    Args:
-        model: the CLIP.
-        encoder: encoder of captions with the tokenizer that the model was trained with.
-        image_size: side of the pictures that the model reads.
-        name: name of the model in outputs.
-    """
+    """Our own CLIP; pictures of other sizes than ``image_size`` are cropped and resized."""
 
     def __init__(self, model: CLIP, encoder: CaptionEncoder, image_size: int, *, name: str = "clip") -> None:
         self.model = model.eval()
@@ -119,7 +112,7 @@ class OwnScorer:
         return _joined(features)
 
     def prepare(self, picture: NDArray[np.uint8]) -> Tensor:
-        # from_numpy needs a contiguous and writable array; others are copied.
+        # from_numpy needs a contiguous, writable array; np.require copies others.
         return torch.from_numpy(np.require(self._sized(picture), requirements=["C", "W"]))
 
     @torch.inference_mode()
@@ -143,16 +136,16 @@ class OwnScorer:
 
 
 class OpenClipScorer:
-    """Scorer by a published CLIP.
+    """A published CLIP.
 
-    Weights are read as tensors only; a file that holds other objects is refused. A weights file does not say which
-    activation it was trained with: OpenAI's weights need a model name that ends in ``-quickgelu``.
+    Weights are read as tensors only; a file with other objects is refused. A weights file does not name the activation
+    it was trained with: OpenAI's weights need a model name that ends in ``-quickgelu``.
 
     Args:
-        model_name: one of open_clip's names, such as ``ViT-B-32``. A ``hf-hub:owner/name`` or ``local-dir:folder``, as
-            this or the next argument, names model and weights at once.
+        model_name: one of open_clip's names, such as ``ViT-B-32``, or model and weights at once as
+            ``hf-hub:owner/name`` or ``local-dir:folder`` (also accepted as ``pretrained``).
         pretrained: a tag of that model, such as ``laion2b_s34b_b79k``, or the path of a weights file.
-        device: device that the model computes on.
+        device: device to compute on.
         cache_dir: folder of downloaded weights; None for open_clip's own.
 
     Raises:
@@ -160,7 +153,7 @@ class OpenClipScorer:
     """
 
     captions_cut = 0
-    """Always 0, because open_clip's tokenizers cut without a count."""
+    """Always 0, since open_clip's tokenizers do not count the captions they cut."""
 
     def __init__(self, model_name: str, pretrained: str, *, device: str = "cpu", cache_dir: str | None = None) -> None:
         if pretrained.startswith(_SCHEMAS):
@@ -172,7 +165,7 @@ class OpenClipScorer:
             options = {"pretrained": pretrained, **_file_preprocessing(model_name, pretrained)}
         with _quiet(), _no_waiting_for_a_network():
             try:
-                # The only loader of open_clip that raises instead of keeping random weights.
+                # Other loaders of open_clip keep random weights instead of raising.
                 self.model, self.preprocess = open_clip.create_model_from_pretrained(
                     model_name, device=device, cache_dir=cache_dir, weights_only=True, **options
                 )
@@ -226,14 +219,9 @@ def load_scorer(
     beside: Path,
     device: torch.device | str = "cpu",
 ) -> Scorer:
-    """Load the scorer that a command's options name.
+    """Load the scorer for a command's options ``--clip``, ``--pretrained`` and ``--tokenizer``.
 
-    Args:
-        clip: ``--clip``: a run of train-clip, or an open_clip model; None for the CLIP of the run of ``beside``.
-        pretrained: ``--pretrained``: tag or weights file of an open_clip model.
-        tokenizer: ``--tokenizer``, for our own CLIP; None for the one of its run.
-        beside: a file in a run's folders, such as a sample.
-        device: device that the model computes on.
+    By default this is the CLIP of the run that has ``beside``, such as a sample, with the tokenizer of its run.
 
     Raises:
         UserError: there is no such CLIP, or the tokenizer is not the one it was trained with.
@@ -277,7 +265,7 @@ def _joined(features: list[Tensor]) -> Tensor:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence open_clip's log of an error that it raises next, since ours says the same in one line."""
+    """Silence open_clip's log of errors, which our own one-line messages replace."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -288,7 +276,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _no_waiting_for_a_network() -> Iterator[None]:
-    """Let the hub's client use its cache or fail at once where there is no network; it would retry for a minute."""
+    """Make the hub's client use its cache or fail at once if there is no network, instead of retrying for a minute."""
     before = hub.HF_HUB_OFFLINE
     try:
         if not getproxies():
@@ -322,7 +310,7 @@ def _near(word: str, known: list[str]) -> str:
 
 
 def _file_preprocessing(model_name: str, pretrained: str) -> dict[str, Any]:
-    """Return the preparation of pictures for a weights file: that of the model's tags, where these agree."""
+    """Return the picture preprocessing for a weights file: the model's published one, if all its tags agree."""
     if open_clip.is_pretrained_cfg(model_name, pretrained):
         return {}
     tags = open_clip.list_pretrained_tags_by_model(model_name)

@@ -1,4 +1,4 @@
-"""Training of a small CLIP on the prior's pictures and captions, so that reranking needs no download."""
+"""Training of a small CLIP on the prior's pictures and captions."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from dalle_cli.training.throughput import SampleWork, training_flops
 
 @dataclass
 class ClipTask:
-    """The contrastive loss on batches of (picture, caption); pictures are cropped but never flipped."""
+    """Training of the contrastive loss on batches of (picture, caption); pictures are cropped but never flipped."""
 
     recipe: Recipe
     source: Source
@@ -98,7 +98,7 @@ class ClipTask:
         image_features, text_features, scale = self.model(pixels(images), text_ids)
         logits = scale * image_features @ text_features.T
         loss = pairs_cross_entropy(logits, logits.T)
-        # An equal caption ranks as high as the picture's own, so ties count as right.
+        # An equal caption scores as high as the picture's own, so ties count as right.
         recall = (logits >= logits.diagonal()[:, None] + 1e-4).sum(dim=1).eq(0).float().mean()
         return {"loss": float(loss), "caption_recall_at_1": float(recall)}
 
@@ -132,16 +132,16 @@ class ClipTask:
 
 
 def train_clip(recipe: Recipe, source: Source, store: Path, out: Path) -> Checkpoint:
-    """Train the recipe's CLIP on the source's pictures and the store's captions into the run's folder ``out``.
+    """Train the recipe's CLIP on the source's pictures and the store's captions; ``out`` is the run's folder.
 
     Raises:
         UserError: see ``Run.train``; or the store was made from another source, there is more than one rank, or ``out``
-            holds a CLIP of an earlier version.
+            has a CLIP of an earlier version.
     """
     if (processes := read_launch().size) > 1:
         raise UserError(
-            f"train-clip: the contrastive loss compares a whole batch with itself and runs in one process for now, "
-            f"not in {processes}; start it without torchrun"
+            f"train-clip: runs in one process, not in {processes}, since the contrastive loss needs the whole batch; "
+            "start it without torchrun"
         )
     reader = TokenReader(store)
     reader.require_complete()
@@ -175,13 +175,13 @@ def build_recipe_clip(recipe: Recipe) -> CLIP:
 
 
 def load_clip(checkpoint: Checkpoint) -> CLIP:
-    """Load the EMA weights of a CLIP checkpoint, ready for scoring.
+    """Load the EMA weights of a CLIP checkpoint for scoring.
 
     Raises:
-        UserError: the checkpoint is damaged, or of an earlier version, whose image positions were learned.
+        UserError: the checkpoint is damaged, or of an earlier version with learned image positions.
     """
     model, weights = build_recipe_clip(checkpoint.recipe()), checkpoint.tensors("ema")
-    # Not bit for bit: the last bit of a sine depends on the processor.
+    # Not compared bit for bit, since the last bit of a sine depends on the processor.
     if not torch.allclose(weights["visual.positional_embedding"], model.visual.positional_embedding, atol=1e-3):
         raise UserError(
             f"{checkpoint.path}: is a CLIP of an earlier version of dalle; delete {checkpoint.path.parent} and run "

@@ -27,15 +27,15 @@ def command(
     shard: ShardOption = "1/1",
     set_: SetOption = None,
 ) -> None:
-    """Turn a source's pictures into image tokens, into the token store that its captions are in.
+    """Encode a source's pictures into image tokens, in the token store that has its captions.
 
-    A picture that cannot be read is skipped and listed with its reason in STORE/skipped-image.jsonl. Run again after a
-    kill, the command resumes at the last committed row. On a GPU, let as many processes decode pictures as the machine
-    has cores for them: --set dvae.training.workers=16.
+    A picture that cannot be read is skipped and listed with the reason in STORE/skipped-image.jsonl. If it is killed,
+    run it again to resume at the last committed row. On a GPU, set the number of processes that decode pictures to the
+    number of free cores: --set dvae.training.workers=16.
 
-    With --shard 3/8 the command makes the third of eight shares of the store. Independent jobs, such as those of a
-    Slurm array (--shard $SLURM_ARRAY_TASK_ID/8), make the others, in any order or at the same time; the store is
-    complete when all shares are.
+    With --shard 3/8 the command makes the third of eight shares of the store. Independent jobs, such as a Slurm array's
+    (--shard $SLURM_ARRAY_TASK_ID/8), make the others in any order or at the same time; the store is complete when all
+    shares are.
 
     Example: [bold]dalle encode-images recipes/quickstart.yaml --data runs/quickstart/shapes/train[/bold]
     """

@@ -16,7 +16,7 @@ def command(
     pictures: Annotated[
         list[str],
         typer.Argument(
-            metavar="[GENERATED] REFERENCE", help="Folder or tars of pictures, sample lines, a sample store; then real."
+            metavar="[GENERATED] REFERENCE", help="Pictures in a folder, tars, sample lines or a store; then real ones."
         ),
     ],
     system: Annotated[
@@ -25,32 +25,32 @@ def command(
     ] = None,
     captions: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Measure only pictures of these: text, .jsonl with ids, or COCO's .json."),
+        typer.Option(metavar="FILE", help="Measure only these captions: text, .jsonl with ids, or COCO's .json."),
     ] = None,
     preset: Annotated[
-        Literal["coco", "cub"] | None, typer.Option(help="REFERENCE is this data set; its captions are drawn.")
+        Literal["coco", "cub"] | None, typer.Option(help="Draw captions of this data set, which REFERENCE names.")
     ] = None,
-    draw: Annotated[int, typer.Option(min=2, help="Captions that a preset draws.")] = 30_000,
+    draw: Annotated[int, typer.Option(min=2, help="Number of captions that a preset draws.")] = 30_000,
     write_captions: Annotated[
         Path | None, typer.Option(metavar="JSONL", help="Only write the preset's captions, for dalle sample.")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=2, help="Most captions (or pictures) of a system, drawn by the seed.")
+        int | None, typer.Option(min=2, help="Largest number of captions (or pictures) per system, drawn by the seed.")
     ] = None,
     size: Annotated[int, typer.Option(min=8, help="Side to which pictures are cropped and resized.")] = 256,
     blur: Annotated[str, typer.Option(help="Radii in pixels to blur both sides by: 0,1,2,4,8.")] = "0",
     pool: Annotated[
         str | None, typer.Option(metavar="SIZES", help="Rerank by the scores at these sizes: 1,2,4,...,512.")
     ] = None,
-    repeats: Annotated[int, typer.Option(min=2, help="Random subsets of each pool size.")] = 10,
+    repeats: Annotated[int, typer.Option(min=2, help="Number of random subsets per pool size.")] = 10,
     bootstrap: Annotated[int, typer.Option(min=0, help="Rounds for the standard errors of FID and IS.")] = 20,
     inception_weights: Annotated[
         Path | None, typer.Option(help="torch-fidelity's Inception weights. \\[downloaded]", show_default=False)
     ] = None,
-    clip: Annotated[str | None, typer.Option(help="Measure by this CLIP's features instead; figures say so.")] = None,
+    clip: Annotated[str | None, typer.Option(help="Measure on this CLIP's features instead of Inception's.")] = None,
     pretrained: Annotated[str | None, typer.Option(help="Tag or weights file of an open_clip model.")] = None,
     classes: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="With --clip: captions of classes, for a score like IS.")
+        Path | None, typer.Option(metavar="FILE", help="With --clip: class captions, for a score like IS.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Decides captions, subsets, bootstrap sets and splits.")] = 0,
     cache: Annotated[
@@ -60,13 +60,13 @@ def command(
     page: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Write index.html, JSON, CSV and plots into this folder.")
     ] = None,
-    rows: Annotated[int, typer.Option(min=0, help="Captions shown side by side on the page.")] = 16,
+    rows: Annotated[int, typer.Option(min=0, help="Number of captions whose pictures the page shows.")] = 16,
 ) -> None:
     """Measure FID, KID, Inception Score, precision and recall of pictures against real ones.
 
-    Without Inception's weights, --clip measures by CLIP features; such figures do not compare with Inception's. With
-    --pool, a system whose samples have scores is measured by the best of each caption's whole pool. A killed command
-    resumes where it stopped.
+    Without Inception's weights, --clip measures on CLIP features; these results are not comparable with Inception's.
+    With --pool, a system whose samples have scores is measured by the best of each caption's whole pool. If it is
+    killed, run it again to resume.
 
     Example: [bold]dalle eval-fid runs/quickstart/ranked.jsonl runs/quickstart/shapes/seen --size 64
     --clip runs/quickstart/clip[/bold]
@@ -81,9 +81,9 @@ def command(
     from dalle_cli.fid.presets import open_preset
 
     if inception_weights is not None and clip is not None:
-        raise UserError("--inception-weights and --clip exclude each other; choose the features to measure by")
+        raise UserError("--inception-weights and --clip exclude each other; choose one of them")
     if classes is not None and clip is None:
-        raise UserError("--classes are captions that --clip compares pictures with; Inception has classes of its own")
+        raise UserError("--classes needs --clip, since Inception has its own classes; give --clip, or drop --classes")
     if preset is not None and captions is not None:
         raise UserError("--preset and --captions exclude each other: a preset draws its own captions")
     if write_captions is not None and preset is None:
@@ -149,10 +149,10 @@ def command(
 
 
 def parse_pool_sizes(text: str) -> list[int]:
-    """Parse ``1,2,4,8``, or ``1,2,4,...,512`` with dots for doublings, into ascending sizes, each once.
+    """Parse ``1,2,4,8``, or ``1,2,4,...,512`` with dots for doublings, into distinct ascending sizes.
 
     Raises:
-        UserError: it is no list of counts of 1 or more.
+        UserError: it is not a list of counts of 1 or more.
     """
     parts = [part.strip() for part in text.split(",")]
     sizes: set[int] = set()
@@ -170,10 +170,10 @@ def parse_pool_sizes(text: str) -> list[int]:
 
 
 def parse_radii(text: str) -> list[float]:
-    """Parse ``0,1,2,4,8``, radii of the blur in pixels, into ascending radii, each once.
+    """Parse the blur's radii in pixels, such as ``0,1,2,4,8``, into distinct ascending radii.
 
     Raises:
-        UserError: one is no number from 0 to 1,000.
+        UserError: one is not a number from 0 to 1,000.
     """
     try:
         radii = sorted({float(part) for part in text.split(",")})
@@ -185,7 +185,7 @@ def parse_radii(text: str) -> list[float]:
 
 
 def _named(pictures: list[str], systems: list[str], captions_only: bool) -> dict[str, str]:
-    """Return where each system's pictures are, by its name; a single GENERATED is called "generated"."""
+    """Return the path of each system's pictures by name; a single GENERATED is called "generated"."""
     if systems or captions_only:
         if len(pictures) != 1:
             raise UserError(f"with --system the only argument is REFERENCE, not {' '.join(pictures)}")

@@ -19,9 +19,9 @@ def command(
         str | None, typer.Option(metavar="SIZE", help="Maximum size of a file, such as 5GB. \\[one file]")
     ] = None,
 ) -> None:
-    """Merge a checkpoint, saved at any ZeRO stage by any number of processes, into one to sample from.
+    """Export a checkpoint's EMA weights alone, in safetensors, to a new checkpoint to sample from.
 
-    The new checkpoint holds the EMA weights alone, in safetensors. (Sampling from the training run works as well.)
+    Checkpoints of any ZeRO stage and number of processes can be exported. Sampling from the training run works too.
 
     Example: [bold]dalle export runs/quickstart/prior runs/quickstart/export --shard-size 10MB[/bold]
     """

@@ -13,18 +13,18 @@ if TYPE_CHECKING:
     from dalle_cli.human_study.results import StudyFigures
 
 app = typer.Typer(
-    help="Compare two systems' pictures by people's votes: a blinded study, its web page, its figures.\n\n"
+    help="Compare two systems' pictures by human votes: make a blinded study, serve its web page, report results.\n\n"
     "Example: [bold]dalle human-study make runs/quickstart/study --system single=runs/quickstart/samples.jsonl "
     "--system best=runs/quickstart/ranked.jsonl --captions runs/quickstart/samples.jsonl[/bold]",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
-StudyArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The study's folder, as make wrote it.")]
+StudyArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The study's folder, written by make.")]
 
 
 @app.command(no_args_is_help=True)
 def make(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder of the study.")],
     system: Annotated[
         list[str],
         typer.Option(metavar="NAME=PICTURES", help="Folder named by caption ids, or lines of dalle rerank; give two."),
@@ -36,17 +36,16 @@ def make(
     ] = None,
     checks: Annotated[
         int | None,
-        typer.Option(min=0, help="Attention checks; if left out one in ten pairs, at least 4.", show_default=False),
+        typer.Option(min=0, help="Attention checks; by default one per ten pairs, at least 4.", show_default=False),
     ] = None,
-    size: Annotated[int, typer.Option(min=8, help="Side of the pictures shown, cropped and resized alike.")] = 256,
+    size: Annotated[int, typer.Option(min=8, help="Side of the cropped and resized pictures, in pixels.")] = 256,
     seed: Annotated[int, typer.Option(min=0, help="Decides sides, checks and names.")] = 0,
 ) -> None:
     """Make a study: each caption's two pictures on random sides, under random names.
 
-    The pictures of a folder are named by the ids of their captions: the number of its line in a text file, "id" in a
-    .jsonl file, the annotation's id in COCO's file. Lines of dalle sample or rerank are matched by their prompts; of
-    several lines for one prompt, the one of rank 1 is taken, or else the first. Attention checks show a picture
-    beside noise.
+    A folder's pictures are named by caption ids: the line number in a text file, "id" in a .jsonl file, the
+    annotation's id in COCO's file. Lines of dalle sample or rerank are matched by prompt; of several lines for one
+    prompt, the one of rank 1 is taken, or else the first. Attention checks show a picture beside noise.
 
     Example: [bold]dalle human-study make runs/quickstart/study --system single=runs/quickstart/samples.jsonl --system
     best=runs/quickstart/ranked.jsonl --captions runs/quickstart/samples.jsonl[/bold]
@@ -61,15 +60,15 @@ def make(
 @app.command(no_args_is_help=True)
 def serve(
     out: StudyArgument,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets phones in the same network in.")] = (
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 admits phones on the same network.")] = (
         "127.0.0.1"
     ),
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
 ) -> None:
     """Serve a study as a web page until ctrl-C; every vote is on disk before it is acknowledged.
 
-    The server can be stopped and started again at any time. Each annotator enters a name once, and is asked about the
-    pairs that still lack votes.
+    The server can be stopped and started again at any time. Each annotator enters a name once, and is asked about pairs
+    that still need votes.
 
     Example: [bold]dalle human-study serve runs/quickstart/study --port 8000[/bold]
     """
@@ -96,8 +95,8 @@ def report(
 ) -> None:
     """Report the votes: majority shares with 95% intervals, Fleiss' kappa, attention checks, plot and page.
 
-    Writes report.html, report.json, pairs.csv, votes.csv, votes.png and votes.svg into OUT/report. May run while the
-    study is served.
+    Writes report.html, report.json, pairs.csv, votes.csv, votes.png and votes.svg into OUT/report, also while the study
+    is served.
 
     Example: [bold]dalle human-study report runs/quickstart/study[/bold]
     """

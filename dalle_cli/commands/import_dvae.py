@@ -12,12 +12,11 @@ def command(
     encoder: Annotated[Path, typer.Argument(metavar="ENCODER", help="encoder.pkl, as OpenAI published it.")],
     decoder: Annotated[Path, typer.Argument(metavar="DECODER", help="decoder.pkl, as OpenAI published it.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the checkpoint to write.")],
-    image_size: Annotated[int, typer.Option(min=8, help="Side of the images it is used for, a multiple of 8.")] = 256,
+    image_size: Annotated[int, typer.Option(min=8, help="Side of the images to encode, a multiple of 8.")] = 256,
 ) -> None:
-    """Turn OpenAI's released dVAE into a checkpoint for encode-images, reconstruct and sample.
+    """Convert OpenAI's released dVAE into a checkpoint for encode-images, reconstruct and sample.
 
-    The two pickles are read as data: nothing in them is executed, and a file that names anything other than that dVAE's
-    classes is refused.
+    The pickles are read as data: nothing in them is executed, and a file with other classes than the dVAE's is refused.
 
     Example: [bold]dalle import-dvae encoder.pkl decoder.pkl runs/quickstart/openai-dvae[/bold]
     """

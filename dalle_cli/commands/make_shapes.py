@@ -16,7 +16,7 @@ def command(
     seed: Annotated[int, typer.Option(min=0, help="Seed of every picture.")] = 0,
     panels: Annotated[
         bool,
-        typer.Option("--panels", help="Two panels: the bottom shows the top's shape, changed as the caption says."),
+        typer.Option("--panels", help="Draw two panels: the bottom has the top's shape, changed as the caption says."),
     ] = False,
 ) -> None:
     """Render the built-in world: captioned pictures of coloured shapes, as WebDataset tars.

@@ -18,18 +18,14 @@ if TYPE_CHECKING:
 
 
 class Command(TyperCommand):
-    """A command whose usage line reads as is customary: ``RECIPE``, ``[EVAL]``, ``PICTURE...`` or ``[PROMPT]...``.
-
-    Typer itself puts the names of required arguments in braces.
-    """
+    """A command with the usual usage line (``RECIPE``, ``[EVAL]``, ``[PROMPT]...``), without Typer's braces."""
 
     def collect_usage_pieces(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
-        """Return the words of the usage line behind the command's name."""
         pieces = [self.options_metavar or ""]
         for argument in self.params:
             if argument.param_type_name == "argument":
                 name = (argument.metavar or argument.name or "").removesuffix("...")
-                if " " not in name:  # else it says itself which words are optional
+                if " " not in name:  # a metavar of several words marks its optional words itself
                     name = (name if argument.required else f"[{name}]") + ("..." if argument.nargs != 1 else "")
                 pieces.append(name)
         return pieces
@@ -60,7 +56,7 @@ GpusOption = Annotated[
 ]
 ShardOption = Annotated[
     str,
-    typer.Option("--shard", metavar="I/N", help="Make the I-th of N shares of the store, I from 1."),
+    typer.Option("--shard", metavar="I/N", help="Make the I-th of N shares of the store; I is at least 1."),
 ]
 
 WandbOption = Annotated[
@@ -83,7 +79,7 @@ def read_recipe(path: Path, overrides: list[str] | None, data: str | None = None
 
 
 def recipe_for(source: str, path: Path | None, overrides: list[str] | None) -> Recipe:
-    """Return the recipe at ``path``, or one of all defaults, with ``source`` as its training pictures.
+    """Return the recipe at ``path``, or the default recipe, with ``source`` as its training pictures.
 
     Raises:
         UserError: there are overrides but no recipe.
@@ -98,7 +94,7 @@ def recipe_for(source: str, path: Path | None, overrides: list[str] | None) -> R
 
 
 def read_source(recipe: Recipe) -> Source:
-    """Open the recipe's source of training pictures; log the samples that it leaves out.
+    """Open the recipe's source of training pictures, and log the samples left out.
 
     Raises:
         UserError: the recipe names no source, or it cannot be read.
@@ -121,10 +117,10 @@ def read_source(recipe: Recipe) -> Source:
 
 
 def starts_processes(gpus: int | None) -> bool:
-    """Run this command in ``gpus`` processes, if a number is given. Return whether that was done.
+    """Run this command in ``gpus`` new processes, unless None; return whether it did.
 
     Raises:
-        UserError: a launcher started this process already, or one of the processes failed.
+        UserError: a launcher already started this process, or one of the processes failed.
     """
     if gpus is None:
         return False
@@ -147,7 +143,7 @@ def _without_gpus(arguments: list[str]) -> list[str]:
 
 
 def speaks() -> bool:
-    """Return whether this rank prints results; only the first does. Silence the progress of the others.
+    """Return whether this is the first rank, which prints the results; silence the progress of other ranks.
 
     Raises:
         UserError: the launcher's environment contradicts itself.
@@ -169,12 +165,9 @@ def folders(recipe: Recipe) -> RunFolders:
 
 
 def named_systems(given: list[str], metavar: str, example: str) -> dict[str, str]:
-    """Parse the values of ``--system``, such as ``ours=ranked.jsonl``, into where each system's pictures are by name.
+    """Parse values of ``--system``, such as ``ours=ranked.jsonl``, into a path for each system's name.
 
-    Args:
-        given: The values as typed.
-        metavar: The form of a value as the help shows it, for the error message.
-        example: A correct value, for the error message.
+    ``metavar`` and ``example`` show the form of a value in the error message.
 
     Raises:
         UserError: a value lacks its name or its right side, or two have the same name.

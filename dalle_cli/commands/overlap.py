@@ -18,12 +18,12 @@ def command(
     out: Annotated[
         Path | None, typer.Option(help="File for the result, such as duplicates.jsonl; stdout by default.")
     ] = None,
-    sheet: Annotated[Path | None, typer.Option(help="PNG file for examples of pairs, the least similar first.")] = None,
+    sheet: Annotated[Path | None, typer.Option(help="PNG file of example pairs, the least similar first.")] = None,
     cache: Annotated[
-        Path | None, typer.Option(help="Folder that keeps thumbnails (3 kB a picture), for resuming and later runs.")
+        Path | None, typer.Option(help="Folder for thumbnails (3 kB per picture), to resume and for later runs.")
     ] = None,
     similarity: Annotated[
-        float, typer.Option(min=0.5, max=1, help="Least similarity of near-duplicates; 1 is equal.")
+        float, typer.Option(min=0.5, max=1, help="Lowest similarity of near-duplicates; 1 means equal.")
     ] = 0.8,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per core by default.")] = None,
     recipe: Annotated[
@@ -37,8 +37,9 @@ def command(
     in bits, and their similarity. Without EVAL, finds the pictures of TRAIN that repeat an earlier one. To leave these
     pictures out of training, name the file in the recipe: [bold]data.exclude: duplicates.jsonl[/bold].
 
-    Drawings that differ in a detail or a colour count as near-duplicates: look at --sheet, and raise --similarity.
-    With --cache, a killed run resumes, and a comparison with another EVAL does not read TRAIN again.
+    Drawings that differ only in a detail or a colour count as near-duplicates too: check --sheet, and raise
+    --similarity if needed. With --cache, a killed run can resume, and a comparison with another EVAL need not read
+    TRAIN again.
 
     Example: [bold]dalle overlap runs/quickstart/shapes/train runs/quickstart/shapes/seen
     --out runs/quickstart/duplicates.jsonl --sheet runs/quickstart/duplicates.png[/bold]

@@ -1,4 +1,4 @@
-"""``dalle plan``: what training a prior takes on given machines."""
+"""``dalle plan``."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ def command(
     recipe: Annotated[
         Path | None, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)
     ] = None,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a machine, one process each.")] = 8,
-    nodes: Annotated[int, typer.Option(min=1, help="Number of machines.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs per node, with one process each.")] = 8,
+    nodes: Annotated[int, typer.Option(min=1, help="Number of nodes.")] = 1,
     gpu_memory: Annotated[str, typer.Option(metavar="SIZE", help="Memory of a GPU.")] = "16GB",
     interconnect: Annotated[
         str | None,
-        typer.Option(
-            metavar="RATE", help="Rate of a machine's link to the others, such as 100Gbit.", show_default=False
-        ),
+        typer.Option(metavar="RATE", help="Bandwidth of a node's network link, such as 100Gbit.", show_default=False),
     ] = None,
     peak_tflops: Annotated[
         float | None,
@@ -35,18 +33,18 @@ def command(
         float | None, typer.Option(min=0.0, help="Price of a GPU for an hour.", show_default=False)
     ] = None,
     disk: Annotated[
-        str, typer.Option(metavar="SIZE", help="Bytes a machine writes of a checkpoint in a second.")
+        str, typer.Option(metavar="SIZE", help="Bytes of a checkpoint that a node writes per second.")
     ] = "1GB",
     table: Annotated[
-        bool, typer.Option("--table", help="Print PowerSGD's compression, of RECIPE or of all in recipes/.")
+        bool, typer.Option("--table", help="Print PowerSGD's compression for RECIPE, or for all in recipes/.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     set_: SetOption = None,
 ) -> None:
-    """Plan a prior's training on given machines: memory, traffic, time and cost.
+    """Plan a prior's training on given nodes: memory, traffic, time and cost.
 
     The plan is computed from the model's shapes; nothing is allocated or run. If the recipe does not fit, the plan
-    names settings with which it does. It prints all its assumptions.
+    names settings with which it does. All assumptions are printed.
 
     Example: [bold]dalle plan recipes/12b.yaml --gpus-per-node 8 --nodes 128 --gpu-memory 16GB --interconnect
     100Gbit[/bold]

@@ -27,10 +27,10 @@ def command(
         bool, typer.Option("--alone", help="Write reconstructions without the originals, as eval-fid takes them.")
     ] = False,
 ) -> None:
-    """Write images beside their reconstructions from tokens, and report how far they differ.
+    """Write images beside their reconstructions from tokens, and report their PSNR and other metrics.
 
-    Into a pipe or a file it prints one JSON object per image, and the means go to stderr. An image that cannot be read
-    is skipped and named there.
+    Into a pipe or a file it prints one JSON object per image; the means, and the names of images that cannot be read,
+    go to stderr.
 
     Example: [bold]dalle reconstruct --dvae runs/quickstart/dvae runs/quickstart/shapes/seen
     --out runs/quickstart/reconstructions[/bold]

@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 def command(
     recipe: RecipeArgument,
-    ranked: Annotated[Path | None, typer.Option(help="Lines of dalle rerank, all samples of each caption.")] = None,
+    ranked: Annotated[Path | None, typer.Option(help="Output of dalle rerank, all samples of each caption.")] = None,
     fid: Annotated[list[Path] | None, typer.Option(help="JSON file of dalle eval-fid --out; repeatable.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the report. [RUN]")] = None,
     set_: SetOption = None,
 ) -> None:
     """Write a run's report: one HTML file that opens from disk, its figures as JSON, and a contact sheet.
 
-    The report names the stages that have not run. It says whether samples show what their captions say, if the
-    captions are of the built-in shapes world.
+    The report names the stages that have not run. For captions of the built-in shapes world, it measures whether
+    samples show what their captions say.
 
     Example: [bold]dalle report recipes/quickstart.yaml --ranked runs/quickstart/ranked.jsonl[/bold]
     """

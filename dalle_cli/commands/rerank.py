@@ -25,13 +25,11 @@ def command(
         str | None, typer.Option(help="Tag or weights file of an open_clip model.", show_default=False)
     ] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json of a train-clip run. \\[beside it]")] = None,
-    top: Annotated[
-        int | None, typer.Option(min=1, help="Print only the best of each caption, or of all. \\[all]")
-    ] = None,
+    top: Annotated[int | None, typer.Option(min=1, help="Print only this many of the best. \\[all]")] = None,
     per_prompt: Annotated[
         bool, typer.Option("--per-prompt/--overall", help="Rank within each caption, or all samples together.")
     ] = True,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures scored at once, of one or several captions.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of pictures scored at once.")] = 64,
     sheet: Annotated[
         Path | None, typer.Option(metavar="PNG", help="Draw a contact sheet of the first captions.")
     ] = None,
@@ -39,8 +37,8 @@ def command(
 ) -> None:
     """Score samples against their captions with CLIP and print them best first.
 
-    Prints the lines it reads with score, rank and scorer added, those of a caption as soon as the next caption begins.
-    The samples of a caption in several files are ranked together.
+    Adds score, rank and scorer to each line, and prints a caption's lines as soon as the next caption begins. Samples
+    of one caption in several files are ranked together.
 
     Example: [bold]dalle sample runs/quickstart/prior "a large green star" --n 32 | dalle rerank --top 1[/bold]
     """
@@ -49,7 +47,7 @@ def command(
     from dalle_cli.errors import UserError
 
     if not manifests and sys.stdin.isatty():
-        raise UserError("nothing to rerank; pipe dalle sample into this command, or name a file of its lines")
+        raise UserError("nothing to rerank; pipe dalle sample into this command, or name a file of its output")
     named = ", ".join(map(str, manifests)) if manifests else "stdin"
     lines = _lines(manifests or [])
     first = next(lines, None)
@@ -94,7 +92,7 @@ def _lines(manifests: list[Path]) -> Iterator[dict[str, Any]]:
     from dalle_cli.stores.scores import sample_stores, store_lines
 
     if not manifests:
-        # Not sys.stdin itself, which Python closes at exit, when a thread may still wait for it.
+        # Not sys.stdin itself, which Python closes at exit while a thread may still read from it.
         with open(sys.stdin.fileno(), encoding="utf-8", closefd=False) as stream:
             yield from read_sample_lines(stream, "stdin")
     for manifest in manifests:
@@ -122,7 +120,7 @@ def _draw_sheet(shown: list[list[dict[str, Any]]], sheet: Path) -> None:
 
 
 def _write(store: Path, scores: dict[int, float], scorer: str) -> None:
-    """Write scores into a store; if that fails, only log it, since the lines are printed already."""
+    """Write scores into a store; only log a failure, since the lines are already printed."""
     from dalle_cli.errors import UserError
     from dalle_cli.progress import log
     from dalle_cli.stores.provenance import record_command
@@ -132,4 +130,4 @@ def _write(store: Path, scores: dict[int, float], scorer: str) -> None:
         write_scores(store, scores, scorer)
         record_command(store.parent)
     except (UserError, OSError) as error:
-        log(f"rerank: scores are not in the store: {error}")
+        log(f"rerank: the scores were not written into the store: {error}")

@@ -22,22 +22,22 @@ def command(
         list[str] | None, typer.Option(metavar="SOURCE", help="Draw the first captions of this source; repeatable.")
     ] = None,
     held_out: Annotated[bool, typer.Option(help="Draw the first held-out captions of the run's token store.")] = False,
-    limit: Annotated[int, typer.Option(min=1, help="Captions of each source, and of the held-out ones.")] = 50,
+    limit: Annotated[int, typer.Option(min=1, help="Number of captions per source, and of held-out captions.")] = 50,
     n: Annotated[int | None, typer.Option("--n", min=1, help="Samples of each caption. \\[sampling.n]")] = None,
     index: Annotated[
-        int | None, typer.Option(min=0, help="Draw only this sample of each caption, or N samples from it.")
+        int | None, typer.Option(min=0, help="Draw only this sample of each caption, or N samples from it on.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of all samples.")] = 0,
     temperature: Annotated[
-        float | None, typer.Option(min=0.0, help="0 takes the likeliest token. \\[sampling]")
+        float | None, typer.Option(min=0.0, help="Temperature; 0 takes the likeliest token. \\[sampling]")
     ] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="Draw among the k likeliest tokens. \\[sampling]")] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(min=0.0, max=1.0, help="Draw among the likeliest tokens of this probability. \\[sampling]"),
+        typer.Option(min=0.0, max=1.0, help="Draw among the likeliest tokens of this total probability. \\[sampling]"),
     ] = None,
     guidance: Annotated[
-        float | None, typer.Option(min=0.0, help="Classifier-free guidance, such as 3; 1 is none. \\[sampling]")
+        float | None, typer.Option(min=0.0, help="Classifier-free guidance, such as 3; 1 for none. \\[sampling]")
     ] = None,
     prime: Annotated[
         Path | None, typer.Option(metavar="PICTURE", help="Picture whose first rows of tokens are given.")
@@ -49,7 +49,7 @@ def command(
         str, typer.Option(metavar="I/N", help="Draw the I-th of N shares, in OUT.parts, for a job array.")
     ] = "1/1",
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Most samples drawn at once. \\[as memory allows]", show_default=False)
+        int | None, typer.Option(min=1, help="Most samples to draw at once. \\[as memory allows]", show_default=False)
     ] = None,
     precision: Annotated[Literal["fp32", "bf16"] | None, typer.Option(help="bf16 is faster. \\[sampling]")] = None,
     dvae: Annotated[Path | None, typer.Option(help="dVAE checkpoint. \\[beside the prior's run]")] = None,
@@ -61,9 +61,9 @@ def command(
     Into a pipe or file, it prints a JSON object for each sample once it is drawn. If it is killed, run it again to
     resume. A sample depends on models, settings, seed, caption and index alone, so any can be drawn again by itself.
 
-    JSON lines have the caption as prompt or caption. Their id, key, image_id and caption_id are printed with the
-    samples, and prime names a picture whose first rows are given for this caption, as --prime does for all. To join the
-    shares of --shard, concatenate their output.
+    JSON lines have the caption under "prompt" or "caption". Their id, key, image_id and caption_id are copied to the
+    samples; "prime" is a picture whose first rows are given, as with --prime for all captions. To join the shares of
+    --shard, concatenate their output.
 
     Example: [bold]dalle sample runs/quickstart/prior "a small red star above a large blue square" --n 32 |
     dalle rerank --top 1[/bold]

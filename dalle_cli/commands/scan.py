@@ -12,17 +12,17 @@ from dalle_cli.commands.options import SetOption, read_source, recipe_for
 
 def command(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="Captioned pictures: folder, tars, manifest ...")],
-    recipe: Annotated[Path | None, typer.Option(help="Recipe whose filters are tried at its limits.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Recipe whose data.filters are tried.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for scan.json and a sheet of 25 examples.")] = None,
     languages: Annotated[bool, typer.Option("--languages", help="Guess each caption's language.")] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes that read; one per core by default.")] = None,
     set_: SetOption = None,
 ) -> None:
-    """Look at a source before training: sizes, captions, broken files, and what each filter would drop.
+    """Check a source before training: sizes, captions, broken files, and the samples that each filter would drop.
 
-    Every picture is decoded. Each filter is tried by itself: at the limit in the recipe's [bold]data.filters[/bold],
-    or at a typical limit where it is off there.
+    Every picture is decoded. Each filter is tried by itself, at the recipe's limit in [bold]data.filters[/bold], or at
+    a typical limit if it is off.
 
     Example: [bold]dalle scan runs/quickstart/shapes/train --recipe recipes/own-data.yaml
     --out runs/quickstart/scan[/bold]

@@ -17,8 +17,7 @@ def command(
 ) -> None:
     """Describe a recipe, token store, sample store, checkpoint or tokenizer.
 
-    A recipe: its main settings and its models' sizes, counted on the models themselves. An artifact: what it holds
-    and which artifacts it belongs to.
+    Prints a recipe's main settings and its models' sizes, or an artifact's contents and the artifacts it belongs to.
 
     Example: [bold]dalle show recipes/12b.yaml[/bold]
     """

@@ -27,13 +27,11 @@ def command(
     shard: ShardOption = "1/1",
     set_: SetOption = None,
 ) -> None:
-    """Turn a source's captions into text tokens, into a Zarr token store.
+    """Encode a source's captions into text tokens, in a Zarr token store.
 
-    All captions of a picture are kept; training draws one of them in each epoch. A picture without a caption is skipped
-    and listed with the reason in STORE/skipped-text.jsonl. Run again after a kill, the command resumes at the last
-    committed row.
-
-    With --shard 3/8 the command makes the third of eight shares of the store, as encode-images does.
+    All captions of a picture are stored; training draws one of them in each epoch. A picture without a caption is
+    skipped and listed with the reason in STORE/skipped-text.jsonl. If it is killed, run it again to resume at the last
+    committed row. With --shard 3/8 it makes the third of eight shares of the store, as encode-images does.
 
     Example: [bold]dalle tokenize-text recipes/quickstart.yaml --data runs/quickstart/shapes/train[/bold]
     """

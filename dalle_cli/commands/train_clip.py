@@ -27,7 +27,7 @@ def command(
     set_: SetOption = None,
     wandb: WandbOption = None,
 ) -> None:
-    """Train a small CLIP on the prior's pictures and captions, to rerank samples without any download.
+    """Train a small CLIP on the prior's pictures and captions, to rerank samples without a download.
 
     If it is killed, run it again: it resumes from the newest checkpoint and ends with the same bytes. On SIGTERM or
     SIGUSR1 it saves a checkpoint after the current update and exits with code 75.

@@ -32,10 +32,10 @@ def command(
     """Train the discrete VAE, which turns an image into a grid of tokens and back.
 
     If it is killed, run it again: it resumes from the newest checkpoint and ends with the same bytes. It uses a GPU if
-    there is one, and several ranks with --gpus or under torchrun or srun; each rank works on its part of every batch.
+    there is one. --gpus, torchrun or srun start several processes, each of which trains on its part of every batch.
 
-    On SIGTERM or SIGUSR1, sent to any rank, it saves at the end of the current update and exits with code 75. Run it
-    again to resume from there; scripts/slurm has batch files that do so.
+    On SIGTERM or SIGUSR1 to any process, it saves a checkpoint after the current update and exits with code 75. Run it
+    again to resume; the batch files in scripts/slurm do this.
 
     Example: [bold]dalle train-dvae recipes/quickstart.yaml --data runs/quickstart/shapes/train[/bold]
     """

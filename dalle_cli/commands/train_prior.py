@@ -1,4 +1,4 @@
-"""``dalle train-prior``: train the prior on a token store."""
+"""``dalle train-prior``."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ def command(
     gpus: GpusOption = None,
     wandb: WandbOption = None,
     dry: Annotated[
-        bool, typer.Option("--dry-run", help="Check environment, store and memory, print the plan, and write nothing.")
+        bool, typer.Option("--dry-run", help="Check environment, store and memory, and print the plan; write nothing.")
     ] = False,
 ) -> None:
-    """Train the prior, the sparse transformer that models a caption's image tokens.
+    """Train the prior, the sparse transformer that models a caption and its image tokens.
 
-    After it was killed, the same command resumes from the newest checkpoint and ends with the same bytes. It uses a GPU
-    if there is one. --gpus, torchrun or srun start several processes, each of which trains on its part of every batch.
+    If it is killed, run it again: it resumes from the newest checkpoint and ends with the same bytes. It uses a GPU if
+    there is one. --gpus, torchrun or srun start several processes, each of which trains on its part of every batch.
 
-    On SIGTERM or SIGUSR1 to any process, it saves a checkpoint after the current update and exits with code 75; the
-    same command resumes from there. The batch files in scripts/slurm do this.
+    On SIGTERM or SIGUSR1 to any process, it saves a checkpoint after the current update and exits with code 75. Run it
+    again to resume; the batch files in scripts/slurm do this.
 
     Example: [bold]dalle train-prior recipes/quickstart.yaml[/bold]
     """
@@ -65,7 +65,7 @@ def command(
 
 
 def _dry_run(settings: Recipe, tokens: Path, out: Path, leads: bool) -> None:
-    """Print the plan, then refuse what a real start would refuse."""
+    """Print the plan, then raise the error of a start that does not fit into memory."""
     from rich.console import Console
 
     from dalle_cli.planning.this_machine import dry_run, refuse_too_large

@@ -1,1 +1,1 @@
-"""FID, KID, inception score, precision and recall of systems against reference pictures."""
+"""FID, KID, Inception Score, precision and recall of systems against reference pictures."""

@@ -1,7 +1,6 @@
-"""Several systems against one reference: figures, and curves against the blur's radius and the reranking pool's size.
+"""Compare systems with one reference: metrics, and curves over the blur's radius and the reranking pool's size.
 
-Each picture's features are extracted once for each radius. Reranking needs no new features: the best of a random
-subset of a caption's samples follows from the scores that they already have.
+Each picture's features are extracted once per radius. Reranking uses the scores that the samples already have.
 """
 
 from __future__ import annotations
@@ -29,42 +28,42 @@ class Settings:
     """Settings of a comparison."""
 
     radii: Sequence[float] = (0.0,)
-    """Radii of the blur in pixels."""
+    """Radii of the blur, in pixels."""
     pool_sizes: Sequence[int] = ()
-    """Sizes of the pools to rerank; none for no reranking."""
+    """Sizes of the pools to rerank; empty for no reranking."""
     repeats: int = 10
-    """Random subsets drawn for each pool size."""
+    """Number of random subsets for each pool size."""
     bootstrap: int = 0
-    """Bootstrap sets for the standard errors; 0 for no errors."""
+    """Number of bootstrap sets for the standard errors; 0 for no errors."""
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class _Selection:
-    """A system and the rows of its pictures that are measured."""
+    """A system and the rows of its pictures to measure."""
 
     system: System
     own: NDArray[np.int64]
-    """Rows of the system's own figures, ascending."""
+    """Rows behind the system's own metrics, ascending."""
     rows: NDArray[np.int64]
-    """All rows to measure, ascending; of a large pool, reranking looks at few."""
+    """All rows to measure, ascending: the own rows and those in ``subsets``."""
     subsets: NDArray[np.int64] | None = None
-    """Rows that reranking random subsets chooses (repeats, captions, sizes); None for a system without scores."""
+    """Best row of each random subset, (repeats, captions, sizes); None for a system without scores."""
 
     def places(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the places of ``rows`` among all rows to measure."""
+        """Return the indices of ``rows`` among all rows to measure."""
         return np.searchsorted(self.rows, rows)
 
     @property
     def groups(self) -> NDArray[np.int64] | None:
-        """Number of each own row's caption, counted from 0; None if captions are unknown."""
+        """Index of each own row's caption; None if captions are unknown."""
         groups = self.system.groups
         return None if groups is None else np.unique(groups[self.own], return_inverse=True)[1]
 
 
 @dataclass(frozen=True)
 class _Extraction:
-    """Extraction of features through the cache, with a progress bar."""
+    """Cached extraction of features, with a progress bar."""
 
     features: Features
     cache: Path
@@ -77,15 +76,14 @@ class _Extraction:
 def compare_systems(
     systems: Sequence[System], reference: Pictures, features: Features, settings: Settings, cache: Path
 ) -> tuple[list[SystemFigures], list[str]]:
-    """Return the figures of each system, and warnings about all of them together.
+    """Return the metrics of each system, and warnings about all of them together.
 
-    A system has ``blur`` points if radii beside 0 are asked for. With pool sizes, a system whose pictures have scores
-    stands for itself with the best of each caption's whole pool; it has ``pool`` points, and ``accuracy`` on captions
-    of the shapes world.
+    Radii other than 0 add ``blur`` points. With pool sizes, a system whose pictures have scores is measured by the best
+    of each caption's whole pool, and gets ``pool`` points, and ``accuracy`` on captions of the shapes world.
 
     Raises:
         UserError: a picture is missing, broken, or of another size than the rest of its system; a pool is smaller than
-            a size that is asked for; there are too few pictures; or two systems have no caption in common.
+            a requested size; there are too few pictures; or two systems have no caption in common.
     """
     warnings = check_same_captions(systems)
     chosen = [_choose(system, settings) for system in systems]
@@ -150,17 +148,10 @@ def compare_systems(
 
 
 def best_of_subsets(pool_sizes: Sequence[int], sizes: Sequence[int], seed: int, repeat: int) -> NDArray[np.int64]:
-    """Draw a random subset of each caption's pool for each size; return the rank of the best in it (captions, sizes).
+    """Draw a random subset of each caption's pool for each size; return the best sample's index, (captions, sizes).
 
-    Rank r (from 1) of n is the best of k with probability C(n - r, k - 1) / C(n, k). The subsets of a caption come
-    from one random order of its pool, so that a larger one holds the smaller ones, and sizes differ by the reranking
-    alone.
-
-    Args:
-        pool_sizes: Number of samples of each caption. Samples are numbered from 0, the best first.
-        sizes: Sizes of the subsets.
-        seed: Decides the draw, together with ``repeat``.
-        repeat: Number of the draw.
+    Index 0 is a pool's best sample. Rank r (from 1) of n is the best of k with probability C(n - r, k - 1) / C(n, k). A
+    caption's subsets come from one permutation of its pool, so larger ones contain smaller ones.
     """
     if not all(1 <= size <= min(pool_sizes) for size in sizes):
         raise ValueError(f"subsets of {sizes} of pools of {min(pool_sizes)} samples or more")
@@ -181,14 +172,14 @@ def _choose(system: System, settings: Settings) -> _Selection:
     small = [pool for pool in system.pools if len(pool.lines) < most]
     if small:
         raise UserError(
-            f"system {system.name}: {len(small)} captions have fewer than {most} samples, as {small[0].prompt!r} with "
-            f"{len(small[0].lines)}; give --pool sizes up to {min(lengths)}, or draw more"
+            f"system {system.name}: {len(small)} captions have fewer than {most} samples, such as {small[0].prompt!r} "
+            f"with {len(small[0].lines)}; give --pool sizes up to {min(lengths)}, or draw more"
         )
     cut = next((pool for pool in system.pools if not pool.whole), None)
     if cut is not None:
         raise UserError(
-            f"system {system.name}: {system.spec} holds only the best of {cut.prompt!r}, so that subsets of the pool "
-            "cannot be drawn; rerank without --top"
+            f"system {system.name}: {system.spec} holds only the best samples of {cut.prompt!r}, so subsets of its "
+            "pool cannot be drawn; rerank without --top"
         )
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     subsets = np.stack([
@@ -199,13 +190,13 @@ def _choose(system: System, settings: Settings) -> _Selection:
 
 
 def _pool_curve(item: _Selection, extracted: Extracted, settings: Settings, frechet: FrechetTo) -> list[PoolPoint]:
-    """Return FID and score of the best of random subsets, for each pool size, from the features of all rows."""
+    """Return FID and score of the best of random subsets, for each pool size."""
     if item.subsets is None:
         return []
     lengths = {len(pool.lines) for pool in item.system.pools}
     curve = []
     for number, size in enumerate(settings.pool_sizes):
-        # All subsets as large as the pool are the same.
+        # The only subset of full size is the pool itself.
         draws = item.subsets[:1] if lengths == {size} else item.subsets
         sets = [extracted.rows(item.places(draw[:, number])) for draw in draws]
         fids = [frechet(one.vectors) for one in sets]
@@ -245,7 +236,7 @@ def _check_present(system: System) -> None:
     if missing:
         raise UserError(
             f"system {system.name}: {missing[0]}: the sample's picture is missing, and so are {len(missing) - 1} "
-            "others; draw them again with dalle sample, or run from the folder that it ran in"
+            "others; draw them again with dalle sample, or run in the folder where dalle sample ran"
         )
 
 
@@ -270,7 +261,7 @@ def _enlarged(name: str, found: Survey, size: int) -> list[str]:
         return []
     return [
         f"{name}: {small} of {len(short)} pictures are smaller than {size} pixels (the smallest {int(short.min())}) "
-        "and were enlarged: figures at the pictures' own --size say more"
+        "and were enlarged; measure at the pictures' own size with --size"
     ]
 
 

@@ -1,7 +1,6 @@
-"""Features that pictures are measured by, and their cache.
+"""Features of pictures, and their cache: Inception-v3's, as in published figures, or a CLIP's image features.
 
-Either Inception-v3's, on which FID, KID and IS are published, or a CLIP's image features. Both are torch-fidelity
-feature extractors, so the same code computes the metrics on either.
+Both are torch-fidelity feature extractors, so the same code computes the metrics on either.
 """
 
 from __future__ import annotations
@@ -39,43 +38,41 @@ INCEPTION_SHA256 = INCEPTION_FILE.removesuffix(".pth").rsplit("-", 1)[-1]
 
 CACHE_FORMAT = 1
 CHUNK = 1024
-"""Pictures whose features are extracted and cached together."""
+"""Number of pictures whose features are extracted and cached together."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """A feature extractor that is ready to run, and the names of what it measures."""
+    """A feature extractor, and the names of its layers."""
 
     name: str
-    """Name of the features; it stands beside every figure."""
+    """Name of the features, for outputs."""
     extractor: FeatureExtractorBase
     vector: str
-    """Layer that FID, KID, precision and recall compare."""
+    """Layer for FID, KID, precision and recall."""
     logits: str | None
-    """Layer of class logits, which the score by class needs; None if there is none."""
+    """Layer of class logits, for the Inception Score; None if there is none."""
     score_name: ScoreName
     device: torch.device
     identity: str
-    """Hash of all that a picture's features depend on, apart from the picture."""
+    """Hash of weights, classes and preprocessing, for the cache."""
     warnings: list[str] = field(default_factory=list)
 
     def extract(self, pictures: Dataset[Tensor], *, batch_size: int = 64, workers: bool = False) -> Extracted:
-        """Return the features of a dataset of (3, H, W) uint8 pictures of one size.
-
-        ``workers`` decodes pictures ahead in a few processes.
+        """Return the features of (3, H, W) uint8 pictures of one size; ``workers`` decodes in a few processes.
 
         Raises:
             UserError: a picture is missing or broken.
         """
         try:
             with warnings.catch_warnings():
-                # torch-fidelity may start more workers than the machine has cores; it does no harm, they only decode.
+                # torch-fidelity may start more workers than there are cores, which is harmless: they only decode.
                 warnings.filterwarnings("ignore", message="This DataLoader will create")
                 layers = get_featuresdict_from_dataset(
                     pictures, self.extractor, batch_size, self.device.type == "cuda", not workers, False
                 )
         except UserError as error:
-            # An error of a worker process holds that process's traceback; the message is its last line.
+            # A worker's error contains its traceback; the message is the last line.
             raise UserError(str(error).strip().splitlines()[-1].split("UserError: ", 1)[-1]) from error
         return Extracted(layers[self.vector], None if self.logits is None else layers[self.logits])
 
@@ -97,12 +94,9 @@ class Extracted:
 
 
 def inception(weights_path: Path | None = None, *, device: str = "cpu") -> Features:
-    """Return Inception-v3 as torch-fidelity ports it from the TensorFlow graph of the published FID.
+    """Return torch-fidelity's port of Inception-v3 from the TensorFlow graph of the published FID.
 
-    Args:
-        weights_path: File of the port's weights, as torch-fidelity publishes it. Without it, the file is looked for in
-            torch's hub folder and else downloaded.
-        device: Device to run on.
+    Without ``weights_path``, its weights are taken from torch's hub folder, or else downloaded.
 
     Raises:
         UserError: the file is missing and cannot be downloaded, or does not hold this network's weights.
@@ -111,7 +105,7 @@ def inception(weights_path: Path | None = None, *, device: str = "cpu") -> Featu
     state = _state_dict(path)
     digest = sha256_file(path)
     published = digest.startswith(INCEPTION_SHA256)
-    # torch-fidelity would unpickle the file without restriction, so it gets a copy of the tensors read safely.
+    # torch-fidelity would unpickle arbitrary objects from the file, so it gets a copy of the safely read tensors.
     checked = io.BytesIO()
     torch.save(state, checked)
     checked.seek(0)
@@ -137,24 +131,18 @@ def inception(weights_path: Path | None = None, *, device: str = "cpu") -> Featu
         identity=digest,
         warnings=[]
         if published
-        else [f"{path.name} is not the published {INCEPTION_FILE}: figures do not compare with published ones"],
+        else [f"{path.name} is not the published {INCEPTION_FILE}: figures are not comparable with published ones"],
     )
 
 
 def clip_features(
     scorer: Scorer, class_captions: Sequence[str] = (), *, device: torch.device | str = "cpu"
 ) -> Features:
-    """Return the image features of a CLIP; FID and KID on them do not compare with Inception's.
+    """Return the image features of a CLIP; FID and KID on them are not comparable with Inception's.
 
-    A feature is the scorer's unit vector times sqrt(d). Its coordinates then have a mean square of 1 whatever the
-    width, and KID's kernel (x.y / d + 1)^3 is (cosine + 1)^3.
-
-    Args:
-        scorer: The CLIP.
-        class_captions: Captions of classes, two or more, or none. With them each picture also gets class logits: its
-            scaled similarities to these captions, which is CLIP's classification without training. The inception
-            score's formula on them is called ``clip_is``.
-        device: Device of the scorer, on which distances are computed.
+    A feature is the scorer's unit vector times sqrt(d). So KID's kernel (x.y / d + 1)^3 is (cosine + 1)^3 at any d.
+    With two or more ``class_captions``, a picture's class logits are its scaled similarities to them (zero-shot
+    classification); the Inception Score's formula on these is called ``clip_is``.
     """
     if len(class_captions) == 1:
         raise ValueError("one class has no distribution: give two or more class captions, or none")
@@ -171,7 +159,7 @@ def clip_features(
 
 
 class ClipExtractor(FeatureExtractorBase):  # type: ignore[misc]
-    """A :class:`Scorer` as torch-fidelity's extractor, with layers ``vector`` (B, d) and ``logits`` (B, classes)."""
+    """A scorer as a torch-fidelity extractor with layers ``vector`` (B, d) and ``logits`` (B, classes)."""
 
     def __init__(self, scorer: Scorer, layers: Sequence[str], class_captions: Sequence[str] = ()) -> None:
         super().__init__("clip-image", list(layers))
@@ -234,15 +222,9 @@ def cached_features(
     blur: float = 0,
     bar: Progress | None = None,
 ) -> Extracted:
-    """Return the features of all pictures, read from the folder ``cache`` if they are in it, and else added to it.
+    """Return the features of all pictures, reading chunks from the folder ``cache`` or adding them to it.
 
-    Args:
-        pictures: The pictures to measure.
-        digests: Hash of each picture's file; the cache's keys are made of these.
-        features: Extractor of the features.
-        cache: Folder of cached chunks.
-        blur: Standard deviation of the Gaussian blur in pixels.
-        bar: Progress bar, advanced by one for each picture.
+    ``digests`` are the hashes of the pictures' files; ``blur`` is a Gaussian's standard deviation in pixels.
 
     Raises:
         UserError: a picture is broken, or the cache cannot be written.
@@ -270,7 +252,7 @@ def _key(features: Features, image_size: int, blur: float, digests: Sequence[str
 
 
 def _read(file: Path, count: int, features: Features) -> Extracted | None:
-    """Return the chunk, or None if it is missing or damaged, in which case it is extracted again."""
+    """Return the cached chunk, or None if it is missing or damaged."""
     try:
         tensors = load(file.read_bytes())
         found = Extracted(tensors["vectors"], tensors.get("logits"))

@@ -1,4 +1,4 @@
-"""Figures of an evaluation: what ``eval-fid`` measured of each system, and its JSON."""
+"""Metrics that ``eval-fid`` measured of each system, and their JSON."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from dalle_cli.shapes.accuracy import Accuracy, Share, accuracy_figures
 
 FORMAT, VERSION = "dalle-eval-fid", 2
 ScoreName = Literal["inception_score", "clip_is"]
-"""Name of the score by class: on Inception's classes, or on captions of classes that CLIP compares pictures with."""
+"""Name of the score by class: on Inception's classes, or on class captions that CLIP compares with the pictures."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
     """Distances of generated pictures to the reference, and scores of the generated pictures.
 
-    ``_error`` is a standard error: over bootstrap sets for the FID and the score, binomial for precision and recall.
-    A figure that was not measured, or not defined for so few pictures, is None.
+    ``_error`` is a standard error: over bootstrap sets for FID and score, binomial for precision and recall. None
+    means that a metric was not measured, or is undefined for so few pictures.
     """
 
     fid: float
     fid_error: float | None = None
     kid_mean: float
     kid_std: float | None = None
-    """Standard deviation over subsets; None if one subset holds every picture."""
+    """Standard deviation over subsets; None for a single subset of all pictures."""
     kid_subset_size: int
     kid_subsets: int
     score: float | None = None
-    """Score by class; JSON and CSV call it by its :data:`ScoreName`."""
+    """Score by class, named by its :data:`ScoreName` in JSON and CSV."""
     score_std: float | None = None
-    """Standard deviation over splits; None for one split."""
+    """Standard deviation over splits; None for a single split."""
     score_splits: int | None = None
     score_error: float | None = None
     precision: float | None = None
@@ -47,17 +47,14 @@ class Figures:
 
 @dataclass(frozen=True, kw_only=True)
 class BlurPoint(Figures):
-    """Figures with both sides blurred by a Gaussian of standard deviation ``radius``, in pixels."""
+    """Metrics with both sides blurred by a Gaussian of standard deviation ``radius``, in pixels."""
 
     radius: float
 
 
 @dataclass(frozen=True)
 class PoolPoint:
-    """Mean and standard deviation of FID and score, over ``repeats`` draws, of the best of ``size`` samples a caption.
-
-    The deviations are None for a single draw.
-    """
+    """FID and score of the best of ``size`` samples per caption: mean and standard deviation over ``repeats`` draws."""
 
     size: int
     n_generated: int
@@ -70,11 +67,11 @@ class PoolPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class SystemFigures(Figures):
-    """Figures of one system, and its curves where they were asked for."""
+    """Metrics of one system, and its curves if requested."""
 
     name: str
     generated: str
-    """Path of the pictures, as given."""
+    """Path of the system's pictures, as given."""
     warnings: list[str] = field(default_factory=list)
     blur: list[BlurPoint] = field(default_factory=list)
     pool: list[PoolPoint] = field(default_factory=list)
@@ -84,26 +81,26 @@ class SystemFigures(Figures):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Figures of all systems against one reference, and how they were measured."""
+    """Metrics of all systems against one reference, and the settings of the measurement."""
 
     command: str = ""
     reference: str
     """Path of the real pictures, as given."""
     size: int
-    """Side in pixels to which pictures were cropped and resized."""
+    """Side of the cropped and resized pictures, in pixels."""
     seed: int = 0
     bootstrap: int = 0
     protocol: str | None = None
     """Captions and reference of a preset, in a sentence."""
     features: str
-    """Name of the features that FID, KID and score stand on."""
+    """Name of the features behind FID, KID and score."""
     score_name: ScoreName
     systems: list[SystemFigures]
     warnings: list[str] = field(default_factory=list)
 
 
 def evaluation_json(evaluation: Evaluation) -> dict[str, Any]:
-    """Return what ``eval-fid`` prints and writes."""
+    """Return the JSON that ``eval-fid`` prints and writes."""
     found = {"format": FORMAT, "version": VERSION, **asdict(evaluation)}
     for system, figures in zip(found["systems"], evaluation.systems, strict=True):
         system["accuracy"] = accuracy_json(figures.accuracy)
@@ -111,10 +108,10 @@ def evaluation_json(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def read_evaluation(found: Any) -> Evaluation:
-    """Return the evaluation that :func:`evaluation_json` made ``found`` of.
+    """Parse the JSON of :func:`evaluation_json`.
 
     Raises:
-        ValueError: ``found`` is of another format or version, or lacks a figure.
+        ValueError: it has another format or version, or lacks a metric.
     """
     if not isinstance(found, dict) or (found.get("format"), found.get("version")) != (FORMAT, VERSION):
         raise ValueError(f"it is not of the format {FORMAT}, version {VERSION}")
@@ -131,12 +128,12 @@ def read_evaluation(found: Any) -> Evaluation:
 
 
 def accuracy_json(accuracies: Mapping[str, Accuracy]) -> dict[str, Any]:
-    """Return accuracies by kind of caption as JSON."""
+    """Return the accuracies, by kind of caption, as JSON."""
     return {group: accuracy_figures(accuracy) for group, accuracy in accuracies.items()}
 
 
 def _renamed(value: Any, old: str, new: str) -> Any:
-    """Return a copy of a JSON value in which keys that begin with ``old`` begin with ``new``."""
+    """Replace the prefix ``old`` by ``new`` in all keys of a JSON value."""
     if isinstance(value, dict):
         return {
             new + key.removeprefix(old) if key.startswith(old) else key: _renamed(item, old, new)

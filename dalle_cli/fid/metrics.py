@@ -1,11 +1,10 @@
-"""FID, KID, inception score, precision and recall of generated pictures against real ones, by torch-fidelity.
+"""FID, KID, Inception Score, precision and recall of generated pictures against real ones, by torch-fidelity.
 
 FID (Heusel et al. 2017) is the Frechet distance of two Gaussians fitted to features. KID (Binkowski et al. 2018) is
-the squared maximum mean discrepancy under a cubic kernel. The inception score (Salimans et al. 2016) is the
-exponential of the mean KL divergence of each picture's class distribution from their average. Precision is the share
-of generated pictures within the manifold of the real ones, recall the share of real pictures within the manifold of
-the generated ones; a manifold is the union of balls around its pictures, each reaching to the third nearest other
-picture (Kynkaanniemi et al. 2019).
+the squared maximum mean discrepancy under a cubic kernel. The Inception Score (Salimans et al. 2016) is the exponential
+of the mean KL divergence of the pictures' class distributions from their average. Precision is the share of generated
+pictures within the manifold of the real ones; recall is the reverse. A manifold is the union of balls around its
+pictures, each reaching to the third nearest neighbour (Kynkaanniemi et al. 2019).
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ KID_SUBSET_SIZE = 1000
 MAX_SPLITS = 10
 PICTURES_PER_SPLIT = 1000
 NEIGHBOURS = 3
-"""Neighbours to which a ball of precision and recall reaches."""
+"""Rank of the nearest neighbour to which a ball of precision and recall reaches."""
 DISTANCES_AT_ONCE = 4096
-"""Rows and columns of a block of distances between pictures."""
+"""Rows and columns of a block of the distance matrix."""
 
 
 class KernelDistance(NamedTuple):
@@ -71,19 +70,19 @@ def compare(
     groups: NDArray[np.int64] | None = None,
     frechet: FrechetTo | None = None,
 ) -> Figures:
-    """Return the figures of ``generated`` pictures against the ``reference``, both already as features.
+    """Return the metrics of the ``generated`` pictures' features against those of the ``reference``.
 
-    The score by class is measured if the features have class logits.
+    The score by class needs class logits. ``seed`` decides KID's subsets, the score's splits and the bootstrap sets.
 
     Args:
         generated: Features of the generated pictures.
         reference: Features of the real pictures.
-        seed: Decides the subsets of KID, the splits of the score and the bootstrap sets.
-        bootstrap: Number of sets drawn from the generated pictures with replacement, over which the standard errors
-            of FID and score are taken; 0 for no errors. The reference is held fixed, as it is for published figures.
-        groups: Number of each generated picture's caption (n,). The bootstrap draws whole groups, since the pictures
-            of one caption are no independent draws.
-        frechet: Distances to ``reference`` for the bootstrap, if already prepared.
+        seed: Random seed.
+        bootstrap: Number of bootstrap sets of the generated pictures for the standard errors of FID and score, 0 for
+            none. The reference is fixed, as in published figures.
+        groups: Index of each generated picture's caption (n,). The bootstrap draws whole groups, since pictures of one
+            caption are not independent.
+        frechet: Prepared distances to ``reference`` for the bootstrap.
 
     Raises:
         UserError: a side has fewer than two pictures.
@@ -115,7 +114,7 @@ def compare(
 
 
 def warnings_about(figures: Figures, score_name: str) -> list[str]:
-    """Return what a reader must know of figures of so few pictures."""
+    """Return warnings about biased or undefined metrics when there are too few pictures."""
     warnings = []
     few = [
         f"{count} {side}"
@@ -125,7 +124,7 @@ def warnings_about(figures: Figures, score_name: str) -> list[str]:
     if few:
         warnings.append(
             f"{' and '.join(few)} pictures for {figures.feature_dimensions} feature dimensions: the covariance is "
-            "singular and FID is biased upwards; compare only figures of equal counts"
+            "singular and FID is biased upwards; compare it only with FIDs of as many pictures"
         )
     if figures.score is not None and figures.n_generated < PICTURES_PER_SPLIT:
         warnings.append(f"{score_name} of {figures.n_generated} pictures is biased downwards; it grows with the count")
@@ -135,11 +134,10 @@ def warnings_about(figures: Figures, score_name: str) -> list[str]:
 
 
 class FrechetTo:
-    """Frechet distances of many sets to one reference (m, d), with the reference's share of the work done once.
+    """Frechet distances of many sets to one reference (m, d), whose covariance is factorized once.
 
-    tr (S1 S2)^(1/2) is the sum of the singular values of X1 S2^(1/2) / sqrt(n - 1), where X1 are the centred features.
-    That equals :func:`frechet_distance`, by two symmetric eigenproblems in place of a general one, in double precision
-    on ``device``.
+    The result is that of :func:`frechet_distance`. tr (S1 S2)^(1/2) is computed as the sum of the singular values of
+    X1 S2^(1/2) / sqrt(n - 1), where X1 are the centred features, in float64 on ``device``.
     """
 
     def __init__(self, reference: Tensor, device: torch.device | str = "cpu") -> None:
@@ -163,10 +161,7 @@ class FrechetTo:
 
 
 def resampled(n: int, groups: NDArray[np.int64] | None, rounds: int, seed: int) -> list[NDArray[np.int64]]:
-    """Return the rows of ``rounds`` bootstrap sets of n pictures.
-
-    Each set draws as many groups as there are, with replacement; without ``groups``, single pictures.
-    """
+    """Return the rows of ``rounds`` bootstrap sets of n pictures, drawn by whole groups if ``groups`` is given."""
     members = (
         np.split(np.argsort(groups, kind="stable"), np.cumsum(np.unique(groups, return_counts=True)[1])[:-1])
         if groups is not None
@@ -200,9 +195,9 @@ def precision_recall(generated: Tensor, reference: Tensor) -> PrecisionRecall:
 
 
 def frechet_distance(first: Tensor, second: Tensor) -> float:
-    """Return |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of features (n, d) and (m, d), in double precision."""
+    """Return |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of features (n, d) and (m, d), in float64."""
     one, other = (fid_features_to_statistics(features.double()) for features in (first, second))
-    # Rounding can leave a distance of equal sets a hair below zero.
+    # Rounding can make the distance of equal sets slightly negative.
     return max(0.0, float(fid_statistics_to_metric(one, other, verbose=False)[KEY_METRIC_FID]))
 
 
@@ -225,7 +220,7 @@ def kernel_distance(first: Tensor, second: Tensor, *, seed: int = 0) -> KernelDi
 def inception_score(logits: Tensor, *, seed: int = 0) -> InceptionScore:
     """Return exp(mean KL(p(y|x) || p(y))) of class logits (n, classes) over up to ten splits of at least 1,000."""
     splits = max(1, min(MAX_SPLITS, len(logits) // PICTURES_PER_SPLIT))
-    # A class whose probability underflows to zero in every picture would give zero times infinity for a zero term.
+    # A class whose probability underflows to 0 in every picture would give 0 times infinity in place of 0.
     logits = (logits.double() - logits.double().amax(dim=1, keepdim=True)).clamp(min=-700)
     figures = isc_features_to_metric(logits, splits, shuffle=True, rng_seed=seed % 2**32)
     std = figures[KEY_METRIC_ISC_STD] if splits > 1 else None
@@ -233,10 +228,10 @@ def inception_score(logits: Tensor, *, seed: int = 0) -> InceptionScore:
 
 
 def check_counts(generated: int, reference: int, name: str = "generated pictures") -> None:
-    """Check that both sides have two pictures or more.
+    """Check that both sides have at least two pictures; ``name`` stands for the generated ones in the message.
 
     Raises:
-        UserError: one has fewer; the generated side is called ``name``.
+        UserError: a side has fewer than two.
     """
     for what, count in ((name, generated), ("reference pictures", reference)):
         if count < 2:

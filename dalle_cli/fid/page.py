@@ -1,4 +1,4 @@
-"""The page of ``dalle eval-fid``: figures, curves, and the systems' pictures side by side, caption by caption."""
+"""The page of ``dalle eval-fid``: metrics, curves, and each caption's pictures by all systems side by side."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from dalle_cli.views.contact_sheet import png_bytes
 from dalle_cli.views.html import render
 
 THUMBNAIL_SIDE = 192
-"""Largest side in pixels of a picture on the page."""
+"""Largest side of a picture on the page, in pixels."""
 METRICS = ("fid", "kid_mean", "precision", "recall", "score")
-"""Figures in the CSV file."""
+"""Metrics in the CSV file."""
 SCORE_TITLES = {"inception_score": "Inception Score", "clip_is": "CLIP score of classes"}
 
 
 @dataclass(frozen=True)
 class GridRow:
-    """A caption and each system's picture (H, W, 3) of it, then the real one if any are known; None for no picture."""
+    """A caption with each system's picture (H, W, 3), then the real one if known; None for a missing picture."""
 
     caption: str
     pictures: list[NDArray[np.uint8] | None]
@@ -40,15 +40,10 @@ class GridRow:
 def choose_grid(
     systems: Sequence[System], real: Mapping[str, tuple[Pictures, int]], rows: int, seed: int
 ) -> list[GridRow]:
-    """Draw captions that every captioned system has, whether their pictures came out well or not.
+    """Choose up to ``rows`` captions at random that all systems of generated pictures have, regardless of quality.
 
-    Pictures that were not drawn for captions, such as a training set, are shown if they have one of these captions.
-
-    Args:
-        systems: The systems, in their order on the page.
-        real: Real picture of each caption that has one, as a row of some pictures.
-        rows: Most captions to draw.
-        seed: Decides the draw.
+    Other pictures, such as a training set, are shown if they have a chosen caption. ``real`` holds the real picture of
+    a caption as a row of some pictures.
     """
     places = [(system, per_caption(system)) for system in systems]
     captioned = [(system, set(found)) for system, found in places if found]
@@ -66,7 +61,7 @@ def choose_grid(
 
 
 def true_pictures_of(preset: Preset | None, reference: Pictures) -> dict[str, tuple[Pictures, int]]:
-    """Return the real picture of each caption: the preset's, or that of the reference if captions are beside it."""
+    """Return the real picture of each caption: the preset's, or the reference's if it has captions."""
     if preset is not None:
         pictures = FilePictures(list(preset.pictures.values()), reference.image_size)
         return {caption: (pictures, row) for row, caption in enumerate(preset.captions.values())}
@@ -79,11 +74,7 @@ def true_pictures_of(preset: Preset | None, reference: Pictures) -> dict[str, tu
 
 
 def write_evaluation(evaluation: Evaluation, grid: Sequence[GridRow], out: Path) -> Path:
-    """Write ``figures.json``, ``figures.csv``, the plots as PNG and SVG, and ``index.html`` into the folder ``out``.
-
-    Returns:
-        The path of ``index.html``.
-    """
+    """Write figures.json, figures.csv, plots as PNG and SVG, and index.html into ``out``; return the page's path."""
     plots = draw_plots(evaluation)
     for name, (png, svg) in plots.items():
         write_atomically(out / f"{name}.png", png)
@@ -95,7 +86,7 @@ def write_evaluation(evaluation: Evaluation, grid: Sequence[GridRow], out: Path)
 
 
 def figures_csv(evaluation: Evaluation) -> str:
-    """Return a line for each figure; its curve is ``none`` (the system's own), ``blur``, ``pool`` or ``accuracy``."""
+    """Return a CSV line for each value, of the curve ``none`` (a system's own), ``blur``, ``pool`` or ``accuracy``."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["system", "curve", "x", "metric", "value", "error", "n_generated", "n_reference"])
@@ -118,7 +109,7 @@ def figures_csv(evaluation: Evaluation) -> str:
 
 
 def page(evaluation: Evaluation, pngs: Mapping[str, bytes], grid: Sequence[GridRow]) -> str:
-    """Return the whole page as HTML."""
+    """Return the page as HTML."""
     columns, rows = _shown(evaluation, grid)
     return render(
         "eval_fid.html",
@@ -194,7 +185,7 @@ def _curve_notes(systems: Sequence[SystemFigures]) -> list[str]:
 def _shown(
     evaluation: Evaluation, grid: Sequence[GridRow]
 ) -> tuple[list[str], list[tuple[str, list[tuple[str, bytes | None]]]]]:
-    """Return the grid's columns that have pictures, and each caption with its (column, PNG) cells."""
+    """Return the names of the columns that have pictures, and each caption with its (column, PNG) cells."""
     if not grid:
         return [], []
     names = [*(system.name for system in evaluation.systems), "real"][: len(grid[0].pictures)]

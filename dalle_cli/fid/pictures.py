@@ -1,4 +1,4 @@
-"""Pictures to be measured, as torch datasets of (3, H, W) uint8 tensors of one size, blurred or not."""
+"""Pictures to measure, as torch datasets of (3, H, W) uint8 tensors of one size, blurred or not."""
 
 from __future__ import annotations
 
@@ -22,14 +22,11 @@ from dalle_cli.errors import UserError
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 TRUNCATE = 4.0
-"""Standard deviations at which the blur's kernel ends."""
+"""Radius of the blur's kernel, in standard deviations."""
 
 
 class Pictures(Dataset[Tensor]):
-    """Image files or files inside a source, centre-cropped and resized to ``image_size`` when read.
-
-    Reading a broken one raises UserError.
-    """
+    """Pictures, centre-cropped and resized to ``image_size`` when read; a broken one raises UserError."""
 
     image_size: int
 
@@ -37,26 +34,18 @@ class Pictures(Dataset[Tensor]):
         raise NotImplementedError
 
     def content(self, index: int) -> bytes:
-        """Return the picture's file.
-
-        Raises:
-            UserError: it cannot be read.
-        """
+        """Return the content of the picture's file."""
         raise NotImplementedError
 
     def name(self, index: int) -> str:
-        """Return what error messages call the picture."""
+        """Return the picture's name for error messages."""
         raise NotImplementedError
 
     def __getitem__(self, index: int) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(self.picture(index).transpose(2, 0, 1)))
 
     def picture(self, index: int) -> NDArray[np.uint8]:
-        """Return the picture at its size, (image_size, image_size, 3).
-
-        Raises:
-            UserError: it is missing or broken.
-        """
+        """Return the cropped and resized picture, (image_size, image_size, 3)."""
         try:
             return eval_crop(decode_image(self.content(index)), self.image_size)
         except BadImage as error:
@@ -64,7 +53,7 @@ class Pictures(Dataset[Tensor]):
 
 
 class FilePictures(Pictures):
-    """Image files."""
+    """Pictures in image files."""
 
     def __init__(self, paths: Sequence[Path], image_size: int) -> None:
         self.paths = list(paths)
@@ -121,7 +110,7 @@ class PictureSubset(Pictures):
 
 
 class BlurredPictures(Dataset[Tensor]):
-    """Pictures under a Gaussian blur, which follows cropping and resizing."""
+    """Pictures blurred by a Gaussian after cropping and resizing."""
 
     def __init__(self, pictures: Pictures, radius: float) -> None:
         self.pictures, self.radius = pictures, radius
@@ -136,10 +125,9 @@ class BlurredPictures(Dataset[Tensor]):
 def gaussian_blur(pictures: Tensor, radius: float) -> Tensor:
     """Blur pictures (..., H, W) uint8 by a Gaussian and round them to uint8; radius 0 leaves them unchanged.
 
-    ``radius`` is the standard deviation in pixels, as in Pillow's ``GaussianBlur``. The kernel is not approximated, is
-    cut at four standard deviations, and repeats the border's pixel beyond the border: the same filter as
-    ``scipy.ndimage.gaussian_filter(x, radius, mode="nearest")`` of each channel. Two matrix products take about 0.6
-    of scipy's time at radii 1, 2, 4 and 8 together.
+    ``radius`` is the standard deviation in pixels, as in Pillow's ``GaussianBlur``. The filter is that of
+    ``scipy.ndimage.gaussian_filter(x, radius, mode="nearest")`` on each channel: cut at four standard deviations, with
+    the border's pixels repeated. Two matrix products take about 0.6 of scipy's time.
     """
     if pictures.dtype != torch.uint8:
         raise TypeError(f"pictures are uint8, not {pictures.dtype}")
@@ -154,7 +142,7 @@ def gaussian_blur(pictures: Tensor, radius: float) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _blur_matrix(side: int, radius: float) -> Tensor:
-    """Return the blur along one side as a matrix (side, side) whose rows sum to 1."""
+    """Return the blur along one axis as a matrix (side, side) whose rows sum to 1."""
     reach = int(TRUNCATE * radius + 0.5)
     offsets = torch.arange(-reach, reach + 1)
     weights = torch.exp(-0.5 * (offsets.double() / radius) ** 2)
@@ -166,12 +154,12 @@ def _blur_matrix(side: int, radius: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Survey:
-    """Facts about pictures that need no decoding."""
+    """Hashes and sizes of pictures, read without decoding."""
 
     digests: list[str]
-    """sha256 of each file."""
+    """SHA-256 of each file."""
     sizes: NDArray[np.int64]
-    """Width and height of each picture (n, 2)."""
+    """Width and height of each picture, (n, 2)."""
 
 
 def survey(pictures: Pictures, advance: Callable[[], None] | None = None) -> Survey:
@@ -201,7 +189,7 @@ def open_pictures(spec: str, image_size: int) -> FilePictures | SourcePictures:
     sample`` or ``dalle rerank``, unless it is a source's manifest.
 
     Raises:
-        UserError: ``spec`` names nothing of the kind.
+        UserError: ``spec`` is none of these.
     """
     folder = Path(spec)
     if folder.suffix == ".jsonl" and folder.is_file() and not is_manifest(folder):

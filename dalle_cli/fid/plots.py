@@ -1,4 +1,4 @@
-"""Plots of ``dalle eval-fid``: a figure against the blur's radius or the pool's size, with a line for each system."""
+"""Plots of ``dalle eval-fid``: a metric against the blur's radius or the pool size, with a line for each system."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Files = dict[str, tuple[bytes, bytes]]
 
 
 def draw_plots(evaluation: Evaluation) -> Files:
-    """Return the plots that the evaluation has points for."""
+    """Draw the plots for which the evaluation has points."""
     systems = evaluation.systems
     features = "Inception" if evaluation.features.startswith("inception") else "CLIP features"
     found: Files = {}
@@ -113,7 +113,7 @@ def _scale(axes: Any, curve: str, shown: Sequence[float]) -> None:
 
 
 def _files(figure: Figure) -> tuple[bytes, bytes]:
-    """Return the figure as PNG and SVG, without anything that depends on the time."""
+    """Return the figure as PNG and SVG, without timestamps."""
     found = []
     for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
         buffer = io.BytesIO()

@@ -22,32 +22,26 @@ class Preset:
     """Captions and reference pictures of a published evaluation."""
 
     captions: dict[str, str]
-    """Captions by id, in the order of the draw."""
+    """Captions by id, in the order drawn."""
     pictures: dict[str, Path]
-    """Each caption's own picture, by the caption's id."""
+    """Real picture of each caption, by the caption's id."""
     reference: list[Path]
-    """All real pictures that generated ones are compared with."""
+    """All real pictures to compare with."""
     protocol: str
-    """Captions and reference in a sentence."""
+    """Description of captions and reference, in a sentence."""
     warnings: list[str]
 
 
 def open_preset(name: Name, spec: str, count: int, seed: int) -> Preset:
-    """Draw captions of a published evaluation's data set.
+    """Draw ``count`` captions of a data set from ``spec``, its folder as published (or for COCO a captions file).
 
-    ``coco`` draws from the validation set of 2014, or else that of 2017, against all pictures of the set. A caption's
-    id is that of its annotation. ``cub`` draws from the test part of CUB-200-2011, against all pictures of that part.
-    A caption's id is the picture's number in images.txt and the caption's line, such as ``17-3``. The test part is
-    that of Reed et al.'s classes (testclasses.txt), or else of train_test_split.txt.
-
-    Args:
-        name: The data set.
-        spec: Its folder as published, or for ``coco`` a captions file.
-        count: Captions to draw.
-        seed: Decides the draw.
+    ``coco`` draws from the validation set of 2014, or else of 2017; a caption's id is its annotation's. ``cub`` draws
+    from the test part of CUB-200-2011, given by Reed et al.'s testclasses.txt or else by train_test_split.txt; a
+    caption's id is its picture's number in images.txt and its line, such as ``17-3``. The reference is all pictures of
+    the set drawn from.
 
     Raises:
-        UserError: part of the data set is missing; the message names it.
+        UserError: part of the data set is missing.
     """
     openers: dict[Name, Callable[[Path], tuple[str, list[tuple[str, Path, str]]]]] = {"coco": _coco, "cub": _cub}
     what, entries = openers[name](Path(spec))
@@ -59,7 +53,7 @@ def open_preset(name: Name, spec: str, count: int, seed: int) -> Preset:
     warnings = []
     if len(chosen) < count:
         warnings.append(
-            f"{what} has {len(chosen):,} captions, all of which are drawn; figures of {count:,} do not compare"
+            f"{what} has {len(chosen):,} captions, all of which are drawn; figures of {count:,} are not comparable"
         )
     return Preset(
         {identity: caption for identity, _, caption in chosen},

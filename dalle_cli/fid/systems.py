@@ -1,4 +1,4 @@
-"""Systems to measure: the pictures of each, with their captions and scores if these are known."""
+"""Systems to measure: the pictures of each, with captions and scores if known."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from dalle_cli.shapes.accuracy import Pool, group_by_caption
 from dalle_cli.stores.scores import sample_stores, store_lines
 
 MAX_SOURCE_CAPTIONS = 50_000
-"""Largest source whose captions are read; they only serve to show its pictures beside generated ones."""
+"""Largest source whose captions are read; they are only needed to show its pictures beside generated ones."""
 Origin = Literal["lines", "named files", "pictures"]
 """Origin of the pictures: lines of samples, files named by captions' ids, or any pictures, such as real ones."""
 
 
 @dataclass(frozen=True)
 class System:
-    """Pictures of one system, with the pictures of a caption side by side."""
+    """Pictures of one system; a caption's ranked samples are consecutive."""
 
     name: str
     spec: str
@@ -42,7 +42,7 @@ class System:
 
     @property
     def groups(self) -> NDArray[np.int64] | None:
-        """Number of each picture's caption (n,); None if captions are unknown."""
+        """Index of each picture's caption (n,); None if captions are unknown."""
         if self.pools:
             return np.repeat(np.arange(len(self.pools)), [len(pool.lines) for pool in self.pools])
         if self.captions is None:
@@ -54,20 +54,14 @@ class System:
 def open_system(
     name: str, spec: str, size: int, captions: Mapping[str, str] | None, limit: int | None, seed: int
 ) -> System:
-    """Open the pictures of a system.
+    """Open the pictures of a system, to be cropped and resized to ``size``.
 
-    Args:
-        name: Name of the system.
-        spec: A .jsonl file of ``dalle sample``'s or ``dalle rerank``'s lines, a store of samples, a folder of
-            pictures, or a captioned source.
-        size: Side to which pictures are cropped and resized.
-        captions: Captions by id, to keep the pictures of these alone. A folder's files are named by the ids; lines
-            hold the ids or the prompts.
-        limit: Number of captions to keep, or of pictures if captions are unknown.
-        seed: Decides which captions the limit keeps.
+    ``spec`` is a .jsonl file of ``dalle sample`` or ``dalle rerank``, a sample store, a folder, or a captioned source.
+    ``captions`` by id keep only their pictures: a folder's files are named by the ids, lines hold ids or prompts.
+    ``limit`` keeps a random choice of that many captions, or of pictures if captions are unknown.
 
     Raises:
-        UserError: ``spec`` names nothing of the kind, or a caption has no picture.
+        UserError: ``spec`` is none of these, or a caption has no picture.
     """
     path = Path(spec)
     if path.suffix == ".jsonl" and path.is_file() and not is_manifest(path):
@@ -80,7 +74,7 @@ def open_system(
         return _limited(found, limit, seed)
     if not lines:
         raise UserError(f"system {name}: {spec} holds no sample; look at what dalle sample said on stderr")
-    # Different ids may have the same caption, so they are ranked apart.
+    # Different ids may share a caption, so each id is ranked separately.
     groups = [lines] if captions is None else _lines_of_captions(name, spec, lines, captions)
     lines = [line for group in groups for line in group]
     ranked = []
@@ -93,14 +87,14 @@ def open_system(
 
 
 def _with_ranks(lines: list[SampleLine]) -> list[SampleLine]:
-    """Give a store's lines ranks, which part equal scores by the order of the rows."""
+    """Number the lines that have no rank, so that row order breaks ties between scores."""
     return [line if isinstance(line.get("rank"), int) else {**line, "rank": place} for place, line in enumerate(lines)]
 
 
 def _lines_of_captions(
     name: str, spec: str, lines: list[SampleLine], captions: Mapping[str, str]
 ) -> list[list[SampleLine]]:
-    """Return the lines of each caption, in the captions' order, with the caption as prompt."""
+    """Return the lines of each caption, in the captions' order, with the caption as their prompt."""
     by_id, by_prompt = (_grouped(lines, key) for key in ("id", "prompt"))
     groups: list[list[SampleLine]] = []
     missing = []
@@ -156,10 +150,10 @@ def _folder(name: str, spec: str, size: int, captions: Mapping[str, str] | None)
 
 
 def captions_beside(paths: Sequence[Path]) -> tuple[list[str] | None, Origin]:
-    """Return the first caption in the .txt file beside each picture, or else the files' names.
+    """Return the first caption of the .txt file beside each picture, or else the file names as captions.
 
-    Systems that were given the same captions usually name their files alike. Names count if all files lie in one
-    folder and the names differ; otherwise the captions are None.
+    Systems with the same captions often have the same file names. Names are used only if all files are in one folder
+    and the names differ; otherwise the captions are None.
     """
     try:
         return [read_caption_file(path.with_suffix(".txt"))[0] for path in paths], "pictures"
@@ -171,7 +165,7 @@ def captions_beside(paths: Sequence[Path]) -> tuple[list[str] | None, Origin]:
 
 
 def captions_of_source(pictures: Pictures) -> list[str] | None:
-    """Return the first caption of each picture of a source; None if one has none, or there are very many."""
+    """Return the first caption of each picture of a source; None if one has none, or there are too many."""
     if not isinstance(pictures, SourcePictures) or len(pictures) > MAX_SOURCE_CAPTIONS:
         return None
     try:
@@ -194,10 +188,10 @@ def _limited(system: System, limit: int | None, seed: int) -> System:
 
 
 def check_same_captions(systems: Sequence[System]) -> list[str]:
-    """Return warnings about systems whose captions differ, so that figures compare captions as well as systems.
+    """Return warnings about systems with different captions, whose metrics are not fully comparable.
 
     Raises:
-        UserError: two systems have captions and none in common.
+        UserError: two systems have no caption in common.
     """
     warnings = []
     known = [(s, set(s.captions)) for s in systems if s.captions is not None and s.origin != "pictures"]
@@ -208,18 +202,18 @@ def check_same_captions(systems: Sequence[System]) -> list[str]:
                     f"systems {one.name} and {other.name} have no caption in common: {one.spec} begins with "
                     f"{(one.captions or [])[0]!r}, {other.spec} with {(other.captions or [])[0]!r}"
                 )
-            only = [f"{len(extra)} only of {system.name} (as {min(extra)!r})"
+            only = [f"{len(extra)} only of {system.name} (such as {min(extra)!r})"
                     for system, extra in ((one, first - second), (other, second - first)) if extra]  # fmt: skip
             if only:
                 warnings.append(
                     f"{one.name} and {other.name} were not given the same captions: {len(first & second)} in common, "
-                    f"{', '.join(only)}; --captions FILE measures the same of all"
+                    f"{', '.join(only)}; measure the same captions of all with --captions FILE"
                 )
     return warnings
 
 
 def per_caption(system: System) -> dict[str, int]:
-    """Return the row of one picture of each caption: the best if there are scores, else the first."""
+    """Return the row of one picture per caption: the best if there are scores, else the first."""
     rows: dict[str, int] = {}
     for row, caption in enumerate(system.captions or []):
         rows.setdefault(caption, row)

@@ -1,1 +1,1 @@
-"""Blinded comparison of two systems' pictures by people: make the study, serve it, report the votes."""
+"""Blinded human comparison of two systems' pictures: make the study, serve it, report the votes."""

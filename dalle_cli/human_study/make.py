@@ -26,15 +26,15 @@ PAIRS_PER_CHECK, MIN_CHECKS = 10, 4
 
 @dataclass(frozen=True)
 class StudyRequest:
-    """Settings of a study; ``systems`` has the path of each system's pictures by name."""
+    """Settings of a study; ``systems`` maps each system's name to the path of its pictures."""
 
     systems: Mapping[str, str]
     captions: Path
     annotators: int = 5
     pairs: int | None = None
-    """Number of captions, drawn by the seed; all if None."""
+    """Number of captions, drawn by the seed; None for all."""
     checks: int | None = None
-    """Number of attention checks; if None one for ten pairs, at least four."""
+    """Number of attention checks; None for one per ten pairs, at least four."""
     image_size: int = 256
     seed: int = 0
 
@@ -44,11 +44,11 @@ def make_study(request: StudyRequest, out: Path) -> Study:
 
     Every picture is centre-cropped, resized to one size and stored uncompressed under a random name, so that neither
     names, dimensions, file sizes nor metadata tell the systems apart. Half of the pairs have the first system on
-    their left. A check shows one of the study's pictures beside uniform noise.
+    the left. A check shows one of the study's pictures beside uniform noise.
 
     Raises:
-        UserError: there are not two systems, only one of them drew some caption, a picture is broken, or ``out``
-            holds something.
+        UserError: there are not two systems, only one of them drew some caption, a picture is broken, or ``out`` is not
+            empty.
     """
     if len(request.systems) != 2:
         raise UserError(f"a study compares two systems, not {len(request.systems)}; give --system NAME=PICTURES twice")
@@ -113,11 +113,11 @@ class _Writer:
                 key[name] = KeyItem(caption_id=identity, left=shown[0].name, right=shown[1].name)
                 bar.advance()
         if equal:
-            log(f"{equal} pairs show the same picture twice; votes on them tell nothing")
+            log(f"{equal} pairs show the same picture twice; votes on them mean nothing")
         return items, key
 
     def checks(self, chosen: list[str], systems: tuple[System, System], count: int) -> list[Item]:
-        """Make attention checks: pictures of the two systems in turn, beside noise."""
+        """Make attention checks: a picture beside noise, from the two systems in turn."""
         size, seed, items = self.request.image_size, self.request.seed, []
         captions = numpy_generator(seed, "human-study", "checks").permutation(len(chosen))
         for place, right_answer in enumerate(self._sides("check", count)):
@@ -131,7 +131,7 @@ class _Writer:
         return items
 
     def _sides(self, what: str, count: int) -> list[Side]:
-        """Return ``count`` sides in random order, each equally often up to one."""
+        """Return ``count`` sides in random order, as many left as right (or one more)."""
         order = numpy_generator(self.request.seed, "human-study", "sides", what).permutation(count)
         return [SIDES[place % 2] for place in order]
 
@@ -145,7 +145,7 @@ class _Writer:
 
 
 def _distinct(captions: Mapping[str, str]) -> dict[str, str]:
-    """Keep the first id of each caption, so that no pair is asked about twice."""
+    """Keep the first id of each caption, so that no caption is shown twice."""
     first: dict[str, str] = {}
     for identity, caption in captions.items():
         first.setdefault(caption, identity)
@@ -172,7 +172,7 @@ def _read(path: Path, size: int) -> NDArray[np.uint8]:
 
 
 def _png(picture: NDArray[np.uint8]) -> bytes:
-    """Encode without compression, since a compressed file's size tells smooth pictures from rough ones."""
+    """Encode without compression, since a compressed file's size would reveal smooth pictures."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, format="PNG", compress_level=0)
     return buffer.getvalue()

@@ -27,10 +27,7 @@ _STYLE: Any = {
 
 
 def draw(figures: StudyFigures, kind: Literal["png", "svg"]) -> bytes:
-    """Draw the shares of pairs won, with Wilson intervals, and for each question the pairs by number of votes.
-
-    The latter are of the pairs that have all their votes.
-    """
+    """Draw the shares of pairs won, with Wilson intervals, and for each question the complete pairs by vote count."""
     with rc_context(_STYLE):
         figure = Figure(figsize=(9.6, 3.1))
         majority, *counts = figure.subplots(1, 3, width_ratios=(1.25, 1, 1), sharey=True)

@@ -27,24 +27,21 @@ SHOWN_PAIRS, THUMBNAIL_SIDE = 24, 192
 
 @dataclass(frozen=True)
 class _Picture:
-    """One system's picture of a pair, as the page shows it."""
+    """Picture of one system in a pair, for the page."""
 
     uri: str
     votes: list[tuple[PairVotes, int]]
-    """Votes on each question, and the number of them for this system."""
+    """Votes on each question, and the number of votes for this system."""
 
 
 def write_report(folder: Path) -> tuple[StudyFigures, Path]:
-    """Write the report of the votes cast so far; the study may be served meanwhile.
+    """Write the report of the votes so far, also while the study is served; return the figures and the page's path.
 
     Writes report.html, report.json, pairs.csv (each pair's votes), votes.csv (every vote, unblinded) and the plot as
-    votes.png and votes.svg. Annotators are numbered there; their names stay in the votes' database.
-
-    Returns:
-        The figures, and the path of the page.
+    votes.png and votes.svg. They number the annotators; names stay in the database of votes.
 
     Raises:
-        UserError: ``folder`` holds no whole study, or nobody has voted.
+        UserError: ``folder`` holds no complete study, or nobody has voted.
     """
     study = load_study(folder)
     key = load_key(folder, study)
@@ -125,7 +122,7 @@ def _page(results: Results, figures: StudyFigures, plot: str, pictures: Path) ->
 
 
 def _thumbnail(path: Path) -> str:
-    """Return the picture, small, as a JPEG data URI."""
+    """Return the picture's thumbnail as a JPEG data URI."""
     picture = Image.fromarray(read_picture(path, "make the study anew"))
     picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     buffer = io.BytesIO()

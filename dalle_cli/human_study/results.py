@@ -1,4 +1,4 @@
-"""Figures of a study: excluded annotators, each pair's votes, majorities and agreement."""
+"""Results of a study: excluded annotators, each pair's votes, majorities and agreement."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from dalle_cli.human_study.study import (
 from dalle_cli.human_study.votes import Vote
 
 FEW_PAIRS = 30
-"""Number of pairs below which the report warns of wide intervals."""
+"""Number of pairs below which the report warns about wide intervals."""
 
 
 @dataclass(frozen=True)
 class AnnotatorFigures:
-    """Votes of one annotator; ``label`` stands for the name, which no report shows."""
+    """Counts of one annotator's votes; ``label`` replaces the name, which no report shows."""
 
     label: str
     votes: int
@@ -39,7 +39,7 @@ class AnnotatorFigures:
 
 @dataclass(frozen=True)
 class PairVotes:
-    """Votes that count on one question about one pair, for each system in the key's order."""
+    """Number of counted votes on one question about one pair, for each system in the key's order."""
 
     item: Item
     question: Question
@@ -47,14 +47,14 @@ class PairVotes:
 
     @property
     def winner(self) -> int | None:
-        """Index of the system that most annotators chose; None if they are split evenly or nobody voted."""
+        """Index of the system with more votes; None for a tie or no votes."""
         first, second = self.votes
         return None if first == second else int(second > first)
 
 
 @dataclass(frozen=True)
 class Results:
-    """A study with its votes counted; ``annotators`` are by name, in the order of their first votes."""
+    """A study with its counted votes; ``annotators`` are by name, in the order of their first votes."""
 
     study: Study
     key: Key
@@ -87,14 +87,14 @@ class QuestionFigures:
     wording: str
     majority: dict[str, Majority]
     decided: int
-    """Number of pairs that one system won."""
+    """Number of pairs without a tie."""
     ties: int
     without_votes: int
     with_all_votes: int
     p_value: float | None
     votes: dict[str, int]
     pairs_by_votes: dict[str, list[int]]
-    """Number of pairs in which 0, 1, ... annotators chose the system, among pairs with all their votes."""
+    """Number of complete pairs in which 0, 1, ... annotators chose the system."""
     fleiss_kappa: float | None
     agreement: float | None
     pairs_in_kappa: int
@@ -122,7 +122,7 @@ class StudyFigures:
 
 
 def count_votes(study: Study, key: Key, votes: Sequence[Vote]) -> Results:
-    """Count the votes by pair, question and system, without those of excluded annotators."""
+    """Count the votes by pair, question and system, without excluded annotators."""
     annotators = _annotators(study, votes)
     counted = Counter(
         (vote.item, vote.question, vote.answer) for vote in votes if not annotators[vote.annotator].excluded
@@ -148,8 +148,8 @@ def study_figures(results: Results) -> StudyFigures:
     study, key = results.study, results.key
     questions = {question: _question(results, question) for question in QUESTIONS}
     rule = (
-        f"An annotator is excluded who answers more than {WRONG_SHARE_PERCENT}% of all the study's check questions "
-        f"wrongly: more than {study.wrong_allowed} of {len(study.checks) * len(QUESTIONS)}."
+        f"An annotator who answers more than {WRONG_SHARE_PERCENT}% of all the study's check questions wrongly (more "
+        f"than {study.wrong_allowed} of {len(study.checks) * len(QUESTIONS)}) is excluded."
         if study.checks
         else "The study has no attention checks; nobody is excluded."
     )

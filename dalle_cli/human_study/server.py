@@ -1,8 +1,7 @@
-"""Serve a study as a small web page: three files, the pictures under their random names, and two calls.
+"""Serve a study as a small web page: three files, the pictures under their random names, and two API calls.
 
-``GET /api/next?annotator=NAME`` returns what to show next. ``POST /api/vote`` records one answer and replies once it
-is on disk. The server knows only what ``study.json`` holds: it never opens the key, and no path of a request reaches
-the file system.
+``GET /api/next?annotator=NAME`` returns the next tasks. ``POST /api/vote`` records one answer and replies once it is on
+disk. The server reads only ``study.json``, never the key, and no path of a request reaches the file system.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from dalle_cli.progress import log
 
 MAX_BODY_BYTES = 4096
 IDLE_SECONDS = 60
-"""Seconds without a request after which a connection is closed; the page opens another."""
+"""Seconds without a request after which a connection is closed."""
 PAGE_FILES = {"/": ("index.html", "text/html"), "/study.css": ("study.css", "text/css"),
               "/study.js": ("study.js", "text/javascript")}  # fmt: skip
 _HEADERS = {
@@ -39,7 +38,7 @@ _HEADERS = {
 
 
 class BadRequest(Exception):
-    """A request is not well-formed; the message says why."""
+    """A malformed request; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class StudyServer(ThreadingHTTPServer):
         """Bind the address at once; port 0 takes a free one.
 
         Raises:
-            UserError: ``folder`` holds no whole study, its votes cannot be opened, or the address cannot be bound.
+            UserError: ``folder`` holds no complete study, its votes cannot be opened, or the address cannot be bound.
         """
         self.study = load_study(folder)
         names = [name for item in self.study.items for name in (item.left, item.right)]
@@ -86,12 +85,12 @@ class StudyServer(ThreadingHTTPServer):
         return f"http://{self.server_name}:{self.server_port}/"
 
     def server_bind(self) -> None:
-        """Bind the socket without looking up the host's full name, which can take long and is not needed."""
+        """Bind the socket without the base class's slow look-up of the host's full name."""
         TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Report an error, unless a client such as a phone out of reach dropped its connection."""
+        """Report an error, unless a client, such as a phone out of range, dropped its connection."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
@@ -130,7 +129,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(self._vote)
 
     def _answer(self, call: Callable[[], dict[str, Any]]) -> None:
-        """Answer with the call's result as JSON, or with the reason of its failure. 200 means a vote was recorded."""
+        """Answer with the call's result as JSON, or with the reason for its failure."""
         try:
             self._json(HTTPStatus.OK, call())
         except BadRequest as error:
@@ -169,7 +168,7 @@ class _Handler(BaseHTTPRequestHandler):
         if len(body) < length:
             self.close_connection = True
             raise BadRequest("the vote is cut short")
-        # A form on some other site can post to this machine, but not with this type.
+        # A form on another site can post to this server, but not with this content type.
         if self.headers.get_content_type() != "application/json":
             raise BadRequest("a vote is application/json")
         try:
@@ -215,7 +214,7 @@ def _annotator(name: Any) -> str:
 
 
 def _task_json(task: Task) -> dict[str, Any]:
-    """Return what a page may know of a task: not whether it is a check, nor which systems it shows."""
+    """Return a task for the page, without telling whether it is a check or which systems it shows."""
     return {
         "item": task.item.id,
         "caption": task.item.caption,

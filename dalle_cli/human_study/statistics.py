@@ -22,15 +22,15 @@ class Share:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Fleiss' kappa, and the mean share of agreeing pairs of annotators, which kappa corrects for chance."""
+    """Fleiss' kappa, and the observed agreement: the mean share of annotator pairs that agree."""
 
     kappa: float | None
-    """None if every vote went to one category: chance alone then agrees always."""
+    """None if every vote went to one category, where chance agreement is 1."""
     observed: float
 
 
 def wilson(wins: int, total: int) -> Share | None:
-    """Return the share ``wins / total`` with its interval; None if ``total`` is 0."""
+    """Return ``wins / total`` with its Wilson interval; None if ``total`` is 0."""
     if total == 0:
         return None
     interval = binomtest(wins, total).proportion_ci(CONFIDENCE, method="wilson")
@@ -38,25 +38,16 @@ def wilson(wins: int, total: int) -> Share | None:
 
 
 def sign_test(wins: int, total: int) -> float | None:
-    """Return the two-sided p-value of ``wins`` if both systems were preferred equally often; None if ``total`` is 0."""
+    """Return the two-sided p-value of ``wins`` under equal preference; None if ``total`` is 0."""
     return float(binomtest(wins, total).pvalue) if total else None
 
 
 def fleiss_kappa(counts: NDArray[np.int64]) -> Agreement | None:
-    """Measure the agreement of interchangeable annotators (J. L. Fleiss, Psychological Bulletin 1971).
+    """Return the agreement of votes ``counts`` (items, categories) (J. L. Fleiss, Psychological Bulletin 1971).
 
     Items may have different numbers of votes: each item's agreement counts once, and chance agreement is taken from
-    all votes. With equal numbers this is Fleiss' own figure. Items with fewer than two votes say nothing about
-    agreement and are left out.
-
-    Args:
-        counts: Number of votes for each category, (items, categories).
-
-    Returns:
-        The agreement; None if no item has two votes.
-
-    Raises:
-        ValueError: ``counts`` is not a table of counts.
+    all votes. With equal numbers this is Fleiss' kappa. Items with fewer than two votes are left out; None if none is
+    left.
     """
     if counts.ndim != 2 or (counts < 0).any():
         raise ValueError(f"votes are counts (items, categories), not {counts.shape}")
@@ -66,6 +57,6 @@ def fleiss_kappa(counts: NDArray[np.int64]) -> Agreement | None:
     votes = counts.sum(axis=1)
     observed = float((((counts**2).sum(axis=1) - votes) / (votes * (votes - 1))).mean())
     by_chance = float(((counts.sum(axis=0) / counts.sum()) ** 2).sum())
-    # Counted rather than compared with by_chance == 1, which rounding could miss.
+    # Not by_chance == 1, which rounding could miss.
     unanimous = np.count_nonzero(counts.sum(axis=0)) == 1
     return Agreement(None if unanimous else (observed - by_chance) / (1 - by_chance), observed)

@@ -1,7 +1,6 @@
 """A study's files: ``study.json`` and ``pictures/`` for the server, ``key.json`` for the report alone.
 
-Nothing in the served part tells which system made a picture. Only the key names the systems, and the server never
-opens it.
+Only the key tells which system made a picture, and the server never opens it.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ WORDING: dict[Question, str] = {
 }
 STUDY, KEY, PICTURES, VOTES = "study.json", "key.json", "pictures", "votes.sqlite"
 WRONG_SHARE_PERCENT = 20
-"""Share of all the study's check questions that an annotator may answer wrongly without being excluded."""
+"""Share of the study's check questions that an annotator may answer wrongly without being excluded."""
 
 
 class _Stored(BaseModel):
@@ -33,14 +32,14 @@ class _Stored(BaseModel):
 
 
 class Item(_Stored):
-    """A caption and two pictures, which are file names in ``pictures/``."""
+    """A caption and the file names of two pictures in ``pictures/``."""
 
     id: str
     caption: str
     left: str = Field(pattern=r"^[0-9a-f]{16}\.png$")
     right: str = Field(pattern=r"^[0-9a-f]{16}\.png$")
     check: Side | None = None
-    """Side that an attentive annotator chooses; None unless the item is an attention check."""
+    """Right answer of an attention check; None for a pair of the systems' pictures."""
 
 
 class Study(_Stored):
@@ -55,12 +54,11 @@ class Study(_Stored):
 
     @cached_property
     def sha256(self) -> str:
-        """Hash by which the key and the votes name this study, so that another study's are refused."""
+        """Hash by which the key and the votes refer to this study."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
     @cached_property
     def by_id(self) -> dict[str, Item]:
-        """Items by their ids."""
         return {item.id: item for item in self.items}
 
     @cached_property
@@ -75,12 +73,12 @@ class Study(_Stored):
 
     @property
     def wrong_allowed(self) -> int:
-        """Number of wrong answers to check questions that do not exclude an annotator."""
+        """Number of wrong answers to check questions that an annotator may give without being excluded."""
         return len(self.checks) * len(QUESTIONS) * WRONG_SHARE_PERCENT // 100
 
 
 class KeyItem(_Stored):
-    """Id of the caption that a pair shows, and the system on each side."""
+    """Caption id of a pair, and the system on each side."""
 
     caption_id: str
     left: str
@@ -95,7 +93,7 @@ class Key(_Stored):
     """Path of each system's pictures by name, in the order given."""
     captions: str
     captions_left_out: int
-    """Number of captions of which no system had a picture."""
+    """Number of captions without a picture by either system."""
     seed: int
     items: dict[str, KeyItem]
 
@@ -104,7 +102,7 @@ def load_study(folder: Path) -> Study:
     """Read the study in ``folder``.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: it is missing or damaged.
     """
     return _load(folder / STUDY, Study)
 
@@ -113,7 +111,7 @@ def load_key(folder: Path, study: Study) -> Key:
     """Read the key of ``study`` from its folder.
 
     Raises:
-        UserError: the key is missing, or is another study's.
+        UserError: the key is missing, or belongs to another study.
     """
     key = _load(folder / KEY, Key)
     if key.study != study.sha256 or key.items.keys() != {item.id for item in study.pairs}:

@@ -1,4 +1,4 @@
-"""Read a system's pictures by caption: a folder of files named by caption id, or lines of ``dalle sample``."""
+"""Read a system's pictures by caption, from a folder of files named by caption id or from lines of ``dalle sample``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dalle_cli.errors import UserError
 
 @dataclass(frozen=True)
 class System:
-    """Pictures of a system by caption id; ``others`` counts its pictures of no caption of the study."""
+    """Pictures of a system by caption id; ``others`` counts pictures of other captions than the study's."""
 
     name: str
     spec: str
@@ -23,18 +23,13 @@ class System:
 
 
 def read_system(name: str, spec: str, captions: Mapping[str, str]) -> System:
-    """Read the system's picture of each caption that it has one of.
+    """Read the system's pictures of the study's ``captions`` (by id).
 
-    If a manifest has several lines for one prompt, the line of rank 1 is used, or the first line if none has a rank.
-    Prompts and captions are compared without surrounding blanks.
-
-    Args:
-        name: The system's name.
-        spec: A folder of pictures named by caption ids, or a .jsonl file of ``dalle sample`` or ``dalle rerank``.
-        captions: The study's captions by id.
+    ``spec`` is a folder of pictures named by caption ids, or a .jsonl file of ``dalle sample`` or ``dalle rerank``. Of
+    several lines for one prompt, the line of rank 1 is used, or the first if none has a rank.
 
     Raises:
-        UserError: there is no such folder or file, it has two pictures of a caption, or it has none of any caption.
+        UserError: there is no such folder or file, it has two pictures of a caption, or it has no picture of any.
     """
     path = Path(spec)
     if path.is_dir():
@@ -45,7 +40,7 @@ def read_system(name: str, spec: str, captions: Mapping[str, str]) -> System:
         names = dict(captions)
     else:
         raise UserError(
-            f"system {name}: {spec} is neither a folder of pictures nor a .jsonl file of dalle sample's lines"
+            f"system {name}: {spec} is neither a folder of pictures nor a .jsonl file of lines of dalle sample"
         )
     pictures = {identity: found[wanted] for identity, wanted in names.items() if wanted in found}
     if not found:

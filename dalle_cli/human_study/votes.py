@@ -1,7 +1,6 @@
-"""Store of a study's votes in SQLite: a row for each annotator, item and question, synced to disk when recorded.
+"""SQLite store of a study's votes: a row for each annotator, item and question, synced to disk when recorded.
 
-Progress, the next question and the excluded annotators are all computed from the votes, so a server that is killed
-loses nothing.
+Progress, next tasks and excluded annotators are computed from the votes, so a killed server loses nothing.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ GROUP BY annotator HAVING count(*) > ?
 
 
 class VoteRefused(Exception):
-    """A well-formed vote was not recorded; the message says why."""
+    """A well-formed vote that is not recorded; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Vote:
 
 @dataclass(frozen=True)
 class Task:
-    """An item and the questions that an annotator is still to be asked about it, in order."""
+    """An item and the open questions about it for an annotator, in order."""
 
     item: Item
     questions: tuple[Question, ...]
@@ -81,13 +80,13 @@ def annotator_name(text: str) -> str:
 
 
 class Votes:
-    """Votes of a study; several threads and several processes may use them at once."""
+    """Votes of a study, safe to use from several threads and processes at once."""
 
     def __init__(self, folder: Path, study: Study) -> None:
         """Open the votes in ``folder``, or create them.
 
         Raises:
-            UserError: the file holds another study's votes, or is no database.
+            UserError: the file holds another study's votes, or is not a writable database.
         """
         self.study = study
         self._lock = Lock()
@@ -101,7 +100,7 @@ class Votes:
                 if self._db.execute("SELECT count(*) FROM study").fetchone() == (0,):
                     self._db.execute("INSERT INTO study VALUES (?)", (study.sha256,))
         except sqlite3.Error as error:
-            raise UserError(f"{path}: cannot be used ({error}); is it a study's, and may it be written?") from None
+            raise UserError(f"{path}: cannot be used ({error}); check that it is a writable file of votes") from None
         if self._db.execute("SELECT sha256 FROM study").fetchall() != [(study.sha256,)]:
             raise UserError(f"{path}: holds the votes of another study; move them back to their own folder")
         rows = [(item.id, item.check) for item in study.checks]
@@ -111,7 +110,7 @@ class Votes:
         """Record one vote; it is on disk when this returns.
 
         Raises:
-            VoteRefused: the annotator answered this before, or it has all the votes wanted.
+            VoteRefused: the annotator answered this before, or the question has all the votes wanted.
         """
         with self._lock, self._transaction():
             mine = (annotator, item.id, question)
@@ -126,10 +125,9 @@ class Votes:
             self._db.execute("INSERT INTO votes VALUES (?, ?, ?, ?, ?)", (*mine, answer, at))
 
     def work(self, annotator: str) -> Work:
-        """Return what ``annotator`` has done and may still be asked, in this annotator's random order.
+        """Return the annotator's number of finished items and open tasks, in this annotator's random order.
 
-        A question about a pair is asked until it has the votes wanted, not counting those of excluded annotators. A
-        check is put to everyone.
+        A question about a pair is open until it has all its votes, without excluded annotators. Checks are for all.
         """
         with self._lock:
             rows = self._db.execute("SELECT item, question FROM votes WHERE annotator = ?", (annotator,)).fetchall()
@@ -149,7 +147,7 @@ class Votes:
         return Work(len({item for item, _ in rows} - unfinished), tuple(tasks))
 
     def all(self) -> list[Vote]:
-        """Return every vote, ordered by time."""
+        """Return all votes, ordered by time."""
         with self._lock:
             rows = self._db.execute("SELECT annotator, item, question, answer, at FROM votes ORDER BY at, rowid")
             return [Vote(*row) for row in rows]
@@ -165,7 +163,7 @@ class Votes:
         self.close()
 
     def _counts(self) -> dict[tuple[str, str], int]:
-        """Count the votes on each item and question, without those of excluded annotators."""
+        """Count the votes on each item and question, without excluded annotators."""
         rows = self._db.execute(
             f"SELECT item, question, count(*) FROM votes WHERE annotator NOT IN ({_EXCLUDED}) GROUP BY item, question",
             (self.study.wrong_allowed,),
@@ -184,7 +182,7 @@ class Votes:
 
 
 def _order(study: Study, annotator: str) -> list[Item]:
-    """Return all items shuffled for this annotator, the checks spread evenly among the pairs."""
+    """Return all items, shuffled for this annotator, with the checks spread evenly among the pairs."""
     random = numpy_generator(int(study.sha256[:15], 16), "human-study", "order", annotator)
     pairs = [study.pairs[place] for place in random.permutation(len(study.pairs))]
     checks = [study.checks[place] for place in random.permutation(len(study.checks))]

@@ -1,1 +1,1 @@
-"""Report of a run: one page with everything that the run has produced."""
+"""Report of a run: one page with everything that the run produced."""

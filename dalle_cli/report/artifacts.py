@@ -24,12 +24,12 @@ NAMES: dict[Kind, str] = {"dvae": "dVAE", "prior": "prior", "clip": "CLIP"}
 
 @dataclass(frozen=True)
 class Reference:
-    """An artifact that another one belongs to, by its role and hash."""
+    """Reference to an artifact that another one belongs to, by role and hash."""
 
     role: str
     sha256: str
     in_this_run: bool | None
-    """True if the run holds this artifact, False if it holds another in the same role, None if it holds none."""
+    """True if the run has this artifact, False if it has another in the same role, None if it has none."""
 
 
 @dataclass(frozen=True)
@@ -45,18 +45,18 @@ class ArtifactRow:
 
 @dataclass(frozen=True)
 class CheckpointRow(ArtifactRow):
-    """A checkpoint of a run and the name of the recipe it was trained by."""
+    """A checkpoint of a run, and its recipe's name."""
 
     recipe: str
 
 
 @dataclass(frozen=True)
 class StoreRequest:
-    """The request that the samples of a store answer."""
+    """The request recorded in a sample store."""
 
     store: Path
     prior: str
-    """Identity of the prior that drew them."""
+    """Hash of the prior."""
     prompts: int
     seed: int
     settings: dict[str, Any]
@@ -64,7 +64,7 @@ class StoreRequest:
 
 @dataclass
 class Run:
-    """The artifacts of one run. ``missing`` has a line for each that is absent or cannot be read."""
+    """The artifacts of a run; ``missing`` has a line for each one that is absent or unreadable."""
 
     recipe: Recipe
     folders: RunFolders
@@ -76,11 +76,11 @@ class Run:
 
     @property
     def empty(self) -> bool:
-        """True if no stage has left an artifact that can be read."""
+        """True if the run has no readable artifact."""
         return self.tokenizer is None and self.tokens is None and not self.checkpoints
 
     def metrics(self, kind: Kind) -> list[dict[str, Any]]:
-        """Return the lines of a stage's metrics.jsonl, without a line that a killed run left half-written."""
+        """Return the lines of a stage's metrics.jsonl, without incomplete lines of a killed run."""
         folder = {"dvae": self.folders.dvae, "prior": self.folders.prior, "clip": self.folders.clip}[kind]
         file = folder / "metrics.jsonl"
         lines = []
@@ -94,7 +94,7 @@ class Run:
         return lines
 
     def artifacts(self, requests: Iterable[StoreRequest]) -> list[ArtifactRow]:
-        """List the artifacts in the order of the pipeline; those of ``requests`` are stores of samples."""
+        """List the artifacts in the order of the pipeline, and last the sample stores of ``requests``."""
         rows = []
         if self.tokenizer is not None:
             identity = self.tokenizer.identity
@@ -125,11 +125,10 @@ class Run:
     def commands(self) -> list[dict[str, Any]]:
         """Return the journal lines of the commands that made the training pictures and the run's artifacts.
 
-        They stand in the order in which the commands finished. Of several lines with the same artifact and command
-        only the last is returned.
+        They are in the order in which the commands finished, with only the last of equal artifacts and commands.
         """
         found: dict[tuple[str, str], dict[str, Any]] = {}
-        # make-shapes records the folder that holds all its splits, other commands the source itself.
+        # make-shapes records the folder of all its splits, other commands the source itself.
         pictures = [] if self.source is None else [Path(self.source.name).parent, Path(self.source.name)]
         lines = [line for made in pictures for line in commands_of(made)]
         for line in [*lines, *read_commands(self.folders.root)]:
@@ -152,7 +151,7 @@ class Run:
 
 
 def open_run(recipe: Recipe) -> Run:
-    """Open the artifacts in the recipe's run; one that is absent or damaged is named in ``missing``."""
+    """Open the artifacts of the recipe's run; ``missing`` names those that are absent or damaged."""
     run = Run(recipe, RunFolders(Path(recipe.run)))
     folders = run.folders
     if not folders.tokenizer.exists():
@@ -182,7 +181,7 @@ def open_run(recipe: Recipe) -> Run:
 
 
 def _open_source(run: Run) -> None:
-    """Open the pictures that the recipe names, or else those that the dVAE was trained on."""
+    """Open the recipe's training pictures, or else the dVAE's."""
     spec = run.recipe.data.train
     if spec is None and "dvae" in run.checkpoints:
         spec = run.checkpoints["dvae"].recipe().data.train
@@ -196,7 +195,7 @@ def _open_source(run: Run) -> None:
 
 
 def store_requests(stores: Iterable[Path]) -> list[StoreRequest]:
-    """Return the request of each store of samples that can be read."""
+    """Return the request of each readable sample store."""
     found = (_store_request(store) for store in stores)
     return [request for request in found if request is not None]
 
@@ -208,5 +207,5 @@ def _store_request(store: Path) -> StoreRequest | None:
         request: Any = zarr.open_group(str(store), mode="r", zarr_format=3).attrs["request"]
         settings = {name: value for name, value in request["settings"].items() if value is not None}
         return StoreRequest(store, str(request["prior"]), len(request["prompts"]), request["seed"], settings)
-    except Exception:  # moved or deleted since: the report is about the lines of the samples
+    except Exception:  # moved or deleted since; the report needs only the samples' lines
         return None

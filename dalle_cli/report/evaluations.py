@@ -1,4 +1,4 @@
-"""Read what ``dalle eval-fid`` measured: rows of figures, and curves."""
+"""Read the results of ``dalle eval-fid`` as rows of metrics and curves."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dalle_cli.fid.figures import FORMAT, VERSION, Evaluation, SystemFigures, ev
 from dalle_cli.fid.plots import draw_plots
 
 CURVES = ("blur", "pool", "accuracy")
-"""Keys of a system's figures that the report draws and does not list."""
+"""Keys of a system's figures that the report draws instead of listing."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class EvaluationFile:
 
 @dataclass(frozen=True)
 class EvaluationRow:
-    """Figures of one system; ``warnings`` are its own, and on an evaluation's first row also the evaluation's."""
+    """Metrics of one system, with its warnings; the first row of an evaluation has the evaluation's warnings too."""
 
     file: str
     evaluation: Evaluation
@@ -34,7 +34,7 @@ class EvaluationRow:
     warnings: list[str]
 
     def as_json(self) -> dict[str, Any]:
-        """Return what report.json holds of this row."""
+        """Return the row's entry in report.json."""
         values = evaluation_json(replace(self.evaluation, systems=[self.system]))
         system = {key: value for key, value in values.pop("systems")[0].items() if key not in CURVES}
         return values | system | {"warnings": self.warnings, "file": self.file}
@@ -42,7 +42,7 @@ class EvaluationRow:
 
 @dataclass(frozen=True)
 class CurveFigures:
-    """Curves of an evaluation: the name of each plot's picture by the kind of plot."""
+    """Curves of an evaluation: the picture's name for each kind of plot."""
 
     file: str
     reference: str
@@ -50,16 +50,14 @@ class CurveFigures:
 
 
 def features_badge(features: str) -> tuple[str, bool]:
-    """Return a short name of the features, and whether they are Inception's, which published figures use."""
+    """Return a short name of the features, and whether they are Inception's, as in published figures."""
     if features.startswith("inception"):
         return "Inception features", True
     return ("CLIP features", False) if features.startswith("clip") else (features, False)
 
 
 def find_evaluations(run: Path, given: Sequence[Path]) -> list[EvaluationFile]:
-    """Read the given evaluations, then those that lie in the run's folder or one below it.
-
-    A page and a file of one command hold the same evaluation, which is read once.
+    """Read the given evaluations, then others in the run's folder or one level below, one for each command line.
 
     Raises:
         UserError: a file is not one of ``dalle eval-fid --out``.
@@ -92,7 +90,7 @@ def evaluation_rows(evaluations: Sequence[EvaluationFile]) -> list[EvaluationRow
 
 
 def draw_curves(evaluations: Sequence[EvaluationFile]) -> tuple[list[CurveFigures], dict[str, bytes]]:
-    """Draw the curves of each evaluation that has some, as PNG by name."""
+    """Draw the curves of the evaluations, as PNG by name."""
     curves: list[CurveFigures] = []
     pngs: dict[str, bytes] = {}
     for number, found in enumerate(evaluations):
@@ -121,5 +119,5 @@ def _has_format(file: Path) -> bool:
         found = json.loads(text) if f'"{FORMAT}"' in text else None
     except ValueError:
         return False
-    # An earlier report.json has rows of this format, but is none itself.
+    # An earlier report.json contains rows of this format, but is not an evaluation.
     return isinstance(found, dict) and (found.get("format"), found.get("version")) == (FORMAT, VERSION)

@@ -1,4 +1,4 @@
-"""Figures of a report, and its JSON."""
+"""Contents of a report, and its JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dalle_cli.shapes.accuracy import Share, accuracy_figures
 
 @dataclass(frozen=True)
 class DataFigures:
-    """Rows of the token store, and for each part the number of skipped rows by reason, the most frequent first."""
+    """Rows of the token store, and the number of skipped rows of each part by reason, the most frequent first."""
 
     source: str
     rows: int
@@ -26,7 +26,7 @@ class DataFigures:
 
 @dataclass(frozen=True)
 class SamplesFigures:
-    """A store of samples and the settings they were drawn with; ``path`` is relative to the run's folder."""
+    """A sample store and its settings; ``path`` is relative to the run's folder."""
 
     path: str
     captions: int
@@ -36,7 +36,7 @@ class SamplesFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportFigures:
-    """Everything a report says; a section that has nothing to show is None or empty."""
+    """Everything in a report; a section without content is None or empty."""
 
     name: str
     description: str
@@ -56,7 +56,7 @@ class ReportFigures:
 
     @property
     def result(self) -> str:
-        """The main result in one sentence: captions drawn right, else FID, else the samples, else the training."""
+        """Main result in one sentence: captions drawn right, else FID, else the samples, else the training."""
         if self.oracle is not None:
             groups = self.oracle.groups
             pool_size = next(iter(groups.values())).pool_size
@@ -80,7 +80,7 @@ class ReportFigures:
         return "No samples yet, and no stage trained."
 
     def as_json(self) -> dict[str, Any]:
-        """Return what report.json holds."""
+        """Return the contents of report.json."""
         values = asdict(self) | {"result": self.result, "fid": [row.as_json() for row in self.fid]}
         if self.oracle is not None:
             values["oracle"]["groups"] = {name: accuracy_figures(group) for name, group in self.oracle.groups.items()}

@@ -1,4 +1,4 @@
-"""Check a run's image tokens: reconstructions of pictures, and the use of the codebook."""
+"""Check a run's image tokens: reconstructions, and the use of the codebook."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from dalle_cli.views.contact_sheet import side_by_side
 PICTURES = 16
 CELL = 128
 MAX_ROWS = 100_000
-"""Number of rows of a token store that the use of the codebook is counted on, at most."""
+"""Largest number of rows on which the use of the codebook is counted."""
 
 
 @dataclass(frozen=True)
 class ReconstructionFigures:
-    """PSNR in dB and SSIM of each picture's reconstruction, and their means."""
+    """PSNR (dB) and SSIM of each picture's reconstruction, and their means."""
 
     psnr: list[float]
     psnr_mean: float
@@ -41,7 +41,7 @@ class ReconstructionFigures:
 
 @dataclass(frozen=True)
 class CodebookFigures:
-    """Use of the codebook by the pictures of a token store: ``dead`` of its ``codes`` occur in none."""
+    """Use of the codebook in a token store; ``dead`` of its ``codes`` never occur."""
 
     codes: int
     rows: int
@@ -51,10 +51,10 @@ class CodebookFigures:
 
 
 def reconstruct(checkpoint: Checkpoint, source: Source) -> tuple[ReconstructionFigures, Image.Image] | None:
-    """Reconstruct the first held-out pictures, or the first of all where the recipe holds none out.
+    """Reconstruct the first held-out pictures, or the first training pictures if none are held out.
 
     Returns:
-        The figures, and a sheet of the pictures above their reconstructions; None if no picture can be read.
+        The metrics, and a sheet of the pictures above their reconstructions; None if no picture can be read.
     """
     recipe = checkpoint.recipe()
     training_rows, held_out = split_holdout(np.arange(len(source)), recipe.data.holdout, recipe.seed)
@@ -87,11 +87,7 @@ def reconstruct(checkpoint: Checkpoint, source: Source) -> tuple[ReconstructionF
 
 
 def count_codes(store: TokenReader) -> tuple[CodebookFigures, NDArray[np.int64]] | None:
-    """Count each code among the tokens of the store's pictures, ``MAX_ROWS`` rows at most.
-
-    Returns:
-        The figures, and the counts (codes,); None if the store has no picture.
-    """
+    """Return the use of the codebook in up to ``MAX_ROWS`` rows, and the counts (codes,); None without pictures."""
     if "image" not in store.parts:
         return None
     state = store.part("image")

@@ -1,4 +1,4 @@
-"""The report's figures as one HTML page, with style and pictures inside it."""
+"""The report as one HTML page, with style and pictures embedded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dalle_cli.report.figures import ReportFigures
 from dalle_cli.views.html import Pngs, render
 
 MAX_REASONS = 20
-"""Number of reasons shown for each part of a store; report.json has all."""
+"""Number of reasons for skipped rows shown for each part of a store; report.json has all."""
 TRAINING_PLOTS = {
     "loss_dvae": "dVAE: reconstruction",
     "elbo_dvae": "dVAE: ELBO",
@@ -20,13 +20,7 @@ TRAINING_PLOTS = {
 
 
 def page(figures: ReportFigures, pngs: Pngs, recipe_yaml: str) -> str:
-    """Return the page.
-
-    Args:
-        figures: What the page says.
-        pngs: Pictures and plots by name; a plot that is missing is left out.
-        recipe_yaml: The resolved recipe.
-    """
+    """Return the page as HTML; plots that are not in ``pngs`` are left out."""
     badges = [features_badge(fid.evaluation.features) for fid in figures.fid]
     lines = [(c["artifact"], c["command"], c.get("sha256"), c.get("finished")) for c in figures.commands]
     lines += [(fid.file, fid.evaluation.command, None, None) for fid in figures.fid if fid.evaluation.command]

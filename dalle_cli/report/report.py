@@ -25,7 +25,7 @@ from dalle_cli.views.contact_sheet import png_bytes
 
 @dataclass(frozen=True)
 class Report:
-    """Path of the page that was written, and its figures."""
+    """Path of the written page, and its contents."""
 
     html: Path
     figures: ReportFigures
@@ -34,16 +34,11 @@ class Report:
 def write_report(recipe: Recipe, ranked: Path | None, fids: Sequence[Path], out: Path) -> Report:
     """Write ``out/report.html``, ``report.json`` and, with ranked samples, ``contact-sheet.png``.
 
-    Stages that the run lacks are named in the report.
-
-    Args:
-        recipe: The recipe whose run is reported.
-        ranked: Lines of ``dalle rerank``.
-        fids: JSON files of ``dalle eval-fid``; those in the run's folder are found without being named.
-        out: Folder to write into.
+    ``ranked`` has lines of ``dalle rerank``. ``fids`` are files of ``dalle eval-fid`` outside the run's folder; those
+    inside are found. Stages that have not run are named in the report.
 
     Raises:
-        UserError: there is nothing to report on, or a given file is not what it should be.
+        UserError: there is nothing to report, or a given file is of another kind.
     """
     run = open_run(recipe)
     evaluations = find_evaluations(run.folders.root, fids)

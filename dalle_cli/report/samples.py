@@ -33,7 +33,7 @@ SHEET_CAPTIONS = 12
 
 @dataclass(frozen=True)
 class OracleFigures:
-    """Shares of captions drawn right, by group of captions, as measured on the pictures."""
+    """Shares of captions drawn right, measured on the pictures, by group of captions."""
 
     groups: dict[str, Accuracy]
     warnings: list[str]
@@ -41,7 +41,7 @@ class OracleFigures:
 
 @dataclass(frozen=True)
 class SheetFigures:
-    """The captions that the contact sheet shows."""
+    """Captions on the contact sheet."""
 
     captions: list[str]
     captions_in_all: int
@@ -50,23 +50,23 @@ class SheetFigures:
 
 
 def read_ranked(file: Path) -> list[Pool]:
-    """Read lines of ``dalle rerank``, by caption.
+    """Read lines of ``dalle rerank``, grouped by caption.
 
     Raises:
-        UserError: the file cannot be read, or holds no sample.
+        UserError: the file cannot be read, or has no sample.
     """
     try:
         with file.open(encoding="utf-8") as stream:
             ranked = group_by_caption(read_sample_lines(stream, str(file)), str(file))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); name a file of dalle rerank's lines") from None
+        raise UserError(f"{file}: cannot be read ({error}); name a file of lines of dalle rerank") from None
     if not ranked:
-        raise UserError(f"{file}: holds no sample; write dalle rerank's lines into it")
+        raise UserError(f"{file}: holds no sample; write the output of dalle rerank into it")
     return ranked
 
 
 def judge_samples(ranked: Sequence[Pool]) -> OracleFigures | None:
-    """Measure whether the samples show what their captions say; None if no caption is of the shapes world."""
+    """Measure the samples' accuracy on captions of the shapes world; None if there are no such captions."""
     with progress("report", len(ranked), "captions judged") as bar:
         judged = judge(ranked, bar.advance)
     return OracleFigures(accuracies(judged), _warnings(ranked, judged)) if judged else None
@@ -84,10 +84,7 @@ def _warnings(ranked: Sequence[Pool], judged: Sequence[JudgedPool]) -> list[str]
 
 
 def draw_sheet(run: Run, ranked: Sequence[Pool], judged: bool) -> tuple[SheetFigures, Image.Image]:
-    """Draw the contact sheet of the chosen captions.
-
-    Captions that the oracle does not judge are shown with their true pictures where the run's data has them.
-    """
+    """Draw the contact sheet of the chosen captions, with true pictures from the run's data if none is ``judged``."""
     chosen = choose_captions(ranked)
     prompts = [pool.prompt for pool in chosen]
     found: dict[str, Picture] = {}
@@ -102,7 +99,7 @@ def draw_sheet(run: Run, ranked: Sequence[Pool], judged: bool) -> tuple[SheetFig
 def choose_captions(ranked: Sequence[Pool], count: int = SHEET_CAPTIONS) -> list[Pool]:
     """Return the first captions in their order, half with held-out pairs and half without if there are enough.
 
-    Captions are chosen by their place alone, so the sheet shows failures as often as they happen.
+    The choice ignores quality, so the sheet shows failures as often as they happen.
     """
     held_out = [
         i for i, pool in enumerate(ranked) if (claim := claim_of(pool.prompt)) and group_of(claim) != "seen pairs"
@@ -116,9 +113,9 @@ def choose_captions(ranked: Sequence[Pool], count: int = SHEET_CAPTIONS) -> list
 def true_pictures(
     prompts: Sequence[str], tokens: TokenReader, source: Source, image_size: int, max_pixels: int
 ) -> dict[str, Picture]:
-    """Return for each prompt that is a caption of the store the picture of the first row that has it.
+    """Return for each prompt the source's picture of the first row of the token store with this caption.
 
-    A store's row is its source's row. Rows whose keys differ, because the source has changed since, are left out.
+    Rows whose keys differ, because the source has changed since, are left out.
     """
     if "text" not in tokens.parts:
         return {}

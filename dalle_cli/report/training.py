@@ -1,4 +1,4 @@
-"""Figures and curves of the stages that a run has trained."""
+"""State and curves of the trained stages of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dalle_cli.views import plots
 
 @dataclass(frozen=True)
 class StageFigures:
-    """State of a stage's training: ``step`` of ``updates``, last validation, last line of metrics.jsonl with a loss."""
+    """State of a stage's training, with its last validation and the last line of metrics.jsonl that has a loss."""
 
     name: str
     step: int
@@ -66,7 +66,7 @@ _PLOTS = {
 
 
 def stage_figures(run: Run) -> dict[str, StageFigures]:
-    """Return the figures of each stage of the run that has a checkpoint."""
+    """Return the state of each stage that has a checkpoint."""
     return {
         kind: StageFigures(
             name=NAMES[kind],
@@ -80,7 +80,7 @@ def stage_figures(run: Run) -> dict[str, StageFigures]:
 
 
 def training_curves(run: Run) -> dict[str, bytes]:
-    """Draw the plots that the run's metrics have points for, as PNG."""
+    """Draw the plots for which the run has metrics, as PNG."""
     drawn = {
         name: plots.loss_curves(run.metrics(plot.stage), plot.curves, plot.unit)
         for name, plot in _PLOTS.items()

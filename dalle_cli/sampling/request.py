@@ -93,8 +93,8 @@ def parse_rows(text: str, grid: int) -> int:
     rows = round(value * grid) if 0 < value < 1 else int(value) if value.is_integer() else 0
     if not 0 < rows < grid:
         raise UserError(
-            f"--prime-rows {text}: give 1 to {grid - 1} rows of tokens, or a share of the picture, such as 0.5 for "
-            f"{grid // 2} rows"
+            f"--prime-rows {text}: give from 1 to {grid - 1} rows of tokens, or a share of the picture, such as 0.5 "
+            f"for {grid // 2} rows"
         )
     return rows
 

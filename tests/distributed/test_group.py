@@ -82,7 +82,7 @@ def test_clip_trains_in_one_process_only(by_hand: Chain, call: Call, monkeypatch
     for name, value in {**TORCHRUN, "RANK": "0", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     done = call("train-clip", by_hand.recipe, "--data", by_hand.train, "--tokens", by_hand.tokens)
-    assert "in one process for now, not in 4" in done.mistake()
+    assert "runs in one process, not in 4" in done.mistake()
 
 
 # Parts of a batch

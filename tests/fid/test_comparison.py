@@ -112,7 +112,7 @@ def test_mismatched_counts_captions_and_sizes_are_told(features: Features, tmp_p
     real = open_pictures(str(write_folder(tmp_path / "real", 10)), 8)
     cache = tmp_path / "cache"
     _, warnings = compare_systems([one, two], real, features, Settings(), cache)
-    assert any("2 in common, 1 only of one (as 'a'), 1 only of two (as 'd')" in w for w in warnings)
+    assert any("2 in common, 1 only of one (such as 'a'), 1 only of two (such as 'd')" in w for w in warnings)
     assert any("different counts of pictures (one 6, two 3)" in w for w in warnings)
     large = open_system("one", one.spec, 16, None, None, 0)
     _, warnings = compare_systems([large], open_pictures(str(tmp_path / "real"), 16), features, Settings(), cache)
@@ -147,9 +147,11 @@ def test_what_cannot_be_measured_is_refused(features: Features, tmp_path: Path) 
 
     manifest = write_lines(tmp_path / "ours", ["a", "b", "c"], 4)
     text = manifest.read_text()
-    assert "system ours: 3 captions have fewer than 8 samples, as 'a' with 4" in refusal(manifest, Settings((0,), [8]))
+    assert "system ours: 3 captions have fewer than 8 samples, such as 'a' with 4" in refusal(
+        manifest, Settings((0,), [8])
+    )
     manifest.write_text("".join(line for line in text.splitlines(keepends=True) if '"rank": 1,' in line))
-    assert "holds only the best of 'a'" in refusal(manifest, Settings((0,), [1]))
+    assert "holds only the best samples of 'a'" in refusal(manifest, Settings((0,), [1]))
     manifest.write_text(text)
     odd = tmp_path / "ours" / "1-2.png"
     noise(1, side=9).save(odd)
