@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from dalle_cli.human_study.results import StudyFigures
 
 app = typer.Typer(
-    help="Compare two systems' pictures by human votes: make a blinded study, serve its web page, report results.\n\n"
+    help="Compare two systems' pictures by human votes: a blinded study, its web page and its results.\n\n"
     "Example: [bold]dalle human-study make runs/quickstart/study --system single=runs/quickstart/samples.jsonl "
     "--system best=runs/quickstart/ranked.jsonl --captions runs/quickstart/samples.jsonl[/bold]",
     no_args_is_help=True,

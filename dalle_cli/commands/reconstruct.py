@@ -27,7 +27,7 @@ def command(
         bool, typer.Option("--alone", help="Write reconstructions without the originals, as eval-fid takes them.")
     ] = False,
 ) -> None:
-    """Write images beside their reconstructions from tokens, and report their PSNR and other metrics.
+    """Write images beside their reconstructions from tokens, and print PSNR and other metrics.
 
     Into a pipe or a file it prints one JSON object per image; the means, and the names of images that cannot be read,
     go to stderr.
