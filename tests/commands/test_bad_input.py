@@ -171,7 +171,7 @@ def test_a_mistyped_key_is_named_with_its_line_and_the_right_one(call: Call, tmp
     [
         ("name: [unclosed\nseed: 1\n", 2, "not valid YAML"),
         ("name: a\n\tseed: 1\n", 2, "not valid YAML"),
-        ("- a\n- b\n", 1, "a recipe is a mapping"),
+        ("- a\n- b\n", 1, "it must be a mapping of keys to settings"),
         ("name: a\nseed: !!python/object/apply:os.getcwd []\n", 2, "seed: not a plain value"),
         ("name: a\nseed: !!int three\n", 2, "seed: not a plain value"),
         ("seed: 1\nseed: 2\n", 2, "written twice"),
