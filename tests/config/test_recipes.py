@@ -24,7 +24,7 @@ PAPER = {"2.8b": (30, 1920, 512), "5.6b": (42, 2688, 640), "12b": (62, 3968, 896
 
 
 def fault(tmp_path: Path, text: str, *overrides: str) -> str:
-    """What is said of a recipe; ``{file}`` stands for its path."""
+    """Return the message about a recipe; ``{file}`` stands for its path."""
     file = tmp_path / "recipe.yaml"
     file.write_text(text)
     with pytest.raises(UserError) as refused:

@@ -133,12 +133,12 @@ class Cluster:
         return done.stdout.strip()
 
     def facts(self, job: str) -> list[dict[str, str]]:
-        """What Slurm says of a job, or of each job of an array."""
+        """Return the record that Slurm keeps of a job, or of each job of an array."""
         lines = self.ask("scontrol", "show", "job", "--oneliner", job).splitlines()
         return [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in lines]
 
     def finish(self, *jobs: str, seconds: float = 1800) -> list[dict[str, str]]:
-        """What Slurm says of ``jobs`` when all have ended."""
+        """Wait until all ``jobs`` have ended and return their records."""
         deadline = time.monotonic() + seconds
         while True:
             facts = [each for job in jobs for each in self.facts(job)]

@@ -93,7 +93,7 @@ def facts(recipe: Recipe) -> CheckpointFacts:
 
 
 def part_of(tensor: torch.Tensor, rank: int, count: int) -> Part:
-    """As ``fully_shard`` deals them out: the last processes may have less, or nothing."""
+    """Split rows as ``fully_shard`` does: the last ranks may have fewer, or none."""
     rows = -(-len(tensor) // count)
     return Part(tensor[rank * rows : (rank + 1) * rows], min(rank * rows, len(tensor)), tuple(tensor.shape))
 
@@ -162,7 +162,7 @@ def test_one_that_cannot_write_keeps_all_from_it(
 
 
 def test_a_checkpoint_half_written_is_none(recipe: Recipe, tmp_path: Path) -> None:
-    """What a killed run leaves is not seen, and is replaced."""
+    """The remains of a killed run are ignored and replaced."""
     half = tmp_path / ".step-00000003.partial"
     (half / "trainer").mkdir(parents=True)
     (half / "model-00001-of-00002.safetensors").write_bytes(b"half")
