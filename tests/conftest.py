@@ -8,11 +8,16 @@ from collections.abc import Callable
 
 import pytest
 from helpers.running import Chain, Done, run, smallest_recipe, write_recipe
+from hypothesis import HealthCheck, settings
 
 from dalle_cli.app import main
 
 # Set before torch is imported: with tiny tensors, many threads mostly wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# An example's time says more about the machine's other work than about the code.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 Call = Callable[..., Done]
 

@@ -35,7 +35,7 @@ CODES, GROUP = 7, 4
 
 
 @given(st.integers(1, 40), st.integers(1, 5), st.integers(2, 6), st.integers(0, 2**32 - 1))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_a_group_is_the_first_point_left_and_its_nearest(n: int, width: int, group_size: int, seed: int) -> None:
     points = np.random.default_rng(seed).integers(0, 9, (n, width))
     order = group_neighbours(points.astype(np.float32), group_size).tolist()

@@ -37,7 +37,7 @@ TINY = ClipModel(
     st.lists(st.lists(st.integers(0, VOCAB - 1), max_size=LENGTH), min_size=1, max_size=5),
     st.integers(0, 65535),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_text_ids_are_tokens_then_end_then_padding(captions: list[list[int]], junk: int) -> None:
     text = np.full((len(captions), LENGTH), junk, np.uint16)
     for row, caption in zip(text, captions, strict=True):

@@ -127,7 +127,7 @@ def test_captions_that_pass_keep_their_order() -> None:
 
 
 @given(st.lists(st.text(max_size=60), max_size=4))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_text_can_be_judged(captions: list[str]) -> None:
     assert filter_captions(captions, OFF)[0] == captions  # all filters off
     everything = with_typical_limits(Filters(), 256)

@@ -155,7 +155,7 @@ def test_bombs_are_refused_from_the_header() -> None:
 VALID = [encoded(noise_image(9, 7), kind) for kind in ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF")]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.sampled_from(VALID), st.data())
 def test_hostile_bytes_give_an_image_or_bad_image(valid: bytes, data: st.DataObject) -> None:
     broken = bytearray(valid)
@@ -250,7 +250,7 @@ def _verified_by_pillow(data: bytes) -> bool:
     cut=st.integers(0, 60),
     more=st.binary(max_size=12),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_png_is_whole_where_pillow_verifies_it(
     mode: str, flips: list[tuple[int, int]], cut: int, more: bytes
 ) -> None:

@@ -28,7 +28,7 @@ def test_kappa_of_the_textbooks_example() -> None:
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=0, max_size=6), min_size=1, max_size=8))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_kappa_is_what_counting_pairs_of_votes_gives(items: list[list[int]]) -> None:
     found = fleiss_kappa(np.array([[votes.count(category) for category in range(3)] for votes in items]))
     judged = [votes for votes in items if len(votes) >= 2]
@@ -47,7 +47,7 @@ def test_kappa_is_what_counting_pairs_of_votes_gives(items: list[list[int]]) -> 
 
 
 @given(st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_wilson_is_its_closed_form(case: tuple[int, int]) -> None:
     wins, total = case
     share, z = wins / total, 1.959963984540054

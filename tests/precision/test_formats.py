@@ -66,7 +66,7 @@ in_range = st.builds(lambda m, e: float(np.float32(m * 2.0**e)), st.floats(-2, 2
 
 
 @FORMATS
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(x=floats | in_range)
 def test_the_nearest_code(form: Format, mantissa: int, x: float) -> None:
     code = nearest_code(x, mantissa)

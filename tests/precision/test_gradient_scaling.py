@@ -158,7 +158,7 @@ def test_values_are_those_of_an_unscaled_block() -> None:
 # The rule
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 1000), st.floats(0, 0.2), st.integers(0, 2**32), st.sampled_from([1, 3, 125]))
 def test_scales_follow_the_papers_words(replicas: int, overflows: float, seed: int, window: int) -> None:
     scales = GradientScales(2, replicas, window)

@@ -71,7 +71,7 @@ def assert_same(found: Tensor, wanted: Tensor, qkv: Tensor, tolerance: float = 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     grid=st.integers(1, 9), text=st.integers(1, 9), kernel=st.sampled_from([1, 3, 5, 11]), batch=st.sampled_from([1, 3])
 )
@@ -81,7 +81,7 @@ def test_values_and_gradients(kind: AttentionKind, grid: int, text: int, kernel:
 
 
 @pytest.mark.parametrize("kind", ["row", "conv"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_blocks_of_any_number_of_rows_give_the_same(kind: AttentionKind, data: st.DataObject) -> None:
     grid, text, kernel = data.draw(st.integers(1, 8)), data.draw(st.integers(1, 4)), data.draw(st.sampled_from([1, 3]))
@@ -104,7 +104,7 @@ def test_larger_images(
     assert_same(attend(kind, qkv, text, grid, kernel), reference(kind, qkv, text, grid, kernel), qkv)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 400), st.integers(1, 3))
 def test_chunks_of_any_size_give_the_same(batch: int, heads: int, chunk: int, text: int) -> None:
     qkv = random_qkv(text, 4, batch, heads)

@@ -22,7 +22,7 @@ def inputs(rows: int, width: int, classes: int, dtype: torch.dtype = torch.float
     return x, weight, bias, torch.randint(classes, (rows,), generator=generator)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 20), st.integers(1, 5), st.integers(1, 9), st.integers(1, 100))
 def test_values_and_gradients(rows: int, width: int, classes: int, chunk: int) -> None:
     *leaves, targets = inputs(rows, width, classes)

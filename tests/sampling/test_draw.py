@@ -59,7 +59,7 @@ def naive_filter(logits: list[float], temperature: float, top_k: int | None, top
     return [nucleus.get(i, 0.0) / sum(nucleus.values()) for i in range(len(logits))]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     logits=hnp.arrays(np.float64, st.integers(1, 8), elements=st.integers(-3, 3).map(float)),
     temperature=st.sampled_from([0.0, 0.5, 1.0, 2.0]),
@@ -79,7 +79,7 @@ def test_filter_leaves_its_input() -> None:
         filter_logits(logits, 1.0, None, 0.0)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     probabilities=hnp.arrays(np.float64, st.integers(1, 6), elements=st.sampled_from([0.0, 1.0, 2.0, 5.0])),
     uniform=st.one_of(st.floats(0, 1, exclude_max=True), st.sampled_from([0.0, 1 - 2.0**-53])),

@@ -31,7 +31,7 @@ Line = dict[str, Any]
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=9), st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_best_of_a_subset_is_the_mean_over_all_subsets(right: list[bool], data: st.DataObject) -> None:
     k = data.draw(st.integers(1, len(right)))
     subsets = list(combinations(range(len(right)), k))

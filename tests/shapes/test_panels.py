@@ -68,7 +68,7 @@ def test_captions_do_not_describe_the_top() -> None:
     assert not any(shape in text.split() for text in captions for shape in SHAPES)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**40), st.sampled_from(SPLITS), st.integers(0, 2**40))
 def test_held_out_tops_stay_out_of_training(seed: int, split: str, index: int) -> None:
     pair = random_panels(seed, split, index)

@@ -36,7 +36,7 @@ from dalle_cli.shapes.world import (
 rows = st.tuples(st.integers(0, 2**40), st.sampled_from(SPLITS), st.integers(0, 2**40))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rows, st.integers(0, 2**32))
 def test_captions_state_the_facts_of_the_scene(row: tuple[int, str, int], caption_seed: int) -> None:
     scene = random_scene(*row)
@@ -76,7 +76,7 @@ def test_every_phrasing_of_a_pair_is_different_and_both_sides_occur() -> None:
     assert {text.index(first) < len(text) / 2 for text in captions} == {True, False}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rows)
 def test_things_are_inside_apart_and_in_their_relation(row: tuple[int, str, int]) -> None:
     scene = random_scene(*row)
@@ -96,7 +96,7 @@ def test_things_are_inside_apart_and_in_their_relation(row: tuple[int, str, int]
     assert abs(across) < along / 3
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rows)
 def test_held_out_pairs_stay_out(row: tuple[int, str, int]) -> None:
     held_out = [(thing.colour, thing.shape) in HELD_OUT for thing in random_scene(*row).things]

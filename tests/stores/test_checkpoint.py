@@ -87,7 +87,7 @@ def test_equal_checkpoints_are_equal_bytes(tmp_path: Path) -> None:
 
 
 @given(steps=st.lists(st.integers(0, 10**8 - 1), min_size=1, max_size=6, unique=True), keep=st.integers(1, 4))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_newest_steps_are_found_and_kept(steps: list[int], keep: int) -> None:
     with TemporaryDirectory() as folder:
         run = Path(folder)

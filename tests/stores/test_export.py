@@ -186,7 +186,7 @@ def test_a_damaged_or_missing_part_is_named(recipe: Recipe, tmp_path: Path) -> N
         found.tensors("ema")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=5), st.integers(0, 12), st.integers(0, 12))
 def test_rows_are_found_wherever_they_lie(
     tmp_path_factory: pytest.TempPathFactory, sizes: list[int], first: int, stop: int

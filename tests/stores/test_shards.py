@@ -61,7 +61,7 @@ def test_shards_are_counted_from_one() -> None:
     order=st.randoms(use_true_random=False),
     kills=st.lists(st.integers(0, 60), max_size=6),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_shares_in_any_order_killed_anywhere_make_the_store_of_one_process(
     samples: int, text: int, image: int, order: st.DataObject, kills: list[int]
 ) -> None:

@@ -70,7 +70,7 @@ def counted(reader: TokenReader) -> Counter[tuple[str, int]]:
 
 
 @given(st.lists(st.lists(st.integers(0, ROWS - 1), max_size=40), max_size=6), st.sampled_from([0, 20, 100, 1000]))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_any_rows_in_any_order_within_the_stated_memory(
     store: tuple[Path, dict[str, np.ndarray]], batches: list[list[int]], cached: int
 ) -> None:

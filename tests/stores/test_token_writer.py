@@ -75,7 +75,7 @@ def check(path: Path, committed: int) -> None:
     rows=st.integers(1, 23),
     kills=st.lists(st.tuples(st.integers(0, 11), st.integers(0, 5)), max_size=4),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_store_reads_back_as_written_wherever_its_writer_died(
     shard: int, rows: int, kills: list[tuple[int, int]]
 ) -> None:
@@ -104,7 +104,7 @@ def test_a_store_reads_back_as_written_wherever_its_writer_died(
 
 
 @given(shard=st.sampled_from([2, 4]), rows=st.integers(1, 11), wrong=st.data())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_the_second_part_must_hold_the_same_keys(shard: int, rows: int, wrong: st.DataObject) -> None:
     row = wrong.draw(st.integers(0, rows - 1))
     with TemporaryDirectory() as folder, small_files(shard):

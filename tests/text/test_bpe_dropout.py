@@ -34,7 +34,7 @@ captions_of_any_kind = st.one_of(
     st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]),
     st.integers(0, MASK),
 )
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @example(["circles " * 3 + "c" * 1500, "of " + "triangles" * 113 + "a", "red" * 342], 0.5, 1)
 def test_dropout_is_the_slow_definition(captions: list[str], p: float, stream: int) -> None:
     streams = [(stream + n) & MASK for n in range(len(captions))]

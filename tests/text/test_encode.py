@@ -39,7 +39,7 @@ tokenizer_settings = st.builds(
 
 
 @given(rows_of_captions, tokenizer_settings, st.integers(0, 9), st.integers(0, 10**9), st.data())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_rows_are_the_reference(
     captions: list[list[str]], config: TokenizerSettings, seed: int, first_row: int, data: st.DataObject
 ) -> None:

@@ -12,7 +12,7 @@ from dalle_cli.text.ragged import Ragged
 
 
 @given(st.lists(st.lists(st.integers(0, 9), max_size=5), max_size=6), st.integers(1, 6), st.data())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_ragged_is_a_list_of_lists(lists: list[list[int]], width: int, data: st.DataObject) -> None:
     ragged = Ragged(np.array([*chain.from_iterable(lists)], np.int64), np.array([len(one) for one in lists], np.int64))
     which = data.draw(st.lists(st.integers(0, len(lists) - 1), max_size=8)) if lists else []

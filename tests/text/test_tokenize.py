@@ -158,7 +158,7 @@ class Killed(BaseException):
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 8)), max_size=4), st.sampled_from([0.0, 0.3]))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_a_store_ends_with_the_same_bytes_wherever_its_writer_died(
     kills: list[tuple[int, int]], dropout: float
 ) -> None:

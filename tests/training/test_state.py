@@ -53,7 +53,7 @@ def random_walk(
 
 
 @given(updates=st.integers(1, 30), decay=st.floats(0.0, 0.999))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_ema_equals_a_naive_loop(updates: int, decay: float) -> None:
     weights, averages = random_walk(decay, 1, torch.float32, updates)
     expected = weights[0].double()

@@ -75,7 +75,7 @@ def test_long_captions_and_tags_stay_in_their_column_and_row(caption: str) -> No
 
 
 @given(st.text(max_size=200), st.integers(20, 300), st.integers(1, 5))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_wrapping_keeps_to_its_width_and_loses_nothing_but_the_tail(text: str, width: int, lines: int) -> None:
     font = ImageFont.load_default(15)
     assert isinstance(font, ImageFont.FreeTypeFont)

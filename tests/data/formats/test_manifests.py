@@ -72,7 +72,7 @@ captions = st.text(letters.filter(lambda letter: letter != "\0"), max_size=12)
 
 
 @pytest.mark.parametrize("ending", WRITERS)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(rows=st.lists(st.tuples(st.sampled_from(["a/1.jpg", "b/1.jpg", "b, 1;.png", 'q".gif', "ö/1.webp"]), captions)))
 def test_a_written_manifest_is_read_back(tmp_path_factory: pytest.TempPathFactory, ending: str, rows: Rows) -> None:
     root = tmp_path_factory.mktemp("m")

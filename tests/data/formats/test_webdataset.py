@@ -268,7 +268,7 @@ def test_an_unreadable_shard_among_good_ones(tmp_path: Path) -> None:
 names = st.text(st.characters(codec="utf-8", exclude_characters="/\\\0."), min_size=1, max_size=8)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.dictionaries(names, st.tuples(st.binary(max_size=600), st.text(max_size=30)), min_size=1, max_size=6))
 def test_a_packed_tar_is_read_back(
     tmp_path_factory: pytest.TempPathFactory, rows: dict[str, tuple[bytes, str]]

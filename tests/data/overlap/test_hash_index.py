@@ -8,7 +8,7 @@ from dalle_cli.data.overlap.hash_index import MAX_DISTANCE, HashIndex
 
 
 @given(st.integers(0, 2**32), st.integers(0, 60), st.integers(0, 60))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_index_misses_nothing_up_to_seven_bits(seed: int, n: int, probes: int) -> None:
     rng = np.random.default_rng(seed)
     stored = rng.integers(0, 2**64, n, dtype=np.uint64)
