@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from dalle_cli.prior.model import Linear
 
 Precision = Literal["fp32", "bf16"]
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class PackedLinear:
