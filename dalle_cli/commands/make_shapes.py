@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,6 +14,10 @@ def command(
     test_n: Annotated[int, typer.Option("--test-n", min=1, help="Number of pictures in each test split.")] = 500,
     size: Annotated[int, typer.Option(help="Side in pixels, a multiple of 8; of 16 with --panels.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Seed of every picture.")] = 0,
+    world: Annotated[
+        Literal["lattice", "free"],
+        typer.Option(help="lattice: edges on the grid of tokens; free: any place, shaded backgrounds, more words."),
+    ] = "lattice",
     panels: Annotated[
         bool,
         typer.Option("--panels", help="Draw two panels: the bottom has the top's shape, changed as the caption says."),
@@ -26,10 +30,17 @@ def command(
 
     Example: [bold]dalle make-shapes runs/quickstart/shapes --n 20000[/bold]
     """
+    from dalle_cli.errors import UserError
     from dalle_cli.shapes.panels import make_panels
+    from dalle_cli.shapes.scene import FREE, LATTICE
     from dalle_cli.shapes.world import make_shapes
     from dalle_cli.stores.provenance import record_command
 
-    (make_panels if panels else make_shapes)(out, n, test_n, seed, size)
+    if panels and world == "free":
+        raise UserError("--panels and --world free exclude each other: panels lie on the lattice; drop one of them")
+    if panels:
+        make_panels(out, n, test_n, seed, size)
+    else:
+        make_shapes(out, n, test_n, seed, size, kind=FREE if world == "free" else LATTICE)
     record_command(out)
     typer.echo(out)

@@ -21,7 +21,8 @@ from dalle_cli.data.images import read_picture
 from dalle_cli.data.sample_lines import SampleLine
 from dalle_cli.errors import UserError
 from dalle_cli.shapes.oracle import detect, matches_claim
-from dalle_cli.shapes.world import HELD_OUT, Claim, parse_caption
+from dalle_cli.shapes.scene import HELD_OUT, Claim
+from dalle_cli.shapes.world import parse_caption
 
 Group = Literal["seen pairs", "held-out pairs"]
 GROUPS: tuple[Group, ...] = ("seen pairs", "held-out pairs")

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from dalle_cli.shapes.world import COLOURS, OUTLINES, SHAPES, SIZES, Claim, Fact
+from dalle_cli.shapes.drawing import OUTLINES
+from dalle_cli.shapes.scene import COLOURS, SHAPES, SIZES, Claim, Fact
 
 Floats = NDArray[np.float32]
 
@@ -25,10 +26,11 @@ _PALETTE = np.array(list(COLOURS.values()), dtype=np.float32)
 _SMOOTHING = 0.4
 """Sigma in pixels of the blur that reduces noise before anything is measured."""
 _DISTANCE = 80.0
-"""RGB distance from the background from which a pixel belongs to a thing; the palette is 177 or more away."""
+"""RGB distance from the background from which a pixel belongs to a thing; the palette is 100 or more away."""
+_GROUND_RANGE = 60.0
+"""Largest RGB distance of the background at the border from its median."""
 _MIN_AREA = 0.006
 """Smallest patch, as a share of the picture's area; the smallest thing, a small star, covers 0.019."""
-_SIZE_BORDER = (SIZES["small"] + SIZES["large"]) / 2
 _HALO = 2
 """Number of pixels around a patch that still belong to its soft edge."""
 _LEVEL = 1.3
@@ -76,25 +78,33 @@ def detect(picture: NDArray[np.uint8]) -> list[Detection]:
         window = tuple(slice(max(s.start - _HALO, 0), s.stop + _HALO) for s in box)
         mask = labels[window] == label
         if mask.sum() >= _MIN_AREA * labels.size:
-            found.append(_measure(difference[window], mask, background, window, labels.shape[0]))
+            found.append(_measure(difference[window], mask, background[window], window, labels.shape[0]))
     return sorted(found, key=lambda thing: -thing.radius)
 
 
 def _background(pixels: Floats) -> Floats:
-    """Return the background's colour (3,), the median of the border, since things cover less than half of it."""
-    border = np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
-    return np.asarray(np.median(border, axis=0), dtype=np.float32)
+    """Return the empty picture (side, side, 3), a plane fitted to the border, of which things cover less than half."""
+    side = len(pixels)
+    rows, columns = np.indices((side, side)) / side - 0.5
+    border = np.ones((side, side), dtype=bool)
+    border[1:-1, 1:-1] = False
+    median = np.median(pixels[border], axis=0)
+    border &= np.linalg.norm(pixels - median, axis=2) <= _GROUND_RANGE
+    planes = np.stack([np.ones_like(rows), rows, columns], axis=-1)
+    slopes, *_ = np.linalg.lstsq(planes[border], pixels[border].astype(np.float64), rcond=None)
+    return np.asarray(planes @ slopes, dtype=np.float32)
 
 
 def _measure(
     difference: Floats, mask: NDArray[np.bool_], background: Floats, window: tuple[slice, ...], side: int
 ) -> Detection:
-    """Measure one connected patch; ``difference`` from the background and ``mask`` are cropped to its ``window``."""
+    """Measure a connected patch; its ``background``, ``difference`` from it and ``mask`` are cropped to ``window``."""
     strength = np.linalg.norm(difference, axis=2)
     # The edge of a patch is mixed with the background, so the colour is taken from its full-strength core.
     core = mask & (strength >= 0.85 * np.quantile(strength[mask], 0.9))
     ink = np.median(difference[core], axis=0)
-    colour = tuple(COLOURS)[int(np.linalg.norm(_PALETTE - (background + ink), axis=1).argmin())]
+    seen = np.median(background[core], axis=0) + ink
+    colour = tuple(COLOURS)[int(np.linalg.norm(_PALETTE - seen, axis=1).argmin())]
 
     # The soft silhouette is the share of ink, rather than background, in each pixel.
     silhouette = np.clip(difference @ ink / (ink @ ink), 0, 1)
@@ -107,7 +117,7 @@ def _measure(
     fits = (_fit(silhouette, region, shape, centroid, area) for shape in SHAPES)
     overlap, shape, centre, radius = max(fits)
     x, y = (float(c + w.start) / side for c, w in zip(centre, reversed(window), strict=True))
-    size = "small" if radius / side < _SIZE_BORDER else "large"
+    size = min(SIZES, key=lambda name: abs(SIZES[name] - radius / side))
     return Detection(colour, shape, size, x, y, radius / side, overlap)
 
 

@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from dalle_cli.shapes.drawing import BACKGROUND, paint
 from dalle_cli.shapes.oracle import Detection, detect
-from dalle_cli.shapes.world import BACKGROUND, COLOURS, HELD_OUT, SHAPES, WORLD_FACTS, Fact, counter_rng, paint
+from dalle_cli.shapes.scene import HELD_OUT, LATTICE, Fact, counter_rng
+from dalle_cli.shapes.world import held_out_facts
 from dalle_cli.shapes.writer import Row, World, WrittenWorld, write_world
 
 FORMAT_VERSION = 1
@@ -25,14 +27,13 @@ RADII = {"small": 1 / 8, "large": 3 / 16}
 DARK = (0, 0, 0)
 GROUNDS = {"white": BACKGROUND, "black": DARK}
 """Background colours of a half by name."""
-CHANGES = ("same", "smaller", "on black", *(f"in {colour}" for colour in COLOURS))
+CHANGES = ("same", "smaller", "on black", *(f"in {colour}" for colour in LATTICE.colours))
 """Changes that a caption may ask for."""
 
 _PLACES = 8
 """Number of steps per side of the lattice of centres, which lie on the panel's middle line."""
 _SEAM = 32
 """Inverse of the share of the side that is ignored at the top and bottom of a half, where backgrounds blend."""
-_PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,12 @@ def apply_change(top: Panel, change: str) -> Panel:
 def random_panels(seed: int, split: str, index: int) -> Panels:
     """Return the panels of a row: the top of "train" and "seen" has no held-out pair, that of "heldout" has one."""
     rng = counter_rng(seed, "panels", split, index)
-    pairs = [pair for pair in _PAIRS if (pair in HELD_OUT) == (split == "heldout")]
+    pairs = [pair for pair in LATTICE.pairs if (pair in HELD_OUT) == (split == "heldout")]
     colour, shape = pairs[rng.integers(len(pairs))]
     # Each kind of change is equally frequent, rather than each colour.
     kind = ("same", "smaller", "on black", "colour")[rng.integers(4)]
     size = "large" if kind == "smaller" else tuple(RADII)[rng.integers(len(RADII))]
-    others = [other for other in COLOURS if other != colour]
+    others = [other for other in LATTICE.colours if other != colour]
     change = f"in {others[rng.integers(len(others))]}" if kind == "colour" else kind
     places = range(_PLACES // 4, _PLACES - _PLACES // 4 + 1)
     top = Panel(size, colour, shape, "white", places[rng.integers(len(places))] / _PLACES)
@@ -140,7 +141,7 @@ def _row(seed: int, split: str, index: int, size: int) -> Row:
     return Row(asdict(panels), render_panels(panels, size), panels.caption)
 
 
-_WORLD = World("panels", FORMAT_VERSION, _row, multiple=16, facts=WORLD_FACTS)
+_WORLD = World("panels", FORMAT_VERSION, _row, multiple=16, facts=held_out_facts(LATTICE))
 
 
 def make_panels(out: Path, n: int, test_n: int, seed: int, size: int = 64) -> WrittenWorld:

@@ -7,7 +7,8 @@ from helpers.sources import contents, write_tar
 
 from dalle_cli.data.open_source import expand_braces, open_source
 from dalle_cli.errors import UserError
-from dalle_cli.shapes.world import make_shapes, parse_caption, random_scene
+from dalle_cli.shapes.scene import random_scene
+from dalle_cli.shapes.world import make_shapes, parse_caption
 
 
 def test_several_shards_keep_equal_names_apart(tmp_path: Path) -> None:

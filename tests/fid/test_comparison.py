@@ -20,7 +20,9 @@ from dalle_cli.fid.features import Features, clip_features
 from dalle_cli.fid.metrics import frechet_distance, resampled
 from dalle_cli.fid.pictures import FilePictures, PictureSubset, open_pictures
 from dalle_cli.fid.systems import open_system
-from dalle_cli.shapes.world import phrasings, random_scene, render
+from dalle_cli.shapes.drawing import render
+from dalle_cli.shapes.scene import random_scene
+from dalle_cli.shapes.world import phrasings
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image
 
 from dalle_cli.data.overlap.hashes import Thumbnails, thumbnail
-from dalle_cli.shapes.world import random_scene, render
+from dalle_cli.shapes.drawing import render
+from dalle_cli.shapes.scene import random_scene
 
 
 @cache

@@ -21,7 +21,9 @@ from dalle_cli.distributed.group import Group, form_nodes
 from dalle_cli.distributed.power_sgd import PowerSgdReducer
 from dalle_cli.prior.model import Prior
 from dalle_cli.prior.train import TokenBatch
-from dalle_cli.shapes.world import counter_rng, phrasings, random_caption, random_scene, render
+from dalle_cli.shapes.drawing import render
+from dalle_cli.shapes.scene import counter_rng, random_scene
+from dalle_cli.shapes.world import phrasings, random_caption
 from dalle_cli.training.schedules import learning_rate
 
 NODES = 2

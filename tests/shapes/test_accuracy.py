@@ -25,7 +25,9 @@ from dalle_cli.shapes.accuracy import (
     judge,
     pool_sizes,
 )
-from dalle_cli.shapes.world import phrasings, random_scene, render
+from dalle_cli.shapes.drawing import render
+from dalle_cli.shapes.scene import random_scene
+from dalle_cli.shapes.world import phrasings
 
 Line = dict[str, Any]
 

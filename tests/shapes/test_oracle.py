@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
+from dalle_cli.shapes.drawing import OUTLINES, random_ground, render
 from dalle_cli.shapes.oracle import Detection, detect, match_score, matches_claim, relation
-from dalle_cli.shapes.world import Claim, Fact, random_scene, render
+from dalle_cli.shapes.scene import COLOURS, FREE, Claim, Fact, Kind, Scene, random_scene
 
 Picture = NDArray[np.uint8]
 Damage = Callable[[Picture, np.random.Generator], Picture]
@@ -32,6 +33,28 @@ def jpeg(picture: Picture, rng: np.random.Generator) -> Picture:
 
 def worn(picture: Picture, rng: np.random.Generator) -> Picture:
     return jpeg(noise(blur(picture, rng, 0.7), rng, 8), rng)
+
+
+def drawn_elsewhere(kind: Kind, split: str, index: int) -> tuple[Scene, Picture]:
+    """Draw a scene by another renderer: matplotlib's anti-aliasing, then JPEG at quality 85."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Polygon
+
+    scene, ground = random_scene(14, split, index, kind), random_ground(14, split, index)
+    figure = Figure(figsize=(1, 1), dpi=64)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.axis("off")
+    axes.imshow(ground.pixels(64).astype(np.uint8), extent=(0, 1, 1, 0))
+    for thing in scene.things:
+        points = OUTLINES[thing.shape] * thing.radius + np.array([thing.x, thing.y])
+        axes.add_patch(Polygon(points, facecolor=np.array(COLOURS[thing.colour]) / 255, linewidth=0))
+    axes.set(xlim=(0, 1), ylim=(1, 0))
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    buffer = io.BytesIO()
+    Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).save(buffer, "JPEG", quality=85)
+    return scene, np.asarray(Image.open(buffer))
 
 
 def clean(picture: Picture, rng: np.random.Generator) -> Picture:
@@ -58,6 +81,22 @@ def test_rendered_pictures_are_read_right(size: int, damage: Damage, count: int,
         picture = damage(render(scene, size), np.random.default_rng(index))
         right += matches_claim(scene.claim, detect(picture))
     assert right >= least * count
+
+
+@pytest.mark.parametrize(("damage", "least"), [(clean, 0.995), (noise, 0.98), (jpeg, 0.97)])
+def test_free_pictures_are_read_right(damage: Damage, least: float) -> None:
+    right, count = 0, 600
+    for index in range(count):
+        split = ("train", "seen", "heldout")[index % 3]
+        scene, ground = random_scene(11, split, index, FREE), random_ground(11, split, index)
+        picture = damage(render(scene, 64, ground), np.random.default_rng(index))
+        right += matches_claim(scene.claim, detect(picture))
+    assert right >= least * count
+
+
+def test_pictures_of_another_renderer_are_read_right() -> None:
+    drawn = [drawn_elsewhere(FREE, ("train", "seen", "heldout")[index % 3], index) for index in range(300)]
+    assert sum(matches_claim(scene.claim, detect(picture)) for scene, picture in drawn) >= 0.97 * len(drawn)
 
 
 def test_places_and_radii_are_measured() -> None:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from dalle_cli.errors import UserError
+from dalle_cli.shapes.drawing import BACKGROUND, OUTLINES
 from dalle_cli.shapes.panels import (
     CHANGES,
     GROUNDS,
@@ -33,10 +34,10 @@ from dalle_cli.shapes.panels import (
     read_panel,
     render_panels,
 )
-from dalle_cli.shapes.world import BACKGROUND, COLOURS, HELD_OUT, OUTLINES, SHAPES, SPLITS
+from dalle_cli.shapes.scene import COLOURS, HELD_OUT, LATTICE, SHAPES, SPLITS
 
 Picture = NDArray[np.uint8]
-COLOUR = tuple(COLOURS)
+COLOUR = LATTICE.colours
 
 
 def panels_of(facts: dict[str, Any]) -> Panels:
@@ -87,7 +88,7 @@ def test_the_world_is_varied() -> None:
     kinds = Counter("colour" if pair.change.startswith("in ") else pair.change for pair in many)
     assert sorted(kinds) == ["colour", "on black", "same", "smaller"]
     assert min(kinds.values()) > 200
-    assert len({(t.top.colour, t.top.shape) for t in many}) == len(COLOURS) * len(SHAPES) - len(HELD_OUT)
+    assert len({(t.top.colour, t.top.shape) for t in many}) == 6 * 6 - 4
     assert len(set(many)) > 400
 
 
@@ -140,7 +141,7 @@ def test_wrong_bottoms_are_not_taken_for_right_ones() -> None:
         for change in {*CHANGES, pair.change}:
             other = Panels(pair.top, change, apply_change(pair.top, change))
             assert bottom_matches(pair.top, pair.change, render_panels(other)) == (other.bottom == pair.bottom)
-        for shape in SHAPES:
+        for shape in LATTICE.shapes:
             bottom = Panel(pair.bottom.size, pair.bottom.colour, shape, pair.bottom.ground, pair.bottom.x)
             picture = render_panels(Panels(pair.top, pair.change, bottom))
             assert bottom_matches(pair.top, pair.change, picture) == (shape == pair.top.shape)
