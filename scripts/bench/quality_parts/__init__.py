@@ -1,0 +1,1 @@
+"""Parts of the benchmark of picture quality; see scripts/bench/quality."""

@@ -1,0 +1,99 @@
+"""Our chain, trained by its commands within a budget of minutes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dalle_cli.config.load import load_recipe
+from quality_parts.datasets import DataSet
+
+SHARES = {"dvae": 0.5, "prior": 0.42, "clip": 0.08}
+"""Share of the budget that each trained stage gets."""
+UPDATES_SHARE = 0.85
+"""Share of a stage's time that its updates get; the rest is its start, the trial run, validations and checkpoints."""
+TRIAL_UPDATES = 40
+"""Updates of the trial run that tells how fast a stage is."""
+
+
+@dataclass
+class Chain:
+    """A run of the chain in the folder ``run``, with the settings of ``recipe`` and further ones, as KEY=VALUE."""
+
+    recipe: Path
+    data: DataSet
+    run: Path
+    seed: int
+    changes: list[str]
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Time of each command so far."""
+
+    def train(self, minutes: float) -> None:
+        """Train every stage so that all of them together take ``minutes``; a finished chain is left alone."""
+        done = self.run / "seconds.json"
+        if done.is_file():
+            self.seconds = json.loads(done.read_text())
+            return
+        left = 60 * minutes
+        self._timed("train-tokenizer")
+        self._timed("tokenize-text")
+        left -= sum(self.seconds.values())
+        for stage, command in (("dvae", "train-dvae"), ("prior", "train-prior"), ("clip", "train-clip")):
+            later = sum(
+                share for name, share in SHARES.items() if list(SHARES).index(name) >= list(SHARES).index(stage)
+            )
+            began = time.perf_counter()
+            self._set_updates(stage, command, left * SHARES[stage] / later)
+            self._timed(command)
+            if stage == "dvae":
+                self._timed("encode-images")
+            left -= time.perf_counter() - began
+        done.write_text(json.dumps(self.seconds))
+
+    def _timed(self, command: str) -> None:
+        began = time.perf_counter()
+        run_dalle(command, str(self.recipe), *self._options())
+        self.seconds[command] = time.perf_counter() - began
+
+    def _options(self) -> list[str]:
+        settings = [f"run={self.run}", f"seed={self.seed}", f"data.train={self.data.train}", *self.changes]
+        return [word for setting in settings for word in ("--set", setting)]
+
+    def _set_updates(self, stage: str, command: str, seconds: float) -> None:
+        """Choose the stage's number of updates, and stretch its schedules alike, to take ``seconds``."""
+        before: dict[str, Any] = yaml.safe_load(load_recipe(self.recipe, []).model_dump_json())[stage]
+        planned = before["training"]["updates"]
+        updates = max(100, int(self._rate(stage, command) * UPDATES_SHARE * seconds))
+        self.changes.append(f"{stage}.training.updates={updates}")
+        for name, value in before.get("objective", {}).items():
+            if isinstance(value, dict) and value.get("updates"):
+                self.changes.append(f"{stage}.objective.{name}.updates={round(value['updates'] * updates / planned)}")
+        every = max(50, updates // 8)
+        self.changes += [f"{stage}.training.validate_every={every}", f"{stage}.training.save_every={every}"]
+
+    def _rate(self, stage: str, command: str) -> float:
+        """Return the updates a second of a trial run, without its start."""
+        with tempfile.TemporaryDirectory() as folder:
+            trial = [f"{stage}.training.updates={TRIAL_UPDATES}", f"{stage}.training.log_every={TRIAL_UPDATES // 2}"]
+            options = [word for setting in trial for word in ("--set", setting)]
+            run_dalle(command, str(self.recipe), *self._options(), *options, "--out", folder)
+            lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+        times = [(line["step"], line["seconds"]) for line in lines if "seconds" in line]
+        (first, began), (last, ended) = times[-2:]
+        return (last - first) / (ended - began)
+
+
+def run_dalle(*arguments: str, stdout: Path | None = None) -> None:
+    """Run a command of dalle in a process of its own; its output goes into the file ``stdout``, or nowhere."""
+    print("$ dalle", *arguments, file=sys.stderr, flush=True)
+    with open(stdout or os.devnull, "w") as printed:
+        subprocess.run([sys.executable, "-m", "dalle_cli", *arguments], stdout=printed, check=True)
