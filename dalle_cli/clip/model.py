@@ -9,6 +9,7 @@ from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from torch import Tensor, nn
 
 from dalle_cli.config.schema import ClipModel
+from dalle_cli.pretrained import PretrainedFeatures
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 """Mean of red, green and blue of pixels in [0, 1], as in published CLIPs."""
@@ -22,8 +23,35 @@ MAX_LOGIT_SCALE = math.log(100)
 PAD = 0
 
 
-def build_clip(settings: ClipModel, image_size: int, text_length: int, text_vocab: int, *, seed: int = 0) -> CLIP:
+class PretrainedTower(nn.Module):
+    """A frozen pretrained network and a learned projection in place of the vision transformer.
+
+    A few thousand pictures cannot teach a vision tower what pictures show, but they suffice to learn words for what a
+    pretrained one sees (Zhai et al. 2022, "LiT", arXiv 2111.07991).
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, features: PretrainedFeatures, embed_dim: int) -> None:
+        super().__init__()
+        self.features = features
+        self.projection = nn.Linear(features.width, embed_dim)
+        self.register_buffer("mean", torch.tensor(PIXEL_MEAN)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(PIXEL_STD)[:, None, None], persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map standardized pictures (B, 3, H, W), see :func:`pixels`, to vectors (B, embed_dim)."""
+        vectors: Tensor = self.projection(self.features.pooled(x * self.std + self.mean))
+        return vectors
+
+
+def build_clip(
+    settings: ClipModel, image_size: int, text_length: int, text_vocab: int, *, seed: int = 0, pretrained: bool = True
+) -> CLIP:
     """Build a CLIP with random weights, for pictures of ``image_size`` px and captions of up to ``text_length`` tokens.
+
+    With ``settings.vision``, the picture tower is that network, with its weights if ``pretrained``.
 
     Patches have sine-cosine positions, and their mean is the picture's feature. With little training, this learns
     positions far sooner than learned embeddings and a class token do (Beyer et al. 2022, arXiv 2205.01580).
@@ -53,7 +81,11 @@ def build_clip(settings: ClipModel, image_size: int, text_length: int, text_voca
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return CLIP(settings.embed_dim, vision, text)
+        model = CLIP(settings.embed_dim, vision, text)
+        if settings.vision is not None:
+            features = PretrainedFeatures(settings.vision, settings.vision_size, pretrained=pretrained)
+            model.visual = PretrainedTower(features, settings.embed_dim)
+        return model
 
 
 def clip_text_ids(text: Tensor, length: Tensor, text_vocab: int) -> Tensor:

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
-import logging
 import os
 import re
-import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import numpy as np
 import open_clip
@@ -30,7 +24,8 @@ from dalle_cli.clip.train import load_clip
 from dalle_cli.config.run_folders import run_of
 from dalle_cli.distributed.device import limit_threads
 from dalle_cli.errors import UserError
-from dalle_cli.stores.checkpoint import check_belongs, open_checkpoint
+from dalle_cli.pretrained import first_line, no_waiting_for_a_network, quiet, weights_hash
+from dalle_cli.stores.checkpoint import Which, check_belongs, open_checkpoint
 from dalle_cli.stores.files import sha256_file
 from dalle_cli.text.bpe import Tokenizer
 from dalle_cli.text.encode import CaptionEncoder
@@ -126,7 +121,7 @@ class OwnScorer:
 
     @cached_property
     def identity(self) -> str:
-        return _weights_hash(self.model, str(self.image_size))
+        return weights_hash(self.model, str(self.image_size))
 
     def _sized(self, picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
         size = (self.image_size, self.image_size)
@@ -163,7 +158,7 @@ class OpenClipScorer:
             model_name = model_name.replace("/", "-")
             _check_names(model_name, pretrained)
             options = {"pretrained": pretrained, **_file_preprocessing(model_name, pretrained)}
-        with _quiet(), _no_waiting_for_a_network():
+        with quiet(), no_waiting_for_a_network():
             try:
                 # Other loaders of open_clip keep random weights instead of raising.
                 self.model, self.preprocess = open_clip.create_model_from_pretrained(
@@ -175,7 +170,7 @@ class OpenClipScorer:
                 self.tokenizer = open_clip.get_tokenizer(model_name, cache_dir=cache_dir)
             except Exception as error:
                 raise UserError(
-                    f"the tokenizer of open_clip model {model_name} cannot be loaded ({_first_line(error)}); "
+                    f"the tokenizer of open_clip model {model_name} cannot be loaded ({first_line(error)}); "
                     "fetch it once with a network, or choose a model with open_clip's own BPE: ViT-B-32"
                 ) from error
         self.model.eval()
@@ -209,7 +204,7 @@ class OpenClipScorer:
 
     @cached_property
     def identity(self) -> str:
-        return _weights_hash(self.model, re.sub(" at 0x[0-9a-f]+", "", repr(self.preprocess)))
+        return weights_hash(self.model, re.sub(" at 0x[0-9a-f]+", "", repr(self.preprocess)))
 
 
 def load_scorer(
@@ -218,6 +213,7 @@ def load_scorer(
     tokenizer: Path | None,
     beside: Path,
     device: torch.device | str = "cpu",
+    which: Which = "best",
 ) -> Scorer:
     """Load the scorer for a command's options ``--clip``, ``--pretrained`` and ``--tokenizer``.
 
@@ -235,7 +231,7 @@ def load_scorer(
         raise UserError(
             f"{folder}: no CLIP there; train one with dalle train-clip, or give --clip MODEL --pretrained TAG|FILE"
         )
-    checkpoint = open_checkpoint(folder, "clip")
+    checkpoint = open_checkpoint(folder, "clip", which)
     bpe = Tokenizer.load(tokenizer or run_of(checkpoint.path).tokenizer)
     check_belongs(checkpoint, "tokenizer", bpe.identity, bpe.name)
     recipe = checkpoint.recipe()
@@ -243,14 +239,6 @@ def load_scorer(
     name = f"{checkpoint.path} sha256:{checkpoint.identity[:12]}"
     encoder = CaptionEncoder(bpe, recipe.tokenizer)
     return OwnScorer(load_clip(checkpoint).to(device), encoder, recipe.image_size, name=name)
-
-
-def _weights_hash(model: torch.nn.Module, preparation: str) -> str:
-    digest = hashlib.sha256(preparation.encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _chunks(items: Sequence[Any] | NDArray[np.uint8]) -> Iterator[Sequence[Any] | NDArray[np.uint8]]:
@@ -261,32 +249,6 @@ def _joined(features: list[Tensor]) -> Tensor:
     if not features:
         raise ValueError("nothing to score: no captions or pictures were given")
     return torch.cat(features)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence open_clip's log of errors, which our own one-line messages replace."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.disable(before)
-
-
-@contextmanager
-def _no_waiting_for_a_network() -> Iterator[None]:
-    """Make the hub's client use its cache or fail at once if there is no network, instead of retrying for a minute."""
-    before = hub.HF_HUB_OFFLINE
-    try:
-        if not getproxies():
-            socket.getaddrinfo(urlsplit(hub.ENDPOINT).hostname, None)
-    except OSError:
-        hub.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        hub.HF_HUB_OFFLINE = before
 
 
 def _check_names(model_name: str, pretrained: str) -> None:
@@ -322,17 +284,17 @@ def _file_preprocessing(model_name: str, pretrained: str) -> dict[str, Any]:
 
 
 def _cannot_load(model_name: str, pretrained: str, error: Exception) -> str:
-    reason = "no network" if hub.HF_HUB_OFFLINE else _first_line(error)
+    reason = "no network" if hub.HF_HUB_OFFLINE else first_line(error)
     if model_name.startswith("local-dir:"):
         return (
-            f"{model_name} cannot be loaded ({_first_line(error)}); give a folder that holds "
+            f"{model_name} cannot be loaded ({first_line(error)}); give a folder that holds "
             "open_clip_config.json and the weights"
         )
     if model_name.startswith("hf-hub:"):
         return f"{model_name} cannot be fetched ({reason}); provide its files in a folder: local-dir:FOLDER"
     if not open_clip.is_pretrained_cfg(model_name, pretrained):
         return (
-            f"{pretrained} is no weights file of {model_name} ({_first_line(error)}); give a .safetensors "
+            f"{pretrained} is no weights file of {model_name} ({first_line(error)}); give a .safetensors "
             "file or a PyTorch file that holds only that model's state dict"
         )
     config = open_clip.get_pretrained_cfg(model_name, pretrained)
@@ -342,11 +304,6 @@ def _cannot_load(model_name: str, pretrained: str, error: Exception) -> str:
         f"weights {pretrained!r} of {model_name} cannot be fetched ({reason}); provide the file {file} "
         f"and give its path in place of {pretrained!r}"
     )
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:200].rstrip(".: ")
 
 
 def _scorer_name(model_name: str, pretrained: str) -> str:

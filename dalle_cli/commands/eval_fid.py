@@ -48,6 +48,14 @@ def command(
         Path | None, typer.Option(help="torch-fidelity's Inception weights. \\[downloaded]", show_default=False)
     ] = None,
     clip: Annotated[str | None, typer.Option(help="Measure on this CLIP's features instead of Inception's.")] = None,
+    network: Annotated[
+        str | None,
+        typer.Option(
+            "--features",
+            metavar="NAME",
+            help="Measure on a timm network's features: tf_efficientnet_lite2, or a folder.",
+        ),
+    ] = None,
     pretrained: Annotated[str | None, typer.Option(help="Tag or weights file of an open_clip model.")] = None,
     classes: Annotated[
         Path | None, typer.Option(metavar="FILE", help="With --clip: class captions, for a score like IS.")
@@ -64,7 +72,8 @@ def command(
 ) -> None:
     """Measure FID, KID, Inception Score, precision and recall of pictures against real ones.
 
-    Without Inception's weights, --clip measures on CLIP features; these results are not comparable with Inception's.
+    Without Inception's weights, --clip measures on CLIP features and --features on those of a network of timm; these
+    results are not comparable with Inception's.
     With --pool, a system whose samples have scores is measured by the best of each caption's whole pool. If it is
     killed, run it again to resume.
 
@@ -80,8 +89,8 @@ def command(
     from dalle_cli.data.captions import read_captions_by_id
     from dalle_cli.fid.presets import open_preset
 
-    if inception_weights is not None and clip is not None:
-        raise UserError("--inception-weights and --clip exclude each other; choose one of them")
+    if sum(option is not None for option in (inception_weights, clip, network)) > 1:
+        raise UserError("--inception-weights, --clip and --features exclude each other; choose one of them")
     if classes is not None and clip is None:
         raise UserError("--classes needs --clip, since Inception has its own classes; give --clip, or drop --classes")
     if preset is not None and captions is not None:
@@ -109,7 +118,7 @@ def command(
 
     from dalle_cli.distributed.device import choose_device, prepare_process
     from dalle_cli.fid.comparison import Settings, compare_systems
-    from dalle_cli.fid.features import clip_features, default_cache, inception
+    from dalle_cli.fid.features import clip_features, default_cache, inception, network_features
     from dalle_cli.fid.figures import Evaluation, evaluation_json
     from dalle_cli.stores.files import write_json
     from dalle_cli.stores.provenance import command_line
@@ -122,6 +131,8 @@ def command(
         scorer = load_scorer(clip, pretrained, None, beside=Path(clip), device=device)
         named_classes = list(read_captions_by_id(classes).values()) if classes is not None else []
         features = clip_features(scorer, named_classes, device=device)
+    elif network is not None:
+        features = network_features(network, device=device)
     else:
         features = inception(inception_weights, device=str(device))
     settings = Settings(radii, sizes, repeats, bootstrap, seed)

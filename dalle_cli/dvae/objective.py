@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dalle_cli.dvae.model import DVAE
+from dalle_cli.dvae.perceptual import PerceptualDistance
 from dalle_cli.dvae.ssim import ssim
 
 Generators = torch.Generator | Sequence[torch.Generator]
@@ -172,6 +173,8 @@ class LossSettings:
     the decoder and a score-function estimate, with the log-likelihood as reward, for the encoder."""
     reinforce_samples: int
     """Hard samples per image; unused by ``gumbel``."""
+    perceptual_weight: float = 0.0
+    """Weight of the perceptual distance of the median picture; 0 is the paper's ELBO."""
 
 
 @dataclass(frozen=True)
@@ -179,13 +182,15 @@ class DvaeLoss:
     """Scalars, means over the batch, in nats per value (3 H W an image). Only ``loss`` carries a gradient."""
 
     loss: Tensor
-    """recon_nll + kl_weight * kl + marginal_kl_weight * marginal KL."""
+    """recon_nll + kl_weight * kl + marginal_kl_weight * marginal KL + perceptual_weight * perceptual distance."""
     recon_nll: Tensor
     """-E_q[ln p(x|z)]."""
     kl: Tensor
     """KL(q(z|x) || uniform)."""
     kl_per_position: Tensor
     """The same KL in nats per token, between 0 and ln K."""
+    perceptual: Tensor
+    """Mean perceptual distance, without a unit; 0 if there is no such term."""
 
     @property
     def elbo(self) -> Tensor:
@@ -199,10 +204,12 @@ def dvae_loss(
     settings: LossSettings,
     generator: Generators,
     batch_mean: Callable[[Tensor], Tensor] | None = None,
+    perceptual: PerceptualDistance | None = None,
 ) -> DvaeLoss:
     """Return the negative relaxed ELBO of uint8 images (B, H, W, 3); the KL and its gradient are always exact.
 
     Every term is a mean over images except ``marginal_kl``, which needs ``batch_mean`` if there are several ranks.
+    ``perceptual`` adds its distance, with a weight, and needs the estimator ``gumbel``.
     """
     x = encoder_input(images, settings.eps)
     logits: Tensor = model.encoder(x)
@@ -210,12 +217,18 @@ def dvae_loss(
     positions_per_value = logits[0, 0].numel() / x[0].numel()
     kl = kl_per_position * positions_per_value
     penalty = settings.kl_weight * kl
+    distance = torch.zeros((), device=x.device)
     if settings.marginal_kl_weight:
         penalty = penalty + settings.marginal_kl_weight * marginal_kl(logits, batch_mean) * positions_per_value
     if settings.estimator == "gumbel":
         mu, ln_b = model.decoder(gumbel_softmax(logits, settings.temperature, generator))
         recon_nll = -log_likelihood(x, mu, ln_b, settings.ln_b_floor).mean()
         loss = recon_nll + penalty
+        if perceptual is not None:
+            distance = perceptual(
+                phi_inverse(torch.sigmoid(mu), settings.eps) / 255, images.permute(0, 3, 1, 2) / 255
+            ).mean()
+            loss = loss + settings.perceptual_weight * distance
     else:
         samples = settings.reinforce_samples
         tokens = sample_tokens(logits, samples, generator)
@@ -225,7 +238,7 @@ def dvae_loss(
         surrogate = reinforce_surrogate(logits, tokens, reward)
         # The surrogate contributes its gradient only: the loss keeps the ELBO's value.
         loss = recon_nll + penalty + (surrogate - surrogate.detach())
-    return DvaeLoss(loss, recon_nll.detach(), kl.detach(), kl_per_position.detach())
+    return DvaeLoss(loss, recon_nll.detach(), kl.detach(), kl_per_position.detach(), distance.detach())
 
 
 @dataclass(frozen=True)
@@ -242,6 +255,8 @@ class ValidationMetrics:
     """(B,) structural similarity of the same."""
     kl_per_position: Tensor
     """(B,) nats per token, of the soft codes."""
+    perceptual: Tensor
+    """(B,) perceptual distance; 0 if the objective has no such term."""
     counts: Tensor
     """(K,) int64, the number of times each code was used."""
 
@@ -259,6 +274,7 @@ class ValidationMetrics:
             "psnr": float(self.psnr.mean()),
             "ssim": float(self.ssim.mean()),
             "kl_per_position": float(self.kl_per_position.mean()),
+            "perceptual": float(self.perceptual.mean()),
             "codebook_perplexity": codebook_perplexity(self.counts),
             "dead_codes": dead_codes(self.counts),
         }
@@ -272,30 +288,37 @@ def merge_metrics(parts: Sequence[ValidationMetrics]) -> ValidationMetrics:
         mse=torch.cat([part.mse for part in parts]),
         ssim=torch.cat([part.ssim for part in parts]),
         kl_per_position=torch.cat([part.kl_per_position for part in parts]),
+        perceptual=torch.cat([part.perceptual for part in parts]),
         counts=torch.stack([part.counts for part in parts]).sum(dim=0),
     )
 
 
 @torch.no_grad()
 def validation_metrics(
-    model: DVAE, images: Tensor, eps: float, ln_b_floor: float, generator: Generators
+    model: DVAE,
+    images: Tensor,
+    eps: float,
+    ln_b_floor: float,
+    generator: Generators,
+    perceptual: PerceptualDistance | None = None,
 ) -> ValidationMetrics:
     """Return the metrics of uint8 images (B, H, W, 3); ``generator`` draws the ELBO's codes."""
-    planes = images.permute(0, 3, 1, 2).contiguous()  # which fixes the order of the sums below
-    x = phi(planes, eps)
+    chw = images.permute(0, 3, 1, 2).contiguous()  # which fixes the order of the sums below
+    x = phi(chw, eps)
     logits: Tensor = model.encoder(x)
     kl_per_position = kl_to_uniform(logits).mean(dim=(1, 2))
     drawn = model.decode_tokens(sample_tokens(logits, 1, generator)[0])
     elbo = log_likelihood(x, *drawn, ln_b_floor) - kl_per_position * (logits[0, 0].numel() / x[0].numel())
     tokens = logits.argmax(dim=1)
     mu, ln_b = model.decode_tokens(tokens)
-    rebuilt, original = reconstruct(mu, eps) / 255, planes.float() / 255
+    rebuilt, original = reconstruct(mu, eps) / 255, chw.float() / 255
     return ValidationMetrics(
         elbo=elbo,
         recon_nll=-log_likelihood(x, mu, ln_b, ln_b_floor),
         mse=(rebuilt - original).square().mean(dim=(1, 2, 3)),
         ssim=ssim(rebuilt, original),
         kl_per_position=kl_per_position,
+        perceptual=perceptual(rebuilt, original) if perceptual is not None else torch.zeros(len(images)),
         counts=torch.bincount(tokens.flatten(), minlength=logits.shape[1]),
     )
 

@@ -1,6 +1,6 @@
-"""Features of pictures, and their cache: Inception-v3's, as in published figures, or a CLIP's image features.
+"""Features of pictures, and their cache: Inception-v3's, as in published figures, a CLIP's, or a network's of timm.
 
-Both are torch-fidelity feature extractors, so the same code computes the metrics on either.
+All are torch-fidelity feature extractors, so the same code computes the metrics on either.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from dalle_cli.clip.scoring import Scorer
 from dalle_cli.errors import UserError
 from dalle_cli.fid.figures import ScoreName
 from dalle_cli.fid.pictures import BlurredPictures, Pictures, PictureSubset
+from dalle_cli.pretrained import PretrainedFeatures, weights_hash
 from dalle_cli.progress import Progress
 from dalle_cli.stores.files import sha256_file, write_atomically
 
@@ -176,6 +177,44 @@ class ClipExtractor(FeatureExtractorBase):  # type: ignore[misc]
     @staticmethod
     def get_provided_features_list() -> tuple[str, ...]:
         return "vector", "logits"
+
+
+def network_features(name: str, *, device: torch.device | str = "cpu") -> Features:
+    """Return the features that the classifier of a pretrained network of timm sees; see ``create_network``.
+
+    Pictures are resized to the network's own input. FID and KID on them are not comparable with Inception's.
+
+    Raises:
+        UserError: there is no such network, or its weights cannot be had.
+    """
+    network = PretrainedFeatures(name).to(device)
+    network.size = network.native_size
+    digest = weights_hash(network, str(network.size))
+    return Features(
+        name=f"{name} sha256:{digest[:12]}",
+        extractor=NetworkExtractor(network),
+        vector="vector",
+        logits=None,
+        score_name="inception_score",
+        device=torch.device(device),
+        identity=digest,
+    )
+
+
+class NetworkExtractor(FeatureExtractorBase):  # type: ignore[misc]
+    """A pretrained network as a torch-fidelity extractor with the layer ``vector`` (B, d)."""
+
+    def __init__(self, network: PretrainedFeatures) -> None:
+        super().__init__("network", ["vector"])
+        self.network = network
+
+    @torch.inference_mode()
+    def forward(self, pictures: Tensor) -> tuple[Tensor, ...]:
+        return (self.network.pooled(pictures / 255).float(),)
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        return ("vector",)
 
 
 def _downloaded_inception() -> Path:

@@ -16,7 +16,7 @@ from huggingface_hub import constants as hub
 from PIL import Image
 from safetensors.torch import save_file
 
-from dalle_cli.clip import scoring
+from dalle_cli import pretrained
 from dalle_cli.clip.model import build_clip, clip_text_ids, pixels
 from dalle_cli.clip.scoring import OpenClipScorer, OwnScorer, Scorer
 from dalle_cli.config.schema import ClipModel
@@ -129,7 +129,7 @@ def test_without_a_network_the_file_to_provide_is_named(monkeypatch: pytest.Monk
         raise OSError("no such host")
 
     monkeypatch.setattr(socket, "getaddrinfo", no_address)
-    monkeypatch.setattr(scoring, "getproxies", dict)
+    monkeypatch.setattr(pretrained, "getproxies", dict)
     with pytest.raises(UserError, match=r"\(no network\).*laion/CLIP-ViT-B-32.*safetensors") as caught:
         OpenClipScorer("ViT-B-32", "laion2b_s34b_b79k", cache_dir=str(tmp_path))
     assert "'laion2b_s34b_b79k'" in str(caught.value)

@@ -66,5 +66,7 @@ def test_the_command_on_one_system_and_on_several(by_hand: Chain, call: Call, tm
         (gan, gan, "--preset", "coco", "--captions", wanted): "exclude each other",
         ("--system", f"a={gan}", "--system", f"a={gan}", gan): "is given twice",
         (gan, gan, "--write-captions", wanted): "give --preset",
+        (gan, gan, "--features", "tf_efficientnet_lite2", "--clip", by_hand.clip): "exclude each other",
+        (gan, gan, "--features", "no_such_network"): "is neither a folder nor a network of timm",
     }.items():
         assert words in call("eval-fid", *arguments).mistake()
