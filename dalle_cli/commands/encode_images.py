@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from dalle_cli.commands.options import (
+    CheckpointOption,
     DataOption,
     RecipeArgument,
     SetOption,
@@ -24,6 +25,7 @@ def command(
     data: DataOption = None,
     dvae: Annotated[Path | None, typer.Option(help="dVAE checkpoint, or its run. [RUN/dvae]")] = None,
     tokens: TokensOption = None,
+    which: CheckpointOption = "best",
     shard: ShardOption = "1/1",
     set_: SetOption = None,
 ) -> None:
@@ -50,7 +52,7 @@ def command(
     from dalle_cli.stores.shards import parse_shard
 
     share = parse_shard(shard)
-    checkpoint = open_checkpoint(dvae or places.dvae, "dvae")
+    checkpoint = open_checkpoint(dvae or places.dvae, "dvae", which)
     found = encode_source(settings, read_source(settings), checkpoint, out, share)
     log(f"{out}: {found.rows} pictures, {found.skipped} skipped")
     record_command(out)

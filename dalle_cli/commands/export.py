@@ -7,17 +7,19 @@ from typing import Annotated
 
 import typer
 
+from dalle_cli.commands.options import CheckpointOption
 from dalle_cli.planning.units import parse_bytes
 
 
 def command(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint, or a run's folder for its newest.")],
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint, or a run's folder.")],
     out: Annotated[
         Path | None, typer.Argument(metavar="OUT", help="A new folder. [CKPT/../exported]", show_default=False)
     ] = None,
     shard_size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Maximum size of a file, such as 5GB. \\[one file]")
     ] = None,
+    which: CheckpointOption = "best",
 ) -> None:
     """Export a checkpoint's EMA weights alone, in safetensors, to a new checkpoint to sample from.
 
@@ -30,5 +32,5 @@ def command(
     from dalle_cli.stores.checkpoint import open_checkpoint
     from dalle_cli.stores.export import export_checkpoint
 
-    found = open_checkpoint(checkpoint)
+    found = open_checkpoint(checkpoint, which=which)
     typer.echo(export_checkpoint(found, out or found.path.parent / "exported", largest).path)

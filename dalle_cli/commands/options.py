@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from typer.core import TyperCommand
@@ -53,6 +53,10 @@ GpusOption = Annotated[
         show_default=False,
         help="Start N processes on this machine, one per GPU, or sharing its cores if it has none. \\[one process]",
     ),
+]
+CheckpointOption = Annotated[
+    Literal["best", "last"],
+    typer.Option("--checkpoint", help="Of a run's folder, take the checkpoint of the best validation or the newest."),
 ]
 ShardOption = Annotated[
     str,

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dalle_cli.commands.options import CheckpointOption
+
 if TYPE_CHECKING:
     from dalle_cli.dvae.reconstruct import Reconstruction
 
@@ -26,6 +28,7 @@ def command(
     alone: Annotated[
         bool, typer.Option("--alone", help="Write reconstructions without the originals, as eval-fid takes them.")
     ] = False,
+    which: CheckpointOption = "best",
 ) -> None:
     """Write images beside their reconstructions from tokens, and print PSNR and other metrics.
 
@@ -43,7 +46,7 @@ def command(
     from dalle_cli.stores.checkpoint import open_checkpoint
     from dalle_cli.stores.provenance import record_command
 
-    checkpoint = open_checkpoint(dvae, "dvae")
+    checkpoint = open_checkpoint(dvae, "dvae", which)
     terminal = sys.stdout.isatty()
     done = []
     for reconstruction in reconstruct_images(checkpoint, list_images(images), out, size, alone=alone):

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from dalle_cli.commands.options import CheckpointOption
+
 
 def command(
     manifests: Annotated[
@@ -33,6 +35,7 @@ def command(
     sheet: Annotated[
         Path | None, typer.Option(metavar="PNG", help="Draw a contact sheet of the first captions.")
     ] = None,
+    which: CheckpointOption = "best",
     write: Annotated[bool, typer.Option("--write/--no-write", help="Write the scores into the samples' store.")] = True,
 ) -> None:
     """Score samples against their captions with CLIP and print them best first.
@@ -60,7 +63,7 @@ def command(
 
     device = choose_device()
     prepare_process(device)
-    scorer = load_scorer(clip, pretrained, tokenizer, beside=Path(first["png"]), device=device)
+    scorer = load_scorer(clip, pretrained, tokenizer, Path(first["png"]), device, which)
     scores: dict[Path, dict[int, float]] = {}
     shown: list[list[dict[str, Any]]] = []
 

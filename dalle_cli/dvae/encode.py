@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dalle_cli.config.schema import DOWNSAMPLING, Recipe
+from dalle_cli.config.schema import Recipe
 from dalle_cli.data.filters import picture_identity
 from dalle_cli.data.picture_loader import PictureBlock, consecutive_pictures
 from dalle_cli.data.source import Source
@@ -40,9 +40,10 @@ def encode_images(model: DVAE, images: Tensor, eps: float) -> Tensor:
 
 @torch.no_grad()
 def decode_tokens(model: DVAE, tokens: Tensor, eps: float) -> Tensor:
-    """Return the likelihood's median for int64 tokens (B, h, w), as uint8 images (B, 8 h, 8 w, 3)."""
+    """Return the likelihood's median for int64 tokens (B, h, w), as uint8 images (B, f h, f w, 3)."""
     _, rows, columns = tokens.shape
-    parts = tokens.split(images_per_pass(model, DOWNSAMPLING * rows, DOWNSAMPLING * columns))
+    side = model.settings.downsampling
+    parts = tokens.split(images_per_pass(model, side * rows, side * columns))
     return torch.cat([reconstructed_images(model.decode_tokens(part)[0], eps) for part in parts])
 
 
@@ -52,7 +53,7 @@ def images_per_pass(model: DVAE, height: int, width: int) -> int:
 
 
 def encode_blocks(model: DVAE, blocks: Iterable[PictureBlock], eps: float) -> Iterator[tuple[PictureBlock, np.ndarray]]:
-    """Yield each block with its images' tokens, (n, S / 8, S / 8) uint16.
+    """Yield each block with its images' tokens, (n, grid, grid) uint16.
 
     A block is yielded once the next one is queued, so that a GPU stays busy while this process fetches and writes.
     """

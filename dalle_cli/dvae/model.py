@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from dalle_cli.config.schema import DOWNSAMPLING, DvaeModel
+from dalle_cli.config.schema import DvaeModel
 from dalle_cli.randomness import torch_generator
 
 GROUPS = 4
@@ -114,21 +114,23 @@ class Encoder(nn.Module):
 
     def __init__(self, settings: DvaeModel, seed: int = 0) -> None:
         super().__init__()
-        width = settings.n_hid
+        width, self.downsampling = settings.n_hid, settings.downsampling
+        pools = self.downsampling.bit_length() - 1
         self.blocks = nn.Sequential()
         self.blocks.add_module("input", Conv2d(CHANNELS, width, 7))
         for k in range(GROUPS):
             group = _group(settings, width * 2 ** max(0, k - 1), width * 2**k, (3, 3, 3, 1))
-            if k < GROUPS - 1:
+            if k < pools:
                 group.add_module("pool", nn.MaxPool2d(2))
             self.blocks.add_module(f"group_{k + 1}", group)
         self.blocks.add_module("output", _output(width * 2 ** (GROUPS - 1), settings.codebook_size))
         initialise(self, seed, "dvae encoder")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map pixels (B, 3, H, W) in (eps, 1 - eps), see ``phi``, to float32 logits (B, K, H / 8, W / 8)."""
-        if x.ndim != 4 or x.shape[1] != CHANNELS or x.shape[2] % DOWNSAMPLING or x.shape[3] % DOWNSAMPLING:
-            raise ValueError(f"the encoder takes (B, 3, H, W), H and W multiples of 8, not {tuple(x.shape)}")
+        """Map pixels (B, 3, H, W) in (eps, 1 - eps), see ``phi``, to float32 logits (B, K, H / f, W / f)."""
+        f = self.downsampling
+        if x.ndim != 4 or x.shape[1] != CHANNELS or x.shape[2] % f or x.shape[3] % f:
+            raise ValueError(f"the encoder takes (B, 3, H, W), H and W multiples of {f}, not {tuple(x.shape)}")
         stem = cast(Conv2d, self.blocks.get_submodule("input"))
         logits: Tensor = self.blocks(x.to(stem.w.dtype))
         return logits
@@ -143,11 +145,13 @@ class Decoder(nn.Module):
         self.codebook_size = settings.codebook_size
         self.blocks = nn.Sequential()
         self.blocks.add_module("input", Conv2d(settings.codebook_size, settings.n_init, 1, float32=True))
-        n_in = settings.n_init
+        n_in, pools = settings.n_init, settings.downsampling.bit_length() - 1
+        if pools == GROUPS:
+            self.blocks.add_module("upsample", nn.Upsample(scale_factor=2, mode="nearest"))
         for k in range(GROUPS):
             n_out = width * 2 ** (GROUPS - 1 - k)
             group = _group(settings, n_in, n_out, (1, 3, 3, 3))
-            if k < GROUPS - 1:
+            if GROUPS - 1 - pools <= k < GROUPS - 1:
                 group.add_module("upsample", nn.Upsample(scale_factor=2, mode="nearest"))
             self.blocks.add_module(f"group_{k + 1}", group)
             n_in = n_out
@@ -164,7 +168,7 @@ class Decoder(nn.Module):
         return cast(Conv2d, self.blocks.get_submodule("input"))
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Map codes (B, K, h, w), one-hot or relaxed, to mu and ln b, each (B, 3, 8 h, 8 w), float32, unbounded."""
+        """Map codes (B, K, h, w), one-hot or relaxed, to mu and ln b, each (B, 3, f h, f w), float32, unbounded."""
         if z.ndim != 4 or z.shape[1] != self.codebook_size:
             raise ValueError(f"the decoder takes (B, {self.codebook_size}, h, w), not {tuple(z.shape)}")
         return self._decode(self.codebook(z))
@@ -195,12 +199,12 @@ class DVAE(nn.Module):
         self.decoder = Decoder(settings, seed)
 
     def encode_tokens(self, x: Tensor) -> Tensor:
-        """Map pixels (B, 3, H, W) in (eps, 1 - eps) to the likeliest codes, (B, H / 8, W / 8) int64."""
+        """Map pixels (B, 3, H, W) in (eps, 1 - eps) to the likeliest codes, (B, H / f, W / f) int64."""
         logits: Tensor = self.encoder(x)
         return logits.argmax(dim=1)
 
     def decode_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Map tokens (B, h, w) int64 to mu and ln b, each (B, 3, 8 h, 8 w)."""
+        """Map tokens (B, h, w) int64 to mu and ln b, each (B, 3, f h, f w)."""
         return self.decoder.decode_tokens(tokens)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

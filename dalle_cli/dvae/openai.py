@@ -15,7 +15,6 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from dalle_cli.config.schema import (
-    DOWNSAMPLING,
     ClipModel,
     ClipSettings,
     DvaeModel,
@@ -39,6 +38,8 @@ from dalle_cli.stores.checkpoint import (
 )
 from dalle_cli.stores.files import sha256_file
 
+DOWNSAMPLING = 8
+"""Downsampling of the released dVAE."""
 COUNTERPARTS: dict[type[nn.Module], frozenset[str]] = {
     Encoder: frozenset({"dall_e.encoder Encoder"}),
     Decoder: frozenset({"dall_e.decoder Decoder"}),

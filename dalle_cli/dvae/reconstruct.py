@@ -16,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from dalle_cli.config.schema import DOWNSAMPLING
 from dalle_cli.data.images import BadImage, decode_image, eval_crop
 from dalle_cli.data.open_source import open_source
 from dalle_cli.data.source import IMAGE_EXTENSIONS, BadSample, read_image_file, split_extension
@@ -89,12 +88,13 @@ def reconstruct_images(
     original to the left, and writes the captions that a source has to a .txt file beside the PNG.
 
     Raises:
-        UserError: none of the images could be read, ``size`` is not a multiple of 8, or ``out`` cannot be written.
+        UserError: none of the images could be read, ``out`` cannot be written, or ``size`` is not a multiple of the
+            dVAE's downsampling.
     """
     recipe = checkpoint.recipe()
     size = recipe.image_size if size is None else size
-    if size % DOWNSAMPLING:
-        raise UserError(f"--size {size} is not a multiple of {DOWNSAMPLING}; choose one, such as {recipe.image_size}")
+    if size % (side := recipe.dvae.model.downsampling):
+        raise UserError(f"--size {size} is not a multiple of {side}; choose one, such as {recipe.image_size}")
     limit_threads(recipe)
     device = choose_device()
     prepare_process(device)

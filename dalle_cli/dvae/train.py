@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from dalle_cli.config.schema import DOWNSAMPLING, Recipe
+from dalle_cli.config.schema import Recipe
 from dalle_cli.data.images import BadImage
 from dalle_cli.data.picture_loader import TrainingPictures, load_eval_picture
 from dalle_cli.data.source import BadSample, Source
@@ -27,7 +27,9 @@ from dalle_cli.dvae.objective import (
     reconstructed_images,
     validation_metrics,
 )
+from dalle_cli.dvae.perceptual import PerceptualDistance
 from dalle_cli.errors import UserError
+from dalle_cli.pretrained import weights_hash
 from dalle_cli.randomness import torch_generator
 from dalle_cli.stores.checkpoint import Checkpoint, Kind
 from dalle_cli.stores.held_out import split_holdout
@@ -50,15 +52,22 @@ class DvaeTask:
     group: Group = ALONE
     belongs: dict[str, str] = field(default_factory=dict)
     kind: Kind = "dvae"
+    perceptual: PerceptualDistance | None = None
     less_memory: str = "lower dvae.training.micro_batch, or set dvae.model.checkpoint_resblocks to true"
 
     def __post_init__(self) -> None:
         rows = np.arange(len(self.source))
         self.training_rows, self.held_out = split_holdout(rows, self.recipe.data.holdout, self.recipe.seed)
 
+    @property
+    def comparable_from(self) -> int:
+        objective = self.recipe.dvae.objective
+        return max(ramp.updates for ramp in (objective.kl_weight, objective.marginal_kl_weight, objective.temperature))
+
     def work(self) -> SampleWork:
         # Counted for an image of one code and scaled by the area; autocast does not work on the meta device.
-        pixels, codes = torch.zeros(1, 3, DOWNSAMPLING, DOWNSAMPLING, device=self.group.device), self.recipe.grid**2
+        side, codes = self.recipe.dvae.model.downsampling, self.recipe.grid**2
+        pixels = torch.zeros(1, 3, side, side, device=self.group.device)
         flops = training_flops(lambda: self.model.decoder(self.model.encoder(pixels).softmax(1)))
         dtype = torch.bfloat16 if self.recipe.dvae.precision == "bf16" else torch.float32
         return SampleWork(codes, codes * flops, dtype)
@@ -102,9 +111,11 @@ class DvaeTask:
                     ln_b_floor=objective.ln_b_floor,
                     estimator=objective.estimator,
                     reinforce_samples=objective.reinforce_samples,
+                    perceptual_weight=objective.perceptual.weight,
                 ),
                 [torch_generator(self.recipe.seed, "dvae", step, row, device=device) for row in rows],
                 self._batch_mean if self.group.size > 1 else None,
+                self.perceptual,
             )
         return {
             "loss": found.loss,
@@ -112,6 +123,7 @@ class DvaeTask:
             "kl": found.kl,
             "kl_per_position": found.kl_per_position,
             "elbo": found.elbo,
+            "perceptual": found.perceptual,
             "kl_weight": torch.tensor(kl_weight),
             "temperature": torch.tensor(temperature),
         }
@@ -127,10 +139,13 @@ class DvaeTask:
             rows = range(first, first + len(part))
             noise = [torch_generator(seed, "dvae validation", row, device=device) for row in rows]
             metrics.append(
-                validation_metrics(self.model, part, objective.logit_laplace_eps, objective.ln_b_floor, noise)
+                validation_metrics(
+                    self.model, part, objective.logit_laplace_eps, objective.ln_b_floor, noise, self.perceptual
+                )
             )
         summary = merge_metrics(metrics).summary()
-        return {"loss": summary["recon_nll"], **summary}
+        loss = summary["recon_nll"] + objective.perceptual.weight * summary["perceptual"]
+        return {"loss": loss, **summary}
 
     def example_images(self) -> dict[str, Tensor]:
         """Return a grid of originals, each with its reconstruction to the right, two pairs a row."""
@@ -175,7 +190,11 @@ def train_dvae(recipe: Recipe, source: Source, out: Path) -> Checkpoint:
     _refuse_unreadable(source, recipe)
     with join_group() as group:
         model = DVAE(recipe.dvae.model, seed=recipe.seed).to(memory_format=torch.channels_last).to(group.device)
-        return Run(DvaeTask(recipe, source, model, group), recipe, out).train()
+        task = DvaeTask(recipe, source, model, group)
+        if recipe.dvae.objective.perceptual.weight:
+            task.perceptual = PerceptualDistance(recipe.dvae.objective.perceptual.network).to(group.device)
+            task.belongs["perceptual"] = weights_hash(task.perceptual)
+        return Run(task, recipe, out).train()
 
 
 def load_dvae(checkpoint: Checkpoint) -> DVAE:

@@ -33,6 +33,8 @@ from dalle_cli.training.throughput import SampleWork
 if TYPE_CHECKING:
     from dalle_cli.distributed.fsdp import Sharded
 
+UNIGRAM_ROWS = 4096
+"""Number of training rows that the frequencies of image tokens are counted in."""
 PREFETCHED_BATCHES = 8
 """Number of batches that a thread reads while the model works on earlier ones."""
 
@@ -141,6 +143,7 @@ class PriorTask:
     group: Group = ALONE
     belongs: dict[str, str] = field(default_factory=dict)
     kind: Kind = "prior"
+    comparable_from: int = 0
     less_memory: str = "lower prior.training.micro_batch, or set prior.model.checkpoint_resblocks to true"
     forward: Callable[[Tensor, Tensor, Tensor, float], PriorLoss] | None = None
 
@@ -179,12 +182,27 @@ class PriorTask:
         return {"loss": weight * found.text + (1 - weight) * found.image, "text": found.text, "image": found.image}
 
     def validate(self, step: int) -> dict[str, float]:
+        """Return the held-out losses; ``image_other_captions`` is that of images under the captions of others.
+
+        How far ``image`` lies below it is what the prior makes of captions.
+        """
         if self.validation is None:
             return {}
+        half = len(self.validation) // 2  # neighbours in a data set may have the same caption
+        others = replace(
+            self.validation, text=self.validation.text.roll(half, 0), length=self.validation.length.roll(half, 0)
+        )
+        return {
+            **self._mean_losses(self.validation, step),
+            "image_other_captions": self._mean_losses(others, step)["image"],
+            "image_unigram": self.image_unigram,
+        }
+
+    def _mean_losses(self, batch: TokenBatch, step: int) -> dict[str, float]:
         totals: dict[str, float] = {}
-        count = float(self.model.text_counts(self.validation.length).sum().clamp(min=1))
+        count = float(self.model.text_counts(batch.length).sum().clamp(min=1))
         size = self.recipe.prior.training.micro_batch or VALIDATION_BATCH
-        for part, share in self._split(self.validation, size, count, len(self.validation)):
+        for part, share in self._split(batch, size, count, len(batch)):
             for name, value in self.loss(part, step).items():
                 totals[name] = totals.get(name, 0.0) + float(value) * share
         return totals
@@ -208,6 +226,19 @@ class PriorTask:
         """
         shares = [(part, len(part) / rows) for part in batch.split(size or len(batch))]
         return [((part, text_count * share), share) for part, share in shares]
+
+    @cached_property
+    def image_unigram(self) -> float:
+        """Cross-entropy of held-out image tokens under their frequencies in training rows, in nats a token.
+
+        A prior that ignores captions and other image tokens can reach this loss, so a useful one is below it.
+        """
+        assert self.validation is not None
+        spread = np.linspace(0, len(self.training_rows) - 1, min(UNIGRAM_ROWS, len(self.training_rows))).astype(int)
+        tokens = self.reader.read("image", self.training_rows[spread]).astype(np.int64)
+        counts = np.bincount(tokens.ravel(), minlength=self.recipe.dvae.model.codebook_size) + 1.0
+        log_share = np.log(counts / counts.sum())
+        return float(-log_share[self.validation.image.numpy()].mean())
 
     @cached_property
     def validation(self) -> TokenBatch | None:

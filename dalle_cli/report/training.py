@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dalle_cli.report.artifacts import NAMES, Run
-from dalle_cli.stores.checkpoint import Kind
+from dalle_cli.stores.checkpoint import Kind, open_checkpoint
+from dalle_cli.training.validation import validation_warnings
 from dalle_cli.views import plots
 
 
@@ -19,6 +20,7 @@ class StageFigures:
     updates: int
     validation: dict[str, float]
     last: dict[str, Any] | None
+    warnings: list[str]
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ def stage_figures(run: Run) -> dict[str, StageFigures]:
             updates=getattr(checkpoint.recipe(), kind).training.updates,
             validation=checkpoint.metrics,
             last=next((line for line in reversed(run.metrics(kind)) if "loss" in line), None),
+            warnings=validation_warnings(open_checkpoint(checkpoint.path.parent, kind, "last")),
         )
         for kind, checkpoint in run.checkpoints.items()
     }

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from dalle_cli.config.schema import DOWNSAMPLING
 from dalle_cli.dvae.encode import images_per_pass
 from dalle_cli.dvae.model import DVAE
 from dalle_cli.prior.decode import POSITIONS_PER_PASS, Decoder
@@ -80,7 +79,7 @@ def sampling_need(decoder: Decoder, dvae: DVAE, guided: bool, given: int = 0) ->
     token = 2 * d_model * decoder.dtype.itemsize
     weights = 3 * decoder.layers[0].heads * (decoder.text_length + max(slots)) * FLOAT
     positions = decoder.text_length + (decoder.image_length if given else 0)
-    side = DOWNSAMPLING * decoder.grid
+    side = dvae.settings.downsampling * decoder.grid
     return MemoryNeed(
         cache=token * sum(slots),
         step=LAYER_ACTIVATIONS * d_model * FLOAT + weights,

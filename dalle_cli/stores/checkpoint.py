@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -26,7 +26,17 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 Kind = Literal["dvae", "prior", "clip"]
 Weights = Literal["ema", "raw"]
+Which = Literal["best", "last"]
+"""The checkpoint that a run's folder stands for: the one of the best validation, or the newest."""
 _NAMES: dict[Weights, str] = {"raw": "model", "ema": "ema"}
+
+
+@dataclass(frozen=True)
+class Best:
+    """The lowest held-out loss of a run, and the update after which it was found."""
+
+    step: int
+    loss: float
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,8 @@ class Checkpoint:
     belongs: dict[str, str] = field(default_factory=dict)
     """Hashes of the artifacts it was trained with, such as ``{"tokenizer": ..., "dvae": ...}``."""
     metrics: dict[str, float] = field(default_factory=dict)
+    best: Best | None = None
+    """The best validation of its run until it was saved."""
     files: dict[str, str] = field(default_factory=dict)
     """SHA-256 of each file of weights."""
     identity: str = ""
@@ -104,6 +116,7 @@ class CheckpointFacts:
     recipe: Recipe
     belongs: Mapping[str, str]
     metrics: Mapping[str, float]
+    best: Best | None = None
 
 
 @dataclass(frozen=True)
@@ -242,6 +255,7 @@ def write_manifest(folder: Path, facts: CheckpointFacts, files: Mapping[str, str
         "step": facts.step,
         "belongs": dict(facts.belongs),
         "metrics": dict(facts.metrics),
+        "best": None if facts.best is None else asdict(facts.best),
         "files": dict(files),
         "identity": identity,
     }
@@ -258,16 +272,18 @@ def step_folder(run: Path, step: int) -> Path:
     return run / f"step-{step:08d}"
 
 
-def prune(run: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` checkpoints, and checkpoints that a killed run left half deleted."""
-    newest = steps_in(run)[-keep:]
-    for old in set(run.glob("step-*")) - set(newest):
+def prune(run: Path, keep: int, best: Best | None = None) -> None:
+    """Delete all but the newest ``keep`` checkpoints and the best one, and checkpoints left half deleted."""
+    wanted = {*steps_in(run)[-keep:], *([] if best is None else [step_folder(run, best.step)])}
+    for old in set(run.glob("step-*")) - wanted:
         (old / "manifest.json").unlink(missing_ok=True)
         shutil.rmtree(old)
 
 
-def open_checkpoint(path: Path, kind: Kind | None = None) -> Checkpoint:
-    """Open a checkpoint, or the newest one in a run's folder.
+def open_checkpoint(path: Path, kind: Kind | None = None, which: Which = "best") -> Checkpoint:
+    """Open a checkpoint, or the best or the newest one in a run's folder.
+
+    The best one is that of the lowest held-out loss; a run without validations has only its newest.
 
     Raises:
         UserError: there is no checkpoint, it is of another kind or of a newer format, or its manifest is damaged.
@@ -278,7 +294,16 @@ def open_checkpoint(path: Path, kind: Kind | None = None) -> Checkpoint:
         if not steps:
             what = f"a {kind} checkpoint" if kind else "a checkpoint"
             raise UserError(f"{path}: holds no checkpoint; name {what}: a folder with manifest.json, or its run")
-        folder = steps[-1]
+        newest = _read_manifest(steps[-1], kind)
+        if which == "last" or newest.best is None or newest.best.step == newest.step:
+            return newest
+        folder = step_folder(path, newest.best.step)
+        if folder not in steps:
+            return newest
+    return _read_manifest(folder, kind)
+
+
+def _read_manifest(folder: Path, kind: Kind | None) -> Checkpoint:
     manifest_path = folder / "manifest.json"
     try:
         manifest = json.loads(manifest_path.read_text())
@@ -289,6 +314,7 @@ def open_checkpoint(path: Path, kind: Kind | None = None) -> Checkpoint:
             manifest["step"],
             manifest["belongs"],
             manifest["metrics"],
+            Best(**manifest["best"]) if manifest.get("best") else None,
             manifest["files"],
             manifest.get("identity") or manifest["files"]["ema.safetensors"],
         )

@@ -43,7 +43,7 @@ def export_checkpoint(found: Checkpoint, out: Path, largest: int | None = None) 
             entries.append(index_entries(file.name, parts))
         if len(groups) > 1:
             write_json(folder / f"{source.name}.index.json", join_entries(entries))
-        facts = CheckpointFacts(found.kind, found.step, found.recipe(), found.belongs, found.metrics)
+        facts = CheckpointFacts(found.kind, found.step, found.recipe(), found.belongs, found.metrics, found.best)
         write_manifest(folder, facts, hashes, found.identity)
     return open_checkpoint(out, found.kind)
 

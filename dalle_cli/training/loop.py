@@ -23,6 +23,7 @@ from dalle_cli.distributed.group import Group
 from dalle_cli.errors import RESUMABLE, Stopped, UserError
 from dalle_cli.progress import Progress, log, progress
 from dalle_cli.stores.checkpoint import (
+    Best,
     Checkpoint,
     CheckpointFacts,
     Kind,
@@ -40,6 +41,7 @@ from dalle_cli.training.schedules import learning_rate
 from dalle_cli.training.signals import StopRequest
 from dalle_cli.training.state import Stage, TrainingState
 from dalle_cli.training.throughput import SampleWork, Throughput, peak_tflops
+from dalle_cli.training.validation import validation_warnings
 
 
 class Task(Protocol):
@@ -51,6 +53,10 @@ class Task(Protocol):
     """Hashes of the artifacts that the model is trained with, by role."""
     less_memory: str
     """Advice on what to set in the recipe if a GPU runs out of memory."""
+
+    @property
+    def comparable_from(self) -> int:
+        """Update from which on held-out losses are comparable, because the objective no longer changes."""
 
     @property
     def model(self) -> nn.Module:
@@ -69,7 +75,10 @@ class Task(Protocol):
         """Return scalars to log, of which ``"loss"`` is minimised."""
 
     def validate(self, step: int) -> dict[str, float]:
-        """Return scalars on held-out samples, if there are any; ``"loss"`` drives the plateau schedule."""
+        """Return scalars on held-out samples, if there are any.
+
+        ``"loss"`` drives the plateau schedule and chooses the best checkpoint.
+        """
 
     def example_images(self) -> dict[str, Tensor]:
         """Return example outputs, images (3, H, W) uint8 by name; called after ``validate``."""
@@ -109,14 +118,27 @@ class Run:
             checkpoint = self._resume(state)
             start, validated = (checkpoint.step, dict(checkpoint.metrics)) if checkpoint else (0, {})
             self.group.require_same("recipe or checkpoint", f"{start} {dump_recipe(self.recipe)}")
-            if start < self.settings.training.updates:
+            if start < self.settings.training.updates and not state.best.exhausts(self.settings.training.patience):
                 with self.group.explain_lost_ranks():
                     self._train(state, start, validated)
         # No rank exits before the leader has saved, since launchers end all ranks once one has exited.
         self.group.barrier()
         if self.stop.agreed:
             raise Stopped
-        return open_checkpoint(self.out, self.task.kind)
+        return self._result()
+
+    def _result(self) -> Checkpoint:
+        """Open the newest checkpoint, name the best one, and log what its validations warn of."""
+        newest, best = (open_checkpoint(self.out, self.task.kind, which) for which in ("last", "best"))
+        if newest.best is not None:
+            if best.step < newest.step:
+                log(
+                    f"{self.name}: the held-out loss was lowest after {best.step} updates; later stages use "
+                    f"{best.path.name} (--checkpoint last: {newest.path.name})"
+                )
+            for warning in validation_warnings(newest):
+                log(f"{self.name}: warning: {warning}")
+        return newest
 
     def _check_batch_size(self) -> None:
         size, ranks = self.settings.training.batch_size, self.group.size
@@ -152,7 +174,9 @@ class Run:
                     if self._due(training.validate_every, done):
                         validated = self._validate(state, done, journal, bar) or validated
                     self.stop.agreed = group.any(self.stop.signal is not None) and done < training.updates
-                    if self.stop.agreed or self._due(training.save_every, done):
+                    finished = state.best.exhausts(training.patience)
+                    wanted = self.stop.agreed or finished or state.best.step == done
+                    if wanted or self._due(training.save_every, done):
                         journal.flush()
                         self._save(state, done, validated)
                 bar.advance(1, note)
@@ -162,6 +186,9 @@ class Run:
                         f"{self.name}: stopped by {reason}: saved {step_folder(self.out, done)} of {training.updates} "
                         f"updates; exit code {RESUMABLE}; run the same command to resume"
                     )
+                    break
+                if finished:
+                    bar.say(f"{self.name}: ended after {done} updates: {training.patience} validations without a gain")
                     break
 
     def update(self, state: TrainingState, batch: Any, step: int, rate: float) -> dict[str, Tensor]:
@@ -214,23 +241,27 @@ class Run:
         loss = self.group.broadcast(validated.get("raw_loss", math.nan))
         if not math.isnan(loss):
             state.plateau.observe(loss)
+        ema_loss = self.group.broadcast(validated.get("loss", math.nan))
+        if step >= self.task.comparable_from and math.isfinite(ema_loss):
+            state.best.observe(step, ema_loss)
         return validated
 
     def _save(self, state: TrainingState, step: int, metrics: dict[str, float]) -> None:
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        facts = CheckpointFacts(self.task.kind, step, self.recipe, self.task.belongs, finite)
+        best = Best(state.best.step, state.best.loss) if state.best.step else None
+        facts = CheckpointFacts(self.task.kind, step, self.recipe, self.task.belongs, finite, best)
         if self.engine.sharded:
             save_sharded_checkpoint(step_folder(self.out, step), self.group, facts, state.checkpoint_shards(step))
         elif self.group.leads:
             save_checkpoint(step_folder(self.out, step), facts, state.checkpoint(step))
         if self.group.leads:
-            prune(self.out, self.settings.training.keep)
+            prune(self.out, self.settings.training.keep, facts.best)
 
     def _resume(self, state: TrainingState) -> Checkpoint | None:
         """Load the newest checkpoint, if any, into ``state`` and return it."""
         if not steps_in(self.out):
             return None
-        checkpoint = open_checkpoint(self.out, self.task.kind)
+        checkpoint = open_checkpoint(self.out, self.task.kind, "last")
         check_resumable(self.out, checkpoint, self.recipe, self.task.belongs)
         updates = self.settings.training.updates
         if checkpoint.step >= updates:

@@ -18,7 +18,10 @@ _BLOCKS: dict[Kind, tuple[str, ...]] = {
 }
 """Blocks of the recipe that a stage's training depends on."""
 _FREE_KEYS = (
-    *(f"training.{key}" for key in ("log_every", "validate_every", "validation_samples", "save_every", "keep")),
+    *(
+        f"training.{key}"
+        for key in ("log_every", "validate_every", "validation_samples", "save_every", "keep", "patience")
+    ),
     "training.workers",
     "training.micro_batch",
     "model.checkpoint_resblocks",

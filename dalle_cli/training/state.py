@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from dalle_cli.precision.gradient_scaling import GradientScaling
 from dalle_cli.stores.checkpoint import Checkpoint, CheckpointContent, CheckpointShards
 from dalle_cli.stores.tensor_files import Part, TensorFiles
 from dalle_cli.training.schedules import Plateau
+from dalle_cli.training.validation import BestValidation
 
 Stage = DvaeSettings | PriorSettings | ClipSettings
 """A stage's settings in the recipe."""
@@ -45,6 +47,7 @@ class TrainingState:
             engine.parameters, decayed, settings.adam, None if engine.scaling is None else seed
         )
         self.plateau = Plateau(settings.learning_rate)
+        self.best = BestValidation()
         self.skipped_updates = 0
         """Number of updates that skipped a parameter because of a non-finite gradient."""
 
@@ -130,6 +133,7 @@ class TrainingState:
         engine.load_rank_state(checkpoint.own_state(engine.group.rank, engine.group.size))
         engine.release_gathered()
         self.plateau.state = dict(state["plateau"])
+        self.best = BestValidation(**state.get("best", {}))
         if engine.scaling is not None:
             engine.scaling.scales.load_state_dict(state["scales"])
             self.skipped_updates = state.get("skipped_updates", 0)
@@ -156,7 +160,7 @@ class TrainingState:
         scales = {}
         if self.engine.scaling is not None:
             scales = {"scales": self.engine.scaling.scales.state_dict(), "skipped_updates": self.skipped_updates}
-        return {"step": step, "plateau": self.plateau.state, **scales}
+        return {"step": step, "plateau": self.plateau.state, "best": asdict(self.best), **scales}
 
     def _parts(self, tensors: Mapping[str, Tensor], keys: Iterable[str] | None = None) -> dict[str, Part]:
         """Return ``tensors`` (of ``keys``: NAME or PREFIX.NAME) with their places in the whole tensors."""

@@ -17,6 +17,7 @@ from dalle_cli.errors import UserError
 from dalle_cli.stores.checkpoint import open_checkpoint, steps_in
 from dalle_cli.stores.samples import STORE
 from dalle_cli.stores.tokens import TokenReader
+from dalle_cli.training.validation import validation_warnings
 from dalle_cli.views.describe_recipe import RecipeDescription, describe_recipe
 
 UNDERSTOOD = (
@@ -119,6 +120,7 @@ class CheckpointDescription:
     metrics: dict[str, float]
     files: dict[str, FileDescription]
     checkpoints_in_run: list[str]
+    warnings: list[str]
 
 
 @dataclass(frozen=True)
@@ -259,6 +261,7 @@ def _describe_checkpoint(path: Path) -> CheckpointDescription:
         metrics=dict(checkpoint.metrics),
         files={name: FileDescription(_size(checkpoint.path / name), checkpoint.files.get(name)) for name in files},
         checkpoints_in_run=[folder.name for folder in steps_in(run)] if run else [],
+        warnings=validation_warnings(open_checkpoint(run, which="last") if run else checkpoint),
     )
 
 

@@ -66,10 +66,12 @@ class DvaeSizes(Optimization):
     n_hid: int
     n_init: int
     blocks_per_group: int
+    downsampling: int
     codebook_size: int
     checkpoint_resblocks: bool
     parameters: DvaeParameters
     estimator: str
+    perceptual: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,8 @@ class ClipSizes(TrainingLength):
     """Sizes of the CLIP."""
 
     embed_dim: int
+    vision: str | None
+    vision_size: int
     patch_size: int
     vision_width: int
     vision_layers: int
@@ -185,6 +189,7 @@ def _dvae(recipe: Recipe) -> DvaeSizes:
         **stage.model.model_dump(),
         parameters=DvaeParameters(encoder, decoder, encoder + decoder),
         estimator=stage.objective.estimator,
+        perceptual=stage.objective.perceptual.model_dump(),
         precision=stage.precision,
         optimizer=_optimizer(stage.adam),
         schedule=_schedule(stage.learning_rate),

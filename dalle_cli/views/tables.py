@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -18,7 +18,7 @@ from dalle_cli.views.describe import (
     TokenizerDescription,
     TokenStoreDescription,
 )
-from dalle_cli.views.describe_recipe import Compression, Optimization, RecipeDescription
+from dalle_cli.views.describe_recipe import ClipSizes, Compression, Optimization, RecipeDescription
 
 if TYPE_CHECKING:
     from dalle_cli.data.scan import ScanResult
@@ -160,6 +160,7 @@ def _recipe(found: RecipeDescription) -> list[Table]:
                 ("  encoder", number(dvae.parameters.encoder)),
                 ("  decoder", number(dvae.parameters.decoder)),
                 ("estimator", dvae.estimator),
+                ("perceptual term", _perceptual(dvae.perceptual)),
                 ("precision", dvae.precision),
                 *_learning(dvae),
             ],
@@ -191,13 +192,22 @@ def _recipe(found: RecipeDescription) -> list[Table]:
         pairs_table(
             "CLIP and sampling",
             [
-                ("CLIP", f"patches of {clip.patch_size}, {clip.embed_dim}-d; "
-                         f"{clip.vision_layers} + {clip.text_layers} layers; "
+                ("CLIP", f"{_picture_tower(clip)}, {clip.embed_dim}-d, {clip.text_layers} text layers; "
                          f"{clip.updates:,} updates of {clip.batch_size:,}"),
                 ("samples", f"{sampling['n']} a caption at temperature {sampling['temperature']:g}"),
             ],
         ),
     ]  # fmt: skip
+
+
+def _perceptual(settings: Mapping[str, Any]) -> str | None:
+    return f"{settings['network']}, weight {settings['weight']:g}" if settings["weight"] else None
+
+
+def _picture_tower(clip: ClipSizes) -> str:
+    if clip.vision is not None:
+        return f"{clip.vision} at {clip.vision_size} px"
+    return f"patches of {clip.patch_size}, {clip.vision_layers} vision layers"
 
 
 def _compression(powersgd: Compression) -> str:
@@ -296,6 +306,7 @@ def _checkpoint(found: CheckpointDescription) -> list[Table]:
                 ("recipe", found.recipe),
                 *((f"belongs to {role}", digest) for role, digest in found.belongs.items()),
                 ("kept in its run", ", ".join(found.checkpoints_in_run)),
+                *(("warning", warning) for warning in found.warnings),
             ],
         ),
         grid_table("Files", ["name", "size", "sha256"], files, right=[1]),

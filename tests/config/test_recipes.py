@@ -167,8 +167,9 @@ def test_misplaced_dots(layout: str) -> None:
             "prior:\n  model:\n    heads: 3\n    d_model: 100\n",
             "{file}:4: prior.model: d_model 100 is not heads x d_head = 3 x 64 = 192; set d_model: 192",
         ),
-        ("image_size: 128\n", "prior.model.grid 32 is not image_size / 8 = 16; set prior.model.grid: 16"),
-        ("image_size: 100\n", "image_size 100 is no multiple of 8"),
+        ("image_size: 128\n", "prior.model.grid 32 is not image_size / dvae.model.downsampling = 16; set"),
+        ("dvae:\n  model: {downsampling: 4}\n", "image_size / dvae.model.downsampling = 64; set prior.model.grid: 64"),
+        ("image_size: 100\n", "image_size 100 is no multiple of dvae.model.downsampling, 8"),
         (
             "prior:\n  powersgd:\n    rank: 4000\n",
             "{file}:3: prior: powersgd.rank 4000 is above the matrices' smaller side, d_model 3968",

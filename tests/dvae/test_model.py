@@ -193,3 +193,18 @@ def test_decoder_refuses_other_shapes() -> None:
         DVAE(SMALL).decoder(torch.zeros(1, 15, 2, 2))
     with pytest.raises(ValueError, match="tokens are"):
         DVAE(SMALL).decode_tokens(torch.zeros(4, dtype=torch.long))
+
+
+@pytest.mark.parametrize("side", [4, 8, 16])
+def test_a_token_stands_for_a_patch_of_the_given_side(side: int) -> None:
+    """The grid follows ``downsampling``; the weights, and so their names and number, do not."""
+    model = DVAE(SMALL.model_copy(update={"downsampling": side}))
+    x = torch.rand(2, 3, 32, 48) * (1 - 2 * EPS) + EPS
+    tokens = model.encode_tokens(x)
+    assert tokens.shape == (2, 32 // side, 48 // side)
+    mu, ln_b = model.decode_tokens(tokens)
+    assert mu.shape == ln_b.shape == x.shape
+    shapes = {name: weight.shape for name, weight in model.state_dict().items()}
+    assert shapes == {name: weight.shape for name, weight in DVAE(SMALL).state_dict().items()}
+    with pytest.raises(ValueError, match=f"multiples of {side}"):
+        model.encoder(torch.rand(1, 3, side // 2, side))

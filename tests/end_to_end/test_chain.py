@@ -13,13 +13,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import zarr
 from conftest import Call
 from helpers.running import DALLE, ENVIRONMENT, Chain, run, smallest_recipe, write_recipe
+from helpers.tiny_network import write_tiny_network
 from PIL import Image
 
 from dalle_cli.app import PANELS
 from dalle_cli.data.open_source import open_source
+from dalle_cli.dvae.perceptual import PerceptualDistance
+from dalle_cli.pretrained import PretrainedFeatures, weights_hash
 from dalle_cli.stores.checkpoint import open_checkpoint
 from dalle_cli.stores.tokens import TokenReader
 from dalle_cli.text.bpe import Tokenizer
@@ -294,3 +298,49 @@ def test_shells_complete_commands_and_options() -> None:
 def test_a_recipe_without_pictures_says_how_to_name_them(call: Call, tmp_path: Path, command: str) -> None:
     recipe = write_recipe(tmp_path, smallest_recipe(tmp_path / "run", None))
     assert "--data SOURCE" in call(command, recipe).mistake()
+
+
+def test_the_chain_with_a_finer_grid(by_hand: Chain, tmp_path: Path, call: Call) -> None:
+    """Every stage has 8 x 8 tokens of a 32-pixel picture if ``downsampling`` is 4."""
+    recipe = smallest_recipe(tmp_path / "run", by_hand.train)
+    recipe["dvae"]["model"]["downsampling"] = 4
+    recipe["prior"]["model"]["grid"] = 8
+    file = write_recipe(tmp_path, recipe)
+    for command in ("train-tokenizer", "tokenize-text", "train-dvae", "encode-images", "train-prior"):
+        assert call(command, file).code == 0, command
+    assert zarr.open_group(str(tmp_path / "run" / "tokens.zarr"), mode="r")["image"].shape[1:] == (8, 8)
+    (line,) = call("sample", tmp_path / "run" / "prior", CAPTION, "--n", 1).lines
+    with Image.open(line["png"]) as picture:
+        assert picture.size == (32, 32)
+
+
+def test_the_chain_with_pretrained_networks(by_hand: Chain, tmp_path: Path, call: Call) -> None:
+    """A network's features guide the dVAE, are CLIP's picture tower, and measure the result."""
+    network = str(tmp_path / "network")
+    write_tiny_network(Path(network))
+    recipe = smallest_recipe(tmp_path / "run", by_hand.train)
+    recipe["dvae"]["objective"] = {"perceptual": {"weight": 2.0, "network": network}}
+    recipe["clip"]["model"] |= {"vision": network, "vision_size": 48}
+    file = write_recipe(tmp_path, recipe)
+    for command in ("train-tokenizer", "tokenize-text", "train-dvae", "encode-images", "train-prior", "train-clip"):
+        assert call(command, file).code == 0, command
+    dvae, clip = (open_checkpoint(tmp_path / "run" / stage, stage) for stage in ("dvae", "clip"))
+    assert dvae.metrics["perceptual"] > 0
+    assert dvae.metrics["loss"] == pytest.approx(dvae.metrics["recon_nll"] + 2 * dvae.metrics["perceptual"])
+    assert dvae.belongs == {"perceptual": weights_hash(PerceptualDistance(network))}
+    tower, trained = PretrainedFeatures(network).state_dict(), clip.tensors("ema")
+    for name, weights in tower.items():
+        torch.testing.assert_close(trained[f"visual.features.{name}"], weights, rtol=0, atol=0)
+    shown = call("show", file).out
+    assert "at 48 px" in " ".join(shown.split())
+    samples = tmp_path / "samples.jsonl"
+    samples.write_text(call("sample", tmp_path / "run" / "prior", CAPTION, "a red circle", "--n", 2).out)
+    ranked = call("rerank", samples).lines
+    assert sorted(line["rank"] for line in ranked) == [1, 1, 2, 2]
+    measured = call("eval-fid", samples, by_hand.train, "--size", 32, "--features", network, "--cache", tmp_path)
+    figures = json.loads(measured.out)
+    assert figures["features"].startswith(f"{network} sha256:")
+    assert figures["systems"][0]["kid_mean"] > 0
+    write_tiny_network(Path(network), seed=1)
+    mistake = call("train-dvae", file, "--set", "dvae.training.updates=16").mistake()
+    assert "perceptual" in mistake

@@ -49,7 +49,7 @@ def test_script_in_any_value_is_shown_as_text() -> None:
         reconstructions=None,
         data=DataFigures(hostile("source"), 4, 4, {hostile("part"): {hostile("reason"): 1}}),
         codebook=None,
-        stages={"dvae": StageFigures(hostile("stage"), 1, 2, {hostile("metric"): 0.5}, None)},
+        stages={"dvae": StageFigures(hostile("stage"), 1, 2, {hostile("metric"): 0.5}, None, [hostile("warning")])},
         fid=[
             EvaluationRow(
                 hostile("file"),

@@ -14,6 +14,7 @@ from helpers.killed_runs import SHARD, SMALL_SHARDS, Command, files, finish, jou
 from helpers.running import DALLE, Chain
 
 from dalle_cli.errors import UserError
+from dalle_cli.stores.checkpoint import open_checkpoint
 from dalle_cli.stores.shards import Part
 from dalle_cli.stores.tokens import TokenReader
 
@@ -81,9 +82,10 @@ def test_killed_training_ends_with_the_same_bytes(by_hand: Chain, tmp_path: Path
     assert len(set(progressed)) == KILLS
     finish(command(killed))
     names = sorted(path.name for path in killed.iterdir())
-    # Nothing unfinished is left.
-    assert names == ["metrics.jsonl", "step-00000056", "step-00000060", "tensorboard"]
-    assert all(files(killed / name) == files(undisturbed / name) for name in names[1:3])
+    # Nothing unfinished is left, and the best checkpoint stands beside the newest two.
+    steps = sorted({"step-00000056", "step-00000060", open_checkpoint(undisturbed).path.name})
+    assert names == ["metrics.jsonl", *steps, "tensorboard"]
+    assert all(files(killed / name) == files(undisturbed / name) for name in steps)
 
     assert journal_lines(killed) == journal_lines(undisturbed)
     kinds = Counter((line["step"], "lr" in line) for line in journal_lines(killed))

@@ -64,7 +64,7 @@ def test_two_signals_one_after_another(command: Callable[[Path], list[Any]], tmp
         out, err = process.communicate(timeout=600)
         assert (process.returncode, out) == (RESUMABLE, "")
         assert "Traceback" not in err
-        saved = open_checkpoint(signalled)
+        saved = open_checkpoint(signalled, which="last")
         assert last_saved + 50 <= saved.step < UPDATES
         assert err.splitlines()[-1] == (
             f"train-prior: stopped by {which.name}: saved {saved.path} of {UPDATES} updates; exit code 75; "
@@ -86,7 +86,7 @@ def test_a_signal_to_one_rank_stops_all(command: Callable[[Path], list[Any]], tm
     processes[3].send_signal(signal.SIGUSR1)
     ended = [process.communicate(timeout=600) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, RESUMABLE, RESUMABLE], ended
-    saved = open_checkpoint(signalled)
+    saved = open_checkpoint(signalled, which="last")
     assert 40 <= saved.step < UPDATES
     assert (
         ended[2][1]
@@ -155,7 +155,7 @@ def test_torchrun(to: str, command: Callable[[Path], list[Any]], tmp_path: Path)
     _, err = process.communicate(timeout=600)
     assert process.returncode != 0
     assert "updates; exit code 75" in err
-    last_saved = open_checkpoint(signalled).step
+    last_saved = open_checkpoint(signalled, which="last").step
     assert 40 <= last_saved < UPDATES
     process = torchrun(signalled)
     _, err = process.communicate(timeout=600)
