@@ -14,7 +14,10 @@ from typing import Any
 import torch
 
 from dalle_cli.config.load import load_recipe
+from dalle_cli.data.images import decode_image, eval_crop
+from dalle_cli.shapes.accuracy import Pool
 from dalle_cli.stores.files import write_json
+from dalle_cli.views.sample_sheet import sample_sheet
 from quality_parts.chain import Chain, run_dalle
 from quality_parts.datasets import READERS, SETTINGS, DataSet, unpack
 from quality_parts.dense import beside_our_prior
@@ -25,6 +28,7 @@ from quality_parts.sweep import sweep
 
 ROOT = Path(__file__).parents[3]
 SWEPT_CAPTIONS = 100
+SHEET_CAPTIONS = 12
 
 
 def main() -> None:
@@ -86,6 +90,8 @@ def main() -> None:
     if options.dense and options.system == "dalle":
         found["dense"] = beside_our_prior(out, seconds["train-prior"], options.seed)
     write_json(out / "quality.json", found)
+    title = f"{options.system}: captions of held-out pictures, {options.minutes:g} minutes of training"
+    write_sheet(captions, pictures, recipe.image_size, title, out / "contact-sheet.png")
     print(render([found]))
 
 
@@ -124,6 +130,19 @@ def draw_pictures(chain: Chain, data: DataSet, captions: list[dict[str, Any]], n
         "psnr": sum(line["psnr"] for line in lines) / len(lines),
         "ranked": [sorted(by_caption[row["id"]], key=lambda line: line["rank"]) for row in captions],
     }
+
+
+def write_sheet(
+    captions: list[dict[str, Any]], pictures: dict[str, Any], image_size: int, title: str, out: Path
+) -> None:
+    """Write a contact sheet of the first captions: the best sample, the true picture, and other samples."""
+    first = captions[:SHEET_CAPTIONS]
+    pools = [Pool(row["caption"], tuple(lines)) for row, lines in zip(first, pictures["ranked"], strict=False)]
+    true = {
+        row["caption"]: eval_crop(decode_image(path.read_bytes()), image_size)
+        for row, path in zip(first, pictures["real"], strict=False)
+    }
+    sample_sheet(pools, title, true).save(out)
 
 
 def score(data: DataSet, captions: list[dict[str, Any]], pictures: dict[str, Any], image_size: int) -> dict[str, Any]:
