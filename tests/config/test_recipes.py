@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dalle_cli.clip.model import build_clip
+from dalle_cli.clip.train import build_recipe_clip
 from dalle_cli.config.layout import KINDS, AttentionKind, paper_layout, parse_layout
 from dalle_cli.config.load import dump_recipe, load_recipe
 from dalle_cli.config.schema import Recipe
@@ -39,9 +39,7 @@ def test_a_shipped_recipe_builds_and_comes_back(file: Path, tmp_path: Path) -> N
     assert recipe.run == f"runs/{file.stem}"
     with torch.device("meta"):
         prior, dvae = build_prior(recipe), DVAE(recipe.dvae.model)
-        clip = build_clip(
-            recipe.clip.model, recipe.image_size, recipe.tokenizer.text_length, recipe.tokenizer.vocab_size
-        )
+        clip = build_recipe_clip(recipe, pretrained=False)
     for model in (prior, dvae, clip):
         parameters = list(model.parameters())
         assert parameters

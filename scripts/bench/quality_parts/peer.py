@@ -99,7 +99,7 @@ class Peer:
         rebuilt, ranked, psnr, real = [], [], [], [self.data.root / row["path"] for row in captions]
         for path, row in zip(real, captions, strict=True):
             crop = eval_crop(decode_image(path.read_bytes()), self.image_size)
-            pixels = torch.from_numpy(crop).permute(2, 0, 1)[None] / 255
+            pixels = torch.from_numpy(crop.copy()).permute(2, 0, 1)[None] / 255
             decoded = self._denormalized(self.dvae.decode(self.dvae.get_codebook_indices(pixels)))
             psnr.append(float(-10 * (decoded - pixels).square().mean().log10()))
             rebuilt.append(self._save(decoded[0], out / f"{row['id']}-rebuilt.png"))

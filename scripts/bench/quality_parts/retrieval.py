@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ def train_judge(data: DataSet, recipe: Path, drawn: Sequence[dict[str, Any]]) ->
     It is trained once for each data set and number of drawn captions.
     """
     run = data.root / f"judge-{len(drawn)}"
-    if not (run / "clip").is_dir():
-        run.mkdir(exist_ok=True)
+    trained = run / "trained"
+    if not trained.is_file():
+        shutil.rmtree(run, ignore_errors=True)  # of a benchmark that was killed
+        run.mkdir()
         keys = {row["key"] for row in drawn}
         lines = [line for line in data.held_out.read_text().splitlines() if json.loads(line)["key"] not in keys]
         rest = data.root / f"rest-{len(drawn)}.jsonl"
@@ -37,6 +40,7 @@ def train_judge(data: DataSet, recipe: Path, drawn: Sequence[dict[str, Any]]) ->
         run_dalle("tokenize-text", *options)
         _write_empty_pictures(run / "tokens.zarr", load_recipe(recipe).grid)
         run_dalle("train-clip", *options)
+        trained.touch()
     return load_scorer(str(run / "clip"), None, None, beside=run / "clip")
 
 
