@@ -66,7 +66,9 @@ def draw(sampler: Sampler, recipe: Recipe, scenes: Sequence[Panels], folder: Pat
     for scene, file in zip(scenes, tops, strict=True):
         Image.fromarray(render_panels(scene, recipe.image_size, bottom=False)).save(file)
     captions = [scene.caption for scene in scenes]
-    request = SampleRequest(captions, recipe.sampling, seed, prime=Prime(tops, recipe.grid // 2, recipe.data.max_pixels))
+    request = SampleRequest(
+        captions, recipe.sampling, seed, prime=Prime(tops, recipe.grid // 2, recipe.data.max_pixels)
+    )
     return list(sampler.run(request, folder / f"samples-{seed}"))
 
 
