@@ -157,9 +157,8 @@ def train_clip(recipe: Recipe, source: Source, store: Path, out: Path) -> Checkp
     if recipe.clip.objective.hard_negatives > 1:
         belongs["dvae"] = reader.part("image").identity["dvae"]
     if steps_in(out):
-        load_clip(
-            open_checkpoint(out, "clip", "last")
-        )  # refuses a CLIP of an earlier version before it is trained further
+        # Refuses a CLIP of an earlier version before it is trained further.
+        load_clip(open_checkpoint(out, "clip", "last"))
     device = choose_device()
     prepare_process(device)
     task = ClipTask(recipe, source, reader, build_recipe_clip(recipe).to(device), Group(device=device), belongs)

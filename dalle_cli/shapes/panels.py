@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from dalle_cli.shapes.drawing import BACKGROUND, paint
 from dalle_cli.shapes.oracle import Detection, detect
-from dalle_cli.shapes.scene import HELD_OUT, LATTICE, Fact, counter_rng
+from dalle_cli.shapes.scene import LATTICE, Fact, counter_rng, select_pairs
 from dalle_cli.shapes.world import held_out_facts
 from dalle_cli.shapes.writer import Row, World, WrittenWorld, write_world
 
@@ -78,7 +78,7 @@ def apply_change(top: Panel, change: str) -> Panel:
 def random_panels(seed: int, split: str, index: int) -> Panels:
     """Return the panels of a row: the top of "train" and "seen" has no held-out pair, that of "heldout" has one."""
     rng = counter_rng(seed, "panels", split, index)
-    pairs = [pair for pair in LATTICE.pairs if (pair in HELD_OUT) == (split == "heldout")]
+    pairs = select_pairs(LATTICE, held_out=split == "heldout")
     colour, shape = pairs[rng.integers(len(pairs))]
     # Each kind of change is equally frequent, rather than each colour.
     kind = ("same", "smaller", "on black", "colour")[rng.integers(4)]

@@ -167,7 +167,7 @@ def random_scene(seed: int, split: str, index: int, kind: Kind = LATTICE) -> Sce
 
 def _draw_pairs(rng: np.random.Generator, kind: Kind, count: int, heldout: bool) -> list[tuple[str, str]]:
     """Draw ``count`` different (colour, shape) pairs; with ``heldout`` at least one is a held-out pair."""
-    held, seen = (sorted_pairs(kind, held_out=wanted) for wanted in (True, False))
+    held, seen = (select_pairs(kind, held_out=wanted) for wanted in (True, False))
     if not heldout:
         return [seen[i] for i in rng.choice(len(seen), count, replace=False)]
     first = held[rng.integers(len(held))]
@@ -177,9 +177,9 @@ def _draw_pairs(rng: np.random.Generator, kind: Kind, count: int, heldout: bool)
 
 
 @lru_cache
-def sorted_pairs(kind: Kind, *, held_out: bool) -> list[tuple[str, str]]:
+def select_pairs(kind: Kind, *, held_out: bool) -> tuple[tuple[str, str], ...]:
     """Return the (colour, shape) pairs of a world that are, or are not, held out of training."""
-    return [pair for pair in kind.pairs if (pair in HELD_OUT) == held_out]
+    return tuple(pair for pair in kind.pairs if (pair in HELD_OUT) == held_out)
 
 
 def _lattice(radius: float, steps: int) -> range:

@@ -24,7 +24,7 @@ from dalle_cli.shapes.scene import (
     canonical,
     counter_rng,
     random_scene,
-    sorted_pairs,
+    select_pairs,
 )
 from dalle_cli.shapes.writer import Row, World, WrittenWorld, write_world
 
@@ -97,7 +97,7 @@ def _row(seed: int, split: str, index: int, size: int, kind: Kind) -> Row:
 
 def held_out_facts(kind: Kind) -> dict[str, list[list[str]]]:
     """Return the entry of world.json with the pairs that are held out."""
-    return {"held_out": sorted(map(list, sorted_pairs(kind, held_out=True)))}
+    return {"held_out": sorted(map(list, select_pairs(kind, held_out=True)))}
 
 
 def make_shapes(out: Path, n: int, test_n: int, seed: int, size: int = 64, *, kind: Kind = LATTICE) -> WrittenWorld:
