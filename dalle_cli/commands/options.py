@@ -56,7 +56,7 @@ GpusOption = Annotated[
 ]
 CheckpointOption = Annotated[
     Literal["best", "last"],
-    typer.Option("--checkpoint", help="Of a run's folder, take the checkpoint of the best validation or the newest."),
+    typer.Option("--checkpoint", help="Take the checkpoint of a run's best validation, or its newest one."),
 ]
 ShardOption = Annotated[
     str,

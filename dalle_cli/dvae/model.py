@@ -110,7 +110,7 @@ def initialise(network: nn.Module, seed: int, name: str) -> None:
 
 
 class Encoder(nn.Module):
-    """The network from images to logits over the codebook."""
+    """The network from images to logits over the codebook, one position for f x f pixels; f is the downsampling."""
 
     def __init__(self, settings: DvaeModel, seed: int = 0) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The network from codes, relaxed or hard, to the logit-Laplace parameters of every pixel."""
+    """The network from codes, relaxed or hard, to the logit-Laplace parameters of every pixel, f x f for a code."""
 
     def __init__(self, settings: DvaeModel, seed: int = 0) -> None:
         super().__init__()

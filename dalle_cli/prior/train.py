@@ -182,7 +182,7 @@ class PriorTask:
         return {"loss": weight * found.text + (1 - weight) * found.image, "text": found.text, "image": found.image}
 
     def validate(self, step: int) -> dict[str, float]:
-        """Return the held-out losses; ``image_other_captions`` is that of images under the captions of others.
+        """Return the held-out losses; ``image_other_captions`` is the image loss if every image gets another's caption.
 
         How far ``image`` lies below it is what the prior makes of captions.
         """
