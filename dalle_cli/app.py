@@ -22,6 +22,7 @@ from dalle_cli.commands import (
     reconstruct,
     report,
     rerank,
+    run,
     sample,
     scan,
     show,
@@ -45,6 +46,7 @@ app = typer.Typer(
 )
 
 PANELS: dict[str, dict[str, Callable[..., None]]] = {
+    "All stages": {"run": run.command},
     "1. Data": {"make-shapes": make_shapes.command, "scan": scan.command, "overlap": overlap.command},
     "2. Text tokens": {"train-tokenizer": train_tokenizer.command, "tokenize-text": tokenize_text.command},
     "3. Image tokens": {

@@ -11,13 +11,14 @@ from dalle_cli.commands.options import SetOption
 
 
 def command(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="Recipe, store, checkpoint, run or tokenizer.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Recipe, run, store, checkpoint or tokenizer.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     set_: SetOption = None,
 ) -> None:
-    """Describe a recipe, token store, sample store, checkpoint or tokenizer.
+    """Describe a recipe, run, token store, sample store, checkpoint or tokenizer.
 
-    Prints a recipe's main settings and its models' sizes, or an artifact's contents and the artifacts it belongs to.
+    Prints a recipe's main settings and its models' sizes, which stages of a run are done and which one is next, or an
+    artifact's contents and the artifacts it belongs to.
 
     Example: [bold]dalle show recipes/12b.yaml[/bold]
     """

@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 def command(
     recipe: RecipeArgument,
     tokens: TokensOption = None,
+    dvae: Annotated[
+        Path | None,
+        typer.Option(
+            help="dVAE that encoded the store, or its run, for [b]prior.image_embedding: codebook[/b]. [RUN/dvae]"
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run and its checkpoints. [RUN/prior]")] = None,
     set_: SetOption = None,
     gpus: GpusOption = None,
@@ -58,7 +64,7 @@ def command(
     from dalle_cli.stores.provenance import record_command
 
     refuse_too_large(settings)
-    checkpoint = train_prior(settings, tokens or places.tokens, out or places.prior)
+    checkpoint = train_prior(settings, tokens or places.tokens, out or places.prior, dvae)
     if leads:
         record_command(checkpoint.path, checkpoint.identity)
         typer.echo(checkpoint.path)

@@ -331,6 +331,10 @@ class PriorSettings(Settings):
     adam: Adam = Adam(beta1=0.9, beta2=0.96, weight_decay=4.5e-2, clip_norm=4.0)
     training: Training = Training(updates=430_000, batch_size=1024, save_every=2000, validate_every=2000)
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="type of the resblocks")
+    image_embedding: Literal["random", "codebook"] = Field(
+        "random",
+        description="initial embeddings and unembeddings of image tokens: random (the paper), or the dVAE's codebook",
+    )
     caption_dropout: Share = Field(
         0.0, description="share of training captions replaced by the empty one, for classifier-free guidance"
     )

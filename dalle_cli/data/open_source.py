@@ -94,6 +94,22 @@ def _open_flickr(name: str, path: Path) -> Source | None:
     return None
 
 
+def _open_embedded(name: str, path: Path) -> Source | None:
+    folder, wanted = path, None
+    if not path.exists() and ":" in name:
+        start, _, wanted = name.rpartition(":")
+        folder = Path(start)
+    places = [folder, folder / "data"] if folder.is_dir() else []
+    files = next((found for place in places if (found := sorted(place.glob("*.parquet")))), [])
+    if folder.is_file() and folder.suffix.lower() == ".parquet":
+        files = [folder]
+    if not files:
+        return None
+    from dalle_cli.data.formats.embedded import open_embedded  # pyarrow is slow to import
+
+    return open_embedded(name, files, wanted)
+
+
 def _open_manifest(name: str, path: Path) -> Source | None:
     if path.is_dir():
         found = [path / f"metadata{ending}" for ending in MANIFEST_ENDINGS if (path / f"metadata{ending}").is_file()]
@@ -137,6 +153,7 @@ FORMATS = (
     Format("CUB-200-2011: a folder with images.txt, images and text_c10 or text", open_cub),
     Format(f"Flickr8k's or Flickr30k's {', '.join(FLICKR_CAPTIONS)} beside its pictures", _open_flickr),
     Format("a .tar of WebDataset, a folder of them, or train-{00000..00099}.tar", _open_webdataset),
+    Format("Parquet with the pictures in it: a file, a folder such as the Hub's, or FOLDER:SPLIT", _open_embedded),
     Format(f"a manifest: {', '.join(MANIFEST_ENDINGS)}, or a folder with metadata.csv ...", _open_manifest),
     Format("a folder of images, at any depth, with .txt captions beside them", _open_folder),
 )

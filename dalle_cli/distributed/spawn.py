@@ -64,7 +64,7 @@ def start_processes(count: int, command: Sequence[str]) -> None:
         noun, verb = ("rank", "was") if len(hung) == 1 else ("ranks", "were")
         others = f"{noun} {', '.join(hung)} hung and {verb} ended"
     raise UserError(
-        f"rank {first} of {count} {_describe_exit(processes[first].returncode)}; {others}: read their messages and "
+        f"rank {first} of {count} {describe_exit(processes[first].returncode)}; {others}: read their messages and "
         "start again: training resumes from the last checkpoint"
     )
 
@@ -82,7 +82,7 @@ def _start(rank: int, count: int, port: int, command: Sequence[str]) -> subproce
     program = [sys.executable, "-m", "dalle_cli", *command]
     # The ranks share the machine's cores.
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}
-    return subprocess.Popen(program, env={**threads, **os.environ, **variables}, preexec_fn=_end_with_parent)
+    return subprocess.Popen(program, env={**threads, **os.environ, **variables}, preexec_fn=end_with_parent)
 
 
 def _watch(processes: list[subprocess.Popen[bytes]]) -> int | None:
@@ -92,7 +92,7 @@ def _watch(processes: list[subprocess.Popen[bytes]]) -> int | None:
         if first is None:
             first = _first_failed(processes)
             if first is not None:
-                how = _describe_exit(processes[first].returncode)
+                how = describe_exit(processes[first].returncode)
                 log(f"rank {first} of {len(processes)} {how}; waiting for the others")
                 deadline = time.monotonic() + GRACE_SECONDS
         time.sleep(_POLL_SECONDS)
@@ -128,7 +128,8 @@ def _forward_to(processes: list[subprocess.Popen[bytes]]) -> Callable[[int, Fram
     return handler
 
 
-def _describe_exit(code: int) -> str:
+def describe_exit(code: int) -> str:
+    """Return how a process ended, given its exit code, or the negative number of the signal that ended it."""
     if code >= 0:
         return f"ended with exit code {code}"
     try:
@@ -137,7 +138,7 @@ def _describe_exit(code: int) -> str:
         return f"was ended by signal {-code}"
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Have Linux end this process when its parent ends, for whatever reason; do nothing on other systems."""
     try:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -119,15 +119,26 @@ class Prior(nn.Module):
         text_vocab: number of BPE tokens; ids from ``text_vocab`` on are padding tokens, one for each text position.
         image_vocab: size of the dVAE's codebook.
         seed: seed of the initial weights. A prior built on the meta device is not initialized.
+        codebook: the dVAE's vectors (image_vocab, n), from which the embeddings and unembeddings of image tokens
+            begin; None: they begin at random, as in the paper.
     """
 
-    def __init__(self, model: PriorModel, text_length: int, text_vocab: int, image_vocab: int, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: PriorModel,
+        text_length: int,
+        text_vocab: int,
+        image_vocab: int,
+        seed: int = 0,
+        codebook: Tensor | None = None,
+    ) -> None:
         super().__init__()
         if text_length < 1:
             raise ValueError(f"text_length {text_length} is below 1: the last text position predicts the first token")
         self.model = model
         self.text_length, self.text_vocab, self.image_vocab = text_length, text_vocab, image_vocab
         self.image_length = model.grid**2
+        self._codebook = codebook
         d = model.d_model
         self.text_embedding = nn.Parameter(torch.empty(text_vocab + text_length, d))
         self.text_position = nn.Parameter(torch.empty(text_length, d))
@@ -159,19 +170,19 @@ class Prior(nn.Module):
         """Yield each parameter's name and initial value (float32), which depends on (seed, name) alone.
 
         Biases are 0 and gains 1. Others are normal with std 0.02, or 0.02 / sqrt(resblocks) for resblocks' output
-        matrices.
+        matrices. With a codebook, the embeddings and unembeddings of image tokens are its ``projected_codebook``.
         """
         for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
+            if self._codebook is not None and name in ("image_embedding", "image_head.weight"):
+                yield name, projected_codebook(self._codebook, self.model.d_model, seed)
+            elif name.endswith("bias"):
                 yield name, torch.zeros(parameter.shape)
             elif name.endswith("norm.weight"):
                 yield name, torch.ones(parameter.shape)
             else:
                 residual_output = name.startswith("resblocks.") and name.endswith("out.weight")
                 std = INIT_STD / math.sqrt(len(self.resblocks)) if residual_output else INIT_STD
-                digest = hashlib.sha256(f"{seed}/prior/{name}".encode()).digest()
-                generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-                yield name, torch.empty(parameter.shape).normal_(0.0, std, generator=generator)
+                yield name, _normal(parameter.shape, std, seed, name)
 
     def cast_resblocks(self, dtype: torch.dtype) -> Prior:
         """Cast only the matrices of the resblocks to ``dtype``."""
@@ -264,6 +275,23 @@ class Prior(nn.Module):
         return log_probabilities.gather(-1, image[..., None])[..., 0].sum(-1)
 
 
+def projected_codebook(codebook: Tensor, d_model: int, seed: int) -> Tensor:
+    """Return embeddings (K, d_model) that are about as similar to each other as the vectors of ``codebook`` (K, n).
+
+    They are the vectors around their mean, under a random projection that depends on ``seed``, with std 0.02.
+    """
+    centred = codebook.float() - codebook.float().mean(dim=0)
+    projected = centred @ _normal(torch.Size((codebook.shape[1], d_model)), 1.0, seed, "codebook")
+    return projected * (INIT_STD / projected.std())
+
+
+def _normal(shape: torch.Size, std: float, seed: int, name: str) -> Tensor:
+    """Draw normal values on the CPU, which depend on (seed, name) alone."""
+    digest = hashlib.sha256(f"{seed}/prior/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.empty(shape, device="cpu").normal_(0.0, std, generator=generator)
+
+
 class LossModule(nn.Module):
     """A module whose forward pass is the prior's loss: ``fully_shard`` gathers parameters around forward passes."""
 
@@ -276,14 +304,18 @@ class LossModule(nn.Module):
         return self.prior.loss(text, length, image, text_count)
 
 
-def build_prior(recipe: Recipe) -> Prior:
-    """Build the recipe's prior with its initial weights, or without storage under ``torch.device("meta")``."""
+def build_prior(recipe: Recipe, codebook: Tensor | None = None) -> Prior:
+    """Build the recipe's prior with its initial weights, or without storage under ``torch.device("meta")``.
+
+    ``codebook`` (K, n) holds the dVAE's vectors if the embeddings of image tokens begin from them.
+    """
     return Prior(
         recipe.prior.model,
         text_length=recipe.tokenizer.text_length,
         text_vocab=recipe.tokenizer.vocab_size,
         image_vocab=recipe.dvae.model.codebook_size,
         seed=recipe.seed,
+        codebook=codebook,
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dalle_cli.config.run_folders import RunFolders
 from dalle_cli.config.schema import PowerSgd, Recipe, Sharding
 from dalle_cli.data.batch_order import WINDOW, BatchOrder
 from dalle_cli.data.prefetch import prefetch
@@ -24,7 +25,7 @@ from dalle_cli.prior.counts import count_flops, count_parameters
 from dalle_cli.prior.model import DTYPES, LossModule, Precision, Prior, PriorLoss, Resblock, build_prior
 from dalle_cli.progress import log
 from dalle_cli.randomness import SPLITMIX_STEP, splitmix64, stream_seed
-from dalle_cli.stores.checkpoint import Checkpoint, Kind
+from dalle_cli.stores.checkpoint import Checkpoint, Kind, Which, open_checkpoint
 from dalle_cli.stores.held_out import VALIDATION_BATCH, split_store
 from dalle_cli.stores.tokens import TokenReader
 from dalle_cli.training.loop import Run
@@ -39,24 +40,30 @@ PREFETCHED_BATCHES = 8
 """Number of batches that a thread reads while the model works on earlier ones."""
 
 
-def train_prior(recipe: Recipe, store: Path, out: Path) -> Checkpoint:
+def train_prior(recipe: Recipe, store: Path, out: Path, dvae: Path | None = None) -> Checkpoint:
     """Train the recipe's prior on a token store, or resume the run in ``out``; return the last update's checkpoint.
 
+    ``dvae`` is the dVAE that encoded the store, or its run; None: the dVAE of the recipe's run. It is read only for
+    ``prior.image_embedding: codebook``.
+
     Raises:
-        UserError: the store is unfinished or was made for other sizes than the recipe's, or the recipe's settings do
-            not work together; see also ``Run.train``.
+        UserError: the store is unfinished or was made for other sizes than the recipe's or by another dVAE, or the
+            recipe's settings do not work together; see also ``Run.train``.
     """
     reader = TokenReader(store, cached_rows=WINDOW)
     reader.require_complete()
     belongs = require_same_sizes(recipe, reader)
     stage = recipe.prior
+    codebook = None
+    if stage.image_embedding == "codebook":
+        codebook = read_codebook(dvae or RunFolders(Path(recipe.run)).dvae, belongs["dvae"], store)
     with join_group() as group, fast_matmul():
         refuse_unsupported(stage.sharding, stage.powersgd, group)
         if stage.sharding.zero and group.size > 1:
-            sharded, prior = shard_prior(recipe, group)
+            sharded, prior = shard_prior(recipe, group, codebook)
             task = PriorTask(recipe, reader, prior, group, belongs, forward=sharded.loss)
             return Run(task, recipe, out, sharded).train()
-        prior = build_prior(recipe)
+        prior = build_prior(recipe, codebook)
         scaling = set_precision(prior, stage.precision, group.size)
         prior.to(group.device)
         task = PriorTask(recipe, reader, prior, group, belongs)
@@ -82,6 +89,22 @@ def require_same_sizes(recipe: Recipe, reader: TokenReader) -> dict[str, str]:
     return {"tokenizer": text["tokenizer"], "dvae": image["dvae"]}
 
 
+def read_codebook(dvae: Path, identity: str, store: Path) -> Tensor:
+    """Return the codebook's vectors (K, n) of the dVAE that encoded ``store``, whose hash is ``identity``.
+
+    Raises:
+        UserError: ``dvae`` is another one.
+    """
+    which: tuple[Which, ...] = ("best", "last")
+    for checkpoint in (open_checkpoint(dvae, "dvae", each) for each in which):
+        if checkpoint.identity == identity:
+            return checkpoint.tensors()["decoder.blocks.input.w"][:, :, 0, 0].t().float()
+    raise UserError(
+        f"{dvae}: is not the dVAE {identity[:12]} that encoded {store}; name it with --dvae, since "
+        "prior.image_embedding: codebook starts from its vectors"
+    )
+
+
 def refuse_unsupported(sharding: Sharding, powersgd: PowerSgd, group: Group) -> None:
     """Raise UserError for settings that the ranks of ``group`` do not support, before anything is allocated."""
     if sharding.offload == "cpu" and group.device.type != "cpu" and (group.size == 1 or not sharding.zero):
@@ -96,14 +119,14 @@ def refuse_unsupported(sharding: Sharding, powersgd: PowerSgd, group: Group) -> 
         )
 
 
-def shard_prior(recipe: Recipe, group: Group) -> tuple[Sharded, Prior]:
+def shard_prior(recipe: Recipe, group: Group, codebook: Tensor | None = None) -> tuple[Sharded, Prior]:
     """Build the recipe's prior in shards, one per rank of a node; no rank ever holds the whole model."""
     from dalle_cli.distributed.fsdp import Sharded
     from dalle_cli.distributed.group import form_nodes
 
     stage = recipe.prior
     with torch.device("meta"):
-        prior = build_prior(recipe)
+        prior = build_prior(recipe, codebook)
         if stage.precision != "fp32":
             prior.cast_resblocks(DTYPES[stage.precision])
     nodes = form_nodes(group, stage.sharding.node_size)

@@ -1,4 +1,4 @@
-"""Describe an artifact for ``dalle show``: a recipe, token store, sample store, checkpoint or tokenizer."""
+"""Describe an artifact for ``dalle show``: a recipe, token store, sample store, checkpoint, tokenizer or run."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 
 from dalle_cli.config.load import load_recipe
-from dalle_cli.config.run_folders import RunFolders
 from dalle_cli.errors import UserError
 from dalle_cli.stores.checkpoint import open_checkpoint, steps_in
 from dalle_cli.stores.samples import STORE
 from dalle_cli.stores.tokens import TokenReader
 from dalle_cli.training.validation import validation_warnings
 from dalle_cli.views.describe_recipe import RecipeDescription, describe_recipe
+from dalle_cli.views.describe_run import RunDescription, describe_run
 
 UNDERSTOOD = (
-    "dalle show understands a recipe (.yaml), a token store, a sample store or its folder, a checkpoint or the run "
-    "it lies in, and a tokenizer (tokenizer.json or its folder)"
+    "dalle show understands a recipe (.yaml), the folder of a run, a token store, a sample store or its folder, a "
+    "checkpoint or the folder it lies in, and a tokenizer (tokenizer.json or its folder)"
 )
 CAPTION_EXAMPLES = 5
 TOKEN_EXAMPLES = 24
@@ -135,7 +135,12 @@ class TokenizerDescription:
 
 
 Description = (
-    RecipeDescription | TokenStoreDescription | SampleStoreDescription | CheckpointDescription | TokenizerDescription
+    RecipeDescription
+    | TokenStoreDescription
+    | SampleStoreDescription
+    | CheckpointDescription
+    | TokenizerDescription
+    | RunDescription
 )
 
 
@@ -159,10 +164,8 @@ def describe(path: Path, overrides: Sequence[str] = ()) -> Description:
         return _describe_checkpoint(path)
     if path.name == "tokenizer.json" or (path / "tokenizer.json").is_file():
         return _describe_tokenizer(path)
-    folders = RunFolders(path)
-    stages = [p for p in (folders.tokenizer, folders.tokens, folders.dvae, folders.prior, folders.clip) if p.exists()]
-    if stages:
-        raise UserError(f"{path}: is the folder of a whole run; show one of {', '.join(str(p) for p in stages)}")
+    if path.is_dir() and (run := describe_run(path)) is not None:
+        return run
     raise UserError(f"{path}: is not an artifact of dalle; {UNDERSTOOD}")
 
 

@@ -19,6 +19,7 @@ from dalle_cli.views.describe import (
     TokenStoreDescription,
 )
 from dalle_cli.views.describe_recipe import ClipSizes, Compression, Optimization, RecipeDescription
+from dalle_cli.views.describe_run import RunDescription
 
 if TYPE_CHECKING:
     from dalle_cli.data.scan import ScanResult
@@ -40,7 +41,15 @@ def render(found: Description, console: Console) -> None:
             tables = _tokenizer(found)
         case RecipeDescription():
             tables = _recipe(found)
+        case RunDescription():
+            tables = _run(found)
     print_tables(console, tables)
+
+
+def _run(found: RunDescription) -> list[Table]:
+    rows = [(stage.command, stage.state, stage.detail) for stage in found.stages]
+    next_lines = [("next", "nothing: all stages are done" if found.next is None else f"dalle {found.next}")]
+    return [grid_table(f"Run {found.path}", ["stage", "state", ""], rows), pairs_table("", next_lines)]
 
 
 def render_scan(found: ScanResult, console: Console) -> None:

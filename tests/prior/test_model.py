@@ -148,6 +148,27 @@ def test_initial_weights() -> None:
     assert all(a.equal(b) for a, b in zip(one.parameters(), meta_first.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("vectors", [24, 512])
+def test_image_embeddings_that_begin_from_a_codebook_are_as_similar_as_its_vectors(vectors: int) -> None:
+    model = PriorModel(layers=1, heads=2, d_head=64, d_model=128, grid=GRID)
+    # Codes lie in a plane, far from the origin: their angles around their mean are what there is to know.
+    codebook = torch.randn(200, 2, generator=torch.Generator().manual_seed(0)) @ torch.randn(2, vectors) + 10
+    plain, begun = Prior(model, TEXT, 300, 200, seed=5), Prior(model, TEXT, 300, 200, seed=5, codebook=codebook)
+    changed = {
+        name for (name, a), b in zip(plain.named_parameters(), begun.parameters(), strict=True) if not a.equal(b)
+    }
+    assert changed == {"image_embedding", "image_head.weight"}
+    assert begun.image_embedding.equal(begun.image_head.weight)
+    assert begun.image_embedding.std().item() == pytest.approx(0.02)
+
+    def similarities(rows: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.normalize(rows - rows.mean(0)) @ torch.nn.functional.normalize(rows - rows.mean(0)).T
+
+    found, wanted = similarities(begun.image_embedding.detach()), similarities(codebook)
+    assert torch.corrcoef(torch.stack([found.flatten(), wanted.flatten()]))[0, 1] > 0.9
+    assert "codebook" not in " ".join(begun.state_dict())
+
+
 def test_decayed_parameters_are_the_matrices_of_resblocks() -> None:
     prior = small()
     decayed = {id(p) for p in prior.decayed_parameters().values()}

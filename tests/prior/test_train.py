@@ -1,4 +1,4 @@
-"""Tests of the prior's batches: captions dropped for classifier-free guidance."""
+"""Tests of the prior's task: captions dropped for classifier-free guidance, embeddings that begin from a codebook."""
 
 from __future__ import annotations
 
@@ -7,12 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.tiny_chain import TinyChain, build_chain
 from helpers.token_stores import write_tokens
 
+from dalle_cli.config.load import load_recipe
 from dalle_cli.config.schema import Recipe
+from dalle_cli.data.open_source import open_source
 from dalle_cli.distributed.group import Group
-from dalle_cli.prior.model import build_prior
-from dalle_cli.prior.train import PriorTask, dropped_captions
+from dalle_cli.dvae.train import load_dvae, train_dvae
+from dalle_cli.errors import UserError
+from dalle_cli.prior.model import build_prior, projected_codebook
+from dalle_cli.prior.train import PriorTask, dropped_captions, train_prior
+from dalle_cli.stores.checkpoint import open_checkpoint
 from dalle_cli.stores.tokens import TokenReader
 
 BATCH = 8
@@ -87,3 +93,30 @@ def test_a_dropped_caption_is_all_padding_and_adds_no_text_loss(store: Path) -> 
     assert share == 1
     assert float(found["text"]) == 0
     assert float(found["image"]) > 0
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> TinyChain:
+    return build_chain(tmp_path_factory.mktemp("chain"))
+
+
+def test_a_prior_begins_from_the_codebook_of_the_dvae_that_encoded_its_tokens(chain: TinyChain, tmp_path: Path) -> None:
+    sets = ["prior.image_embedding=codebook", "prior.training.updates=1", "prior.learning_rate.peak=1e-12"]
+    trained = train_prior(load_recipe(chain.recipe_file, sets), chain.places.tokens, tmp_path / "prior")
+    decoder = load_dvae(open_checkpoint(chain.places.dvae)).decoder
+    one_hot = torch.eye(decoder.codebook_size)[:, :, None, None]
+    with torch.no_grad():
+        vectors = decoder.codebook(one_hot)[:, :, 0, 0] - decoder.codebook.b
+    wanted = projected_codebook(vectors, 16, chain.recipe.seed)
+    for name in ("image_embedding", "image_head.weight"):
+        torch.testing.assert_close(trained.tensors("ema")[name], wanted, rtol=0, atol=1e-6)
+
+
+def test_a_codebook_of_another_dvae_is_refused(chain: TinyChain, tmp_path: Path) -> None:
+    other = train_dvae(
+        load_recipe(chain.recipe_file, ["seed=1"]), open_source(str(chain.recipe.data.train)), tmp_path / "other"
+    )
+    recipe = load_recipe(chain.recipe_file, ["prior.image_embedding=codebook"])
+    with pytest.raises(UserError, match=r"is not the dVAE .* that encoded .*; name it with --dvae"):
+        train_prior(recipe, chain.places.tokens, tmp_path / "run", other.path)
+    assert not (tmp_path / "run").exists()

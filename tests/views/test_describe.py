@@ -20,6 +20,7 @@ from dalle_cli.stores.files import sha256_file
 from dalle_cli.stores.token_writer import PartWriter
 from dalle_cli.views.describe import Description, describe
 from dalle_cli.views.describe_recipe import format_layers
+from dalle_cli.views.describe_run import RunDescription
 from dalle_cli.views.tables import render
 
 
@@ -187,8 +188,6 @@ def test_what_it_does_not_know_is_refused(chain: TinyChain, tmp_path: Path) -> N
         with pytest.raises(UserError, match="understands a recipe") as error:
             describe(path)
         assert str(path) in str(error.value)
-    with pytest.raises(UserError, match=r"whole run; show one of .*tokens\.zarr"):
-        describe(chain.places.root)
     with pytest.raises(UserError, match="--set"):
         describe(chain.places.tokens, ["seed=1"])
 
@@ -216,3 +215,23 @@ def test_the_command_prints_json_or_tables(tmp_path: Path) -> None:
     assert plain.exit_code == 0
     assert "Recipe tiny" in plain.stdout
     assert "Prior" in plain.stdout
+
+
+def test_a_run_s_folder_names_the_stages_and_the_next_one(chain: TinyChain, tmp_path: Path) -> None:
+    found = describe(chain.places.root)
+    assert isinstance(found, RunDescription)
+    states = {stage.command: (stage.state, stage.detail) for stage in found.stages}
+    assert states["encode-images"] == ("done", f"{ROWS} rows")
+    assert states["train-prior"] == ("done", "update 2 of 2")
+    assert states["rerank"] == ("done", str(chain.ranked))
+    assert states["sample"] == ("not run", "")
+    assert found.next == "sample"
+    table = shown(found)
+    assert "update 2 of 2" in table
+    assert "dalle sample" in table
+    (tmp_path / "prior").symlink_to(chain.places.prior)
+    part = describe(tmp_path)
+    assert isinstance(part, RunDescription)
+    assert part.next == "train-tokenizer"
+    with pytest.raises(UserError, match="is not an artifact of dalle"):
+        describe(chain.places.samples)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dalle_cli.data.formats.tables import BadRow, Row, file_state, find_columns, looked_for
@@ -20,7 +21,7 @@ class ParquetTable:
     """A `tables.Table` whose places are row numbers; captions are strings or lists of strings.
 
     Raises:
-        UserError: the file cannot be read, has no columns of pictures and captions, or holds the pictures themselves.
+        UserError: the file cannot be read, or has no columns of pictures' paths and captions.
     """
 
     def __init__(self, path: Path) -> None:
@@ -32,16 +33,15 @@ class ParquetTable:
             columns = find_columns(schema.names)
             if columns is None:
                 raise UserError(f"{path}: has {looked_for(schema.names)}")
-            _check_type(path, columns.image, schema.field(columns.image).type, integers=False)
+            check_text(path, columns.image, schema.field(columns.image).type)
             for name in columns.captions:
-                kind = schema.field(name).type
-                _check_type(path, name, kind.value_type if _is_list(kind) else kind, integers=False)
+                check_captions(path, name, schema.field(name).type)
             if columns.key is not None:
-                _check_type(path, columns.key, schema.field(columns.key).type, integers=True)
+                check_text(path, columns.key, schema.field(columns.key).type, integers=True)
             self.key_column = columns.key
             self._caption_columns = list(columns.captions)
-            self._images = PackedStrings(_strings(path, columns.image))
-            self._keys = None if columns.key is None else PackedStrings(_strings(path, columns.key))
+            self._images = PackedStrings(read_strings(path, columns.image))
+            self._keys = None if columns.key is None else PackedStrings(read_strings(path, columns.key))
         except pa.ArrowException as error:
             raise UserError(f"{path}: is not a readable Parquet file ({str(error).splitlines()[0]})") from None
 
@@ -57,34 +57,48 @@ class ParquetTable:
 
     def captions(self, place: int) -> list[str | bytes]:
         if self._texts is None:
-            self._texts = self._read_captions()
-        values = [column[place].as_py() for column in self._texts]
-        lists = [value if isinstance(value, list) else [value] for value in values]
-        return [text for texts in lists for text in texts if text is not None]
+            self._texts = read_texts(self.path, self._state, self._caption_columns)
+        return texts_of_row(self._texts, place)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_texts": None}  # workers that read pictures do not need the captions
 
-    def _read_captions(self) -> list[Any]:
-        """Return each caption column as a chunked array of bytes, since Arrow does not check that strings are UTF-8."""
-        try:
-            if file_state(os.stat(self.path)) != self._state:
-                raise BadSample(f"{self.path} has changed since it was indexed")
-            table = pq.read_table(self.path, columns=self._caption_columns)
-            columns = [table.column(name) for name in self._caption_columns]
-            return [
-                column.cast(pa.large_list(pa.large_binary()) if _is_list(column.type) else pa.large_binary())
-                for column in columns
-            ]
-        except (pa.ArrowException, OSError) as error:
-            raise BadSample(f"{self.path} cannot be read: {str(error).splitlines()[0]}") from error
+
+def read_texts(path: Path, state: tuple[int, int], columns: list[str]) -> list[Any]:
+    """Return each caption column as a chunked array of bytes, since Arrow does not check that strings are UTF-8.
+
+    Raises:
+        BadSample: the file cannot be read, or its ``file_state`` is no longer ``state``.
+    """
+    try:
+        if file_state(os.stat(path)) != state:
+            raise BadSample(f"{path} has changed since it was indexed")
+        table = pq.read_table(path, columns=columns)
+        return [
+            column.cast(pa.large_list(pa.large_binary()) if _is_list(column.type) else pa.large_binary())
+            for column in (table.column(name) for name in columns)
+        ]
+    except (pa.ArrowException, OSError) as error:
+        raise BadSample(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
 
 
-def _strings(path: Path, name: str) -> Iterator[str]:
-    """Yield the stripped values of a column, "" for null; invalid UTF-8 is replaced, so such a path is never found."""
+def texts_of_row(columns: list[Any], place: int) -> list[str | bytes]:
+    """Return the captions of a row in columns of ``read_texts``, without those that are null."""
+    values = [column[place].as_py() for column in columns]
+    lists = [value if isinstance(value, list) else [value] for value in values]
+    return [text for texts in lists for text in texts if text is not None]
+
+
+def read_strings(path: Path, name: str) -> Iterator[str]:
+    """Yield the stripped values of a column, such as "path" or "image.path", "" for null.
+
+    Invalid UTF-8 is replaced, so such a path is never found.
+    """
     with pq.ParquetFile(path) as file:
         for batch in file.iter_batches(columns=[name]):
             column = batch.column(0)
+            if pa.types.is_struct(column.type):
+                column = pc.struct_field(column, name.partition(".")[2])
             if pa.types.is_dictionary(column.type):
                 column = column.dictionary_decode()
             if pa.types.is_integer(column.type):
@@ -93,15 +107,15 @@ def _strings(path: Path, name: str) -> Iterator[str]:
                 yield "" if value is None else value.decode("utf-8", "replace").strip()
 
 
-def _check_type(path: Path, name: str, kind: Any, *, integers: bool) -> None:
+def check_captions(path: Path, name: str, kind: Any) -> None:
+    """Raise UserError if a column is neither text nor lists of text."""
+    check_text(path, name, kind.value_type if _is_list(kind) else kind)
+
+
+def check_text(path: Path, name: str, kind: Any, *, integers: bool = False) -> None:
     """Raise UserError if a column is neither text nor, with ``integers``, integers."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    if pa.types.is_struct(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-        raise UserError(
-            f"{path}: the column {name} holds the pictures themselves, not their paths: "
-            "write them to files or WebDataset shards first"
-        )
     text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
     if not (text or (integers and pa.types.is_integer(kind))):
         raise UserError(f"{path}: the column {name} holds {kind}, not text")

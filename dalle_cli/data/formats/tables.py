@@ -42,14 +42,29 @@ def find_columns(names: Iterable[str]) -> Columns | None:
 
     Return None if there is no column of pictures or none of captions.
     """
-    spelled = {name.strip().lower(): name for name in reversed(list(names))}
-    image = next((spelled[name] for name in IMAGE_COLUMNS if name in spelled), None)
-    caption = next(((spelled[name],) for name in CAPTION_COLUMNS if name in spelled), None)
-    numbered = tuple(spelled[name] for name in sorted(spelled, key=_number) if _NUMBERED.fullmatch(name))
-    captions = caption or numbered
-    if image is None or not captions:
-        return None
-    return Columns(image, captions, next((spelled[name] for name in KEY_COLUMNS if name in spelled), None))
+    names = list(names)
+    image, captions = find_column(names, IMAGE_COLUMNS), find_caption_columns(names)
+    return Columns(image, captions, find_column(names, KEY_COLUMNS)) if image is not None and captions else None
+
+
+def find_column(names: Iterable[str], known: Iterable[str]) -> str | None:
+    """Return the column of the first known name, as the file spells it, ignoring case; None if there is none."""
+    spelled = _spelled(names)
+    return next((spelled[name] for name in known if name in spelled), None)
+
+
+def find_caption_columns(names: Iterable[str]) -> tuple[str, ...]:
+    """Return the column of the first known name of captions, or else all of caption_0, caption_1 ..., possibly none."""
+    names = list(names)
+    if (caption := find_column(names, CAPTION_COLUMNS)) is not None:
+        return (caption,)
+    spelled = _spelled(names)
+    return tuple(spelled[name] for name in sorted(spelled, key=_number) if _NUMBERED.fullmatch(name))
+
+
+def _spelled(names: Iterable[str]) -> dict[str, str]:
+    """Return the first spelling of each name by its lower case."""
+    return {name.strip().lower(): name for name in reversed(list(names))}
 
 
 def looked_for(found: Iterable[str]) -> str:

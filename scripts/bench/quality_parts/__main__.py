@@ -11,11 +11,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dalle_cli.config.load import load_recipe
 from dalle_cli.data.images import decode_image, eval_crop
-from dalle_cli.shapes.accuracy import Pool
+from dalle_cli.shapes.accuracy import Pool, claim_of, group_of
+from dalle_cli.shapes.oracle import detect, matches_claim
+from dalle_cli.shapes.scene import Claim
 from dalle_cli.stores.files import write_json
 from dalle_cli.views.sample_sheet import sample_sheet
 from quality_parts.chain import Chain, run_dalle
@@ -82,7 +85,7 @@ def main() -> None:
         "seconds": seconds,
         "psnr": pictures["psnr"],
         **score(data, captions, pictures, recipe.image_size),
-        "found": find_captions(data, options.recipe, captions, pictures),
+        **find_captions(data, options.recipe, captions, pictures),
     }
     if options.sweep and options.system == "dalle":
         judge = Judge(recipe.image_size)
@@ -172,15 +175,42 @@ def score(data: DataSet, captions: list[dict[str, Any]], pictures: dict[str, Any
             "mean": asdict(Right.of([guess == wanted[i // n] for i, guess in enumerate(guesses)])),
             "commonest": asdict(Right.of([label == commonest for label in wanted])),
         }
+    found["right"] |= score_shapes(captions, pictures)
     for name, rows in (("real", real), ("rebuilt", rebuilt), ("single", drawn[first]), ("best", drawn[best])):
         found["distances"][name] = distances(rows, others)
     return found
 
 
+def score_shapes(captions: list[dict[str, Any]], pictures: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return by group of captions how often the oracle of the shapes world finds exactly what the caption says.
+
+    Captions of other data sets have no such figures.
+    """
+    claims = [claim_of(row["caption"]) for row in captions]
+    hits: dict[str, dict[str, list[bool]]] = {}
+    for i, claim in enumerate(claims):
+        if claim is not None:
+            group = hits.setdefault(f"scene, {group_of(claim)}", {})
+            ranked = [Path(line["png"]) for line in pictures["ranked"][i]]
+            right = [shows(claim, path) for path in ranked]
+            first = next(k for k, line in enumerate(pictures["ranked"][i]) if line["index"] == 0)
+            one = {"real": shows(claim, pictures["real"][i]), "rebuilt": shows(claim, pictures["rebuilt"][i])}
+            one |= {"single": right[first], "best": right[0], "any": any(right)}
+            for name, hit in one.items():
+                group.setdefault(name, []).append(hit)
+            group.setdefault("mean", []).extend(right)
+    return {group: {name: asdict(Right.of(values)) for name, values in found.items()} for group, found in hits.items()}
+
+
+def shows(claim: Claim, file: Path) -> bool:
+    """Return whether the oracle of the shapes world finds exactly the claim in a picture."""
+    return matches_claim(claim, detect(np.asarray(decode_image(file.read_bytes()))))
+
+
 def find_captions(
     data: DataSet, recipe: Path, captions: list[dict[str, Any]], pictures: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return how often the judge of captions finds a picture's own caption among all drawn ones."""
+    """Return how often the judge of captions finds a picture's own caption among all drawn ones, first or in five."""
     judge, texts = train_judge(data, recipe, captions), [row["caption"] for row in captions]
     single = [next(line for line in lines if line["index"] == 0) for lines in pictures["ranked"]]
     files = {
@@ -189,7 +219,10 @@ def find_captions(
         "single": [Path(line["png"]) for line in single],
         "best": [Path(lines[0]["png"]) for lines in pictures["ranked"]],
     }
-    return {name: asdict(share_found(judge, paths, texts)) for name, paths in files.items()}
+    return {
+        key: {name: asdict(share_found(judge, paths, texts, among)) for name, paths in files.items()}
+        for key, among in (("found", 1), ("found_in_5", 5))
+    }
 
 
 def fit_heads(judge: Judge, data: DataSet) -> dict[str, Head]:

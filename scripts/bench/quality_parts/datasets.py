@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,13 @@ def _captioned(source: Path) -> Iterator[Sample]:
         yield Sample(f"{key}.png", found.image_bytes(i), list(found.captions(i)), {}, _held_out(key))
 
 
+def _shapes(source: Path) -> Iterator[Sample]:
+    """Yield the samples of a folder of ``dalle make-shapes``; its two test splits are held out."""
+    for split in ("train", "seen", "heldout"):
+        for sample in _captioned(source / split):
+            yield replace(sample, key=f"{split}-{Path(sample.key).name}", held_out=split != "train")
+
+
 def _parquet(source: Path, pattern: str) -> Iterator[dict[str, Any]]:
     for file in sorted((source / "data").glob(pattern)):
         yield from pq.read_table(file).to_pylist()
@@ -117,5 +124,6 @@ READERS: dict[str, Callable[[Path], Iterator[Sample]]] = {
     "grocery": _grocery,
     "fluent-emoji-3d": _fluent,
     "twemoji": _captioned,
+    "shapes": _shapes,
 }
 """Reader of each data set, by its name."""

@@ -27,7 +27,7 @@ PENALTY = 1e-2
 
 
 class Judge:
-    """Features of pictures by the pretrained network, kept by file, since pictures are judged more than once."""
+    """Features of pictures by the pretrained network."""
 
     def __init__(self, image_size: int) -> None:
         self.image_size = image_size

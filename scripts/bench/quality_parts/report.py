@@ -48,14 +48,14 @@ def _section(result: dict[str, Any]) -> list[str]:
         "",
     ]
     if result["right"]:
-        rows = [[label, *(_share(shares[key]) for key in COLUMNS)] for label, shares in result["right"].items()]
+        rows = [[label, *(_share(shares.get(key)) for key in COLUMNS)] for label, shares in result["right"].items()]
         lines += _table(["share right", *headings.values()], rows)
     rows = [
         [headings[name], f"{found['fid']:.1f}", f"{1000 * found['kid']:.2f}", _number(found["precision"]),
-         _number(found["recall"]), _share(result["found"][name])]
+         _number(found["recall"]), _share(result["found"][name]), _share(result["found_in_5"][name])]
         for name, found in result["distances"].items()
     ]  # fmt: skip
-    lines += _table(["pictures", "FID", "KID x 1000", "precision", "recall", "caption found"], rows)
+    lines += _table(["pictures", "FID", "KID x 1000", "precision", "recall", "caption found", "in 5"], rows)
     return lines + _sweep(result.get("sweep", [])) + _dense(result.get("dense"))
 
 
@@ -86,8 +86,8 @@ def _table(headings: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (headings, ["---"] * len(headings), *rows)] + [""]
 
 
-def _share(found: dict[str, float]) -> str:
-    return f"{found['share']:.3f} ± {found['error']:.3f}"
+def _share(found: dict[str, float] | None) -> str:
+    return "-" if found is None else f"{found['share']:.3f} ± {found['error']:.3f}"
 
 
 def _number(value: float | None) -> str:

@@ -44,13 +44,13 @@ def train_judge(data: DataSet, recipe: Path, drawn: Sequence[dict[str, Any]]) ->
     return load_scorer(str(run / "clip"), None, None, beside=run / "clip")
 
 
-def share_found(judge: Scorer, pictures: Sequence[Path], captions: Sequence[str]) -> Right:
-    """Return how often a picture's own caption is the one that fits it best, among all of ``captions``."""
+def share_found(judge: Scorer, pictures: Sequence[Path], captions: Sequence[str], among: int = 1) -> Right:
+    """Return how often a picture's own caption is ``among`` the ones that fit it best, of all ``captions``."""
     distinct = list(dict.fromkeys(captions))
     texts = judge.text_features(distinct)
     images = judge.image_features([np.asarray(decode_image(path.read_bytes())) for path in pictures])
-    nearest = (images @ texts.T).argmax(dim=1).tolist()
-    return Right.of([distinct[i] == caption for i, caption in zip(nearest, captions, strict=True)])
+    nearest = (images @ texts.T).topk(min(among, len(distinct)), dim=1).indices.tolist()
+    return Right.of([caption in [distinct[i] for i in row] for row, caption in zip(nearest, captions, strict=True)])
 
 
 def _write_empty_pictures(store: Path, grid: int) -> None:

@@ -18,6 +18,7 @@ from helpers.scorers import ColourScorer
 from helpers.tiny_network import write_tiny_network
 from PIL import Image
 from quality_parts import judges, retrieval
+from quality_parts.__main__ import score_shapes
 from quality_parts.chain import Chain
 from quality_parts.datasets import DataSet, unpack
 from quality_parts.dense import Dense, beside_our_prior
@@ -27,6 +28,8 @@ from quality_parts.retrieval import share_found, train_judge
 
 from dalle_cli.data.open_source import open_source
 from dalle_cli.errors import UserError
+from dalle_cli.shapes.scene import FREE
+from dalle_cli.shapes.world import make_shapes
 from dalle_cli.stores.tokens import TokenReader
 
 COLOURS = {"tomato": (200, 30, 20), "pea": (30, 180, 40), "plum": (90, 20, 130)}
@@ -68,6 +71,26 @@ def test_a_data_set_is_unpacked_into_two_parts(data: DataSet, tmp_path: Path) ->
         unpack("grocery", tmp_path / "nowhere", tmp_path / "out")
     with pytest.raises(UserError, match="choose grocery"):
         unpack("cats", tmp_path, tmp_path / "out")
+
+
+def test_the_shapes_world_is_judged_by_its_oracle(tmp_path: Path) -> None:
+    make_shapes(tmp_path / "world", n=3, test_n=4, seed=0, kind=FREE)
+    data = unpack("shapes", tmp_path / "world", tmp_path / "shapes")
+    assert len(data.rows(data.train)) == 3
+    rows = data.rows(data.held_out)
+    captions = [{**row, "caption": row["captions"][0]} for row in rows]
+    real = [data.root / row["path"] for row in rows]
+    other = [*real[1:], real[0]]
+    ranked = [
+        [{"png": str(wrong), "index": 0}, {"png": str(right), "index": 1}]
+        for right, wrong in zip(real, other, strict=True)
+    ]
+    found = score_shapes(captions, {"real": real, "rebuilt": real, "ranked": ranked})
+    assert set(found) == {"scene, seen pairs", "scene, held-out pairs"}
+    for group in found.values():
+        shares = {name: right["share"] for name, right in group.items()}
+        assert shares == {"real": 1.0, "rebuilt": 1.0, "single": 0.0, "best": 0.0, "any": 1.0, "mean": 0.5}
+    assert score_shapes([{"caption": "a tomato"}], {}) == {}
 
 
 def test_the_head_learns_what_the_features_tell() -> None:
@@ -119,14 +142,14 @@ def test_the_table_has_every_kind_of_pictures() -> None:
         "system": "dalle", "data": "grocery", "minutes": 45.0, "seed": 0, "n": 32, "command": "scripts/bench/quality x",
         "machine": {"cores": 2, "gflops": 137, "torch": "2.14.1"}, "seconds": {"train-dvae": 120.0}, "psnr": 20.0,
         "right": {"kind": dict.fromkeys(("real", "rebuilt", "single", "best", "any", "commonest"), share)},
-        "found": {"rebuilt": share},
+        "found": {"rebuilt": share}, "found_in_5": {"rebuilt": share},
         "distances": {"rebuilt": {"fid": 12.0, "kid": 0.002, "precision": 0.5, "recall": None}},
     }  # fmt: skip
     table = render([result])
     assert "## dalle on grocery, 45 minutes, seed 0" in table
     assert "2 cores at 137 GFLOP/s" in table
-    assert table.count("0.500 ± 0.050") == 7
-    assert "| reconstructions | 12.0 | 2.00 | 0.50 | - | 0.500 ± 0.050 |" in table
+    assert table.count("0.500 ± 0.050") == 8
+    assert "| reconstructions | 12.0 | 2.00 | 0.50 | - | 0.500 ± 0.050 | 0.500 ± 0.050 |" in table
 
 
 def test_the_dense_transformer_is_causal_and_trains_beside_ours(by_hand: ChainOutputs, tmp_path: Path) -> None:
@@ -172,3 +195,4 @@ def test_found_captions_are_those_that_fit_best(tmp_path: Path) -> None:
         Image.new("RGB", (16, 16), pixel).save(files[-1])
     assert share_found(ColourScorer(), files, ["red", "green", "blue"]).share == 1.0
     assert share_found(ColourScorer(), files, ["red", "blue", "blue"]).share == pytest.approx(2 / 3)
+    assert share_found(ColourScorer(), files, ["red", "blue", "blue"], among=2).share == 1.0

@@ -1,0 +1,133 @@
+"""The chain: the stages of a recipe in order, each a command of dalle in a process of its own.
+
+A stage that is done ends at once, and one that was killed resumes, so the chain needs no record of its own. Imports
+nothing heavy.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, BinaryIO, Literal, get_args
+
+from dalle_cli.config.run_folders import RunFolders
+from dalle_cli.distributed.spawn import describe_exit, end_with_parent
+from dalle_cli.errors import STOP_SIGNALS, UserError
+from dalle_cli.progress import log
+
+if TYPE_CHECKING:
+    from dalle_cli.config.schema import Recipe
+
+StageName = Literal[
+    "train-tokenizer",
+    "tokenize-text",
+    "train-dvae",
+    "encode-images",
+    "train-prior",
+    "train-clip",
+    "sample",
+    "rerank",
+    "report",
+]
+STAGE_NAMES: tuple[StageName, ...] = get_args(StageName)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage's command and its arguments."""
+
+    name: StageName
+    arguments: tuple[str, ...]
+    output: Path | None = None
+    """The file that takes what the command prints on stdout."""
+    made: Path | None = None
+    """A file that shows that the stage is done, for a command that would begin again."""
+
+
+def stages_of(file: Path, recipe: Recipe, changes: Sequence[str], captions: int, gpus: int | None) -> list[Stage]:
+    """Return all stages of the recipe in ``file`` with ``changes`` (KEY=VALUE), drawing ``captions`` held-out captions.
+
+    ``gpus`` is the number of processes that train the dVAE and the prior; None: one.
+    """
+    places = RunFolders(Path(recipe.run))
+    samples, ranked = places.root / "samples.jsonl", places.root / "ranked.jsonl"
+    settings = (str(file), *(word for change in changes for word in ("--set", change)))
+    ranks = () if gpus is None else ("--gpus", str(gpus))
+    return [
+        Stage("train-tokenizer", settings, made=places.tokenizer / "tokenizer.json"),
+        Stage("tokenize-text", settings),
+        Stage("train-dvae", settings + ranks),
+        Stage("encode-images", settings),
+        Stage("train-prior", settings + ranks),
+        Stage("train-clip", settings),
+        Stage("sample", (str(places.prior), "--held-out", "--limit", str(captions)), output=samples),
+        Stage("rerank", (str(samples),), output=ranked),
+        Stage("report", (*settings, "--ranked", str(ranked))),
+    ]
+
+
+def run_stages(stages: Sequence[Stage]) -> None:
+    """Run stages one after another; stdout gets what the last one prints, if it has no file for it.
+
+    SIGTERM and SIGUSR1 are forwarded to the stage that runs, which saves a checkpoint and ends with exit code 75. No
+    stage outlives this process, even if it is killed.
+
+    Raises:
+        SystemExit: a stage failed or stopped; its exit code is passed on.
+        UserError: a stage was ended by a signal.
+    """
+    for number, stage in enumerate(stages, start=1):
+        if stage.made is not None and stage.made.exists():
+            log(f"== {number} of {len(stages)}: {stage.name} is done: {stage.made}")
+            continue
+        log(f"== {number} of {len(stages)}: dalle {' '.join((stage.name, *stage.arguments))}")
+        began = time.monotonic()
+        code = _run(stage, last=number == len(stages))
+        if code < 0:
+            raise UserError(f"{stage.name} {describe_exit(code)}; run the same command again to resume")
+        if code:
+            raise SystemExit(code)
+        log(f"   {time.monotonic() - began:.0f} s")
+
+
+def _run(stage: Stage, *, last: bool) -> int:
+    """Run a stage and return its exit code; its output takes its place only if it succeeds."""
+    unfinished = None if stage.output is None else stage.output.with_name(f"{stage.output.name}.tmp")
+    with _stdout_of(unfinished, last) as stdout:
+        program = [sys.executable, "-m", "dalle_cli", stage.name, *stage.arguments]
+        process = subprocess.Popen(program, stdout=stdout, preexec_fn=end_with_parent)
+
+        def forward(which: int, _: FrameType | None) -> None:
+            process.send_signal(which)
+
+        handlers = {which: signal.signal(which, forward) for which in STOP_SIGNALS}
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:  # Ctrl-C reaches the stage too, which ends by itself
+            process.wait()
+            raise
+        finally:
+            for which, handler in handlers.items():
+                signal.signal(which, handler)
+    if unfinished is not None and stage.output is not None and code == 0:
+        os.replace(unfinished, stage.output)
+    return code
+
+
+@contextmanager
+def _stdout_of(file: Path | None, last: bool) -> Iterator[BinaryIO | None]:
+    """Open what a stage's stdout goes to: its file, stderr, or for the last stage the stdout of this process."""
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("wb") as opened:
+            yield opened
+    else:
+        yield None if last else sys.stderr.buffer
