@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -31,6 +32,7 @@ from dalle_cli.commands import (
     train_dvae,
     train_prior,
     train_tokenizer,
+    verify,
 )
 from dalle_cli.commands.options import Command
 from dalle_cli.errors import RESUMABLE, Stopped, UserError
@@ -62,7 +64,7 @@ PANELS: dict[str, dict[str, Callable[..., None]]] = {
         "sample": sample.command,
     },
     "5. Scores": {"train-clip": train_clip.command, "rerank": rerank.command, "eval-fid": eval_fid.command},
-    "Look": {"show": show.command, "report": report.command},
+    "Look": {"show": show.command, "report": report.command, "verify": verify.command},
 }
 
 
@@ -104,6 +106,9 @@ def options(
 
 def main() -> None:
     """Run the command line; exit with code 2 after a UserError, and with RESUMABLE if a signal stopped training."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # files are UTF-8 whatever the locale, and so are pipes
+            stream.reconfigure(encoding="utf-8", errors="strict" if stream is sys.stdin else "backslashreplace")
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
@@ -118,5 +123,5 @@ def main() -> None:
         sys.exit(RESUMABLE)
     except SystemExit as end:
         if end.code == INTERRUPTED:
-            print("dalle: stopped; run the same command again to resume", file=sys.stderr)
+            print("dalle: stopped; the same command goes on from what it has saved, if anything", file=sys.stderr)
         raise

@@ -147,13 +147,14 @@ def train_clip(recipe: Recipe, source: Source, store: Path, out: Path) -> Checkp
     reader = TokenReader(store)
     reader.require_complete()
     text = reader.part("text").identity
-    if text["source"] != source.name:
+    if text["source"] != source.identity:
         raise UserError(
-            f"{store}: was made from {text['source']}, not from {source.name}; give the source it came from"
+            f"{store}: was made from {text['source_name']}, and {source.name} holds other files (by their names and "
+            "sizes); give the source it came from"
         )
     if text["text_length"] != recipe.tokenizer.text_length or text["vocab_size"] > recipe.tokenizer.vocab_size:
         raise UserError(f"{store}: was made with another tokenizer.text_length or vocab_size than the recipe's")
-    belongs = {"tokenizer": text["tokenizer"]}
+    belongs = {"tokenizer": text["tokenizer"], "source": source.identity}
     if recipe.clip.objective.hard_negatives > 1:
         belongs["dvae"] = reader.part("image").identity["dvae"]
     if steps_in(out):

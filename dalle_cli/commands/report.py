@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dalle_cli.commands.options import RecipeArgument, SetOption, folders, read_recipe
+from dalle_cli.commands.options import DataOption, RecipeArgument, SetOption, folders, read_recipe
 
 if TYPE_CHECKING:
     from dalle_cli.report.figures import ReportFigures
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 def command(
     recipe: RecipeArgument,
+    data: DataOption = None,
     ranked: Annotated[Path | None, typer.Option(help="Output of dalle rerank, all samples of each caption.")] = None,
     fid: Annotated[list[Path] | None, typer.Option(help="JSON file of dalle eval-fid --out; repeatable.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the report. [RUN]")] = None,
@@ -28,7 +29,7 @@ def command(
 
     Example: [bold]dalle report recipes/quickstart.yaml --ranked runs/quickstart/ranked.jsonl[/bold]
     """
-    settings = read_recipe(recipe, set_)
+    settings = read_recipe(recipe, set_, data)
 
     from dalle_cli.report.report import write_report
 

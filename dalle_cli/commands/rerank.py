@@ -49,7 +49,7 @@ def command(
 
     from dalle_cli.errors import UserError
 
-    if not manifests and sys.stdin.isatty():
+    if not manifests and (sys.stdin is None or sys.stdin.isatty()):
         raise UserError("nothing to rerank; pipe dalle sample into this command, or name a file of its output")
     named = ", ".join(map(str, manifests)) if manifests else "stdin"
     lines = _lines(manifests or [])

@@ -35,6 +35,7 @@ def command(
 
     Example: [bold]dalle tokenize-text recipes/quickstart.yaml --data runs/quickstart/shapes/train[/bold]
     """
+    from dalle_cli.data.captions import MOST_CAPTIONS
     from dalle_cli.progress import log
     from dalle_cli.stores.provenance import record_command
     from dalle_cli.stores.shards import parse_shard
@@ -51,5 +52,7 @@ def command(
         f"{made.path}: {made.rows} pictures, {made.captions} captions, {made.skipped} pictures skipped, "
         f"{made.overlong} captions of more than {limit} tokens {done}"
     )
+    if made.left_out:
+        log(f"{made.path}: {made.left_out} captions left out, beyond the first {MOST_CAPTIONS} of their pictures")
     record_command(made.path)
     typer.echo(made.path)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dalle_cli.commands.options import (
+    DataOption,
     GpusOption,
     RecipeArgument,
     SetOption,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 def command(
     recipe: RecipeArgument,
+    data: DataOption = None,
     tokens: TokensOption = None,
     dvae: Annotated[
         Path | None,
@@ -53,7 +55,7 @@ def command(
     if starts_processes(gpus):
         return
     leads = speaks()
-    settings = read_recipe(recipe, set_, wandb=wandb)
+    settings = read_recipe(recipe, set_, data, wandb)
     places = folders(settings)
     if dry:
         _dry_run(settings, tokens or places.tokens, out or places.prior, leads)

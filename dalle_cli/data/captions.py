@@ -14,9 +14,12 @@ from dalle_cli.data.filters import filter_captions
 from dalle_cli.data.open_source import open_source
 from dalle_cli.data.source import BadSample, Source, clean_caption
 from dalle_cli.errors import UserError
+from dalle_cli.stores.files import split_lines
 
 STDIN = Path("-")
 CAPTION_KEYS = ("prompt", "caption")
+MOST_CAPTIONS = 100
+"""Number of a picture's captions that are used; a file of thousands of lines is no list of captions."""
 ID_KEYS = ("id", "key", "image_id", "caption_id")
 """Keys of a captions file that are copied to the sample lines."""
 
@@ -89,9 +92,9 @@ def normal_id(identity: str) -> str:
 
 
 def source_captions(source: Source, filters: Filters | None = None) -> Iterator[str]:
-    """Yield all captions of a source that can be read and pass the recipe's caption filters, in order."""
+    """Yield the captions of a source that can be read and pass the recipe's caption filters, in order."""
     for row in range(len(source)):
-        yield from filtered_captions(source, row, filters)[0]
+        yield from filtered_captions(source, row, filters)[0][:MOST_CAPTIONS]
 
 
 def first_captions(spec: str, filters: Filters, limit: int) -> list[str]:
@@ -119,6 +122,8 @@ def filtered_captions(source: Source, row: int, filters: Filters | None) -> tupl
 
 def _entries(file: Path) -> Iterator[_Entry]:
     name = "stdin" if file == STDIN else str(file)
+    if file == STDIN and sys.stdin is None:
+        raise UserError("stdin: is closed; name a file of captions")
     try:
         text = sys.stdin.read() if file == STDIN else file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -129,7 +134,7 @@ def _entries(file: Path) -> Iterator[_Entry]:
     elif ending == ".json":
         rows = _coco(name, text)
     else:
-        lines = enumerate(text.splitlines(), start=1)
+        lines = enumerate(split_lines(text), start=1)
         rows = ((number, {"caption": line}) for number, line in lines if line.strip())
     what = "annotation" if ending == ".json" else "line"
     for number, row in rows:
@@ -144,8 +149,7 @@ def _entries(file: Path) -> Iterator[_Entry]:
 
 
 def _json_lines(name: str, text: str) -> Iterator[tuple[int, Any]]:
-    # Not splitlines: a JSON string may hold a line separator such as U+2028.
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(split_lines(text), start=1):
         if line.strip():
             try:
                 row = json.loads(line)

@@ -8,14 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
+from dalle_cli.data.index import hash_members
 from dalle_cli.data.source import BadSample, Source
 from dalle_cli.errors import UserError
+from dalle_cli.stores.files import split_lines
 
 
 class SourceWithExclusions:
     """A source without the samples in ``file``: they keep their rows, but reading them raises BadSample.
 
-    Its name includes a hash of the file, so that an artifact made with one exclusion is not resumed with another.
+    Its identity depends on the file, so that an artifact made with one exclusion is not resumed with another.
 
     Raises:
         UserError: ``file`` cannot be read, or none of its keys is in ``source``.
@@ -25,6 +27,7 @@ class SourceWithExclusions:
         keys, sha256 = read_keys(file)
         self.source, self.format, self.skipped = source, source.format, source.skipped
         self.name = f"{source.name} without {file.name} ({sha256[:12]})"
+        self.identity = hash_members([(source.identity, sha256)])
         self._file, self._reason = file, f"excluded: {file.name}"
         self._excluded = np.fromiter((source.key(i) in keys for i in range(len(source))), bool, len(source))
         self.count = int(self._excluded.sum())
@@ -61,7 +64,7 @@ def read_keys(file: Path) -> tuple[set[str], str]:
     """
     try:
         data = file.read_bytes()
-        lines = [line for line in data.decode().splitlines() if line.strip()]
+        lines = [line for line in split_lines(data.decode("utf-8-sig")) if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data.exclude: {file}: cannot be read: {error}") from None
     if file.suffix == ".jsonl":

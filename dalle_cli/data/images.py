@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 from dalle_cli.data.source import IMAGE_FORMATS, BadSample, read_image_file
 from dalle_cli.errors import UserError
@@ -17,6 +17,8 @@ from dalle_cli.errors import UserError
 MAX_PIXELS = 100_000_000
 """Default number of pixels above which a picture is rejected."""
 
+_DECODED = [name for name in IMAGE_FORMATS if name != "AVIF" or features.check("avif")]
+"""The formats of IMAGE_FORMATS that this Pillow can decode."""
 _EXIF_KEYS = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
 """Keys of Pillow's ``Image.info`` that may hold an orientation; a TIFF has it in its tags instead."""
 _ORIENTATION_TAG = 0x0112
@@ -76,7 +78,7 @@ def read_picture(path: Path, mend: str, max_pixels: int = MAX_PIXELS) -> NDArray
 def read_header(data: bytes) -> ImageHeader:
     """Read an image file's header; raise BadImage if it is of none of IMAGE_FORMATS."""
     try:
-        with Image.open(io.BytesIO(data), formats=list(IMAGE_FORMATS)) as image:
+        with Image.open(io.BytesIO(data), formats=_DECODED) as image:
             return ImageHeader(str(image.format), image.size)
     except Exception as error:
         raise BadImage("no image of a known format") from error
@@ -96,7 +98,7 @@ def _decode(data: bytes, max_pixels: int) -> Image.Image:
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
     try:
-        image = Image.open(io.BytesIO(data), formats=list(IMAGE_FORMATS))
+        image = Image.open(io.BytesIO(data), formats=_DECODED)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's own limits
         raise BadImage("too many pixels") from error
     except UnidentifiedImageError as error:

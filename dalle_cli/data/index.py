@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Sequence
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +55,14 @@ def group_by_hash(hashes: bytes | bytearray) -> tuple[NDArray[np.int64], NDArray
     # Item j of the result is item j - offsets[g] of the sorted group that comes g-th.
     shift = np.repeat(starts[by_first] - offsets[:-1], sizes[by_first])
     return order[np.arange(len(order)) + shift], offsets
+
+
+def hash_members(members: Iterable[Iterable[object]]) -> str:
+    """Return a SHA-256 of the members of a source in order, each given by its name, its size and the like."""
+    digest = sha256()
+    for member in members:
+        digest.update("\0".join(map(str, member)).encode("utf-8", "surrogatepass") + b"\n")
+    return digest.hexdigest()
 
 
 def argsort_strings(strings: Sequence[str]) -> list[int]:

@@ -23,7 +23,7 @@ from dalle_cli.data.formats.webdataset import WebDatasetSource
 from dalle_cli.data.source import IMAGE_EXTENSIONS, BadSample, Source
 from dalle_cli.errors import UserError
 
-MANIFEST_ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
+MANIFEST_ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _MAX_SHARDS = 1_000_000
@@ -65,6 +65,8 @@ def _open_webdataset(name: str, path: Path) -> Source | None:
             raise UserError(
                 f"{name}: holds both shards ({shards[0].name}) and images ({images[0].name}): separate them"
             )
+        if not shards and (packed := [entry.name for entry in entries if _is_compressed_tar(entry)]):
+            raise UserError(f"{name}: its shards are compressed ({packed[0]}); unpack them to .tar first")
         if not shards:
             below = [entry.name for entry in entries if entry.is_dir() and any(entry.glob("*.tar"))]
             if below:
@@ -72,8 +74,14 @@ def _open_webdataset(name: str, path: Path) -> Source | None:
             return None
         return WebDatasetSource(name, shards)
     if path.is_file():
+        if _is_compressed_tar(path):
+            raise UserError(f"{name}: is compressed; unpack it to a .tar first")
         return WebDatasetSource(name, [path]) if path.suffix.lower() == ".tar" else None
     return WebDatasetSource(name, _shards_of_pattern(name)) if _BRACES.search(name) else None
+
+
+def _is_compressed_tar(path: Path) -> bool:
+    return path.name.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"))
 
 
 def _open_coco(name: str, path: Path) -> Source | None:
@@ -112,14 +120,23 @@ def _open_embedded(name: str, path: Path) -> Source | None:
 
 def _open_manifest(name: str, path: Path) -> Source | None:
     if path.is_dir():
-        found = [path / f"metadata{ending}" for ending in MANIFEST_ENDINGS if (path / f"metadata{ending}").is_file()]
-        if len(found) > 1:
-            raise UserError(f"{name}: holds {len(found)} manifests: name one of {', '.join(map(str, found))}")
-        return _open_manifest(name, found[0]) if found else None
+        return _open_only(name, _metadata_in(path))
     ending = path.suffix.lower()
     if ending not in MANIFEST_ENDINGS or not path.is_file():
         return None
     return ManifestSource(name, f"{ending[1:]} manifest", _table(path, ending), path.parent)
+
+
+def _open_only(name: str, manifests: list[Path]) -> Source | None:
+    """Open the only manifest of a folder; return None if there is none, raise UserError if there are several."""
+    if len(manifests) > 1:
+        raise UserError(f"{name}: holds {len(manifests)} manifests: name one of {', '.join(map(str, manifests))}")
+    return _open_manifest(name, manifests[0]) if manifests else None
+
+
+def _metadata_in(folder: Path) -> list[Path]:
+    files = (folder / f"metadata{ending}" for ending in MANIFEST_ENDINGS)
+    return [file for file in files if file.is_file()]
 
 
 def is_manifest(path: Path) -> bool:
@@ -136,16 +153,22 @@ def _table(path: Path, ending: str) -> Table:
         from dalle_cli.data.formats.parquet import ParquetTable  # pyarrow is slow to import
 
         return ParquetTable(path)
-    return JsonLinesTable(path) if ending == ".jsonl" else open_delimited(path)
+    return JsonLinesTable(path) if ending in (".jsonl", ".ndjson") else open_delimited(path)
 
 
 def _open_folder(name: str, path: Path) -> Source | None:
     if not path.is_dir():
         return None
     try:
-        return FolderSource(path)
+        source = FolderSource(path)
     except UserError as error:
         raise UserError(f"{error}; it is not a known kind of source (looked for {_known()})") from None
+    if source.captioned:
+        return source
+    below = [metadata for each in sorted(path.iterdir()) if each.is_dir() for metadata in _metadata_in(each)]
+    train = [metadata for metadata in below if metadata.parent.name == "train"]  # the Hub's folders, one for each split
+    beside = [file for file in sorted(path.iterdir()) if file.suffix.lower() in MANIFEST_ENDINGS and is_manifest(file)]
+    return _open_only(name, beside or train or below) or source
 
 
 FORMATS = (

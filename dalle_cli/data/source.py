@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 import codecs
+import json
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
 IMAGE_FORMATS: dict[str, tuple[str, ...]] = {
-    "JPEG": ("jpg", "jpeg"),
+    "JPEG": ("jpg", "jpeg", "jpe", "jfif"),
     "PNG": ("png",),
     "WEBP": ("webp",),
     "GIF": ("gif",),
     "BMP": ("bmp",),
-    "TIFF": (),
+    "TIFF": ("tif", "tiff"),
+    "AVIF": ("avif",),
 }
 """Formats that are decoded, by Pillow's names, and the extensions by which sources find pictures.
 
-Some of Pillow's other formats start programs (EPS), others are barely maintained. Sources do not look for .tif, but
-decode a TIFF that has another extension or that a manifest names.
+Some of Pillow's other formats start programs (EPS), others are barely maintained.
 """
 IMAGE_EXTENSIONS = frozenset(chain.from_iterable(IMAGE_FORMATS.values()))
+UNREAD_EXTENSIONS = frozenset({"heic", "heif", "jxl", "jp2", "svg", "psd", "ico", "eps", "tga", "ppm"})
+"""Extensions of pictures that are not decoded, so that they are named instead of passed over in silence."""
+CAPTION_EXTENSIONS = ("txt", "caption", "json")
+"""Extensions of a picture's captions, in the order in which they are tried."""
+CAPTION_FIELDS = ("captions", "caption", "text", "prompt", "title", "name")
+"""Fields of a picture's .json that may hold captions; the first that holds text is used."""
 MAX_CAPTION_BYTES = 1 << 20
 MAX_IMAGE_BYTES = 512 << 20
+MOST_WORD_LETTERS = 5000
+"""Length above which a word is taken for data, such as base64; BPE needs time quadratic in it."""
 
 
 class BadSample(ValueError):
@@ -44,6 +53,11 @@ class Source(Protocol):
     format: str
     skipped: list[tuple[str, str]]
     """Key (or member, or row) and reason of each sample that the index left out."""
+    identity: str
+    """Hash of keys and sizes of the samples' files, the same wherever the source lies and however its path is written.
+
+    What was made from a source is resumed only with the same identity.
+    """
 
     def describe(self) -> str:
         """Return a line for the log: format, name, number of samples, number left out."""
@@ -84,6 +98,36 @@ def text_captions(data: bytes) -> list[str]:
     return clean_captions([line for line in lines if line.strip()] or [b""])
 
 
+def json_captions(data: bytes) -> list[str]:
+    """Return the captions in the first of CAPTION_FIELDS, in any case, that holds a string or a list of strings.
+
+    Raises:
+        BadSample: the bytes are no JSON, or no field holds text.
+    """
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BadSample("the .json is not valid JSON in UTF-8") from error
+    by_name = {name.lower(): value for name, value in fields.items()} if isinstance(fields, dict) else {}
+    for name in CAPTION_FIELDS:
+        value = by_name.get(name)
+        texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+        if texts:
+            return clean_captions(texts)
+    raise BadSample(f"the .json has no text in any of the fields {', '.join(CAPTION_FIELDS)}")
+
+
+def first_captions_of(places: Iterable[Callable[[], list[str]]]) -> list[str]:
+    """Return the captions of the first place that has any; raise the BadSample of the first place if none has."""
+    first: BadSample | None = None
+    for read in places:
+        try:
+            return read()
+        except BadSample as error:
+            first = first or error
+    raise first or BadSample("no caption")
+
+
 def clean_captions(captions: Sequence[str | bytes]) -> list[str]:
     """Return the captions that can be used, stripped.
 
@@ -108,11 +152,13 @@ def clean_caption(text: str) -> str:
     """Return the caption stripped.
 
     Raises:
-        BadSample: it is empty, or holds a NUL or a lone surrogate (from JSON).
+        BadSample: it is empty, or holds a NUL, a lone surrogate (from JSON) or a word too long to be one.
     """
     text = text.strip()
     if not text:
         raise BadSample("the caption is empty")
+    if len(text) > MOST_WORD_LETTERS and (longest := max(map(len, text.split()))) > MOST_WORD_LETTERS:
+        raise BadSample(f"the caption holds a word of more than {MOST_WORD_LETTERS} letters ({longest})")
     if "\0" in text:  # UTF-16 that is read as UTF-8 looks like this
         raise BadSample("the caption is not text in UTF-8 (it holds a NUL)")
     if not is_unicode(text):
@@ -121,8 +167,9 @@ def clean_caption(text: str) -> str:
 
 
 def read_caption_file(path: Path) -> list[str]:
-    """Return the captions of a .txt file; raise BadSample if it cannot be read or no caption can be used."""
-    return text_captions(_read(path, "caption", MAX_CAPTION_BYTES))
+    """Return the captions of a .txt, .caption or .json; raise BadSample if it cannot be read or none can be used."""
+    captions_of = json_captions if path.suffix.lower() == ".json" else text_captions
+    return captions_of(_read(path, "caption", MAX_CAPTION_BYTES))
 
 
 def read_image_file(path: Path) -> bytes:
@@ -140,6 +187,11 @@ def _read(path: Path, what: str, limit: int) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise BadSample(f"the {what} cannot be read: {error.strerror}") from error
+
+
+def unread_format(extension: str) -> str:
+    """Return the reason for leaving out a picture with one of UNREAD_EXTENSIONS."""
+    return f"a .{extension} is not read; convert it to JPEG or PNG"
 
 
 def is_unicode(text: str) -> bool:

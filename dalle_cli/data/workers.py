@@ -74,8 +74,8 @@ def split_blocks(rows: range, size: int) -> list[range]:
 
 
 def ignore_stop_signals() -> None:
-    """Ignore STOP_SIGNALS in a worker: a launcher may signal every process, but only the trainer should react."""
-    for stop_signal in STOP_SIGNALS:
+    """Ignore what stops a training in a worker: signals may reach every process, but only the trainer should react."""
+    for stop_signal in (*STOP_SIGNALS, signal.SIGINT):
         signal.signal(stop_signal, signal.SIG_IGN)
 
 

@@ -92,7 +92,8 @@ def encode_source(
     trained_by = checkpoint.recipe()
     eps = trained_by.dvae.objective.logit_laplace_eps
     identity = {
-        "source": source.name,
+        "source": source.identity,
+        "source_name": source.name,
         "dvae": checkpoint.identity,
         "grid": trained_by.grid,
         "codebook_size": trained_by.dvae.model.codebook_size,

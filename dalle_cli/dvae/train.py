@@ -190,10 +190,10 @@ def train_dvae(recipe: Recipe, source: Source, out: Path) -> Checkpoint:
     _refuse_unreadable(source, recipe)
     with join_group() as group:
         model = DVAE(recipe.dvae.model, seed=recipe.seed).to(memory_format=torch.channels_last).to(group.device)
-        settings, distance, belongs = recipe.dvae.objective.perceptual, None, {}
+        settings, distance, belongs = recipe.dvae.objective.perceptual, None, {"source": source.identity}
         if settings.weight:
             distance = PerceptualDistance(settings.network).to(group.device)
-            belongs = {"perceptual": weights_hash(distance)}
+            belongs["perceptual"] = weights_hash(distance)
         task = DvaeTask(recipe, source, model, group, belongs, perceptual=distance)
         return Run(task, recipe, out).train()
 

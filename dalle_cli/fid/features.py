@@ -28,7 +28,7 @@ from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from
 from dalle_cli.clip.scoring import Scorer
 from dalle_cli.errors import UserError
 from dalle_cli.fid.figures import ScoreName
-from dalle_cli.fid.pictures import BlurredPictures, Pictures, PictureSubset
+from dalle_cli.fid.pictures import BlurredPictures, Pictures, PictureSubset, explain_broken
 from dalle_cli.pretrained import PretrainedFeatures, weights_hash
 from dalle_cli.progress import Progress
 from dalle_cli.stores.files import sha256_file, write_atomically
@@ -74,7 +74,8 @@ class Features:
                 )
         except UserError as error:
             # A worker's error contains its traceback; the message is the last line.
-            raise UserError(str(error).strip().splitlines()[-1].split("UserError: ", 1)[-1]) from error
+            first = str(error).strip().splitlines()[-1].split("UserError: ", 1)[-1]
+            raise UserError(explain_broken(pictures) or first) from error
         return Extracted(layers[self.vector], None if self.logits is None else layers[self.logits])
 
 

@@ -17,10 +17,9 @@ from torch.utils.data import Dataset
 from dalle_cli.data.images import BadImage, decode_image, eval_crop, read_header
 from dalle_cli.data.open_source import is_manifest, open_source
 from dalle_cli.data.sample_lines import read_sample_lines
-from dalle_cli.data.source import BadSample, Source, read_image_file
+from dalle_cli.data.source import IMAGE_EXTENSIONS, BadSample, Source, read_image_file
 from dalle_cli.errors import UserError
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 TRUNCATE = 4.0
 """Radius of the blur's kernel, in standard deviations."""
 
@@ -50,6 +49,33 @@ class Pictures(Dataset[Tensor]):
             return eval_crop(decode_image(self.content(index)), self.image_size)
         except BadImage as error:
             raise UserError(f"{self.name(index)}: {error}; remove or replace it") from error
+
+
+NAMED = 20
+"""Number of broken pictures that an error message names."""
+
+
+def explain_broken(pictures: Dataset[Tensor]) -> str | None:
+    """Return what is wrong with all broken ones of ``pictures``, on one line; None if every one can be read."""
+    while isinstance(pictures, BlurredPictures):
+        pictures = pictures.pictures
+    if not isinstance(pictures, Pictures):
+        return None
+    broken = []
+    for index in range(len(pictures)):
+        try:
+            pictures.picture(index)
+        except UserError as error:
+            broken.append(str(error))
+    return _describe_broken(broken, len(pictures))
+
+
+def _describe_broken(broken: list[str], total: int) -> str | None:
+    if len(broken) < 2:
+        return broken[0] if broken else None
+    names = "; ".join(message.partition("; ")[0] for message in broken[:NAMED])
+    more = f"; and {len(broken) - NAMED} more" if len(broken) > NAMED else ""
+    return f"{len(broken)} of {total} pictures cannot be used: {names}{more}; remove or replace them"
 
 
 class FilePictures(Pictures):
@@ -171,12 +197,13 @@ def survey(pictures: Pictures, advance: Callable[[], None] | None = None) -> Sur
     digests: list[str] = []
     sizes = np.zeros((len(pictures), 2), np.int64)
     for index in range(len(pictures)):
-        content = pictures.content(index)
-        digests.append(hashlib.sha256(content).hexdigest())
         try:
+            content = pictures.content(index)
             sizes[index] = read_header(content).size
-        except BadImage as error:
-            raise UserError(f"{pictures.name(index)}: {error}; remove or replace it") from error
+        except (BadImage, UserError) as error:
+            broken = explain_broken(pictures) or f"{pictures.name(index)}: {error}; remove or replace it"
+            raise UserError(broken) from error
+        digests.append(hashlib.sha256(content).hexdigest())
         if advance is not None:
             advance()
     return Survey(digests, sizes)
@@ -196,7 +223,9 @@ def open_pictures(spec: str, image_size: int) -> FilePictures | SourcePictures:
         with folder.open(encoding="utf-8") as lines:
             return FilePictures([Path(line["png"]) for line in read_sample_lines(lines, spec)], image_size)
     if folder.is_dir():
-        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        paths = sorted(
+            path for path in folder.rglob("*") if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS and path.is_file()
+        )
         if paths:
             return FilePictures(paths, image_size)
     return SourcePictures(open_source(spec), image_size)

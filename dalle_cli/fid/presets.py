@@ -11,6 +11,7 @@ from dalle_cli.data.formats.published import coco_captions, cub_captions, cub_ro
 from dalle_cli.data.source import BadSample, read_caption_file
 from dalle_cli.errors import UserError
 from dalle_cli.randomness import numpy_generator
+from dalle_cli.stores.files import split_lines
 
 Name = Literal["coco", "cub"]
 COCO_FILES = ("captions_val2014.json", "captions_val2017.json")
@@ -120,5 +121,5 @@ def _cub(path: Path) -> tuple[str, list[tuple[str, Path, str]]]:
 
 
 def _numbered(file: Path) -> list[tuple[str, str]]:
-    lines = (line.partition(" ") for line in file.read_text(encoding="utf-8", errors="replace").splitlines())
+    lines = (line.partition(" ") for line in split_lines(file.read_text(encoding="utf-8", errors="replace")))
     return [(number, rest.strip()) for number, _, rest in lines if number.isdecimal() and rest.strip()]

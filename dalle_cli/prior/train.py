@@ -71,7 +71,7 @@ def train_prior(recipe: Recipe, store: Path, out: Path, dvae: Path | None = None
 
 
 def require_same_sizes(recipe: Recipe, reader: TokenReader) -> dict[str, str]:
-    """Return the hashes of a store's tokenizer and dVAE; raise UserError if its sizes are not the recipe's."""
+    """Return the hashes of a store's source, tokenizer and dVAE; raise UserError if its sizes are not the recipe's."""
     text, image = reader.part("text").identity, reader.part("image").identity
     sizes = [
         ("prior.model.grid", recipe.prior.model.grid, image["grid"]),
@@ -86,7 +86,7 @@ def require_same_sizes(recipe: Recipe, reader: TokenReader) -> dict[str, str]:
             f"{reader.path}: its tokenizer has {text['vocab_size']} tokens, the recipe's tokenizer.vocab_size is "
             f"{recipe.tokenizer.vocab_size}; make them agree"
         )
-    return {"tokenizer": text["tokenizer"], "dvae": image["dvae"]}
+    return {"tokenizer": text["tokenizer"], "dvae": image["dvae"], "source": text["source"]}
 
 
 def read_codebook(dvae: Path, identity: str, store: Path) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from dalle_cli.data.open_source import open_source
 from dalle_cli.data.source import Source
 from dalle_cli.errors import UserError
 from dalle_cli.stores.checkpoint import Checkpoint, Kind, open_checkpoint
+from dalle_cli.stores.files import read_json_lines
 from dalle_cli.stores.provenance import commands_of, read_commands
 from dalle_cli.stores.tokens import TokenReader
 from dalle_cli.text.bpe import Tokenizer
@@ -82,16 +82,7 @@ class Run:
     def metrics(self, kind: Kind) -> list[dict[str, Any]]:
         """Return the lines of a stage's metrics.jsonl, without incomplete lines of a killed run."""
         folder = {"dvae": self.folders.dvae, "prior": self.folders.prior, "clip": self.folders.clip}[kind]
-        file = folder / "metrics.jsonl"
-        lines = []
-        for text in file.read_text().splitlines() if file.is_file() else []:
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(line, dict) and isinstance(line.get("step"), int):
-                lines.append(line)
-        return lines
+        return [line for line in read_json_lines(folder / "metrics.jsonl") if isinstance(line.get("step"), int)]
 
     def artifacts(self, requests: Iterable[StoreRequest]) -> list[ArtifactRow]:
         """List the artifacts in the order of the pipeline, and last the sample stores of ``requests``."""
@@ -144,6 +135,8 @@ class Run:
         present: dict[str, str] = {kind: checkpoint.identity for kind, checkpoint in self.checkpoints.items()}
         if self.tokenizer is not None:
             present["tokenizer"] = self.tokenizer.identity
+        if self.tokens is not None and "text" in self.tokens.parts:
+            present["source"] = self.tokens.parts["text"].identity["source"]
         return [
             Reference(role, sha256, present[role] == sha256 if role in present else None)
             for role, sha256 in belongs.items()

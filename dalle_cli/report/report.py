@@ -95,7 +95,7 @@ def write_report(recipe: Recipe, ranked: Path | None, fids: Sequence[Path], out:
 def _data(tokens: TokenReader) -> DataFigures:
     parts = tokens.parts
     return DataFigures(
-        source=", ".join(dict.fromkeys(str(state.identity.get("source")) for state in parts.values())),
+        source=", ".join(dict.fromkeys(str(state.identity.get("source_name")) for state in parts.values())),
         rows=max((state.rows for state in parts.values()), default=0),
         usable=len(tokens.usable()) if len(parts) == 2 else None,
         skipped={

@@ -30,6 +30,7 @@ from dalle_cli.sampling.batch_size import DECODED_AT_ONCE, MAX_SAMPLES, free_mem
 from dalle_cli.sampling.draw import sample_images
 from dalle_cli.sampling.request import SampleRequest, shard_folder
 from dalle_cli.stores.checkpoint import Checkpoint, check_belongs
+from dalle_cli.stores.files import owned
 from dalle_cli.stores.samples import STORE, SampleStore, manifest_line, png_name
 from dalle_cli.stores.shards import WHOLE
 from dalle_cli.text.bpe import Tokenizer
@@ -84,16 +85,23 @@ class Sampler:
 
         Raises:
             UserError: a prompt is empty or refused as too long, a given picture cannot be read, the prior was trained
-                without the caption dropout that guidance needs, or the folder holds samples of another request.
+                without the caption dropout that guidance needs, the folder holds samples of another request, or another
+                process is drawing into it.
         """
         text = self._encode(request.prompts)
-        recipe = self.prior_checkpoint.recipe()
         self._require_dropout(request.settings)
         identity, folder = request.identity(self.prior_checkpoint), shard_folder(out, request.shard)
         if request.shard != WHOLE:
             identity["shard"] = str(request.shard)
-        if not request.rows:
-            return
+        if request.rows:
+            with owned(folder):
+                yield from self._draw(request, text, identity, folder)
+
+    def _draw(
+        self, request: SampleRequest, text: tuple[np.ndarray, np.ndarray], identity: dict[str, Any], folder: Path
+    ) -> Iterator[dict[str, Any]]:
+        """Draw the rows that ``folder`` lacks, and yield the lines of all."""
+        recipe = self.prior_checkpoint.recipe()
         store = SampleStore(folder, identity, len(request.rows), recipe.grid)
         row = request.rows.start + store.committed
         yield from _lines(request, folder, request.rows.start, store.log_likelihood())

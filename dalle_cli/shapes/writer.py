@@ -17,6 +17,7 @@ from PIL import Image
 
 from dalle_cli.errors import UserError
 from dalle_cli.progress import progress
+from dalle_cli.stores.files import explain_os_errors, owned
 
 ROWS_PER_SHARD = 1000
 """Number of pictures in a tar."""
@@ -68,6 +69,11 @@ def write_world(world: World, out: Path, n: int, test_n: int, seed: int, size: i
     Raises:
         UserError: a setting is impossible, or the folder is neither new nor empty and does not hold the same world.
     """
+    with explain_os_errors(out), owned(out):
+        return _write_world(world, out, n, test_n, seed, size)
+
+
+def _write_world(world: World, out: Path, n: int, test_n: int, seed: int, size: int) -> WrittenWorld:
     _check(n, test_n, world.multiple, seed, size)
     rows = {"train": n, "seen": test_n, "heldout": test_n}
     about = {"kind": world.kind, "version": world.version, "seed": seed, "size": size, "rows": rows}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from dalle_cli.config.load import dump_recipe, load_recipe
 from dalle_cli.config.schema import Recipe
-from dalle_cli.errors import UserError
+from dalle_cli.errors import Damaged, UserError
 from dalle_cli.stores.files import explain_os_errors, new_directory, sha256_file, write_json
 from dalle_cli.stores.tensor_files import Part, TensorFiles, index_entries, join_entries, part_file, save_tensors
 
@@ -28,6 +29,7 @@ Kind = Literal["dvae", "prior", "clip"]
 Weights = Literal["ema", "raw"]
 Which = Literal["best", "last"]
 """The checkpoint that a run's folder stands for: the one of the best validation, or the newest."""
+_STEP = re.compile("step-[0-9]{8}")
 _NAMES: dict[Weights, str] = {"raw": "model", "ema": "ema"}
 
 
@@ -53,10 +55,14 @@ class Checkpoint:
     """The best validation of its run until it was saved."""
     files: dict[str, str] = field(default_factory=dict)
     """SHA-256 of each file of weights."""
+    others: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of the recipe and of each file of the trainer's state, by the path in the checkpoint."""
     identity: str = ""
     """Identity of the EMA weights, which other stages use: the SHA-256 of their file, or of their files' SHA-256."""
 
     def recipe(self) -> Recipe:
+        if "recipe.yaml" in self.others:
+            self._check([self.path / "recipe.yaml"])
         return load_recipe(self.path / "recipe.yaml")
 
     def tensors(self, weights: Weights = "ema") -> dict[str, torch.Tensor]:
@@ -74,8 +80,8 @@ class Checkpoint:
         return files
 
     def check(self, rank: int, size: int) -> None:
-        """Check this rank's share of the files of weights against the manifest."""
-        self._check([self.path / name for name in sorted(self.files)][rank::size])
+        """Check this rank's share of all files against the manifest."""
+        self._check([self.path / name for name in sorted({**self.files, **self.others})][rank::size])
 
     def trainer(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Return the optimizer's tensors by name, and the rest of the trainer's state."""
@@ -89,9 +95,9 @@ class Checkpoint:
         """Return the trainer's state without the optimizer's tensors."""
         state = self.path / "trainer" / "state.json"
         try:
-            return dict(json.loads(state.read_text()))
+            return dict(json.loads(state.read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
-            raise UserError(f"{state}: missing or damaged ({error}); restore it or use an older checkpoint") from None
+            raise Damaged(f"{state}: missing or damaged ({error}); restore it or use an older checkpoint") from None
 
     def own_state(self, rank: int, size: int) -> dict[str, torch.Tensor] | None:
         """Return the tensors that a rank saved for itself; None if the checkpoint was not saved by ``size`` ranks."""
@@ -100,11 +106,13 @@ class Checkpoint:
         return files.all() if files.whole.is_file() else None
 
     def _check(self, files: Iterable[Path]) -> None:
+        known = {**self.files, **self.others}
         for file in files:
-            if file.is_file() and sha256_file(file) != self.files.get(file.name):
-                raise UserError(
-                    f"{file}: damaged: its sha256 is not the manifest's; restore it or use an older checkpoint"
-                )
+            mend = "restore it or use an older checkpoint"
+            if not file.is_file():
+                raise Damaged(f"{file}: missing; {mend}")
+            if sha256_file(file) != known.get(file.relative_to(self.path).as_posix()):
+                raise Damaged(f"{file}: damaged: its sha256 is not the manifest's; {mend}")
 
 
 @dataclass(frozen=True)
@@ -167,7 +175,8 @@ def save_checkpoint(path: Path, facts: CheckpointFacts, content: CheckpointConte
         (folder / "trainer").mkdir()
         save_tensors(content.optimizer, folder / "trainer" / "optimizer.safetensors")
         write_json(folder / "trainer" / "state.json", dict(content.trainer_state))
-        write_manifest(folder, facts, files)
+        others = ("trainer/optimizer.safetensors", "trainer/state.json")
+        write_manifest(folder, facts, files, {name: sha256_file(folder / name) for name in others})
 
 
 def save_sharded_checkpoint(path: Path, writers: Writers, facts: CheckpointFacts, shards: CheckpointShards) -> None:
@@ -188,9 +197,13 @@ def save_sharded_checkpoint(path: Path, writers: Writers, facts: CheckpointFacts
         return bool(shards.optimizer)
 
     def write() -> dict[str, Any]:
+        entries: dict[str, Any] = {}
+        hashes: dict[str, str] = {}
+        others: dict[str, str] = {}
         if shards.own:
-            save_tensors(shards.own, beside / "trainer" / part_file("own", writers.rank, writers.size))
-        entries, hashes = {}, {}
+            name = f"trainer/{part_file('own', writers.rank, writers.size)}"
+            save_tensors(shards.own, beside / name)
+            others[name] = sha256_file(beside / name)
         if holders[writers.rank]:
             place, count = sum(holders[: writers.rank]), sum(holders)
             named = {_NAMES[which]: parts for which, parts in shards.weights.items()}
@@ -198,9 +211,9 @@ def save_sharded_checkpoint(path: Path, writers: Writers, facts: CheckpointFacts
                 file = beside / part_file(name, place, count)
                 save_tensors({key: part.value for key, part in parts.items()}, file)
                 entries[name] = index_entries(file.name, parts)
-                if file.parent == beside:
-                    hashes[file.name] = sha256_file(file)
-        return {"entries": entries, "hashes": hashes}
+                known = hashes if file.parent == beside else others
+                known[file.relative_to(beside).as_posix()] = sha256_file(file)
+        return {"entries": entries, "hashes": hashes, "others": others}
 
     def finish() -> None:
         if not leads:
@@ -209,7 +222,12 @@ def save_sharded_checkpoint(path: Path, writers: Writers, facts: CheckpointFacts
             index = join_entries([each["entries"][name] for each in written if each["entries"]])
             write_json(beside / f"{name}.index.json", index)
         write_json(beside / "trainer" / "state.json", dict(shards.trainer_state))
-        write_manifest(beside, facts, {name: digest for each in written for name, digest in each["hashes"].items()})
+        files, others = (
+            {name: digest for each in written for name, digest in each[which].items()} for which in ("hashes", "others")
+        )
+        for name in ("trainer/state.json", *(f"{name}.index.json" for name in written[0]["entries"])):
+            others[name] = sha256_file(beside / name)
+        write_manifest(beside, facts, files, others)
         if path.exists():
             shutil.rmtree(path)
         beside.replace(path)
@@ -239,15 +257,22 @@ def _on_all(path: Path, writers: Writers, work: Callable[[], Any]) -> list[Any]:
     return [result for result, _ in found]
 
 
-def write_manifest(folder: Path, facts: CheckpointFacts, files: Mapping[str, str], identity: str | None = None) -> None:
+def write_manifest(
+    folder: Path,
+    facts: CheckpointFacts,
+    files: Mapping[str, str],
+    others: Mapping[str, str],
+    identity: str | None = None,
+) -> None:
     """Write the recipe and the manifest of a checkpoint whose weights are written.
 
-    ``files`` maps each file of weights to its SHA-256; ``identity`` is that of the checkpoint they were exported from.
+    ``files`` maps each file of weights to its SHA-256, ``others`` each further file; ``identity`` is that of the
+    checkpoint they were exported from.
     """
     if identity is None:
         ema = "".join(digest for name, digest in sorted(files.items()) if name.startswith(_NAMES["ema"]))
         identity = ema if len(ema) == 64 else hashlib.sha256(ema.encode()).hexdigest()
-    (folder / "recipe.yaml").write_text(dump_recipe(facts.recipe))
+    (folder / "recipe.yaml").write_text(dump_recipe(facts.recipe), encoding="utf-8")
     manifest = {
         "format": "dalle-checkpoint",
         "version": FORMAT_VERSION,
@@ -257,6 +282,7 @@ def write_manifest(folder: Path, facts: CheckpointFacts, files: Mapping[str, str
         "metrics": dict(facts.metrics),
         "best": None if facts.best is None else asdict(facts.best),
         "files": dict(files),
+        "others": {**others, "recipe.yaml": sha256_file(folder / "recipe.yaml")},
         "identity": identity,
     }
     write_json(folder / "manifest.json", manifest)
@@ -264,7 +290,12 @@ def write_manifest(folder: Path, facts: CheckpointFacts, files: Mapping[str, str
 
 def steps_in(run: Path) -> list[Path]:
     """Return the complete checkpoints in a run's folder, oldest first."""
-    return sorted(p for p in run.glob("step-*") if (p / "manifest.json").is_file())
+    return [folder for folder in _step_folders(run) if (folder / "manifest.json").is_file()]
+
+
+def _step_folders(run: Path) -> list[Path]:
+    """Return the folders with names that training gives them, oldest first; others, and links, are the user's."""
+    return sorted(p for p in run.glob("step-*") if _STEP.fullmatch(p.name) and not p.is_symlink())
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -275,7 +306,7 @@ def step_folder(run: Path, step: int) -> Path:
 def prune(run: Path, keep: int, best: Best | None = None) -> None:
     """Delete all but the newest ``keep`` checkpoints and the best one, and checkpoints left half deleted."""
     wanted = {*steps_in(run)[-keep:], *([] if best is None else [step_folder(run, best.step)])}
-    for old in set(run.glob("step-*")) - wanted:
+    for old in set(_step_folders(run)) - wanted:
         (old / "manifest.json").unlink(missing_ok=True)
         shutil.rmtree(old)
 
@@ -306,7 +337,7 @@ def open_checkpoint(path: Path, kind: Kind | None = None, which: Which = "best")
 def _read_manifest(folder: Path, kind: Kind | None) -> Checkpoint:
     manifest_path = folder / "manifest.json"
     try:
-        manifest = json.loads(manifest_path.read_text())
+        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
         version = manifest["version"]
         found = Checkpoint(
             folder,
@@ -316,10 +347,11 @@ def _read_manifest(folder: Path, kind: Kind | None) -> Checkpoint:
             manifest["metrics"],
             Best(**manifest["best"]) if manifest.get("best") else None,
             manifest["files"],
+            dict(manifest.get("others", {})),
             manifest.get("identity") or manifest["files"]["ema.safetensors"],
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{manifest_path}: damaged or not a checkpoint's manifest ({error!r})") from None
+        raise Damaged(f"{manifest_path}: damaged or not a checkpoint's manifest ({error!r})") from None
     if version > FORMAT_VERSION:
         raise UserError(f"{manifest_path}: format version {version} is newer than this dalle reads; upgrade dalle")
     if kind is not None and found.kind != kind:

@@ -41,10 +41,13 @@ def export_checkpoint(found: Checkpoint, out: Path, largest: int | None = None) 
             hashes[file.name] = sha256_file(file)
             parts = {name: Part(value, 0, tuple(value.shape)) for name, value in tensors.items()}
             entries.append(index_entries(file.name, parts))
+        others = {}
         if len(groups) > 1:
-            write_json(folder / f"{source.name}.index.json", join_entries(entries))
+            index = f"{source.name}.index.json"
+            write_json(folder / index, join_entries(entries))
+            others[index] = sha256_file(folder / index)
         facts = CheckpointFacts(found.kind, found.step, found.recipe(), found.belongs, found.metrics, found.best)
-        write_manifest(folder, facts, hashes, found.identity)
+        write_manifest(folder, facts, hashes, others, found.identity)
     return open_checkpoint(out, found.kind)
 
 

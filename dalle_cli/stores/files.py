@@ -1,4 +1,7 @@
-"""Writing files and folders so that a reader sees the old one or the new one, never half of one; locks."""
+"""Reading and writing files so that a reader sees the old one or the new one, never half of one; locks.
+
+All text is UTF-8, whatever the locale.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,11 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -63,11 +68,40 @@ def read_json(path: Path) -> Any:
         UserError: the file is damaged.
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError as error:
         raise UserError(f"{path}: damaged ({error}); delete it and run the command again") from None
+
+
+def split_lines(text: str) -> list[str]:
+    """Split text at ends of lines alone, since a name or a JSON string may hold other separators, such as U+2028."""
+    return re.split("\r\n|\r|\n", text)
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a journal, without lines that a killed process left incomplete; none without the file."""
+    if not path.is_file():
+        return []
+    found = []
+    for line in split_lines(path.read_text(encoding="utf-8", errors="replace")):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            found.append(value)
+    return found
+
+
+def append_json_line(path: Path, value: Any) -> None:
+    """Append ``value`` to a journal as a line of its own, even if a killed process left the last line incomplete."""
+    with path.open("a+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(end - 1, 0))
+        torn = file.read(1) not in (b"", b"\n")
+        file.write(b"\n" * torn + json.dumps(value, ensure_ascii=False).encode() + b"\n")
 
 
 @contextmanager
@@ -86,6 +120,30 @@ def new_directory(path: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(beside, ignore_errors=True)
             raise
+
+
+@contextmanager
+def owned(path: Path) -> Iterator[None]:
+    """Keep other processes from writing ``path``, a file or folder, by a lock beside it that names this process.
+
+    Raises:
+        UserError: another process is writing it.
+    """
+    place = path.resolve()
+    lock = place.with_name(f".{place.name}.lock")
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(lock, wait=False))
+        except BlockingIOError:
+            raise UserError(f"{path}: is being written by {_owner(lock)}; wait for it, or end it") from None
+        lock.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        yield
+
+
+def _owner(lock: Path) -> str:
+    with suppress(OSError):
+        return lock.read_text(encoding="utf-8") or "another process"
+    return "another process"
 
 
 @contextmanager

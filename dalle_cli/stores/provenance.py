@@ -6,7 +6,6 @@ themselves do not hold the command, so that their bytes do not depend on how the
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dalle_cli import __version__
+from dalle_cli.stores.files import append_json_line, read_json_lines
 
 JOURNAL = "commands.jsonl"
 
@@ -43,8 +43,7 @@ def record_command(made: Path, sha256: str | None = None) -> None:
         if earlier and all(earlier[-1].get(key) == value for key, value in line.items()):
             return
         finished = datetime.now(UTC).isoformat(timespec="seconds")
-        with (folder / JOURNAL).open("a", encoding="utf-8") as journal:
-            journal.write(json.dumps({**line, "finished": finished}, ensure_ascii=False) + "\n")
+        append_json_line(folder / JOURNAL, {**line, "finished": finished})
     except OSError as error:
         print(f"{folder / JOURNAL}: cannot be written ({error.strerror}); {made} is complete", file=sys.stderr)
 
@@ -57,19 +56,11 @@ def commands_of(made: Path) -> list[dict[str, Any]]:
 
 def read_commands(folder: Path) -> list[dict[str, Any]]:
     """Return all lines of a folder's journal except incomplete ones, which a killed command leaves."""
-    lines = []
-    try:
-        texts = (folder / JOURNAL).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    for text in texts:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("artifact"), str) and isinstance(line.get("command"), str):
-            lines.append(line)
-    return lines
+    return [
+        line
+        for line in read_json_lines(folder / JOURNAL)
+        if isinstance(line.get("artifact"), str) and isinstance(line.get("command"), str)
+    ]
 
 
 def journal_folder(made: Path) -> Path:

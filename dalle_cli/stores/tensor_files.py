@@ -150,7 +150,7 @@ class TensorFiles:
         if not file.is_file():
             return None
         try:
-            return dict(json.loads(file.read_text())["tensors"])
+            return dict(json.loads(file.read_text(encoding="utf-8"))["tensors"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file}: damaged ({error!r}); restore it or use an older checkpoint") from None
 

@@ -33,6 +33,8 @@ ZSTD_LEVEL = 1
 """Compression level: the default takes twice the time and makes captions 10% smaller and tokens no smaller."""
 MOST_REASONS = 100
 """Number of reasons of skips that are counted by name in a store's attributes; the report lists every skip."""
+TOLD = ("source_name",)
+"""Facts of a part that are told but may differ, since a source may lie elsewhere or its path be written otherwise."""
 OTHER_REASONS = "other reasons"
 OTHER: dict[Part, Part] = {"text": "image", "image": "text"}
 ARRAYS: dict[Part, tuple[str, ...]] = {
@@ -141,7 +143,7 @@ class PartWriter:
             for name, values in arrays.items():
                 opened[name][(slice(rows.start, rows.stop), *map(slice, values.shape[1:]))] = values
             if skipped:
-                with self._shares.report(self.shard).open("a") as report:
+                with self._shares.report(self.shard).open("a", encoding="utf-8") as report:
                     report.writelines(json.dumps({"key": key, "reason": skipped[key]}) + "\n" for key in skipped)
             with self._common_lock():
                 self._write_keys(keys, rows)
@@ -206,9 +208,16 @@ class PartWriter:
     def _check(self, identity: dict[str, Any], known: dict[str, Any], samples: int) -> None:
         again = "choose another --tokens, or delete the store to begin again"
         for name, value in identity.items():
-            if known.get(name) != value:
+            if name in TOLD or known.get(name) == value:
+                continue
+            if name == "source":
+                made = (
+                    f"was made from {known.get('source_name')} ({samples} samples), and {identity.get('source_name')} "
+                    f"({self.samples} samples) holds other files, by their names and sizes"
+                )
+            else:
                 made = f"was made with {name} {known.get(name)!r}, now {value!r}"
-                raise UserError(f"{self.path}: its {self.part} part {made}; {again}")
+            raise UserError(f"{self.path}: its {self.part} part {made}; {again}")
         if samples != self.samples:
             raise UserError(
                 f"{self.path}: its {self.part} part has {samples} samples, the source now has {self.samples}; {again}"
@@ -250,7 +259,7 @@ class PartWriter:
                 chunks=chunk,
                 shards=shard,
                 dtype="str" if dtype.kind == "O" else dtype,
-                compressors=ZstdCodec(level=ZSTD_LEVEL),
+                compressors=ZstdCodec(level=ZSTD_LEVEL, checksum=True),
             )
 
     def _write_keys(self, keys: list[str], rows: range) -> None:
@@ -347,5 +356,5 @@ def _add_reasons(counts: Mapping[str, int], reasons: Iterable[str]) -> dict[str,
 
 def _reasons(report: Path) -> Iterator[str]:
     if report.is_file():
-        with report.open() as lines:
+        with report.open(encoding="utf-8") as lines:
             yield from (json.loads(line)["reason"] for line in lines)

@@ -19,9 +19,11 @@ the count; once the part is complete, its ``PartState`` is an attribute of the g
 from __future__ import annotations
 
 import math
+import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -31,11 +33,14 @@ import numpy as np
 from dalle_cli.errors import UserError
 from dalle_cli.stores.shards import COMMANDS, WHOLE, Part, Shard, Shares, join_names
 
-FORMAT_VERSION = 2
-"""Version 1 held one caption per picture, with all its BPE-dropout versions in one array that was read whole."""
+FORMAT_VERSION = 3
+"""Version 1 held one caption per picture, with all its BPE-dropout versions in one array that was read whole. Version 2
+had no checksums, and the source's path in place of its identity."""
 ROWS_PER_SHARD = 4096
 ROWS_PER_CHUNK = 256
 CACHED_ROWS = 2**20
+USABLE = ("text_length", "image_ok")
+"""Arrays that are above 0 where a row has captions, and a picture."""
 BY_VERSION = ("text_epochs", "text_epochs_length")
 """Arrays whose second axis is chunked by one, so that an epoch reads its own version only."""
 
@@ -171,12 +176,35 @@ class TokenReader:
                 raise UserError(
                     f"{self.path}: its {part} part stops at row {state.rows}; run dalle {command} {again} to finish it"
                 )
+        for name in ("key", "text", "text_length", "caption", "image", "image_ok"):
+            folder = self.path / name / "c"
+            shards = -(-self._arrays[name].shape[0] // ROWS_PER_SHARD)
+            present = {entry.name for entry in os.scandir(folder)} if folder.is_dir() else set()
+            if missing := [str(shard) for shard in range(shards) if str(shard) not in present]:
+                others = f", as are {len(missing) - 1} others" if len(missing) > 1 else ""
+                raise UserError(
+                    f"{folder / missing[0]}: is missing{others}; copy the store again, or delete it and make it again"
+                )
+
+    def shards(self) -> Iterator[tuple[Path, Callable[[], np.ndarray]]]:
+        """Yield each file that committed rows are in, with a function that reads it; see ``_read_shard``."""
+        for name in self._arrays:
+            for shard in range(-(-len(self) // ROWS_PER_SHARD)):
+                rows = _rows_of(shard)
+                places: list[tuple[slice | int, ...]] = [(rows,)]
+                if name in BY_VERSION:
+                    versions = self._read_shard("text_versions", shard, (rows,))
+                    places = [(rows, version) for version in range(int(np.max(versions, initial=0)))]
+                for at in places:
+                    yield self._shard_file(name, shard, at), partial(self._read_shard, name, shard, at)
 
     def usable(self) -> np.ndarray:
         """Return the rows that hold both a caption and a picture, ascending, int64."""
         n = len(self)
-        ok = (self._arrays["text_length"][:n] > 0) & (self._arrays["image_ok"][:n] > 0)
-        return np.flatnonzero(ok)
+        shards = range(-(-n // ROWS_PER_SHARD))
+        both = ([self._read_shard(name, shard, (_rows_of(shard),)) for shard in shards] for name in USABLE)
+        text_length, image_ok = (np.concatenate(parts)[:n] if parts else np.empty(0, np.int64) for parts in both)
+        return np.flatnonzero((text_length > 0) & (image_ok > 0))
 
     def epoch_text(self, rows: np.ndarray, epochs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the tokens (n, T) and lengths (n,) that training sees at ``rows`` (n,) in ``epochs`` (n,)."""
@@ -211,16 +239,35 @@ class TokenReader:
     def strings(self, name: Literal["key", "caption"], rows: Iterable[int]) -> list[str]:
         return [str(value) for value in self.read(name, np.asarray(list(rows), dtype=np.int64))]
 
+    def _read_shard(self, name: str, shard: int, at: tuple[slice | int, ...]) -> np.ndarray:
+        """Read a shard's file; raise UserError if it is missing, which zarr would take for zeros, or damaged."""
+        array, file = self._arrays[name], self._shard_file(name, shard, at)
+        mend = "copy the store again, or delete it and make it again"
+        if not file.is_file():
+            raise UserError(f"{file}: is missing; {mend}")
+        try:
+            return np.asarray(array[at])
+        except Exception as error:  # zarr and its codecs raise errors of many kinds
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"{file}: is damaged ({reason[:100]}); {mend}") from error
+
+    def _shard_file(self, name: str, shard: int, at: tuple[slice | int, ...]) -> Path:
+        place = [shard, *at[1:], *[0] * (self._arrays[name].ndim - len(at))]
+        return self.path / name / "c" / "/".join(map(str, place))
+
     def _shard(self, name: str, shard: int, version: int | None) -> np.ndarray:
         key = (name, shard, version)
         with self._lock:
             found = self._cache.pop(key, None)
             if found is None:
-                start = shard * ROWS_PER_SHARD
-                at = (slice(start, start + ROWS_PER_SHARD), *(() if version is None else (version,)))
-                found = np.asarray(self._arrays[name][at])
+                at = (_rows_of(shard), *(() if version is None else (version,)))
+                found = self._read_shard(name, shard, at)
                 self.cached_bytes += found.nbytes
             self._cache[key] = found  # moved to the end, so that the first is the least recently used
             while self.cached_bytes > self.cache_limit and len(self._cache) > 1:
                 self.cached_bytes -= self._cache.pop(next(iter(self._cache))).nbytes
         return found
+
+
+def _rows_of(shard: int) -> slice:
+    return slice(shard * ROWS_PER_SHARD, (shard + 1) * ROWS_PER_SHARD)

@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 
 from dalle_cli.config.schema import Filters, Recipe
-from dalle_cli.data.captions import filtered_captions
+from dalle_cli.data.captions import MOST_CAPTIONS, filtered_captions
 from dalle_cli.data.filters import caption_identity
 from dalle_cli.data.prefetch import prefetch
 from dalle_cli.data.source import Source
@@ -22,6 +22,8 @@ from dalle_cli.text.encode import CaptionEncoder, TextRows
 
 SHARDS_AT_ONCE = 4
 """Number of shards written and committed together, since each write has a fixed cost."""
+LEFT_OUT = "captions_left_out"
+"""Name of the count of captions beyond the first MOST_CAPTIONS of their pictures."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Tokenized:
     skipped: int
     captions: int
     overlong: int
+    left_out: int
+    """Number of captions beyond the first MOST_CAPTIONS of their pictures."""
 
 
 def train_tokenizer(recipe: Recipe, source: Source, out: Path) -> Tokenizer:
@@ -66,7 +70,8 @@ def tokenize_source(recipe: Recipe, source: Source, tokenizer: Tokenizer, out: P
             "make them agree"
         )
     identity = {
-        "source": source.name,
+        "source": source.identity,
+        "source_name": source.name,
         "tokenizer": tokenizer.identity,
         "vocab_size": tokenizer.vocab_size,
         "text_length": settings.text_length,
@@ -83,18 +88,18 @@ def tokenize_source(recipe: Recipe, source: Source, tokenizer: Tokenizer, out: P
             blocks = prefetch(_encode(encoder, prefetch(_read(source, todo, recipe.data.filters), 1)), 1)
             with progress("tokenize-text", writer.rows + len(todo), "pictures", writer.rows) as bar:
                 for block, text in blocks:
+                    counts = {**text.counts, **({LEFT_OUT: block.left_out} if block.left_out else {})}
                     reasons = sorted((text.reasons | block.reasons).items())
                     skipped = {block.keys[row]: reason for row, reason in reasons}
-                    writer.append(block.keys, text.arrays, skipped, text.counts)
+                    writer.append(block.keys, text.arrays, skipped, counts)
                     bar.advance(len(block.keys))
         writer.finish()
     made = writer.progress
-    return Tokenized(
-        out, made.rows, sum(made.skipped.values()), made.counts.get("captions", 0), made.counts.get("overlong", 0)
-    )
+    captions, overlong, left_out = (made.counts.get(name, 0) for name in ("captions", "overlong", LEFT_OUT))
+    return Tokenized(out, made.rows, sum(made.skipped.values()), captions, overlong, left_out)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Block:
     """Keys and filtered captions of consecutive samples, and the reason, by index, of each without a caption."""
 
@@ -102,6 +107,7 @@ class _Block:
     keys: list[str]
     captions: list[list[str]]
     reasons: dict[int, str]
+    left_out: int = 0
 
 
 def _read(source: Source, rows: range, filters: Filters) -> Iterator[_Block]:
@@ -112,7 +118,8 @@ def _read(source: Source, rows: range, filters: Filters) -> Iterator[_Block]:
         block = _Block(start, [source.key(row) for row in some], [], {})
         for index, row in enumerate(some):
             captions, reason = filtered_captions(source, row, active)
-            block.captions.append(captions)
+            block.captions.append(captions[:MOST_CAPTIONS])
+            block.left_out += max(0, len(captions) - MOST_CAPTIONS)
             if reason is not None:
                 block.reasons[index] = reason
         yield block

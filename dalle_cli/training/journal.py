@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from dalle_cli.errors import UserError
-from dalle_cli.stores.files import explain_os_errors, write_atomically
+from dalle_cli.stores.files import append_json_line, explain_os_errors, read_json_lines, write_atomically
 
 _NOT_LOGGED = ("step", "seconds")
 """Keys of a JSON line that are not passed to the loggers."""
@@ -60,8 +60,8 @@ class Journal:
     def _write(self, prefix: str, step: int, values: Mapping[str, Any]) -> None:
         if not self.writes:
             return
-        with explain_os_errors(self.lines), self.lines.open("a") as file:
-            file.write(json.dumps(values) + "\n")
+        with explain_os_errors(self.lines):
+            append_json_line(self.lines, values)
         scalars = {
             f"{prefix}/{name.removeprefix('val_')}": value for name, value in values.items() if name not in _NOT_LOGGED
         }
@@ -77,15 +77,9 @@ class Journal:
 
 
 def _lines_until(path: Path, step: int) -> str:
-    """Return the file's lines about updates up to ``step``, without incomplete ones."""
-    lines = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            if json.loads(line)["step"] <= step:
-                lines.append(line + "\n")
-        except (json.JSONDecodeError, KeyError):
-            continue
-    return "".join(lines)
+    """Return the file's lines about updates up to ``step``."""
+    kept = (line for line in read_json_lines(path) if isinstance(line.get("step"), int) and line["step"] <= step)
+    return "".join(f"{json.dumps(line)}\n" for line in kept)
 
 
 class MetricLogger(Protocol):
@@ -142,7 +136,12 @@ class WandbLogger:
             write_atomically(file, secrets.token_hex(4))
         try:
             self._run = wandb.init(
-                project=project, name=name, id=file.read_text(), resume="allow", dir=str(out), config=dict(config)
+                project=project,
+                name=name,
+                id=file.read_text(encoding="utf-8"),
+                resume="allow",
+                dir=str(out),
+                config=dict(config),
             )
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]

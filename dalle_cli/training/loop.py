@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +21,7 @@ from dalle_cli.config.schema import Recipe
 from dalle_cli.distributed.device import explain_out_of_memory, limit_threads
 from dalle_cli.distributed.engine import Engine, Replicated
 from dalle_cli.distributed.group import Group
-from dalle_cli.errors import RESUMABLE, Stopped, UserError
+from dalle_cli.errors import RESUMABLE, Damaged, Stopped, UserError
 from dalle_cli.progress import Progress, log, progress
 from dalle_cli.stores.checkpoint import (
     Best,
@@ -34,7 +35,7 @@ from dalle_cli.stores.checkpoint import (
     step_folder,
     steps_in,
 )
-from dalle_cli.stores.files import explain_os_errors
+from dalle_cli.stores.files import explain_os_errors, owned
 from dalle_cli.training.journal import Journal, MetricLogger, WandbLogger, require_wandb
 from dalle_cli.training.resume import check_resumable
 from dalle_cli.training.schedules import learning_rate
@@ -104,8 +105,9 @@ class Run:
         """Train to the recipe's last update, from the newest checkpoint in ``out`` if there is one.
 
         Raises:
-            UserError: ``out`` holds a run of other settings or inputs; the loss is not finite; the disk or the GPU's
-                memory is full; there are more ranks than samples in a batch; or a rank is lost.
+            UserError: ``out`` holds a run of other settings or inputs, or another process trains in it; the loss is not
+                finite; the disk or the GPU's memory is full; there are more ranks than samples in a batch; or a rank is
+                lost.
             Stopped: a rank received a signal; all ranks stopped after the same update, which was saved.
         """
         require_wandb(self.recipe.monitoring.wandb)
@@ -113,7 +115,7 @@ class Run:
         with explain_os_errors(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
         limit_threads(self.recipe)
-        with explain_out_of_memory(self.out, self.task.less_memory), self.stop:
+        with self._owned(), explain_out_of_memory(self.out, self.task.less_memory), self.stop:
             state = TrainingState(self.engine, self.settings, self.task.decayed(), self.recipe.seed)
             checkpoint = self._resume(state)
             start, validated = (checkpoint.step, dict(checkpoint.metrics)) if checkpoint else (0, {})
@@ -126,6 +128,20 @@ class Run:
         if self.stop.agreed:
             raise Stopped
         return self._result()
+
+    @contextmanager
+    def _owned(self) -> Iterator[None]:
+        """Own the run's folder for all ranks; raise UserError on every rank if another training owns it."""
+        refusal: UserError | None = None
+        with ExitStack() as held:
+            if self.group.leads:
+                try:
+                    held.enter_context(owned(self.out))
+                except UserError as error:
+                    refusal = error
+            if self.group.any(refusal is not None):
+                raise refusal or UserError(f"{self.out}: is being written by another training")
+            yield
 
     def _result(self) -> Checkpoint:
         """Open the newest checkpoint, name the best one, and log what its validations warn of."""
@@ -210,10 +226,7 @@ class Run:
                 totals[name] = totals.get(name, torch.zeros(())) + value.detach() * share
         totals = self.group.sum_scalars(totals)
         if not math.isfinite(float(totals["loss"])):
-            raise UserError(
-                f"{self.out}: the loss is {float(totals['loss'])} at update {step + 1}; "
-                f"lower {task.kind}.learning_rate.peak and start again from the last checkpoint"
-            )
+            raise UserError(f"{self.out}: the loss is {float(totals['loss'])} at update {step + 1}; {self._mend}")
         self.engine.collect_gradients(step)
         totals |= state.update(rate)
         task.after_update()
@@ -238,6 +251,8 @@ class Run:
                     bar.say(f"{self.name}: validation after {step} updates: {text}")
                     validated = {**values, **{f"raw_{name}": value for name, value in raw.items()}}
                     journal.log_validation(step, validated, images)
+        if self.group.any(bool(validated) and not math.isfinite(validated["loss"])):
+            raise UserError(f"{self.out}: the held-out loss is not finite after {step} updates; {self._mend}")
         loss = self.group.broadcast(validated.get("raw_loss", math.nan))
         if not math.isnan(loss):
             state.plateau.observe(loss)
@@ -246,7 +261,17 @@ class Run:
             state.best.observe(step, ema_loss)
         return validated
 
+    @property
+    def _mend(self) -> str:
+        """What to do against numbers that are not finite."""
+        return f"lower {self.task.kind}.learning_rate.peak and begin again, with another --out or without this folder"
+
     def _save(self, state: TrainingState, step: int, metrics: dict[str, float]) -> None:
+        """Save a checkpoint; raise UserError, and save none, if a weight is not finite."""
+        if self.group.any(not all(bool(p.detach().isfinite().all()) for p in self.engine.parameters.values())):
+            raise UserError(
+                f"{self.out}: weights are not finite after {step} updates, so they are not saved; {self._mend}"
+            )
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         best = Best(state.best.step, state.best.loss) if state.best.step else None
         facts = CheckpointFacts(self.task.kind, step, self.recipe, self.task.belongs, finite, best)
@@ -258,10 +283,10 @@ class Run:
             prune(self.out, self.settings.training.keep, facts.best)
 
     def _resume(self, state: TrainingState) -> Checkpoint | None:
-        """Load the newest checkpoint, if any, into ``state`` and return it."""
-        if not steps_in(self.out):
+        """Load the newest whole checkpoint, if any, into ``state`` and return it."""
+        checkpoint = self._newest_whole()
+        if checkpoint is None:
             return None
-        checkpoint = open_checkpoint(self.out, self.task.kind, "last")
         check_resumable(self.out, checkpoint, self.recipe, self.task.belongs)
         updates = self.settings.training.updates
         if checkpoint.step >= updates:
@@ -270,6 +295,28 @@ class Run:
             state.load(checkpoint)
             log(f"{self.out}: resumes from {checkpoint.path.name}")
         return checkpoint
+
+    def _newest_whole(self) -> Checkpoint | None:
+        """Open the newest checkpoint whose files are what was written; say so if newer ones are not.
+
+        Raises:
+            Damaged: there are checkpoints, and none is whole.
+        """
+        damage: Damaged | None = None
+        for folder in reversed(steps_in(self.out)):
+            own: Damaged | None = None
+            try:
+                checkpoint = open_checkpoint(folder, self.task.kind)
+                checkpoint.check(self.group.rank, self.group.size)
+            except Damaged as error:
+                own = error
+            if not self.group.any(own is not None):
+                return checkpoint
+            damage = own or Damaged(f"{folder}: another rank found a damaged file")
+            log(f"{self.name}: {damage}; looking for an older one")
+        if damage is not None:
+            raise damage
+        return None
 
     def _due(self, every: int, done: int) -> bool:
         return done % every == 0 or done == self.settings.training.updates

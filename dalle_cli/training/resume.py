@@ -17,6 +17,8 @@ _BLOCKS: dict[Kind, tuple[str, ...]] = {
     "clip": ("seed", "image_size", "data", "tokenizer", "clip"),
 }
 """Blocks of the recipe that a stage's training depends on."""
+_FREE_DATA = frozenset({"data.train"})
+"""Settings of the data that may change: a source is known by its identity, wherever it lies."""
 _FREE_KEYS = (
     *(
         f"training.{key}"
@@ -45,11 +47,13 @@ def check_resumable(out: Path, checkpoint: Checkpoint, recipe: Recipe, belongs: 
                 "choose another --out, or delete the folder to begin again"
             )
     then, now = checkpoint.recipe().model_dump(), recipe.model_dump()
-    free = {f"{checkpoint.kind}.{key}" for key in _FREE_KEYS}
+    free = {f"{checkpoint.kind}.{key}" for key in _FREE_KEYS} | _FREE_DATA
     logged = {f"{checkpoint.kind}.{key}" for key in _LOGGED_KEYS}
     rate = getattr(recipe, checkpoint.kind).learning_rate
     if rate.schedule != "cosine" or rate.decay_updates:
         free.add(f"{checkpoint.kind}.training.updates")
+    if then["threads"] != now["threads"]:
+        log(f"{out}: resumes with threads = {now['threads']!r}, was {then['threads']!r}, so sums are rounded otherwise")
     for block in _BLOCKS[checkpoint.kind]:
         for name, old, new in _differences(block, then[block], now[block]):
             if name in logged:

@@ -114,9 +114,8 @@ class TrainingState:
         )
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Restore the state of ``checkpoint``, however many ranks saved it."""
+        """Restore the state of ``checkpoint``, which was checked, however many ranks saved it."""
         engine = self.engine
-        checkpoint.check(engine.group.rank, engine.group.size)
         if engine.sharded:
             self._read(checkpoint.files_of("raw"), self.parameters)
         else:

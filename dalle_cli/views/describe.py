@@ -196,7 +196,7 @@ def _describe_tokens(path: Path, group: Any) -> TokenStoreDescription:
             CaptionExample(row, int(length), caption)
             for row, length, caption in zip(rows, lengths, reader.strings("caption", rows), strict=True)
         ]
-    sources = {str(state.identity["source"]) for state in parts.values()}
+    sources = {str(state.identity["source_name"]) for state in parts.values()}
     return TokenStoreDescription(
         path=str(path),
         rows=len(reader) if parts else 0,

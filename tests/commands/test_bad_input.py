@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Call
-from helpers.running import ENVIRONMENT, Chain, Done, run, smallest_recipe, write_recipe
+from helpers.running import DALLE, ENVIRONMENT, Chain, Done, run, smallest_recipe, write_recipe
 from PIL import Image
 
 from dalle_cli.config.schema import Recipe
@@ -26,7 +27,7 @@ from dalle_cli.data.open_source import open_source
 from dalle_cli.data.picture_loader import TrainingPictures
 from dalle_cli.errors import UserError
 from dalle_cli.stores.checkpoint import open_checkpoint
-from dalle_cli.stores.files import sha256_file
+from dalle_cli.stores.files import owned, sha256_file
 from dalle_cli.stores.shards import WHOLE, ShareProgress, Shares
 from dalle_cli.stores.tokens import TokenReader
 
@@ -244,15 +245,15 @@ def test_a_run_whose_newest_checkpoint_is_damaged(by_hand: Chain, spoiled: Path,
     arguments = ("train-prior", by_hand.recipe, "--tokens", by_hand.tokens, "--out", run_folder)
     newest = open_checkpoint(run_folder).path
     truncate(newest / name)
-    more = ("--set", "prior.training.updates=14")
-    refused = call(*arguments, *more).mistake()
-    assert str(newest / name) in refused
-    assert "older checkpoint" in refused
-    shutil.rmtree(newest)  # what the line says: the older one goes on
     done = call(*arguments)
     assert done.code == 0
+    assert f"{newest / name}: damaged: its sha256 is not the manifest's" in done.err
+    assert "looking for an older one" in done.err
     assert "resumes from step-00000008" in done.err
     assert sha256_file(newest / name) == sha256_file(by_hand.prior / newest.name / name)
+    for step in run_folder.glob("step-*"):
+        truncate(step / name)
+    assert "older checkpoint" in call(*arguments, "--set", "prior.training.updates=14").mistake()
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"kind": "prior"}', '{"version": 1, "kind', "\x00\x01", '{"version": 99}'])
@@ -292,9 +293,10 @@ def test_a_pickle_in_place_of_weights_is_never_executed(
     def spring(checkpoint: Path, name: str) -> None:
         (checkpoint / name).write_bytes(trap)
         manifest = json.loads((checkpoint / "manifest.json").read_text())
-        if name in manifest["files"]:  # as one who means it would: with the right sum
-            manifest["files"][name] = sha256_file(checkpoint / name)
-            (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+        for which in ("files", "others"):
+            if name in manifest[which]:  # as one who means it would: with the right sum
+                manifest[which][name] = sha256_file(checkpoint / name)
+        (checkpoint / "manifest.json").write_text(json.dumps(manifest))
 
     prior = open_checkpoint(spoiled / "prior").path
     spring(prior, "ema.safetensors")
@@ -373,7 +375,73 @@ def test_a_source_that_has_changed_its_size(by_hand: Chain, call: Call, tmp_path
     assert call(*command).code == 0
     assert call(*command).code == 0
     write_pairs(data, ["d"])
-    assert "its text part has 3 samples, the source now has 4" in call(*command).mistake()
+    assert f"was made from {data} (3 samples), and {data} (4 samples) holds other files" in call(*command).mistake()
+
+
+def test_files_are_known_by_their_content_wherever_they_lie(
+    by_hand: Chain, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another spelling of the path, or a copy, is the same source; captions replaced in place are another one."""
+    data, recipe = tmp_path / "data", by_hand.recipe
+    write_pairs(data, [f"{number:02d}" for number in range(12)])
+    shutil.copytree(data, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path)
+    store, words, dvae = tmp_path / "tokens.zarr", ("--tokenizer", by_hand.tokenizer), tmp_path / "dvae"
+    for place in ("data", "data/", "./data", data, "copy"):
+        assert call("tokenize-text", recipe, "--data", place, *words, "--tokens", store).code == 0
+        assert call("train-dvae", recipe, "--data", place, "--out", dvae, *SHORT).code == 0
+        assert call("encode-images", recipe, "--data", place, "--dvae", dvae, "--tokens", store).code == 0
+        prior = ("--tokens", store, "--out", tmp_path / "prior", "--set", "prior.training.updates=2")
+        assert call("train-prior", recipe, "--data", place, *prior).code == 0
+    for file in data.glob("*.txt"):
+        file.write_text("a corrected caption, and a longer one")
+    for command in (("tokenize-text", *words), ("encode-images", "--dvae", dvae)):
+        refused = call(command[0], recipe, "--data", data, *command[1:], "--tokens", store).mistake()
+        assert "holds other files, by their names and sizes; choose another --tokens, or delete the store" in refused
+    assert "was begun with the source" in call("train-dvae", recipe, "--data", data, "--out", dvae, *SHORT).mistake()
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "flipped"])
+def test_damaged_shards_of_a_store_are_named(
+    by_hand: Chain, spoiled: Path, call: Call, tmp_path: Path, damage: str
+) -> None:
+    for file in sorted((spoiled / "tokens.zarr").glob("*/c/**/*")):
+        if not file.is_file():
+            continue
+        whole = file.read_bytes()
+        if damage == "missing":
+            file.unlink()
+        elif damage == "cut":
+            file.write_bytes(whole[: len(whole) // 2])
+        else:
+            middle = len(whole) // 3
+            file.write_bytes(whole[:middle] + bytes([whole[middle] ^ 16]) + whole[middle + 1 :])
+        array = file.relative_to(spoiled / "tokens.zarr").parts[0]
+        with pytest.raises(UserError, match=rf"{array}/c/.* is (missing|damaged)"):
+            read_all(spoiled / "tokens.zarr")
+        file.write_bytes(whole)
+    read_all(spoiled / "tokens.zarr")
+
+
+def test_verify_names_every_damaged_file(by_hand: Chain, spoiled: Path, call: Call) -> None:
+    assert "are whole" in call("verify", spoiled).out
+    flip_a_bit(spoiled / "tokens.zarr" / "image" / "c" / "0" / "0" / "0")
+    (spoiled / "tokens.zarr" / "caption" / "c" / "0").unlink()
+    truncate(open_checkpoint(spoiled / "dvae").path / "trainer" / "optimizer.safetensors")
+    done = call("verify", spoiled)
+    assert "3 of" in done.mistake()
+    named = ("image/c/0/0/0 is damaged", "caption/c/0 is missing", "optimizer.safetensors: damaged")
+    assert all(name in done.out.replace(": is", " is") for name in named)
+    assert call("verify", spoiled / "tokens.zarr").code == 2
+    assert call("verify", spoiled / "prior").code == 0
+    assert "is no run, checkpoint or token store" in call("verify", spoiled / "tokenizer").mistake()
+
+
+def read_all(store: Path) -> None:
+    reader = TokenReader(store)
+    reader.require_complete()
+    for _, read in reader.shards():
+        read()
 
 
 def test_a_store_of_another_tokenizer_or_dvae(by_hand: Chain, spoiled: Path, call: Call, tmp_path: Path) -> None:
@@ -626,3 +694,60 @@ def test_a_tar_with_one_broken_member_keeps_the_others(by_hand: Chain, call: Cal
     assert done.code == 0
     assert "leads out of the archive" in done.err
     assert "a caption without an image" in done.err
+
+
+def test_weights_that_are_not_finite_are_never_saved(by_hand: Chain, call: Call, tmp_path: Path) -> None:
+    arguments = ("train-prior", by_hand.recipe, "--tokens", by_hand.tokens, "--out", tmp_path / "prior")
+    exploding = ("--set", "prior.training.updates=1", "--set", "prior.learning_rate.warmup_updates=0")
+    for rate, what in (("1e39", "weights are not finite after 1 updates, so they are not saved"),
+                       ("1e30", "the held-out loss is not finite after 1 updates")):  # fmt: skip
+        unseen = ("--set", "prior.training.validation_samples=1") if rate == "1e30" else ("--set", "data.holdout=0")
+        message = call(*arguments, *exploding, *unseen, "--set", f"prior.learning_rate.peak={rate}").mistake()
+        assert what in message
+        assert not list((tmp_path / "prior").glob("step-*"))
+    # The advice can be followed.
+    assert "lower prior.learning_rate.peak and begin again, with another --out or without this folder" in message
+    shutil.rmtree(tmp_path / "prior")
+    assert call(*arguments, "--set", "prior.learning_rate.peak=1e-3").code == 0
+
+
+def test_all_broken_pictures_of_a_reference_are_named_at_once(by_hand: Chain, call: Call, tmp_path: Path) -> None:
+    for i in range(12):
+        for folder in ("real", "drawn"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            (tmp_path / folder / f"{i:02d}.png").write_bytes(picture(i))
+    for i in (3, 7):
+        (tmp_path / "real" / f"{i:02d}.png").write_bytes(b"<html>403</html>")
+    arguments = ("eval-fid", tmp_path / "drawn", tmp_path / "real", "--clip", by_hand.clip, "--size", 32)
+    message = call(*arguments, "--cache", tmp_path / "cache").mistake()
+    assert "2 of 12 pictures cannot be used" in message
+    assert "03.png" in message
+    assert "07.png" in message
+
+
+def test_a_world_in_place_of_a_file_and_a_closed_stdin_are_one_line() -> None:
+    assert "a file is in the way of a folder" in run("make-shapes", "/dev/null/x", "--n", 10).mistake()
+    closed = subprocess.run(["bash", "-c", f"{DALLE} rerank <&-"], env=ENVIRONMENT, capture_output=True, text=True)
+    assert closed.returncode == 2
+    assert closed.stderr.startswith("dalle: nothing to rerank")
+
+
+@pytest.mark.parametrize("stage", ["train-tokenizer", "tokenize-text", "train-dvae", "encode-images", "train-prior",
+                                   "train-clip", "report"])  # fmt: skip
+def test_every_stage_takes_the_source_as_an_option(stage: str, call: Call) -> None:
+    assert "--data" in call(stage, "--help").out
+
+
+@pytest.mark.parametrize("stage", ["train-prior", "sample", "make-shapes"])
+def test_two_processes_never_write_one_place(by_hand: Chain, call: Call, tmp_path: Path, stage: str) -> None:
+    out = tmp_path / "out"
+    commands: dict[str, tuple[object, ...]] = {
+        "train-prior": ("train-prior", by_hand.recipe, "--tokens", by_hand.tokens, "--out", out),
+        "sample": ("sample", by_hand.prior, "a large red square", "--out", out),
+        "make-shapes": ("make-shapes", out, "--n", 4, "--size", 32),
+    }
+    with owned(out):
+        refused = call(*commands[stage]).mistake()
+    assert f"{out}: is being written by process {os.getpid()} on {socket.gethostname()}; wait for it" in refused
+    assert call(*commands[stage]).code == 0
+    assert not list(tmp_path.glob(".*"))

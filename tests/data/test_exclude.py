@@ -49,3 +49,10 @@ def test_a_wrong_file_of_keys_is_refused(tmp_path: Path) -> None:
         SourceWithExclusions(source, tmp_path / "missing.txt")
     (tmp_path / "empty.jsonl").write_text("")  # no duplicates were found, so none are left out
     assert SourceWithExclusions(source, tmp_path / "empty.jsonl").count == 0
+
+
+def test_keys_with_separators_other_than_line_feeds(tmp_path: Path) -> None:
+    lines, plain = tmp_path / "dup.jsonl", tmp_path / "dup.txt"
+    lines.write_text('{"key": "a\u2028b"}\r\n{"key": "c"}\n', encoding="utf-8-sig")
+    plain.write_text("a\u2028b\r\nc\n", encoding="utf-8")
+    assert read_keys(lines)[0] == read_keys(plain)[0] == {"a\u2028b", "c"}

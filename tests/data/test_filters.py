@@ -249,4 +249,4 @@ def test_stores_and_report_count_by_filter(call: Call, tmp_path: Path) -> None:
         "image part was made with filters"
         in call("encode-images", recipe, "--set", "data.filters.min_side=9").mistake()
     )
-    assert "was made with source" in call("encode-images", recipe, "--set", "data.exclude=null").mistake()
+    assert "holds other files" in call("encode-images", recipe, "--set", "data.exclude=null").mistake()

@@ -47,7 +47,7 @@ def test_refusals_name_the_path_and_what_was_looked_for(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere: no such file or folder \(looked for"):
         open_source(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"empty: no images found \(looked for bmp"):
+    with pytest.raises(UserError, match=r"empty: no images found \(looked for avif, bmp"):
         open_source(tmp_path / "empty")
     (tmp_path / "a.zip").write_bytes(b"PK")
     with pytest.raises(UserError, match=r"a\.zip: not a known kind of source"):

@@ -70,7 +70,7 @@ class SlowSource:
     """A source whose rows take random times, so that workers overtake one another."""
 
     def __init__(self, source: Source) -> None:
-        self.source, self.name = source, source.name
+        self.source, self.name, self.identity = source, source.name, source.identity
 
     def __len__(self) -> int:
         return len(self.source)

@@ -207,25 +207,39 @@ def test_debug_shows_the_traceback(by_hand: Chain) -> None:
         assert "UserError" in done.err
 
 
-def test_ctrl_c_says_how_to_resume(by_hand: Chain, tmp_path: Path) -> None:
+def test_ctrl_c_saves_and_a_second_one_ends_at_once(by_hand: Chain, tmp_path: Path) -> None:
     command = [DALLE, "train-prior", by_hand.recipe, "--tokens", by_hand.tokens, "--out", tmp_path / "prior"]
-    command += ["--set", "prior.training.updates=100000"]
-    process = subprocess.Popen(
-        [*map(str, command)],
-        env=ENVIRONMENT,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A job that was started in the background ignores ctrl-C, and its children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "prior" / "step-00000004").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(2)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in err
-    assert err.splitlines()[-1] == "dalle: stopped; run the same command again to resume"
+    command += ["--set", "prior.training.updates=100000", "--set", "prior.training.save_every=100000"]
+    journal = tmp_path / "prior" / "metrics.jsonl"
+
+    def interrupted(times: int) -> tuple[int, str]:
+        before = journal.stat().st_size if journal.exists() else 0
+        process = subprocess.Popen(
+            [*map(str, command)],
+            env=ENVIRONMENT,
+            stderr=subprocess.PIPE,
+            text=True,
+            # A job that was started in the background ignores ctrl-C, and its children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+        deadline = time.monotonic() + 60
+        while (not journal.exists() or journal.stat().st_size <= before) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        for _ in range(times):
+            process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        assert "Traceback" not in err
+        return process.returncode, err
+
+    code, err = interrupted(1)
+    assert code == 75
+    (saved,) = (tmp_path / "prior").glob("step-*")
+    assert f"stopped by SIGINT: saved {saved}" in err
+    code, err = interrupted(2)
+    if code == 130:  # the second one came before the first was obeyed
+        assert err.splitlines()[-1] == "dalle: stopped; the same command goes on from what it has saved, if anything"
+    else:
+        assert code == 75
 
 
 def test_help_of_every_command_imports_little_and_has_an_example() -> None:

@@ -29,7 +29,7 @@ CORPUS = [" ".join(random.Random(n).choices(WORDS, k=1 + n % 9)) for n in range(
 class Captions:
     """A source of captions; None is a sample that cannot be read."""
 
-    name = format = "captions"
+    name = format = identity = "captions"
     skipped: tuple[()] = ()
 
     def __init__(self, captions: list[list[str] | None]) -> None:

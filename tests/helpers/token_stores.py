@@ -17,11 +17,11 @@ def write_tokens(path: Path, rows: int, text_length: int, vocab_size: int, grid:
     image = np.broadcast_to(text[:, :1, None] % codebook_size, (rows, grid, grid)).astype(np.uint16)
     identity: dict[str, object] = {"tokenizer": "t" * 64, "text_length": text_length, "vocab_size": vocab_size}
     lengths = np.full(rows, text_length, np.uint16)
-    with PartWriter(path, "text", {"source": "s", **identity}, rows) as writer:
+    with PartWriter(path, "text", {"source": "s", "source_name": "s", **identity}, rows) as writer:
         writer.append(keys, {"text": text, "text_length": lengths, "caption": np.array(["x"] * rows, object)}, {})
         writer.finish()
     identity = {"dvae": "d" * 64, "grid": grid, "codebook_size": codebook_size}
-    with PartWriter(path, "image", {"source": "s", **identity}, rows) as writer:
+    with PartWriter(path, "image", {"source": "s", "source_name": "s", **identity}, rows) as writer:
         writer.append(keys, {"image": image, "image_ok": np.ones(rows, np.uint8)}, {})
         writer.finish()
     return path

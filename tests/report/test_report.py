@@ -63,7 +63,7 @@ def test_the_report_of_a_whole_chain(chain: TinyChain, tmp_path: Path) -> None:
     assert "CLIP features" in page.text
     assert "Inception features" in page.text
     assert "never with published FID" in page.text
-    assert page.text.count("✓") == 6
+    assert page.text.count("✓") == 9
     assert "✗" not in page.text
     assert len(page.images) == 2 + 2 + 1 + 6
 
@@ -232,7 +232,7 @@ def test_artifacts_of_another_chain_are_marked(chain: TinyChain, tmp_path: Path)
     manifest.write_text(json.dumps(values))
     report = write_report(load_recipe(chain.recipe_file, [f"run={run}"]), None, [], run)
     prior = next(row for row in report.figures.artifacts if row.artifact == "prior")
-    assert {item.role: item.in_this_run for item in prior.belongs} == {"dvae": False, "tokenizer": True}
+    assert {item.role: item.in_this_run for item in prior.belongs} == {"dvae": False, "tokenizer": True, "source": True}
     assert "✗" in Page(report.html.read_text()).text
 
 

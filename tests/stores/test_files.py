@@ -9,7 +9,14 @@ from unittest import mock
 import pytest
 
 from dalle_cli.errors import UserError
-from dalle_cli.stores.files import locked, new_directory, write_atomically
+from dalle_cli.stores.files import (
+    append_json_line,
+    locked,
+    new_directory,
+    read_json_lines,
+    split_lines,
+    write_atomically,
+)
 
 
 def test_a_directory_is_whole_or_absent(tmp_path: Path) -> None:
@@ -80,3 +87,19 @@ def test_a_file_system_without_locks_is_one_line(tmp_path: Path) -> None:
         locked(tmp_path / "lock"),
     ):
         pass
+
+
+def test_lines_end_at_line_feeds_alone(tmp_path: Path) -> None:
+    assert split_lines("a\u2028b\r\nc\x0bd\re\n") == ["a\u2028b", "c\x0bd", "e", ""]
+
+
+def test_a_torn_line_swallows_no_later_one(tmp_path: Path) -> None:
+    file = tmp_path / "journal.jsonl"
+    assert read_json_lines(file) == []
+    append_json_line(file, {"name": "größe\u2028"})
+    with file.open("ab") as torn:
+        torn.write(b'{"name": "ha')
+    append_json_line(file, {"name": "b"})
+    append_json_line(file, {"name": "c"})
+    assert [line["name"] for line in read_json_lines(file)] == ["größe\u2028", "b", "c"]
+    assert file.read_bytes().count(b"\n") == 4

@@ -34,6 +34,7 @@ from dalle_cli.clip.train import ClipTask
 from dalle_cli.config.load import load_recipe
 from dalle_cli.config.schema import DataSettings, Filters, Recipe, TokenizerSettings
 from dalle_cli.data.batch_order import BatchOrder
+from dalle_cli.data.captions import MOST_CAPTIONS, source_captions
 from dalle_cli.data.open_source import open_source
 from dalle_cli.errors import UserError
 from dalle_cli.prior.train import PriorTask
@@ -137,7 +138,7 @@ def test_a_tokenizer_larger_than_the_recipe_says_is_refused(tmp_path: Path) -> N
 def test_a_store_of_the_first_format_is_refused(tmp_path: Path) -> None:
     tokenize_source(recipe_with(), Captions([["a"]]), tokenizer(), tmp_path / "t")
     group: Any = zarr.open_group(str(tmp_path / "t"), mode="a")
-    assert group.attrs["version"] == 2
+    assert group.attrs["version"] == 3
     group.attrs["version"] = 1
     for opening in (lambda: TokenReader(tmp_path / "t"), lambda: PartWriter(tmp_path / "t", "text", {}, 1)):
         with pytest.raises(UserError, match="format 1; delete it and make it again") as refused:
@@ -301,3 +302,13 @@ def test_the_commands_count_what_they_did(call: Call, tmp_path: Path) -> None:
     assert done.out == f"{store}\n"
     assert f"{store}: share 1/2 of its text part is complete; unfinished: 2/2" in done.err
     assert "--shard 3/2" in call("tokenize-text", recipe, "--shard", "3/2").mistake()
+
+
+def test_captions_beyond_the_hundredth_of_a_picture_are_left_out_and_counted(tmp_path: Path) -> None:
+    """One file of thousands of lines makes no other row larger."""
+    source = Captions([["red circle"], [f"line {i}" for i in range(3000)]])
+    made = tokenize_source(recipe_with(dropout=0.0), source, tokenizer(), tmp_path / "t")
+    assert (made.captions, made.left_out) == (1 + MOST_CAPTIONS, 3000 - MOST_CAPTIONS)
+    group: Any = zarr.open_group(str(tmp_path / "t"), mode="r")
+    assert group["text_epochs"].shape[1] == MOST_CAPTIONS
+    assert len(list(source_captions(source))) == 1 + MOST_CAPTIONS

@@ -29,12 +29,12 @@ def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
     keys = [f"{row:03d}" for row in range(ROWS)]
     text = rng.integers(400, size=(ROWS, TEXT)).astype(np.uint16)
     image = rng.integers(CODES, size=(ROWS, GRID, GRID)).astype(np.uint16)
-    identity = {"source": "s", "tokenizer": "t" * 64, "text_length": TEXT, "vocab_size": 400}
+    identity = {"source": "s", "source_name": "s", "tokenizer": "t" * 64, "text_length": TEXT, "vocab_size": 400}
     with PartWriter(path, "text", identity, ROWS) as writer:
         lengths = np.full(ROWS, TEXT, np.uint16)
         writer.append(keys, {"text": text, "text_length": lengths, "caption": np.array(["x"] * ROWS, object)}, {})
         writer.finish()
-    identity = {"source": "s", "dvae": "d" * 64, "grid": GRID, "codebook_size": CODES}
+    identity = {"source": "s", "source_name": "s", "dvae": "d" * 64, "grid": GRID, "codebook_size": CODES}
     with PartWriter(path, "image", identity, ROWS) as writer:
         writer.append(keys, {"image": image, "image_ok": np.ones(ROWS, np.uint8)}, {})
         writer.finish()

@@ -122,7 +122,7 @@ def test_an_unfinished_store_says_so_and_counts_what_was_skipped(tmp_path: Path)
 
 def describe_new(path: Path, rows: int) -> Description:
     """Describe a new store whose text part has one caption and otherwise skipped rows."""
-    with PartWriter(path, "text", {"source": "s", "tokenizer": "t", "text_length": 4}, 3) as writer:
+    with PartWriter(path, "text", {"source": "s", "source_name": "s", "tokenizer": "t", "text_length": 4}, 3) as writer:
         if rows:
             length = np.array([2] + [0] * (rows - 1), np.uint16)
             arrays = {

@@ -11,6 +11,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from dalle_cli.data.formats.tables import (
     find_caption_columns,
     find_column,
 )
-from dalle_cli.data.index import PackedStrings, group_by_hash, hash_string
+from dalle_cli.data.index import PackedStrings, group_by_hash, hash_members, hash_string
 from dalle_cli.data.source import (
     IMAGE_EXTENSIONS,
     MAX_IMAGE_BYTES,
@@ -42,6 +43,7 @@ from dalle_cli.errors import UserError
 CACHED_BYTES = 512 << 20
 """Size of the row groups that a process keeps in memory. Reading a picture of any other group reads its whole group."""
 
+_FOOTER_BYTES = 1 << 20
 _SPLIT = re.compile(r"(.+?)-[0-9]+(?:-of-[0-9]+)?")
 _SPLIT_NAMES = ("train", "validation", "valid", "val", "dev", "test")
 """Names of files that are splits without a number."""
@@ -89,6 +91,7 @@ class EmbeddedSource:
             why = f"; left out: {self.skipped[0][0]}: {self.skipped[0][1]}" if self.skipped else ""
             raise UserError(f"{name}: holds no pictures{why}")
         self._keys = PackedStrings(self._unique_keys())
+        self.identity = hash_members((file.path.name, file.state[0], _footer_hash(file.path)) for file in self._files)
         self._clear()
 
     def describe(self) -> str:
@@ -211,6 +214,13 @@ def open_embedded(name: str, files: Sequence[Path], wanted: str | None) -> Embed
             f"{name}: has no split {split} (its splits: {names}); name one after a colon, as in FOLDER:test"
         )
     return EmbeddedSource(name, splits[split], split)
+
+
+def _footer_hash(path: Path) -> str:
+    """Return a hash of a file's end, which holds sizes and statistics of all its columns."""
+    with path.open("rb") as file:
+        file.seek(max(0, os.stat(path).st_size - _FOOTER_BYTES))
+        return sha256(file.read()).hexdigest()
 
 
 def _split_of(file: Path) -> str | None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from array import array
+from collections.abc import Iterator
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -10,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from dalle_cli.data.formats.tables import URL, BadRow, Row, Table
-from dalle_cli.data.index import HASH_BYTES, group_by_hash, hash_string
+from dalle_cli.data.index import HASH_BYTES, group_by_hash, hash_members, hash_string
 from dalle_cli.data.source import (
     BadSample,
     clean_captions,
@@ -22,10 +25,13 @@ from dalle_cli.data.source import (
 )
 from dalle_cli.errors import UserError
 from dalle_cli.progress import log
+from dalle_cli.stores.files import sha256_file
 
 _ROWS_BETWEEN_LOG_LINES = 1_000_000  # a few seconds
 _PROBED = 100
 """Number of pictures whose files are looked for when a manifest is opened."""
+_SIZED = 1000
+"""Number of pictures whose sizes are part of the identity."""
 
 
 class ManifestSource:
@@ -67,6 +73,14 @@ class ManifestSource:
             np.frombuffer(keys, np.uint8).reshape(-1, HASH_BYTES)[first_rows].tobytes()
         )
         self._refuse_unreachable(only_urls=urls == len(places))
+        self.identity = hash_members([(sha256_file(table.path), len(self)), *self._probed_sizes()])
+
+    def _probed_sizes(self) -> Iterator[tuple[str, int]]:
+        """Yield the sizes of some pictures, spread over all, since there may be too many on a slow file system."""
+        for i in np.linspace(0, len(self) - 1, min(len(self), _SIZED), dtype=int).tolist():
+            image = normal_path(self._table.image(self._rows(i)[0]))
+            with suppress(OSError):
+                yield image, os.stat(self._root / image).st_size
 
     def describe(self) -> str:
         return describe(self)

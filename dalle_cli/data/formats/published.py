@@ -17,6 +17,7 @@ from dalle_cli.data.formats.tables import BadRow, DelimitedLayout, DelimitedTabl
 from dalle_cli.data.index import PackedStrings
 from dalle_cli.data.source import is_unicode, read_caption_file
 from dalle_cli.errors import UserError
+from dalle_cli.stores.files import split_lines
 
 COCO_CAPTIONS = "captions_*.json"
 CUB_CAPTIONS = ("text_c10", "text")
@@ -186,7 +187,7 @@ class CubTable:
         self.path, self._folder = path, captions
         self._bad: list[BadRow] = []
         images: list[str] = []
-        for i, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines()):
+        for i, line in enumerate(split_lines(path.read_text(encoding="utf-8", errors="replace"))):
             number, _, image = line.strip().partition(" ")
             reason = "is not a number and a path" if not (number.isdigit() and image) else _outside_folder(image)
             if reason is None:

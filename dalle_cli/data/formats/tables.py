@@ -22,7 +22,7 @@ IMAGE_COLUMNS = (
     *("path", "image_path", "img_path", "filepath", "file_path", "file", "file_name", "filename"),
     *("image_file", "image_name", "image", "img", "url", "image_url", "img_url"),
 )
-CAPTION_COLUMNS = ("captions", "caption", "text", "title", "comment")
+CAPTION_COLUMNS = ("captions", "caption", "text", "prompt", "title", "comment")
 KEY_COLUMNS = ("key", "id")
 
 _NUMBERED = re.compile(r"caption_?[0-9]+")

@@ -7,7 +7,6 @@ unpacked.
 from __future__ import annotations
 
 import io
-import json
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -18,24 +17,24 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dalle_cli.data.index import PackedStrings, argsort_strings
+from dalle_cli.data.index import PackedStrings, argsort_strings, hash_members
 from dalle_cli.data.source import (
     IMAGE_EXTENSIONS,
     MAX_CAPTION_BYTES,
     MAX_IMAGE_BYTES,
+    UNREAD_EXTENSIONS,
     BadSample,
-    clean_captions,
     describe,
+    first_captions_of,
     is_unicode,
+    json_captions,
     printable,
     split_extension,
     text_captions,
+    unread_format,
 )
 from dalle_cli.errors import UserError
 from dalle_cli.progress import progress
-
-CAPTION_FIELDS = ("captions", "caption", "text", "name")
-"""Fields of a sample's .json that may hold captions; the first that holds text is used."""
 
 _IMAGE, _TEXT, _JSON = range(3)
 """Roles of a sample's members."""
@@ -104,6 +103,7 @@ class WebDatasetSource:
         self._keys = PackedStrings(keys[i] for i in order)
         self._shard_of = shard_of[order]
         self._spans = np.concatenate(spans)[order]
+        self.identity = hash_members((keys[i], *sizes) for i, sizes in zip(order, self._spans[:, :, 1], strict=True))
 
     def describe(self) -> str:
         shards = f" ({len(self._shards)} shards)" if len(self._shards) > 1 else ""
@@ -116,10 +116,14 @@ class WebDatasetSource:
         return self._keys[i]
 
     def captions(self, i: int) -> list[str]:
-        for role, captions_of in ((_TEXT, text_captions), (_JSON, _json_captions)):
-            if self._spans[i, role, 1] != _NONE:
-                return captions_of(self._read(i, role, "caption", MAX_CAPTION_BYTES))
-        raise BadSample("no caption (no .txt or .json member beside the image)")
+        places = [
+            lambda role=role, captions_of=captions_of: captions_of(self._read(i, role, "caption", MAX_CAPTION_BYTES))
+            for role, captions_of in ((_TEXT, text_captions), (_JSON, json_captions))
+            if self._spans[i, role, 1] != _NONE
+        ]
+        if not places:
+            raise BadSample("no caption (no .txt or .json member beside the image)")
+        return first_captions_of(places)
 
     def image_bytes(self, i: int) -> bytes:
         return self._read(i, _IMAGE, "image", MAX_IMAGE_BYTES)
@@ -165,12 +169,15 @@ def _index(path: Path, prefix: str, label: str, skipped: list[tuple[str, str]]) 
         role = _IMAGE if extension in IMAGE_EXTENSIONS else {"txt": _TEXT, "json": _JSON}.get(extension)
         if (reason := _rejection(header, name, size_on_disk)) is not None:
             skipped.append((prefix + printable(name), reason))
+        elif extension in UNREAD_EXTENSIONS:
+            skipped.append((prefix + name, unread_format(extension)))
         elif role is not None:
             run += key != last
             last = key
             member = _Member(run, role, name[len(key) + 1 :], header.offset_data, header.size)
             groups.setdefault(key, []).append(member)
 
+    _join_names_of_two_extensions(groups, prefix, skipped)
     keys: list[str] = []
     spans = np.full((len(groups), 3, 2), _NONE, np.int64)
     for key, members in groups.items():
@@ -185,6 +192,32 @@ def _index(path: Path, prefix: str, label: str, skipped: list[tuple[str, str]]) 
             spans[len(keys), member.role] = member.offset, member.size
         keys.append(prefix + key)
     return keys, spans[: len(keys)]
+
+
+def _join_names_of_two_extensions(
+    groups: dict[str, list[_Member]], prefix: str, skipped: list[tuple[str, str]]
+) -> None:
+    """Join an image and captions that are alone and share their name up to the first dot, as webdataset's keys do.
+
+    So s0.input.jpg and s0.target.txt are one sample. An image without a caption beside a captioned one, such as
+    s0.mask.png beside s0.jpg and s0.txt, is left out.
+    """
+    by_stem: dict[str, list[str]] = {}
+    for key in groups:
+        folder, slash, name = key.rpartition("/")
+        by_stem.setdefault(folder + slash + name.partition(".")[0], []).append(key)
+    for stem, keys in by_stem.items():
+        if keys == [stem]:
+            continue
+        pictures = [key for key in keys if any(member.role == _IMAGE for member in groups[key])]
+        alone = [key for key in pictures if all(member.role == _IMAGE for member in groups[key])]
+        captions = [key for key in keys if key not in pictures]
+        if len(pictures) == 1 and alone and captions and stem not in groups:
+            groups[stem] = [member for key in (*alone, *captions) for member in groups.pop(key)]
+        elif stem in pictures and stem not in alone:
+            for key in alone:
+                extension = groups.pop(key)[0].extension
+                skipped.append((f"{prefix}{key}.{extension}", f"a further picture of {stem}, without a caption"))
 
 
 class _HeaderFile(io.BufferedReader):
@@ -242,18 +275,3 @@ def _without_duplicates(members: list[_Member]) -> list[_Member]:
         if member.run == members[0].run:
             first.setdefault(member.role, member)
     return list(first.values())
-
-
-def _json_captions(data: bytes) -> list[str]:
-    """Return the captions in the first of CAPTION_FIELDS that holds a string or a list of strings."""
-    try:
-        fields = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise BadSample("the .json is not valid JSON in UTF-8") from error
-    if isinstance(fields, dict):
-        for name in CAPTION_FIELDS:
-            value = fields.get(name)
-            texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
-            if texts:
-                return clean_captions(texts)
-    raise BadSample(f"the .json has no text in any of the fields {', '.join(CAPTION_FIELDS)}")

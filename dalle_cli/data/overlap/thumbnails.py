@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from dalle_cli.data.overlap.hashes import SIDE, Thumbnails, thumbnail
 from dalle_cli.data.source import BadSample, Source
 from dalle_cli.data.workers import map_blocks, split_blocks
 from dalle_cli.progress import progress
-from dalle_cli.stores.files import explain_os_errors
+from dalle_cli.stores.files import explain_os_errors, owned
 
 _BYTES = SIDE * SIDE * 3
 _BLOCK = 64
@@ -42,7 +41,7 @@ class _ThumbnailReader:
 def read_thumbnails(source: Source, folder: Path, *, max_pixels: int, workers: int) -> Thumbnails:
     """Return the source's thumbnails, memory-mapped from a file in ``folder`` to which missing ones are appended.
 
-    The file is named by a hash of the source's path and keys. A picture that changed under the same key goes unnoticed.
+    The file is named by a hash of the source's identity and keys.
 
     Raises:
         UserError: the disk is full, or ``folder`` cannot be written.
@@ -50,7 +49,7 @@ def read_thumbnails(source: Source, folder: Path, *, max_pixels: int, workers: i
     file = folder / f"{_source_hash(source)}.thumbnails"
     with explain_os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with file.open("ab") as out:
+        with owned(file), file.open("ab") as out:
             done = out.tell() // _BYTES  # thumbnails are appended in order, so all whole ones are valid
             out.truncate(done * _BYTES)
             with progress("thumbnails", len(source), "pictures", done) as bar:
@@ -63,7 +62,7 @@ def read_thumbnails(source: Source, folder: Path, *, max_pixels: int, workers: i
 
 
 def _source_hash(source: Source) -> str:
-    digest = hashlib.sha256(f"{_VERSION}\n{os.path.abspath(source.name)}\n".encode())
+    digest = hashlib.sha256(f"{_VERSION}\n{source.identity}\n".encode())
     for row in range(len(source)):
         digest.update(source.key(row).encode() + b"\n")
     return digest.hexdigest()[:32]

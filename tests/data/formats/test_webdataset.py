@@ -286,3 +286,30 @@ def test_a_packed_tar_is_read_back(
         if expected:
             assert source.captions(i) == expected
     assert len(source) == len(rows)
+
+
+def test_names_of_two_extensions_are_one_sample(tmp_path: Path) -> None:
+    path = write_tar(
+        tmp_path / "a.tar", ("x/s0.input.jpg", b"A"), ("x/s0.target.txt", b"an a"), ("s1.input.jpg", b"B"),
+        ("s2.jpg", b"C"), ("s2.mask.png", b"M"), ("s2.txt", b"a c"), ("v.1.jpg", b"D"), ("v.2.jpg", b"E"),
+    )  # fmt: skip
+    source = open_source(path)
+    nothing = "BAD no caption (no .txt or .json member beside the image)"
+    assert contents(source) == {
+        "s1.input": (b"B", nothing), "s2": (b"C", "a c"), "v.1": (b"D", nothing), "v.2": (b"E", nothing),
+        "x/s0": (b"A", "an a"),
+    }  # fmt: skip
+    assert source.skipped == [("s2.mask.png", "a further picture of s2, without a caption")]
+
+
+def test_an_empty_txt_does_not_hide_the_json(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", ("s.jpg", b"A"), ("s.txt", b" \n"), ("s.json", b'{"TEXT": "an a"}'))
+    assert contents(open_source(path)) == {"s": (b"A", "an a")}
+
+
+@pytest.mark.parametrize("name", ["a.tar.gz", "a.tgz", "a.tar.zst"])
+def test_compressed_shards_are_told(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"\x1f\x8b")
+    for source in (tmp_path, tmp_path / name):
+        with pytest.raises(UserError, match=r"compressed.*unpack"):
+            open_source(source)

@@ -156,6 +156,7 @@ class _Unread:
 
     def __init__(self, source: Source) -> None:
         self.source, self.name, self.format, self.skipped = source, source.name, source.format, source.skipped
+        self.identity = source.identity
 
     def __len__(self) -> int:
         return len(self.source)

@@ -1,0 +1,29 @@
+"""``dalle verify``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A run's folder, a checkpoint or a token store.")],
+) -> None:
+    """Read every byte of a run, checkpoint or token store, and name the files that are damaged or missing.
+
+    It prints one line for each damaged file and exits with code 2 if there is any.
+
+    Example: [bold]dalle verify runs/quickstart/prior[/bold]
+    """
+    from dalle_cli.errors import UserError
+    from dalle_cli.stores.verify import verify
+
+    found = verify(path)
+    for message in found.damage:
+        typer.echo(message)
+    if found.damage:
+        total = len(found.checked)
+        raise UserError(f"{path}: {len(found.damage)} of {total} files and checkpoints are damaged or missing")
+    typer.echo(f"{path}: {len(found.checked)} files and checkpoints are whole")
