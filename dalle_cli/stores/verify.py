@@ -16,7 +16,7 @@ from dalle_cli.stores.tokens import TokenReader
 
 @dataclass
 class Verified:
-    """What was read, and a message for each file that is missing or not what was written."""
+    """The names of all that was read, and a message for each file that is missing or not what was written."""
 
     checked: list[str] = field(default_factory=list)
     damage: list[str] = field(default_factory=list)

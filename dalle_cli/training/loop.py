@@ -263,7 +263,7 @@ class Run:
 
     @property
     def _mend(self) -> str:
-        """What to do against numbers that are not finite."""
+        """Advice against numbers that are not finite."""
         return f"lower {self.task.kind}.learning_rate.peak and begin again, with another --out or without this folder"
 
     def _save(self, state: TrainingState, step: int, metrics: dict[str, float]) -> None:

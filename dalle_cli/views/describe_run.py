@@ -15,7 +15,7 @@ from dalle_cli.stores.tokens import TokenReader
 
 @dataclass(frozen=True)
 class StageStatus:
-    """How far a stage of a run is; ``detail`` says it in words, or names the file that the stage made."""
+    """Progress of a stage of a run; ``detail`` says it in words, or names the file that the stage made."""
 
     command: str
     state: Literal["done", "unfinished", "not run"]

@@ -58,7 +58,7 @@ def test_several_splits_without_train_must_be_named(tmp_path: Path) -> None:
 
 
 def test_img2dataset_s_parquet_output(tmp_path: Path) -> None:
-    """Its failed rows have a status and no picture; its shards have numbers for names."""
+    """img2dataset marks failed rows by a status and gives its shards numbers for names."""
     for shard, pictures in enumerate(([b"A", None, b"C"], [None], [b"E"])):
         keys = [f"{shard:05d}{row:04d}" for row in range(len(pictures))]
         table = {
