@@ -68,12 +68,23 @@ class DataSettings(Settings):
     train: str | None = Field(None, description="source of the training pictures: a folder, tars, a manifest, COCO ...")
     holdout: Share = Field(0.0, description="share of the samples that is held out of training")
     crop: bool = Field(True, description="crop pictures at random in training; false: always at the centre")
+    views: Positive = Field(
+        1,
+        description="number of crops of each picture that encode-images encodes for the prior, the first central and "
+        "the others random; each epoch of the prior sees the next one",
+    )
     flip: bool = Field(True, description="mirror pictures at random when the dVAE is trained, never for the prior")
     max_pixels: Positive = Field(100_000_000, description="skip a picture whose header claims more pixels")
     exclude: str | None = Field(
         None, description="file of keys to leave out: the lines of dalle overlap, or plain keys"
     )
     filters: Filters = Filters()
+
+    @model_validator(mode="after")
+    def _views_differ(self) -> DataSettings:
+        if self.views > 1 and not self.crop:
+            raise ValueError(f"views {self.views} are random crops, and crop is false; set crop: true, or views: 1")
+        return self
 
 
 class TokenizerSettings(Settings):

@@ -36,6 +36,19 @@ def load_eval_picture(source: Source, row: int, image_size: int, data: DataSetti
     return eval_crop(_load_filtered(source, row, data), image_size)
 
 
+def load_views(source: Source, row: int, image_size: int, data: DataSettings, seed: int) -> np.ndarray:
+    """Load the picture of sample ``row`` in ``data.views`` crops, (views, image_size, image_size, 3) uint8.
+
+    The first is that of ``load_eval_picture``; the others are random crops that depend on (seed, row, view) alone.
+
+    Raises:
+        BadSample, BadImage: see ``load_eval_picture``.
+    """
+    image = _load_filtered(source, row, data)
+    rngs = [numpy_generator(seed, "view", row, view) for view in range(1, data.views)]
+    return np.stack([eval_crop(image, image_size), *(train_crop(image, image_size, rng) for rng in rngs)])
+
+
 def _load_filtered(source: Source, row: int, data: DataSettings) -> Image.Image:
     image = decode_image(source.image_bytes(row), data.max_pixels)
     if (reason := picture_rejection(image, data.filters)) is not None:
@@ -156,16 +169,16 @@ class PictureBlock:
 
     keys: list[str]
     pictures: Tensor
-    """(n, S, S, 3) uint8, zeros where a sample cannot be used; the memory is reused two blocks later."""
+    """(n, views, S, S, 3) uint8, zeros where a sample cannot be used; the memory is reused two blocks later."""
     reasons: dict[str, str]
     """Why a sample cannot be used, by key."""
 
 
 class _BlockDecoder(Dataset[tuple[list[str], dict[str, str]]]):
-    """Decodes block i into slot i mod slots of ``buffer`` (slots, block, S, S, 3) in shared memory."""
+    """Decodes block i into slot i mod slots of ``buffer`` (slots, block, views, S, S, 3) in shared memory."""
 
-    def __init__(self, source: Source, blocks: list[range], buffer: Tensor, data: DataSettings) -> None:
-        self.source, self.blocks, self.buffer, self.data = source, blocks, buffer, data
+    def __init__(self, source: Source, blocks: list[range], buffer: Tensor, data: DataSettings, seed: int) -> None:
+        self.source, self.blocks, self.buffer, self.data, self.seed = source, blocks, buffer, data, seed
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -177,7 +190,7 @@ class _BlockDecoder(Dataset[tuple[list[str], dict[str, str]]]):
         reasons: dict[str, str] = {}
         for i, row in enumerate(rows):
             try:
-                pictures[i] = load_eval_picture(self.source, row, pictures.shape[1], self.data)
+                pictures[i] = load_views(self.source, row, pictures.shape[2], self.data, self.seed)
             except (BadSample, BadImage) as error:
                 pictures[i] = 0
                 reasons[keys[i]] = str(error)
@@ -185,21 +198,30 @@ class _BlockDecoder(Dataset[tuple[list[str], dict[str, str]]]):
 
 
 def consecutive_pictures(
-    source: Source, rows: range, *, block: int, image_size: int, data: DataSettings, workers: int, pinned: bool = False
+    source: Source,
+    rows: range,
+    *,
+    block: int,
+    image_size: int,
+    data: DataSettings,
+    seed: int,
+    workers: int,
+    pinned: bool = False,
 ) -> Iterator[PictureBlock]:
     """Yield the pictures of ``rows`` in order, in blocks that worker processes prefetch.
 
-    A block has ``block`` samples. Without ``workers``, this process decodes. ``pinned`` puts pictures into page-locked
-    memory, from which a copy to a GPU is asynchronous.
+    A block has ``block`` samples. ``seed`` is that of the random crops, if ``data.views`` asks for any. Without
+    ``workers``, this process decodes. ``pinned`` puts pictures into page-locked memory, from which a copy to a GPU is
+    asynchronous.
     """
     blocks = split_blocks(rows, block)
     # One slot for each prefetched block, the block being yielded, and the two before it that the caller may still use.
     slots = min(PREFETCH * workers + 3, len(blocks))
-    buffer = torch.empty(slots, block, image_size, image_size, 3, dtype=torch.uint8)
+    buffer = torch.empty(slots, block, data.views, image_size, image_size, 3, dtype=torch.uint8)
     if workers:
         buffer.share_memory_()
     loader = DataLoader(
-        _BlockDecoder(source, blocks, buffer, data),
+        _BlockDecoder(source, blocks, buffer, data, seed),
         batch_size=None,
         num_workers=workers,
         prefetch_factor=PREFETCH if workers else None,

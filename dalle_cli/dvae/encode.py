@@ -53,14 +53,16 @@ def images_per_pass(model: DVAE, height: int, width: int) -> int:
 
 
 def encode_blocks(model: DVAE, blocks: Iterable[PictureBlock], eps: float) -> Iterator[tuple[PictureBlock, np.ndarray]]:
-    """Yield each block with its images' tokens, (n, grid, grid) uint16.
+    """Yield each block with its images' tokens, (n, views, grid, grid) uint16.
 
     A block is yielded once the next one is queued, so that a GPU stays busy while this process fetches and writes.
     """
     device = next(model.parameters()).device
     queued: tuple[PictureBlock, Tensor] | None = None
     for block in blocks:
-        tokens = encode_images(model, block.pictures.to(device, non_blocking=True), eps)
+        pictures = block.pictures.to(device, non_blocking=True)
+        # One view after another, so that the first one's tokens do not depend on their number.
+        tokens = torch.stack([encode_images(model, view, eps) for view in pictures.unbind(1)], dim=1)
         if queued is not None:
             yield queued[0], _as_stored(queued[1])
         queued = block, tokens
@@ -98,6 +100,8 @@ def encode_source(
         "grid": trained_by.grid,
         "codebook_size": trained_by.dvae.model.codebook_size,
         "filters": picture_identity(recipe.data.filters),
+        "views": recipe.data.views,
+        **({"seed": recipe.seed} if recipe.data.views > 1 else {}),
     }
     with PartWriter(out, "image", identity, len(source), shard) as writer:
         if todo := writer.todo:
@@ -111,6 +115,7 @@ def encode_source(
                 block=BLOCK,
                 image_size=trained_by.image_size,
                 data=recipe.data,
+                seed=recipe.seed,
                 workers=recipe.dvae.training.workers,
                 pinned=device.type == "cuda",
             )
@@ -132,7 +137,10 @@ def encode_into(writer: PartWriter, model: DVAE, blocks: Iterable[PictureBlock],
             remaining -= len(block.keys)
             if len(keys) == ROWS_PER_SHARD or remaining == 0:
                 ok = np.array([key not in reasons for key in keys], dtype=np.uint8)
-                image = np.concatenate(tokens) * ok[:, None, None]
-                writer.append(keys, {"image": image, "image_ok": ok}, reasons)
+                image = np.concatenate(tokens) * ok[:, None, None, None]
+                arrays = {"image": image[:, 0], "image_ok": ok}
+                if image.shape[1] > 1:
+                    arrays["image_views"] = image[:, 1:]
+                writer.append(keys, arrays, reasons)
                 keys, tokens, reasons = [], [], {}
             bar.advance(len(block.keys))

@@ -77,6 +77,7 @@ def require_same_sizes(recipe: Recipe, reader: TokenReader) -> dict[str, str]:
         ("prior.model.grid", recipe.prior.model.grid, image["grid"]),
         ("dvae.model.codebook_size", recipe.dvae.model.codebook_size, image["codebook_size"]),
         ("tokenizer.text_length", recipe.tokenizer.text_length, text["text_length"]),
+        ("data.views", recipe.data.views, image.get("views", 1)),
     ]
     for name, wanted, found in sizes:
         if wanted != found:
@@ -293,18 +294,19 @@ class TokenBatch:
 def read_tokens(reader: TokenReader, rows: np.ndarray, epochs: np.ndarray | None) -> TokenBatch:
     """Read ``rows`` (B,) of a token store.
 
-    ``epochs`` (B,) is how often each was seen before, which selects its caption and BPE dropout. None reads each first
-    caption without dropout.
+    ``epochs`` (B,) is how often each was seen before, which selects its caption, BPE dropout and view. None reads each
+    first caption without dropout, and the first view.
     """
 
     def tensor(values: np.ndarray) -> Tensor:
         return torch.from_numpy(values.astype(np.int64))
 
-    image = tensor(reader.read("image", rows)).flatten(1)
     if epochs is None:
-        return TokenBatch(tensor(reader.read("text", rows)), tensor(reader.read("text_length", rows)), image)
-    text, length = reader.epoch_text(rows, epochs)
-    return TokenBatch(tensor(text), tensor(length), image)
+        text, length, image = (tensor(reader.read(name, rows)) for name in ("text", "text_length", "image"))
+    else:
+        text, length = map(tensor, reader.epoch_text(rows, epochs))
+        image = tensor(reader.epoch_image(rows, epochs))
+    return TokenBatch(text, length, image.flatten(1))
 
 
 def dropped_captions(seed: int, step: int, indices: np.ndarray, share: float) -> np.ndarray:

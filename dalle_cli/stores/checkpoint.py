@@ -294,8 +294,8 @@ def steps_in(run: Path) -> list[Path]:
 
 
 def _step_folders(run: Path) -> list[Path]:
-    """Return the folders with names that training gives them, oldest first; others, and links, are the user's."""
-    return sorted(p for p in run.glob("step-*") if _STEP.fullmatch(p.name) and not p.is_symlink())
+    """Return the folders with names that training gives them, oldest first; others are the user's."""
+    return sorted(p for p in run.glob("step-*") if _STEP.fullmatch(p.name))
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -306,7 +306,7 @@ def step_folder(run: Path, step: int) -> Path:
 def prune(run: Path, keep: int, best: Best | None = None) -> None:
     """Delete all but the newest ``keep`` checkpoints and the best one, and checkpoints left half deleted."""
     wanted = {*steps_in(run)[-keep:], *([] if best is None else [step_folder(run, best.step)])}
-    for old in set(_step_folders(run)) - wanted:
+    for old in {folder for folder in _step_folders(run) if not folder.is_symlink()} - wanted:
         (old / "manifest.json").unlink(missing_ok=True)
         shutil.rmtree(old)
 

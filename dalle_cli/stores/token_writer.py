@@ -22,6 +22,7 @@ from dalle_cli.stores.shards import COMMANDS, WHOLE, Part, Shard, ShareProgress,
 from dalle_cli.stores.tokens import (
     BY_VERSION,
     FORMAT_VERSION,
+    OFTEN_EMPTY,
     ROWS_PER_CHUNK,
     ROWS_PER_SHARD,
     PartState,
@@ -39,7 +40,7 @@ OTHER_REASONS = "other reasons"
 OTHER: dict[Part, Part] = {"text": "image", "image": "text"}
 ARRAYS: dict[Part, tuple[str, ...]] = {
     "text": ("text", "text_length", "caption", *BY_VERSION, "text_versions", "more_captions"),
-    "image": ("image", "image_ok"),
+    "image": ("image", "image_ok", "image_views"),
 }
 
 
@@ -156,6 +157,8 @@ class PartWriter:
             UserError: a share's list of skipped samples is incomplete.
         """
         if self.complete:
+            # The process that completed the part may have been killed before it deleted them.
+            self._shares.remove(keep=self._shares.file(self.shard, ".lock"))
             return
         if self.todo:
             raise ValueError(f"rows {self.todo.start} to {self.todo.stop} of {self.path} are still to be appended")
@@ -242,7 +245,7 @@ class PartWriter:
         from zarr.codecs import ZstdCodec
 
         # Looking for empty chunks takes as long as writing them, and only the arrays of versions have many.
-        with zarr.config.set({"array.write_empty_chunks": name not in BY_VERSION}), warnings.catch_warnings():
+        with zarr.config.set({"array.write_empty_chunks": name not in OFTEN_EMPTY}), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # zarr warns that its string type has no frozen specification yet
             if name in self.group:
                 array = self.group[name]

@@ -7,7 +7,9 @@ Row i is sample i of the source, in both parts:
   ``text_epochs_length`` (N, E) uint16 and ``text_versions`` (N,) uint16: training at epoch e sees version
   e mod ``text_versions``, or ``text`` where that is 0. ``more_captions`` (N,) string holds JSON lists of the other
   captions, "" for none. These four exist only if they are needed;
-- part ``image``: ``image`` (N, grid, grid) uint16, ``image_ok`` (N,) uint8 (0: skipped);
+- part ``image``: ``image`` (N, grid, grid) uint16, ``image_ok`` (N,) uint8 (0: skipped). With several views a picture
+  also ``image_views`` (N, V - 1, grid, grid) uint16: training at epoch e sees ``image`` where v = e mod V is 0, else
+  number v - 1 of these;
 - ``key`` (N,) string: written by the part that commits a row first, and checked by the other part.
 
 Arrays have all rows from the beginning. Each part is written by one process, or in shares by several at a time, in
@@ -41,7 +43,9 @@ ROWS_PER_CHUNK = 256
 CACHED_ROWS = 2**20
 USABLE = ("text_length", "image_ok")
 """Arrays that are above 0 where a row has captions, and a picture."""
-BY_VERSION = ("text_epochs", "text_epochs_length")
+OFTEN_EMPTY = ("text_epochs", "text_epochs_length")
+"""Arrays of which many shards are zeros, which are not written."""
+BY_VERSION = (*OFTEN_EMPTY, "image_views")
 """Arrays whose second axis is chunked by one, so that an epoch reads its own version only."""
 
 
@@ -192,9 +196,11 @@ class TokenReader:
             for shard in range(-(-len(self) // ROWS_PER_SHARD)):
                 rows = _rows_of(shard)
                 places: list[tuple[slice | int, ...]] = [(rows,)]
-                if name in BY_VERSION:
-                    versions = self._read_shard("text_versions", shard, (rows,))
-                    places = [(rows, version) for version in range(int(np.max(versions, initial=0)))]
+                if name in OFTEN_EMPTY:
+                    versions = int(np.max(self._read_shard("text_versions", shard, (rows,)), initial=0))
+                    places = [(rows, version) for version in range(versions)]
+                elif name in BY_VERSION:
+                    places = [(rows, version) for version in range(self._arrays[name].shape[1])]
                 for at in places:
                     yield self._shard_file(name, shard, at), partial(self._read_shard, name, shard, at)
 
@@ -222,6 +228,16 @@ class TokenReader:
                 text[at] = self.read("text_epochs", rows[at], int(one))
                 length[at] = self.read("text_epochs_length", rows[at], int(one))
         return text, length
+
+    def epoch_image(self, rows: np.ndarray, epochs: np.ndarray) -> np.ndarray:
+        """Return the image tokens (n, grid, grid) that training sees at ``rows`` (n,) in ``epochs`` (n,)."""
+        views = self._arrays["image_views"].shape[1] + 1 if "image_views" in self._arrays else 1
+        image = self.read("image", rows)
+        view = epochs % views
+        for one in np.unique(view[view > 0]):
+            at = np.flatnonzero(view == one)
+            image[at] = self.read("image_views", rows[at], int(one) - 1)
+        return image
 
     def read(self, name: str, rows: np.ndarray, version: int | None = None) -> np.ndarray:
         """Return the values (len(rows), ...) of an array at ``rows``, in any order; ``version`` is for BY_VERSION."""

@@ -17,8 +17,12 @@ _BLOCKS: dict[Kind, tuple[str, ...]] = {
     "clip": ("seed", "image_size", "data", "tokenizer", "clip"),
 }
 """Blocks of the recipe that a stage's training depends on."""
-_FREE_DATA = frozenset({"data.train"})
-"""Settings of the data that may change: a source is known by its identity, wherever it lies."""
+_FREE_DATA: dict[Kind, frozenset[str]] = {
+    "dvae": frozenset({"data.train", "data.views"}),
+    "prior": frozenset({"data.train"}),
+    "clip": frozenset({"data.train", "data.views"}),
+}
+"""Settings of the data that may change, by stage: a source is known by its identity, and views are the prior's."""
 _FREE_KEYS = (
     *(
         f"training.{key}"
@@ -47,7 +51,7 @@ def check_resumable(out: Path, checkpoint: Checkpoint, recipe: Recipe, belongs: 
                 "choose another --out, or delete the folder to begin again"
             )
     then, now = checkpoint.recipe().model_dump(), recipe.model_dump()
-    free = {f"{checkpoint.kind}.{key}" for key in _FREE_KEYS} | _FREE_DATA
+    free = {f"{checkpoint.kind}.{key}" for key in _FREE_KEYS} | _FREE_DATA[checkpoint.kind]
     logged = {f"{checkpoint.kind}.{key}" for key in _LOGGED_KEYS}
     rate = getattr(recipe, checkpoint.kind).learning_rate
     if rate.schedule != "cosine" or rate.decay_updates:

@@ -13,17 +13,21 @@ import numpy as np
 import pytest
 import torch
 from helpers.killed_runs import SHARD, SMALL_SHARDS, files, finish
+from helpers.pictures import noise, write_sample
 from helpers.running import ENVIRONMENT, Chain
 
+from dalle_cli.config.load import load_recipe
 from dalle_cli.config.schema import DataSettings, DvaeModel
-from dalle_cli.data.images import BadImage
+from dalle_cli.data.images import BadImage, decode_image, eval_crop, train_crop
 from dalle_cli.data.open_source import open_source
 from dalle_cli.data.picture_loader import PREFETCH, consecutive_pictures, load_eval_picture
 from dalle_cli.data.source import BadSample, Source
-from dalle_cli.dvae.encode import BLOCK, MAX_ACTIVATIONS, encode_images
+from dalle_cli.dvae.encode import BLOCK, MAX_ACTIVATIONS, encode_images, encode_source
 from dalle_cli.dvae.model import DVAE
 from dalle_cli.dvae.objective import phi
 from dalle_cli.dvae.train import load_dvae
+from dalle_cli.errors import UserError
+from dalle_cli.randomness import numpy_generator
 from dalle_cli.stores.checkpoint import open_checkpoint
 from dalle_cli.stores.tokens import TokenReader
 
@@ -87,7 +91,7 @@ class SlowSource:
 def test_a_block_stays_valid_until_the_next_but_one(shapes: Path, workers: int) -> None:
     source = SlowSource(open_source(str(shapes)))
     rows = range(5, 700)
-    pieces = consecutive_pictures(source, rows, block=16, image_size=32, data=DATA, workers=workers)  # type: ignore[arg-type]
+    pieces = consecutive_pictures(source, rows, block=16, image_size=32, data=DATA, seed=0, workers=workers)  # type: ignore[arg-type]
     before = None
     seen: list[str] = []
     for number, block in enumerate(pieces):
@@ -100,7 +104,7 @@ def test_a_block_stays_valid_until_the_next_but_one(shapes: Path, workers: int) 
                 if key in valid.reasons:
                     assert not picture.any()
                 else:
-                    np.testing.assert_array_equal(picture, load_eval_picture(source, row, 32, DATA))  # type: ignore[arg-type]
+                    np.testing.assert_array_equal(picture[0], load_eval_picture(source, row, 32, DATA))  # type: ignore[arg-type]
         seen += block.keys
         before = block
     assert seen == [source.key(row) for row in rows]
@@ -125,6 +129,37 @@ def test_tokens_are_those_of_a_plain_loop(by_hand: Chain, shapes: Path, tmp_path
     assert sum(TokenReader(store).part("image").skipped.values()) == 3
     assert np.count_nonzero(found["image_ok"][:] == 0) == 3
     assert len((store / "skipped-image.jsonl").read_text().splitlines()) == 3
+
+
+def test_views_are_random_crops_and_each_epoch_sees_the_next(by_hand: Chain, tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    for i in range(5):
+        write_sample(pictures, f"{i}", noise(60, 44, i), f"noise {i}")
+    source, checkpoint = open_source(str(pictures)), open_checkpoint(by_hand.dvae, "dvae")
+    model, eps = load_dvae(checkpoint), checkpoint.recipe().dvae.objective.logit_laplace_eps
+    stores = {}
+    for views in (1, 3):
+        recipe = load_recipe(by_hand.recipe, ["seed=4", f"data.views={views}"])
+        encode_source(recipe, source, checkpoint, tmp_path / f"{views}.zarr")
+        stores[views] = TokenReader(tmp_path / f"{views}.zarr")
+    rows, many = np.arange(5), stores[3]
+    first = stores[1].read("image", rows)
+    np.testing.assert_array_equal(stores[1].epoch_image(rows, np.arange(5)), first)
+    np.testing.assert_array_equal(many.read("image", rows), first)
+    for epoch in range(6):
+        found = many.epoch_image(rows, np.full(5, epoch))
+        for row in rows:
+            image = decode_image(source.image_bytes(int(row)))
+            crop = eval_crop(image, 32)
+            if epoch % 3:
+                crop = train_crop(image, 32, numpy_generator(4, "view", int(row), epoch % 3))
+            expected = encode_images(model, torch.from_numpy(crop)[None], eps)[0].numpy()
+            assert (found[row] == expected).mean() > 0.9  # alone, sums are rounded otherwise
+        assert np.array_equal(found, first) == (epoch % 3 == 0)
+    with pytest.raises(UserError, match="was made with views 3, now 1"):
+        encode_source(load_recipe(by_hand.recipe, ["seed=4"]), source, checkpoint, tmp_path / "3.zarr")
+    with pytest.raises(UserError, match="views 2 are random crops, and crop is false"):
+        load_recipe(by_hand.recipe, ["data.views=2", "data.crop=false"])
 
 
 def test_large_pictures_are_encoded_by_parts(monkeypatch: pytest.MonkeyPatch) -> None:

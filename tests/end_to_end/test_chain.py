@@ -66,8 +66,9 @@ def test_the_chain_stage_by_stage(by_hand: Chain) -> None:
     assert reader.strings("caption", rows) == [source.captions(row)[0] for row in rows]
     dvae, prior, clip = (open_checkpoint(p) for p in (by_hand.dvae, by_hand.prior, by_hand.clip))
     tokenizer = Tokenizer.load(by_hand.tokenizer)
-    assert prior.belongs == {"tokenizer": tokenizer.identity, "dvae": dvae.identity}
-    assert clip.belongs == {"tokenizer": tokenizer.identity}
+    source = open_source(by_hand.train).identity
+    assert prior.belongs == {"tokenizer": tokenizer.identity, "dvae": dvae.identity, "source": source}
+    assert clip.belongs == {"tokenizer": tokenizer.identity, "source": source}
     text, lengths = reader.read("text", rows), reader.read("text_length", rows)
     whole = tokenizer.encode(reader.strings("caption", rows))
     np.testing.assert_array_equal(text, whole.padded(text.shape[1]))
@@ -341,7 +342,7 @@ def test_the_chain_with_pretrained_networks(by_hand: Chain, tmp_path: Path, call
     dvae, clip = (open_checkpoint(tmp_path / "run" / stage, stage) for stage in ("dvae", "clip"))
     assert dvae.metrics["perceptual"] > 0
     assert dvae.metrics["loss"] == pytest.approx(dvae.metrics["recon_nll"] + 2 * dvae.metrics["perceptual"])
-    assert dvae.belongs == {"perceptual": weights_hash(PerceptualDistance(network))}
+    assert dvae.belongs["perceptual"] == weights_hash(PerceptualDistance(network))
     tower, trained = PretrainedFeatures(network).state_dict(), clip.tensors("ema")
     for name, weights in tower.items():
         torch.testing.assert_close(trained[f"visual.features.{name}"], weights, rtol=0, atol=0)

@@ -105,6 +105,17 @@ def make_and_die(store: Path, part: Part, samples: int, shard: Shard, when: int)
         make(store, part, samples, shard)
 
 
+def test_a_job_killed_as_it_completes_the_store_leaves_nothing_behind(tmp_path: Path) -> None:
+    calm, store = tmp_path / "calm.zarr", tmp_path / "tokens.zarr"
+    with small_files():
+        make(calm, "image", 30)
+        make(store, "image", 30, Shard(1, 2))
+        with mock.patch.object(Shares, "remove", side_effect=Killed), pytest.raises(Killed):
+            make(store, "image", 30, Shard(2, 2))
+        make(store, "image", 30, Shard(2, 2))
+    assert files(store) == files(calm)
+
+
 @pytest.mark.parametrize("text_shares", [1, 4])
 def test_jobs_at_the_same_time_make_the_store_of_one_process(tmp_path: Path, text_shares: int) -> None:
     samples, store = 150, tmp_path / "tokens.zarr"

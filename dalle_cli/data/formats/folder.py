@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +109,7 @@ class FolderSource:
             files.append(path)
         if not files:
             raise BadSample(f"no caption (no .{', .'.join(CAPTION_EXTENSIONS)} beside the image)")
-        return first_captions_of(lambda file=file: read_caption_file(self._root / file) for file in files)  # type: ignore[misc]
+        return first_captions_of(partial(read_caption_file, self._root / file) for file in files)
 
     def image_bytes(self, i: int) -> bytes:
         return read_image_file(self._root / f"{self._keys[i]}.{self._kinds[self._kind_of[i]][0]}")

@@ -11,6 +11,7 @@ import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -116,17 +117,17 @@ class WebDatasetSource:
         return self._keys[i]
 
     def captions(self, i: int) -> list[str]:
-        places = [
-            lambda role=role, captions_of=captions_of: captions_of(self._read(i, role, "caption", MAX_CAPTION_BYTES))
-            for role, captions_of in ((_TEXT, text_captions), (_JSON, json_captions))
-            if self._spans[i, role, 1] != _NONE
-        ]
-        if not places:
+        roles = [role for role in (_TEXT, _JSON) if self._spans[i, role, 1] != _NONE]
+        if not roles:
             raise BadSample("no caption (no .txt or .json member beside the image)")
-        return first_captions_of(places)
+        return first_captions_of(partial(self._captions_of, i, role) for role in roles)
 
     def image_bytes(self, i: int) -> bytes:
         return self._read(i, _IMAGE, "image", MAX_IMAGE_BYTES)
+
+    def _captions_of(self, i: int, role: int) -> list[str]:
+        data = self._read(i, role, "caption", MAX_CAPTION_BYTES)
+        return json_captions(data) if role == _JSON else text_captions(data)
 
     def _read(self, i: int, role: int, what: str, limit: int) -> bytes:
         path = self._shards[self._shard_of[i]]
