@@ -114,6 +114,7 @@ def test_distances_of_equal_sets_are_none() -> None:
     assert (same["precision"], other["recall"]) == (1.0, 0.0)
 
 
+@pytest.mark.slow
 def test_a_chain_keeps_to_its_budget(data: DataSet, tmp_path: Path) -> None:
     """Updates follow from the speed of a trial run, and the dVAE's schedules are stretched alike."""
     recipe = smallest_recipe(tmp_path / "unused", data.train)
