@@ -58,7 +58,7 @@ def stages_of(file: Path, recipe: Recipe, changes: Sequence[str], captions: int,
     ``gpus`` is the number of processes that train the dVAE and the prior; None: one.
     """
     places = RunFolders(Path(recipe.run))
-    samples, ranked = places.root / "samples.jsonl", places.root / "ranked.jsonl"
+    samples, ranked = places.sample_lines, places.ranked_lines
     settings = (str(file), *(word for change in changes for word in ("--set", change)))
     ranks = () if gpus is None else ("--gpus", str(gpus))
     return [

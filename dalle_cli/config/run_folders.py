@@ -39,6 +39,16 @@ class RunFolders:
     def samples(self) -> Path:
         return self.root / "samples"
 
+    @property
+    def sample_lines(self) -> Path:
+        """The file of what ``dalle sample`` printed, in a chain of all stages."""
+        return self.root / "samples.jsonl"
+
+    @property
+    def ranked_lines(self) -> Path:
+        """The file of what ``dalle rerank`` printed, in a chain of all stages."""
+        return self.root / "ranked.jsonl"
+
 
 def run_of(artifact: Path) -> RunFolders:
     """Return the run that an artifact belongs to: a stage's folder, a checkpoint in it, or a file below.

@@ -51,8 +51,8 @@ def _stages(places: RunFolders) -> Iterator[StageStatus]:
     yield _part("encode-images", places.tokens, "image")
     yield _trained("train-prior", places.prior)
     yield _trained("train-clip", places.clip)
-    yield _file("sample", places.root / "samples.jsonl")
-    yield _file("rerank", places.root / "ranked.jsonl")
+    yield _file("sample", places.sample_lines)
+    yield _file("rerank", places.ranked_lines)
     yield _file("report", places.root / "report.html")
 
 

@@ -20,7 +20,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dalle_cli.data.formats.parquet import check_captions, check_text, read_strings, read_texts, texts_of_row
+from dalle_cli.data.formats.parquet import (
+    check_captions,
+    check_text,
+    read_strings,
+    read_texts,
+    reading_again,
+    texts_of_row,
+)
 from dalle_cli.data.formats.tables import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
@@ -139,14 +146,9 @@ class EmbeddedSource:
         key = number, group
         if key not in self._groups:
             file = self._files[number]
-            try:
-                if file_state(os.stat(file.path)) != file.state:
-                    raise BadSample(f"{file.path} has changed since it was indexed")
-                with pq.ParquetFile(file.path) as opened:
-                    # One thread: Arrow's pool of threads does not survive the fork of a worker.
-                    table = opened.read_row_group(group, columns=[file.image], use_threads=False)
-            except (pa.ArrowException, OSError) as error:
-                raise BadSample(f"{file.path} cannot be read: {str(error).splitlines()[0]}") from error
+            with reading_again(file.path, file.state), pq.ParquetFile(file.path) as opened:
+                # One thread: Arrow's pool of threads does not survive the fork of a worker.
+                table = opened.read_row_group(group, columns=[file.image], use_threads=False)
             self._groups[key] = _leaf(table.combine_chunks(), file.image)
             while len(self._groups) > 1 and sum(each.nbytes for each in self._groups.values()) > CACHED_BYTES:
                 self._groups.popitem(last=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,22 +65,29 @@ class ParquetTable:
         return {**self.__dict__, "_texts": None}  # workers that read pictures do not need the captions
 
 
+@contextmanager
+def reading_again(path: Path, state: tuple[int, int]) -> Iterator[None]:
+    """Raise BadSample if the file cannot be read inside the block, or its ``file_state`` is no longer ``state``."""
+    try:
+        if file_state(os.stat(path)) != state:
+            raise BadSample(f"{path} has changed since it was indexed")
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise BadSample(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+
+
 def read_texts(path: Path, state: tuple[int, int], columns: list[str]) -> list[Any]:
     """Return each caption column as a chunked array of bytes, since Arrow does not check that strings are UTF-8.
 
     Raises:
         BadSample: the file cannot be read, or its ``file_state`` is no longer ``state``.
     """
-    try:
-        if file_state(os.stat(path)) != state:
-            raise BadSample(f"{path} has changed since it was indexed")
+    with reading_again(path, state):
         table = pq.read_table(path, columns=columns)
         return [
             column.cast(pa.large_list(pa.large_binary()) if _is_list(column.type) else pa.large_binary())
             for column in (table.column(name) for name in columns)
         ]
-    except (pa.ArrowException, OSError) as error:
-        raise BadSample(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
 
 
 def texts_of_row(columns: list[Any], place: int) -> list[str | bytes]:
