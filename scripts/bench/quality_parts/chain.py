@@ -17,7 +17,7 @@ import yaml
 from dalle_cli.config.load import load_recipe
 from quality_parts.datasets import DataSet
 
-SHARES = {"dvae": 0.5, "prior": 0.42, "clip": 0.08}
+SHARES = {"dvae": 0.55, "prior": 0.39, "clip": 0.06}
 """Share of the budget that each trained stage gets."""
 UPDATES_SHARE = 0.85
 """Share of a stage's time that its updates get; the rest is its start, the trial run, validations and checkpoints."""
