@@ -61,9 +61,9 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     data = unpack(options.data, options.source, out.parent / options.data)
     captions = draw_captions(data, options.captions, out)
-    recipe = load_recipe(options.recipe, options.set)
+    changes = [*SETTINGS.get(options.data, []), *options.set]
+    recipe = load_recipe(options.recipe, changes)
     if options.system == "dalle":
-        changes = [*SETTINGS.get(options.data, []), *options.set]
         chain = Chain(options.recipe, data, out, options.seed, changes)
         chain.train(options.minutes)
         settings, seconds, pictures = chain.changes, chain.seconds, draw_pictures(chain, data, captions, options.n)
