@@ -17,6 +17,7 @@ from dalle_cli.commands import (
     export,
     human_study,
     import_dvae,
+    init,
     make_shapes,
     overlap,
     plan,
@@ -48,7 +49,7 @@ app = typer.Typer(
 )
 
 PANELS: dict[str, dict[str, Callable[..., None]]] = {
-    "All stages": {"run": run.command},
+    "All stages": {"init": init.command, "run": run.command},
     "1. Data": {"make-shapes": make_shapes.command, "scan": scan.command, "overlap": overlap.command},
     "2. Text tokens": {"train-tokenizer": train_tokenizer.command, "tokenize-text": tokenize_text.command},
     "3. Image tokens": {

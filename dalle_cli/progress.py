@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -13,6 +16,12 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 SECONDS_BETWEEN_LINES = 10.0
+WINDOW = 60.0
+"""Seconds that the shown rate is a mean over."""
+RECENT = 40
+"""Number of steps whose median time is compared with the fastest such median so far."""
+SLOWER = 2.5
+"""Factor by which steady steps become slower before a warning."""
 _silent = False
 
 
@@ -29,12 +38,20 @@ def log(message: str) -> None:
 
 
 class Progress:
-    """Progress of a job. The rate and the time left ignore work done before this process started."""
+    """Progress of a job. The rate and the time left are those of the last minute.
 
-    def __init__(self, what: str, total: int | None, unit: str, start: int, bar: RichProgress | None) -> None:
-        self.what, self.total, self.unit = what, total, unit
-        self._start = self._done = start
-        self._began = self._last_line = time.monotonic()
+    The steps of a ``steady`` job take equally long, so that it is worth a warning if they no longer do.
+    """
+
+    def __init__(
+        self, what: str, total: int | None, unit: str, start: int, bar: RichProgress | None, steady: bool = False
+    ) -> None:
+        self.what, self.total, self.unit, self.steady = what, total, unit, steady
+        self._done = start
+        self._last_line = self._last_step = time.monotonic()
+        self._marks = deque([(self._last_step, start)])
+        self._steps: list[float] = []
+        self._fastest = math.inf
         self._bar = bar
         self._task: TaskID | None = None
         if bar is not None:
@@ -45,6 +62,7 @@ class Progress:
     def advance(self, count: int = 1, note: str = "") -> None:
         """Count ``count`` more units as done, and show ``note`` behind the count."""
         self._done += count
+        self._mark()
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self._done, rate=f"{self.rate():.1f} {self.unit}/s", note=note)
         elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES or self._done == self.total:
@@ -59,8 +77,32 @@ class Progress:
             log(message)
 
     def rate(self) -> float:
-        """Return units per second since this process started."""
-        return (self._done - self._start) / max(time.monotonic() - self._began, 1e-9)
+        """Return units per second within the last WINDOW, or since this process started if that is shorter."""
+        began, done = self._marks[0]
+        return (self._done - done) / max(time.monotonic() - began, 1e-9)
+
+    def _mark(self) -> None:
+        """Note when a step ended; warn once if steady steps have become much slower."""
+        now = time.monotonic()
+        if now - self._marks[-1][0] >= 1:
+            self._marks.append((now, self._done))
+        while len(self._marks) > 1 and self._marks[1][0] <= now - WINDOW:
+            self._marks.popleft()
+        if not self.steady:
+            return
+        self._steps.append(now - self._last_step)
+        self._last_step = now
+        if len(self._steps) < RECENT:
+            return
+        # A median, because validations and checkpoints lengthen single steps.
+        step, self._steps = statistics.median(self._steps), []
+        self._fastest = min(self._fastest, step)
+        if step > SLOWER * self._fastest:
+            self.steady = False
+            self.say(
+                f"{self.what}: {self.unit} take {step / self._fastest:.1f} times as long as before; if other work uses "
+                "this machine's cores, stop it, or set threads to the number of cores that are free"
+            )
 
     def _line(self, note: str) -> str:
         of = f"/{self.total}" if self.total is not None else ""
@@ -71,10 +113,15 @@ class Progress:
 
 
 @contextmanager
-def progress(what: str, total: int | None, unit: str, start: int = 0) -> Iterator[Progress]:
-    """Show the progress of the job ``what`` while the block runs; ``total`` is None if unknown, ``start`` are done."""
+def progress(
+    what: str, total: int | None, unit: str, start: int = 0, *, steady: bool = False
+) -> Iterator[Progress]:
+    """Show the progress of the job ``what`` while the block runs; ``total`` is None if unknown, ``start`` are done.
+
+    If all its steps take equally long, it is ``steady``, and a warning says when they become slower.
+    """
     if _silent or not sys.stderr.isatty():
-        yield Progress(what, total, unit, start, None)
+        yield Progress(what, total, unit, start, None, steady)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -89,7 +136,7 @@ def progress(what: str, total: int | None, unit: str, start: int = 0) -> Iterato
         TextColumn("[dim]{task.fields[note]}"),
     )
     with RichProgress(*columns, console=Console(stderr=True)) as bar:
-        yield Progress(what, total, unit, start, bar)
+        yield Progress(what, total, unit, start, bar, steady)
 
 
 def _duration(seconds: float) -> str:

@@ -33,6 +33,7 @@ from dalle_cli.errors import UserError
 from dalle_cli.stores.checkpoint import Checkpoint, Kind, open_checkpoint, steps_in
 from dalle_cli.stores.held_out import split_store
 from dalle_cli.stores.tokens import TokenReader
+from dalle_cli.training.ancestor import carry_rows, open_ancestor, shared_text
 from dalle_cli.training.loop import Run
 from dalle_cli.training.throughput import SampleWork, training_flops
 
@@ -132,8 +133,10 @@ class ClipTask:
         return clip_text_ids(text_tensor, length_tensor, self._vocab)
 
 
-def train_clip(recipe: Recipe, source: Source, store: Path, out: Path) -> Checkpoint:
+def train_clip(recipe: Recipe, source: Source, store: Path, out: Path, extend: int | None = None) -> Checkpoint:
     """Train the recipe's CLIP on the source's pictures and the store's captions; ``out`` is the run's folder.
+
+    ``extend`` is the number of updates to add to a finished run; see ``Run``.
 
     Raises:
         UserError: see ``Run.train``; or the store was made from another source, there is more than one rank, or ``out``
@@ -162,8 +165,31 @@ def train_clip(recipe: Recipe, source: Source, store: Path, out: Path) -> Checkp
         load_clip(open_checkpoint(out, "clip", "last"))
     device = choose_device()
     prepare_process(device)
-    task = ClipTask(recipe, source, reader, build_recipe_clip(recipe).to(device), Group(device=device), belongs)
-    return Run(task, recipe, out).train()
+    model = build_recipe_clip(recipe)
+    if (ancestor := open_ancestor(recipe, "clip", out, ("clip.model", "image_size"))) is not None:
+        belongs["init"] = ancestor.identity
+        begin_from(model, ancestor, recipe, text["tokenizer"])
+    task = ClipTask(recipe, source, reader, model.to(device), Group(device=device), belongs)
+    return Run(task, recipe, out, extend=extend).train()
+
+
+def begin_from(model: CLIP, ancestor: Checkpoint, recipe: Recipe, tokenizer: str) -> None:
+    """Load the weights of another CLIP into a new one, whose ``tokenizer`` has this hash.
+
+    Rows of tokens and text positions are carried over as far as both have them, all else as it is.
+    """
+    text, old, new = shared_text(ancestor, recipe, tokenizer), ancestor.tensors("ema"), model.state_dict()
+    end, positions = torch.tensor([0]), torch.arange(text.positions + 1)
+    rows = {
+        "positional_embedding": (positions, positions),
+        "token_embedding.weight": (
+            torch.cat([text.new_ids, recipe.tokenizer.vocab_size + end]),
+            torch.cat([text.old_ids, text.old_vocab + end]),
+        ),
+    }
+    for name, (new_rows, old_rows) in rows.items():
+        old[name] = carry_rows(new[name], new_rows, old[name], old_rows)
+    model.load_state_dict(old)
 
 
 def build_recipe_clip(recipe: Recipe, *, pretrained: bool = True) -> CLIP:

@@ -38,6 +38,10 @@ def command(
         int | None, typer.Option(min=2, help="Largest number of captions (or pictures) per system, drawn by the seed.")
     ] = None,
     size: Annotated[int, typer.Option(min=8, help="Side to which pictures are cropped and resized.")] = 256,
+    fit: Annotated[
+        Literal["crop", "pad", "stretch"],
+        typer.Option(help="How reference pictures that are not square become so; give the recipe's data.fit."),
+    ] = "crop",
     blur: Annotated[str, typer.Option(help="Radii in pixels to blur both sides by: 0,1,2,4,8.")] = "0",
     pool: Annotated[
         str | None, typer.Option(metavar="SIZES", help="Rerank by the scores at these sizes: 1,2,4,...,512.")
@@ -114,7 +118,7 @@ def command(
     from dalle_cli.fid.systems import open_system
 
     systems = [open_system(name, spec, size, wanted, limit, seed) for name, spec in named.items()]
-    real = FilePictures(published.reference, size) if published else open_pictures(reference, size)
+    real = FilePictures(published.reference, size, fit) if published else open_pictures(reference, size, fit)
 
     from dalle_cli.distributed.device import choose_device, prepare_process
     from dalle_cli.fid.comparison import Settings, compare_systems

@@ -31,7 +31,7 @@ class Command(TyperCommand):
         return pieces
 
 
-RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe: a YAML file, or the name of a shipped one.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the recipe; repeatable.")
 ]
@@ -52,6 +52,16 @@ GpusOption = Annotated[
         min=1,
         show_default=False,
         help="Start N processes on this machine, one per GPU, or sharing its cores if it has none. \\[one process]",
+    ),
+]
+ExtendOption = Annotated[
+    int | None,
+    typer.Option(
+        "--extend",
+        metavar="N",
+        min=1,
+        show_default=False,
+        help="Train a finished run for N more updates; the learning rate runs through its schedule once more.",
     ),
 ]
 CheckpointOption = Annotated[

@@ -8,11 +8,16 @@ from typing import Annotated
 import typer
 
 from dalle_cli.commands.options import SetOption
+from dalle_cli.errors import UserError
 
 
 def command(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="Recipe, run, store, checkpoint or tokenizer.")],
+    path: Annotated[
+        Path | None, typer.Argument(metavar="PATH", help="Recipe, run, store, checkpoint or tokenizer.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_yaml: Annotated[bool, typer.Option("--yaml", help="Print every setting of a recipe, resolved.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of recipes, for editors.")] = False,
     set_: SetOption = None,
 ) -> None:
     """Describe a recipe, run, token store, sample store, checkpoint or tokenizer.
@@ -24,6 +29,19 @@ def command(
     """
     import json
     from dataclasses import asdict
+
+    if schema:
+        from dalle_cli.config.schema import Recipe
+
+        typer.echo(json.dumps(Recipe.model_json_schema(), indent=2, ensure_ascii=False))
+        return
+    if path is None:
+        raise UserError("show: name a recipe, run, store, checkpoint or tokenizer, or give --schema")
+    if as_yaml:
+        from dalle_cli.config.load import dump_recipe, load_recipe
+
+        typer.echo(dump_recipe(load_recipe(path, set_ or ())), nl=False)
+        return
 
     from dalle_cli.views.describe import describe
 

@@ -9,6 +9,7 @@ import typer
 
 from dalle_cli.commands.options import (
     DataOption,
+    ExtendOption,
     RecipeArgument,
     SetOption,
     TokensOption,
@@ -25,6 +26,7 @@ def command(
     tokens: TokensOption = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run and its checkpoints. [RUN/clip]")] = None,
     set_: SetOption = None,
+    extend: ExtendOption = None,
     wandb: WandbOption = None,
 ) -> None:
     """Train a small CLIP on the prior's pictures and captions, to rerank samples without a download.
@@ -41,6 +43,6 @@ def command(
     from dalle_cli.clip.train import train_clip
     from dalle_cli.stores.provenance import record_command
 
-    checkpoint = train_clip(settings, source, tokens or places.tokens, out or places.clip)
+    checkpoint = train_clip(settings, source, tokens or places.tokens, out or places.clip, extend)
     record_command(checkpoint.path, checkpoint.identity)
     typer.echo(checkpoint.path)

@@ -9,6 +9,7 @@ import typer
 
 from dalle_cli.commands.options import (
     DataOption,
+    ExtendOption,
     GpusOption,
     RecipeArgument,
     SetOption,
@@ -26,6 +27,7 @@ def command(
     data: DataOption = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run and its checkpoints. [RUN/dvae]")] = None,
     set_: SetOption = None,
+    extend: ExtendOption = None,
     gpus: GpusOption = None,
     wandb: WandbOption = None,
 ) -> None:
@@ -48,7 +50,7 @@ def command(
     from dalle_cli.dvae.train import train_dvae
     from dalle_cli.stores.provenance import record_command
 
-    checkpoint = train_dvae(settings, source, out or folders(settings).dvae)
+    checkpoint = train_dvae(settings, source, out or folders(settings).dvae, extend)
     if leads:
         record_command(checkpoint.path, checkpoint.identity)
         typer.echo(checkpoint.path)

@@ -9,6 +9,7 @@ import typer
 
 from dalle_cli.commands.options import (
     DataOption,
+    ExtendOption,
     GpusOption,
     RecipeArgument,
     SetOption,
@@ -36,6 +37,7 @@ def command(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run and its checkpoints. [RUN/prior]")] = None,
     set_: SetOption = None,
+    extend: ExtendOption = None,
     gpus: GpusOption = None,
     wandb: WandbOption = None,
     dry: Annotated[
@@ -66,7 +68,7 @@ def command(
     from dalle_cli.stores.provenance import record_command
 
     refuse_too_large(settings)
-    checkpoint = train_prior(settings, tokens or places.tokens, out or places.prior, dvae)
+    checkpoint = train_prior(settings, tokens or places.tokens, out or places.prior, dvae, extend)
     if leads:
         record_command(checkpoint.path, checkpoint.identity)
         typer.echo(checkpoint.path)

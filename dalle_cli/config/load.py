@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from dalle_cli.config.schema import Recipe
+from dalle_cli.config.shipped import shipped_recipe, shipped_recipes
 from dalle_cli.errors import UserError
 
 Key = tuple[str, ...]
@@ -37,11 +38,24 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     # A block that is written in part keeps the other defaults of its stage, not the defaults of the block's class.
     values = Recipe().model_dump()
     _merge(values, tree.values)
+    _derive(values, tree)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
         lines = [_explain(item, tree, path) for item in error.errors()]
         raise UserError("\n".join(dict.fromkeys(lines))) from None
+
+
+def _derive(values: dict[str, Any], tree: _Tree) -> None:
+    """Set the sizes that follow from others, where the recipe leaves them out."""
+    try:
+        model, side = values["prior"]["model"], values["dvae"]["model"]["downsampling"]
+        derived = {"d_model": model["heads"] * model["d_head"], "grid": values["image_size"] // side}
+    except (KeyError, TypeError, ZeroDivisionError):
+        return  # a value of a wrong type, which validation explains
+    for name, value in derived.items():
+        if ("prior", "model", name) not in tree.places:
+            model[name] = value
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -58,6 +72,8 @@ def _read(path: Path, seen: tuple[Path, ...]) -> _Tree:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
+        if path.parent == Path() and (shipped := shipped_recipe(path.name)) is not None:
+            return _read(shipped, seen)
         raise UserError(f"{path}: no such recipe{_near_recipes(path)}") from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder; name a recipe, which is a YAML file") from None
@@ -80,7 +96,10 @@ def _read(path: Path, seen: tuple[Path, ...]) -> _Tree:
         return own
     if not isinstance(base, str):
         raise UserError(f"{own.places[('extends',)]}: extends: name one recipe by its path, relative to this file")
-    tree = _read(path.parent / base, (*seen, resolved))
+    place = path.parent / base
+    if not place.exists() and (shipped := shipped_recipe(base)) is not None:
+        place = shipped
+    tree = _read(place, (*seen, resolved))
     _merge(tree.values, own.values)
     tree.places.update(own.places)
     return tree
@@ -169,6 +188,5 @@ def _suggest(location: tuple[Any, ...]) -> str:
 
 
 def _near_recipes(path: Path) -> str:
-    folder = path.parent if path.parent.is_dir() else Path("recipes")
-    names = sorted(str(p) for p in folder.glob("*.yaml")) if folder.is_dir() else []
-    return f"; there are {', '.join(names)}" if names else ""
+    names = sorted(str(p) for p in path.parent.glob("*.yaml"))
+    return f"; there are {', '.join([*names, *shipped_recipes()])}"

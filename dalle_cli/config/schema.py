@@ -68,6 +68,11 @@ class DataSettings(Settings):
     train: str | None = Field(None, description="source of the training pictures: a folder, tars, a manifest, COCO ...")
     holdout: Share = Field(0.0, description="share of the samples that is held out of training")
     crop: bool = Field(True, description="crop pictures at random in training; false: always at the centre")
+    fit: Literal["crop", "pad", "stretch"] = Field(
+        "crop",
+        description="how a picture that is not square becomes so: by cropping, as in the paper, by white bars, or by "
+        "stretching; the last two lose nothing at the sides, and pictures are cropped after them as crop says",
+    )
     views: Positive = Field(
         1,
         description="number of crops of each picture that encode-images encodes for the prior, the first central and "
@@ -119,7 +124,7 @@ class Ramp(Settings):
     start: float
     end: float
     updates: Annotated[int, Field(ge=0)]
-    shape: Literal["linear", "cosine", "exponential"] = "cosine"
+    shape: Literal["linear", "cosine", "exponential"] = Field("cosine", description="curve of the change")
 
     @model_validator(mode="before")
     @classmethod
@@ -175,10 +180,10 @@ class DvaeObjective(Settings):
 class LearningRate(Settings):
     """Linear warm-up to ``peak``; then constant, a cosine down to ``final``, or halved at each plateau of the loss."""
 
-    peak: Annotated[float, Field(gt=0)]
-    warmup_updates: Annotated[int, Field(ge=0)] = 0
-    schedule: Literal["constant", "cosine", "plateau"] = "cosine"
-    final: Annotated[float, Field(ge=0)] = 0.0
+    peak: Annotated[float, Field(gt=0)] = Field(description="learning rate after the warm-up")
+    warmup_updates: Annotated[int, Field(ge=0)] = Field(0, description="number of updates of the linear warm-up")
+    schedule: Literal["constant", "cosine", "plateau"] = Field("cosine", description="what follows the warm-up")
+    final: Annotated[float, Field(ge=0)] = Field(0.0, description="lowest learning rate of cosine and plateau")
     decay_updates: Positive | None = Field(None, description="update at which the cosine ends; null: the last one")
     plateau_validations: Positive = Field(5, description="number of validations without a gain before a halving")
     plateau_threshold: Annotated[float, Field(ge=0)] = Field(
@@ -189,17 +194,17 @@ class LearningRate(Settings):
 class Adam(Settings):
     """AdamW. Weight decay is decoupled and applies to matrices only, not to embeddings, biases or gains."""
 
-    beta1: Share = 0.9
-    beta2: Share = 0.999
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    beta1: Share = Field(0.9, description="decay of the first moment")
+    beta2: Share = Field(0.999, description="decay of the second moment")
+    eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="term added to the root of the second moment")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(1e-4, description="decoupled weight decay")
     clip_norm: Annotated[float, Field(gt=0)] | None = Field(None, description="maximum global norm of the gradient")
 
 
 class Training(Settings):
     """The training loop of a stage."""
 
-    updates: Positive
+    updates: Positive = Field(description="number of updates of the whole run")
     batch_size: Positive = Field(description="number of samples per update, over all ranks")
     micro_batch: Positive | None = Field(None, description="number of samples per forward pass; null: all at once")
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
@@ -238,6 +243,10 @@ class DvaeSettings(Settings):
     """Settings of the dVAE and its training."""
 
     model: DvaeModel = DvaeModel()
+    init: str | None = Field(
+        None,
+        description="checkpoint, or run, whose weights the training begins from; null: they begin at random",
+    )
     objective: DvaeObjective = DvaeObjective()
     learning_rate: LearningRate = LearningRate(peak=1e-4, final=1.25e-6)
     adam: Adam = Adam()
@@ -265,11 +274,13 @@ class DvaeSettings(Settings):
 class PriorModel(Settings):
     """Sizes and attention layout of the sparse transformer (paper, section 2.2 and appendix B.1)."""
 
-    layers: Positive = 64
-    heads: Positive = 62
-    d_head: Positive = 64
-    d_model: Positive = Field(3968, description="heads x d_head")
-    grid: Positive = Field(32, description="number of image tokens along a side: image_size / dvae.model.downsampling")
+    layers: Positive = Field(64, description="number of layers, each an attention and an MLP resblock")
+    heads: Positive = Field(62, description="number of attention heads")
+    d_head: Positive = Field(64, description="width of a head")
+    d_model: Positive = Field(3968, description="heads x d_head, which it is if left out")
+    grid: Positive = Field(
+        32, description="number of image tokens along a side: image_size / dvae.model.downsampling, if left out"
+    )
     layout: str | list[str] = Field(
         "paper",
         description="attention of each layer: 'paper', or kinds such as 'row, column, row, row, ... conv', where "
@@ -337,6 +348,10 @@ class PriorSettings(Settings):
     """Settings of the prior and its training."""
 
     model: PriorModel = PriorModel()
+    init: str | None = Field(
+        None,
+        description="checkpoint, or run, whose weights the training begins from; null: they begin as image_embedding says",
+    )
     objective: PriorObjective = PriorObjective()
     learning_rate: LearningRate = LearningRate(peak=4.5e-4, warmup_updates=5000, schedule="plateau")
     adam: Adam = Adam(beta1=0.9, beta2=0.96, weight_decay=4.5e-2, clip_norm=4.0)
@@ -365,19 +380,19 @@ class PriorSettings(Settings):
 class ClipModel(Settings):
     """Sizes of a small CLIP, a vision and a text transformer built from open_clip's classes."""
 
-    embed_dim: Positive = 256
+    embed_dim: Positive = Field(256, description="width of the features that are compared")
     vision: str | None = Field(
         None,
         description="pretrained network in place of the vision transformer, of which only a projection is trained: "
         "timm's name, or a folder in timm's format; the extra 'pretrained' brings tf_efficientnet_lite0",
     )
     vision_size: Positive = Field(128, description="side to which pictures are resized for the pretrained network")
-    patch_size: Positive = 16
-    vision_width: Positive = 256
-    vision_layers: Positive = 6
-    text_width: Positive = 256
-    text_layers: Positive = 4
-    head_width: Positive = 64
+    patch_size: Positive = Field(16, description="side, in pixels, of the vision transformer's patches")
+    vision_width: Positive = Field(256, description="width of the vision transformer")
+    vision_layers: Positive = Field(6, description="number of its layers")
+    text_width: Positive = Field(256, description="width of the text transformer")
+    text_layers: Positive = Field(4, description="number of its layers")
+    head_width: Positive = Field(64, description="width of an attention head in both transformers")
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ClipModel:
@@ -406,6 +421,10 @@ class ClipSettings(Settings):
     """Settings of the CLIP that reranks, and its training."""
 
     model: ClipModel = ClipModel()
+    init: str | None = Field(
+        None,
+        description="checkpoint, or run, whose weights the training begins from; null: they begin at random",
+    )
     objective: ClipObjective = ClipObjective()
     learning_rate: LearningRate = LearningRate(peak=5e-4, warmup_updates=500)
     adam: Adam = Adam(beta1=0.9, beta2=0.98, eps=1e-6, weight_decay=0.2, clip_norm=1.0)
@@ -455,9 +474,9 @@ class Monitoring(Settings):
 class Recipe(Settings):
     """A whole chain, from captioned pictures to samples."""
 
-    name: str = "dalle"
-    description: str = ""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    name: str = Field("dalle", description="name of the recipe, for reports")
+    description: str = Field("", description="a line about it, for reports")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="seed of everything random in every stage")
     run: str = Field("runs/dalle", description="folder that stages read from and write to by default")
     threads: Positive | None = Field(None, description="number of CPU threads of a stage; null: all cores")
     image_size: Positive = Field(256, description="side, in pixels, of the pictures that the dVAE sees")

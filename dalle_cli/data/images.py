@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,8 @@ from PIL import Image, UnidentifiedImageError, features
 from dalle_cli.data.source import IMAGE_FORMATS, BadSample, read_image_file
 from dalle_cli.errors import UserError
 
+Fit = Literal["crop", "pad", "stretch"]
+"""How a picture that is not square becomes so."""
 MAX_PIXELS = 100_000_000
 """Default number of pixels above which a picture is rejected."""
 
@@ -176,8 +178,25 @@ def train_crop(
     return np.ascontiguousarray(picture)
 
 
-def eval_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
-    """Crop an RGB image to its central square, resized by area: (size, size, 3) uint8."""
+def squared(image: Image.Image, fit: Fit) -> Image.Image:
+    """Return a picture as it is for "crop"; else make it square, by white bars ("pad") or by stretching ("stretch").
+
+    A stretched picture has its shorter side; the longer one is averaged down to it.
+    """
+    if fit == "crop" or image.width == image.height:
+        return image
+    if fit == "stretch":
+        short = min(image.size)
+        return image.resize((short, short), Image.Resampling.BOX)
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), (255, 255, 255))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def eval_crop(image: Image.Image, size: int, fit: Fit = "crop") -> NDArray[np.uint8]:
+    """Crop an RGB image, ``squared`` first, to its central square, resized by area: (size, size, 3) uint8."""
+    image = squared(image, fit)
     short = min(image.size)
     return _resized_square(image, (image.width - short) // 2, (image.height - short) // 2, size)
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from dalle_cli.config.schema import DataSettings
 from dalle_cli.data.batch_order import BatchOrder, Reorder
 from dalle_cli.data.filters import picture_rejection
-from dalle_cli.data.images import BadImage, decode_image, eval_crop, train_crop
+from dalle_cli.data.images import BadImage, decode_image, eval_crop, squared, train_crop
 from dalle_cli.data.source import BadSample, Source
 from dalle_cli.data.workers import ignore_stop_signals, split_blocks
 from dalle_cli.errors import UserError
@@ -53,7 +53,7 @@ def _load_filtered(source: Source, row: int, data: DataSettings) -> Image.Image:
     image = decode_image(source.image_bytes(row), data.max_pixels)
     if (reason := picture_rejection(image, data.filters)) is not None:
         raise BadImage(reason)
-    return image
+    return squared(image, data.fit)
 
 
 class PictureBatch(NamedTuple):

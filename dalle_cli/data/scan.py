@@ -211,6 +211,7 @@ class _BlockScan:
         counts.measure("height", image.height)
         counts.measure("shorter side", min(image.size))
         counts.measure("width / height", image.width / image.height)
+        counts.measure("share cropped away", 1 - min(image.size) / max(image.size))
         for name in failed_picture_filters(image, self.tried):
             counts.drop(name, key, f"{image.width} x {image.height}")
         return image, None

@@ -101,6 +101,7 @@ def encode_source(
         "codebook_size": trained_by.dvae.model.codebook_size,
         "filters": picture_identity(recipe.data.filters),
         "views": recipe.data.views,
+        **({} if recipe.data.fit == "crop" else {"fit": recipe.data.fit}),
         **({"seed": recipe.seed} if recipe.data.views > 1 else {}),
     }
     with PartWriter(out, "image", identity, len(source), shard) as writer:

@@ -103,7 +103,7 @@ def reconstruct_images(
     with progress("reconstruct", len(images), "images") as bar:
         for number, image in enumerate(images):
             try:
-                original = eval_crop(decode_image(image.read(), recipe.data.max_pixels), size)
+                original = eval_crop(decode_image(image.read(), recipe.data.max_pixels), size, recipe.data.fit)
             except (BadSample, BadImage) as error:
                 skipped[image.key] = str(error)
                 bar.say(f"skipped {image.key}: {error}")

@@ -33,6 +33,7 @@ from dalle_cli.pretrained import weights_hash
 from dalle_cli.randomness import torch_generator
 from dalle_cli.stores.checkpoint import Checkpoint, Kind
 from dalle_cli.stores.held_out import split_holdout
+from dalle_cli.training.ancestor import open_ancestor
 from dalle_cli.training.loop import Run
 from dalle_cli.training.schedules import ramp
 from dalle_cli.training.throughput import SampleWork, training_flops
@@ -40,6 +41,10 @@ from dalle_cli.training.throughput import SampleWork, training_flops
 VALIDATION_BATCH = 64
 EXAMPLES = 8
 """Number of held-out images shown in TensorBoard."""
+SAME = tuple(
+    f"dvae.model.{key}" for key in ("n_hid", "n_init", "blocks_per_group", "downsampling", "codebook_size")
+)
+"""Settings in which a dVAE may not differ from the one that it begins from."""
 
 
 @dataclass
@@ -181,21 +186,28 @@ class DvaeTask:
         return torch.from_numpy(np.stack(images)) if images else None
 
 
-def train_dvae(recipe: Recipe, source: Source, out: Path) -> Checkpoint:
+def train_dvae(recipe: Recipe, source: Source, out: Path, extend: int | None = None) -> Checkpoint:
     """Train the recipe's dVAE on ``source`` into the run's folder ``out``, or resume the run that is there.
 
+    ``extend`` is the number of updates to add to a finished run; see ``Run``.
+
     Raises:
-        UserError: no image that was tried can be read; or see ``Run.train``.
+        UserError: no image that was tried can be read; the checkpoint that it begins from does not fit; or see
+            ``Run.train``.
     """
     _refuse_unreadable(source, recipe)
+    ancestor = open_ancestor(recipe, "dvae", out, SAME)
     with join_group() as group:
         model = DVAE(recipe.dvae.model, seed=recipe.seed).to(memory_format=torch.channels_last).to(group.device)
         settings, distance, belongs = recipe.dvae.objective.perceptual, None, {"source": source.identity}
         if settings.weight:
             distance = PerceptualDistance(settings.network).to(group.device)
             belongs["perceptual"] = weights_hash(distance)
+        if ancestor is not None:
+            belongs["init"] = ancestor.identity
+            model.load_state_dict(ancestor.tensors("ema"))
         task = DvaeTask(recipe, source, model, group, belongs, perceptual=distance)
-        return Run(task, recipe, out).train()
+        return Run(task, recipe, out, extend=extend).train()
 
 
 def load_dvae(checkpoint: Checkpoint) -> DVAE:

@@ -272,7 +272,7 @@ def cached_features(
     chunks = []
     for start in range(0, len(pictures), CHUNK):
         rows = range(start, min(start + CHUNK, len(pictures)))
-        file = cache / f"{_key(features, pictures.image_size, blur, digests[rows.start : rows.stop])}.safetensors"
+        file = cache / f"{_key(features, pictures, blur, digests[rows.start : rows.stop])}.safetensors"
         chunk = _read(file, len(rows), features)
         if chunk is None:
             chunk = features.extract(
@@ -286,8 +286,10 @@ def cached_features(
     return Extracted(torch.cat([chunk.vectors for chunk in chunks]), torch.cat(logits) if logits else None)
 
 
-def _key(features: Features, image_size: int, blur: float, digests: Sequence[str]) -> str:
-    what = [CACHE_FORMAT, features.identity, image_size, float(blur), list(digests)]
+def _key(features: Features, pictures: Pictures, blur: float, digests: Sequence[str]) -> str:
+    what = [CACHE_FORMAT, features.identity, pictures.image_size, float(blur), list(digests)]
+    if pictures.fit != "crop":
+        what.append(pictures.fit)
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 

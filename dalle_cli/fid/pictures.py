@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dalle_cli.data.images import BadImage, decode_image, eval_crop, read_header
+from dalle_cli.data.images import BadImage, Fit, decode_image, eval_crop, read_header
 from dalle_cli.data.open_source import is_manifest, open_source
 from dalle_cli.data.sample_lines import read_sample_lines
 from dalle_cli.data.source import IMAGE_EXTENSIONS, BadSample, Source, read_image_file
@@ -25,9 +25,10 @@ TRUNCATE = 4.0
 
 
 class Pictures(Dataset[Tensor]):
-    """Pictures, centre-cropped and resized to ``image_size`` when read; a broken one raises UserError."""
+    """Pictures, made square as ``fit`` says and resized to ``image_size`` when read; a broken one raises UserError."""
 
     image_size: int
+    fit: Fit = "crop"
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -46,7 +47,7 @@ class Pictures(Dataset[Tensor]):
     def picture(self, index: int) -> NDArray[np.uint8]:
         """Return the cropped and resized picture, (image_size, image_size, 3)."""
         try:
-            return eval_crop(decode_image(self.content(index)), self.image_size)
+            return eval_crop(decode_image(self.content(index)), self.image_size, self.fit)
         except BadImage as error:
             raise UserError(f"{self.name(index)}: {error}; remove or replace it") from error
 
@@ -81,9 +82,9 @@ def _describe_broken(broken: list[str], total: int) -> str | None:
 class FilePictures(Pictures):
     """Pictures in image files."""
 
-    def __init__(self, paths: Sequence[Path], image_size: int) -> None:
+    def __init__(self, paths: Sequence[Path], image_size: int, fit: Fit = "crop") -> None:
         self.paths = list(paths)
-        self.image_size = image_size
+        self.image_size, self.fit = image_size, fit
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -101,9 +102,9 @@ class FilePictures(Pictures):
 class SourcePictures(Pictures):
     """The pictures of a captioned source."""
 
-    def __init__(self, source: Source, image_size: int) -> None:
+    def __init__(self, source: Source, image_size: int, fit: Fit = "crop") -> None:
         self.source = source
-        self.image_size = image_size
+        self.image_size, self.fit = image_size, fit
 
     def __len__(self) -> int:
         return len(self.source)
@@ -123,7 +124,7 @@ class PictureSubset(Pictures):
 
     def __init__(self, pictures: Pictures, rows: Sequence[int]) -> None:
         self.pictures, self.rows = pictures, list(rows)
-        self.image_size = pictures.image_size
+        self.image_size, self.fit = pictures.image_size, pictures.fit
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -209,7 +210,7 @@ def survey(pictures: Pictures, advance: Callable[[], None] | None = None) -> Sur
     return Survey(digests, sizes)
 
 
-def open_pictures(spec: str, image_size: int) -> FilePictures | SourcePictures:
+def open_pictures(spec: str, image_size: int, fit: Fit = "crop") -> FilePictures | SourcePictures:
     """Open a folder of pictures, lines of samples, or a captioned source such as tars or COCO's captions.
 
     A folder's pictures are read at any depth, in the order of their paths. A .jsonl file holds lines of ``dalle
@@ -221,11 +222,11 @@ def open_pictures(spec: str, image_size: int) -> FilePictures | SourcePictures:
     folder = Path(spec)
     if folder.suffix == ".jsonl" and folder.is_file() and not is_manifest(folder):
         with folder.open(encoding="utf-8") as lines:
-            return FilePictures([Path(line["png"]) for line in read_sample_lines(lines, spec)], image_size)
+            return FilePictures([Path(line["png"]) for line in read_sample_lines(lines, spec)], image_size, fit)
     if folder.is_dir():
         paths = sorted(
             path for path in folder.rglob("*") if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS and path.is_file()
         )
         if paths:
-            return FilePictures(paths, image_size)
-    return SourcePictures(open_source(spec), image_size)
+            return FilePictures(paths, image_size, fit)
+    return SourcePictures(open_source(spec), image_size, fit)

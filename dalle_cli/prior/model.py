@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -27,6 +27,9 @@ from dalle_cli.stores.checkpoint import Checkpoint
 INIT_STD = 0.02
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+InitialValue = Callable[[str, Tensor], Tensor]
+"""Function that returns the initial value of a parameter, given its name and its random value."""
 
 
 class PriorLoss(NamedTuple):
@@ -119,8 +122,8 @@ class Prior(nn.Module):
         text_vocab: number of BPE tokens; ids from ``text_vocab`` on are padding tokens, one for each text position.
         image_vocab: size of the dVAE's codebook.
         seed: seed of the initial weights. A prior built on the meta device is not initialized.
-        codebook: the dVAE's vectors (image_vocab, n), from which the embeddings and unembeddings of image tokens
-            begin; None: they begin at random, as in the paper.
+        initial: returns a parameter's initial value, given its name and its random value; None: all are random, as
+            in the paper.
     """
 
     def __init__(
@@ -130,7 +133,7 @@ class Prior(nn.Module):
         text_vocab: int,
         image_vocab: int,
         seed: int = 0,
-        codebook: Tensor | None = None,
+        initial: InitialValue | None = None,
     ) -> None:
         super().__init__()
         if text_length < 1:
@@ -138,7 +141,7 @@ class Prior(nn.Module):
         self.model = model
         self.text_length, self.text_vocab, self.image_vocab = text_length, text_vocab, image_vocab
         self.image_length = model.grid**2
-        self._codebook = codebook
+        self._initial = initial
         d = model.d_model
         self.text_embedding = nn.Parameter(torch.empty(text_vocab + text_length, d))
         self.text_position = nn.Parameter(torch.empty(text_length, d))
@@ -170,19 +173,18 @@ class Prior(nn.Module):
         """Yield each parameter's name and initial value (float32), which depends on (seed, name) alone.
 
         Biases are 0 and gains 1. Others are normal with std 0.02, or 0.02 / sqrt(resblocks) for resblocks' output
-        matrices. With a codebook, the embeddings and unembeddings of image tokens are its ``projected_codebook``.
+        matrices. ``initial`` may replace any of them.
         """
         for name, parameter in self.named_parameters():
-            if self._codebook is not None and name in ("image_embedding", "image_head.weight"):
-                yield name, projected_codebook(self._codebook, self.model.d_model, seed)
-            elif name.endswith("bias"):
-                yield name, torch.zeros(parameter.shape)
+            if name.endswith("bias"):
+                value = torch.zeros(parameter.shape)
             elif name.endswith("norm.weight"):
-                yield name, torch.ones(parameter.shape)
+                value = torch.ones(parameter.shape)
             else:
                 residual_output = name.startswith("resblocks.") and name.endswith("out.weight")
                 std = INIT_STD / math.sqrt(len(self.resblocks)) if residual_output else INIT_STD
-                yield name, _normal(parameter.shape, std, seed, name)
+                value = normal_values(parameter.shape, std, seed, name)
+            yield name, value if self._initial is None else self._initial(name, value)
 
     def cast_resblocks(self, dtype: torch.dtype) -> Prior:
         """Cast only the matrices of the resblocks to ``dtype``."""
@@ -275,17 +277,7 @@ class Prior(nn.Module):
         return log_probabilities.gather(-1, image[..., None])[..., 0].sum(-1)
 
 
-def projected_codebook(codebook: Tensor, d_model: int, seed: int) -> Tensor:
-    """Return embeddings (K, d_model) that are about as similar to each other as the vectors of ``codebook`` (K, n).
-
-    They are the vectors around their mean, under a random projection that depends on ``seed``, with std 0.02.
-    """
-    centred = codebook.float() - codebook.float().mean(dim=0)
-    projected = centred @ _normal(torch.Size((codebook.shape[1], d_model)), 1.0, seed, "codebook")
-    return projected * (INIT_STD / projected.std())
-
-
-def _normal(shape: torch.Size, std: float, seed: int, name: str) -> Tensor:
+def normal_values(shape: torch.Size, std: float, seed: int, name: str) -> Tensor:
     """Draw normal values on the CPU, which depend on (seed, name) alone."""
     digest = hashlib.sha256(f"{seed}/prior/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
@@ -304,18 +296,15 @@ class LossModule(nn.Module):
         return self.prior.loss(text, length, image, text_count)
 
 
-def build_prior(recipe: Recipe, codebook: Tensor | None = None) -> Prior:
-    """Build the recipe's prior with its initial weights, or without storage under ``torch.device("meta")``.
-
-    ``codebook`` (K, n) holds the dVAE's vectors if the embeddings of image tokens begin from them.
-    """
+def build_prior(recipe: Recipe, initial: InitialValue | None = None) -> Prior:
+    """Build the recipe's prior with its initial weights, or without storage under ``torch.device("meta")``."""
     return Prior(
         recipe.prior.model,
         text_length=recipe.tokenizer.text_length,
         text_vocab=recipe.tokenizer.vocab_size,
         image_vocab=recipe.dvae.model.codebook_size,
         seed=recipe.seed,
-        codebook=codebook,
+        initial=initial,
     )
 
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dalle_cli.config.run_folders import RunFolders
 from dalle_cli.config.schema import PowerSgd, Recipe, Sharding
 from dalle_cli.data.batch_order import WINDOW, BatchOrder
 from dalle_cli.data.prefetch import prefetch
@@ -22,10 +21,20 @@ from dalle_cli.distributed.group import ALONE, Group, join_group
 from dalle_cli.errors import UserError
 from dalle_cli.precision.gradient_scaling import GradientScales, GradientScaling, ScaledBlock
 from dalle_cli.prior.counts import count_flops, count_parameters
-from dalle_cli.prior.model import DTYPES, LossModule, Precision, Prior, PriorLoss, Resblock, build_prior
+from dalle_cli.prior.initial import initial_values
+from dalle_cli.prior.model import (
+    DTYPES,
+    InitialValue,
+    LossModule,
+    Precision,
+    Prior,
+    PriorLoss,
+    Resblock,
+    build_prior,
+)
 from dalle_cli.progress import log
 from dalle_cli.randomness import SPLITMIX_STEP, splitmix64, stream_seed
-from dalle_cli.stores.checkpoint import Checkpoint, Kind, Which, open_checkpoint
+from dalle_cli.stores.checkpoint import Checkpoint, Kind
 from dalle_cli.stores.held_out import VALIDATION_BATCH, split_store
 from dalle_cli.stores.tokens import TokenReader
 from dalle_cli.training.loop import Run
@@ -40,11 +49,13 @@ PREFETCHED_BATCHES = 8
 """Number of batches that a thread reads while the model works on earlier ones."""
 
 
-def train_prior(recipe: Recipe, store: Path, out: Path, dvae: Path | None = None) -> Checkpoint:
+def train_prior(
+    recipe: Recipe, store: Path, out: Path, dvae: Path | None = None, extend: int | None = None
+) -> Checkpoint:
     """Train the recipe's prior on a token store, or resume the run in ``out``; return the last update's checkpoint.
 
     ``dvae`` is the dVAE that encoded the store, or its run; None: the dVAE of the recipe's run. It is read only for
-    ``prior.image_embedding: codebook``.
+    ``prior.image_embedding: codebook``. ``extend`` is the number of updates to add to a finished run; see ``Run``.
 
     Raises:
         UserError: the store is unfinished or was made for other sizes than the recipe's or by another dVAE, or the
@@ -54,20 +65,18 @@ def train_prior(recipe: Recipe, store: Path, out: Path, dvae: Path | None = None
     reader.require_complete()
     belongs = require_same_sizes(recipe, reader)
     stage = recipe.prior
-    codebook = None
-    if stage.image_embedding == "codebook":
-        codebook = read_codebook(dvae or RunFolders(Path(recipe.run)).dvae, belongs["dvae"], store)
+    initial = initial_values(recipe, belongs, out, store, dvae)
     with join_group() as group, fast_matmul():
         refuse_unsupported(stage.sharding, stage.powersgd, group)
         if stage.sharding.zero and group.size > 1:
-            sharded, prior = shard_prior(recipe, group, codebook)
+            sharded, prior = shard_prior(recipe, group, initial)
             task = PriorTask(recipe, reader, prior, group, belongs, forward=sharded.loss)
-            return Run(task, recipe, out, sharded).train()
-        prior = build_prior(recipe, codebook)
+            return Run(task, recipe, out, sharded, extend).train()
+        prior = build_prior(recipe, initial)
         scaling = set_precision(prior, stage.precision, group.size)
         prior.to(group.device)
         task = PriorTask(recipe, reader, prior, group, belongs)
-        return Run(task, recipe, out, Replicated(prior, group, scaling)).train()
+        return Run(task, recipe, out, Replicated(prior, group, scaling), extend).train()
 
 
 def require_same_sizes(recipe: Recipe, reader: TokenReader) -> dict[str, str]:
@@ -90,22 +99,6 @@ def require_same_sizes(recipe: Recipe, reader: TokenReader) -> dict[str, str]:
     return {"tokenizer": text["tokenizer"], "dvae": image["dvae"], "source": text["source"]}
 
 
-def read_codebook(dvae: Path, identity: str, store: Path) -> Tensor:
-    """Return the codebook's vectors (K, n) of the dVAE that encoded ``store``, whose hash is ``identity``.
-
-    Raises:
-        UserError: ``dvae`` is another one.
-    """
-    which: tuple[Which, ...] = ("best", "last")
-    for checkpoint in (open_checkpoint(dvae, "dvae", each) for each in which):
-        if checkpoint.identity == identity:
-            return checkpoint.tensors()["decoder.blocks.input.w"][:, :, 0, 0].t().float()
-    raise UserError(
-        f"{dvae}: is not the dVAE {identity[:12]} that encoded {store}; name it with --dvae, since "
-        "prior.image_embedding: codebook starts from its vectors"
-    )
-
-
 def refuse_unsupported(sharding: Sharding, powersgd: PowerSgd, group: Group) -> None:
     """Raise UserError for settings that the ranks of ``group`` do not support, before anything is allocated."""
     if sharding.offload == "cpu" and group.device.type != "cpu" and (group.size == 1 or not sharding.zero):
@@ -120,14 +113,14 @@ def refuse_unsupported(sharding: Sharding, powersgd: PowerSgd, group: Group) -> 
         )
 
 
-def shard_prior(recipe: Recipe, group: Group, codebook: Tensor | None = None) -> tuple[Sharded, Prior]:
+def shard_prior(recipe: Recipe, group: Group, initial: InitialValue | None = None) -> tuple[Sharded, Prior]:
     """Build the recipe's prior in shards, one per rank of a node; no rank ever holds the whole model."""
     from dalle_cli.distributed.fsdp import Sharded
     from dalle_cli.distributed.group import form_nodes
 
     stage = recipe.prior
     with torch.device("meta"):
-        prior = build_prior(recipe, codebook)
+        prior = build_prior(recipe, initial)
         if stage.precision != "fp32":
             prior.cast_resblocks(DTYPES[stage.precision])
     nodes = form_nodes(group, stage.sharding.node_size)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from dalle_cli.config.schema import DataSettings
 from dalle_cli.data.images import BadImage, decode_image, eval_crop
 from dalle_cli.data.sample_lines import read_sample_lines
 from dalle_cli.data.source import BadSample, Source
@@ -90,7 +91,7 @@ def draw_sheet(run: Run, ranked: Sequence[Pool], judged: bool) -> tuple[SheetFig
     found: dict[str, Picture] = {}
     if run.tokens is not None and run.source is not None and not judged:
         recipe = run.recipe
-        found = true_pictures(prompts, run.tokens, run.source, recipe.image_size, recipe.data.max_pixels)
+        found = true_pictures(prompts, run.tokens, run.source, recipe.image_size, recipe.data)
     scorer = str(ranked[0].lines[0].get("scorer", "CLIP"))
     figures = SheetFigures(prompts, len(ranked), scorer, sorted(found))
     return figures, sample_sheet(chosen, run.recipe.name, found)
@@ -111,7 +112,7 @@ def choose_captions(ranked: Sequence[Pool], count: int = SHEET_CAPTIONS) -> list
 
 
 def true_pictures(
-    prompts: Sequence[str], tokens: TokenReader, source: Source, image_size: int, max_pixels: int
+    prompts: Sequence[str], tokens: TokenReader, source: Source, image_size: int, data: DataSettings
 ) -> dict[str, Picture]:
     """Return for each prompt the source's picture of the first row of the token store with this caption.
 
@@ -129,7 +130,9 @@ def true_pictures(
             if prompt is None or prompt in found or tokens.strings("key", [row]) != [source.key(row)]:
                 continue
             try:
-                found[prompt] = eval_crop(decode_image(source.image_bytes(row), max_pixels), image_size)
+                found[prompt] = eval_crop(
+                    decode_image(source.image_bytes(row), data.max_pixels), image_size, data.fit
+                )
             except (BadSample, BadImage):
                 continue
         if len(found) == len(wanted):

@@ -73,7 +73,7 @@ def stage_figures(run: Run) -> dict[str, StageFigures]:
         kind: StageFigures(
             name=NAMES[kind],
             step=checkpoint.step,
-            updates=getattr(checkpoint.recipe(), kind).training.updates,
+            updates=checkpoint.updates(),
             validation=checkpoint.metrics,
             last=next((line for line in reversed(run.metrics(kind)) if "loss" in line), None),
             warnings=validation_warnings(open_checkpoint(checkpoint.path.parent, kind, "last")),

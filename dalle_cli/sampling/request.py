@@ -45,12 +45,16 @@ class Prime:
         return [found[path] for path in self.pictures]
 
     def tokens(self, dvae: DVAE, recipe: Recipe) -> Tensor:
-        """Return the given tokens, (C, rows * grid) int64 on the dVAE's device; pictures are centre-cropped."""
+        """Return the given tokens, (C, rows * grid) int64 on the dVAE's device; pictures are cropped as
+        for encoding."""
         distinct = list(dict.fromkeys(self.pictures))
         device, eps = next(dvae.parameters()).device, recipe.dvae.objective.logit_laplace_eps
         encoded = []
         for begin in range(0, len(distinct), BLOCK):
-            cut = [eval_crop(self._read(path), recipe.image_size) for path in distinct[begin : begin + BLOCK]]
+            cut = [
+                eval_crop(self._read(path), recipe.image_size, recipe.data.fit)
+                for path in distinct[begin : begin + BLOCK]
+            ]
             pictures = torch.from_numpy(np.stack(cut)).to(device)
             encoded.append(encode_images(dvae, pictures, eps)[:, : self.rows].flatten(1))
         index = {path: number for number, path in enumerate(distinct)}

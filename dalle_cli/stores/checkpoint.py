@@ -59,6 +59,12 @@ class Checkpoint:
     """SHA-256 of the recipe and of each file of the trainer's state, by the path in the checkpoint."""
     identity: str = ""
     """Identity of the EMA weights, which other stages use: the SHA-256 of their file, or of their files' SHA-256."""
+    last_update: int | None = None
+    """Number of updates of the whole run; None in checkpoints of earlier versions, whose runs were never extended."""
+
+    def updates(self) -> int:
+        """Return the number of updates of the whole run."""
+        return self.last_update or int(getattr(self.recipe(), self.kind).training.updates)
 
     def recipe(self) -> Recipe:
         if "recipe.yaml" in self.others:
@@ -125,6 +131,8 @@ class CheckpointFacts:
     belongs: Mapping[str, str]
     metrics: Mapping[str, float]
     best: Best | None = None
+    last_update: int | None = None
+    """Number of updates of the whole run, with those of its extensions; None: the recipe's."""
 
 
 @dataclass(frozen=True)
@@ -280,6 +288,7 @@ def write_manifest(
         "step": facts.step,
         "belongs": dict(facts.belongs),
         "metrics": dict(facts.metrics),
+        "last_update": facts.last_update,
         "best": None if facts.best is None else asdict(facts.best),
         "files": dict(files),
         "others": {**others, "recipe.yaml": sha256_file(folder / "recipe.yaml")},
@@ -349,6 +358,7 @@ def _read_manifest(folder: Path, kind: Kind | None) -> Checkpoint:
             manifest["files"],
             dict(manifest.get("others", {})),
             manifest.get("identity") or manifest["files"]["ema.safetensors"],
+            manifest.get("last_update"),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Damaged(f"{manifest_path}: damaged or not a checkpoint's manifest ({error!r})") from None

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,6 @@ from dalle_cli.stores.checkpoint import (
 from dalle_cli.stores.files import explain_os_errors, owned
 from dalle_cli.training.journal import Journal, MetricLogger, WandbLogger, require_wandb
 from dalle_cli.training.resume import check_resumable
-from dalle_cli.training.schedules import learning_rate
 from dalle_cli.training.signals import StopRequest
 from dalle_cli.training.state import Stage, TrainingState
 from dalle_cli.training.throughput import SampleWork, Throughput, peak_tflops
@@ -92,10 +91,16 @@ class Task(Protocol):
 
 
 class Run:
-    """A training run of ``task`` in the folder ``out``; by default each rank holds the whole model."""
+    """A training run of ``task`` in the folder ``out``; by default each rank holds the whole model.
 
-    def __init__(self, task: Task, recipe: Recipe, out: Path, engine: Engine | None = None) -> None:
-        self.task, self.group, self.recipe, self.out = task, task.group, recipe, out
+    ``extend`` adds a round of that many updates to a finished run, in which the learning rate runs through its schedule
+    once more. An unfinished run is only finished.
+    """
+
+    def __init__(
+        self, task: Task, recipe: Recipe, out: Path, engine: Engine | None = None, extend: int | None = None
+    ) -> None:
+        self.task, self.group, self.recipe, self.out, self.extend = task, task.group, recipe, out, extend
         self.settings: Stage = getattr(recipe, task.kind)
         self.engine = engine or Replicated(task.model, task.group)
         self.stop = StopRequest()
@@ -120,7 +125,7 @@ class Run:
             checkpoint = self._resume(state)
             start, validated = (checkpoint.step, dict(checkpoint.metrics)) if checkpoint else (0, {})
             self.group.require_same("recipe or checkpoint", f"{start} {dump_recipe(self.recipe)}")
-            if start < self.settings.training.updates and not state.best.exhausts(self.settings.training.patience):
+            if start < state.last_update and not state.best.exhausts(self.settings.training.patience):
                 with self.group.explain_lost_ranks():
                     self._train(state, start, validated)
         # No rank exits before the leader has saved, since launchers end all ranks once one has exited.
@@ -169,37 +174,37 @@ class Run:
     def _train(self, state: TrainingState, start: int, validated: dict[str, float]) -> None:
         """Train from update ``start``; ``validated`` has the metrics of the last validation before it."""
         task, group, training, note = self.task, self.group, self.settings.training, ""
-        updates = range(start, training.updates)
+        last = state.last_update
         with (
             Journal(self.out, start, writes=group.leads, more=self._more_loggers()) as journal,
-            progress(self.name, training.updates, "updates", start) as bar,
+            progress(self.name, last, "updates", start, steady=True) as bar,
         ):
             throughput = self._throughput()
-            for step, batch in zip(updates, task.batches(start, training.updates), strict=True):
+            for step, batch in zip(range(start, last), task.batches(start, last), strict=True):
                 done, sent_before = step + 1, self.engine.traffic()
-                rate = learning_rate(self.settings.learning_rate, step, training.updates, state.plateau.halvings)
+                rate = state.learning_rate(step)
                 values = self.update(state, batch, step, rate)
                 state.update_ema(step)
                 throughput.count_update()
-                if group.leads and (done == 1 or self._due(training.log_every, done)):
+                if group.leads and (done == 1 or done == last or done % training.log_every == 0):
                     scalars = {name: float(value) for name, value in values.items()}
                     sent = {name: total - sent_before[name] for name, total in self.engine.traffic().items()}
                     journal.log_training(done, rate, {**scalars, **sent, **throughput.measure()})
                     note = f"loss {float(values['loss']):.4f}"
                 with throughput.paused():
-                    if self._due(training.validate_every, done):
+                    if done == last or done % training.validate_every == 0:
                         validated = self._validate(state, done, journal, bar) or validated
-                    self.stop.agreed = group.any(self.stop.signal is not None) and done < training.updates
+                    self.stop.agreed = group.any(self.stop.signal is not None) and done < last
                     finished = state.best.exhausts(training.patience)
                     wanted = self.stop.agreed or finished or state.best.step == done
-                    if wanted or self._due(training.save_every, done):
+                    if wanted or done == last or done % training.save_every == 0:
                         journal.flush()
                         self._save(state, done, validated)
                 bar.advance(1, note)
                 if self.stop.agreed:
                     reason = self.stop.signal or "a signal to another rank"
                     bar.say(
-                        f"{self.name}: stopped by {reason}: saved {step_folder(self.out, done)} of {training.updates} "
+                        f"{self.name}: stopped by {reason}: saved {step_folder(self.out, done)} of {last} "
                         f"updates; exit code {RESUMABLE}; run the same command to resume"
                     )
                     break
@@ -274,7 +279,9 @@ class Run:
             )
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         best = Best(state.best.step, state.best.loss) if state.best.step else None
-        facts = CheckpointFacts(self.task.kind, step, self.recipe, self.task.belongs, finite, best)
+        facts = CheckpointFacts(
+            self.task.kind, step, self.recipe, self.task.belongs, finite, best, state.last_update
+        )
         if self.engine.sharded:
             save_sharded_checkpoint(step_folder(self.out, step), self.group, facts, state.checkpoint_shards(step))
         elif self.group.leads:
@@ -283,18 +290,36 @@ class Run:
             prune(self.out, self.settings.training.keep, facts.best)
 
     def _resume(self, state: TrainingState) -> Checkpoint | None:
-        """Load the newest whole checkpoint, if any, into ``state`` and return it."""
+        """Load the newest whole checkpoint, if any, into ``state`` and return it.
+
+        Raises:
+            UserError: the run may not resume, or there is no checkpoint and the run was to be extended.
+        """
         checkpoint = self._newest_whole()
         if checkpoint is None:
+            if self.extend is not None:
+                raise UserError(f"{self.out}: --extend {self.extend}: there is no run to extend; leave it out")
             return None
         check_resumable(self.out, checkpoint, self.recipe, self.task.belongs)
-        updates = self.settings.training.updates
-        if checkpoint.step >= updates:
-            log(f"{self.out}: already trained, {checkpoint.step} of {updates} updates")
+        if "init" in checkpoint.belongs:
+            self.task.belongs["init"] = checkpoint.belongs["init"]
+        state.load_schedules(checkpoint)
+        if self.extend is not None:
+            self._extend(state, checkpoint.step)
+        if checkpoint.step >= state.last_update:
+            log(f"{self.out}: already trained, {checkpoint.step} of {state.last_update} updates")
         else:
             state.load(checkpoint)
             log(f"{self.out}: resumes from {checkpoint.path.name}")
         return checkpoint
+
+    def _extend(self, state: TrainingState, step: int) -> None:
+        """Add a round of training after ``step``, unless the run has not come to the end of its last one."""
+        if step < state.last_update and not state.best.exhausts(self.settings.training.patience):
+            log(f"{self.out}: is at update {step} of {state.last_update}; this run finishes it and does not extend it")
+            return
+        state.begin_round(step, cast(int, self.extend))
+        log(f"{self.out}: extended by {self.extend} updates; the learning rate runs through its schedule once more")
 
     def _newest_whole(self) -> Checkpoint | None:
         """Open the newest checkpoint whose files are what was written; say so if newer ones are not.
@@ -317,9 +342,6 @@ class Run:
         if damage is not None:
             raise damage
         return None
-
-    def _due(self, every: int, done: int) -> bool:
-        return done % every == 0 or done == self.settings.training.updates
 
     def _throughput(self) -> Throughput:
         work, batch_size = self.task.work(), self.settings.training.batch_size

@@ -63,9 +63,10 @@ def check_resumable(out: Path, checkpoint: Checkpoint, recipe: Recipe, belongs: 
             if name in logged:
                 log(f"{out}: resumes with {name} = {new!r}, was {old!r}")
             elif name not in free:
+                further = ", or give --extend N to train a finished run further" if name.endswith("g.updates") else ""
                 raise UserError(
                     f"{out}: was begun with {name} = {old!r}, the recipe now says {new!r}; "
-                    "set it back, choose another --out, or delete the folder to begin again"
+                    f"set it back, choose another --out, or delete the folder to begin again{further}"
                 )
 
 

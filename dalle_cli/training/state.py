@@ -17,7 +17,7 @@ from dalle_cli.precision.adam import Adam16
 from dalle_cli.precision.gradient_scaling import GradientScaling
 from dalle_cli.stores.checkpoint import Checkpoint, CheckpointContent, CheckpointShards
 from dalle_cli.stores.tensor_files import Part, TensorFiles
-from dalle_cli.training.schedules import Plateau
+from dalle_cli.training.schedules import Plateau, learning_rate
 from dalle_cli.training.validation import BestValidation
 
 Stage = DvaeSettings | PriorSettings | ClipSettings
@@ -50,6 +50,28 @@ class TrainingState:
         self.best = BestValidation()
         self.skipped_updates = 0
         """Number of updates that skipped a parameter because of a non-finite gradient."""
+        self.rounds: list[tuple[int, int]] = []
+        """Further rounds of a run that was extended: the update after which each began, and its number of updates."""
+
+    @property
+    def last_update(self) -> int:
+        """Number of updates of the whole run."""
+        return sum(self.rounds[-1]) if self.rounds else self.settings.training.updates
+
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of the update that follows ``step`` updates."""
+        rate, updates = self.settings.learning_rate, self.settings.training.updates
+        begun = [each for each in self.rounds if each[0] <= step]
+        if begun:
+            first, updates = begun[-1]
+            step, rate = step - first, rate.model_copy(update={"decay_updates": None})
+        return learning_rate(rate, step, updates, self.plateau.halvings)
+
+    def begin_round(self, step: int, updates: int) -> None:
+        """Add a round of ``updates`` after ``step``, with its own learning-rate schedule and patience."""
+        self.rounds.append((step, updates))
+        self.plateau = Plateau(self.settings.learning_rate)
+        self.best.validations_since = 0
 
     def update(self, rate: float) -> dict[str, Tensor]:
         """Clip the gradients and make one optimizer step with learning rate ``rate``; return values to log."""
@@ -113,8 +135,15 @@ class TrainingState:
             own=self.engine.rank_state(),
         )
 
+    def load_schedules(self, checkpoint: Checkpoint) -> None:
+        """Restore the plateau schedule, the best validation and the rounds of ``checkpoint``, but no tensors."""
+        state = checkpoint.trainer_state()
+        self.plateau.state = dict(state["plateau"])
+        self.best = BestValidation(**state.get("best", {}))
+        self.rounds = [(int(first), int(updates)) for first, updates in state.get("rounds", [])]
+
     def load(self, checkpoint: Checkpoint) -> None:
-        """Restore the state of ``checkpoint``, which was checked, however many ranks saved it."""
+        """Restore the tensors of ``checkpoint``, which was checked, however many ranks saved it."""
         engine = self.engine
         if engine.sharded:
             self._read(checkpoint.files_of("raw"), self.parameters)
@@ -131,8 +160,6 @@ class TrainingState:
                 self.optimizer.state[parameter] = {key: _laid_out_like(parameter, value) for key, value in own.items()}
         engine.load_rank_state(checkpoint.own_state(engine.group.rank, engine.group.size))
         engine.release_gathered()
-        self.plateau.state = dict(state["plateau"])
-        self.best = BestValidation(**state.get("best", {}))
         if engine.scaling is not None:
             engine.scaling.scales.load_state_dict(state["scales"])
             self.skipped_updates = state.get("skipped_updates", 0)
@@ -159,7 +186,8 @@ class TrainingState:
         scales = {}
         if self.engine.scaling is not None:
             scales = {"scales": self.engine.scaling.scales.state_dict(), "skipped_updates": self.skipped_updates}
-        return {"step": step, "plateau": self.plateau.state, "best": asdict(self.best), **scales}
+        rounds = {"rounds": self.rounds} if self.rounds else {}
+        return {"step": step, "plateau": self.plateau.state, "best": asdict(self.best), **rounds, **scales}
 
     def _parts(self, tensors: Mapping[str, Tensor], keys: Iterable[str] | None = None) -> dict[str, Part]:
         """Return ``tensors`` (of ``keys``: NAME or PREFIX.NAME) with their places in the whole tensors."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dalle_cli.config.load import load_recipe
+from dalle_cli.config.shipped import shipped_recipe
 from dalle_cli.errors import UserError
 from dalle_cli.stores.checkpoint import open_checkpoint, steps_in
 from dalle_cli.stores.samples import STORE
@@ -150,7 +151,7 @@ def describe(path: Path, overrides: Sequence[str] = ()) -> Description:
     Raises:
         UserError: ``path`` is of none of the kinds listed in ``UNDERSTOOD``, or is damaged.
     """
-    if path.suffix in (".yaml", ".yml"):
+    if path.suffix in (".yaml", ".yml") or (not path.exists() and shipped_recipe(str(path)) is not None):
         return describe_recipe(load_recipe(path, overrides))
     if overrides:
         raise UserError(f"{path}: --set changes a recipe, and this is none; leave it out")
@@ -256,7 +257,7 @@ def _describe_checkpoint(path: Path) -> CheckpointDescription:
         path=str(checkpoint.path),
         kind=checkpoint.kind,
         step=checkpoint.step,
-        updates=getattr(recipe, checkpoint.kind).training.updates,
+        updates=checkpoint.updates(),
         identity=checkpoint.identity,
         parameters=_count_parameters(checkpoint.path / "ema.safetensors"),
         recipe=recipe.name,

@@ -71,6 +71,6 @@ def _trained(command: str, run: Path) -> StageStatus:
     if not run.is_dir() or not steps_in(run):
         return StageStatus(command, "not run")
     newest = open_checkpoint(run, which="last")
-    updates = getattr(newest.recipe(), newest.kind).training.updates
+    updates = newest.updates()
     state: Literal["done", "unfinished"] = "done" if newest.step >= updates else "unfinished"
     return StageStatus(command, state, f"update {newest.step:,} of {updates:,}")

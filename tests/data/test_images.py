@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from dalle_cli.data.images import BadImage, decode_image, eval_crop, train_crop
+from dalle_cli.data.images import BadImage, Fit, decode_image, eval_crop, squared, train_crop
 
 # Pillow warns of damage before it raises.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
@@ -199,6 +199,34 @@ def ramp(width: int, height: int) -> Image.Image:
     """Return a picture whose red encodes the column and whose green encodes the row."""
     red, green = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
     return Image.fromarray(np.stack([red, green, 0 * red], axis=2).astype(np.uint8))
+
+
+@pytest.mark.parametrize(("width", "height"), [(12, 36), (36, 12)])
+def test_pictures_are_cropped_padded_or_stretched_to_squares(width: int, height: int) -> None:
+    """A picture of three equal parts, red, green and blue along its longer side."""
+    parts = np.repeat(np.eye(3, dtype=np.uint8)[None] * 255, 12, axis=0).swapaxes(0, 1)  # (3, 12, 3)
+    pixels = np.repeat(parts.reshape(36, 1, 3), 12, axis=1)
+    if width > height:
+        pixels = pixels.swapaxes(0, 1)
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    assert image.size == (width, height)
+
+    def colours(fit: Fit, side: int) -> np.ndarray:
+        found = eval_crop(image, side, fit)
+        assert found.shape == (side, side, 3)
+        return found if width > height else found.swapaxes(0, 1)  # the longer side is now axis 1
+
+    assert (colours("crop", 12) == (0, 255, 0)).all()
+    stretched = colours("stretch", 12)
+    assert (stretched[:, :4] == (255, 0, 0)).all()
+    assert (stretched[:, 4:8] == (0, 255, 0)).all()
+    assert (stretched[:, 8:] == (0, 0, 255)).all()
+    padded = colours("pad", 36)
+    assert (padded[12:24, :12] == (255, 0, 0)).all()
+    assert (padded[12:24, 24:] == (0, 0, 255)).all()
+    assert (padded[:12] == 255).all()
+    assert (padded[24:] == 255).all()
+    assert squared(image, "crop") is image
 
 
 def test_train_crops_vary_as_far_as_in_the_paper() -> None:

@@ -123,6 +123,7 @@ def test_tables_are_printed_on_stderr(call: Call, mixed: Path, tmp_path: Path) -
         "a caption without an image",
         "max_boilerplate",
         "width / height",
+        "share cropped away",
     ):
         assert text in done.err
     (line,) = [line for line in done.err.splitlines() if line.strip().startswith("min_words")]

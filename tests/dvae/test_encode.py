@@ -19,7 +19,7 @@ from PIL import Image
 
 from dalle_cli.config.load import load_recipe
 from dalle_cli.config.schema import DataSettings, DvaeModel
-from dalle_cli.data.images import BadImage, decode_image, eval_crop, train_crop
+from dalle_cli.data.images import BadImage, Fit, decode_image, eval_crop, train_crop
 from dalle_cli.data.open_source import open_source
 from dalle_cli.data.picture_loader import PREFETCH, consecutive_pictures, load_eval_picture
 from dalle_cli.data.source import BadSample, Source
@@ -163,6 +163,24 @@ def test_views_are_random_crops_and_each_epoch_sees_the_next(by_hand: Chain, tmp
         encode_source(load_recipe(by_hand.recipe, ["seed=4"]), source, checkpoint, tmp_path / "3.zarr")
     with pytest.raises(UserError, match="views 2 are random crops, and crop is false"):
         load_recipe(by_hand.recipe, ["data.views=2", "data.crop=false"])
+
+
+def test_pictures_are_made_square_as_the_recipe_says(by_hand: Chain, tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    for i in range(3):
+        write_sample(pictures, f"{i}", noise(16, 9, i).resize((64, 36), Image.Resampling.NEAREST), f"blocks {i}")
+    source, checkpoint = open_source(str(pictures)), open_checkpoint(by_hand.dvae, "dvae")
+    model, eps = load_dvae(checkpoint), checkpoint.recipe().dvae.objective.logit_laplace_eps
+    fits: list[Fit] = ["crop", "pad", "stretch"]
+    for fit in fits:
+        recipe = load_recipe(by_hand.recipe, [f"data.fit={fit}"])
+        encode_source(recipe, source, checkpoint, tmp_path / f"{fit}.zarr")
+        crops = [eval_crop(decode_image(source.image_bytes(row)), 32, fit) for row in range(3)]
+        expected = encode_images(model, torch.from_numpy(np.stack(crops)), eps).numpy()
+        np.testing.assert_array_equal(TokenReader(tmp_path / f"{fit}.zarr").read("image", np.arange(3)), expected)
+        np.testing.assert_array_equal(load_eval_picture(source, 1, 32, recipe.data), crops[1])
+    with pytest.raises(UserError, match="pad.zarr: .*fit"):
+        encode_source(load_recipe(by_hand.recipe), source, checkpoint, tmp_path / "pad.zarr")
 
 
 def test_large_pictures_are_encoded_by_parts(monkeypatch: pytest.MonkeyPatch) -> None:

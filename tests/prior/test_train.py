@@ -16,7 +16,8 @@ from dalle_cli.data.open_source import open_source
 from dalle_cli.distributed.group import Group
 from dalle_cli.dvae.train import load_dvae, train_dvae
 from dalle_cli.errors import UserError
-from dalle_cli.prior.model import build_prior, projected_codebook
+from dalle_cli.prior.initial import projected_codebook
+from dalle_cli.prior.model import build_prior
 from dalle_cli.prior.train import PriorTask, dropped_captions, train_prior
 from dalle_cli.stores.checkpoint import open_checkpoint
 from dalle_cli.stores.tokens import TokenReader

@@ -8,6 +8,7 @@ import numpy as np
 from helpers.tiny_chain import HELD_OUT, write_recipe
 
 from dalle_cli.config.load import load_recipe
+from dalle_cli.config.schema import DataSettings
 from dalle_cli.data.captions import source_captions
 from dalle_cli.data.images import decode_image
 from dalle_cli.data.open_source import open_source
@@ -41,7 +42,7 @@ def test_a_true_picture_is_that_of_the_first_row_with_the_caption(tmp_path: Path
     tokenize_source(recipe, source, tokenizer, tmp_path / "tokens.zarr")
     reader = TokenReader(tmp_path / "tokens.zarr")
     captions = reader.strings("caption", range(40))
-    found = true_pictures([captions[7].upper(), "a cat"], reader, source, 32, 10**6)
+    found = true_pictures([captions[7].upper(), "a cat"], reader, source, 32, DataSettings())
     assert list(found) == [captions[7].upper()]
     row = captions.index(captions[7])
     np.testing.assert_array_equal(found[captions[7].upper()], np.asarray(decode_image(source.image_bytes(row))))

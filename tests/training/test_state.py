@@ -179,6 +179,7 @@ def test_scales_and_skipped_updates_are_counted_and_saved(tmp_path: Path) -> Non
     saved = tmp_path / "step-00000004"
     save_checkpoint(saved, CheckpointFacts("prior", 4, recipe, {}, {}), first.checkpoint(4))
     second = state()
+    second.load_schedules(open_checkpoint(saved))
     second.load(open_checkpoint(saved))
     assert update(second, None)["skipped_updates"] == 2
     assert update(second, 1)["skipped_updates"] == 3

@@ -15,12 +15,11 @@ from typing import Any
 import yaml
 
 from dalle_cli.config.load import load_recipe
+from dalle_cli.planning.budget import SHARES, UPDATES_SHARE
+from dalle_cli.stores.checkpoint import Kind
 from quality_parts.datasets import DataSet
 
-SHARES = {"dvae": 0.55, "prior": 0.39, "clip": 0.06}
-"""Share of the budget that each trained stage gets."""
-UPDATES_SHARE = 0.85
-"""Share of a stage's time that its updates get; the rest is its start, the trial run, validations and checkpoints."""
+STAGES: dict[Kind, str] = {"dvae": "train-dvae", "prior": "train-prior", "clip": "train-clip"}
 TRIAL_UPDATES = 40
 """Updates of the trial run that tells how fast a stage is."""
 
@@ -47,7 +46,7 @@ class Chain:
         self._timed("train-tokenizer")
         self._timed("tokenize-text")
         left -= sum(self.seconds.values())
-        for stage, command in (("dvae", "train-dvae"), ("prior", "train-prior"), ("clip", "train-clip")):
+        for stage, command in STAGES.items():
             later = sum(
                 share for name, share in SHARES.items() if list(SHARES).index(name) >= list(SHARES).index(stage)
             )

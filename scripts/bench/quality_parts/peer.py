@@ -21,9 +21,9 @@ from torchvision import transforms
 
 from dalle_cli.config.schema import TokenizerSettings
 from dalle_cli.data.images import decode_image, eval_crop
+from dalle_cli.planning.budget import SHARES
 from dalle_cli.text.bpe import train_bpe
 from dalle_cli.text.encode import CaptionEncoder
-from quality_parts.chain import SHARES
 from quality_parts.datasets import DataSet
 
 SIZES: dict[str, dict[str, Any]] = {

@@ -1,0 +1,90 @@
+"""Settings of a recipe that follow from a source: what ``dalle init`` fills in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dalle_cli.config.load import load_recipe
+from dalle_cli.config.schema import Recipe
+from dalle_cli.data.open_source import open_source
+from dalle_cli.data.scan import ScanResult, scan
+from dalle_cli.data.workers import available_cores
+from dalle_cli.errors import UserError
+from dalle_cli.planning.budget import CHECKPOINTS, updates_within
+from dalle_cli.progress import log
+from dalle_cli.stores.checkpoint import Kind
+
+HELD_OUT = 2000
+"""Number of held-out samples that suffices, however large the source is."""
+TOKENS_A_WORD = 1.4
+"""Number of BPE tokens that a word takes, roughly."""
+CAPTIONS_A_TOKEN = 4
+"""Number of captions for each token of the vocabulary."""
+
+
+def fill_in(template: Path, source: str, minutes: float | None) -> dict[str, Any]:
+    """Return settings of the recipe ``template``, by dotted key, for a source and, unless None, for a time budget.
+
+    Every sample of the source is read, and a few updates of each stage are timed.
+
+    Raises:
+        UserError: the source cannot be read, or none of its samples can be used.
+    """
+    recipe, opened = load_recipe(template), open_source(source)
+    log(opened.describe())
+    found = scan(opened, recipe.data, recipe.image_size, workers=available_cores())
+    values = {"data.train": source, **settings_for(found, recipe)}
+    if minutes is not None:
+        chosen = load_recipe(template, [f"{key}={json.dumps(value)}" for key, value in values.items()])
+        updates = updates_within(chosen, opened, minutes)
+        for kind, count in updates.items():
+            log(f"init: {count} updates of the {kind} within {minutes:g} minutes on this machine")
+        values |= updates_settings(updates, chosen)
+    return values
+
+
+def settings_for(found: ScanResult, recipe: Recipe) -> dict[str, Any]:
+    """Return settings for a source, by dotted key, given what ``scan`` found in it.
+
+    Raises:
+        UserError: no sample can be used.
+    """
+    if not found.kept:
+        raise UserError(
+            f"{found.source}: none of its {found.samples} samples can be used with the recipe's filters; "
+            "run dalle scan to see why"
+        )
+    photographs = found.picture_formats.get("JPEG", 0) > sum(found.picture_formats.values()) / 2
+    vocabulary = 2 ** max(9, min(14, round((found.captions / CAPTIONS_A_TOKEN)).bit_length() - 1))
+    tokens = round(found.measures["words a caption"]["99%"] * TOKENS_A_WORD)
+    values: dict[str, Any] = {
+        "data.holdout": recipe.data.holdout if found.kept * recipe.data.holdout <= HELD_OUT else _share(found.kept),
+        "data.crop": photographs,
+        "tokenizer.vocab_size": vocabulary,
+        "tokenizer.text_length": max(16, min(256, -(-tokens // 8) * 8)),
+    }
+    if found.measures["shorter side"]["50%"] < recipe.image_size:
+        side = recipe.dvae.model.downsampling * 4
+        values["image_size"] = max(side, int(found.measures["shorter side"]["50%"]) // side * side)
+    return values
+
+
+def updates_settings(updates: dict[Kind, int], recipe: Recipe) -> dict[str, Any]:
+    """Return settings, by dotted key, for that many updates of each stage, with its ramps stretched alike."""
+    values: dict[str, Any] = {}
+    for kind, count in updates.items():
+        training = getattr(recipe, kind).training
+        values[f"{kind}.training.updates"] = count
+        for key in ("save_every", "validate_every"):
+            values[f"{kind}.training.{key}"] = max(25, count // CHECKPOINTS)
+        if kind == "dvae":
+            for name, ramp in recipe.dvae.objective:
+                if getattr(ramp, "updates", 0):
+                    values[f"dvae.objective.{name}.updates"] = round(ramp.updates * count / training.updates)
+    return values
+
+
+def _share(samples: int) -> float:
+    return float(f"{HELD_OUT / samples:.1g}")

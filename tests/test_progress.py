@@ -1,0 +1,58 @@
+"""The shown rate is that of the last minute, and steps that become slower draw one warning."""
+
+from __future__ import annotations
+
+import pytest
+
+from dalle_cli import progress as module
+from dalle_cli.progress import RECENT, WINDOW, progress
+
+
+class Clock:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(module.time, "monotonic", lambda: self.now)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def test_the_rate_forgets_what_was_more_than_a_minute_ago(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with progress("train", 1000, "updates", start=100) as bar:
+        for _ in range(200):  # 10 a second for 20 seconds
+            clock.now += 0.1
+            bar.advance()
+        assert bar.rate() == pytest.approx(10, rel=0.01)
+        for _ in range(50):  # then one in 2 seconds, for longer than the window
+            clock.now += 2
+            bar.advance()
+        assert bar.rate() == pytest.approx(0.5, rel=0.05)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("train: 350/1000 updates, 0.5/s, ")
+    assert last.endswith("22 min left")  # 650 updates at 0.5 a second
+    assert WINDOW == 60
+
+
+def test_a_job_that_resumes_does_not_count_what_was_done_before(clock: Clock) -> None:
+    with progress("train", 1000, "updates", start=900) as bar:
+        clock.now += 4
+        bar.advance(2)
+        assert bar.rate() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("steady", "slower", "warnings"), [(True, 3.0, 1), (True, 2.0, 0), (False, 3.0, 0)])
+def test_steps_that_become_slower_draw_one_warning(
+    clock: Clock, capsys: pytest.CaptureFixture[str], steady: bool, slower: float, warnings: int
+) -> None:
+    with progress("train", None, "updates", steady=steady) as bar:
+        for step in range(6 * RECENT):
+            clock.now += 0.5 * (slower if step >= 2 * RECENT else 1) + (60 if step % 20 == 19 else 0)  # validations
+            bar.advance()
+    said = [line for line in capsys.readouterr().err.splitlines() if "times as long" in line]
+    assert len(said) == warnings
+    if said:
+        assert said[0].startswith("train: updates take 3.0 times as long as before; if other work uses this machine's")
