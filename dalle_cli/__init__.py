@@ -1,3 +1,18 @@
 """dalle: train and run a DALL-E from raw image-caption pairs to scored pictures."""
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dalle_cli.pipeline import Pipeline
+
 __version__ = "0.1.0"
+__all__ = ["Pipeline"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import ``Pipeline`` when it is first used, since it imports torch."""
+    if name == "Pipeline":
+        from dalle_cli.pipeline import Pipeline
+
+        return Pipeline
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

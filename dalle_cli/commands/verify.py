@@ -9,9 +9,11 @@ import typer
 
 
 def command(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A run's folder, a checkpoint or a token store.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A run, checkpoint, token store or folder of samples.")],
 ) -> None:
-    """Read every byte of a run, checkpoint or token store, and name the files that are damaged or missing.
+    """Read every byte of a run, checkpoint, store or folder of samples, and name what is damaged or missing.
+
+    Journals and reports are left out, since no stage reads them.
 
     It prints one line for each damaged file and exits with code 2 if there is any.
 

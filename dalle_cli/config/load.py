@@ -11,11 +11,16 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from dalle_cli.config.faults import explain_type, explain_yaml
 from dalle_cli.config.schema import Recipe
 from dalle_cli.config.shipped import shipped_recipe, shipped_recipes
 from dalle_cli.errors import UserError
 
 Key = tuple[str, ...]
+MOST_EXTENDS = 20
+"""Largest number of recipes in a chain of ``extends``."""
+MOST_SETTINGS = 10_000
+"""Largest number of settings in a file; with aliases, a few lines can stand for billions."""
 
 
 @dataclass
@@ -65,6 +70,8 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def _read(path: Path, seen: tuple[Path, ...]) -> _Tree:
     resolved = path.resolve()
+    if len(seen) > MOST_EXTENDS:
+        raise UserError(f"{seen[0]}: 'extends' leads through more than {MOST_EXTENDS} recipes; join some of them")
     if resolved in seen:
         raise UserError(
             f"{path}: 'extends' leads back to the recipe itself: {' -> '.join(str(p) for p in (*seen, resolved))}"
@@ -82,10 +89,8 @@ def _read(path: Path, seen: tuple[Path, ...]) -> _Tree:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{path}{line}: not valid YAML: {problem}") from None
+        line, problem = explain_yaml(error)
+        raise UserError(f"{path}{'' if line is None else f':{line}'}: {problem}") from None
     own = _Tree()
     if node is not None:
         if not isinstance(node, yaml.MappingNode):
@@ -111,6 +116,8 @@ def _plain(node: yaml.MappingNode, prefix: Key, path: Path, places: dict[Key, st
         name = str(key_node.value)
         place = f"{path}:{key_node.start_mark.line + 1}"
         key = (*prefix, name)
+        if len(places) >= MOST_SETTINGS:
+            raise UserError(f"{place}: more than {MOST_SETTINGS} settings, counted with those of aliases; a recipe has 200")
         if name in values:
             raise UserError(f"{place}: {'.'.join(key)}: written twice; keep one of the two")
         places[key] = place
@@ -158,14 +165,17 @@ def _explain(item: Any, tree: _Tree, path: Path) -> str:
     place = tree.places.get(key) or _place_within(tree, key) or str(path)
     name = ".".join(str(part) for part in item["loc"]) or "recipe"
     if item["type"] == "extra_forbidden":
+        key_and_value = name.rpartition(".")[2].partition(":")
+        if key_and_value[1]:
+            return f"{place}: {name}: a space is missing after the colon; write {': '.join(key_and_value[::2])}"
         return f"{place}: {name}: unknown key{_suggest(tuple(item['loc']))}"
-    message = str(item["msg"]).removeprefix("Value error, ")
     given = item.get("input")
     shown = f", not {given!r}" if not isinstance(given, dict | list | BaseModel) else ""
     if item["type"] == "value_error":  # raised for a block; its message begins with the key it is about
+        message = str(item["msg"]).removeprefix("Value error, ")
         about = (*map(str, item["loc"]), *message.split()[0].split("."))
         return f"{tree.places.get(about, place)}: {name}: {message}"
-    return f"{place}: {name}: {message[0].lower()}{message[1:]}{shown}"
+    return f"{place}: {name}: {explain_type(item)}{shown}"
 
 
 def _place_within(tree: _Tree, key: Key) -> str | None:

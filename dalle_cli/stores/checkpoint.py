@@ -24,7 +24,8 @@ from dalle_cli.stores.tensor_files import Part, TensorFiles, index_entries, join
 if TYPE_CHECKING:
     import torch
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 1 had no checksum of the manifest itself."""
 Kind = Literal["dvae", "prior", "clip"]
 Weights = Literal["ema", "raw"]
 Which = Literal["best", "last"]
@@ -294,15 +295,21 @@ def write_manifest(
         "others": {**others, "recipe.yaml": sha256_file(folder / "recipe.yaml")},
         "identity": identity,
     }
-    write_json(folder / "manifest.json", manifest)
+    write_json(folder / "manifest.json", {**manifest, "checksum": _checksum(manifest)})
+
+
+def _checksum(manifest: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a manifest's content, without the checksum in it."""
+    content = {name: value for name, value in manifest.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def steps_in(run: Path) -> list[Path]:
     """Return the complete checkpoints in a run's folder, oldest first."""
-    return [folder for folder in _step_folders(run) if (folder / "manifest.json").is_file()]
+    return [folder for folder in step_folders(run) if (folder / "manifest.json").is_file()]
 
 
-def _step_folders(run: Path) -> list[Path]:
+def step_folders(run: Path) -> list[Path]:
     """Return the folders with names that training gives them, oldest first; others are the user's."""
     return sorted(p for p in run.glob("step-*") if _STEP.fullmatch(p.name))
 
@@ -315,13 +322,13 @@ def step_folder(run: Path, step: int) -> Path:
 def prune(run: Path, keep: int, best: Best | None = None) -> None:
     """Delete all but the newest ``keep`` checkpoints and the best one, and checkpoints left half deleted."""
     wanted = {*steps_in(run)[-keep:], *([] if best is None else [step_folder(run, best.step)])}
-    for old in {folder for folder in _step_folders(run) if not folder.is_symlink()} - wanted:
+    for old in {folder for folder in step_folders(run) if not folder.is_symlink()} - wanted:
         (old / "manifest.json").unlink(missing_ok=True)
         shutil.rmtree(old)
 
 
 def open_checkpoint(path: Path, kind: Kind | None = None, which: Which = "best") -> Checkpoint:
-    """Open a checkpoint, or the best or the newest one in a run's folder.
+    """Open a checkpoint, or the best or the newest one of a stage, or of the stage ``kind`` in the folder of all stages.
 
     The best one is that of the lowest held-out loss; a run without validations has only its newest.
 
@@ -331,6 +338,10 @@ def open_checkpoint(path: Path, kind: Kind | None = None, which: Which = "best")
     folder = path
     if not (path / "manifest.json").is_file():
         steps = steps_in(path) if path.is_dir() else []
+        if not steps and kind is not None and _is_run(path):
+            if not (path / kind).is_dir():
+                raise UserError(f"{path}: this run has no {kind} yet; train it with dalle train-{kind}")
+            return open_checkpoint(path / kind, kind, which)
         if not steps:
             what = f"a {kind} checkpoint" if kind else "a checkpoint"
             raise UserError(f"{path}: holds no checkpoint; name {what}: a folder with manifest.json, or its run")
@@ -343,11 +354,20 @@ def open_checkpoint(path: Path, kind: Kind | None = None, which: Which = "best")
     return _read_manifest(folder, kind)
 
 
+def _is_run(path: Path) -> bool:
+    """Return whether a folder is that of all stages of a run; see ``RunFolders``."""
+    return any((path / stage).is_dir() for stage in ("tokenizer", "tokens.zarr", "dvae", "prior", "clip"))
+
+
 def _read_manifest(folder: Path, kind: Kind | None) -> Checkpoint:
     manifest_path = folder / "manifest.json"
     try:
         manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-        version = manifest["version"]
+        version = int(manifest["version"])
+        if version > FORMAT_VERSION:
+            raise UserError(f"{manifest_path}: format version {version} is newer than this dalle reads; upgrade dalle")
+        if version < 1 or (version > 1 and manifest["checksum"] != _checksum(manifest)):
+            raise ValueError("its checksum is not that of its content")
         found = Checkpoint(
             folder,
             manifest["kind"],
@@ -362,8 +382,6 @@ def _read_manifest(folder: Path, kind: Kind | None) -> Checkpoint:
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Damaged(f"{manifest_path}: damaged or not a checkpoint's manifest ({error!r})") from None
-    if version > FORMAT_VERSION:
-        raise UserError(f"{manifest_path}: format version {version} is newer than this dalle reads; upgrade dalle")
     if kind is not None and found.kind != kind:
         raise UserError(f"{folder}: is a {found.kind} checkpoint where a {kind} is needed")
     return found

@@ -17,12 +17,15 @@ import numpy as np
 from PIL import Image
 
 from dalle_cli.errors import UserError
+from dalle_cli.stores.checksums import write_checksums
 from dalle_cli.stores.files import explain_os_errors, new_directory
 from dalle_cli.stores.shards import Shard
 
 STORE = "samples.zarr"
 ENCODERS = 4
 """Number of threads that encode PNGs; they take a small part of the model's time."""
+METADATA = [f"{STORE}/{name}zarr.json" for name in ("", "tokens/", "log_likelihood/")]
+"""Files of a complete folder of samples whose checksums are kept; arrays and PNGs have checksums of their own."""
 CHUNK = 64
 """Number of rows of a chunk of the store."""
 
@@ -112,6 +115,8 @@ class SampleStore:
             self._group["tokens"][rows] = tokens
             self._group["log_likelihood"][rows] = log_likelihood
             self._group.attrs["rows"] = rows.stop
+            if rows.stop == len(self._group["tokens"]):
+                write_checksums(self.out, METADATA)
 
     def _save(self, picture: np.ndarray, name: str) -> None:
         Image.fromarray(picture).save(self.out / name)
@@ -119,12 +124,18 @@ class SampleStore:
 
 def _create(out: Path, identity: dict[str, Any], rows: int, grid: int) -> None:
     import zarr
+    from zarr.codecs import ZstdCodec
 
     with new_directory(out) as folder:
         group = zarr.open_group(str(folder / STORE), mode="a", zarr_format=3)
         chunk = min(rows, CHUNK)
-        group.create_array("tokens", shape=(rows, grid, grid), chunks=(chunk, grid, grid), dtype="uint16")
-        group.create_array("log_likelihood", shape=(rows,), chunks=(chunk,), dtype="float64")
+        checked: dict[str, Any] = {
+            "compressors": ZstdCodec(checksum=True),
+            # So that a missing file is not taken for zeros.
+            "config": {"write_empty_chunks": True},
+        }
+        group.create_array("tokens", shape=(rows, grid, grid), chunks=(chunk, grid, grid), dtype="uint16", **checked)
+        group.create_array("log_likelihood", shape=(rows,), chunks=(chunk,), dtype="float64", **checked)
         group.attrs.update({"format": "dalle-samples", "version": 1, "rows": 0, "request": identity})
 
 

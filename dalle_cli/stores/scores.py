@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from dalle_cli.errors import UserError
+from dalle_cli.stores.checksums import CHECKSUMS, write_checksums
 from dalle_cli.stores.files import new_directory
-from dalle_cli.stores.samples import STORE, manifest_line, request_rows
+from dalle_cli.stores.samples import METADATA, STORE, manifest_line, request_rows
 from dalle_cli.stores.shards import WHOLE, parse_shard
 
 CLIP_SCORE = "clip_score"
@@ -39,13 +40,13 @@ def store_lines(store: Path) -> list[dict[str, Any]]:
         request, committed = group.attrs["request"], int(group.attrs["rows"])
         prompts, n, first = request["prompts"], int(request["settings"]["n"]), int(request.get("first", 0))
         likelihood = group["log_likelihood"][:committed]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{store}: is no store of dalle sample ({error!r})") from None
+        scores, scorer = _scores(group)
+    except Exception as error:  # zarr and its codecs raise errors of many kinds
+        raise UserError(f"{store}: is no store of dalle sample, or damaged ({error!r})") from None
     if not committed:
         raise UserError(f"{store}: holds no sample yet; run dalle sample again to resume it")
     shard = parse_shard(request["shard"]) if "shard" in request else WHOLE
     start = request_rows(shard, len(prompts), n).start
-    scores, scorer = _scores(group)
     lines = []
     for row in range(committed):
         prompt, index = divmod(start + row, n)
@@ -66,6 +67,7 @@ def write_scores(store: Path, scores: Mapping[int, float], scorer: str) -> None:
         UserError: the store is missing or may not be written, or has no such row.
     """
     import zarr
+    from zarr.codecs import ZstdCodec
 
     with _locked(store):
         group = _open(store)
@@ -76,8 +78,18 @@ def write_scores(store: Path, scores: Mapping[int, float], scorer: str) -> None:
         values = known if known is not None and known_scorer == scorer else np.full(rows, np.nan)
         values[list(scores)] = list(scores.values())
         with new_directory(store / CLIP_SCORE) as folder:
-            array = zarr.create_array(str(folder), data=values, chunks=(rows,), zarr_format=3, overwrite=True)
+            array = zarr.create_array(
+                str(folder),
+                data=values,
+                chunks=(rows,),
+                zarr_format=3,
+                overwrite=True,
+                compressors=ZstdCodec(checksum=True),
+                config={"write_empty_chunks": True},
+            )
             array.attrs["scorer"] = scorer
+        if (store.parent / CHECKSUMS).is_file():
+            write_checksums(store.parent, [*METADATA, f"{STORE}/{CLIP_SCORE}/zarr.json"])
 
 
 def _scores(group: Any) -> tuple[np.ndarray | None, str]:

@@ -17,6 +17,7 @@ import numpy as np
 
 from dalle_cli.errors import UserError
 from dalle_cli.progress import log
+from dalle_cli.stores.checksums import write_checksums
 from dalle_cli.stores.files import explain_os_errors, locked
 from dalle_cli.stores.shards import COMMANDS, WHOLE, Part, Shard, ShareProgress, Shares, join_names
 from dalle_cli.stores.tokens import (
@@ -157,7 +158,9 @@ class PartWriter:
             UserError: a share's list of skipped samples is incomplete.
         """
         if self.complete:
-            # The process that completed the part may have been killed before it deleted them.
+            # The process that completed the part may have been killed before it did this.
+            with self._common_lock():
+                self._write_checksums()
             self._shares.remove(keep=self._shares.file(self.shard, ".lock"))
             return
         if self.todo:
@@ -315,7 +318,17 @@ class PartWriter:
         attributes = {**open_group(self.path, "r").attrs, self.part: self.state.attribute()}
         order = ("format", "version", "text", "image")  # the same whichever part is completed first
         self.group.attrs.put({name: attributes[name] for name in order if name in attributes})
+        self._write_checksums()
         self._shares.remove(keep=self._shares.file(self.shard, ".lock"))
+
+    def _write_checksums(self) -> None:
+        """Write checksums of the metadata and of the lists of skipped samples of all complete parts."""
+        attributes, names = open_group(self.path, "r").attrs, ["zarr.json"]
+        for part in COMMANDS:
+            if PartState.of_attributes(attributes, part) is not None:
+                names += [f"{name}/zarr.json" for name in ("key", *ARRAYS[part])]
+                names.append(Shares(self.path, part).report(WHOLE).name)
+        write_checksums(self.path, dict.fromkeys(name for name in names if (self.path / name).is_file()))
 
     def _join_reports(self, shares: Iterable[Shard]) -> None:
         """Write the whole part's list of skipped samples."""

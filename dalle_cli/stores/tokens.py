@@ -33,6 +33,7 @@ from typing import Any, Literal
 import numpy as np
 
 from dalle_cli.errors import UserError
+from dalle_cli.stores.checksums import damage_in
 from dalle_cli.stores.shards import COMMANDS, WHOLE, Part, Shard, Shares, join_names
 
 FORMAT_VERSION = 3
@@ -45,6 +46,7 @@ USABLE = ("text_length", "image_ok")
 """Arrays that are above 0 where a row has captions, and a picture."""
 OFTEN_EMPTY = ("text_epochs", "text_epochs_length")
 """Arrays of which many shards are zeros, which are not written."""
+AGAIN = "copy the store again, or delete it and make it again"
 BY_VERSION = (*OFTEN_EMPTY, "image_views")
 """Arrays whose second axis is chunked by one, so that an epoch reads its own version only."""
 
@@ -180,6 +182,7 @@ class TokenReader:
                 raise UserError(
                     f"{self.path}: its {part} part stops at row {state.rows}; run dalle {command} {again} to finish it"
                 )
+        self.require_whole_metadata()
         for name in ("key", "text", "text_length", "caption", "image", "image_ok"):
             folder = self.path / name / "c"
             shards = -(-self._arrays[name].shape[0] // ROWS_PER_SHARD)
@@ -187,8 +190,21 @@ class TokenReader:
             if missing := [str(shard) for shard in range(shards) if str(shard) not in present]:
                 others = f", as are {len(missing) - 1} others" if len(missing) > 1 else ""
                 raise UserError(
-                    f"{folder / missing[0]}: is missing{others}; copy the store again, or delete it and make it again"
+                    f"{folder / missing[0]}: is missing{others}; {AGAIN}"
                 )
+
+    def require_whole_metadata(self) -> None:
+        """Raise UserError if the store's metadata are not what was written.
+
+        They are not checked while a writer is at work, or was killed and has not been run again.
+        """
+        if any(Shares(self.path, part).folder.is_dir() for part in COMMANDS) or not self._complete_parts():
+            return
+        if (damage := damage_in(self.path)) is not None:
+            raise UserError(f"{damage}; {AGAIN}")
+
+    def _complete_parts(self) -> list[Part]:
+        return [part for part, state in self.parts.items() if state.complete]
 
     def shards(self) -> Iterator[tuple[Path, Callable[[], np.ndarray]]]:
         """Yield each file that committed rows are in, with a function that reads it; see ``_read_shard``."""
@@ -258,14 +274,13 @@ class TokenReader:
     def _read_shard(self, name: str, shard: int, at: tuple[slice | int, ...]) -> np.ndarray:
         """Read a shard's file; raise UserError if it is missing, which zarr would take for zeros, or damaged."""
         array, file = self._arrays[name], self._shard_file(name, shard, at)
-        mend = "copy the store again, or delete it and make it again"
         if not file.is_file():
-            raise UserError(f"{file}: is missing; {mend}")
+            raise UserError(f"{file}: is missing; {AGAIN}")
         try:
             return np.asarray(array[at])
         except Exception as error:  # zarr and its codecs raise errors of many kinds
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"{file}: is damaged ({reason[:100]}); {mend}") from error
+            raise UserError(f"{file}: is damaged ({reason[:100]}); {AGAIN}") from error
 
     def _shard_file(self, name: str, shard: int, at: tuple[slice | int, ...]) -> Path:
         place = [shard, *at[1:], *[0] * (self._arrays[name].ndim - len(at))]

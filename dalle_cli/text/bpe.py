@@ -14,6 +14,7 @@ import numpy as np
 
 from dalle_cli.config.schema import TokenizerSettings
 from dalle_cli.errors import UserError
+from dalle_cli.stores.checksums import write_checksums
 from dalle_cli.stores.files import write_atomically
 from dalle_cli.text.bpe_dropout import BpeDropout
 from dalle_cli.text.ragged import Ragged
@@ -131,4 +132,5 @@ def train_bpe(captions: Iterable[str], settings: TokenizerSettings, out: Path) -
     if seen == 0:
         raise UserError(f"{out}: there is no caption to train a tokenizer on; look at the source's captions")
     write_atomically(out / "tokenizer.json", backend.to_str(pretty=True))
+    write_checksums(out, ["tokenizer.json"])
     return Tokenizer.load(out)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -167,11 +168,43 @@ def test_a_mistyped_key_is_named_with_its_line_and_the_right_one(call: Call, tmp
     )
 
 
+def test_a_recipe_whose_aliases_stand_for_millions_of_settings_is_refused_at_once(call: Call, tmp_path: Path) -> None:
+    file = tmp_path / "aliases.yaml"
+    lines = ["a: &a {x: 1, y: 2, z: 3, w: 4}"]
+    lines += [f"{new}: &{new} {{x: *{old}, y: *{old}, z: *{old}, w: *{old}}}" for old, new in pairwise("abcdefghijklmn")]
+    file.write_text("\n".join(lines))
+    assert "more than 10000 settings, counted with those of aliases" in call("show", file).mistake()
+
+
+def test_a_long_chain_of_extends_is_refused(call: Call, tmp_path: Path) -> None:
+    for i in range(30):
+        (tmp_path / f"{i}.yaml").write_text(f"extends: {i + 1}.yaml\n" if i < 29 else "seed: 1\n")
+    assert "0.yaml: 'extends' leads through more than 20 recipes" in call("show", tmp_path / "0.yaml").mistake()
+    assert call("show", tmp_path / "15.yaml").code == 0
+
+
+def test_the_folder_of_a_run_stands_for_its_stages(call: Call, by_hand: Chain, tmp_path: Path) -> None:
+    run = by_hand.prior.parent
+    assert run == by_hand.dvae.parent
+    assert call("sample", run, "a red star", "--n", 1, "--out", tmp_path / "samples").code == 0
+    (tmp_path / "run" / "tokenizer").mkdir(parents=True)
+    said = call("sample", tmp_path / "run", "a red star").mistake()
+    assert f"{tmp_path}/run: this run has no prior yet; train it with dalle train-prior" in said
+
+
 @pytest.mark.parametrize(
     ("text", "line", "why"),
     [
-        ("name: [unclosed\nseed: 1\n", 2, "not valid YAML"),
-        ("name: a\n\tseed: 1\n", 2, "not valid YAML"),
+        ("name: [unclosed\nseed: 1\n", 2, "a comma or a closing bracket is missing; the bracket opens in line 1"),
+        ("name: a\n\tseed: 1\n", 2, "a tab cannot indent a line; use spaces"),
+        ("seed: 1\nname: 'abc\nrun: x\n", 2, "a quote that opens in this line is never closed; close it"),
+        ("name: a\nrun:abc\nseed: 1\n", 2, "a key without a colon and a space; write key: value"),
+        ("run: c:/my runs: here\n", 1, "put text with a colon in quotes"),
+        ("data:\n  train: x\n holdout: 1\n", 3, "indented otherwise than the block that begins in line 1"),
+        ("name: @home\n", 1, "character '@' cannot begin a value; put it in quotes"),
+        ("name: *\n", 1, "put it in quotes"),
+        ("name: *star\n", 1, "a value that begins with * is taken for an alias"),
+        ('run: "a\\q"\n', 1, "in double quotes a backslash must be doubled"),
         ("- a\n- b\n", 1, "it must be a mapping of keys to settings"),
         ("name: a\nseed: !!python/object/apply:os.getcwd []\n", 2, "seed: not a plain value"),
         ("name: a\nseed: !!int three\n", 2, "seed: not a plain value"),

@@ -184,7 +184,7 @@ def test_offloading_to_nvme_is_refused(
     made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call
 ) -> None:
     done = call(*command(made, tmp_path / "out", {"sharding.offload": "nvme"}))
-    assert "prior.sharding.offload: input should be 'none' or 'cpu', not 'nvme'" in done.mistake()
+    assert "prior.sharding.offload: must be 'none' or 'cpu', not 'nvme'" in done.mistake()
 
 
 INITIALISE = """

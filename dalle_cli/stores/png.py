@@ -1,0 +1,25 @@
+"""The checksums that every chunk of a PNG file has."""
+
+from __future__ import annotations
+
+import zlib
+
+SIGNATURE_SIZE = 8
+END = bytes.fromhex("0000000049454e44ae426082")
+"""The last chunk of every PNG file."""
+
+
+def png_damage(data: bytes) -> str | None:
+    """Return what is wrong with the first chunk of a PNG that is cut short or fails its checksum; None if none is.
+
+    What follows the pixels' last chunk is not checked; compare the end with END for that.
+    """
+    start = SIGNATURE_SIZE
+    while (kind := data[start + 4 : start + 8]) != b"IEND":
+        end = start + 8 + int.from_bytes(data[start : start + 4], "big")
+        if end + 4 > len(data):
+            return "truncated PNG file"
+        if zlib.crc32(memoryview(data)[start + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+            return f"wrong checksum of a PNG's {kind.decode('latin-1')!r} chunk"
+        start = end + 4
+    return None
