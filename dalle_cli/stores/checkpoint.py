@@ -295,10 +295,10 @@ def write_manifest(
         "others": {**others, "recipe.yaml": sha256_file(folder / "recipe.yaml")},
         "identity": identity,
     }
-    write_json(folder / "manifest.json", {**manifest, "checksum": _checksum(manifest)})
+    write_json(folder / "manifest.json", {**manifest, "checksum": manifest_checksum(manifest)})
 
 
-def _checksum(manifest: Mapping[str, Any]) -> str:
+def manifest_checksum(manifest: Mapping[str, Any]) -> str:
     """Return the SHA-256 of a manifest's content, without the checksum in it."""
     content = {name: value for name, value in manifest.items() if name != "checksum"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -366,7 +366,7 @@ def _read_manifest(folder: Path, kind: Kind | None) -> Checkpoint:
         version = int(manifest["version"])
         if version > FORMAT_VERSION:
             raise UserError(f"{manifest_path}: format version {version} is newer than this dalle reads; upgrade dalle")
-        if version < 1 or (version > 1 and manifest["checksum"] != _checksum(manifest)):
+        if version < 1 or (version > 1 and manifest["checksum"] != manifest_checksum(manifest)):
             raise ValueError("its checksum is not that of its content")
         found = Checkpoint(
             folder,

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.manifests import change_manifest
 from helpers.tiny_chain import TinyChain, build_chain
 from helpers.token_stores import write_tokens
 from hypothesis import given, settings
@@ -149,9 +150,8 @@ def test_the_clip_of_an_earlier_version_is_refused(chain: TinyChain, tmp_path: P
     weights = load_file(file)
     weights["visual.positional_embedding"] += 0.1
     save_file(weights, file)
-    manifest = json.loads((step / "manifest.json").read_text())
-    manifest["files"][file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
-    (step / "manifest.json").write_text(json.dumps(manifest))
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    change_manifest(step, lambda manifest: manifest["files"].update({file.name: digest}))
     said = re.escape(f"{step}: is a CLIP of an earlier version of dalle; delete {out} and run dalle train-clip again")
     with pytest.raises(UserError, match=said):
         load_clip(open_checkpoint(out))

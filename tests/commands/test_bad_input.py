@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Call
+from helpers.manifests import change_manifest
 from helpers.running import DALLE, ENVIRONMENT, Chain, Done, run, smallest_recipe, write_recipe
 from PIL import Image
 
@@ -325,11 +326,13 @@ def test_a_pickle_in_place_of_weights_is_never_executed(
 
     def spring(checkpoint: Path, name: str) -> None:
         (checkpoint / name).write_bytes(trap)
-        manifest = json.loads((checkpoint / "manifest.json").read_text())
-        for which in ("files", "others"):
-            if name in manifest[which]:  # as one who means it would: with the right sum
-                manifest[which][name] = sha256_file(checkpoint / name)
-        (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+        def accept(manifest: dict[str, Any]) -> None:
+            for which in ("files", "others"):
+                if name in manifest[which]:
+                    manifest[which][name] = sha256_file(checkpoint / name)
+
+        change_manifest(checkpoint, accept)
 
     prior = open_checkpoint(spoiled / "prior").path
     spring(prior, "ema.safetensors")

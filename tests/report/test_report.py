@@ -12,6 +12,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from helpers.manifests import change_manifest
 from helpers.html_page import Page
 from helpers.tiny_chain import HELD_OUT, SAMPLES, SEEN, TinyChain, build_chain, write_recipe
 from PIL import Image
@@ -226,10 +227,8 @@ def test_stages_that_are_missing_or_damaged_are_named(chain: TinyChain, tmp_path
 def test_artifacts_of_another_chain_are_marked(chain: TinyChain, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(chain.places.root, run)
-    manifest = next((run / "prior").glob("step-*")) / "manifest.json"
-    values = json.loads(manifest.read_text())
-    values["belongs"]["dvae"] = "f" * 64
-    manifest.write_text(json.dumps(values))
+    step = next((run / "prior").glob("step-*"))
+    change_manifest(step, lambda manifest: manifest["belongs"].update(dvae="f" * 64))
     report = write_report(load_recipe(chain.recipe_file, [f"run={run}"]), None, [], run)
     prior = next(row for row in report.figures.artifacts if row.artifact == "prior")
     assert {item.role: item.in_this_run for item in prior.belongs} == {"dvae": False, "tokenizer": True, "source": True}
