@@ -31,7 +31,8 @@ class Filters(Settings):
     The paper (section 2.3 and appendix C) drops captions that are too short, not English, or mostly boilerplate, and
     pictures whose aspect ratio lies outside [1/2, 2]. It gives a number for the aspect ratio only, so that filter alone
     is on by default. For the others, ``dalle scan`` shows how many samples of the data at hand a common value would
-    drop. Unlike the paper's filter by language, ``min_ascii_letters`` drops Greek but keeps French.
+    drop. The paper filters by language with cld3; ``language`` does so with py3langid, and ``min_ascii_letters``, which
+    drops Greek but keeps French, needs no package.
     """
 
     min_words: Positive | None = Field(None, description="minimum number of words, which white space separates")
@@ -46,6 +47,11 @@ class Filters(Settings):
     )
     boilerplate: list[str] = Field([], description="further regular expressions that max_boilerplate counts")
     min_ascii_letters: Share | None = Field(None, description="minimum share of a to z among the letters")
+    language: str | None = Field(
+        None,
+        description="ISO 639 code, such as en: leave out captions that are in another language by py3langid (the extra "
+        "languages); one whose language is unsure stays",
+    )
     max_aspect_ratio: Annotated[float, Field(ge=1)] | None = Field(2.0, description="maximum of longer / shorter side")
     min_side: Positive | None = Field(None, description="minimum number of pixels of the shorter side")
     min_contrast: Annotated[float, Field(ge=0)] | None = Field(
@@ -185,10 +191,16 @@ class LearningRate(Settings):
     schedule: Literal["constant", "cosine", "plateau"] = Field("cosine", description="what follows the warm-up")
     final: Annotated[float, Field(ge=0)] = Field(0.0, description="lowest learning rate of cosine and plateau")
     decay_updates: Positive | None = Field(None, description="update at which the cosine ends; null: the last one")
+    plateau_watches: Literal["training", "validation"] = Field(
+        "training",
+        description="loss whose plateaus halve the rate: the mean training loss between two validations, as in the "
+        "paper, or the held-out loss",
+    )
     plateau_validations: Positive = Field(5, description="number of validations without a gain before a halving")
     plateau_threshold: Annotated[float, Field(ge=0)] = Field(
-        1e-3, description="minimum relative fall of the validation loss that counts as a gain"
+        1e-3, description="minimum relative fall of the watched loss that counts as a gain"
     )
+    plateau_halvings: Positive | None = Field(5, description="maximum number of halvings; null: no limit")
 
 
 class Adam(Settings):
@@ -208,7 +220,10 @@ class Training(Settings):
     batch_size: Positive = Field(description="number of samples per update, over all ranks")
     micro_batch: Positive | None = Field(None, description="number of samples per forward pass; null: all at once")
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.999, description="decay of the EMA weights per update; it is lower in the first updates"
+        0.999, description="decay of the EMA weights per update"
+    )
+    ema_warmup: bool = Field(
+        True, description="lower the decay in the first updates, to (1 + t) / (10 + t) after t; the paper does not say so"
     )
     ema_every: Positive = Field(
         1,
@@ -492,6 +507,17 @@ class Recipe(Settings):
     def grid(self) -> int:
         """Number of image tokens along a side."""
         return self.image_size // self.dvae.model.downsampling
+
+    @model_validator(mode="after")
+    def _plateaus_are_seen(self) -> Recipe:
+        for kind in ("dvae", "prior", "clip"):
+            rate = getattr(self, kind).learning_rate
+            if rate.schedule == "plateau" and rate.plateau_watches == "validation" and not self.data.holdout:
+                raise ValueError(
+                    f"{kind}.learning_rate.plateau_watches is validation, and data.holdout is 0; hold out a share, or "
+                    "watch training"
+                )
+        return self
 
     @model_validator(mode="after")
     def _stages_agree(self) -> Recipe:

@@ -1,7 +1,8 @@
 """Filters that leave out captions and pictures which are not worth training on, judged one by one.
 
 They follow the paper (Ramesh et al. 2021, appendix C) and Conceptual Captions (Sharma et al. 2018, section 3), except
-for filters that need a trained model: language, parts of speech, named entities, adult or other content of pictures.
+for filters that need a trained model: parts of speech, named entities, adult or other content of pictures. The language
+is guessed by py3langid, where the paper has cld3.
 A filter's name says what it measures and whether its setting is the minimum or the maximum that passes.
 """
 
@@ -17,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from dalle_cli.config.schema import Filters
+from dalle_cli.data.language import UNSURE, shared_detector
 
 _MONTH = (
     r"(?:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?|oct(?:ober)?"
@@ -111,7 +113,11 @@ def _contrast(image: Image.Image, _: Filters) -> float:
     return float(np.asarray(small.convert("L"), dtype=np.float32).std())
 
 
-CAPTION_MEASURES: dict[str, Callable[[str, Filters], float]] = {
+def _language(caption: str, _: Filters) -> str:
+    return shared_detector()(caption)
+
+
+CAPTION_MEASURES: dict[str, Callable[[str, Filters], float | str]] = {
     "min_words": lambda caption, _: len(caption.split()),
     "max_words": lambda caption, _: len(caption.split()),
     "min_characters": lambda caption, _: len(caption),
@@ -121,8 +127,9 @@ CAPTION_MEASURES: dict[str, Callable[[str, Filters], float]] = {
     "max_upper_case": _upper_case_share,
     "max_boilerplate": _boilerplate_share,
     "min_ascii_letters": _ascii_letter_share,
+    "language": _language,
 }
-PICTURE_MEASURES: dict[str, Callable[[Image.Image, Filters], float]] = {
+PICTURE_MEASURES: dict[str, Callable[[Image.Image, Filters], float | str]] = {
     "max_aspect_ratio": lambda image, _: max(image.size) / min(image.size),
     "min_side": lambda image, _: min(image.size),
     "min_contrast": _contrast,
@@ -189,11 +196,15 @@ def _on(measures: Iterable[str], filters: Filters) -> dict[str, Any]:
 
 
 def _failed_filters(
-    measures: Mapping[str, Callable[[T, Filters], float]], sample: T, filters: Filters
+    measures: Mapping[str, Callable[[T, Filters], float | str]], sample: T, filters: Filters
 ) -> Iterator[str]:
     for name, limit in _on(measures, filters).items():
         value = measures[name](sample, filters)
-        if value < limit if name.startswith("min") else value > limit:
+        if name == "language":
+            failed = value not in (limit, UNSURE)
+        else:
+            failed = value < limit if name.startswith("min") else value > limit
+        if failed:
             yield name
 
 

@@ -18,38 +18,16 @@ from dalle_cli.data.filters import (
     with_typical_limits,
 )
 from dalle_cli.data.images import BadImage, decode_image, read_header
+from dalle_cli.data.language import LanguageDetector
 from dalle_cli.data.source import BadSample, Source
 from dalle_cli.data.workers import map_blocks, split_blocks
-from dalle_cli.errors import UserError
 from dalle_cli.progress import progress
 
 QUANTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 """Reported quantiles, in per cent."""
 EXAMPLES_PER_FILTER = 3
 BROKEN_EXAMPLES = 20
-MIN_LANGUAGE_PROBABILITY = 0.5
-"""Probability below which a language is "unsure", which is common for captions of two or three words."""
 _BLOCK = 32
-
-
-class LanguageDetector:
-    """Guesses the language of a caption by the optional package py3langid.
-
-    Raises:
-        UserError: py3langid is not installed.
-    """
-
-    def __init__(self) -> None:
-        try:
-            from py3langid.langid import MODEL_FILE, LanguageIdentifier
-        except ImportError:
-            raise UserError('--languages needs py3langid: pip install "dalle[languages]"') from None
-        self._identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-
-    def __call__(self, caption: str) -> str:
-        """Return an ISO 639 code, or "unsure"."""
-        language, probability = self._identifier.classify(caption)
-        return str(language) if probability >= MIN_LANGUAGE_PROBABILITY else "unsure"
 
 
 @dataclass(frozen=True)
@@ -82,8 +60,8 @@ class FilterExample:
 class FilterStatistics:
     """The samples that a filter would drop by itself."""
 
-    value: float
-    """The recipe's limit where the filter is on, else a typical one."""
+    value: float | str
+    """The recipe's limit where the filter is on, else a typical one; ``language`` has no typical one."""
     on: bool
     drops: int
     """Number of samples whose picture, or whose every caption, fails the filter."""
@@ -257,6 +235,7 @@ def scan(
                 examples=counts.examples.get(name, []),
             )
             for name in (*CAPTION_MEASURES, *PICTURE_MEASURES)
+            if getattr(tried, name) is not None
         },
     )
 

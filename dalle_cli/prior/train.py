@@ -218,7 +218,9 @@ class PriorTask:
     def _mean_losses(self, batch: TokenBatch, step: int) -> dict[str, float]:
         totals: dict[str, float] = {}
         count = float(self.model.text_counts(batch.length).sum().clamp(min=1))
-        size = self.recipe.prior.training.micro_batch or VALIDATION_BATCH
+        training = self.recipe.prior.training
+        # Never more at once than in training, whose memory is known to suffice.
+        size = min(training.micro_batch or VALIDATION_BATCH, -(-training.batch_size // self.group.size))
         for part, share in self._split(batch, size, count, len(batch)):
             for name, value in self.loss(part, step).items():
                 totals[name] = totals.get(name, 0.0) + float(value) * share

@@ -77,7 +77,7 @@ class Task(Protocol):
     def validate(self, step: int) -> dict[str, float]:
         """Return scalars on held-out samples, if there are any.
 
-        ``"loss"`` drives the plateau schedule and chooses the best checkpoint.
+        ``"loss"`` chooses the best checkpoint, and drives the plateau schedule if that watches validations.
         """
 
     def example_images(self) -> dict[str, Tensor]:
@@ -185,6 +185,7 @@ class Run:
                 rate = state.learning_rate(step)
                 values = self.update(state, batch, step, rate)
                 state.update_ema(step)
+                state.plateau.add_training_loss(float(values["loss"]))
                 throughput.count_update()
                 if group.leads and (done == 1 or done == last or done % training.log_every == 0):
                     scalars = {name: float(value) for name, value in values.items()}
@@ -258,8 +259,9 @@ class Run:
                     journal.log_validation(step, validated, images)
         if self.group.any(bool(validated) and not math.isfinite(validated["loss"])):
             raise UserError(f"{self.out}: the held-out loss is not finite after {step} updates; {self._mend}")
-        loss = self.group.broadcast(validated.get("raw_loss", math.nan))
-        if not math.isnan(loss):
+        if self.settings.learning_rate.plateau_watches == "training":
+            state.plateau.observe_training()
+        elif not math.isnan(loss := self.group.broadcast(validated.get("raw_loss", math.nan))):
             state.plateau.observe(loss)
         ema_loss = self.group.broadcast(validated.get("loss", math.nan))
         if step >= self.task.comparable_from and math.isfinite(ema_loss):

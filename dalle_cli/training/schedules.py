@@ -38,23 +38,37 @@ def learning_rate(settings: LearningRate, step: int, updates: int, halvings: int
 
 @dataclass
 class Plateau:
-    """Counts halvings of the learning rate, one each time the validation loss has stopped improving."""
+    """Counts halvings of the learning rate, one each time the watched loss has stopped improving."""
 
     settings: LearningRate
-    state: dict[str, float] = field(default_factory=lambda: {"best": math.inf, "stale": 0, "halvings": 0})
+    state: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.state = {"best": math.inf, "stale": 0, "halvings": 0, "sum": 0.0, "updates": 0, **self.state}
 
     @property
     def halvings(self) -> int:
         """Number of halvings so far."""
         return int(self.state["halvings"])
 
+    def add_training_loss(self, loss: float) -> None:
+        """Add the training loss of an update to the mean that ``observe_training`` takes."""
+        self.state["sum"] += loss
+        self.state["updates"] += 1
+
+    def observe_training(self) -> None:
+        """Record the mean training loss of the updates since the last call, if there were any."""
+        if self.state["updates"]:
+            self.observe(self.state["sum"] / self.state["updates"])
+            self.state["sum"], self.state["updates"] = 0.0, 0
+
     def observe(self, loss: float) -> None:
-        """Record the loss of a validation."""
-        best = self.state["best"]
+        """Record a watched loss."""
+        best, most = self.state["best"], self.settings.plateau_halvings
         if loss < best - self.settings.plateau_threshold * abs(best) or math.isinf(best):
             self.state["best"], self.state["stale"] = loss, 0
             return
         self.state["stale"] += 1
         if self.state["stale"] >= self.settings.plateau_validations:
             self.state["stale"] = 0
-            self.state["halvings"] += 1
+            self.state["halvings"] += most is None or self.state["halvings"] < most

@@ -97,8 +97,8 @@ class TrainingState:
         done, training = step + 1, self.settings.training
         if done % training.ema_every:
             return
-        warmups = ((1 + t) / (EMA_WARMUP + t) for t in range(done - training.ema_every, done))
-        share = 1 - math.prod(min(training.ema_decay, warmup) for warmup in warmups)
+        limits = ((1 + t) / (EMA_WARMUP + t) if training.ema_warmup else 1.0 for t in range(done - training.ema_every, done))
+        share = 1 - math.prod(min(training.ema_decay, limit) for limit in limits)
         for averaged, parameter in zip(self.ema, self.parameters, strict=True):
             # One by one to save memory, because 16-bit weights are copied to 32 bit.
             averaged.lerp_(parameter.detach().to(averaged.device).float(), share)
@@ -138,7 +138,7 @@ class TrainingState:
     def load_schedules(self, checkpoint: Checkpoint) -> None:
         """Restore the plateau schedule, the best validation and the rounds of ``checkpoint``, but no tensors."""
         state = checkpoint.trainer_state()
-        self.plateau.state = dict(state["plateau"])
+        self.plateau = Plateau(self.settings.learning_rate, dict(state["plateau"]))
         self.best = BestValidation(**state.get("best", {}))
         self.rounds = [(int(first), int(updates)) for first, updates in state.get("rounds", [])]
 

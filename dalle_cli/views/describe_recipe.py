@@ -268,4 +268,6 @@ def _schedule(rate: LearningRate) -> str:
     if rate.schedule == "cosine":
         end = f"update {rate.decay_updates:,}" if rate.decay_updates is not None else "the last update"
         return f"{warmup}, then a cosine to {rate.final:g} at {end}"
-    return f"{warmup}, halved after {rate.plateau_validations} validations without improvement"
+    watched = "training" if rate.plateau_watches == "training" else "held-out"
+    most = "" if rate.plateau_halvings is None else f"up to {rate.plateau_halvings} times "
+    return f"{warmup}, halved {most}after {rate.plateau_validations} validations without a gain in the {watched} loss"

@@ -73,7 +73,11 @@ def test_the_papers_priors(name: str) -> None:
     if name == "12b":
         rate, training = prior.learning_rate, prior.training
         assert (rate.peak, rate.warmup_updates, rate.schedule) == (4.5e-4, 5000, "plateau")
+        assert (rate.plateau_watches, rate.plateau_halvings) == ("training", 5)
         assert (training.batch_size, training.updates) == (1024, 430_000)
+        assert training.ema_decay**training.ema_every == pytest.approx(0.99, abs=1e-5)
+        assert (training.ema_every, training.ema_warmup) == (25, False)
+        assert recipe.data.holdout * 250e6 == pytest.approx(606_000, rel=0.02)
 
 
 def test_the_papers_dvae() -> None:
@@ -86,6 +90,7 @@ def test_the_papers_dvae() -> None:
     assert (rate.peak, rate.final, rate.decay_updates, rate.schedule) == (1e-4, 1.25e-6, 1_200_000, "cosine")
     assert (adam.beta1, adam.beta2, adam.eps, adam.weight_decay) == (0.9, 0.999, 1e-8, 1e-4)
     assert (training.batch_size, training.updates, training.ema_decay) == (512, 3_000_000, 0.999)
+    assert not training.ema_warmup
 
 
 # Layouts

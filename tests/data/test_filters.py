@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from dalle_cli.data.filters import (
     picture_rejection,
     with_typical_limits,
 )
+from dalle_cli.data.language import shared_detector
 from dalle_cli.errors import UserError
 
 OFF = Filters(max_aspect_ratio=None)
@@ -50,6 +52,31 @@ def test_a_limit_itself_passes_and_a_value_beyond_it_fails(name: str, limit: flo
     filters = OFF.model_copy(update={name: limit})
     assert filter_captions([passes], filters) == ([passes], None)
     assert filter_captions([refused], filters) == ([], f"filtered: {name}")
+
+
+@pytest.mark.parametrize(
+    ("language", "caption", "passes"),
+    [
+        ("en", "a small brown dog sleeps on the green grass beside the house", True),
+        ("en", "ein kleiner brauner Hund schläft auf dem grünen Rasen neben dem Haus", False),
+        ("de", "ein kleiner brauner Hund schläft auf dem grünen Rasen neben dem Haus", True),
+        ("en", "un petit chien brun dort sur la pelouse verte à côté de la maison", False),
+        ("en", "маленькая коричневая собака спит на зелёной траве", False),
+    ],
+)
+def test_captions_in_another_language_are_left_out(language: str, caption: str, passes: bool) -> None:
+    filters = OFF.model_copy(update={"language": language})
+    assert filter_captions([caption], filters) == (([caption], None) if passes else ([], "filtered: language"))
+    assert caption_identity(filters) == {"language": language}
+    assert caption_identity(OFF) is None
+
+
+def test_the_language_filter_names_the_package_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared_detector.cache_clear()
+    monkeypatch.setitem(sys.modules, "py3langid", None)
+    monkeypatch.setitem(sys.modules, "py3langid.langid", None)
+    with pytest.raises(UserError, match=r'pip install "dalle\[languages\]"'):
+        filter_captions(["a dog"], OFF.model_copy(update={"language": "en"}))
 
 
 @pytest.mark.parametrize(

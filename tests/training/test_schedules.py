@@ -7,6 +7,7 @@ import math
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -86,4 +87,31 @@ def test_a_plateau_halves_after_validations_without_gain() -> None:
     falling = Plateau(rate)
     for loss in (-1.0, -1.005, -1.5, -2.0):  # a likelihood may be below zero
         falling.observe(loss)
-    assert falling.state == {"best": -2.0, "stale": 0, "halvings": 0}
+    assert (falling.state["best"], falling.state["stale"], falling.halvings) == (-2.0, 0, 0)
+
+
+def test_the_paper_halves_five_times_at_most() -> None:
+    assert LearningRate(peak=1).plateau_halvings == 5
+    for most, wanted in ((5, 5), (2, 2), (None, 20)):
+        plateau = Plateau(LearningRate(peak=0.4, schedule="plateau", plateau_validations=1, plateau_halvings=most))
+        for _ in range(21):
+            plateau.observe(1.0)
+        assert plateau.halvings == wanted
+
+
+def test_a_plateau_of_the_training_loss_is_one_of_its_means() -> None:
+    rate, rng = LearningRate(peak=0.4, schedule="plateau", plateau_validations=2), np.random.default_rng(0)
+    watching, by_mean = Plateau(rate), Plateau(rate)
+    for window in range(12):
+        losses = rng.normal(1 / (1 + min(window, 4)), 0.3, 7 + window)
+        for loss in losses:
+            watching.add_training_loss(float(loss))
+            watching = Plateau(rate, dict(watching.state))  # as after a kill within the window
+        watching.observe_training()
+        by_mean.observe(float(np.mean(losses)))
+        assert watching.state["best"] == pytest.approx(by_mean.state["best"])
+        assert watching.halvings == by_mean.halvings
+    assert watching.halvings > 0
+    before = dict(watching.state)
+    watching.observe_training()  # nothing was added
+    assert watching.state == before

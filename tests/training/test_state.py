@@ -89,6 +89,17 @@ def test_long_after_the_start_the_decay_is_a_power() -> None:
     assert state.ema[0].item() == pytest.approx(1 - 0.999**25, rel=1e-6)
 
 
+def test_without_a_warm_up_the_decay_is_the_same_from_the_start() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    training = Training(updates=100, ema_decay=0.9, ema_warmup=False, batch_size=1)
+    state = TrainingState(Replicated(model), DvaeSettings(training=training), set())
+    nn.init.constant_(model.weight, 1.0)
+    state.ema[0].zero_()
+    for step in range(5):
+        state.update_ema(step)
+        assert state.ema[0].item() == pytest.approx(1 - 0.9 ** (step + 1), rel=1e-6)
+
+
 def bf16_recipe(folder: Path, **training: Any) -> Path:
     found = smallest_recipe(folder, None)
     found["prior"]["precision"] = "bf16"
