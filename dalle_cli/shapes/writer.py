@@ -119,7 +119,8 @@ def _claim_folder(out: Path, settings: dict[str, object]) -> None:
                 f"{settings.get(key)!r}): give another folder, or delete this one"
             )
         return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    # A writer that was killed at its start leaves its unfinished world.json.
+    if out.exists() and (not out.is_dir() or any(not entry.name.startswith(".world.json") for entry in out.iterdir())):
         raise UserError(
             f"{out} exists and holds no {settings['kind']} world (no world.json): give a new or empty folder"
         )

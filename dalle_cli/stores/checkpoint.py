@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from dalle_cli.config.load import dump_recipe, load_recipe
 from dalle_cli.config.schema import Recipe
 from dalle_cli.errors import Damaged, UserError
-from dalle_cli.stores.files import explain_os_errors, new_directory, sha256_file, write_json
+from dalle_cli.stores.files import explain_os_errors, new_directory, rename_synced, sha256_file, sync, write_json
 from dalle_cli.stores.tensor_files import Part, TensorFiles, index_entries, join_entries, part_file, save_tensors
 
 if TYPE_CHECKING:
@@ -237,9 +237,10 @@ def save_sharded_checkpoint(path: Path, writers: Writers, facts: CheckpointFacts
         for name in ("trainer/state.json", *(f"{name}.index.json" for name in written[0]["entries"])):
             others[name] = sha256_file(beside / name)
         write_manifest(beside, facts, files, others)
+        sync(beside, *beside.rglob("*"))
         if path.exists():
             shutil.rmtree(path)
-        beside.replace(path)
+        rename_synced(beside, path)
 
     try:
         holders = _on_all(path, writers, begin)

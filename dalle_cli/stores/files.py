@@ -44,6 +44,23 @@ def explain_os_errors(path: Path) -> Iterator[None]:
         raise
 
 
+def sync(*paths: Path) -> None:
+    """Have the system write files, and the entries of folders, to the disk, so that a power cut does not lose them."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def rename_synced(beside: Path, path: Path) -> None:
+    """Rename ``beside``, a file or folder, to ``path`` once all of it is on the disk."""
+    sync(beside, *(beside.rglob("*") if beside.is_dir() else ()))
+    beside.replace(path)
+    sync(path.parent)
+
+
 def write_atomically(path: Path, data: bytes | str) -> None:
     """Write ``data`` beside ``path`` and rename it into place."""
     with explain_os_errors(path):
@@ -51,7 +68,7 @@ def write_atomically(path: Path, data: bytes | str) -> None:
         beside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             beside.write_bytes(data.encode() if isinstance(data, str) else data)
-            beside.replace(path)
+            rename_synced(beside, path)
         finally:
             beside.unlink(missing_ok=True)
 
@@ -114,9 +131,10 @@ def new_directory(path: Path) -> Iterator[Path]:
         beside.mkdir()
         try:
             yield beside
+            sync(beside, *beside.rglob("*"))
             if path.exists():
                 shutil.rmtree(path)
-            beside.replace(path)
+            rename_synced(beside, path)
         except BaseException:
             shutil.rmtree(beside, ignore_errors=True)
             raise

@@ -18,7 +18,7 @@ import numpy as np
 from dalle_cli.errors import UserError
 from dalle_cli.progress import log
 from dalle_cli.stores.checksums import write_checksums
-from dalle_cli.stores.files import explain_os_errors, locked
+from dalle_cli.stores.files import explain_os_errors, locked, rename_synced, sync
 from dalle_cli.stores.shards import COMMANDS, WHOLE, Part, Shard, ShareProgress, Shares, join_names
 from dalle_cli.stores.tokens import (
     BY_VERSION,
@@ -149,6 +149,7 @@ class PartWriter:
                     report.writelines(json.dumps({"key": key, "reason": skipped[key]}) + "\n" for key in skipped)
             with self._common_lock():
                 self._write_keys(keys, rows)
+                self._sync({"key", *arrays}, rows)
                 self._commit(len(rows), skipped.values(), counts or {})
 
     def finish(self) -> None:
@@ -290,6 +291,13 @@ class PartWriter:
                     "read the same source"
                 )
 
+    def _sync(self, names: Iterable[str], rows: range) -> None:
+        """Have the shard files of ``rows`` on the disk before the rows are committed."""
+        shards = [str(shard) for shard in range(rows.start // ROWS_PER_SHARD, -(-rows.stop // ROWS_PER_SHARD))]
+        for folder in (self.path / name / "c" for name in names):
+            for shard in filter(Path.exists, (folder / shard for shard in shards)):
+                sync(folder, shard, *(shard.rglob("*") if shard.is_dir() else ()))
+
     def _commit(self, rows: int, reasons: Iterable[str], counts: Mapping[str, int]) -> None:
         """Commit ``rows`` more, whose arrays and keys have been written."""
         now = self.progress
@@ -338,7 +346,7 @@ class PartWriter:
             for report in filter(Path.is_file, map(self._shares.report, shares)):
                 with report.open("rb") as lines:
                     shutil.copyfileobj(lines, joined)
-        beside.replace(whole)
+        rename_synced(beside, whole)
 
     def _sweep(self) -> None:
         """Delete half-written files of killed writers; no process is writing this part any more."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
@@ -31,6 +32,33 @@ def test_a_directory_is_whole_or_absent(tmp_path: Path) -> None:
     with new_directory(target) as folder:
         (folder / "b").write_text("3")
     assert [p.name for p in target.iterdir()] == ["b"]
+
+
+def test_everything_is_on_the_disk_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Record what is synced and renamed: what is below a renamed path was synced before, and its new folder after."""
+    events: list[tuple[str, Path]] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def record_fsync(descriptor: int) -> None:
+        events.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}"))))
+        fsync(descriptor)
+
+    def record_replace(self: Path, target: Path) -> Path:
+        below = {self, *self.rglob("*")} if self.is_dir() else {self}
+        assert below <= {path for kind, path in events if kind == "sync"}
+        events.append(("rename", target))
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(Path, "replace", record_replace)
+    write_atomically(tmp_path / "file", "text")
+    with new_directory(tmp_path / "folder") as folder:
+        (folder / "deep").mkdir()
+        (folder / "deep" / "a").write_text("1")
+        (folder / "b").write_text("2")
+    renames = [at for at, (kind, _) in enumerate(events) if kind == "rename"]
+    assert [events[at][1].name for at in renames] == ["file", "folder"]
+    assert all(events[at + 1] == ("sync", tmp_path) for at in renames)
 
 
 def test_a_file_is_the_old_or_the_new(tmp_path: Path) -> None:
