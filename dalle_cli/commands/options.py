@@ -104,7 +104,7 @@ def recipe_for(source: str, path: Path | None, overrides: list[str] | None) -> R
     if path is None and overrides:
         raise UserError(f"--set {overrides[0]}: changes a recipe; give one with --recipe")
     settings = Recipe() if path is None else load_recipe(path, overrides or [])
-    return settings.model_copy(update={"data": settings.data.model_copy(update={"train": source})})
+    return settings.model_copy(update={"data": settings.data.model_copy(update={"train": source, "weights": None, "validation": None})})
 
 
 def read_source(recipe: Recipe) -> Source:
@@ -114,12 +114,12 @@ def read_source(recipe: Recipe) -> Source:
         UserError: the recipe names no source, or it cannot be read.
     """
     from dalle_cli.data.exclude import SourceWithExclusions
-    from dalle_cli.data.open_source import open_source
+    from dalle_cli.data.open_source import open_sources
     from dalle_cli.progress import log
 
     if recipe.data.train is None:
         raise UserError("data.train: the recipe names no pictures; set it, or give --data SOURCE")
-    source = open_source(recipe.data.train)
+    source = open_sources(recipe.data.sources)
     if recipe.data.exclude is not None:
         source = SourceWithExclusions(source, Path(recipe.data.exclude))
     log(source.describe())

@@ -71,8 +71,16 @@ class Filters(Settings):
 class DataSettings(Settings):
     """The captioned pictures and their augmentation (paper, listings 1 and 2)."""
 
-    train: str | None = Field(None, description="source of the training pictures: a folder, tars, a manifest, COCO ...")
+    train: str | list[str] | None = Field(
+        None, description="source of the training pictures: a folder, tars, a manifest, COCO ...; or a list of sources"
+    )
+    weights: list[Positive] | None = Field(
+        None, description="number of times that each epoch takes the samples of each source in train; null: once"
+    )
     holdout: Share = Field(0.0, description="share of the samples that is held out of training")
+    validation: str | None = Field(
+        None, description="source of the held-out pictures, in place of a share of those in train"
+    )
     crop: bool = Field(True, description="crop pictures at random in training; false: always at the centre")
     fit: Literal["crop", "pad", "stretch"] = Field(
         "crop",
@@ -90,6 +98,28 @@ class DataSettings(Settings):
         None, description="file of keys to leave out: the lines of dalle overlap, or plain keys"
     )
     filters: Filters = Filters()
+
+    @property
+    def sources(self) -> list[str]:
+        """The sources in ``train``, and after them that of ``validation``."""
+        train = [self.train] if isinstance(self.train, str) else self.train or []
+        return [*train, *([] if self.validation is None else [self.validation])]
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether any samples are held out."""
+        return self.holdout > 0 or self.validation is not None
+
+    @model_validator(mode="after")
+    def _sources_agree(self) -> DataSettings:
+        if isinstance(self.train, list) and not self.train:
+            raise ValueError("train is an empty list; name a source, or leave it out")
+        training = len(self.sources) - (self.validation is not None)
+        if self.weights is not None and training and len(self.weights) != training:
+            raise ValueError(f"weights has {len(self.weights)} numbers for {training} sources in train; give one for each")
+        if self.validation is not None and self.holdout:
+            raise ValueError(f"validation names the held-out pictures, and holdout is {self.holdout:g}; set holdout: 0")
+        return self
 
     @model_validator(mode="after")
     def _views_differ(self) -> DataSettings:
@@ -512,7 +542,7 @@ class Recipe(Settings):
     def _plateaus_are_seen(self) -> Recipe:
         for kind in ("dvae", "prior", "clip"):
             rate = getattr(self, kind).learning_rate
-            if rate.schedule == "plateau" and rate.plateau_watches == "validation" and not self.data.holdout:
+            if rate.schedule == "plateau" and rate.plateau_watches == "validation" and not self.data.holds_out:
                 raise ValueError(
                     f"{kind}.learning_rate.plateau_watches is validation, and data.holdout is 0; hold out a share, or "
                     "watch training"

@@ -22,7 +22,7 @@ Reorder = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 class BatchOrder:
     """Endless epochs over ``rows``; a batch may span two epochs, so that no row is dropped.
 
-    ``rows`` is (n,), ascending. ``batch_size`` counts all ranks; ``part`` is this rank's slice of each batch.
+    ``rows`` is (n,), ascending; a row that occurs w times counts w epochs in each. ``batch_size`` counts all ranks; ``part`` is this rank's slice of each batch.
     ``reorder`` is applied to each REORDER_BLOCK consecutive rows of a shuffled epoch when the block is reached.
     """
 
@@ -38,17 +38,22 @@ class BatchOrder:
             raise ValueError("no rows to draw batches from")
         self.rows, self.batch_size, self.seed, self.part, self.reorder = rows, batch_size, seed, part, reorder
         self._epoch = lru_cache(maxsize=2)(self._shuffled_epoch)
+        self._seen = lru_cache(maxsize=2)(self._seen_before)
+        self._repeats = len(rows) > 1 and bool((np.diff(rows) == 0).any())
         self._block = lru_cache(maxsize=2)(self._reordered_block)
 
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Return this rank's rows (n,) of the batch that follows ``step`` updates, and the epoch (n,) of each row."""
         places = np.arange(step * self.batch_size, (step + 1) * self.batch_size)[self.part]
         epochs, places_in_epoch = np.divmod(places, len(self.rows))
-        rows = np.empty(len(places), dtype=np.int64)
+        rows, seen = np.empty(len(places), dtype=np.int64), epochs.copy()
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
             rows[chosen] = self._rows(int(epoch), places_in_epoch[chosen])
-        return rows, epochs
+            if self._repeats:
+                times, before = self._seen(int(epoch))
+                seen[chosen] = epoch * times[places_in_epoch[chosen]] + before[places_in_epoch[chosen]]
+        return rows, seen
 
     def _rows(self, epoch: int, places: np.ndarray) -> np.ndarray:
         if self.reorder is None:
@@ -59,6 +64,16 @@ class BatchOrder:
         for block in np.unique(blocks):
             rows[blocks == block] = self._block(epoch, int(block))[offsets[blocks == block]]
         return rows
+
+    def _seen_before(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return how often the row at each place of an epoch occurs in it, and how often before that place."""
+        rows = self._rows(epoch, np.arange(len(self.rows)))
+        order = np.argsort(rows, kind="stable")
+        _, first, counts = np.unique(rows[order], return_index=True, return_counts=True)
+        times, before = np.empty_like(rows), np.empty_like(rows)
+        times[order] = np.repeat(counts, counts)
+        before[order] = np.arange(len(rows)) - np.repeat(first, counts)
+        return times, before
 
     def _reordered_block(self, epoch: int, block: int) -> np.ndarray:
         assert self.reorder is not None

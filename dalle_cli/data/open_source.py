@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from dalle_cli.data.formats.published import (
 )
 from dalle_cli.data.formats.tables import JsonLinesTable, Table, open_delimited
 from dalle_cli.data.formats.webdataset import WebDatasetSource
+from dalle_cli.data.joined import JoinedSource
 from dalle_cli.data.source import IMAGE_EXTENSIONS, BadSample, Source
 from dalle_cli.errors import UserError
 
@@ -34,6 +35,11 @@ class Format(NamedTuple):
 
     description: str
     open: Callable[[str, Path], Source | None]
+
+
+def open_sources(specs: Sequence[str]) -> Source:
+    """Open one source, or several as one; see ``open_source``."""
+    return open_source(specs[0]) if len(specs) == 1 else JoinedSource([open_source(spec) for spec in specs])
 
 
 def open_source(spec: str | Path) -> Source:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dalle_cli.config.schema import Recipe
 from dalle_cli.data.filters import picture_identity
+from dalle_cli.data.joined import sizes_of
 from dalle_cli.data.picture_loader import PictureBlock, consecutive_pictures
 from dalle_cli.data.source import Source
 from dalle_cli.distributed.device import choose_device, limit_threads, prepare_process
@@ -96,6 +97,7 @@ def encode_source(
     identity = {
         "source": source.identity,
         "source_name": source.name,
+        **({"sizes": sizes} if len(sizes := sizes_of(source)) > 1 else {}),
         "dvae": checkpoint.identity,
         "grid": trained_by.grid,
         "codebook_size": trained_by.dvae.model.codebook_size,

@@ -15,6 +15,7 @@ from torchvision.utils import make_grid
 
 from dalle_cli.config.schema import Recipe
 from dalle_cli.data.images import BadImage
+from dalle_cli.data.joined import sizes_of
 from dalle_cli.data.picture_loader import TrainingPictures, load_eval_picture
 from dalle_cli.data.source import BadSample, Source
 from dalle_cli.distributed.group import ALONE, Group, join_group
@@ -32,7 +33,7 @@ from dalle_cli.errors import UserError
 from dalle_cli.pretrained import weights_hash
 from dalle_cli.randomness import torch_generator
 from dalle_cli.stores.checkpoint import Checkpoint, Kind
-from dalle_cli.stores.held_out import split_holdout
+from dalle_cli.stores.held_out import split_rows
 from dalle_cli.training.ancestor import open_ancestor
 from dalle_cli.training.loop import Run
 from dalle_cli.training.schedules import ramp
@@ -62,7 +63,7 @@ class DvaeTask:
 
     def __post_init__(self) -> None:
         rows = np.arange(len(self.source))
-        self.training_rows, self.held_out = split_holdout(rows, self.recipe.data.holdout, self.recipe.seed)
+        self.training_rows, self.held_out = split_rows(rows, self.recipe, sizes_of(self.source))
 
     @property
     def comparable_from(self) -> int:

@@ -78,7 +78,7 @@ def check_fit(recipe: Recipe, counts: Counts, machines: Machines) -> Fit:
     samples = -(-training.batch_size // machines.processes)
     micro_batch = min(training.micro_batch or samples, samples)
     at_once = min(training.micro_batch or VALIDATION_BATCH, samples, training.validation_samples)
-    validated = at_once if recipe.data.holdout else 0
+    validated = at_once if recipe.data.holds_out else 0
     parts = training_state(recipe.prior, counts, machines)
     peaks = phase_peaks(recipe, counts, machines, micro_batch, samples > micro_batch, validated)
     always = sum(part.each for name, part in parts.items() if part.place == "device" and name != "gradients")

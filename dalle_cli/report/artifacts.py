@@ -10,7 +10,7 @@ from typing import Any
 
 from dalle_cli.config.run_folders import RunFolders
 from dalle_cli.config.schema import Recipe
-from dalle_cli.data.open_source import open_source
+from dalle_cli.data.open_source import open_sources
 from dalle_cli.data.source import Source
 from dalle_cli.errors import UserError
 from dalle_cli.stores.checkpoint import Checkpoint, Kind, open_checkpoint
@@ -175,14 +175,14 @@ def open_run(recipe: Recipe) -> Run:
 
 def _open_source(run: Run) -> None:
     """Open the recipe's training pictures, or else the dVAE's."""
-    spec = run.recipe.data.train
-    if spec is None and "dvae" in run.checkpoints:
-        spec = run.checkpoints["dvae"].recipe().data.train
-    if spec is None:
+    specs = run.recipe.data.sources
+    if not specs and "dvae" in run.checkpoints:
+        specs = run.checkpoints["dvae"].recipe().data.sources
+    if not specs:
         run.missing.append("no training pictures: the recipe names none in data.train")
         return
     try:
-        run.source = open_source(spec)
+        run.source = open_sources(specs)
     except UserError as error:
         run.missing.append(f"the training pictures cannot be read: {error}")
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dalle_cli.data.images import BadImage
+from dalle_cli.data.joined import sizes_of
 from dalle_cli.data.picture_loader import load_eval_picture
 from dalle_cli.data.source import BadSample, Source
 from dalle_cli.dvae.encode import decode_tokens, encode_images
@@ -17,7 +18,7 @@ from dalle_cli.dvae.objective import codebook_perplexity, dead_codes, validation
 from dalle_cli.dvae.train import load_dvae
 from dalle_cli.randomness import torch_generator
 from dalle_cli.stores.checkpoint import Checkpoint
-from dalle_cli.stores.held_out import split_holdout
+from dalle_cli.stores.held_out import split_rows
 from dalle_cli.stores.tokens import ROWS_PER_SHARD, TokenReader
 from dalle_cli.views.contact_sheet import side_by_side
 
@@ -57,7 +58,7 @@ def reconstruct(checkpoint: Checkpoint, source: Source) -> tuple[ReconstructionF
         The metrics, and a sheet of the pictures above their reconstructions; None if no picture can be read.
     """
     recipe = checkpoint.recipe()
-    training_rows, held_out = split_holdout(np.arange(len(source)), recipe.data.holdout, recipe.seed)
+    training_rows, held_out = split_rows(np.arange(len(source)), recipe, sizes_of(source))
     pictures = []
     for row in held_out if len(held_out) else training_rows:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,35 @@ def split_store(reader: TokenReader, recipe: Recipe) -> tuple[np.ndarray, np.nda
     usable = reader.usable()
     if len(usable) == 0:
         raise UserError(f"{reader.path}: holds no row with both a caption and a picture; see its skipped-*.jsonl")
-    return split_holdout(usable, recipe.data.holdout, recipe.seed)
+    sizes = [int(size) for size in reader.part("text").identity.get("sizes", [])]
+    wanted = len(recipe.data.sources)
+    if wanted and wanted != max(1, len(sizes)):
+        raise UserError(
+            f"{reader.path}: was made from {max(1, len(sizes))} sources, the recipe's data names {wanted}; make them agree"
+        )
+    return split_rows(usable, recipe, sizes or [len(reader)])
+
+
+def split_rows(rows: np.ndarray, recipe: Recipe, sizes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return (training rows, held-out rows) of ``rows`` of sources with ``sizes`` samples, each ascending.
+
+    A row of a source with weight n occurs n times among the training rows. Held-out rows are those of the source in
+    ``data.validation``, which comes last, or else a share of all.
+
+    Raises:
+        UserError: no row is left to train on.
+    """
+    data = recipe.data
+    if data.validation is None:
+        training, held_out = split_holdout(rows, data.holdout, recipe.seed)
+    else:
+        training, held_out = np.split(rows, [np.searchsorted(rows, sum(sizes[:-1]))])
+        if not len(training):
+            raise UserError("data.train: holds no usable sample; see the store's skipped-*.jsonl")
+    if data.weights is not None:
+        ends = np.cumsum(sizes)
+        training = np.repeat(training, np.array(data.weights)[np.searchsorted(ends, training, side="right")])
+    return training, held_out
 
 
 def held_out_captions(store: Path, recipe: Recipe, limit: int) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from dalle_cli.config.schema import Filters, Recipe
 from dalle_cli.data.captions import MOST_CAPTIONS, filtered_captions
 from dalle_cli.data.filters import caption_identity
+from dalle_cli.data.joined import sizes_of
 from dalle_cli.data.prefetch import prefetch
 from dalle_cli.data.source import Source
 from dalle_cli.errors import UserError
@@ -72,6 +73,7 @@ def tokenize_source(recipe: Recipe, source: Source, tokenizer: Tokenizer, out: P
     identity = {
         "source": source.identity,
         "source_name": source.name,
+        **({"sizes": sizes} if len(sizes := sizes_of(source)) > 1 else {}),
         "tokenizer": tokenizer.identity,
         "vocab_size": tokenizer.vocab_size,
         "text_length": settings.text_length,
