@@ -142,20 +142,30 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
 
 
 def train_crop(
-    image: Image.Image, size: int, rng: np.random.Generator, *, flip: bool = False, crop: bool = True
+    image: Image.Image,
+    size: int,
+    rng: np.random.Generator,
+    *,
+    flip: bool = False,
+    crop: Literal["none", "centre", "anywhere"] = "centre",
 ) -> NDArray[np.uint8]:
     """Crop an RGB image at random to (size, size, 3) uint8, as the paper does for the prior (Listing 2).
 
     The largest square, its offset uniform in the middle quarter of the slack, is resized by area to a random side
-    between ``size`` and 9/8 of it (but not enlarged for that), and a random square of side ``size`` is taken. Without
-    ``crop``, the crop is that of ``eval_crop``. ``flip`` mirrors half of the pictures; it is for the dVAE only, since
-    the prior would learn mirrored writing.
+    between ``size`` and 9/8 of it, and a random square of side ``size`` is taken. With ``crop`` "anywhere", the paper's
+    for the dVAE (Listing 1), the offset is uniform in the whole slack, and the side lies between 9/8 and 12/8 of
+    ``size``. No picture is enlarged for its side. With "none", the crop is that of ``eval_crop``. ``flip`` mirrors half
+    of the pictures; it is for the dVAE only, since the prior would learn mirrored writing.
     """
-    if crop:
+    if crop != "none":
         short = min(image.size)
-        left, top = (_near_centre(side - short, rng) for side in image.size)
-        longest = max(size, min(short, round(size * 9 / 8)))
-        side = int(rng.integers(size, longest + 1))
+        if crop == "centre":
+            left, top = (_near_centre(side - short, rng) for side in image.size)
+        else:
+            left, top = (int(rng.integers(side - short + 1)) for side in image.size)
+        eighths = (8, 9) if crop == "centre" else (9, 12)
+        shortest, longest = (max(size, min(short, round(size * count / 8))) for count in eighths)
+        side = int(rng.integers(shortest, longest + 1))
         picture = _resized_square(image, left, top, side)
         x, y = (int(rng.integers(side - size + 1)) for _ in range(2))
         picture = picture[y : y + size, x : x + size]

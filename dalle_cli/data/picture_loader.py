@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -83,6 +83,8 @@ class TrainingPictures:
     flip: bool
     workers: int
     """Number of worker processes; 0 loads in this process."""
+    anywhere: bool = False
+    """Whether random crops are those of the paper's Listing 1; see ``train_crop``."""
     part: slice = field(default_factory=lambda: slice(None))
     """This rank's slice of each batch."""
 
@@ -108,6 +110,12 @@ class TrainingPictures:
             if self.workers:
                 iterator._shutdown_workers()  # type: ignore[attr-defined]
 
+    @property
+    def _crop(self) -> Literal["none", "centre", "anywhere"]:
+        if not self.data.crop:
+            return "none"
+        return "anywhere" if self.anywhere else "centre"
+
     def picture(self, row: int, epoch: int) -> tuple[np.ndarray, int]:
         """Load and augment a picture (image_size, image_size, 3) uint8; return it and its row, replaced if necessary.
 
@@ -122,7 +130,7 @@ class TrainingPictures:
             except (BadSample, BadImage):
                 candidate = int(self.rows[rng.integers(len(self.rows))])
                 continue
-            return train_crop(image, self.image_size, rng, flip=self.flip, crop=self.data.crop), candidate
+            return train_crop(image, self.image_size, rng, flip=self.flip, crop=self._crop), candidate
         raise BadSample(
             f"{self.source.name}: {MAX_REPLACEMENTS} samples drawn for {self.source.key(row)} cannot be read or are "
             "filtered out; run dalle scan to see why"

@@ -89,6 +89,7 @@ class DvaeTask:
             training.batch_size,
             flip=self.recipe.data.flip,
             workers=training.workers,
+            anywhere=self.recipe.data.dvae_crop == "anywhere",
             part=self.group.part(training.batch_size),
         )
         for batch, _, _ in pictures.batches(start, stop):

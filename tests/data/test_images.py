@@ -181,7 +181,7 @@ def test_a_picture_of_the_right_size_is_left_alone(size: int) -> None:
     assert (eval_crop(image, size) == np.asarray(image)).all()
     rng = np.random.default_rng(0)
     assert (train_crop(image, size, rng) == np.asarray(image)).all()
-    assert (train_crop(image, size, rng, crop=False) == np.asarray(image)).all()
+    assert (train_crop(image, size, rng, crop="none") == np.asarray(image)).all()
 
 
 def test_eval_crop_averages_the_central_square() -> None:
@@ -246,14 +246,30 @@ def test_train_crops_vary_as_far_as_in_the_paper() -> None:
     assert widths.max() > 385
 
 
+def test_crops_of_the_dvae_vary_as_far_as_in_the_paper() -> None:
+    wide, rng = ramp(800, 400), np.random.default_rng(0)
+    crops = [train_crop(wide, 64, rng, crop="anywhere") for _ in range(300)]
+    assert all(crop.shape == (64, 64, 3) and crop.dtype == np.uint8 for crop in crops)
+    # The square starts at 0 to 400, so its middle is at 200 to 600. It becomes 72 to 96 pixels, of which 64 are taken.
+    middles = np.array([crop[32, 32, 0] for crop in crops]) / 255 * 800
+    slack = 16 / 96 * 400 + 8
+    assert 200 - slack <= middles.min() < 230
+    assert 570 < middles.max() <= 600 + slack
+    widths = np.array([int(crop[32, -1, 0]) - int(crop[32, 0, 0]) for crop in crops]) / 255 * 800
+    assert 400 * 64 / 96 - 15 < widths.min() < 285
+    assert 340 < widths.max() < 400 * 64 / 72 + 5
+    small = ramp(40, 40)  # is neither enlarged beyond the size nor cut below it
+    assert {train_crop(small, 40, rng, crop="anywhere").shape for _ in range(5)} == {(40, 40, 3)}
+
+
 def test_half_of_the_pictures_are_flipped_on_request() -> None:
     image, rng = ramp(32, 32), np.random.default_rng(0)
     plain = eval_crop(image, 32)
-    views = [train_crop(image, 32, rng, flip=True, crop=False) for _ in range(200)]
+    views = [train_crop(image, 32, rng, flip=True, crop="none") for _ in range(200)]
     flipped = [bool((view == plain[:, ::-1]).all()) for view in views]
     assert all(f or (view == plain).all() for f, view in zip(flipped, views, strict=True))
     assert 70 < sum(flipped) < 130
-    assert all((train_crop(image, 32, rng, crop=False) == plain).all() for _ in range(20))
+    assert all((train_crop(image, 32, rng, crop="none") == plain).all() for _ in range(20))
 
 
 def test_the_same_random_numbers_give_the_same_crop() -> None:
