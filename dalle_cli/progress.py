@@ -113,9 +113,7 @@ class Progress:
 
 
 @contextmanager
-def progress(
-    what: str, total: int | None, unit: str, start: int = 0, *, steady: bool = False
-) -> Iterator[Progress]:
+def progress(what: str, total: int | None, unit: str, start: int = 0, *, steady: bool = False) -> Iterator[Progress]:
     """Show the progress of the job ``what`` while the block runs; ``total`` is None if unknown, ``start`` are done.
 
     If all its steps take equally long, it is ``steady``, and a warning says when they become slower.

@@ -13,6 +13,7 @@ from helpers.tiny_chain import HELD_OUT, SAMPLES, SEEN, TinyChain, build_chain
 from PIL import Image
 from pydantic import ValidationError
 
+import dalle_cli
 from dalle_cli import Pipeline
 from dalle_cli.errors import UserError
 
@@ -57,10 +58,10 @@ def test_a_run_without_a_prior_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_package_imports_torch_only_with_the_pipeline(chain: TinyChain) -> None:
-    program = "import sys, dalle_cli; assert 'torch' not in sys.modules; dalle_cli.Pipeline; print('torch' in sys.modules)"
+    program = (
+        "import sys, dalle_cli; assert 'torch' not in sys.modules; dalle_cli.Pipeline; print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", program], env=ENVIRONMENT, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout.lower())
     with pytest.raises(AttributeError, match="no attribute 'Pipelines'"):
-        import dalle_cli
-
         dalle_cli.Pipelines  # noqa: B018

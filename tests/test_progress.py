@@ -19,9 +19,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return Clock(monkeypatch)
 
 
-def test_the_rate_forgets_what_was_more_than_a_minute_ago(
-    clock: Clock, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_rate_forgets_what_was_more_than_a_minute_ago(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     with progress("train", 1000, "updates", start=100) as bar:
         for _ in range(200):  # 10 a second for 20 seconds
             clock.now += 0.1

@@ -22,7 +22,7 @@ from dalle_cli.clip.model import (
     pairs_cross_entropy,
     pixels,
 )
-from dalle_cli.config.schema import Recipe
+from dalle_cli.config.schema import ClipModel, Recipe
 from dalle_cli.data.images import BadImage
 from dalle_cli.data.picture_loader import TrainingPictures, load_eval_picture
 from dalle_cli.data.source import BadSample, Source
@@ -36,6 +36,9 @@ from dalle_cli.stores.tokens import TokenReader
 from dalle_cli.training.ancestor import carry_rows, open_ancestor, shared_text
 from dalle_cli.training.loop import Run
 from dalle_cli.training.throughput import SampleWork, training_flops
+
+SAME = ("image_size", *(f"clip.model.{key}" for key in ClipModel.model_fields))
+"""Settings in which a CLIP may not differ from the one that it begins from."""
 
 
 @dataclass
@@ -166,7 +169,7 @@ def train_clip(recipe: Recipe, source: Source, store: Path, out: Path, extend: i
     device = choose_device()
     prepare_process(device)
     model = build_recipe_clip(recipe)
-    if (ancestor := open_ancestor(recipe, "clip", out, ("clip.model", "image_size"))) is not None:
+    if (ancestor := open_ancestor(recipe, "clip", out, SAME)) is not None:
         belongs["init"] = ancestor.identity
         begin_from(model, ancestor, recipe, text["tokenizer"])
     task = ClipTask(recipe, source, reader, model.to(device), Group(device=device), belongs)

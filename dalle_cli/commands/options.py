@@ -31,7 +31,9 @@ class Command(TyperCommand):
         return pieces
 
 
-RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe: a YAML file, or the name of a shipped one.")]
+RecipeArgument = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="The recipe: a YAML file, or the name of a shipped one.")
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the recipe; repeatable.")
 ]
@@ -104,7 +106,9 @@ def recipe_for(source: str, path: Path | None, overrides: list[str] | None) -> R
     if path is None and overrides:
         raise UserError(f"--set {overrides[0]}: changes a recipe; give one with --recipe")
     settings = Recipe() if path is None else load_recipe(path, overrides or [])
-    return settings.model_copy(update={"data": settings.data.model_copy(update={"train": source, "weights": None, "validation": None})})
+    return settings.model_copy(
+        update={"data": settings.data.model_copy(update={"train": source, "weights": None, "validation": None})}
+    )
 
 
 def read_source(recipe: Recipe) -> Source:

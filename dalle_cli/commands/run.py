@@ -36,7 +36,7 @@ def command(
         raise UserError(f"--from {first} comes after --until {last}; the stages are {', '.join(STAGE_NAMES)}")
     if begin <= STAGE_NAMES.index("sample") <= end and not settings.data.holds_out:
         raise UserError(
-            "data.holdout is 0, so there are no held-out captions to draw; set it to 0.02, name data.validation, or stop with "
+            "data.holdout is 0, so there are no held-out captions to draw; set it to 0.02, or stop with "
             "--until train-clip"
         )
     changes = [*(set_ or []), *([f"data.train={data}"] if data is not None else [])]

@@ -30,7 +30,8 @@ def command(
     import json
     from dataclasses import asdict
 
-    from dalle_cli.data.scan import LanguageDetector, scan
+    from dalle_cli.data.language import LanguageDetector
+    from dalle_cli.data.scan import scan
     from dalle_cli.data.workers import available_cores
 
     settings = recipe_for(source, recipe, set_)

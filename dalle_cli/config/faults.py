@@ -40,12 +40,15 @@ def explain_yaml(error: yaml.YAMLError) -> tuple[int | None, str]:
     if "could not find expected ':'" in problem:
         return begun, "a key without a colon and a space; write key: value"
     if "mapping values are not allowed" in problem:
-        return line, "a colon is not expected here; indent the line as its neighbours, or put text with a colon in quotes"
+        return (
+            line,
+            "a colon is not expected here; align the line with its neighbours, or put text with a colon in quotes",
+        )
     if "expected <block end>" in problem:
         return line, f"the line is indented otherwise than the block that begins in line {begun}; align them"
     if "cannot start any token" in problem:
         return line, f"{problem.removeprefix('found ').split(' that')[0]} cannot begin a value; put it in quotes"
-    if "undefined alias" in problem:
+    if "alias" in context or "undefined alias" in problem:
         return line, "a value that begins with * is taken for an alias; put it in quotes"
     return line, f"not valid YAML: {problem}"
 

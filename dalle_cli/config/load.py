@@ -53,14 +53,16 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def _derive(values: dict[str, Any], tree: _Tree) -> None:
     """Set the sizes that follow from others, where the recipe leaves them out."""
-    try:
-        model, side = values["prior"]["model"], values["dvae"]["model"]["downsampling"]
-        derived = {"d_model": model["heads"] * model["d_head"], "grid": values["image_size"] // side}
-    except (KeyError, TypeError, ZeroDivisionError):
+    model, dvae = (
+        values[stage].get("model") if isinstance(values[stage], dict) else None for stage in ("prior", "dvae")
+    )
+    if not isinstance(model, dict) or not isinstance(dvae, dict):
         return  # a value of a wrong type, which validation explains
-    for name, value in derived.items():
-        if ("prior", "model", name) not in tree.places:
-            model[name] = value
+    side, image_size = dvae.get("downsampling"), values["image_size"]
+    sizes = {"d_model": (model.get("heads"), model.get("d_head")), "grid": (image_size, side)}
+    for name, (a, b) in sizes.items():
+        if ("prior", "model", name) not in tree.places and type(a) is int and type(b) is int and b > 0:
+            model[name] = a * b if name == "d_model" else a // b
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -117,7 +119,7 @@ def _plain(node: yaml.MappingNode, prefix: Key, path: Path, places: dict[Key, st
         place = f"{path}:{key_node.start_mark.line + 1}"
         key = (*prefix, name)
         if len(places) >= MOST_SETTINGS:
-            raise UserError(f"{place}: more than {MOST_SETTINGS} settings, counted with those of aliases; a recipe has 200")
+            raise UserError(f"{place}: more than {MOST_SETTINGS} settings, counted with those of aliases")
         if name in values:
             raise UserError(f"{place}: {'.'.join(key)}: written twice; keep one of the two")
         places[key] = place
@@ -165,7 +167,7 @@ def _explain(item: Any, tree: _Tree, path: Path) -> str:
     place = tree.places.get(key) or _place_within(tree, key) or str(path)
     name = ".".join(str(part) for part in item["loc"]) or "recipe"
     if item["type"] == "extra_forbidden":
-        key_and_value = name.rpartition(".")[2].partition(":")
+        key_and_value = str(item["loc"][-1]).partition(":")
         if key_and_value[1]:
             return f"{place}: {name}: a space is missing after the colon; write {': '.join(key_and_value[::2])}"
         return f"{place}: {name}: unknown key{_suggest(tuple(item['loc']))}"

@@ -47,7 +47,7 @@ class Filters(Settings):
     )
     boilerplate: list[str] = Field([], description="further regular expressions that max_boilerplate counts")
     min_ascii_letters: Share | None = Field(None, description="minimum share of a to z among the letters")
-    language: str | None = Field(
+    language: Annotated[str, Field(pattern="^[a-z]{2}$")] | None = Field(
         None,
         description="ISO 639 code, such as en: leave out captions that are in another language by py3langid (the extra "
         "languages); one whose language is unsure stays",
@@ -84,8 +84,8 @@ class DataSettings(Settings):
     crop: bool = Field(True, description="crop pictures at random in training; false: always at the centre")
     dvae_crop: Literal["anywhere", "centre"] = Field(
         "anywhere",
-        description="random crops of the dVAE's training: anywhere and of 8/12 to 8/9 of the side (the paper's Listing 1), "
-        "or as those of the prior's pictures, near the centre and of 8/9 or more (Listing 2)",
+        description="random crops of the dVAE's training: anywhere, of 8/12 to 8/9 of the side (the paper's Listing 1), or "
+        "as those of the prior's pictures, near the centre and of 8/9 or more (Listing 2)",
     )
     fit: Literal["crop", "pad", "stretch"] = Field(
         "crop",
@@ -121,7 +121,9 @@ class DataSettings(Settings):
             raise ValueError("train is an empty list; name a source, or leave it out")
         training = len(self.sources) - (self.validation is not None)
         if self.weights is not None and training and len(self.weights) != training:
-            raise ValueError(f"weights has {len(self.weights)} numbers for {training} sources in train; give one for each")
+            raise ValueError(
+                f"weights has {len(self.weights)} numbers for {training} sources in train; give one for each"
+            )
         if self.validation is not None and self.holdout:
             raise ValueError(f"validation names the held-out pictures, and holdout is {self.holdout:g}; set holdout: 0")
         return self
@@ -254,11 +256,10 @@ class Training(Settings):
     updates: Positive = Field(description="number of updates of the whole run")
     batch_size: Positive = Field(description="number of samples per update, over all ranks")
     micro_batch: Positive | None = Field(None, description="number of samples per forward pass; null: all at once")
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.999, description="decay of the EMA weights per update"
-    )
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="decay of the EMA weights per update")
     ema_warmup: bool = Field(
-        True, description="lower the decay in the first updates, to (1 + t) / (10 + t) after t; the paper does not say so"
+        True,
+        description="lower the decay in the first updates, to (1 + t) / (10 + t) after t; the paper does not say so",
     )
     ema_every: Positive = Field(
         1,
@@ -400,7 +401,7 @@ class PriorSettings(Settings):
     model: PriorModel = PriorModel()
     init: str | None = Field(
         None,
-        description="checkpoint, or run, whose weights the training begins from; null: they begin as image_embedding says",
+        description="checkpoint, or run, whose weights the training begins from; null: as image_embedding says",
     )
     objective: PriorObjective = PriorObjective()
     learning_rate: LearningRate = LearningRate(peak=4.5e-4, warmup_updates=5000, schedule="plateau")

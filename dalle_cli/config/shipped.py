@@ -53,7 +53,7 @@ def _scalar(root: Any, key: str) -> range:
 
 
 def _realigned(rest: str, longer: int) -> str:
-    """Return the rest of a line after a value that became ``longer``, with its comment in the old column if possible."""
+    """Return the rest of a line after a value that became ``longer``, its comment in the old column if possible."""
     found = re.search(r" {2,}(?=#)", rest)
     if found is None:
         return rest

@@ -22,7 +22,8 @@ Reorder = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 class BatchOrder:
     """Endless epochs over ``rows``; a batch may span two epochs, so that no row is dropped.
 
-    ``rows`` is (n,), ascending; a row that occurs w times counts w epochs in each. ``batch_size`` counts all ranks; ``part`` is this rank's slice of each batch.
+    ``rows`` is (n,), ascending; a row that occurs w times counts w epochs in each.
+    ``batch_size`` counts all ranks; ``part`` is this rank's slice of each batch.
     ``reorder`` is applied to each REORDER_BLOCK consecutive rows of a shuffled epoch when the block is reached.
     """
 

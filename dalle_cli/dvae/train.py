@@ -42,9 +42,7 @@ from dalle_cli.training.throughput import SampleWork, training_flops
 VALIDATION_BATCH = 64
 EXAMPLES = 8
 """Number of held-out images shown in TensorBoard."""
-SAME = tuple(
-    f"dvae.model.{key}" for key in ("n_hid", "n_init", "blocks_per_group", "downsampling", "codebook_size")
-)
+SAME = tuple(f"dvae.model.{key}" for key in ("n_hid", "n_init", "blocks_per_group", "downsampling", "codebook_size"))
 """Settings in which a dVAE may not differ from the one that it begins from."""
 
 

@@ -36,7 +36,7 @@ def updates_within(recipe: Recipe, source: Source, minutes: float) -> dict[Kind,
     """
     seconds = seconds_per_update(recipe, source)
     return {
-        kind: max(100, round(60 * minutes * SHARES[kind] * UPDATES_SHARE / each, -1)) for kind, each in seconds.items()
+        kind: max(100, 10 * round(6 * minutes * SHARES[kind] * UPDATES_SHARE / each)) for kind, each in seconds.items()
     }
 
 
@@ -59,7 +59,7 @@ def _timed(model: nn.Module, loss: Callable[[], Tensor]) -> float:
     for _ in range(1 + TIMED_UPDATES):
         began = time.perf_counter()
         optimizer.zero_grad()
-        loss().backward()  # type: ignore[no-untyped-call]
+        loss().backward()
         optimizer.step()
         if trained[0].device.type == "cuda":
             torch.cuda.synchronize()

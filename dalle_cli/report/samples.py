@@ -130,9 +130,7 @@ def true_pictures(
             if prompt is None or prompt in found or tokens.strings("key", [row]) != [source.key(row)]:
                 continue
             try:
-                found[prompt] = eval_crop(
-                    decode_image(source.image_bytes(row), data.max_pixels), image_size, data.fit
-                )
+                found[prompt] = eval_crop(decode_image(source.image_bytes(row), data.max_pixels), image_size, data.fit)
             except (BadSample, BadImage):
                 continue
         if len(found) == len(wanted):

@@ -45,8 +45,7 @@ class Prime:
         return [found[path] for path in self.pictures]
 
     def tokens(self, dvae: DVAE, recipe: Recipe) -> Tensor:
-        """Return the given tokens, (C, rows * grid) int64 on the dVAE's device; pictures are cropped as
-        for encoding."""
+        """Return the given tokens, (C, rows * grid) int64 on the dVAE's device, of pictures cropped for encoding."""
         distinct = list(dict.fromkeys(self.pictures))
         device, eps = next(dvae.parameters()).device, recipe.dvae.objective.logit_laplace_eps
         encoded = []

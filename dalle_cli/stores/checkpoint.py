@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from dalle_cli.config.load import dump_recipe, load_recipe
 from dalle_cli.config.schema import Recipe
 from dalle_cli.errors import Damaged, UserError
-from dalle_cli.stores.files import explain_os_errors, new_directory, rename_synced, sha256_file, sync, write_json
+from dalle_cli.stores.files import explain_os_errors, json_text, new_directory, rename_synced, sha256_file, write_json
 from dalle_cli.stores.tensor_files import Part, TensorFiles, index_entries, join_entries, part_file, save_tensors
 
 if TYPE_CHECKING:
@@ -237,9 +237,6 @@ def save_sharded_checkpoint(path: Path, writers: Writers, facts: CheckpointFacts
         for name in ("trainer/state.json", *(f"{name}.index.json" for name in written[0]["entries"])):
             others[name] = sha256_file(beside / name)
         write_manifest(beside, facts, files, others)
-        sync(beside, *beside.rglob("*"))
-        if path.exists():
-            shutil.rmtree(path)
         rename_synced(beside, path)
 
     try:
@@ -329,7 +326,7 @@ def prune(run: Path, keep: int, best: Best | None = None) -> None:
 
 
 def open_checkpoint(path: Path, kind: Kind | None = None, which: Which = "best") -> Checkpoint:
-    """Open a checkpoint, or the best or the newest one of a stage, or of the stage ``kind`` in the folder of all stages.
+    """Open a checkpoint, or the best or the newest one of a stage, or of the stage ``kind`` in the folder of a run.
 
     The best one is that of the lowest held-out loss; a run without validations has only its newest.
 
@@ -363,11 +360,13 @@ def _is_run(path: Path) -> bool:
 def _read_manifest(folder: Path, kind: Kind | None) -> Checkpoint:
     manifest_path = folder / "manifest.json"
     try:
-        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        text = manifest_path.read_text(encoding="utf-8")
+        manifest = json.loads(text)
         version = int(manifest["version"])
         if version > FORMAT_VERSION:
             raise UserError(f"{manifest_path}: format version {version} is newer than this dalle reads; upgrade dalle")
-        if version < 1 or (version > 1 and manifest["checksum"] != manifest_checksum(manifest)):
+        checked = version == 1 or (text == json_text(manifest) and manifest["checksum"] == manifest_checksum(manifest))
+        if not checked:
             raise ValueError("its checksum is not that of its content")
         found = Checkpoint(
             folder,

@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from dalle_cli.stores.files import sha256_file, write_json
+from dalle_cli.errors import UserError
+from dalle_cli.stores.files import json_text, sha256_file, write_json
 
 CHECKSUMS = "checksums.json"
 """Name of the file, which maps names relative to its folder to the SHA-256 of the files."""
@@ -16,21 +17,26 @@ def write_checksums(folder: Path, names: Iterable[str]) -> None:
     """Write the checksums of files in ``folder``, unless they are there already."""
     found = {name: sha256_file(folder / name) for name in names}
     file = folder / CHECKSUMS
-    if not file.is_file() or file.read_text(encoding="utf-8") != _written(found):
+    if not file.is_file() or file.read_text(encoding="utf-8") != json_text(found):
         write_json(file, found)
 
 
-def damage_in(folder: Path) -> str | None:
-    """Return what is wrong with the first file of ``folder`` that is not what its checksum says; None if all are."""
+def require_undamaged(folder: Path) -> None:
+    """Raise UserError if a file of ``folder`` is not what its checksum says, or if there are no checksums."""
+    if (damage := _damage_in(folder)) is not None:
+        raise UserError(f"{damage}; copy {folder} again, or run the command that made it again")
+
+
+def _damage_in(folder: Path) -> str | None:
     file = folder / CHECKSUMS
     try:
         text = file.read_text(encoding="utf-8")
-        found: dict[str, str] = json.loads(text)
-        if text != _written(found):
+        found = json.loads(text)
+        if not isinstance(found, dict) or not found or text != json_text(found):
             return f"{file}: is damaged"
     except FileNotFoundError:
         return f"{file}: is missing"
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError) as error:
         return f"{file}: is damaged ({error})"
     for name, digest in found.items():
         if not (folder / name).is_file():
@@ -38,8 +44,3 @@ def damage_in(folder: Path) -> str | None:
         if sha256_file(folder / name) != digest:
             return f"{folder / name}: is damaged: its sha256 is not that of {file.name}"
     return None
-
-
-def _written(found: dict[str, str]) -> str:
-    """Return the text that ``write_json`` writes."""
-    return json.dumps(found, indent=2, sort_keys=True, ensure_ascii=False) + "\n"

@@ -50,13 +50,18 @@ def sync(*paths: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError as error:  # some network file systems cannot sync folders
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+                raise
         finally:
             os.close(descriptor)
 
 
 def rename_synced(beside: Path, path: Path) -> None:
-    """Rename ``beside``, a file or folder, to ``path`` once all of it is on the disk."""
+    """Put ``beside``, a file or folder, in the place of ``path`` once all of it is on the disk."""
     sync(beside, *(beside.rglob("*") if beside.is_dir() else ()))
+    if path.is_dir():
+        shutil.rmtree(path)
     beside.replace(path)
     sync(path.parent)
 
@@ -73,9 +78,14 @@ def write_atomically(path: Path, data: bytes | str) -> None:
             beside.unlink(missing_ok=True)
 
 
+def json_text(value: Any) -> str:
+    """Return ``value`` as indented JSON with sorted keys, as ``write_json`` writes it."""
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` atomically as indented JSON with sorted keys."""
-    write_atomically(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    """Write ``value`` atomically as ``json_text``."""
+    write_atomically(path, json_text(value))
 
 
 def read_json(path: Path) -> Any:
@@ -131,9 +141,6 @@ def new_directory(path: Path) -> Iterator[Path]:
         beside.mkdir()
         try:
             yield beside
-            sync(beside, *beside.rglob("*"))
-            if path.exists():
-                shutil.rmtree(path)
             rename_synced(beside, path)
         except BaseException:
             shutil.rmtree(beside, ignore_errors=True)

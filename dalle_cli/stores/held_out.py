@@ -29,7 +29,7 @@ def split_store(reader: TokenReader, recipe: Recipe) -> tuple[np.ndarray, np.nda
     wanted = len(recipe.data.sources)
     if wanted and wanted != max(1, len(sizes)):
         raise UserError(
-            f"{reader.path}: was made from {max(1, len(sizes))} sources, the recipe's data names {wanted}; make them agree"
+            f"{reader.path}: was made from {max(1, len(sizes))} sources, the recipe names {wanted}; make them agree"
         )
     return split_rows(usable, recipe, sizes or [len(reader)])
 

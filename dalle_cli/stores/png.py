@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 
-SIGNATURE_SIZE = 8
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
 END = bytes.fromhex("0000000049454e44ae426082")
 """The last chunk of every PNG file."""
 
@@ -14,7 +14,7 @@ def png_damage(data: bytes) -> str | None:
 
     What follows the pixels' last chunk is not checked; compare the end with END for that.
     """
-    start = SIGNATURE_SIZE
+    start = len(SIGNATURE)
     while (kind := data[start + 4 : start + 8]) != b"IEND":
         end = start + 8 + int.from_bytes(data[start : start + 4], "big")
         if end + 4 > len(data):

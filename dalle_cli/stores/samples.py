@@ -75,6 +75,8 @@ class SampleStore:
         self._group = _open(out)
         if self._group.attrs.get("request") != json.loads(json.dumps(identity)):
             raise UserError(f"{out}: holds samples of other prompts, settings or models; choose another --out")
+        # A process may have been killed between the last commit and this.
+        self._write_checksums()
 
     @property
     def committed(self) -> int:
@@ -115,8 +117,12 @@ class SampleStore:
             self._group["tokens"][rows] = tokens
             self._group["log_likelihood"][rows] = log_likelihood
             self._group.attrs["rows"] = rows.stop
-            if rows.stop == len(self._group["tokens"]):
-                write_checksums(self.out, METADATA)
+            self._write_checksums()
+
+    def _write_checksums(self) -> None:
+        """Write the checksums of the metadata once all samples are committed."""
+        if self.committed == self._group["tokens"].shape[0]:
+            write_checksums(self.out, METADATA)
 
     def _save(self, picture: np.ndarray, name: str) -> None:
         Image.fromarray(picture).save(self.out / name)

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 
 from dalle_cli.errors import UserError
-from dalle_cli.stores.checksums import CHECKSUMS, write_checksums
 from dalle_cli.stores.files import new_directory
-from dalle_cli.stores.samples import METADATA, STORE, manifest_line, request_rows
+from dalle_cli.stores.samples import STORE, manifest_line, request_rows
 from dalle_cli.stores.shards import WHOLE, parse_shard
 
 CLIP_SCORE = "clip_score"
@@ -37,24 +36,27 @@ def store_lines(store: Path) -> list[dict[str, Any]]:
     """
     group = _open(store)
     try:
-        request, committed = group.attrs["request"], int(group.attrs["rows"])
-        prompts, n, first = request["prompts"], int(request["settings"]["n"]), int(request.get("first", 0))
-        likelihood = group["log_likelihood"][:committed]
-        scores, scorer = _scores(group)
+        return list(_lines(store, group))
+    except UserError:
+        raise
     except Exception as error:  # zarr and its codecs raise errors of many kinds
         raise UserError(f"{store}: is no store of dalle sample, or damaged ({error!r})") from None
+
+
+def _lines(store: Path, group: Any) -> Iterator[dict[str, Any]]:
+    request, committed = group.attrs["request"], int(group.attrs["rows"])
+    prompts, n, first = request["prompts"], int(request["settings"]["n"]), int(request.get("first", 0))
     if not committed:
         raise UserError(f"{store}: holds no sample yet; run dalle sample again to resume it")
+    likelihood, (scores, scorer) = group["log_likelihood"][:committed], _scores(group)
     shard = parse_shard(request["shard"]) if "shard" in request else WHOLE
     start = request_rows(shard, len(prompts), n).start
-    lines = []
     for row in range(committed):
         prompt, index = divmod(start + row, n)
         line = manifest_line(store, row, prompts, prompt, first + index, request["seed"], likelihood[row])
         if scores is not None and not np.isnan(scores[row]):
             line |= {"score": float(scores[row]), "scorer": scorer}
-        lines.append(line)
-    return lines
+        yield line
 
 
 def write_scores(store: Path, scores: Mapping[int, float], scorer: str) -> None:
@@ -88,8 +90,6 @@ def write_scores(store: Path, scores: Mapping[int, float], scorer: str) -> None:
                 config={"write_empty_chunks": True},
             )
             array.attrs["scorer"] = scorer
-        if (store.parent / CHECKSUMS).is_file():
-            write_checksums(store.parent, [*METADATA, f"{STORE}/{CLIP_SCORE}/zarr.json"])
 
 
 def _scores(group: Any) -> tuple[np.ndarray | None, str]:

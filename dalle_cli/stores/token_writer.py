@@ -214,7 +214,8 @@ class PartWriter:
 
     def _check(self, identity: dict[str, Any], known: dict[str, Any], samples: int) -> None:
         again = "choose another --tokens, or delete the store to begin again"
-        for name, value in identity.items():
+        for name in {**identity, **known}:
+            value = identity.get(name)
             if name in TOLD or known.get(name) == value:
                 continue
             if name == "source":

@@ -33,7 +33,7 @@ from typing import Any, Literal
 import numpy as np
 
 from dalle_cli.errors import UserError
-from dalle_cli.stores.checksums import damage_in
+from dalle_cli.stores.checksums import CHECKSUMS, require_undamaged
 from dalle_cli.stores.shards import COMMANDS, WHOLE, Part, Shard, Shares, join_names
 
 FORMAT_VERSION = 3
@@ -126,6 +126,11 @@ def open_group(path: Path, mode: Literal["r", "r+"]) -> Any:
     return group
 
 
+def being_written(store: Path) -> bool:
+    """Return whether a writer is at work on a store, or was killed and has not been run again."""
+    return any(Shares(store, part).folder.is_dir() for part in COMMANDS)
+
+
 class TokenReader:
     """Random reads of a store's committed rows, for training above all; safe to use from several threads.
 
@@ -189,22 +194,15 @@ class TokenReader:
             present = {entry.name for entry in os.scandir(folder)} if folder.is_dir() else set()
             if missing := [str(shard) for shard in range(shards) if str(shard) not in present]:
                 others = f", as are {len(missing) - 1} others" if len(missing) > 1 else ""
-                raise UserError(
-                    f"{folder / missing[0]}: is missing{others}; {AGAIN}"
-                )
+                raise UserError(f"{folder / missing[0]}: is missing{others}; {AGAIN}")
 
     def require_whole_metadata(self) -> None:
         """Raise UserError if the store's metadata are not what was written.
 
         They are not checked while a writer is at work, or was killed and has not been run again.
         """
-        if any(Shares(self.path, part).folder.is_dir() for part in COMMANDS) or not self._complete_parts():
-            return
-        if (damage := damage_in(self.path)) is not None:
-            raise UserError(f"{damage}; {AGAIN}")
-
-    def _complete_parts(self) -> list[Part]:
-        return [part for part, state in self.parts.items() if state.complete]
+        if (self.path / CHECKSUMS).is_file() and not being_written(self.path):
+            require_undamaged(self.path)
 
     def shards(self) -> Iterator[tuple[Path, Callable[[], np.ndarray]]]:
         """Yield each file that committed rows are in, with a function that reads it; see ``_read_shard``."""

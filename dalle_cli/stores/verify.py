@@ -6,19 +6,21 @@ Journals and reports are left out: no stage reads them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from dalle_cli.config.run_folders import RunFolders
-from dalle_cli.errors import UserError
+from dalle_cli.errors import Damaged, UserError
 from dalle_cli.progress import progress
 from dalle_cli.stores.checkpoint import open_checkpoint, step_folders
-from dalle_cli.stores.checksums import damage_in
-from dalle_cli.stores.png import END, png_damage
-from dalle_cli.stores.samples import CHUNK, STORE
+from dalle_cli.stores.checksums import CHECKSUMS, require_undamaged
+from dalle_cli.stores.png import END, SIGNATURE, png_damage
+from dalle_cli.stores.samples import CHUNK
 from dalle_cli.stores.scores import CLIP_SCORE, sample_stores, store_lines
-from dalle_cli.stores.tokens import TokenReader
+from dalle_cli.stores.tokens import TokenReader, being_written
 
 Check = tuple[str, Callable[[], object]]
 """The name of what is checked, and a function that raises UserError if it is damaged."""
@@ -31,6 +33,14 @@ class Verified:
     checked: list[str] = field(default_factory=list)
     damage: list[str] = field(default_factory=list)
 
+    def run(self, name: str, check: Callable[[], object]) -> None:
+        """Run a check and note what it finds."""
+        self.checked.append(name)
+        try:
+            check()
+        except UserError as error:
+            self.damage.append(str(error))
+
 
 def verify(path: Path) -> Verified:
     """Read all of a run, a checkpoint, a token store or a folder of samples.
@@ -38,107 +48,133 @@ def verify(path: Path) -> Verified:
     Raises:
         UserError: there is nothing of the kind at ``path``.
     """
-    found, checks = Verified(), _checks(path)
-    try:
-        checks_made = list(checks)
-    except UserError as error:
-        found.damage.append(str(error))
-        found.checked.append(str(path))
-        return found
-    if not checks_made:
+    artifacts = list(_artifacts(path))
+    if not artifacts:
         raise UserError(f"{path}: is no run, checkpoint, token store or folder of samples; name one of these")
-    with progress("verify", len(checks_made), "files") as bar:
-        for name, check in checks_made:
+    found, files = Verified(), list[Check]()
+    for name, check, parts in artifacts:
+        before = len(found.damage)
+        found.run(name, check)
+        if len(found.damage) == before:
             try:
-                check()
+                files += parts()
             except UserError as error:
                 found.damage.append(str(error))
-            found.checked.append(name)
+    with progress("verify", len(files), "files") as bar:
+        for name, check in files:
+            found.run(name, check)
             bar.advance()
     return found
 
 
-def _checks(path: Path) -> Iterator[Check]:
-    if (path / "manifest.json").is_file():
-        yield str(path), partial(_check_checkpoint, path)
-    elif sample_stores(path) and not (path / "samples").is_dir():
-        yield from _sample_checks(path)
-    elif (path / "zarr.json").is_file():
-        yield from _token_checks(path)
-    elif path.is_dir():
-        places = RunFolders(path)
-        for step in step_folders(path):
-            yield str(step), partial(_check_checkpoint, step)
+Artifact = tuple[str, Callable[[], object], Callable[[], list[Check]]]
+"""The name of an artifact, the check of its metadata, and the function that lists the checks of its files."""
+
+
+def _artifacts(path: Path) -> Iterator[Artifact]:
+    places = RunFolders(path)
+    stages = (places.dvae, places.prior, places.clip)
+    if any(place.exists() for place in (places.tokenizer, places.tokens, *stages)):
         if places.tokenizer.is_dir():
-            yield str(places.tokenizer), partial(_check_folder, places.tokenizer)
-        for stage in (places.dvae, places.prior, places.clip):
-            if stage.is_dir():
-                yield from _checks(stage)
+            yield str(places.tokenizer), partial(require_undamaged, places.tokenizer), list
         if places.tokens.is_dir():
-            yield from _token_checks(places.tokens)
-        if places.samples.is_dir():
-            for folder in sorted(places.samples.iterdir()):
-                if folder.is_dir() and not folder.name.startswith("."):
-                    yield from _sample_checks(folder)
+            yield _token_store(places.tokens)
+        for stage in stages:
+            yield from map(_checkpoint, step_folders(stage) if stage.is_dir() else [])
+        folders = sorted(places.samples.iterdir()) if places.samples.is_dir() else []
+        yield from (_samples(folder) for folder in folders if folder.is_dir() and not folder.name.startswith("."))
+    elif (path / "manifest.json").is_file():
+        yield _checkpoint(path)
+    elif stores := sample_stores(path):
+        yield from (_samples(store.parent) for store in stores)
+    elif (path / "zarr.json").is_file():
+        yield _token_store(path)
+    elif path.is_dir():
+        yield from map(_checkpoint, step_folders(path))
 
 
-def _check_checkpoint(checkpoint: Path) -> None:
-    open_checkpoint(checkpoint).check(0, 1)
+def _checkpoint(folder: Path) -> Artifact:
+    def check() -> None:
+        if not (folder / "manifest.json").is_file():
+            raise Damaged(f"{folder}: has no manifest.json, so it is damaged or half deleted; restore or delete it")
+        open_checkpoint(folder).check(0, 1)
+
+    return str(folder), check, list
 
 
-def _check_folder(folder: Path) -> None:
-    if (damage := damage_in(folder)) is not None:
-        raise UserError(f"{damage}; copy it again, or make it again")
+def _token_store(store: Path) -> Artifact:
+    def metadata() -> None:
+        if not being_written(store):
+            require_undamaged(store)
+
+    def shards() -> list[Check]:
+        found: list[Check] = []
+        with _any_error_is_damage(store):
+            found += ((str(file), read) for file, read in TokenReader(store).shards())
+        return found
+
+    return str(store), metadata, shards
 
 
-def _token_checks(store: Path) -> Iterator[Check]:
-    reader = TokenReader(store)
-    yield str(store), reader.require_whole_metadata
-    for file, read in reader.shards():
-        yield str(file), read
+def _samples(folder: Path) -> Artifact:
+    stores, begun = sample_stores(folder), list[Path]()
+
+    def metadata() -> None:
+        if not stores:
+            raise Damaged(f"{folder}: its samples.zarr is missing or damaged; draw the samples again")
+        begun.extend(store for store in stores if _check_arrays(store))
+
+    def pictures() -> list[Check]:
+        lines = [line for store in begun for line in store_lines(store)]
+        return [(line["png"], partial(_check_png, Path(line["png"]))) for line in lines]
+
+    return str(folder), metadata, pictures
 
 
-def _sample_checks(path: Path) -> Iterator[Check]:
-    stores = sample_stores(path)
-    if not stores:
-        yield str(path), partial(_no_samples, path)
-    for store in stores:
-        yield str(store), partial(_check_sample_store, store)
-        for line in store_lines(store):
-            yield line["png"], partial(_check_png, Path(line["png"]))
+def _check_arrays(store: Path) -> int:
+    """Read the arrays of a sample store, and return its number of rows.
 
-
-def _no_samples(path: Path) -> None:
-    raise UserError(f"{path / STORE}: is missing or damaged; draw the samples again")
-
-
-def _check_sample_store(store: Path) -> None:
+    Raises:
+        UserError: a file is damaged or missing; zarr would take a missing one for zeros.
+    """
     import zarr
 
-    rows = len(store_lines(store))
-    group = zarr.open_group(str(store), mode="r", zarr_format=3)
-    if rows == len(group["tokens"]):  # checksums are written with the last sample
-        _check_folder(store.parent)
-    for name, size in (("tokens", CHUNK), ("log_likelihood", CHUNK), (CLIP_SCORE, None)):
-        if name not in group:
-            continue
-        array = group[name]
-        size = min(size or array.shape[0], array.shape[0])
-        for chunk in range(-(-rows // size)):
-            file = store / name / "c" / "/".join(map(str, [chunk, *[0] * (array.ndim - 1)]))
-            if not file.is_file():
-                raise UserError(f"{file}: is missing; draw the samples again")
-            try:
-                array[chunk * size : (chunk + 1) * size]
-            except Exception as error:  # zarr and its codecs raise errors of many kinds
-                raise UserError(f"{file}: is damaged ({error}); draw the samples again") from None
+    rows = 0
+    if (store.parent / CHECKSUMS).is_file():
+        require_undamaged(store.parent)
+    with _any_error_is_damage(store):
+        group: Any = zarr.open_group(str(store), mode="r", zarr_format=3)
+        rows, total = int(group.attrs["rows"]), int(group["tokens"].shape[0])
+        if rows == total:  # checksums are written with the last sample
+            require_undamaged(store.parent)
+        for name, size in (("tokens", CHUNK), ("log_likelihood", CHUNK), (CLIP_SCORE, total)):
+            if name == CLIP_SCORE and not (store / name).is_dir():
+                continue
+            array = group[name]
+            for start in range(0, rows, size):
+                place = [start // min(size, total), *[0] * (array.ndim - 1)]
+                if not (file := store / name / "c" / "/".join(map(str, place))).is_file():
+                    raise Damaged(f"{file}: is missing; draw the samples again")
+                array[start : start + size]
+    return rows
+
+
+@contextmanager
+def _any_error_is_damage(store: Path) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # zarr and its codecs raise errors of many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise Damaged(f"{store}: is damaged ({reason[:100]}); make it again") from error
 
 
 def _check_png(file: Path) -> None:
     try:
         data = file.read_bytes()
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}); draw it again") from None
-    is_png = data.startswith(b"\x89PNG\r\n\x1a\n") and data.endswith(END)
-    if (damage := png_damage(data) if is_png else "not a whole PNG file") is not None:
-        raise UserError(f"{file}: is damaged: {damage}; draw it again")
+        raise Damaged(f"{file}: cannot be read ({error.strerror}); draw it again") from None
+    whole = data.startswith(SIGNATURE) and data.endswith(END)
+    if (damage := png_damage(data) if whole else "not a whole PNG file") is not None:
+        raise Damaged(f"{file}: is damaged: {damage}; draw it again")

@@ -1,8 +1,8 @@
 """Training that begins from the weights of an earlier checkpoint, its ancestor: ``dvae.init`` and its like.
 
-The ancestor's EMA weights are the initial ones; moments begin at zero and schedules at their start. Models must have the
-same sizes, except for captions: tokens and text positions that both models have are carried over, and new ones begin as
-in a training from nothing.
+The ancestor's EMA weights are the initial ones; moments begin at zero and schedules at their start. Models must have
+the same sizes, except for captions: tokens and text positions that both models have are carried over, and new ones
+begin as in a training from nothing.
 """
 
 from __future__ import annotations

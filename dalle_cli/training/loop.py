@@ -281,9 +281,7 @@ class Run:
             )
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         best = Best(state.best.step, state.best.loss) if state.best.step else None
-        facts = CheckpointFacts(
-            self.task.kind, step, self.recipe, self.task.belongs, finite, best, state.last_update
-        )
+        facts = CheckpointFacts(self.task.kind, step, self.recipe, self.task.belongs, finite, best, state.last_update)
         if self.engine.sharded:
             save_sharded_checkpoint(step_folder(self.out, step), self.group, facts, state.checkpoint_shards(step))
         elif self.group.leads:

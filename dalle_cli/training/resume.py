@@ -54,6 +54,8 @@ def check_resumable(out: Path, checkpoint: Checkpoint, recipe: Recipe, belongs: 
     free = {f"{checkpoint.kind}.{key}" for key in _FREE_KEYS} | _FREE_DATA[checkpoint.kind]
     logged = {f"{checkpoint.kind}.{key}" for key in _LOGGED_KEYS}
     rate = getattr(recipe, checkpoint.kind).learning_rate
+    if rate.schedule == "plateau" and rate.plateau_watches == "training":
+        free.discard(f"{checkpoint.kind}.training.validate_every")  # it is the window of the watched mean
     if rate.schedule != "cosine" or rate.decay_updates:
         free.add(f"{checkpoint.kind}.training.updates")
     if then["threads"] != now["threads"]:

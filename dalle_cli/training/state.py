@@ -97,7 +97,9 @@ class TrainingState:
         done, training = step + 1, self.settings.training
         if done % training.ema_every:
             return
-        limits = ((1 + t) / (EMA_WARMUP + t) if training.ema_warmup else 1.0 for t in range(done - training.ema_every, done))
+        limits = (
+            (1 + t) / (EMA_WARMUP + t) if training.ema_warmup else 1.0 for t in range(done - training.ema_every, done)
+        )
         share = 1 - math.prod(min(training.ema_decay, limit) for limit in limits)
         for averaged, parameter in zip(self.ema, self.parameters, strict=True):
             # One by one to save memory, because 16-bit weights are copied to 32 bit.

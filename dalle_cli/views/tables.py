@@ -88,7 +88,8 @@ def render_scan(found: ScanResult, console: Console) -> None:
         tables.append(grid_table("Broken", ["reason", "count"], reasons[:LONGEST_LIST], right=[1]))
         tables.append(grid_table("The first of them", ["key", "reason"], [(line.key, line.reason) for line in first]))
     shown = [
-        [name, f"{filter_.value:g}", "on" if filter_.on else "", f"{filter_.drops:,}",
+        [name, f"{filter_.value}" if isinstance(filter_.value, str) else f"{filter_.value:g}",
+         "on" if filter_.on else "", f"{filter_.drops:,}",
          f"{filter_.drops / max(found.samples, 1):.1%}",
          " | ".join(f"{example.key}: {example.shown}" for example in filter_.examples)]
         for name, filter_ in found.filters.items()

@@ -172,7 +172,9 @@ def test_a_mistyped_key_is_named_with_its_line_and_the_right_one(call: Call, tmp
 def test_a_recipe_whose_aliases_stand_for_millions_of_settings_is_refused_at_once(call: Call, tmp_path: Path) -> None:
     file = tmp_path / "aliases.yaml"
     lines = ["a: &a {x: 1, y: 2, z: 3, w: 4}"]
-    lines += [f"{new}: &{new} {{x: *{old}, y: *{old}, z: *{old}, w: *{old}}}" for old, new in pairwise("abcdefghijklmn")]
+    lines += [
+        f"{new}: &{new} {{x: *{old}, y: *{old}, z: *{old}, w: *{old}}}" for old, new in pairwise("abcdefghijklmn")
+    ]
     file.write_text("\n".join(lines))
     assert "more than 10000 settings, counted with those of aliases" in call("show", file).mistake()
 

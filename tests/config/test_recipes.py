@@ -161,9 +161,15 @@ def test_misplaced_dots(layout: str) -> None:
         ("zzz: 1\n", "{file}:1: zzz: unknown key; known here: name, description, seed"),
         ("seed: many\n", "{file}:1: seed: must be a whole number, not 'many'"),
         ("name: a\nimage_size: [1]\n", "{file}:2: image_size: must be a whole number"),
-        ("dvae:\n  training:\n    updates: 0\n    batch_size: 1\n", "{file}:3: dvae.training.updates: must be above 0, not 0"),
+        (
+            "dvae:\n  training:\n    updates: 0\n    batch_size: 1\n",
+            "{file}:3: dvae.training.updates: must be above 0, not 0",
+        ),
         ("data: here\n", "{file}:1: data: must be a block of settings, not 'here'"),
-        ("dvae:\n  objective:\n    estimator: guess\n", "{file}:3: dvae.objective.estimator: must be 'gumbel' or 'reinforce', not 'guess'"),
+        (
+            "dvae:\n  objective:\n    estimator: guess\n",
+            "{file}:3: dvae.objective.estimator: must be 'gumbel' or 'reinforce', not 'guess'",
+        ),
         ("data: {crop: maybe}\n", "{file}:1: data.crop: must be true or false, not 'maybe'"),
         ("name: 5\n", "{file}:1: name: must be text; put it in quotes, not 5"),
         ("prior:\n  objective: {text_weight: 2}\n", "{file}:2: prior.objective.text_weight: must be at most 1"),
@@ -174,8 +180,14 @@ def test_misplaced_dots(layout: str) -> None:
             "prior:\n  model:\n    heads: 3\n    d_model: 100\n",
             "{file}:4: prior.model: d_model 100 is not heads x d_head = 3 x 64 = 192; set d_model: 192",
         ),
-        ("image_size: 128\nprior: {model: {grid: 32}}\n", "prior.model.grid 32 is not image_size / dvae.model.downsampling = 16; set"),
-        ("dvae:\n  model: {downsampling: 4}\nprior: {model: {grid: 32}}\n", "image_size / dvae.model.downsampling = 64; set prior.model.grid: 64"),
+        (
+            "image_size: 128\nprior: {model: {grid: 32}}\n",
+            "prior.model.grid 32 is not image_size / dvae.model.downsampling = 16; set",
+        ),
+        (
+            "dvae:\n  model: {downsampling: 4}\nprior: {model: {grid: 32}}\n",
+            "image_size / dvae.model.downsampling = 64; set prior.model.grid: 64",
+        ),
         ("image_size: 100\n", "image_size 100 is no multiple of dvae.model.downsampling, 8"),
         (
             "prior:\n  powersgd:\n    rank: 4000\n",

@@ -80,9 +80,9 @@ def test_sizes_that_are_left_out_follow_from_others(tmp_path: Path) -> None:
     assert load_recipe(file).prior.model.grid == 24
     assert load_recipe(file).prior.model.d_model == 24
     assert load_recipe(file, ["image_size=64"]).prior.model.grid == 16
-    with pytest.raises(UserError, match="set prior.model.grid: 24"):
+    with pytest.raises(UserError, match=r"set prior\.model\.grid: 24"):
         load_recipe(file, ["prior.model.grid=12"])
-    with pytest.raises(UserError, match="image_size: .*, not 'large'"):
+    with pytest.raises(UserError, match=r"image_size: .*, not 'large'"):
         load_recipe(file, ["image_size=large"])
 
 

@@ -17,8 +17,8 @@ from dalle_cli.data.batch_order import BatchOrder
 from dalle_cli.data.captions import source_captions
 from dalle_cli.data.open_source import open_source, open_sources
 from dalle_cli.dvae.encode import encode_source
-from dalle_cli.dvae.train import DvaeTask, train_dvae
 from dalle_cli.dvae.model import DVAE
+from dalle_cli.dvae.train import DvaeTask, train_dvae
 from dalle_cli.errors import UserError
 from dalle_cli.prior.train import PriorTask, train_prior
 from dalle_cli.stores.held_out import held_out_captions, split_rows, split_store
@@ -80,7 +80,7 @@ def test_a_chain_trains_on_the_weighted_rows_and_validates_on_the_held_out_sourc
     prior_task = PriorTask(recipe, TokenReader(places.tokens), None)  # type: ignore[arg-type]
     assert prior_task.held_out.tolist() == held_out.tolist()
     fewer = recipe_of(folders, tmp_path, f"data.train={folders['drawings']}", "data.weights=")
-    with pytest.raises(UserError, match=r"was made from 3 sources, the recipe's data names 2; make them agree"):
+    with pytest.raises(UserError, match=r"was made from 3 sources, the recipe names 2; make them agree"):
         split_store(TokenReader(places.tokens), fewer)
 
 
@@ -114,7 +114,10 @@ def test_only_training_rows_are_weighted() -> None:
     [
         ({"train": []}, "train is an empty list"),
         ({"train": ["a", "b"], "weights": [1]}, "weights has 1 numbers for 2 sources in train; give one for each"),
-        ({"train": "a", "validation": "b", "holdout": 0.1}, "validation names the held-out pictures, and holdout is 0.1"),
+        (
+            {"train": "a", "validation": "b", "holdout": 0.1},
+            "validation names the held-out pictures, and holdout is 0.1",
+        ),
     ],
 )
 def test_settings_that_disagree_are_refused(data: dict[str, object], mistake: str) -> None:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dalle_cli.config.schema import DataSettings, Filters
-from dalle_cli.data.open_source import open_source
 from dalle_cli.data.language import LanguageDetector
+from dalle_cli.data.open_source import open_source
 from dalle_cli.data.scan import QUANTILES, FilterExample, FilterStatistics, examples, quantiles, scan
 
 

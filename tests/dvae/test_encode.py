@@ -179,7 +179,7 @@ def test_pictures_are_made_square_as_the_recipe_says(by_hand: Chain, tmp_path: P
         expected = encode_images(model, torch.from_numpy(np.stack(crops)), eps).numpy()
         np.testing.assert_array_equal(TokenReader(tmp_path / f"{fit}.zarr").read("image", np.arange(3)), expected)
         np.testing.assert_array_equal(load_eval_picture(source, 1, 32, recipe.data), crops[1])
-    with pytest.raises(UserError, match="pad.zarr: .*fit"):
+    with pytest.raises(UserError, match=r"pad\.zarr: .*fit"):
         encode_source(load_recipe(by_hand.recipe), source, checkpoint, tmp_path / "pad.zarr")
 
 

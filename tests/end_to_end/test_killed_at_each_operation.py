@@ -83,7 +83,9 @@ def unstable(name: str) -> bool:
 
 
 def test_make_shapes(tmp_path: Path) -> None:
-    assert killed_and_resumed(lambda out: ["make-shapes", str(out), "--n", "6", "--test-n", "2", "--size", "32"], tmp_path)
+    assert killed_and_resumed(
+        lambda out: ["make-shapes", str(out), "--n", "6", "--test-n", "2", "--size", "32"], tmp_path
+    )
 
 
 @pytest.mark.slow
@@ -95,7 +97,9 @@ def test_stages(by_hand: Chain, tmp_path: Path, command: str) -> None:
         "tokenize-text": lambda out: [
             "tokenize-text", recipe, *data, "--tokenizer", str(by_hand.tokenizer), "--tokens", str(out)
         ],
-        "encode-images": lambda out: ["encode-images", recipe, *data, "--dvae", str(by_hand.dvae), "--tokens", str(out)],
+        "encode-images": lambda out: [
+            "encode-images", recipe, *data, "--dvae", str(by_hand.dvae), "--tokens", str(out)
+        ],
         "train-prior": lambda out: ["train-prior", recipe, "--tokens", str(by_hand.tokens), "--out", str(out)],
         "sample": lambda out: ["sample", str(by_hand.prior), "a red star", "--n", "2", "--out", str(out)],
     }  # fmt: skip

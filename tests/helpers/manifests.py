@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dalle_cli.stores.checkpoint import manifest_checksum
+from dalle_cli.stores.files import write_json
 
 
 def change_manifest(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -15,4 +16,4 @@ def change_manifest(checkpoint: Path, change: Callable[[dict[str, Any]], object]
     file = checkpoint / "manifest.json"
     manifest = json.loads(file.read_text())
     change(manifest)
-    file.write_text(json.dumps({**manifest, "checksum": manifest_checksum(manifest)}))
+    write_json(file, {**manifest, "checksum": manifest_checksum(manifest)})

@@ -12,8 +12,8 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from helpers.manifests import change_manifest
 from helpers.html_page import Page
+from helpers.manifests import change_manifest
 from helpers.tiny_chain import HELD_OUT, SAMPLES, SEEN, TinyChain, build_chain, write_recipe
 from PIL import Image
 from typer.testing import CliRunner

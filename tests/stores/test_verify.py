@@ -70,7 +70,8 @@ def test_the_damaged_file_is_named(chain: TinyChain) -> None:
     picture.write_bytes(whole)
     assert done.code == 2
     assert f"{picture}: is damaged: wrong checksum of a PNG's 'IDAT' chunk; draw it again" in done.out
-    assert run("verify", chain.places.samples).code == 2 or run("verify", picture.parent).code == 0
+    assert run("verify", chain.places.samples).code == 0
+    assert run("verify", picture.parent).code == 0
 
 
 def test_a_training_refuses_a_store_whose_metadata_were_changed(chain: TinyChain) -> None:
@@ -79,7 +80,9 @@ def test_a_training_refuses_a_store_whose_metadata_were_changed(chain: TinyChain
     assert '"rows": 40' in whole
     metadata.write_text(whole.replace('"rows": 40', '"rows": 10'))
     try:
-        with pytest.raises(UserError, match="zarr.json: is damaged: its sha256 is not that of checksums.json; copy"):
+        with pytest.raises(
+            UserError, match=r"zarr.json: is damaged: its sha256 is not that of checksums.json; copy .* again"
+        ):
             TokenReader(chain.places.tokens).require_complete()
     finally:
         metadata.write_text(whole)

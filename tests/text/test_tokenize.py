@@ -97,7 +97,7 @@ def test_one_caption_a_picture_without_dropout_needs_no_more_than_it(tmp_path: P
     source = Captions([[caption] for caption in CORPUS[:10]])
     tokenize_source(recipe_with(dropout=0.0), source, tokenizer(), tmp_path / "t")
     names = {path.name for path in (tmp_path / "t").iterdir()}
-    assert names == {"zarr.json", "key", "text", "text_length", "caption"}
+    assert names == {"zarr.json", "checksums.json", "key", "text", "text_length", "caption"}
     reader = TokenReader(tmp_path / "t")
     assert tokens_of(*reader.epoch_text(np.arange(10), np.arange(10))) == [
         ids[:9] for ids in as_lists(tokenizer().encode(CORPUS[:10]))

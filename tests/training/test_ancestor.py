@@ -125,7 +125,7 @@ def test_a_tokenizer_that_is_not_the_ancestors_is_refused(
     [
         ("dvae", "dvae.model.n_hid=16", "dvae.model.n_hid = 8, the recipe says 16"),
         ("prior", "prior.model.layers=3", "prior.model.layers = 2, the recipe says 3"),
-        ("clip", "clip.model.text_width=16", "clip.model = "),
+        ("clip", "clip.model.text_width=16", "clip.model.text_width = 8, the recipe says 16"),
     ],
 )
 def test_an_ancestor_of_other_sizes_is_refused(
