@@ -16,6 +16,8 @@ from dalle_cli.planning.budget import CHECKPOINTS, updates_within
 from dalle_cli.progress import log
 from dalle_cli.stores.checkpoint import Kind
 
+PHOTOGRAPH_VIEWS = 8
+"""Number of crops of each photograph for the prior; see docs/quality.md for what they bring."""
 HELD_OUT = 2000
 """Number of held-out samples that suffices, however large the source is."""
 TOKENS_A_WORD = 1.4
@@ -62,6 +64,7 @@ def settings_for(found: ScanResult, recipe: Recipe) -> dict[str, Any]:
     values: dict[str, Any] = {
         "data.holdout": recipe.data.holdout if found.kept * recipe.data.holdout <= HELD_OUT else _share(found.kept),
         "data.crop": photographs,
+        "data.views": PHOTOGRAPH_VIEWS if photographs else 1,
         "tokenizer.vocab_size": vocabulary,
         "tokenizer.text_length": max(16, min(256, -(-tokens // 8) * 8)),
     }

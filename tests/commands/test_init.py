@@ -44,6 +44,7 @@ def test_settings_follow_from_the_data(photographs: Path, tmp_path: Path) -> Non
     recipe = load_recipe(file)
     assert recipe.data.train == str(photographs)
     assert recipe.data.crop
+    assert recipe.data.views == 8
     assert recipe.image_size == 32  # the median of the shorter sides is 44 or 45
     assert recipe.grid == recipe.prior.model.grid == 8
     assert recipe.tokenizer.text_length == 48  # 30 words of 1.4 tokens, in eights
