@@ -84,7 +84,7 @@ class DataSettings(Settings):
     crop: bool = Field(True, description="crop pictures at random in training; false: always at the centre")
     dvae_crop: Literal["anywhere", "centre"] = Field(
         "anywhere",
-        description="random crops in the dVAE's training: anywhere, of 8/12 to 8/9 of the side (the paper's Listing 1), "
+        description="crops in the dVAE's training: anywhere, of 8/12 to 8/9 of the side (the paper's Listing 1), "
         "or as those of the prior's pictures, near the centre and of 8/9 or more (Listing 2)",
     )
     fit: Literal["crop", "pad", "stretch"] = Field(
