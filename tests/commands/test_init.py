@@ -77,7 +77,7 @@ def test_updates_follow_from_the_time(photographs: Path, tmp_path: Path) -> None
         (["a.txt"], "a.txt: a recipe is a YAML file; name it a.txt.yaml"),
         (["a", "b", "c"], "3 names given; write dalle init [NAME] FILE"),
         (["a.yaml", "--minutes", "5"], "--minutes: the updates depend on the data; give --data SOURCE too"),
-        (["12b", "a.yaml", "--data", "DATA"], "the recipe 12b does not say"),
+        (["dvae", "a.yaml", "--data", "DATA"], "the recipe dvae does not say"),
         (["a.yaml", "--data", "nowhere"], "nowhere: no such file or folder"),
     ],
 )
