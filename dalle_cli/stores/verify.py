@@ -76,7 +76,7 @@ def _artifacts(path: Path) -> Iterator[Artifact]:
     stages = (places.dvae, places.prior, places.clip)
     if any(place.exists() for place in (places.tokenizer, places.tokens, *stages)):
         if places.tokenizer.is_dir():
-            yield str(places.tokenizer), partial(require_undamaged, places.tokenizer), list
+            yield _tokenizer(places.tokenizer)
         if places.tokens.is_dir():
             yield _token_store(places.tokens)
         for stage in stages:
@@ -89,8 +89,14 @@ def _artifacts(path: Path) -> Iterator[Artifact]:
         yield from (_samples(store.parent) for store in stores)
     elif (path / "zarr.json").is_file():
         yield _token_store(path)
+    elif (path / "tokenizer.json").is_file():
+        yield _tokenizer(path)
     elif path.is_dir():
         yield from map(_checkpoint, step_folders(path))
+
+
+def _tokenizer(folder: Path) -> Artifact:
+    return str(folder), partial(require_undamaged, folder), list
 
 
 def _checkpoint(folder: Path) -> Artifact:

@@ -472,7 +472,9 @@ def test_verify_names_every_damaged_file(by_hand: Chain, spoiled: Path, call: Ca
     assert all(name in done.out.replace(": is", " is") for name in named)
     assert call("verify", spoiled / "tokens.zarr").code == 2
     assert call("verify", spoiled / "prior").code == 0
-    assert "is no run, checkpoint or token store" in call("verify", spoiled / "tokenizer").mistake()
+    assert call("verify", spoiled / "tokenizer").code == 0
+    (spoiled / "tokenizer" / "tokenizer.json").write_text("{}")
+    assert "tokenizer.json: is damaged" in call("verify", spoiled / "tokenizer").out
 
 
 def read_all(store: Path) -> None:

@@ -25,7 +25,7 @@ WRITTEN_BY_EXAMPLES = {
         *("duplicates.jsonl", "duplicates.png", "evaluation", "export", "openai-dvae", "reconstructions", "scan"),
         "study",
     )
-}
+} | {"my-recipe.yaml"}
 """Files and folders that some example names as its output."""
 
 

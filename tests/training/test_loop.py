@@ -17,6 +17,7 @@ from dalle_cli.dvae.train import DvaeTask
 from dalle_cli.prior.model import build_prior
 from dalle_cli.prior.train import PriorTask, TokenBatch
 from dalle_cli.randomness import numpy_generator, torch_generator
+from dalle_cli.stores.tokens import PartState
 from dalle_cli.training.loop import Run, Task
 from dalle_cli.training.state import TrainingState
 
@@ -103,6 +104,9 @@ class _Reader:
     """A store whose tokens are never read."""
 
     path = Path("unused")
+
+    def part(self, part: str) -> PartState:
+        return PartState(0, True, {}, {})
 
     def usable(self) -> np.ndarray:
         return np.arange(10)
