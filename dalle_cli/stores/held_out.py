@@ -31,7 +31,7 @@ def split_store(reader: TokenReader, recipe: Recipe) -> tuple[np.ndarray, np.nda
         raise UserError(
             f"{reader.path}: was made from {max(1, len(sizes))} sources, the recipe names {wanted}; make them agree"
         )
-    return split_rows(usable, recipe, sizes or [len(reader)])
+    return split_rows(usable, recipe, sizes or [int(usable[-1]) + 1])
 
 
 def split_rows(rows: np.ndarray, recipe: Recipe, sizes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
