@@ -15,7 +15,7 @@ _EXPECTED = {
     "dict": "a block of settings",
     "model": "a block of settings",
 }
-"""What a value must be, by the first word of pydantic's type of error."""
+"""The words for what a value must be, by the first word of pydantic's type of error."""
 _BOUNDS = {
     "greater_than": ("gt", "above"),
     "greater_than_equal": ("ge", "at least"),

@@ -112,7 +112,7 @@ class DataSettings(Settings):
 
     @property
     def holds_out(self) -> bool:
-        """Whether any samples are held out."""
+        """True if any samples are held out."""
         return self.holdout > 0 or self.validation is not None
 
     @model_validator(mode="after")

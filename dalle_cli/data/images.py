@@ -15,7 +15,7 @@ from dalle_cli.errors import UserError
 from dalle_cli.stores.png import png_damage
 
 Fit = Literal["crop", "pad", "stretch"]
-"""How a picture that is not square becomes so."""
+"""The way in which a picture that is not square becomes so."""
 MAX_PIXELS = 100_000_000
 """Default number of pixels above which a picture is rejected."""
 

@@ -84,7 +84,7 @@ class TrainingPictures:
     workers: int
     """Number of worker processes; 0 loads in this process."""
     anywhere: bool = False
-    """Whether random crops are those of the paper's Listing 1; see ``train_crop``."""
+    """True if random crops are those of the paper's Listing 1; see ``train_crop``."""
     part: slice = field(default_factory=lambda: slice(None))
     """This rank's slice of each batch."""
 
