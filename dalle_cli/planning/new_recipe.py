@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def settings_for(found: ScanResult, recipe: Recipe) -> dict[str, Any]:
             "run dalle scan to see why"
         )
     photographs = found.picture_formats.get("JPEG", 0) > sum(found.picture_formats.values()) / 2
-    vocabulary = 2 ** max(9, min(14, round(found.captions / CAPTIONS_A_TOKEN).bit_length() - 1))
+    vocabulary = 2 ** max(9, min(14, round(math.log2(found.captions / CAPTIONS_A_TOKEN))))
     tokens = round(found.measures["words a caption"]["99%"] * TOKENS_A_WORD)
     values: dict[str, Any] = {
         "data.holdout": recipe.data.holdout if found.kept * recipe.data.holdout <= HELD_OUT else _share(found.kept),
