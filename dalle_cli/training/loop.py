@@ -260,7 +260,9 @@ class Run:
         if self.group.any(bool(validated) and not math.isfinite(validated["loss"])):
             raise UserError(f"{self.out}: the held-out loss is not finite after {step} updates; {self._mend}")
         if self.settings.learning_rate.plateau_watches == "training":
-            state.plateau.observe_training()
+            # Not after the last update alone: a run that goes on would have had another window.
+            if step % self.settings.training.validate_every == 0:
+                state.plateau.observe_training()
         elif not math.isnan(loss := self.group.broadcast(validated.get("raw_loss", math.nan))):
             state.plateau.observe(loss)
         ema_loss = self.group.broadcast(validated.get("loss", math.nan))
