@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dalle_cli.errors import UserError
+from dalle_cli.stores.checksums import write_checksums
 from dalle_cli.stores.files import new_directory
 from dalle_cli.stores.samples import STORE, manifest_line, request_rows
 from dalle_cli.stores.shards import WHOLE, parse_shard
@@ -90,6 +91,7 @@ def write_scores(store: Path, scores: Mapping[int, float], scorer: str) -> None:
                 config={"write_empty_chunks": True},
             )
             array.attrs["scorer"] = scorer
+            write_checksums(folder, ["zarr.json"])
 
 
 def _scores(group: Any) -> tuple[np.ndarray | None, str]:

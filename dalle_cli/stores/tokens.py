@@ -270,10 +270,12 @@ class TokenReader:
         return [str(value) for value in self.read(name, np.asarray(list(rows), dtype=np.int64))]
 
     def _read_shard(self, name: str, shard: int, at: tuple[slice | int, ...]) -> np.ndarray:
-        """Read a shard's file; raise UserError if it is missing, which zarr would take for zeros, or damaged."""
+        """Read a shard's file; raise UserError if it is missing or empty, which zarr takes for zeros, or damaged."""
         array, file = self._arrays[name], self._shard_file(name, shard, at)
         if not file.is_file():
             raise UserError(f"{file}: is missing; {AGAIN}")
+        if not file.stat().st_size:
+            raise UserError(f"{file}: is empty; {AGAIN}")
         try:
             return np.asarray(array[at])
         except Exception as error:  # zarr and its codecs raise errors of many kinds

@@ -148,6 +148,8 @@ def _check_arrays(store: Path) -> int:
     rows = 0
     if (store.parent / CHECKSUMS).is_file():
         require_undamaged(store.parent)
+    if (store / CLIP_SCORE).is_dir():
+        require_undamaged(store / CLIP_SCORE)
     with _any_error_is_damage(store):
         group: Any = zarr.open_group(str(store), mode="r", zarr_format=3)
         rows, total = int(group.attrs["rows"]), int(group["tokens"].shape[0])
@@ -159,8 +161,9 @@ def _check_arrays(store: Path) -> int:
             array = group[name]
             for start in range(0, rows, size):
                 place = [start // min(size, total), *[0] * (array.ndim - 1)]
-                if not (file := store / name / "c" / "/".join(map(str, place))).is_file():
-                    raise Damaged(f"{file}: is missing; draw the samples again")
+                file = store / name / "c" / "/".join(map(str, place))
+                if not file.is_file() or not file.stat().st_size:
+                    raise Damaged(f"{file}: is missing or empty; draw the samples again")
                 array[start : start + size]
     return rows
 

