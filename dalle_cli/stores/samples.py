@@ -62,6 +62,8 @@ class SampleStore:
     Used as a context manager, it starts the threads that ``add`` needs and waits for them at the end. Two requests are
     the same if their ``identity`` is.
 
+    The caller owns the folder, so that no other process writes there.
+
     Raises:
         UserError: ``out`` holds something else, or samples of another request.
     """
@@ -75,6 +77,8 @@ class SampleStore:
         self._group = _open(out)
         if self._group.attrs.get("request") != json.loads(json.dumps(identity)):
             raise UserError(f"{out}: holds samples of other prompts, settings or models; choose another --out")
+        for left in (out / STORE).rglob("*.partial"):  # a process was killed while it wrote a chunk
+            left.unlink(missing_ok=True)
         # A process may have been killed between the last commit and this.
         self._write_checksums()
 
