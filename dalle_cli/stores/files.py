@@ -60,7 +60,7 @@ def sync(*paths: Path) -> None:
 def rename_synced(beside: Path, path: Path) -> None:
     """Put ``beside``, a file or folder, in the place of ``path`` once all of it is on the disk."""
     sync(beside, *(beside.rglob("*") if beside.is_dir() else ()))
-    if path.is_dir():
+    if beside.is_dir() and path.exists():  # a file never takes the place of a folder
         shutil.rmtree(path)
     beside.replace(path)
     sync(path.parent)

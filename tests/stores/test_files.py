@@ -34,6 +34,16 @@ def test_a_directory_is_whole_or_absent(tmp_path: Path) -> None:
     assert [p.name for p in target.iterdir()] == ["b"]
 
 
+def test_a_file_never_takes_the_place_of_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "kept").write_text("1")
+    with pytest.raises(IsADirectoryError):
+        write_atomically(folder, "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert (folder / "kept").read_text() == "1"
+
+
 def test_everything_is_on_the_disk_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Record what is synced and renamed: what is below a renamed path was synced before, and its new folder after."""
     events: list[tuple[str, Path]] = []
