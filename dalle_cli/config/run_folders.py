@@ -40,6 +40,11 @@ class RunFolders:
         return self.root / "samples"
 
     @property
+    def begun(self) -> bool:
+        """True if the folder holds the output of a stage that trains or tokenizes."""
+        return any(place.is_dir() for place in (self.tokenizer, self.tokens, self.dvae, self.prior, self.clip))
+
+    @property
     def sample_lines(self) -> Path:
         """The file of what ``dalle sample`` printed, in a chain of all stages."""
         return self.root / "samples.jsonl"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from dalle_cli.config.load import dump_recipe, load_recipe
+from dalle_cli.config.run_folders import RunFolders
 from dalle_cli.config.schema import Recipe
 from dalle_cli.errors import Damaged, UserError
 from dalle_cli.stores.files import explain_os_errors, json_text, new_directory, rename_synced, sha256_file, write_json
@@ -336,7 +337,7 @@ def open_checkpoint(path: Path, kind: Kind | None = None, which: Which = "best")
     folder = path
     if not (path / "manifest.json").is_file():
         steps = steps_in(path) if path.is_dir() else []
-        if not steps and kind is not None and _is_run(path):
+        if not steps and kind is not None and RunFolders(path).begun:
             if not (path / kind).is_dir():
                 raise UserError(f"{path}: this run has no {kind} yet; train it with dalle train-{kind}")
             return open_checkpoint(path / kind, kind, which)
@@ -350,11 +351,6 @@ def open_checkpoint(path: Path, kind: Kind | None = None, which: Which = "best")
         if folder not in steps:
             return newest
     return _read_manifest(folder, kind)
-
-
-def _is_run(path: Path) -> bool:
-    """Return whether a folder is that of all stages of a run; see ``RunFolders``."""
-    return any((path / stage).is_dir() for stage in ("tokenizer", "tokens.zarr", "dvae", "prior", "clip"))
 
 
 def _read_manifest(folder: Path, kind: Kind | None) -> Checkpoint:

@@ -33,11 +33,12 @@ class Verified:
     checked: list[str] = field(default_factory=list)
     damage: list[str] = field(default_factory=list)
 
-    def run(self, name: str, check: Callable[[], object]) -> None:
-        """Run a check and note what it finds."""
+    @contextmanager
+    def noting(self, name: str) -> Iterator[None]:
+        """Note that ``name`` is checked, and the damage that the block finds."""
         self.checked.append(name)
         try:
-            check()
+            yield
         except UserError as error:
             self.damage.append(str(error))
 
@@ -53,16 +54,13 @@ def verify(path: Path) -> Verified:
         raise UserError(f"{path}: is no run, checkpoint, token store or folder of samples; name one of these")
     found, files = Verified(), list[Check]()
     for name, check, parts in artifacts:
-        before = len(found.damage)
-        found.run(name, check)
-        if len(found.damage) == before:
-            try:
-                files += parts()
-            except UserError as error:
-                found.damage.append(str(error))
+        with found.noting(name):
+            check()
+            files += parts()
     with progress("verify", len(files), "files") as bar:
         for name, check in files:
-            found.run(name, check)
+            with found.noting(name):
+                check()
             bar.advance()
     return found
 
@@ -73,13 +71,12 @@ Artifact = tuple[str, Callable[[], object], Callable[[], list[Check]]]
 
 def _artifacts(path: Path) -> Iterator[Artifact]:
     places = RunFolders(path)
-    stages = (places.dvae, places.prior, places.clip)
-    if any(place.exists() for place in (places.tokenizer, places.tokens, *stages)):
+    if places.begun:
         if places.tokenizer.is_dir():
             yield _tokenizer(places.tokenizer)
         if places.tokens.is_dir():
             yield _token_store(places.tokens)
-        for stage in stages:
+        for stage in (places.dvae, places.prior, places.clip):
             yield from map(_checkpoint, step_folders(stage) if stage.is_dir() else [])
         folders = sorted(places.samples.iterdir()) if places.samples.is_dir() else []
         yield from (_samples(folder) for folder in folders if folder.is_dir() and not folder.name.startswith("."))
@@ -146,14 +143,12 @@ def _check_arrays(store: Path) -> int:
     import zarr
 
     rows = 0
-    if (store.parent / CHECKSUMS).is_file():
-        require_undamaged(store.parent)
     if (store / CLIP_SCORE).is_dir():
         require_undamaged(store / CLIP_SCORE)
     with _any_error_is_damage(store):
         group: Any = zarr.open_group(str(store), mode="r", zarr_format=3)
         rows, total = int(group.attrs["rows"]), int(group["tokens"].shape[0])
-        if rows == total:  # checksums are written with the last sample
+        if rows == total or (store.parent / CHECKSUMS).is_file():  # which is written with the last sample
             require_undamaged(store.parent)
         for name, size in (("tokens", CHUNK), ("log_likelihood", CHUNK), (CLIP_SCORE, total)):
             if name == CLIP_SCORE and not (store / name).is_dir():

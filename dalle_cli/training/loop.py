@@ -187,18 +187,18 @@ class Run:
                 state.update_ema(step)
                 state.plateau.add_training_loss(float(values["loss"]))
                 throughput.count_update()
-                if group.leads and (done == 1 or done == last or done % training.log_every == 0):
+                if group.leads and (done == 1 or state.due(training.log_every, done)):
                     scalars = {name: float(value) for name, value in values.items()}
                     sent = {name: total - sent_before[name] for name, total in self.engine.traffic().items()}
                     journal.log_training(done, rate, {**scalars, **sent, **throughput.measure()})
                     note = f"loss {float(values['loss']):.4f}"
                 with throughput.paused():
-                    if done == last or done % training.validate_every == 0:
+                    if state.due(training.validate_every, done):
                         validated = self._validate(state, done, journal, bar) or validated
                     self.stop.agreed = group.any(self.stop.signal is not None) and done < last
                     finished = state.best.exhausts(training.patience)
                     wanted = self.stop.agreed or finished or state.best.step == done
-                    if wanted or done == last or done % training.save_every == 0:
+                    if wanted or state.due(training.save_every, done):
                         journal.flush()
                         self._save(state, done, validated)
                 bar.advance(1, note)

@@ -58,6 +58,10 @@ class TrainingState:
         """Number of updates of the whole run."""
         return sum(self.rounds[-1]) if self.rounds else self.settings.training.updates
 
+    def due(self, every: int, done: int) -> bool:
+        """Return whether what happens after each ``every`` updates, and after the last one, is due after ``done``."""
+        return done % every == 0 or done == self.last_update
+
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of the update that follows ``step`` updates."""
         rate, updates = self.settings.learning_rate, self.settings.training.updates
