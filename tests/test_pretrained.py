@@ -59,7 +59,7 @@ def test_what_cannot_be_loaded_is_one_line(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(PACKAGED, "tf_efficientnet_lite0", "a_package_that_is_not_there")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://no-such-host.invalid")
     with pytest.raises(
-        UserError, match=r"tf_efficientnet_lite0 cannot be loaded \(.*pip install 'dalle\[pretrained\]'"
+        UserError, match=r"tf_efficientnet_lite0 cannot be loaded \(.*pip install 'dalle-toolchain\[pretrained\]'"
     ):
         create_network("tf_efficientnet_lite0")
     (tmp_path / "empty").mkdir()

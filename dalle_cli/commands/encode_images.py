@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from dalle_cli.chain import log_next
 from dalle_cli.commands.options import (
     CheckpointOption,
     DataOption,
@@ -14,6 +15,7 @@ from dalle_cli.commands.options import (
     SetOption,
     ShardOption,
     TokensOption,
+    changes_of,
     folders,
     read_recipe,
     read_source,
@@ -57,3 +59,4 @@ def command(
     log(f"{out}: {found.rows} pictures, {found.skipped} skipped")
     record_command(out)
     typer.echo(out)
+    log_next("encode-images", recipe, settings, changes_of(set_, data))

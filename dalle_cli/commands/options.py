@@ -89,9 +89,13 @@ def read_recipe(path: Path, overrides: list[str] | None, data: str | None = None
 
     from dalle_cli.config.load import load_recipe
 
-    data_override = [f"data.train={data}"] if data is not None else []
     wandb_override = [f"monitoring.wandb={json.dumps(wandb)}"] if wandb is not None else []
-    return load_recipe(path, [*(overrides or []), *data_override, *wandb_override])
+    return load_recipe(path, [*changes_of(overrides, data), *wandb_override])
+
+
+def changes_of(overrides: list[str] | None, data: str | None) -> list[str]:
+    """Return what ``--set`` and ``--data`` change, as KEY=VALUE."""
+    return [*(overrides or []), *([f"data.train={data}"] if data is not None else [])]
 
 
 def recipe_for(source: str, path: Path | None, overrides: list[str] | None) -> Recipe:

@@ -59,11 +59,13 @@ def command(
 
     from dalle_cli.clip.rerank import best_of_all, printed, rerank
     from dalle_cli.clip.scoring import load_scorer
+    from dalle_cli.config.run_folders import RunFolders
     from dalle_cli.distributed.device import choose_device, prepare_process
 
     device = choose_device()
     prepare_process(device)
-    scorer = load_scorer(clip, pretrained, tokenizer, Path(first["png"]), device, which)
+    beside = RunFolders(Path(first["run"])).prior if isinstance(first.get("run"), str) else Path(first["png"])
+    scorer = load_scorer(clip, pretrained, tokenizer, beside, device, which)
     scores: dict[Path, dict[int, float]] = {}
     shown: list[list[dict[str, Any]]] = []
 

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from dalle_cli.chain import STAGE_NAMES, StageName, run_stages, stages_of
-from dalle_cli.commands.options import DataOption, GpusOption, RecipeArgument, SetOption, read_recipe
+from dalle_cli.chain import HELD_OUT_CAPTIONS, STAGE_NAMES, StageName, run_stages, stages_of
+from dalle_cli.commands.options import DataOption, GpusOption, RecipeArgument, SetOption, changes_of, read_recipe
 from dalle_cli.errors import UserError
 
 
@@ -18,7 +18,7 @@ def command(
     last: Annotated[StageName, typer.Option("--until", help="Last stage to run.")] = "report",
     captions: Annotated[
         int, typer.Option("--captions", metavar="N", min=1, help="Number of held-out captions to draw.")
-    ] = 50,
+    ] = HELD_OUT_CAPTIONS,
     set_: SetOption = None,
     gpus: GpusOption = None,
 ) -> None:
@@ -39,5 +39,4 @@ def command(
             "data.holdout is 0, so there are no held-out captions to draw; set it to 0.02, or stop with "
             "--until train-clip"
         )
-    changes = [*(set_ or []), *([f"data.train={data}"] if data is not None else [])]
-    run_stages(stages_of(recipe, settings, changes, captions, gpus)[begin : end + 1])
+    run_stages(stages_of(recipe, settings, changes_of(set_, data), captions, gpus)[begin : end + 1])

@@ -7,12 +7,14 @@ from typing import Annotated
 
 import typer
 
+from dalle_cli.chain import log_next
 from dalle_cli.commands.options import (
     DataOption,
     RecipeArgument,
     SetOption,
     ShardOption,
     TokensOption,
+    changes_of,
     folders,
     read_recipe,
     read_source,
@@ -56,3 +58,4 @@ def command(
         log(f"{made.path}: {made.left_out} captions left out, beyond the first {MOST_CAPTIONS} of their pictures")
     record_command(made.path)
     typer.echo(made.path)
+    log_next("tokenize-text", recipe, settings, changes_of(set_, data))

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from dalle_cli.chain import log_next
 from dalle_cli.commands.options import (
     DataOption,
     ExtendOption,
@@ -14,6 +15,7 @@ from dalle_cli.commands.options import (
     SetOption,
     TokensOption,
     WandbOption,
+    changes_of,
     folders,
     read_recipe,
     read_source,
@@ -46,3 +48,4 @@ def command(
     checkpoint = train_clip(settings, source, tokens or places.tokens, out or places.clip, extend)
     record_command(checkpoint.path, checkpoint.identity)
     typer.echo(checkpoint.path)
+    log_next("train-clip", recipe, settings, changes_of(set_, data))

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from dalle_cli.chain import log_next
 from dalle_cli.commands.options import (
     DataOption,
     ExtendOption,
@@ -14,6 +15,7 @@ from dalle_cli.commands.options import (
     RecipeArgument,
     SetOption,
     WandbOption,
+    changes_of,
     folders,
     read_recipe,
     read_source,
@@ -54,3 +56,4 @@ def command(
     if leads:
         record_command(checkpoint.path, checkpoint.identity)
         typer.echo(checkpoint.path)
+        log_next("train-dvae", recipe, settings, changes_of(set_, data))

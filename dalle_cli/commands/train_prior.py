@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dalle_cli.chain import log_next
 from dalle_cli.commands.options import (
     DataOption,
     ExtendOption,
@@ -15,6 +16,7 @@ from dalle_cli.commands.options import (
     SetOption,
     TokensOption,
     WandbOption,
+    changes_of,
     folders,
     read_recipe,
     speaks,
@@ -65,13 +67,17 @@ def command(
 
     from dalle_cli.planning.this_machine import refuse_too_large
     from dalle_cli.prior.train import train_prior
+    from dalle_cli.sampling.drawings import held_out_drawing
     from dalle_cli.stores.provenance import record_command
 
     refuse_too_large(settings)
-    checkpoint = train_prior(settings, tokens or places.tokens, out or places.prior, dvae, extend)
+    store = tokens or places.tokens
+    drawing = held_out_drawing(settings, store, dvae or places.dvae)
+    checkpoint = train_prior(settings, store, out or places.prior, dvae, extend, drawing)
     if leads:
         record_command(checkpoint.path, checkpoint.identity)
         typer.echo(checkpoint.path)
+        log_next("train-prior", recipe, settings, changes_of(set_, data))
 
 
 def _dry_run(settings: Recipe, tokens: Path, out: Path, leads: bool) -> None:

@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from dalle_cli.commands.options import DataOption, RecipeArgument, SetOption, folders, read_recipe, read_source
+from dalle_cli.chain import log_next
+from dalle_cli.commands.options import (
+    DataOption,
+    RecipeArgument,
+    SetOption,
+    changes_of,
+    folders,
+    read_recipe,
+    read_source,
+)
 
 
 def command(
@@ -29,5 +38,11 @@ def command(
     settings = read_recipe(recipe, set_, data)
     tokenizer = train_tokenizer(settings, read_source(settings), out or folders(settings).tokenizer)
     log(f"{tokenizer.name}: {tokenizer.vocab_size} tokens, sha256 {tokenizer.identity[:12]}")
+    if tokenizer.vocab_size < (wanted := settings.tokenizer.vocab_size):
+        log(
+            f"{tokenizer.name}: warning: the captions give only {tokenizer.vocab_size:,} of the {wanted:,} tokens of "
+            f"tokenizer.vocab_size; set {tokenizer.vocab_size}, since the prior never learns the others"
+        )
     record_command(Path(tokenizer.name), tokenizer.identity)
     typer.echo(tokenizer.name)
+    log_next("train-tokenizer", recipe, settings, changes_of(set_, data))

@@ -415,6 +415,11 @@ class PriorSettings(Settings):
     caption_dropout: Share = Field(
         0.0, description="share of training captions replaced by the empty one, for classifier-free guidance"
     )
+    drawings: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="number of held-out captions that are drawn at each validation, for TensorBoard and the report; "
+        "not for a sharded prior",
+    )
     sharding: Sharding = Sharding()
     powersgd: PowerSgd = PowerSgd()
 

@@ -22,7 +22,9 @@ class LanguageDetector:
         try:
             from py3langid.langid import MODEL_FILE, LanguageIdentifier
         except ImportError:
-            raise UserError('the language of captions needs py3langid: pip install "dalle[languages]"') from None
+            raise UserError(
+                'the language of captions needs py3langid: pip install "dalle-toolchain[languages]"'
+            ) from None
         self._identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
     def __call__(self, caption: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,8 +20,9 @@ from dalle_cli.data.formats.published import (
     open_flickr,
 )
 from dalle_cli.data.formats.tables import JsonLinesTable, Table, open_delimited
-from dalle_cli.data.formats.webdataset import WebDatasetSource
+from dalle_cli.data.formats.webdataset import LocalFile, WebDatasetSource
 from dalle_cli.data.joined import JoinedSource
+from dalle_cli.data.remote import CACHE, RemoteFile, files_at, is_remote, local_copy
 from dalle_cli.data.source import IMAGE_EXTENSIONS, BadSample, Source
 from dalle_cli.errors import UserError
 
@@ -43,12 +45,14 @@ def open_sources(specs: Sequence[str]) -> Source:
 
 
 def open_source(spec: str | Path) -> Source:
-    """Open the source at ``spec``, a path or a pattern of shards, by the first of FORMATS that fits.
+    """Open the source at ``spec``, a path, an address or a pattern of shards, by the first of FORMATS that fits.
 
     Raises:
         UserError: there is nothing at ``spec``, or nothing that can be used.
     """
     path, name = Path(spec), str(spec)
+    if is_remote(name):
+        return _open_remote(name)
     try:
         for kind in FORMATS:
             if (source := kind.open(name, path)) is not None:
@@ -60,6 +64,30 @@ def open_source(spec: str | Path) -> Source:
     if not path.exists():
         raise UserError(f"{name}: no such file or folder (looked for {_known()})")
     raise UserError(f"{name}: not a known kind of source (looked for {_known()})")
+
+
+def _open_remote(name: str) -> Source:
+    """Open shards, or Parquet with pictures, at an address, a pattern of addresses, or a folder at an address."""
+    pattern = _BRACES.search(name) is not None
+    shards = [RemoteFile(url) for url in expand_braces(name)] if pattern else files_at(name, (".tar",))
+    if shards:
+        cached = bool(os.environ.get(CACHE))
+        return WebDatasetSource(name, [LocalFile(local_copy(shard)) if cached else shard for shard in shards])
+    folder, wanted = name, None
+    if not (tables := files_at(name, (".parquet",))) and "/" not in name.rpartition(":")[2]:
+        folder, _, wanted = name.rpartition(":")
+        tables = files_at(folder, (".parquet",))
+    if tables:
+        from dalle_cli.data.formats.embedded import choose_split, open_embedded  # pyarrow is slow to import
+
+        _, chosen = choose_split(name, [table.path for table in tables], wanted)
+        source = open_embedded(name, [local_copy(tables[i]) for i in chosen], wanted)
+        if source is not None:
+            return source
+    raise UserError(
+        f"{name}: holds neither .tar shards nor Parquet with pictures in it, which are the formats that are read from "
+        "an address; download it first"
+    )
 
 
 def _open_webdataset(name: str, path: Path) -> Source | None:
@@ -78,12 +106,14 @@ def _open_webdataset(name: str, path: Path) -> Source | None:
             if below:
                 raise UserError(f"{name}: its .tar shards are in folders below it; name one of {', '.join(below)}")
             return None
-        return WebDatasetSource(name, shards)
+        return WebDatasetSource(name, [LocalFile(shard) for shard in shards])
     if path.is_file():
         if _is_compressed_tar(path):
             raise UserError(f"{name}: is compressed; unpack it to a .tar first")
-        return WebDatasetSource(name, [path]) if path.suffix.lower() == ".tar" else None
-    return WebDatasetSource(name, _shards_of_pattern(name)) if _BRACES.search(name) else None
+        return WebDatasetSource(name, [LocalFile(path)]) if path.suffix.lower() == ".tar" else None
+    if not _BRACES.search(name):
+        return None
+    return WebDatasetSource(name, [LocalFile(shard) for shard in _shards_of_pattern(name)])
 
 
 def _is_compressed_tar(path: Path) -> bool:

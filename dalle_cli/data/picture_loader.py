@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -83,8 +84,8 @@ class TrainingPictures:
     flip: bool
     workers: int
     """Number of worker processes; 0 loads in this process."""
-    anywhere: bool = False
-    """True if random crops are those of the paper's Listing 1; see ``train_crop``."""
+    crop: Literal["centre", "anywhere"] = "centre"
+    """Random crops of ``train_crop``, unless ``data.crop`` is false."""
     part: slice = field(default_factory=lambda: slice(None))
     """This rank's slice of each batch."""
 
@@ -102,19 +103,14 @@ class TrainingPictures:
         iterator = iter(loader)
         try:
             yield from iterator
-        except BadSample as error:  # from a worker, its message is a traceback that ends with the reason
-            raise UserError(str(error).strip().splitlines()[-1].rpartition("BadSample: ")[2]) from None
+        except (BadSample, UserError) as error:  # from a worker, its message is a traceback that ends with the reason
+            reason = str(error).strip().splitlines()[-1]
+            raise UserError(re.sub(r"^[\w.]+(BadSample|UserError): ", "", reason)) from None
         finally:
             # A traceback may keep the iterator, and so its workers, alive. At exit Python sends them a SIGTERM, which
             # they ignore, and would then wait for them forever.
             if self.workers:
                 iterator._shutdown_workers()  # type: ignore[attr-defined]
-
-    @property
-    def _crop(self) -> Literal["none", "centre", "anywhere"]:
-        if not self.data.crop:
-            return "none"
-        return "anywhere" if self.anywhere else "centre"
 
     def picture(self, row: int, epoch: int) -> tuple[np.ndarray, int]:
         """Load and augment a picture (image_size, image_size, 3) uint8; return it and its row, replaced if necessary.
@@ -130,7 +126,8 @@ class TrainingPictures:
             except (BadSample, BadImage):
                 candidate = int(self.rows[rng.integers(len(self.rows))])
                 continue
-            return train_crop(image, self.image_size, rng, flip=self.flip, crop=self._crop), candidate
+            crop = self.crop if self.data.crop else "none"
+            return train_crop(image, self.image_size, rng, flip=self.flip, crop=crop), candidate
         raise BadSample(
             f"{self.source.name}: {MAX_REPLACEMENTS} samples drawn for {self.source.key(row)} cannot be read or are "
             "filtered out; run dalle scan to see why"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,9 +20,14 @@ def choose_device(local_rank: int = 0) -> torch.device:
     """Return the GPU with number ``local_rank`` on this machine if CUDA is available, else the CPU.
 
     Raises:
-        UserError: the machine has fewer GPUs than ranks.
+        UserError: the machine has fewer GPUs than ranks, or Slurm gave this job GPUs that torch cannot use.
     """
     if not torch.cuda.is_available():
+        if (given := os.environ.get("SLURM_GPUS_ON_NODE", "0")) != "0":
+            raise UserError(
+                f"SLURM_GPUS_ON_NODE {given}: Slurm gave this job GPUs, but torch {torch.__version__} finds none on "
+                f"{platform.node()}; install a torch for CUDA, load the driver's module, or ask for no GPU"
+            )
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if local_rank >= count:

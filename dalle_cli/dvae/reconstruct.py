@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from dalle_cli.data.images import BadImage, decode_image, eval_crop
 from dalle_cli.data.open_source import open_source
@@ -27,7 +24,8 @@ from dalle_cli.dvae.train import load_dvae
 from dalle_cli.errors import UserError
 from dalle_cli.progress import log, progress
 from dalle_cli.stores.checkpoint import Checkpoint
-from dalle_cli.stores.files import write_atomically
+from dalle_cli.stores.files import plain_name, write_atomically
+from dalle_cli.stores.png import encode_png
 
 GAP = 8
 """Number of white pixel columns between an original and its reconstruction."""
@@ -111,7 +109,8 @@ def reconstruct_images(
                 pixels = torch.from_numpy(original.copy())[None].to(device)
                 rebuilt = decode_tokens(model, encode_images(model, pixels, eps), eps)[0].cpu().numpy()
                 png = out / f"{number:05d}-{_file_name(image.key)}.png"
-                write_atomically(png, _png([rebuilt] if alone else _side_by_side(original, rebuilt)))
+                shown = rebuilt if alone else np.concatenate(_side_by_side(original, rebuilt), axis=1)
+                write_atomically(png, encode_png(shown))
                 if alone and image.captions is not None:
                     with suppress(BadSample):  # it has no captions
                         write_atomically(png.with_suffix(".txt"), "\n".join(image.captions()) + "\n")
@@ -140,14 +139,8 @@ def _side_by_side(original: NDArray[np.uint8], rebuilt: NDArray[np.uint8]) -> li
     return [original, np.full((len(original), GAP, 3), 255, np.uint8), rebuilt]
 
 
-def _png(columns: Sequence[NDArray[np.uint8]]) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(np.concatenate(columns, axis=1)).save(file, "PNG")
-    return file.getvalue()
-
-
 def _file_name(key: str) -> str:
     """Return ``key`` without folders and characters that need quoting; the number before it makes it unique."""
     stem, extension = split_extension(key.rpartition("/")[2])
     name = stem if extension in IMAGE_EXTENSIONS else f"{stem}.{extension}".rstrip(".")
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", name)[-80:]
+    return plain_name(name)[-80:]

@@ -32,7 +32,7 @@ from dalle_cli.dvae.perceptual import PerceptualDistance
 from dalle_cli.errors import UserError
 from dalle_cli.pretrained import weights_hash
 from dalle_cli.randomness import torch_generator
-from dalle_cli.stores.checkpoint import Checkpoint, Kind
+from dalle_cli.stores.checkpoint import Checkpoint, Kind, Which, open_checkpoint
 from dalle_cli.stores.held_out import split_rows
 from dalle_cli.training.ancestor import open_ancestor
 from dalle_cli.training.loop import Run
@@ -87,7 +87,7 @@ class DvaeTask:
             training.batch_size,
             flip=self.recipe.data.flip,
             workers=training.workers,
-            anywhere=self.recipe.data.dvae_crop == "anywhere",
+            crop=self.recipe.data.dvae_crop,
             part=self.group.part(training.batch_size),
         )
         for batch, _, _ in pictures.batches(start, stop):
@@ -216,6 +216,13 @@ def load_dvae(checkpoint: Checkpoint) -> DVAE:
     model.load_state_dict(checkpoint.tensors("ema"))
     model.to(memory_format=torch.channels_last)
     return model.eval().requires_grad_(False)
+
+
+def find_dvae(path: Path, identity: str) -> Checkpoint | None:
+    """Return the checkpoint with this hash: the one at ``path``, or the best or the newest of the run there."""
+    which: tuple[Which, ...] = ("best", "last")
+    found = (open_checkpoint(path, "dvae", each) for each in which)
+    return next((checkpoint for checkpoint in found if checkpoint.identity == identity), None)
 
 
 def _refuse_unreadable(source: Source, recipe: Recipe) -> None:

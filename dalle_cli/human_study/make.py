@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from dalle_cli.data.captions import read_captions_by_id
 from dalle_cli.data.images import BadImage, decode_image, eval_crop
@@ -20,6 +18,7 @@ from dalle_cli.human_study.systems import System, check_same_captions, read_syst
 from dalle_cli.progress import log, progress
 from dalle_cli.randomness import numpy_generator, stream_seed
 from dalle_cli.stores.files import new_directory, write_atomically
+from dalle_cli.stores.png import encode_png
 
 PAIRS_PER_CHECK, MIN_CHECKS = 10, 4
 
@@ -140,7 +139,8 @@ class _Writer:
 
     def _write(self, what: str, place: int, side: Side, picture: NDArray[np.uint8]) -> str:
         name = f"{self._name(what, place, side)}.png"
-        (self.folder / name).write_bytes(_png(picture))
+        # Not compressed, since a compressed file's size would reveal smooth pictures.
+        (self.folder / name).write_bytes(encode_png(picture, compress_level=0))
         return name
 
 
@@ -169,10 +169,3 @@ def _read(path: Path, size: int) -> NDArray[np.uint8]:
         return eval_crop(decode_image(read_image_file(path)), size)
     except (BadSample, BadImage) as error:
         raise UserError(f"{path}: {error}; draw or fetch the picture again") from None
-
-
-def _png(picture: NDArray[np.uint8]) -> bytes:
-    """Encode without compression, since a compressed file's size would reveal smooth pictures."""
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="PNG", compress_level=0)
-    return buffer.getvalue()

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from dalle_cli.config.run_folders import RunFolders
 from dalle_cli.config.schema import Recipe
+from dalle_cli.dvae.train import find_dvae
 from dalle_cli.errors import UserError
 from dalle_cli.prior.model import INIT_STD, InitialValue, normal_values
 from dalle_cli.progress import log
-from dalle_cli.stores.checkpoint import Checkpoint, Which, open_checkpoint
+from dalle_cli.stores.checkpoint import Checkpoint
 from dalle_cli.training.ancestor import carry_rows, open_ancestor, shared_text
 
 SAME = tuple(f"prior.model.{key}" for key in ("layers", "heads", "d_head", "grid", "layout", "conv_kernel"))
@@ -94,11 +95,10 @@ def read_codebook(dvae: Path, identity: str, store: Path) -> Tensor:
     Raises:
         UserError: ``dvae`` is another one.
     """
-    which: tuple[Which, ...] = ("best", "last")
-    for checkpoint in (open_checkpoint(dvae, "dvae", each) for each in which):
-        if checkpoint.identity == identity:
-            return checkpoint.tensors()["decoder.blocks.input.w"][:, :, 0, 0].t().float()
-    raise UserError(
-        f"{dvae}: is not the dVAE {identity[:12]} that encoded {store}; name it with --dvae, since "
-        "prior.image_embedding: codebook starts from its vectors"
-    )
+    checkpoint = find_dvae(dvae, identity)
+    if checkpoint is None:
+        raise UserError(
+            f"{dvae}: is not the dVAE {identity[:12]} that encoded {store}; name it with --dvae, since "
+            "prior.image_embedding: codebook starts from its vectors"
+        )
+    return checkpoint.tensors()["decoder.blocks.input.w"][:, :, 0, 0].t().float()

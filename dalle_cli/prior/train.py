@@ -50,12 +50,18 @@ PREFETCHED_BATCHES = 8
 
 
 def train_prior(
-    recipe: Recipe, store: Path, out: Path, dvae: Path | None = None, extend: int | None = None
+    recipe: Recipe,
+    store: Path,
+    out: Path,
+    dvae: Path | None = None,
+    extend: int | None = None,
+    drawing: Drawing | None = None,
 ) -> Checkpoint:
     """Train the recipe's prior on a token store, or resume the run in ``out``; return the last update's checkpoint.
 
     ``dvae`` is the dVAE that encoded the store, or its run; None: the dVAE of the recipe's run. It is read only for
     ``prior.image_embedding: codebook``. ``extend`` is the number of updates to add to a finished run; see ``Run``.
+    ``drawing`` makes the pictures of each validation, unless the prior is sharded.
 
     Raises:
         UserError: the store is unfinished or was made for other sizes than the recipe's or by another dVAE, or the
@@ -75,7 +81,7 @@ def train_prior(
         prior = build_prior(recipe, initial)
         scaling = set_precision(prior, stage.precision, group.size)
         prior.to(group.device)
-        task = PriorTask(recipe, reader, prior, group, belongs)
+        task = PriorTask(recipe, reader, prior, group, belongs, drawing=drawing)
         return Run(task, recipe, out, Replicated(prior, group, scaling), extend).train()
 
 
@@ -163,6 +169,7 @@ class PriorTask:
     comparable_from: int = 0
     less_memory: str = "lower prior.training.micro_batch, or set prior.model.checkpoint_resblocks to true"
     forward: Callable[[Tensor, Tensor, Tensor, float], PriorLoss] | None = None
+    drawing: Drawing | None = None
 
     def __post_init__(self) -> None:
         self.training_rows, self.held_out = split_store(self.reader, self.recipe)
@@ -227,7 +234,9 @@ class PriorTask:
         return totals
 
     def example_images(self) -> dict[str, Tensor]:
-        return {}
+        if self.drawing is None or self.validation is None:
+            return {}
+        return {"drawings": self.drawing(self.model, self.validation)}
 
     def decayed(self) -> set[str]:
         return set(self.model.decayed_parameters())
@@ -284,6 +293,10 @@ class TokenBatch:
 
     def __len__(self) -> int:
         return len(self.text)
+
+
+Drawing = Callable[[Prior, TokenBatch], Tensor]
+"""Draws pictures (3, H, W) uint8 for the first captions of a batch."""
 
 
 def read_tokens(reader: TokenReader, rows: np.ndarray, epochs: np.ndarray | None) -> TokenBatch:

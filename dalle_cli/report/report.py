@@ -15,7 +15,7 @@ from dalle_cli.report.figures import DataFigures, ReportFigures, SamplesFigures
 from dalle_cli.report.image_tokens import count_codes, reconstruct
 from dalle_cli.report.page import page
 from dalle_cli.report.samples import draw_sheet, judge_samples, read_ranked
-from dalle_cli.report.training import stage_figures, training_curves
+from dalle_cli.report.training import prior_drawings, stage_figures, training_curves
 from dalle_cli.stores.files import write_atomically, write_json
 from dalle_cli.stores.samples import STORE
 from dalle_cli.stores.tokens import TokenReader
@@ -66,6 +66,9 @@ def write_report(recipe: Recipe, ranked: Path | None, fids: Sequence[Path], out:
     if codebook is not None:
         pngs["codebook"] = plots.codebook_histogram(codebook[1], codebook[0].perplexity)
     pngs |= training_curves(run)
+    drawings = prior_drawings(run)
+    if drawings is not None:
+        pngs["drawings"] = png_bytes(drawings[1])
     curves, curve_pngs = draw_curves(evaluations)
     pngs |= curve_pngs
 
@@ -78,6 +81,7 @@ def write_report(recipe: Recipe, ranked: Path | None, fids: Sequence[Path], out:
         data=_data(run.tokens) if run.tokens is not None else None,
         codebook=codebook[0] if codebook is not None else None,
         stages=stage_figures(run),
+        drawings=drawings[0] if drawings is not None else None,
         fid=evaluation_rows(evaluations),
         curves=curves,
         samples=[SamplesFigures(run.relative(r.store), r.prompts, r.seed, r.settings) for r in requests],

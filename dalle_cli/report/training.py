@@ -5,8 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
+from dalle_cli.data.images import read_picture
 from dalle_cli.report.artifacts import NAMES, Run
 from dalle_cli.stores.checkpoint import Kind, open_checkpoint
+from dalle_cli.stores.held_out import split_store
+from dalle_cli.training.journal import PICTURES
 from dalle_cli.training.validation import validation_warnings
 from dalle_cli.views import plots
 
@@ -21,6 +27,20 @@ class StageFigures:
     validation: dict[str, float]
     last: dict[str, Any] | None
     warnings: list[str]
+
+
+@dataclass(frozen=True)
+class DrawingFigures:
+    """Validations of the prior whose drawings are shown, and the captions drawn; empty without a token store."""
+
+    updates: list[int]
+    captions: list[str]
+
+
+PADDING = 2
+"""Width in pixels of the rules between pictures that torchvision's make_grid draws."""
+MOST_DRAWINGS = 8
+"""Most validations whose drawings are shown."""
 
 
 @dataclass(frozen=True)
@@ -90,3 +110,25 @@ def training_curves(run: Run) -> dict[str, bytes]:
         if plot.stage in run.checkpoints
     }
     return {name: png for name, png in drawn.items() if png is not None}
+
+
+def prior_drawings(run: Run) -> tuple[DrawingFigures, Image.Image] | None:
+    """Join what the prior drew at its validations: a row of true pictures, then one of drawn ones for each validation.
+
+    Returns:
+        The validations with the captions, and the pictures; None if nothing was drawn.
+    """
+    files = sorted((run.folders.prior / PICTURES).glob("drawings-*.png"))
+    some = np.linspace(0, len(files) - 1, min(MOST_DRAWINGS, len(files))).round().astype(int)
+    drawn = {int(files[i].stem.rpartition("-")[2]): read_picture(files[i], "delete it") for i in some}
+    # prior.drawings may have changed within the run.
+    drawn = {update: picture for update, picture in drawn.items() if picture.shape == [*drawn.values()][-1].shape}
+    if not drawn:
+        return None
+    first = next(iter(drawn.values()))
+    row = (len(first) - PADDING) // 2
+    joined = np.concatenate([first[:row], *(picture[row : 2 * row] for picture in drawn.values()), first[-PADDING:]])
+    captions: list[str] = []
+    if run.tokens is not None:
+        captions = run.tokens.strings("caption", split_store(run.tokens, run.recipe)[1][: run.recipe.prior.drawings])
+    return DrawingFigures(list(drawn), captions), Image.fromarray(joined)

@@ -124,7 +124,8 @@ class Sampler:
                     size //= 2
                     bar.say(f"sample: out of memory; continuing with {size} samples at once")
                     continue
-                names = [png_name(*request.place(r)) for r in range(row, row + len(pictures))]
+                places = [request.place(r) for r in range(row, row + len(pictures))]
+                names = [png_name(prompt, index, request.prompts[prompt]) for prompt, index in places]
                 pending.append((row, scores, store.add(row - request.rows.start, tokens, scores, pictures, names)))
                 row += len(pictures)
                 bar.advance(len(pictures))

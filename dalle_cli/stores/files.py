@@ -102,6 +102,11 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: damaged ({error}); delete it and run the command again") from None
 
 
+def plain_name(text: str) -> str:
+    """Return ``text`` for a file's name: each run of characters that are no letters, digits, _, . or - becomes a _."""
+    return re.sub(r"[^\w.-]+", "_", text)
+
+
 def split_lines(text: str) -> list[str]:
     """Split text at ends of lines alone, since a name or a JSON string may hold other separators, such as U+2028."""
     return re.split("\r\n|\r|\n", text)

@@ -1,12 +1,24 @@
-"""The checksums that every chunk of a PNG file has."""
+"""PNG files: encoding, and the checksums that every chunk has."""
 
 from __future__ import annotations
 
+import io
 import zlib
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 END = bytes.fromhex("0000000049454e44ae426082")
 """The last chunk of every PNG file."""
+
+
+def encode_png(picture: NDArray[np.uint8], compress_level: int = 6) -> bytes:
+    """Return a picture (H, W, 3) uint8 as PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG", compress_level=compress_level)
+    return buffer.getvalue()
 
 
 def png_damage(data: bytes) -> str | None:

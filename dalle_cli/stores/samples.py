@@ -7,7 +7,7 @@ once all its PNGs are written.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +18,7 @@ from PIL import Image
 
 from dalle_cli.errors import UserError
 from dalle_cli.stores.checksums import write_checksums
-from dalle_cli.stores.files import explain_os_errors, new_directory
+from dalle_cli.stores.files import explain_os_errors, new_directory, plain_name
 from dalle_cli.stores.shards import Shard
 
 STORE = "samples.zarr"
@@ -30,9 +30,14 @@ CHUNK = 64
 """Number of rows of a chunk of the store."""
 
 
-def png_name(prompt: int, index: int) -> str:
-    """Return the file name of a sample; names sort by prompt, then by index."""
-    return f"{prompt:05d}-{index:05d}.png"
+FORMAT_VERSION = 2
+CAPTION_IN_NAME = 40
+"""Number of a caption's characters in the file names of its samples."""
+
+
+def png_name(prompt: int, index: int, caption: str) -> str:
+    """Return the file name of a sample, with how its caption begins; names sort by prompt, then by index."""
+    return f"{prompt:05d}-{plain_name(caption.lower())[:CAPTION_IN_NAME].strip('_.')}-{index:05d}.png"
 
 
 def request_rows(shard: Shard, prompts: int, n: int) -> range:
@@ -48,12 +53,21 @@ def manifest_line(
         "prompt": prompts[prompt],
         "prompt_index": prompt,
         "index": index,
-        "png": str(store.parent / png_name(prompt, index)),
+        "png": str(store.parent / png_name(prompt, index, prompts[prompt])),
         "store": str(store),
         "row": row,
         "seed": seed,
         "log_likelihood": round(float(log_likelihood), 4),
     }
+
+
+def require_version(attributes: Mapping[str, Any], store: Path) -> None:
+    """Raise UserError unless a store with these ``attributes`` names its samples as this version does."""
+    if (found := attributes.get("version")) != FORMAT_VERSION:
+        raise UserError(
+            f"{store}: its samples are of format {found}, and this version reads format {FORMAT_VERSION}; draw them "
+            "again, into another --out"
+        )
 
 
 class SampleStore:
@@ -75,6 +89,7 @@ class SampleStore:
         elif not (out / STORE / "zarr.json").is_file():
             raise UserError(f"{out}: exists and holds no samples; choose another --out")
         self._group = _open(out)
+        require_version(self._group.attrs, out / STORE)
         if self._group.attrs.get("request") != json.loads(json.dumps(identity)):
             raise UserError(f"{out}: holds samples of other prompts, settings or models; choose another --out")
         for left in (out / STORE).rglob("*.partial"):  # a process was killed while it wrote a chunk
@@ -146,7 +161,7 @@ def _create(out: Path, identity: dict[str, Any], rows: int, grid: int) -> None:
         }
         group.create_array("tokens", shape=(rows, grid, grid), chunks=(chunk, grid, grid), dtype="uint16", **checked)
         group.create_array("log_likelihood", shape=(rows,), chunks=(chunk,), dtype="float64", **checked)
-        group.attrs.update({"format": "dalle-samples", "version": 1, "rows": 0, "request": identity})
+        group.attrs.update({"format": "dalle-samples", "version": FORMAT_VERSION, "rows": 0, "request": identity})
 
 
 def _open(out: Path) -> Any:

@@ -14,7 +14,7 @@ import numpy as np
 from dalle_cli.errors import UserError
 from dalle_cli.stores.checksums import write_checksums
 from dalle_cli.stores.files import new_directory
-from dalle_cli.stores.samples import STORE, manifest_line, request_rows
+from dalle_cli.stores.samples import STORE, manifest_line, request_rows, require_version
 from dalle_cli.stores.shards import WHOLE, parse_shard
 
 CLIP_SCORE = "clip_score"
@@ -105,9 +105,11 @@ def _open(store: Path) -> Any:
     import zarr
 
     try:
-        return zarr.open_group(str(store), mode="r", zarr_format=3)
+        group = zarr.open_group(str(store), mode="r", zarr_format=3)
     except Exception as error:
         raise UserError(f"{store}: cannot be read as a store of dalle sample ({error})") from None
+    require_version(group.attrs, store)
+    return group
 
 
 @contextmanager

@@ -15,13 +15,16 @@ from torch import Tensor
 
 from dalle_cli.errors import UserError
 from dalle_cli.stores.files import append_json_line, explain_os_errors, read_json_lines, write_atomically
+from dalle_cli.stores.png import encode_png
 
+PICTURES = "validation"
+"""Folder, in a run of a stage, of pictures named after the update of their validation."""
 _NOT_LOGGED = ("step", "seconds")
 """Keys of a JSON line that are not passed to the loggers."""
 
 
 class Journal:
-    """Writes a run's metrics to ``out/metrics.jsonl``, ``out/tensorboard/`` and further loggers.
+    """Writes a run's metrics to ``out/metrics.jsonl``, ``out/tensorboard/`` and further loggers, pictures to PICTURES.
 
     A resumed run repeats the updates after its checkpoint, ``start``, so their earlier records are dropped: lines are
     deleted from the file, and a marker voids points in TensorBoard. Ranks other than the leader write nothing.
@@ -31,6 +34,7 @@ class Journal:
         self, out: Path, start: int, *, writes: bool = True, more: Sequence[Callable[[], MetricLogger]] = ()
     ) -> None:
         self.lines = out / "metrics.jsonl"
+        self.pictures = out / PICTURES
         self.writes = writes
         self.loggers: list[MetricLogger] = []
         self._began = time.monotonic()
@@ -44,12 +48,14 @@ class Journal:
         self._write("train", step, {"step": step, "lr": rate, "seconds": seconds, **scalars})
 
     def log_validation(self, step: int, scalars: Mapping[str, float], images: Mapping[str, Tensor]) -> None:
-        """Write the held-out scalars after ``step`` updates, and images (3, H, W) uint8."""
+        """Write the held-out scalars after ``step`` updates, and images (3, H, W) uint8, those as PNG files too."""
         if not scalars:
             return
         self._write("validation", step, {"step": step, **{f"val_{name}": value for name, value in scalars.items()}})
-        for logger in self.loggers:
-            for name, image in images.items():
+        for name, image in images.items():
+            if self.writes:
+                write_atomically(self.pictures / f"{name}-{step:08d}.png", encode_png(image.permute(1, 2, 0).numpy()))
+            for logger in self.loggers:
                 logger.log_image(step, f"validation/{name}", image)
 
     def flush(self) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dalle_cli.config.load import dump_recipe
+from dalle_cli.config.odd_settings import odd_settings
 from dalle_cli.config.schema import Recipe
 from dalle_cli.distributed.device import explain_out_of_memory, limit_threads
 from dalle_cli.distributed.engine import Engine, Replicated
@@ -119,6 +120,8 @@ class Run:
         self._check_batch_size()
         with explain_os_errors(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
+        for line in odd_settings(self.recipe, self.task.kind):
+            log(f"{self.name}: warning: {line}")
         limit_threads(self.recipe)
         with self._owned(), explain_out_of_memory(self.out, self.task.less_memory), self.stop:
             state = TrainingState(self.engine, self.settings, self.task.decayed(), self.recipe.seed)
@@ -259,12 +262,12 @@ class Run:
                     journal.log_validation(step, validated, images)
         if self.group.any(bool(validated) and not math.isfinite(validated["loss"])):
             raise UserError(f"{self.out}: the held-out loss is not finite after {step} updates; {self._mend}")
-        if self.settings.learning_rate.plateau_watches == "training":
-            # Not after the last update alone: a run that goes on would have had another window.
-            if step % self.settings.training.validate_every == 0:
+        # Only every so many updates: a run that goes on would not have validated after its last update alone.
+        if step % self.settings.training.validate_every == 0:
+            if self.settings.learning_rate.plateau_watches == "training":
                 state.plateau.observe_training()
-        elif not math.isnan(loss := self.group.broadcast(validated.get("raw_loss", math.nan))):
-            state.plateau.observe(loss)
+            elif not math.isnan(loss := self.group.broadcast(validated.get("raw_loss", math.nan))):
+                state.plateau.observe(loss)
         ema_loss = self.group.broadcast(validated.get("loss", math.nan))
         if step >= self.task.comparable_from and math.isfinite(ema_loss):
             state.best.observe(step, ema_loss)

@@ -29,6 +29,7 @@ _FREE_KEYS = (
         for key in ("log_every", "validate_every", "validation_samples", "save_every", "keep", "patience")
     ),
     "training.workers",
+    "drawings",
     "training.micro_batch",
     "model.checkpoint_resblocks",
     "powersgd.offload",

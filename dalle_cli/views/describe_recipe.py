@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dalle_cli.config.layout import KINDS
+from dalle_cli.config.odd_settings import TRAINED, odd_settings
 from dalle_cli.config.schema import Adam, LearningRate, Recipe, Training
 from dalle_cli.distributed.compression import paper_compression_rate
 from dalle_cli.distributed.device import matmul_library
@@ -158,6 +159,8 @@ class RecipeDescription:
     prior: PriorSizes
     clip: ClipSizes
     sampling: dict[str, Any]
+    warnings: list[str]
+    """A line for each odd setting."""
 
 
 def describe_recipe(recipe: Recipe) -> RecipeDescription:
@@ -177,6 +180,7 @@ def describe_recipe(recipe: Recipe) -> RecipeDescription:
         prior=_prior(recipe),
         clip=ClipSizes(**recipe.clip.model.model_dump(), **_length(recipe.clip.training)),
         sampling=recipe.sampling.model_dump(),
+        warnings=[line for kind in TRAINED for line in odd_settings(recipe, kind)],
     )
 
 

@@ -161,6 +161,7 @@ def _recipe(found: RecipeDescription) -> list[Table]:
                 ("tokens a sample", f"{tokens.text} text + {tokens.image} image = {tokens.total}"),
                 ("vocabularies", f"{found.tokenizer['vocab_size']} text, {dvae.codebook_size} image"),
                 ("run", found.run),
+                *(("warning", line) for line in found.warnings),
             ],
         ),
         pairs_table(

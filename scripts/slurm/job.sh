@@ -2,6 +2,9 @@
 
 # Paths such as recipes/ and runs/ are relative to the folder where sbatch was called.
 cd "${DALLE_ROOT:-$SLURM_SUBMIT_DIR}"
+if [ -n "${DALLE_SETUP:-}" ]; then
+    source "$DALLE_SETUP"
+fi
 if [ -d .venv/bin ]; then
     export PATH="$PWD/.venv/bin:$PATH"
 fi

@@ -23,6 +23,7 @@ from torch import Tensor
 from dalle_cli.clip.rerank import best_of_all, printed, rerank, score
 from dalle_cli.errors import UserError
 from dalle_cli.fid.systems import open_system
+from dalle_cli.stores.samples import FORMAT_VERSION
 from dalle_cli.stores.scores import sample_stores, store_lines, write_scores
 
 Line = dict[str, Any]
@@ -160,7 +161,7 @@ def make_store(folder: Path, prompts: list[str], n: int, **more: Any) -> Path:
     rows = len(prompts) * n
     group.create_array("log_likelihood", shape=(rows,), dtype="float64")
     request = {"prompts": prompts, "seed": 3, "settings": {"n": n}, **more}
-    group.attrs.update({"format": "dalle-samples", "rows": rows, "request": request})
+    group.attrs.update({"format": "dalle-samples", "version": FORMAT_VERSION, "rows": rows, "request": request})
     return folder / "samples.zarr"
 
 
@@ -171,7 +172,7 @@ def test_scores_are_kept_in_the_store_by_the_scorers_name(tmp_path: Path) -> Non
     assert [(line["prompt"], line["index"], line["row"]) for line in lines] == [
         ("bright", 5, 0), ("bright", 6, 1), ("dark", 5, 2), ("dark", 6, 3),
     ]  # fmt: skip
-    assert lines[3]["png"] == str(tmp_path / "one" / "00001-00006.png")
+    assert lines[3]["png"] == str(tmp_path / "one" / "00001-dark-00006.png")
     assert "score" not in lines[0]
     write_scores(store, {0: 0.25, 3: 1 / 3}, "a")
     write_scores(store, {1: 0.5}, "a")

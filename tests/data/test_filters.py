@@ -75,7 +75,7 @@ def test_the_language_filter_names_the_package_that_it_needs(monkeypatch: pytest
     shared_detector.cache_clear()
     monkeypatch.setitem(sys.modules, "py3langid", None)
     monkeypatch.setitem(sys.modules, "py3langid.langid", None)
-    with pytest.raises(UserError, match=r'pip install "dalle\[languages\]"'):
+    with pytest.raises(UserError, match=r'pip install "dalle-toolchain\[languages\]"'):
         filter_captions(["a dog"], OFF.model_copy(update={"language": "en"}))
 
 

@@ -148,7 +148,7 @@ def test_set_without_a_recipe_is_refused(call: Call, mixed: Path) -> None:
 def test_a_missing_language_package_is_named(call: Call, mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "py3langid", None)
     monkeypatch.setitem(sys.modules, "py3langid.langid", None)
-    assert 'pip install "dalle[languages]"' in call("scan", mixed, "--languages").mistake()
+    assert 'pip install "dalle-toolchain[languages]"' in call("scan", mixed, "--languages").mistake()
 
 
 def test_languages(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from helpers.running import ENVIRONMENT
 
 from dalle_cli.distributed import device
 from dalle_cli.distributed.device import explain_out_of_memory, fast_matmul, matmul_library
+from dalle_cli.errors import UserError
 
 AMD = {"cpu_name": "AMD EPYC", "avx512_f": True, "amx_tile": False}
 
@@ -69,6 +70,18 @@ def test_the_setting_is_restored_after_an_error(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: AMD)
     with pytest.raises(KeyError), fast_matmul():
         raise KeyError
+
+
+# Which device
+
+
+def test_a_job_that_was_given_gpus_does_not_start_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
+    assert device.choose_device() == torch.device("cpu")
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")
+    with pytest.raises(UserError, match=r"SLURM_GPUS_ON_NODE 2: .* finds none on"):
+        device.choose_device()
 
 
 # The allocator

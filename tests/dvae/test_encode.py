@@ -132,11 +132,17 @@ def test_tokens_are_those_of_a_plain_loop(by_hand: Chain, shapes: Path, tmp_path
     assert len((store / "skipped-image.jsonl").read_text().splitlines()) == 3
 
 
+def source_of_blocks(folder: Path, count: int, blocks: tuple[int, int]) -> Source:
+    """Open a source of ``count`` pictures of random blocks, (columns, rows) of them, six pixels wide."""
+    for i in range(count):
+        picture = noise(*blocks, i).resize((6 * blocks[0], 6 * blocks[1]), Image.Resampling.NEAREST)
+        write_sample(folder, f"{i}", picture, f"blocks {i}")
+    return open_source(str(folder))
+
+
 def test_views_are_random_crops_and_each_epoch_sees_the_next(by_hand: Chain, tmp_path: Path) -> None:
-    pictures = tmp_path / "pictures"
-    for i in range(5):
-        write_sample(pictures, f"{i}", noise(9, 7, i).resize((90, 70), Image.Resampling.NEAREST), f"blocks {i}")
-    source, checkpoint = open_source(str(pictures)), open_checkpoint(by_hand.dvae, "dvae")
+    source = source_of_blocks(tmp_path / "pictures", 5, (9, 7))
+    checkpoint = open_checkpoint(by_hand.dvae, "dvae")
     model, eps = load_dvae(checkpoint), checkpoint.recipe().dvae.objective.logit_laplace_eps
     stores = {}
     for views in (1, 3):
@@ -166,10 +172,8 @@ def test_views_are_random_crops_and_each_epoch_sees_the_next(by_hand: Chain, tmp
 
 
 def test_pictures_are_made_square_as_the_recipe_says(by_hand: Chain, tmp_path: Path) -> None:
-    pictures = tmp_path / "pictures"
-    for i in range(3):
-        write_sample(pictures, f"{i}", noise(16, 9, i).resize((64, 36), Image.Resampling.NEAREST), f"blocks {i}")
-    source, checkpoint = open_source(str(pictures)), open_checkpoint(by_hand.dvae, "dvae")
+    source = source_of_blocks(tmp_path / "pictures", 3, (16, 9))
+    checkpoint = open_checkpoint(by_hand.dvae, "dvae")
     model, eps = load_dvae(checkpoint), checkpoint.recipe().dvae.objective.logit_laplace_eps
     fits: list[Fit] = ["crop", "pad", "stretch"]
     for fit in fits:

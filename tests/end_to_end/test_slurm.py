@@ -20,14 +20,15 @@ from helpers.token_stores import write_tokens
 from typer.main import get_command
 
 from dalle_cli.app import app
+from dalle_cli.shapes.world import make_shapes
 from dalle_cli.stores.checkpoint import open_checkpoint
 from dalle_cli.stores.tokens import TokenReader
 
 FOLDER = ROOT / "scripts" / "slurm"
 FILES = sorted(FOLDER.glob("*.sh"))
 STAGES = {
-    "tokenize-text", "train-dvae", "encode-images", "train-prior", "train-clip",
-    "sample", "rerank", "eval-fid",
+    "train-tokenizer", "tokenize-text", "train-dvae", "encode-images", "train-prior", "train-clip",
+    "sample", "rerank", "eval-fid", "report",
 }  # fmt: skip
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1")
 RUNS = re.compile(r"^resumable dalle (?P<rest>.*?)(?: > .*)?$", re.MULTILINE)
@@ -61,7 +62,7 @@ def test_a_batch_file_is_bash(file: Path) -> None:
 
 
 def test_every_stage_has_a_file_with_existing_options() -> None:
-    jobs = {file.stem: file for file in FILES if file.name != "job.sh"}
+    jobs = {file.stem: file for file in FILES if file.name not in ("job.sh", "chain.sh")}
     assert set(jobs) == STAGES
     for stage, file in jobs.items():
         command, *words = command_of(file)
@@ -182,6 +183,41 @@ def test_arrays_fill_one_store_and_feed_rerank(slurm: Cluster, tmp_path: Path) -
     for ours, theirs in zip(found, expected, strict=True):
         assert {key: ours[key] for key in same} == pytest.approx({key: theirs[key] for key in same}, abs=1e-4)
         assert Path(ours["png"]).read_bytes() == Path(theirs["png"]).read_bytes()
+
+
+@pytest.mark.slow
+def test_the_chain_runs_from_the_captions_to_the_report(slurm: Cluster, tmp_path: Path) -> None:
+    make_shapes(tmp_path / "shapes", n=40, test_n=8, seed=0, size=32)
+    recipe = write_recipe(tmp_path, smallest_recipe(tmp_path / "run", tmp_path / "shapes" / "train"))
+    setup = tmp_path / "setup"
+    setup.write_text("echo the setup was read\n")
+    options = {"ARRAY": "1-2", "CAPTIONS": "4", "EVAL": str(tmp_path / "shapes" / "seen"), "DALLE_SETUP": str(setup)}
+    submitted = subprocess.run(
+        [FOLDER / "chain.sh", recipe, "--set", "sampling.n=2"],
+        env={**slurm.environment, **options}, cwd=slurm.folder / "jobs", capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert submitted.returncode == 0, submitted.stderr
+    jobs = dict(line.split() for line in submitted.stdout.splitlines())
+    assert set(jobs) == STAGES
+    facts = slurm.finish(*jobs.values())
+    said = slurm.said()
+    assert {each["JobState"] for each in facts} == {"COMPLETED"}, said
+    assert said.count("the setup was read") == len(facts) == 13
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert len((tmp_path / "run" / "ranked.jsonl").read_text().splitlines()) == 8
+    assert report["fid"][0]["system"]["samples"] == 8
+
+
+@pytest.mark.slow
+def test_a_failed_stage_cancels_those_that_need_it(slurm: Cluster, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, smallest_recipe(tmp_path / "run", tmp_path / "nothing"))
+    submitted = subprocess.run(
+        [FOLDER / "chain.sh", recipe], env=slurm.environment, cwd=slurm.folder / "jobs", capture_output=True, text=True
+    )
+    assert submitted.returncode == 0, submitted.stderr
+    states = {each["JobState"] for each in slurm.finish(*(line.split()[1] for line in submitted.stdout.splitlines()))}
+    assert states == {"FAILED", "CANCELLED"}
+    assert "no such source" in slurm.said()
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from hashlib import sha256
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -204,18 +204,28 @@ def open_embedded(name: str, files: Sequence[Path], wanted: str | None) -> Embed
     """
     if _picture_column(_read_schema(files[0])) is None:
         return None
-    splits: dict[str | None, list[Path]] = {}
-    for file in files:
-        splits.setdefault(_split_of(file), []).append(file)
+    split, chosen = choose_split(name, files, wanted)
+    return EmbeddedSource(name, [files[i] for i in chosen], split)
+
+
+def choose_split(name: str, files: Sequence[PurePath], wanted: str | None) -> tuple[str | None, list[int]]:
+    """Return a split's name and the numbers of its files; all files, without a name, if they are of one split.
+
+    Raises:
+        UserError: there is no split of that name, or none named train.
+    """
+    splits: dict[str | None, list[int]] = {}
+    for number, file in enumerate(files):
+        splits.setdefault(_split_of(file), []).append(number)
     if wanted is None and len(splits) == 1:
-        return EmbeddedSource(name, files)
+        return None, list(range(len(files)))
     split = wanted or "train"
     if split not in splits:
         names = ", ".join(sorted(each for each in splits if each is not None)) or "none"
         raise UserError(
             f"{name}: has no split {split} (its splits: {names}); name one after a colon, as in FOLDER:test"
         )
-    return EmbeddedSource(name, splits[split], split)
+    return split, splits[split]
 
 
 def _footer_hash(path: Path) -> str:
@@ -225,7 +235,7 @@ def _footer_hash(path: Path) -> str:
         return sha256(file.read()).hexdigest()
 
 
-def _split_of(file: Path) -> str | None:
+def _split_of(file: PurePath) -> str | None:
     """Return the split that a file's name says, such as train of train-00000-of-00002; None if it says none."""
     if (match := _SPLIT.fullmatch(file.stem)) is not None:
         return match[1]

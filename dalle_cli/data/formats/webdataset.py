@@ -11,6 +11,7 @@ import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
@@ -19,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dalle_cli.data.index import PackedStrings, argsort_strings, hash_members
+from dalle_cli.data.remote import READ_AHEAD, RemoteFile
 from dalle_cli.data.source import (
     IMAGE_EXTENSIONS,
     MAX_CAPTION_BYTES,
@@ -49,6 +51,40 @@ _MANY_SHARDS = 32
 """Number of shards from which progress of indexing is shown."""
 
 
+@dataclass(frozen=True)
+class LocalFile:
+    """A shard on this machine."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def size(self) -> int:
+        return self.path.stat().st_size
+
+    def open(self) -> io.RawIOBase:
+        return io.FileIO(self.path)
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Return ``size`` bytes from ``offset`` on; raise BadSample if they cannot be read."""
+        try:
+            # Opened for each read, so that threads, forks and pickled copies share no handle.
+            file = os.open(self.path, os.O_RDONLY)
+            try:
+                data = os.pread(file, size, offset)
+            finally:
+                os.close(file)
+        except OSError as error:
+            raise BadSample(f"{self.path} cannot be read: {error.strerror}") from error
+        if len(data) != size:
+            raise BadSample(f"{self.path} is shorter than when it was indexed")
+        return data
+
+
+Shard = LocalFile | RemoteFile
+
+
 class _Member(NamedTuple):
     """A usable member of a shard."""
 
@@ -74,18 +110,18 @@ class WebDatasetSource:
 
     format = "webdataset"
 
-    def __init__(self, name: str, shards: Sequence[Path]) -> None:
+    def __init__(self, name: str, shards: Sequence[Shard]) -> None:
         self.name = name
         self.skipped: list[tuple[str, str]] = []
-        self._shards = [str(path) for path in shards]
+        self._shards = list(shards)
         keys: list[str] = []
         counts: list[int] = []  # samples of each shard
         spans: list[np.ndarray] = []  # (samples of a shard, 3, 2) int64: offset and size by role
-        many = len(shards) >= _MANY_SHARDS
+        many = len(shards) >= _MANY_SHARDS or any(isinstance(shard, RemoteFile) for shard in shards)
         with progress("index", len(shards), "shards") if many else nullcontext() as bar:
-            for path, label in zip(shards, _labels(shards), strict=True):
+            for shard, label in zip(shards, _labels(shards), strict=True):
                 prefix = f"{label}/" if len(shards) > 1 else ""
-                shard_keys, shard_spans = _index(path, prefix, label, self.skipped)
+                shard_keys, shard_spans = _index(shard, prefix, label, self.skipped)
                 keys += shard_keys
                 counts.append(len(shard_keys))
                 spans.append(shard_spans)
@@ -130,36 +166,24 @@ class WebDatasetSource:
         return json_captions(data) if role == _JSON else text_captions(data)
 
     def _read(self, i: int, role: int, what: str, limit: int) -> bytes:
-        path = self._shards[self._shard_of[i]]
         offset, size = self._spans[i, role].tolist()
         if size > limit:
             raise BadSample(f"the {what} is larger than {limit >> 20} MiB")
-        try:
-            # Opened for each read, so that threads, forks and pickled copies share no handle.
-            file = os.open(path, os.O_RDONLY)
-            try:
-                data = os.pread(file, size, offset)
-            finally:
-                os.close(file)
-        except OSError as error:
-            raise BadSample(f"{path} cannot be read: {error.strerror}") from error
-        if len(data) != size:
-            raise BadSample(f"{path} is shorter than when it was indexed")
-        return data
+        return self._shards[self._shard_of[i]].read(offset, size)
 
 
-def _labels(shards: Sequence[Path]) -> list[str]:
+def _labels(shards: Sequence[Shard]) -> list[str]:
     """Return each shard's prefix of keys: its path without extension below the common folder of all shards."""
-    common = Path(os.path.commonpath([path.parent for path in shards]))
-    return [path.relative_to(common).with_suffix("").as_posix() for path in shards]
+    common = os.path.commonpath([shard.path.parent for shard in shards])
+    return [shard.path.relative_to(common).with_suffix("").as_posix() for shard in shards]
 
 
-def _index(path: Path, prefix: str, label: str, skipped: list[tuple[str, str]]) -> tuple[list[str], np.ndarray]:
+def _index(shard: Shard, prefix: str, label: str, skipped: list[tuple[str, str]]) -> tuple[list[str], np.ndarray]:
     """Index a shard: its keys and their members' (offset, size) by role, (keys, 3, 2) int64; append to ``skipped``."""
     groups: dict[str, list[_Member]] = {}
     run, last = 0, ""
-    size_on_disk = path.stat().st_size
-    for header in _headers(path):
+    shard_size = shard.size()
+    for header in _headers(shard):
         if isinstance(header, str):
             skipped.append((label, header))
             continue
@@ -168,7 +192,7 @@ def _index(path: Path, prefix: str, label: str, skipped: list[tuple[str, str]]) 
             continue
         key, extension = split_extension(name)
         role = _IMAGE if extension in IMAGE_EXTENSIONS else {"txt": _TEXT, "json": _JSON}.get(extension)
-        if (reason := _rejection(header, name, size_on_disk)) is not None:
+        if (reason := _rejection(header, name, shard_size)) is not None:
             skipped.append((prefix + printable(name), reason))
         elif extension in UNREAD_EXTENSIONS:
             skipped.append((prefix + name, unread_format(extension)))
@@ -230,11 +254,12 @@ class _HeaderFile(io.BufferedReader):
         return super().read(size)
 
 
-def _headers(path: Path) -> Iterator[tarfile.TarInfo | str]:
+def _headers(shard: Shard) -> Iterator[tarfile.TarInfo | str]:
     """Yield the headers of a shard's members, then, if the archive is damaged, a message."""
     found = False
     try:
-        with _HeaderFile(io.FileIO(path)) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        ahead = READ_AHEAD if isinstance(shard, RemoteFile) else io.DEFAULT_BUFFER_SIZE
+        with _HeaderFile(shard.open(), ahead) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 found = True
                 tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
@@ -252,7 +277,7 @@ def _headers(path: Path) -> Iterator[tarfile.TarInfo | str]:
         yield f"the archive is cut short or damaged at byte {tar.offset}; earlier samples are used"
 
 
-def _rejection(member: tarfile.TarInfo, name: str, size_on_disk: int) -> str | None:
+def _rejection(member: tarfile.TarInfo, name: str, shard_size: int) -> str | None:
     """Return why a member cannot be used; None if it can."""
     if member.issym() or member.islnk():
         return "a link"
@@ -262,7 +287,7 @@ def _rejection(member: tarfile.TarInfo, name: str, size_on_disk: int) -> str | N
         return "the member's name is not UTF-8"
     if name.startswith("/") or ".." in PurePosixPath(name).parts or "\\" in name:
         return "its path leads out of the archive"
-    if member.size < 0 or member.offset_data + member.size > size_on_disk:
+    if member.size < 0 or member.offset_data + member.size > shard_size:
         return "cut short: the archive ends inside it"
     return None
 

@@ -10,12 +10,10 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from dalle_cli.config.load import load_recipe
 from dalle_cli.planning.budget import SHARES, UPDATES_SHARE
+from dalle_cli.planning.new_recipe import updates_settings
 from dalle_cli.stores.checkpoint import Kind
 from quality_parts.datasets import DataSet
 
@@ -67,17 +65,11 @@ class Chain:
         settings = [f"run={self.run}", f"seed={self.seed}", f"data.train={self.data.train}", *self.changes]
         return [word for setting in settings for word in ("--set", setting)]
 
-    def _set_updates(self, stage: str, command: str, seconds: float) -> None:
+    def _set_updates(self, stage: Kind, command: str, seconds: float) -> None:
         """Choose the stage's number of updates, and stretch its schedules alike, to take ``seconds``."""
-        before: dict[str, Any] = yaml.safe_load(load_recipe(self.recipe, []).model_dump_json())[stage]
-        planned = before["training"]["updates"]
         updates = max(100, int(self._rate(stage, command) * UPDATES_SHARE * seconds))
-        self.changes.append(f"{stage}.training.updates={updates}")
-        for name, value in before.get("objective", {}).items():
-            if isinstance(value, dict) and value.get("updates"):
-                self.changes.append(f"{stage}.objective.{name}.updates={round(value['updates'] * updates / planned)}")
-        every = max(50, updates // 8)
-        self.changes += [f"{stage}.training.validate_every={every}", f"{stage}.training.save_every={every}"]
+        settings = updates_settings({stage: updates}, load_recipe(self.recipe, self.changes))
+        self.changes += [f"{key}={value}" for key, value in settings.items()]
 
     def _rate(self, stage: str, command: str) -> float:
         """Return the updates a second of a trial run, without its start."""

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dalle_cli.data.formats.folder import FolderSource
-from dalle_cli.data.formats.webdataset import WebDatasetSource
+from dalle_cli.data.formats.webdataset import LocalFile, WebDatasetSource
 from dalle_cli.data.open_source import open_source
 from dalle_cli.data.source import BadSample
 from dalle_cli.errors import UserError
@@ -233,7 +233,7 @@ def test_an_image_of_absurd_size_is_refused_unread(tmp_path: Path) -> None:
         file.truncate((1 << 32) + 4096)
     with (tmp_path / "b.png").open("wb") as file:
         file.truncate(1 << 32)
-    for source in (WebDatasetSource("s", [tmp_path / "s.tar"]), FolderSource(tmp_path)):
+    for source in (WebDatasetSource("s", [LocalFile(tmp_path / "s.tar")]), FolderSource(tmp_path)):
         with pytest.raises(BadSample, match="the image is larger than 512 MiB"):
             source.image_bytes(0)
 
