@@ -72,7 +72,6 @@ def command(
     dalle rerank --top 1[/bold]
     """
     import json
-    import os
 
     from dalle_cli.config.run_folders import run_of
     from dalle_cli.data.captions import Caption, first_captions, read_captions
@@ -120,14 +119,12 @@ def command(
         shard=share,
     )
     folder = out or default_folder(places.samples, request.identity(checkpoint))
-    # Samples that lie outside their run name it, so that dalle rerank finds its CLIP.
-    elsewhere = {} if run_of(folder).root == places.root else {"run": os.path.relpath(places.root)}
     terminal = sys.stdout.isatty()
     count = 0
     for line in sampler.run(request, folder):
         count += 1
         if not terminal:
-            print(json.dumps(line | elsewhere, ensure_ascii=False), flush=True)
+            print(json.dumps(line, ensure_ascii=False), flush=True)
     if request.rows:
         record_command(shard_folder(folder, share))
     if terminal:

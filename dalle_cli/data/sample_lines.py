@@ -12,8 +12,8 @@ from dalle_cli.errors import UserError
 SampleLine = dict[str, Any]
 """A sample: always ``prompt`` and ``png``, and the other keys of ``stores.samples.manifest_line``.
 
-``run`` is there if its folder lies outside its prior's run, and ``score``, ``rank`` and ``scorer`` once it is ranked. Any
-other keys, which ``jq`` may add, are passed on."""
+``run`` is there if its folder lies outside its prior's run, and ``score``, ``rank`` and ``scorer`` once it is ranked.
+Any other keys, which ``jq`` may add, are passed on."""
 
 
 def read_sample_lines(lines: Iterable[str], name: str) -> Iterator[SampleLine]:

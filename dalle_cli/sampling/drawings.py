@@ -52,7 +52,8 @@ class Drawings:
         drawn, _ = sample_images(decoder, ids, torch.from_numpy(np.stack(uniforms)).to(device), settings, empty=empty)
         grids = torch.cat([image, drawn[:, 0]]).unflatten(1, (decoder.grid, decoder.grid))
         pictures = decode_tokens(self.dvae.to(device), grids, self.eps).cpu()
-        return make_grid(pictures.permute(0, 3, 1, 2), nrow=len(text), pad_value=255)
+        sheet: Tensor = make_grid(pictures.permute(0, 3, 1, 2), nrow=len(text), pad_value=255)
+        return sheet
 
 
 def held_out_drawing(recipe: Recipe, store: Path, dvae: Path) -> Drawing | None:

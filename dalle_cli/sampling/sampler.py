@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dalle_cli.config.run_folders import run_of
 from dalle_cli.config.schema import SamplingSettings
 from dalle_cli.data.source import BadSample, clean_caption
 from dalle_cli.distributed.device import choose_device, explain_out_of_memory, limit_threads, prepare_process
@@ -102,9 +104,11 @@ class Sampler:
     ) -> Iterator[dict[str, Any]]:
         """Draw the rows that ``folder`` lacks, and yield the lines of all."""
         recipe = self.prior_checkpoint.recipe()
-        store = SampleStore(folder, identity, len(request.rows), recipe.grid)
+        run = run_of(self.prior_checkpoint.path).root
+        store = SampleStore(folder, identity, len(request.rows), recipe.grid, run)
+        lines = partial(_lines, request, folder, store.elsewhere)
         row = request.rows.start + store.committed
-        yield from _lines(request, folder, request.rows.start, store.log_likelihood())
+        yield from lines(request.rows.start, store.log_likelihood())
         if row == request.rows.stop:
             return
         limit_threads(recipe)
@@ -130,9 +134,12 @@ class Sampler:
                 row += len(pictures)
                 bar.advance(len(pictures))
                 if len(pending) == 2:
-                    yield from _committed_lines(request, folder, *pending.pop(0))
-            for batch in pending:
-                yield from _committed_lines(request, folder, *batch)
+                    first_row, scores, written = pending.pop(0)
+                    written.result()
+                    yield from lines(first_row, scores)
+            for first_row, scores, written in pending:
+                written.result()
+                yield from lines(first_row, scores)
 
     def _load(self, request: SampleRequest, text: tuple[np.ndarray, np.ndarray]) -> _LoadedModels:
         dvae_recipe, device = self.dvae_checkpoint.recipe(), choose_device()
@@ -181,17 +188,13 @@ def samples_at_once(request: SampleRequest, decoder: Decoder, dvae: DVAE) -> int
     return min(fits, settings.batch_size or fits)
 
 
-def _committed_lines(
-    request: SampleRequest, folder: Path, row: int, scores: np.ndarray, written: Future[None]
+def _lines(
+    request: SampleRequest, out: Path, elsewhere: dict[str, str], first_row: int, scores: np.ndarray
 ) -> Iterator[dict[str, Any]]:
-    written.result()
-    yield from _lines(request, folder, row, scores)
-
-
-def _lines(request: SampleRequest, out: Path, first_row: int, scores: np.ndarray) -> Iterator[dict[str, Any]]:
     for row, score in enumerate(scores, start=first_row):
         prompt, index = request.place(row)
         line = manifest_line(out / STORE, row - request.rows.start, request.prompts, prompt, index, request.seed, score)
+        line |= elsewhere
         if request.ids is not None:
             line |= request.ids[prompt]
         if request.prime is not None:

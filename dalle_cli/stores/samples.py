@@ -7,6 +7,7 @@ once all its PNGs are written.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dalle_cli.config.run_folders import run_of
 from dalle_cli.errors import UserError
 from dalle_cli.stores.checksums import write_checksums
 from dalle_cli.stores.files import explain_os_errors, new_directory, plain_name
@@ -61,6 +63,11 @@ def manifest_line(
     }
 
 
+def run_of_store(store: Path, attributes: Mapping[str, Any]) -> dict[str, str]:
+    """Return the key ``run`` of a store's lines, given its ``attributes``; nothing if the store lies in its run."""
+    return {"run": os.path.normpath(store.parent / attributes["run"])} if "run" in attributes else {}
+
+
 def require_version(attributes: Mapping[str, Any], store: Path) -> None:
     """Raise UserError unless a store with these ``attributes`` names its samples as this version does."""
     if (found := attributes.get("version")) != FORMAT_VERSION:
@@ -73,6 +80,8 @@ def require_version(attributes: Mapping[str, Any], store: Path) -> None:
 class SampleStore:
     """The ``rows`` samples of one request, of grid x grid tokens each, in the folder ``out``, new or begun before.
 
+    ``run`` is the folder of the prior's run; a store outside it records it, so that ``dalle rerank`` finds its CLIP.
+
     Used as a context manager, it starts the threads that ``add`` needs and waits for them at the end. Two requests are
     the same if their ``identity`` is.
 
@@ -82,10 +91,10 @@ class SampleStore:
         UserError: ``out`` holds something else, or samples of another request.
     """
 
-    def __init__(self, out: Path, identity: dict[str, Any], rows: int, grid: int) -> None:
+    def __init__(self, out: Path, identity: dict[str, Any], rows: int, grid: int, run: Path) -> None:
         self.out = out
         if not out.exists():
-            _create(out, identity, rows, grid)
+            _create(out, identity, rows, grid, run)
         elif not (out / STORE / "zarr.json").is_file():
             raise UserError(f"{out}: exists and holds no samples; choose another --out")
         self._group = _open(out)
@@ -100,6 +109,11 @@ class SampleStore:
     @property
     def committed(self) -> int:
         return int(self._group.attrs["rows"])
+
+    @property
+    def elsewhere(self) -> dict[str, str]:
+        """See ``run_of_store``."""
+        return run_of_store(self.out / STORE, self._group.attrs)
 
     def log_likelihood(self) -> np.ndarray:
         """Return the log-likelihood of each committed row, float64."""
@@ -147,7 +161,7 @@ class SampleStore:
         Image.fromarray(picture).save(self.out / name)
 
 
-def _create(out: Path, identity: dict[str, Any], rows: int, grid: int) -> None:
+def _create(out: Path, identity: dict[str, Any], rows: int, grid: int, run: Path) -> None:
     import zarr
     from zarr.codecs import ZstdCodec
 
@@ -162,6 +176,8 @@ def _create(out: Path, identity: dict[str, Any], rows: int, grid: int) -> None:
         group.create_array("tokens", shape=(rows, grid, grid), chunks=(chunk, grid, grid), dtype="uint16", **checked)
         group.create_array("log_likelihood", shape=(rows,), chunks=(chunk,), dtype="float64", **checked)
         group.attrs.update({"format": "dalle-samples", "version": FORMAT_VERSION, "rows": 0, "request": identity})
+        if run_of(out).root != run.resolve():
+            group.attrs["run"] = os.path.relpath(run.resolve(), out.resolve())
 
 
 def _open(out: Path) -> Any:

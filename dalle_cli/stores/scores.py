@@ -14,7 +14,7 @@ import numpy as np
 from dalle_cli.errors import UserError
 from dalle_cli.stores.checksums import write_checksums
 from dalle_cli.stores.files import new_directory
-from dalle_cli.stores.samples import STORE, manifest_line, request_rows, require_version
+from dalle_cli.stores.samples import STORE, manifest_line, request_rows, require_version, run_of_store
 from dalle_cli.stores.shards import WHOLE, parse_shard
 
 CLIP_SCORE = "clip_score"
@@ -52,9 +52,11 @@ def _lines(store: Path, group: Any) -> Iterator[dict[str, Any]]:
     likelihood, (scores, scorer) = group["log_likelihood"][:committed], _scores(group)
     shard = parse_shard(request["shard"]) if "shard" in request else WHOLE
     start = request_rows(shard, len(prompts), n).start
+    elsewhere = run_of_store(store, group.attrs)
     for row in range(committed):
         prompt, index = divmod(start + row, n)
         line = manifest_line(store, row, prompts, prompt, first + index, request["seed"], likelihood[row])
+        line |= elsewhere
         if scores is not None and not np.isnan(scores[row]):
             line |= {"score": float(scores[row]), "scorer": scorer}
         yield line

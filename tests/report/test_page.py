@@ -13,7 +13,7 @@ from dalle_cli.report.evaluations import CurveFigures, EvaluationRow
 from dalle_cli.report.figures import DataFigures, ReportFigures, SamplesFigures
 from dalle_cli.report.page import page
 from dalle_cli.report.samples import OracleFigures, SheetFigures
-from dalle_cli.report.training import StageFigures
+from dalle_cli.report.training import DrawingFigures, StageFigures
 from dalle_cli.shapes.accuracy import Accuracy, Share
 
 
@@ -65,6 +65,7 @@ def test_script_in_any_value_is_shown_as_text() -> None:
                 [hostile("warning")],
             )
         ],
+        drawings=DrawingFigures([1], [hostile("drawn")]),
         curves=[CurveFigures(hostile("curves"), hostile("of"), {"blur_fid": "blur_fid_0"})],
         samples=[SamplesFigures(hostile("store"), 1, hostile("seed"), {hostile("setting"): hostile("value")})],
         artifacts=[
@@ -80,14 +81,14 @@ def test_script_in_any_value_is_shown_as_text() -> None:
         commands=[{name: hostile(name) for name in ("artifact", "command", "finished")}],
         missing=[hostile("missing")],
     )
-    names = ("bars", "pool_size", "contact_sheet", "loss_dvae", "blur_fid_0")
+    names = ("bars", "pool_size", "contact_sheet", "loss_dvae", "drawings", "blur_fid_0")
     found = Page(page(figures, dict.fromkeys(names, png()), hostile("recipe")))
     assert "script" not in found.tags
     assert len(found.images) == len(names)
     shown = (
         *("name", "description", "group", "oracle", "scorer", "source", "part", "reason", "stage", "metric", "file"),
         *("fid command", "features", "score", "generated", "reference", "warning", "curves", "of", "store", "seed"),
-        *("setting", "value", "artifact", "path", "role", "command", "finished", "missing", "recipe"),
+        *("setting", "value", "artifact", "path", "role", "command", "finished", "missing", "recipe", "drawn"),
     )
     for name in shown:
         assert hostile(name) in found.text.replace("\xa0", " "), name

@@ -169,7 +169,8 @@ class WebDatasetSource:
         offset, size = self._spans[i, role].tolist()
         if size > limit:
             raise BadSample(f"the {what} is larger than {limit >> 20} MiB")
-        return self._shards[self._shard_of[i]].read(offset, size)
+        data: bytes = self._shards[self._shard_of[i]].read(offset, size)
+        return data
 
 
 def _labels(shards: Sequence[Shard]) -> list[str]:
