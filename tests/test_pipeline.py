@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.running import ENVIRONMENT, run
@@ -16,6 +17,8 @@ from pydantic import ValidationError
 import dalle_cli
 from dalle_cli import Pipeline
 from dalle_cli.errors import UserError
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +42,19 @@ def test_samples_and_their_ranks_are_those_of_the_commands(chain: TinyChain, tmp
     assert isinstance(best, Image.Image)
     assert (best.mode, best.size) == ("RGB", (32, 32))
     assert best.tobytes() == Image.open(ranked.lines[0]["png"]).convert("RGB").tobytes()
+
+
+def test_the_notebook_runs(chain: TinyChain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "quickstart").symlink_to(chain.places.root)
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((ROOT / "docs" / "pipeline.ipynb").read_text())["cells"]
+    names: dict[str, Any] = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    assert names["sheet"].size == (8 * 32, 3 * 32)
+    assert len({sample.index for sample in names["ranked"]}) == 8
 
 
 def test_settings_begin_from_the_recipe(chain: TinyChain) -> None:
