@@ -97,7 +97,8 @@ def log_next(done: StageName, file: Path, recipe: Recipe, changes: Sequence[str]
     with suppress(UserError):  # the output of another stage is damaged, which its readers will say
         found = describe_run(Path(recipe.run))
         states = {stage.command: stage.state for stage in found.stages} if found else {}
-        if found is not None and found.next is not None and states[done] == "done":
+        nothing_to_draw = found is not None and found.next == "sample" and not recipe.data.holds_out
+        if found is not None and found.next is not None and states[done] == "done" and not nothing_to_draw:
             stages = stages_of(file, recipe, changes, HELD_OUT_CAPTIONS, None)
             log(f"next: {next(stage.line for stage in stages if stage.name == found.next)}")
 

@@ -72,7 +72,7 @@ def command(
 
     refuse_too_large(settings)
     store = tokens or places.tokens
-    drawing = held_out_drawing(settings, store, dvae or places.dvae)
+    drawing = held_out_drawing(settings, store, dvae or places.dvae) if leads else None
     checkpoint = train_prior(settings, store, out or places.prior, dvae, extend, drawing)
     if leads:
         record_command(checkpoint.path, checkpoint.identity)

@@ -103,9 +103,8 @@ class TrainingPictures:
         iterator = iter(loader)
         try:
             yield from iterator
-        except (BadSample, UserError) as error:  # from a worker, its message is a traceback that ends with the reason
-            reason = str(error).strip().splitlines()[-1]
-            raise UserError(re.sub(r"^[\w.]+(BadSample|UserError): ", "", reason)) from None
+        except (BadSample, UserError) as error:
+            raise UserError(_reason(error)) from None
         finally:
             # A traceback may keep the iterator, and so its workers, alive. At exit Python sends them a SIGTERM, which
             # they ignore, and would then wait for them forever.
@@ -233,9 +232,21 @@ def consecutive_pictures(
         collate_fn=tuple,
         worker_init_fn=_use_one_thread,
     )
-    for number, (keys, reasons) in enumerate(loader):
+    loaded = enumerate(loader)
+    while True:
+        try:
+            number, (keys, reasons) = next(loaded)
+        except StopIteration:
+            return
+        except UserError as error:
+            raise UserError(_reason(error)) from None
         pictures = buffer[number % slots, : len(keys)]
         yield PictureBlock(keys, pictures.pin_memory() if pinned else pictures, reasons)
+
+
+def _reason(error: Exception) -> str:
+    """Return the message of an error; one of a worker process is a traceback, whose last line has class and message."""
+    return re.sub(r"^[\w.]+: ", "", str(error).strip().splitlines()[-1]) if "Traceback" in str(error) else str(error)
 
 
 def _start_training_worker(worker: int) -> None:

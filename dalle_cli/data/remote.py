@@ -10,20 +10,22 @@ import io
 import os
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
-from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from dalle_cli.errors import UserError
 from dalle_cli.progress import log
-from dalle_cli.stores.files import locked, rename_synced
+from dalle_cli.stores.files import explain_os_errors, locked, rename_synced
 
 CACHE = "DALLE_CACHE"
 """Environment variable that names the folder of downloaded files."""
 PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds before each further try of a read that failed."""
+GONE, PASSING = (404, 410), (408, 429)
+"""HTTP's answers that a file is not there, and refusals that are worth another try."""
 READ_AHEAD = 4 << 20
 """Bytes that are read at once while a file is read from its start."""
 
@@ -140,10 +142,14 @@ def local_copy(file: RemoteFile) -> Path:
         UserError: the file cannot be reached.
     """
     base = os.environ.get(CACHE) or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dalle/remote"
-    folder = Path(base) / sha256(str(PurePosixPath(file.url).parent).encode()).hexdigest()[:16]
-    copy = folder / file.path.name
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / f"{copy.name}.lock"):
+    if ".." in file.path.parts:
+        raise UserError(f"{file}: leads out of its folder; write the address without ..")
+    # The folders are those of the address, since they are part of the samples' keys.
+    copy = Path(base) / file.url.partition("://")[0] / file.path
+    folder = copy.parent
+    with explain_os_errors(copy), ExitStack() as held:
+        folder.mkdir(parents=True, exist_ok=True)
+        held.enter_context(locked(folder / f"{copy.name}.lock"))
         if not copy.is_file():
             size = file.size()
             partial = folder / f"{copy.name}.{size}.partial"
@@ -165,11 +171,17 @@ def _again(url: str, call: Callable[[], Result]) -> Result:
     for pause in (*PAUSES, None):
         try:
             return call()
-        except FileNotFoundError:
-            raise _Missing(f"{url}: no such file") from None
+        except UserError:
+            raise
         except Exception as error:  # each filesystem has errors of its own
-            reason = str(error).partition("\n")[0] or type(error).__name__
-            if pause is None or isinstance(error, (PermissionError, UserError)):
+            # The one of HTTP calls any failure a missing file, and keeps the true one as its cause.
+            cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
+            status = getattr(cause, "status", None)
+            if isinstance(cause, FileNotFoundError) or status in GONE:
+                raise _Missing(f"{url}: no such file") from None
+            reason = str(cause).partition("\n")[0] or type(cause).__name__
+            refused = isinstance(cause, PermissionError) or (status in range(400, 500) and status not in PASSING)
+            if pause is None or refused:
                 raise UserError(f"{url}: cannot be read ({reason}); look at the network and your credentials") from None
             log(f"{url}: {reason}; trying again in {pause:g} s")
             time.sleep(pause)

@@ -236,7 +236,11 @@ class PriorTask:
     def example_images(self) -> dict[str, Tensor]:
         if self.drawing is None or self.validation is None:
             return {}
-        return {"drawings": self.drawing(self.model, self.validation)}
+        try:
+            return {"drawings": self.drawing(self.model, self.validation)}
+        except torch.OutOfMemoryError:
+            log("train-prior: no memory to draw at this validation; lower prior.drawings")
+            return {}
 
     def decayed(self) -> set[str]:
         return set(self.model.decayed_parameters())

@@ -130,5 +130,7 @@ def prior_drawings(run: Run) -> tuple[DrawingFigures, Image.Image] | None:
     joined = np.concatenate([first[:row], *(picture[row : 2 * row] for picture in drawn.values()), first[-PADDING:]])
     captions: list[str] = []
     if run.tokens is not None:
-        captions = run.tokens.strings("caption", split_store(run.tokens, run.recipe)[1][: run.recipe.prior.drawings])
+        captions = run.tokens.strings(
+            "caption", split_store(run.tokens, run.recipe)[1][: (first.shape[1] - PADDING) // row]
+        )
     return DrawingFigures(list(drawn), captions), Image.fromarray(joined)

@@ -14,6 +14,7 @@ from dalle_cli.config.schema import Recipe
 from dalle_cli.dvae.encode import decode_tokens
 from dalle_cli.dvae.model import DVAE
 from dalle_cli.dvae.train import find_dvae, load_dvae
+from dalle_cli.errors import UserError
 from dalle_cli.prior.decode import Decoder
 from dalle_cli.prior.model import Prior
 from dalle_cli.prior.train import Drawing, TokenBatch
@@ -48,10 +49,12 @@ class Drawings:
         settings = self.recipe.sampling.model_copy(update={"batch_size": None})
         if not self.recipe.prior.caption_dropout:
             settings = settings.model_copy(update={"guidance": 1.0})
+        self.dvae.to(device)
         decoder = Decoder(prior, settings.precision)
         drawn, _ = sample_images(decoder, ids, torch.from_numpy(np.stack(uniforms)).to(device), settings, empty=empty)
         grids = torch.cat([image, drawn[:, 0]]).unflatten(1, (decoder.grid, decoder.grid))
-        pictures = decode_tokens(self.dvae.to(device), grids, self.eps).cpu()
+        pictures = decode_tokens(self.dvae, grids, self.eps).cpu()
+        self.dvae.to("cpu")
         sheet: Tensor = make_grid(pictures.permute(0, 3, 1, 2), nrow=len(text), pad_value=255)
         return sheet
 
@@ -63,7 +66,14 @@ def held_out_drawing(recipe: Recipe, store: Path, dvae: Path) -> Drawing | None:
     """
     if not recipe.prior.drawings:
         return None
-    checkpoint = find_dvae(dvae, str(TokenReader(store).part("image").identity["dvae"])) if dvae.exists() else None
+    if recipe.prior.sharding.zero:
+        log("train-prior: a sharded prior draws nothing at validations (prior.drawings)")
+        return None
+    identity = str(TokenReader(store).part("image").identity["dvae"])
+    try:
+        checkpoint = find_dvae(dvae, identity)
+    except UserError:  # there is none
+        checkpoint = None
     if checkpoint is None:
         log(f"{dvae}: is not the dVAE that encoded {store}, so nothing is drawn at validations; name it with --dvae")
         return None

@@ -65,15 +65,15 @@ def manifest_line(
 
 def run_of_store(store: Path, attributes: Mapping[str, Any]) -> dict[str, str]:
     """Return the key ``run`` of a store's lines, given its ``attributes``; nothing if the store lies in its run."""
-    return {"run": os.path.normpath(store.parent / attributes["run"])} if "run" in attributes else {}
+    return {"run": os.path.normpath(store.parent.resolve() / attributes["run"])} if "run" in attributes else {}
 
 
 def require_version(attributes: Mapping[str, Any], store: Path) -> None:
     """Raise UserError unless a store with these ``attributes`` names its samples as this version does."""
     if (found := attributes.get("version")) != FORMAT_VERSION:
         raise UserError(
-            f"{store}: its samples are of format {found}, and this version reads format {FORMAT_VERSION}; draw them "
-            "again, into another --out"
+            f"{store}: its samples are of format {found}, and this version reads format {FORMAT_VERSION}; delete the "
+            "folder and draw them again, or choose another --out"
         )
 
 

@@ -26,8 +26,8 @@ _NOT_LOGGED = ("step", "seconds")
 class Journal:
     """Writes a run's metrics to ``out/metrics.jsonl``, ``out/tensorboard/`` and further loggers, pictures to PICTURES.
 
-    A resumed run repeats the updates after its checkpoint, ``start``, so their earlier records are dropped: lines are
-    deleted from the file, and a marker voids points in TensorBoard. Ranks other than the leader write nothing.
+    A resumed run repeats the updates after its checkpoint, ``start``, so their earlier records are dropped: lines and
+    pictures are deleted, and a marker voids points in TensorBoard. Ranks other than the leader write nothing.
     """
 
     def __init__(
@@ -40,6 +40,9 @@ class Journal:
         self._began = time.monotonic()
         if writes:
             write_atomically(self.lines, _lines_until(self.lines, start))
+            for picture in self.pictures.glob("*.png"):
+                if int(picture.stem.rpartition("-")[2]) > start:
+                    picture.unlink()
             self.loggers += [TensorBoardLogger(out, start), *(open_logger() for open_logger in more)]
 
     def log_training(self, step: int, rate: float, scalars: Mapping[str, float]) -> None:

@@ -8,13 +8,19 @@
 set -euo pipefail
 recipe="${1:?the recipe is missing: scripts/slurm/chain.sh RECIPE}"
 settings=("$@")
-jobs=$(dirname "$0")
-: "${CPU_JOB=}" "${GPU_JOB=}" "${TRAIN_JOB=$GPU_JOB}" "${CAPTIONS=50}" "${ARRAY=1-4}" "${EVAL=}"
-if [ -d .venv/bin ]; then
-    export PATH="$PWD/.venv/bin:$PATH"
-fi
-run=$(dalle show "$recipe" --yaml | sed -n 's/^run: //p')
-export LINES_IN="$run/samples/lines" RANKED="$run/ranked.jsonl"
+jobs=$(realpath "$(dirname "$0")")
+: "${CPU_JOB=}" "${GPU_JOB=}" "${DVAE_JOB=$GPU_JOB}" "${PRIOR_JOB=$GPU_JOB}" "${CAPTIONS=50}" "${ARRAY=1-4}" "${EVAL=}"
+source "$jobs/job.sh"
+export DALLE_IN_CHAIN=1  # no stage says which one is next
+changes=()  # --set may name another run
+for ((i = 2; i < $#; i++)); do
+    if [ "${!i}" = --set ]; then
+        next=$((i + 1))
+        changes+=(--set "${!next}")
+    fi
+done
+run=$(dalle show "$recipe" --yaml "${changes[@]}" | sed -n 's/^run: //p')
+export LINES_IN="$run/samples/lines-${ARRAY%%%*}" RANKED="$run/ranked.jsonl"
 
 # submit STAGE DEPENDENCIES OPTIONS [ARGUMENT...]: submit a stage, with OPTIONS of sbatch as one word; set JOB.
 submit() {
@@ -32,11 +38,11 @@ submit train-tokenizer "" "$CPU_JOB" "${settings[@]}"
 tokenizer=$JOB
 submit tokenize-text "$tokenizer" "--array $ARRAY $CPU_JOB" "${settings[@]}"
 text=$JOB
-submit train-dvae "" "$TRAIN_JOB" "${settings[@]}"
+submit train-dvae "" "$DVAE_JOB" "${settings[@]}"
 dvae=$JOB
 submit encode-images "$dvae" "--array $ARRAY $GPU_JOB" "${settings[@]}"
 images=$JOB
-submit train-prior "$text:$images" "$TRAIN_JOB" "${settings[@]}"
+submit train-prior "$text:$images" "$PRIOR_JOB" "${settings[@]}"
 prior=$JOB
 submit train-clip "$text:$images" "$GPU_JOB" "${settings[@]}"
 clip=$JOB

@@ -1,13 +1,18 @@
 # Functions of the batch files in this folder, which source it; see README.md.
 
 # Paths such as recipes/ and runs/ are relative to the folder where sbatch was called.
-cd "${DALLE_ROOT:-$SLURM_SUBMIT_DIR}"
-if [ -n "${DALLE_SETUP:-}" ]; then
-    source "$DALLE_SETUP"
-fi
-if [ -d .venv/bin ]; then
-    export PATH="$PWD/.venv/bin:$PATH"
-fi
+cd "${DALLE_ROOT:-${SLURM_SUBMIT_DIR:-.}}"
+# setup: put dalle on the path, from the file DALLE_SETUP or from .venv.
+setup() {
+    if [ -n "${DALLE_SETUP:-}" ]; then
+        set +eu  # such files often read variables that are not set
+        source "$DALLE_SETUP"
+        set -eu
+    elif [ -d .venv/bin ]; then
+        export PATH="$PWD/.venv/bin:$PATH"
+    fi
+}
+setup
 export PYTHONUNBUFFERED=1
 
 # resumable COMMAND...: run a command with srun, and queue the job again if a signal ended it.

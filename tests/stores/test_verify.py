@@ -29,7 +29,8 @@ def files_of(root: Path) -> list[Path]:
     """Return the files that stages read: all but journals and reports."""
     unread = ("metrics.jsonl", "commands.jsonl", "ranked.jsonl")
     found = [path for path in root.rglob("*") if path.is_file() and path.name not in unread]
-    return sorted(path for path in found if "tensorboard" not in path.parts and not path.name.startswith("."))
+    shown = {"tensorboard", "validation"}  # parts of journals, too
+    return sorted(path for path in found if not shown & {*path.parts} and not path.name.startswith("."))
 
 
 @pytest.mark.parametrize("count", [QUICK, pytest.param(THOROUGH, marks=pytest.mark.slow)])

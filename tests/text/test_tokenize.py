@@ -286,8 +286,8 @@ def test_the_commands_count_what_they_did(call: Call, tmp_path: Path) -> None:
     done = call("tokenize-text", recipe)
     assert done.out == f"{store}\n"
     last = "4 pictures, 4 captions, 1 pictures skipped, 1 captions of more than 48 tokens cut"
-    assert done.err.splitlines()[-1] == f"{store}: {last}"
-    assert call("tokenize-text", recipe).err.splitlines()[-1] == f"{store}: {last}"  # finished: the same account
+    assert f"{store}: {last}" in done.err.splitlines()
+    assert f"{store}: {last}" in call("tokenize-text", recipe).err.splitlines()  # finished: the same account
     shutil.rmtree(store)
     done = call("tokenize-text", recipe, "--set", "tokenizer.overlong=refuse")
     last = "4 pictures, 3 captions, 2 pictures skipped, 1 captions of more than 48 tokens refused"
