@@ -145,7 +145,7 @@ def local_copy(file: RemoteFile) -> Path:
     if ".." in file.path.parts:
         raise UserError(f"{file}: leads out of its folder; write the address without ..")
     # The folders are those of the address, since they are part of the samples' keys.
-    copy = Path(base) / file.url.partition("://")[0] / file.path
+    copy = Path(base) / file.url.partition("://")[0] / str(file.path).lstrip("/")
     folder = copy.parent
     with explain_os_errors(copy), ExitStack() as held:
         folder.mkdir(parents=True, exist_ok=True)
