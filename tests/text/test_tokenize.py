@@ -291,7 +291,7 @@ def test_the_commands_count_what_they_did(call: Call, tmp_path: Path) -> None:
     shutil.rmtree(store)
     done = call("tokenize-text", recipe, "--set", "tokenizer.overlong=refuse")
     last = "4 pictures, 3 captions, 2 pictures skipped, 1 captions of more than 48 tokens refused"
-    assert done.err.splitlines()[-1] == f"{store}: {last}"
+    assert f"{store}: {last}" in done.err.splitlines()
     lines = [json.loads(line) for line in (store / "skipped-text.jsonl").read_text().splitlines()]
     assert lines == [
         {"key": "1", "reason": "caption of more than 48 tokens"},
