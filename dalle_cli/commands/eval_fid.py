@@ -122,9 +122,9 @@ def command(
 
     from dalle_cli.distributed.device import choose_device, prepare_process
     from dalle_cli.fid.comparison import Settings, compare_systems
-    from dalle_cli.fid.features import clip_features, default_cache, inception, network_features
+    from dalle_cli.fid.features import clip_features, inception, network_features
     from dalle_cli.fid.figures import Evaluation, evaluation_json
-    from dalle_cli.stores.files import write_json
+    from dalle_cli.stores.files import user_cache, write_json
     from dalle_cli.stores.provenance import command_line
 
     device = choose_device()
@@ -140,7 +140,7 @@ def command(
     else:
         features = inception(inception_weights, device=str(device))
     settings = Settings(radii, sizes, repeats, bootstrap, seed)
-    figures, warnings = compare_systems(systems, real, features, settings, cache or default_cache())
+    figures, warnings = compare_systems(systems, real, features, settings, cache or user_cache("features"))
     evaluation = Evaluation(
         command=command_line(),
         reference=reference,

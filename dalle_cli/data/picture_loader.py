@@ -232,16 +232,12 @@ def consecutive_pictures(
         collate_fn=tuple,
         worker_init_fn=_use_one_thread,
     )
-    loaded = enumerate(loader)
-    while True:
-        try:
-            number, (keys, reasons) = next(loaded)
-        except StopIteration:
-            return
-        except UserError as error:
-            raise UserError(_reason(error)) from None
-        pictures = buffer[number % slots, : len(keys)]
-        yield PictureBlock(keys, pictures.pin_memory() if pinned else pictures, reasons)
+    try:
+        for number, (keys, reasons) in enumerate(loader):
+            pictures = buffer[number % slots, : len(keys)]
+            yield PictureBlock(keys, pictures.pin_memory() if pinned else pictures, reasons)
+    except UserError as error:
+        raise UserError(_reason(error)) from None
 
 
 def _reason(error: Exception) -> str:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from dalle_cli.errors import UserError
 from dalle_cli.progress import log
-from dalle_cli.stores.files import explain_os_errors, locked, rename_synced
+from dalle_cli.stores.files import explain_os_errors, locked, rename_synced, user_cache
 
 CACHE = "DALLE_CACHE"
 """Environment variable that names the folder of downloaded files."""
@@ -141,7 +141,7 @@ def local_copy(file: RemoteFile) -> Path:
     Raises:
         UserError: the file cannot be reached.
     """
-    base = os.environ.get(CACHE) or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dalle/remote"
+    base = os.environ.get(CACHE) or user_cache("remote")
     if ".." in file.path.parts:
         raise UserError(f"{file}: leads out of its folder; write the address without ..")
     # The folders are those of the address, since they are part of the samples' keys.

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -246,11 +245,6 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict):
         raise UserError(f"{path} holds no state dict; provide the file {INCEPTION_FILE}")
     return state
-
-
-def default_cache() -> Path:
-    """Return ``dalle/features`` in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dalle" / "features"
 
 
 def cached_features(

@@ -102,6 +102,11 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: damaged ({error}); delete it and run the command again") from None
 
 
+def user_cache(name: str) -> Path:
+    """Return the folder ``name`` of dalle's in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dalle" / name
+
+
 def plain_name(text: str) -> str:
     """Return ``text`` for a file's name: each run of characters that are no letters, digits, _, . or - becomes a _."""
     return re.sub(r"[^\w.-]+", "_", text)
