@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import os
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -36,7 +37,8 @@ from dalle_cli.commands import (
     verify,
 )
 from dalle_cli.commands.options import Command
-from dalle_cli.errors import RESUMABLE, Stopped, UserError
+from dalle_cli.errors import RESUMABLE, Stopped, UserError, explain_system_error
+from dalle_cli.progress import printable
 
 app = typer.Typer(
     name="dalle",
@@ -106,19 +108,31 @@ def options(
 
 
 def main() -> None:
-    """Run the command line; exit with code 2 after a UserError, and with RESUMABLE if a signal stopped training."""
+    """Run the command line.
+
+    Exit with code 2 after a UserError or a fault of the disk or the memory, and with RESUMABLE if a signal stopped
+    training.
+    """
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # files are UTF-8 whatever the locale, and so are pipes
             stream.reconfigure(encoding="utf-8", errors="strict" if stream is sys.stdin else "backslashreplace")
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
-        app()
-    except UserError as error:
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _drop_stdout()
+        sys.exit(1)
+    except (UserError, OSError, MemoryError) as error:
         if debug:
             raise
-        for line in str(error).splitlines():
-            print(f"dalle: {line}", file=sys.stderr)
+        message = str(error) if isinstance(error, UserError) else explain_system_error(error)
+        for line in message.splitlines():
+            print(f"dalle: {printable(line)}", file=sys.stderr)
+        _drop_stdout()
         sys.exit(2)
     except Stopped:
         sys.exit(RESUMABLE)
@@ -126,3 +140,11 @@ def main() -> None:
         if end.code == INTERRUPTED:
             print("dalle: stopped; the same command goes on from what it has saved, if anything", file=sys.stderr)
         raise
+
+
+def _drop_stdout() -> None:
+    """Drop what stdout could not take, since Python would try again at its exit and complain of it."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

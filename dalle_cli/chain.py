@@ -14,14 +14,14 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, BinaryIO, Literal, get_args
 
 from dalle_cli.config.run_folders import RunFolders
 from dalle_cli.distributed.spawn import describe_exit, end_with_parent
-from dalle_cli.errors import STOP_SIGNALS, UserError
+from dalle_cli.errors import RESUMABLE, STOP_SIGNALS, UserError
 from dalle_cli.progress import log
 
 if TYPE_CHECKING:
@@ -106,47 +106,76 @@ def log_next(done: StageName, file: Path, recipe: Recipe, changes: Sequence[str]
 def run_stages(stages: Sequence[Stage]) -> None:
     """Run stages one after another; stdout gets what the last one prints, if it has no file for it.
 
-    SIGTERM and SIGUSR1 are forwarded to the stage that runs, which saves a checkpoint and ends with exit code 75. No
-    stage outlives this process, even if it is killed.
+    SIGTERM and SIGUSR1 are forwarded to the stage that runs, where training saves a checkpoint, and no other stage
+    begins. No stage outlives this process, even if it is killed.
 
     Raises:
-        SystemExit: a stage failed or stopped; its exit code is passed on.
-        UserError: a stage was ended by a signal.
+        SystemExit: a stage failed, and its exit code is passed on; or a signal stopped the chain (RESUMABLE).
+        UserError: another process ended a stage by a signal.
     """
-    for number, stage in enumerate(stages, start=1):
-        if stage.made is not None and stage.made.exists():
-            log(f"== {number} of {len(stages)}: {stage.name} is done: {stage.made}")
-            continue
-        log(f"== {number} of {len(stages)}: {stage.line}")
-        began = time.monotonic()
-        code = _run(stage, last=number == len(stages))
-        if code < 0:
-            raise UserError(f"{stage.name} {describe_exit(code)}; run the same command again to resume")
-        if code:
-            raise SystemExit(code)
-        log(f"   {time.monotonic() - began:.0f} s")
+    with _forwarded_stops() as stops:
+        for number, stage in enumerate(stages, start=1):
+            if stops.received:
+                log(f"stopped before {stage.name}; exit code {RESUMABLE}; run the same command again to go on")
+                raise SystemExit(RESUMABLE)
+            if stage.made is not None and stage.made.exists():
+                log(f"== {number} of {len(stages)}: {stage.name} is done: {stage.made}")
+                continue
+            log(f"== {number} of {len(stages)}: {stage.line}")
+            began = time.monotonic()
+            code = _run(stage, stops, last=number == len(stages))
+            if code < 0 and stops.received:
+                log(f"stopped within {stage.name}; exit code {RESUMABLE}; run the same command again to go on")
+                raise SystemExit(RESUMABLE)
+            if code < 0:
+                raise UserError(f"{stage.name} {describe_exit(code)}; run the same command again to resume")
+            if code:
+                raise SystemExit(code)
+            log(f"   {time.monotonic() - began:.0f} s")
 
 
-def _run(stage: Stage, *, last: bool) -> int:
+@dataclass
+class _Stops:
+    """Stop signals that the chain received, and the process of the stage that runs, if one does."""
+
+    received: list[int] = field(default_factory=list)
+    process: subprocess.Popen[bytes] | None = None
+
+    def forward(self, which: int, _: FrameType | None) -> None:
+        self.received.append(which)
+        if self.process is not None:
+            self.process.send_signal(which)
+
+
+@contextmanager
+def _forwarded_stops() -> Iterator[_Stops]:
+    """Forward stop signals to the stage that runs; they stay ignored once one ended the chain, as in training."""
+    stops = _Stops()
+    handlers = {which: signal.signal(which, stops.forward) for which in STOP_SIGNALS}
+    try:
+        yield stops
+    finally:
+        for which, handler in handlers.items():
+            signal.signal(which, signal.SIG_IGN if stops.received else handler)
+
+
+def _run(stage: Stage, stops: _Stops, *, last: bool) -> int:
     """Run a stage and return its exit code; its output takes its place only if it succeeds."""
     unfinished = None if stage.output is None else stage.output.with_name(f"{stage.output.name}.tmp")
     with _stdout_of(unfinished, last) as stdout:
         program = [sys.executable, "-m", "dalle_cli", stage.name, *stage.arguments]
         environment = os.environ | {IN_CHAIN: "1"}
         process = subprocess.Popen(program, stdout=stdout, env=environment, preexec_fn=end_with_parent)
-
-        def forward(which: int, _: FrameType | None) -> None:
-            process.send_signal(which)
-
-        handlers = {which: signal.signal(which, forward) for which in STOP_SIGNALS}
+        stops.process = process
         try:
+            if stops.received:  # it came while the process was starting
+                process.send_signal(stops.received[-1])
             code = process.wait()
         except KeyboardInterrupt:  # Ctrl-C reaches the stage too, which ends by itself
             process.wait()
             raise
         finally:
-            for which, handler in handlers.items():
-                signal.signal(which, handler)
+            stops.process = None
     if unfinished is not None and stage.output is not None and code == 0:
         os.replace(unfinished, stage.output)
     return code

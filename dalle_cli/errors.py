@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 
 RESUMABLE = 75
@@ -20,3 +21,21 @@ class Damaged(UserError):
 
 class Stopped(Exception):
     """Training saved a checkpoint and stopped on a signal; the exit code is RESUMABLE."""
+
+
+_MENDS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "allow more open files (ulimit -n)"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "allow it, or choose another place,"),
+    errno.ENOMEM: "free some memory, or lower the batch size and the number of workers,",
+}
+
+
+def explain_system_error(error: OSError | MemoryError) -> str:
+    """Return a line about a fault of the disk, the system's limits or the memory that nothing else has explained."""
+    if isinstance(error, MemoryError):
+        return f"the memory is full; nothing saved was lost: {_MENDS[errno.ENOMEM]} and run the same command again"
+    place = "" if error.filename is None else f"{error.filename}: "
+    reason = error.strerror or str(error) or type(error).__name__
+    mend = _MENDS.get(error.errno or 0, "check the disk or the network")
+    return f"{place}{reason}; nothing saved was lost: {mend} and run the same command again"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 import sys
 import time
@@ -23,6 +24,16 @@ RECENT = 40
 SLOWER = 2.5
 """Factor by which steady steps become slower before a warning."""
 _silent = False
+_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+"""Control characters, and those that turn the direction of writing; not the joiners that emoji and scripts need."""
+
+
+def printable(text: str) -> str:
+    r"""Return ``text`` with ``\x1b`` in place of an escape, and so on for all characters that could steer a terminal.
+
+    Names and captions come from other people's data, and must not move the cursor or hide a line.
+    """
+    return _STEERING.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
 
 
 def silence() -> None:
@@ -32,9 +43,9 @@ def silence() -> None:
 
 
 def log(message: str) -> None:
-    """Print a line on stderr."""
+    """Print a line on stderr; see ``printable``."""
     if not _silent:
-        print(message, file=sys.stderr, flush=True)
+        print(printable(message), file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -72,7 +83,7 @@ class Progress:
     def say(self, message: str) -> None:
         """Print a line above the bar."""
         if self._bar is not None:
-            self._bar.console.print(message, markup=False, highlight=False)
+            self._bar.console.print(printable(message), markup=False, highlight=False)
         else:
             log(message)
 

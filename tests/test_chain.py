@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from helpers.running import DALLE, ENVIRONMENT, run, smallest_recipe
 
 from dalle_cli.chain import STAGE_NAMES, Stage, run_stages, stages_of
 from dalle_cli.config.load import load_recipe
+from dalle_cli.errors import RESUMABLE, STOP_SIGNALS
+from dalle_cli.progress import log
 from dalle_cli.shapes.world import make_shapes
 
 
@@ -65,6 +68,42 @@ def test_part_of_a_chain(tmp_path: Path) -> None:
         in run("run", file, "--from", "report", "--until", "sample").mistake()
     )
     assert "data.holdout is 0" in run("run", file, "--set", "data.holdout=0").mistake()
+
+
+@pytest.fixture
+def handlers_put_back() -> Iterator[None]:
+    before = {which: signal.getsignal(which) for which in STOP_SIGNALS}
+    yield
+    for which, handler in before.items():
+        signal.signal(which, handler)
+
+
+@pytest.mark.usefixtures("handlers_put_back")
+@pytest.mark.parametrize("which", STOP_SIGNALS)
+@pytest.mark.parametrize(("moment", "first_is_made"), [("== 1 of 2", False), ("   ", True)])
+def test_a_signal_between_stages_stops_the_chain(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    which: signal.Signals,
+    moment: str,
+    first_is_made: bool,
+) -> None:
+    """The signal comes while the first stage starts, and then after it has ended."""
+    first, second = (tmp_path / name for name in ("first.txt", "second.txt"))
+
+    def log_and_signal(line: str) -> None:
+        log(line)
+        if line.startswith(moment):
+            signal.raise_signal(which)
+
+    monkeypatch.setattr("dalle_cli.chain.log", log_and_signal)
+    with pytest.raises(SystemExit) as ended:
+        run_stages([Stage("sample", ("--help",), output=first), Stage("rerank", ("--help",), output=second)])
+    assert ended.value.code == RESUMABLE
+    assert (first.exists(), second.exists()) == (first_is_made, False)
+    assert "run the same command again to go on" in capsys.readouterr().err
+    assert {signal.getsignal(each) for each in STOP_SIGNALS} == {signal.SIG_IGN}
 
 
 @pytest.mark.slow

@@ -1,11 +1,11 @@
-"""The shown rate is that of the last minute, and steps that become slower draw one warning."""
+"""The shown rate is that of the last minute, slower steps draw one warning, and no line steers a terminal."""
 
 from __future__ import annotations
 
 import pytest
 
 from dalle_cli import progress as module
-from dalle_cli.progress import RECENT, WINDOW, progress
+from dalle_cli.progress import RECENT, WINDOW, log, printable, progress
 
 
 class Clock:
@@ -54,3 +54,17 @@ def test_steps_that_become_slower_draw_one_warning(
     assert len(said) == warnings
     if said:
         assert said[0].startswith("train: updates take 3.0 times as long as before; if other work uses this machine's")
+
+
+def test_no_line_steers_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    hostile = "\x1b]0;title\x07 \x1b[2K\rgone \x9b1A \u202egnp.exe"
+    log(f"{hostile}\n\tsecond line")
+    with progress(hostile, None, "rows") as bar:
+        bar.say(hostile)
+        bar.advance(1, hostile)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert not any(sign in shown.err for sign in "\x1b\x07\r\x9b\u202e")
+    assert shown.err.startswith(r"\x1b]0;title\x07 \x1b[2K\rgone \x9b1A \u202egnp.exe" "\n\tsecond line\n")
+    kept = "größe ♥ 猫　犬 👩‍🔬 עברית é"
+    assert printable(kept) == kept

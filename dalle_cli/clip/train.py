@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from open_clip.model import CLIP
 from torch import Tensor
+from torchvision.utils import make_grid
 
 from dalle_cli.clip.hard_negatives import HardNegativeOrder
 from dalle_cli.clip.model import (
@@ -37,6 +38,8 @@ from dalle_cli.training.ancestor import carry_rows, open_ancestor, shared_text
 from dalle_cli.training.loop import Run
 from dalle_cli.training.throughput import SampleWork, training_flops
 
+SHOWN_CAPTIONS, SHOWN_RANKS = 8, 3
+"""Numbers of held-out captions shown at a validation, and of pictures that the model ranks highest for each."""
 SAME = ("image_size", *(f"clip.model.{key}" for key in ClipModel.model_fields))
 """Settings in which a CLIP may not differ from the one that it begins from."""
 
@@ -58,6 +61,7 @@ class ClipTask:
     def __post_init__(self) -> None:
         self.training_rows, self.held_out = split_store(self.reader, self.recipe)
         self._vocab = self.recipe.tokenizer.vocab_size
+        self._logits, self._replaced = torch.zeros(0, 0), 0.0
 
     def work(self) -> SampleWork:
         side, length = self.recipe.image_size, self.recipe.tokenizer.text_length
@@ -81,8 +85,9 @@ class ClipTask:
         )
         group_size = self.recipe.clip.objective.hard_negatives
         reorder = HardNegativeOrder(self.reader, group_size) if group_size > 1 else None
-        for batch, rows, epochs in pictures.batches(start, stop, reorder):
-            yield batch, self._text_ids(*self.reader.epoch_text(rows, epochs))
+        for batch in pictures.batches(start, stop, reorder):
+            self._replaced = batch.replaced
+            yield batch.pictures, self._text_ids(*self.reader.epoch_text(batch.rows, batch.epochs))
 
     def micro_batches(self, batch: Any, size: int | None) -> list[tuple[Any, float]]:
         if size is not None and size != len(batch[0]):
@@ -94,7 +99,8 @@ class ClipTask:
     def loss(self, batch: tuple[Tensor, Tensor], step: int) -> dict[str, Tensor]:
         images, text_ids = (part.to(self.group.device) for part in batch)
         caption_negatives = self.recipe.clip.objective.caption_negatives
-        return {"loss": contrastive_loss(self.model, pixels(images), text_ids, caption_negatives)}
+        loss = contrastive_loss(self.model, pixels(images), text_ids, caption_negatives)
+        return {"loss": loss, "replaced": torch.tensor(self._replaced)}
 
     def validate(self, step: int) -> dict[str, float]:
         if self.validation is None:
@@ -102,13 +108,24 @@ class ClipTask:
         images, text_ids = (part.to(self.group.device) for part in self.validation)
         image_features, text_features, scale = self.model(pixels(images), text_ids)
         logits = scale * image_features @ text_features.T
+        self._logits = logits.cpu()
         loss = pairs_cross_entropy(logits, logits.T)
         # An equal caption scores as high as the picture's own, so ties count as right.
         recall = (logits >= logits.diagonal()[:, None] + 1e-4).sum(dim=1).eq(0).float().mean()
         return {"loss": float(loss), "caption_recall_at_1": float(recall)}
 
     def example_images(self) -> dict[str, Tensor]:
-        return {}
+        """Return a sheet with a column for each of the first held-out captions.
+
+        Its own picture is at the top, and below are those that the model of the last validation ranks highest for it.
+        """
+        if self.validation is None:
+            return {}
+        pictures = self.validation[0]
+        columns, ranks = min(SHOWN_CAPTIONS, len(pictures)), min(SHOWN_RANKS, len(pictures))
+        ranked = self._logits[:, :columns].topk(ranks, dim=0).indices
+        shown = pictures[torch.cat([torch.arange(columns), ranked.flatten()])]
+        return {"retrieval": make_grid(shown.permute(0, 3, 1, 2), nrow=columns, pad_value=255)}
 
     def decayed(self) -> set[str]:
         return {name for name, p in self.model.named_parameters() if p.ndim > 1 and "embedding" not in name}

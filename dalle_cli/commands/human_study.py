@@ -64,23 +64,30 @@ def serve(
         "127.0.0.1"
     ),
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    links: Annotated[
+        int | None,
+        typer.Option(min=1, help="Number of annotators, as many as votes wanted if left out.", show_default=False),
+    ] = None,
+    name: Annotated[
+        list[str] | None,
+        typer.Option(help="Another name of this machine in links, such as study.example.org.", show_default=False),
+    ] = None,
 ) -> None:
     """Serve a study as a web page until ctrl-C; every vote is on disk before it is acknowledged.
 
-    The server can be stopped and started again at any time. Each annotator enters a name once, and is asked about pairs
-    that still need votes.
+    It prints a line for each annotator: a name, a tab and the link to send. Whoever opens a link votes as that
+    annotator, on any device. The server can be stopped and started again at any time; links stay the same.
 
     Example: [bold]dalle human-study serve runs/quickstart/study --port 8000[/bold]
     """
-    import socket
-
-    from dalle_cli.human_study.server import StudyServer
+    from dalle_cli.human_study.server import EVERY_ADDRESS, StudyServer
     from dalle_cli.progress import log
 
-    with StudyServer(out, host, port) as server:
-        print(server.address, flush=True)
-        if host == "0.0.0.0":
-            log(f"on other devices: http://{socket.gethostname()}:{server.server_port}/, or this machine's address")
+    with StudyServer(out, host, port, name or (), links) as server:
+        for annotator in server.annotators:
+            print(f"{annotator.name}\t{server.link(annotator)}", flush=True)
+        if host == EVERY_ADDRESS:
+            log("where a device does not know this machine's name, put its address in the link")
         log("ctrl-C stops the server; every vote is kept")
         try:
             server.serve_forever()
@@ -119,6 +126,8 @@ def _print(figures: StudyFigures) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from dalle_cli.progress import printable
+
     console = Console(stderr=True)
     table = Table(title="Majority vote", title_justify="left", box=None, pad_edge=False)
     for column in ("question", "system", "pairs won", "share", "95% interval", "Fleiss' kappa"):
@@ -128,7 +137,7 @@ def _print(figures: StudyFigures) -> None:
             share, kappa = entry.share, found.fleiss_kappa
             table.add_row(
                 found.wording if place == 0 else "",
-                Text(name),
+                Text(printable(name)),
                 f"{entry.pairs} of {found.decided}",
                 "" if share is None else f"{100 * share.value:.1f}%",
                 "" if share is None else f"{100 * share.low:.1f} - {100 * share.high:.1f}",
@@ -136,4 +145,4 @@ def _print(figures: StudyFigures) -> None:
             )
     console.print(table)
     for warning in figures.warnings:
-        console.print(Text(f"note: {warning}"))
+        console.print(Text(f"note: {printable(warning)}"))

@@ -66,10 +66,12 @@ def _print_table(rows: Sequence[Reconstruction], means: dict[str, float], out: P
     from rich.markup import escape
     from rich.table import Table
 
+    from dalle_cli.progress import printable
+
     table = Table(caption=str(out), show_footer=True)
     table.add_column("image", footer=f"mean of {len(rows)}", overflow="fold")
     for name, mean in means.items():
         table.add_column(name.upper(), footer=f"{mean:.5g}", justify="right")
     for row in rows:
-        table.add_row(escape(row.key), *(f"{getattr(row, name):.5g}" for name in means))
+        table.add_row(escape(printable(row.key)), *(f"{getattr(row, name):.5g}" for name in means))
     Console().print(table)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -18,12 +21,16 @@ from dalle_cli.data.batch_order import BatchOrder, Reorder
 from dalle_cli.data.filters import picture_rejection
 from dalle_cli.data.images import BadImage, decode_image, eval_crop, squared, train_crop
 from dalle_cli.data.source import BadSample, Source
-from dalle_cli.data.workers import ignore_stop_signals, split_blocks
+from dalle_cli.data.workers import explain_lost_workers, ignore_stop_signals, split_blocks
 from dalle_cli.errors import UserError
 from dalle_cli.randomness import numpy_generator
 
 PREFETCH = 4
 """Number of batches that each worker prefetches."""
+PATIENCE = 600
+"""Seconds that training waits for a batch of its worker processes before it gives up."""
+SHARED_MEMORY = Path("/dev/shm")
+"""Folder of the memory in which worker processes pass on pictures."""
 MAX_REPLACEMENTS = 100
 """Number of samples tried for one place of a batch before training gives up."""
 
@@ -63,6 +70,8 @@ class PictureBatch(NamedTuple):
     pictures: Tensor
     rows: np.ndarray
     epochs: np.ndarray
+    replaced: float
+    """Share of the pictures that are others than those drawn first; see ``TrainingPictures``."""
 
 
 @dataclass
@@ -92,6 +101,9 @@ class TrainingPictures:
     def batches(self, start: int, stop: int, reorder: Reorder | None = None) -> Iterator[PictureBatch]:
         """Yield the batches of updates ``start`` to ``stop``; ``reorder`` (see BatchOrder) runs in this process."""
         order = BatchOrder(self.rows, self.batch_size, self.seed, self.part, reorder)
+        if self.workers:
+            own = len(range(*self.part.indices(self.batch_size)))
+            _require_shared_memory(own * 3 * self.image_size**2 * (PREFETCH * self.workers + 2))
         loader = DataLoader(
             _AugmentedPictures(self),
             batch_sampler=_BatchSampler(order, start, stop),
@@ -99,17 +111,10 @@ class TrainingPictures:
             prefetch_factor=PREFETCH if self.workers else None,
             collate_fn=_collate,
             worker_init_fn=_start_training_worker,
+            timeout=PATIENCE if self.workers else 0,
         )
-        iterator = iter(loader)
-        try:
-            yield from iterator
-        except (BadSample, UserError) as error:
-            raise UserError(_reason(error)) from None
-        finally:
-            # A traceback may keep the iterator, and so its workers, alive. At exit Python sends them a SIGTERM, which
-            # they ignore, and would then wait for them forever.
-            if self.workers:
-                iterator._shutdown_workers()  # type: ignore[attr-defined]
+        with _workers_of(iter(loader)) as batches:
+            yield from batches
 
     def picture(self, row: int, epoch: int) -> tuple[np.ndarray, int]:
         """Load and augment a picture (image_size, image_size, 3) uint8; return it and its row, replaced if necessary.
@@ -133,16 +138,16 @@ class TrainingPictures:
         )
 
 
-class _AugmentedPictures(Dataset[tuple[np.ndarray, int, int]]):
-    """Items (picture, row, epoch) by (row, epoch)."""
+class _AugmentedPictures(Dataset[tuple[np.ndarray, int, int, bool]]):
+    """Items (picture, row, epoch, whether it was replaced) by (row, epoch)."""
 
     def __init__(self, pictures: TrainingPictures) -> None:
         self.pictures = pictures
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[np.ndarray, int, int]:
+    def __getitem__(self, item: tuple[int, int]) -> tuple[np.ndarray, int, int, bool]:
         row, epoch = item
         picture, used = self.pictures.picture(row, epoch)
-        return picture, used, epoch
+        return picture, used, epoch, used != row
 
 
 @dataclass
@@ -162,9 +167,11 @@ class _BatchSampler:
         return self.stop - self.start
 
 
-def _collate(items: Sequence[tuple[np.ndarray, int, int]]) -> PictureBatch:
-    pictures = torch.from_numpy(np.stack([picture for picture, _, _ in items]))
-    return PictureBatch(pictures, np.array([row for _, row, _ in items]), np.array([epoch for _, _, epoch in items]))
+def _collate(items: Sequence[tuple[np.ndarray, int, int, bool]]) -> PictureBatch:
+    pictures, rows, epochs, replaced = zip(*items, strict=True)
+    return PictureBatch(
+        torch.from_numpy(np.stack(pictures)), np.array(rows), np.array(epochs), sum(replaced) / len(replaced)
+    )
 
 
 @dataclass
@@ -221,6 +228,8 @@ def consecutive_pictures(
     blocks = split_blocks(rows, block)
     # One slot for each prefetched block, the block being yielded, and the two before it that the caller may still use.
     slots = min(PREFETCH * workers + 3, len(blocks))
+    if workers:
+        _require_shared_memory(slots * block * data.views * 3 * image_size**2)
     buffer = torch.empty(slots, block, data.views, image_size, image_size, 3, dtype=torch.uint8)
     if workers:
         buffer.share_memory_()
@@ -231,13 +240,48 @@ def consecutive_pictures(
         prefetch_factor=PREFETCH if workers else None,
         collate_fn=tuple,
         worker_init_fn=_use_one_thread,
+        timeout=PATIENCE if workers else 0,
     )
-    try:
-        for number, (keys, reasons) in enumerate(loader):
+    with _workers_of(iter(loader)) as decoded:
+        for number, (keys, reasons) in enumerate(decoded):
             pictures = buffer[number % slots, : len(keys)]
             yield PictureBlock(keys, pictures.pin_memory() if pinned else pictures, reasons)
-    except UserError as error:
+
+
+def _require_shared_memory(wanted: int) -> None:
+    """Check that worker processes can pass on ``wanted`` bytes of pictures; if they cannot, they are killed or hang.
+
+    Raises:
+        UserError: the system has less shared memory free, as containers often do.
+    """
+    free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else wanted
+    if free < wanted:
+        raise UserError(
+            f"{SHARED_MEMORY}: has {free / 1e6:.0f} MB free, and pictures from worker processes take up to "
+            f"{wanted / 1e6:.0f} MB; give the container more (docker run --shm-size 1g), or set training.workers to 0"
+        )
+
+
+@contextmanager
+def _workers_of(iterator: Any) -> Iterator[Any]:
+    """Use the iterator of a DataLoader inside the block, then end its worker processes, if it has any.
+
+    Raises:
+        UserError: a worker process was killed, gave no batch within PATIENCE, or met a fault of the data.
+    """
+    try:
+        with explain_lost_workers():
+            yield iterator
+    except (BadSample, UserError) as error:
         raise UserError(_reason(error)) from None
+    finally:
+        # A traceback may keep the iterator, and so its workers, alive. At exit Python sends them a SIGTERM, which they
+        # may ignore, and would then wait for them forever.
+        if hasattr(iterator, "_shutdown_workers"):
+            iterator._shutdown_workers()
+            for worker in iterator._workers:
+                worker.kill()
+                worker.join()
 
 
 def _reason(error: Exception) -> str:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import json
 import os
 import re
 import stat
+import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
+from dalle_cli.errors import UserError
+
+T = TypeVar("T")
 IMAGE_FORMATS: dict[str, tuple[str, ...]] = {
     "JPEG": ("jpg", "jpeg", "jpe", "jfif"),
     "PNG": ("png",),
@@ -34,6 +39,12 @@ CAPTION_FIELDS = ("captions", "caption", "text", "prompt", "title", "name")
 """Fields of a picture's .json that may hold captions; the first that holds text is used."""
 MAX_CAPTION_BYTES = 1 << 20
 MAX_IMAGE_BYTES = 512 << 20
+PAUSES = (0.1, 0.4, 1.5, 6.0)
+"""Seconds before each further try of a read that failed."""
+_LASTING = frozenset(
+    {None, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}
+)
+"""Errors that lie in the file and not in its file system; libraries that find damage give no number."""
 MOST_WORD_LETTERS = 5000
 """Length above which a word is taken for data, such as base64; BPE needs time quadratic in it."""
 
@@ -166,27 +177,58 @@ def clean_caption(text: str) -> str:
     return text
 
 
-def read_caption_file(path: Path) -> list[str]:
-    """Return the captions of a .txt, .caption or .json; raise BadSample if it cannot be read or none can be used."""
+def read_again(what: str, read: Callable[[], T], was_there: Callable[[], bool] = lambda: True) -> T:
+    """Return what ``read`` returns of a file of an opened source; if it fails, try again after each of PAUSES.
+
+    So a file system that is away for a moment does not make its samples look bad. A file that is not found is waited
+    for if ``was_there`` says so. ``what`` names the file in messages.
+
+    Raises:
+        BadSample: the file cannot be read for a reason of its own, or was never there.
+        UserError: the file system fails, or the file is gone.
+    """
+    for pause in (*PAUSES, None):
+        try:
+            return read()
+        except OSError as error:
+            reason = error.strerror or str(error).partition("\n")[0]
+            if error.errno in _LASTING or (error.errno == errno.ENOENT and not was_there()):
+                raise BadSample(f"{what} cannot be read: {reason}") from error
+            if pause is None:
+                raise UserError(
+                    f"{error.filename or what}: cannot be read any more ({reason}); see to its disk or network, then "
+                    "run the same command again"
+                ) from None
+            time.sleep(pause)
+    raise AssertionError
+
+
+def read_caption_file(path: Path, was_there: Callable[[], bool] = lambda: False) -> list[str]:
+    """Return the captions of a .txt, .caption or .json; see ``read_again`` for what is raised."""
     captions_of = json_captions if path.suffix.lower() == ".json" else text_captions
-    return captions_of(_read(path, "caption", MAX_CAPTION_BYTES))
+    return captions_of(read_again("the caption", lambda: _read(path, "caption", MAX_CAPTION_BYTES), was_there))
+
+
+def read_source_image(path: Path, was_there: Callable[[], bool] = lambda: True) -> bytes:
+    """Return the bytes of an image file of an opened source; see ``read_again`` for what is raised."""
+    return read_again("the image", lambda: _read(path, "image", MAX_IMAGE_BYTES), was_there)
 
 
 def read_image_file(path: Path) -> bytes:
     """Return the bytes of an image file; raise BadSample if it cannot be read or is too large."""
-    return _read(path, "image", MAX_IMAGE_BYTES)
+    try:
+        return _read(path, "image", MAX_IMAGE_BYTES)
+    except OSError as error:
+        raise BadSample(f"the image cannot be read: {error.strerror}") from error
 
 
 def _read(path: Path, what: str, limit: int) -> bytes:
-    try:
-        found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode):  # a pipe would block forever, a device might never end
-            raise BadSample(f"the {what} is not an ordinary file")
-        if found.st_size > limit:
-            raise BadSample(f"the {what} is larger than {limit >> 20} MiB")
-        return path.read_bytes()
-    except OSError as error:
-        raise BadSample(f"the {what} cannot be read: {error.strerror}") from error
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):  # a pipe would block forever, a device might never end
+        raise BadSample(f"the {what} is not an ordinary file")
+    if found.st_size > limit:
+        raise BadSample(f"the {what} is larger than {limit >> 20} MiB")
+    return path.read_bytes()
 
 
 def unread_format(extension: str) -> str:

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from threading import Thread
 from typing import Any, TypeVar
 
@@ -29,7 +30,9 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def map_blocks(function: Callable[[range], T], blocks: Sequence[range], workers: int) -> Iterator[T]:
+def map_blocks(
+    function: Callable[[range], T], blocks: Sequence[range], workers: int, mend: str = "give fewer --workers"
+) -> Iterator[T]:
     """Yield ``function(block)`` for each block in order, computed by ``workers`` processes.
 
     With one worker, this process computes. ``function`` is sent to each process once, at its start, so it may hold a
@@ -37,7 +40,7 @@ def map_blocks(function: Callable[[range], T], blocks: Sequence[range], workers:
     one another and take cores from the other processes.
 
     Raises:
-        UserError: a worker process was killed, perhaps for lack of memory.
+        UserError: a worker process was killed, perhaps for lack of memory; the message ends with ``mend``.
     """
     workers = min(workers, len(blocks))
     if workers < 2:
@@ -60,12 +63,28 @@ def map_blocks(function: Callable[[range], T], blocks: Sequence[range], workers:
             while in_flight:
                 yield in_flight.popleft().result()
         except BrokenProcessPool:
-            raise UserError(
-                f"a worker process was killed, perhaps for lack of memory; give fewer than --workers {workers}"
-            ) from None
+            raise UserError(f"a worker process was killed, perhaps for lack of memory; {mend}") from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+@contextmanager
+def explain_lost_workers() -> Iterator[None]:
+    """Turn torch's error about the worker processes of a DataLoader into a UserError.
+
+    It comes while the process waits for a batch, or, when a worker is killed, at any place of the block.
+    """
+    try:
+        yield
+    except (RuntimeError, EOFError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader" not in str(error):
+            raise
+        reason = (str(error) or "it ended while it passed on pictures").splitlines()[0]
+        raise UserError(
+            f"a worker process that loads pictures was lost ({reason}); if memory ran out, set "
+            "training.workers to less; run the same command again to resume"
+        ) from None
 
 
 def split_blocks(rows: range, size: int) -> list[range]:

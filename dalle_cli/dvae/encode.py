@@ -15,6 +15,7 @@ from dalle_cli.data.filters import picture_identity
 from dalle_cli.data.joined import sizes_of
 from dalle_cli.data.picture_loader import PictureBlock, consecutive_pictures
 from dalle_cli.data.source import Source
+from dalle_cli.data.workers import explain_lost_workers
 from dalle_cli.distributed.device import choose_device, limit_threads, prepare_process
 from dalle_cli.dvae.model import DVAE
 from dalle_cli.dvae.objective import encoder_input, reconstructed_images
@@ -122,7 +123,8 @@ def encode_source(
                 workers=recipe.dvae.training.workers,
                 pinned=device.type == "cuda",
             )
-            encode_into(writer, model, blocks, eps, len(todo))
+            with explain_lost_workers():
+                encode_into(writer, model, blocks, eps, len(todo))
         writer.finish()
     return EncodedRows(writer.rows, sum(writer.progress.skipped.values()))
 

@@ -61,6 +61,7 @@ class DvaeTask:
 
     def __post_init__(self) -> None:
         rows = np.arange(len(self.source))
+        self._replaced = 0.0
         self.training_rows, self.held_out = split_rows(rows, self.recipe, sizes_of(self.source))
 
     @property
@@ -90,8 +91,9 @@ class DvaeTask:
             crop=self.recipe.data.dvae_crop,
             part=self.group.part(training.batch_size),
         )
-        for batch, _, _ in pictures.batches(start, stop):
-            yield batch
+        for batch in pictures.batches(start, stop):
+            self._replaced = batch.replaced
+            yield batch.pictures
 
     def micro_batches(self, batch: Tensor, size: int | None) -> list[tuple[Any, float]]:
         whole = self.recipe.dvae.training.batch_size
@@ -131,6 +133,7 @@ class DvaeTask:
             "perceptual": found.perceptual,
             "kl_weight": torch.tensor(kl_weight),
             "temperature": torch.tensor(temperature),
+            "replaced": torch.tensor(self._replaced),
         }
 
     def validate(self, step: int) -> dict[str, float]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from dalle_cli.fid.plots import TITLES, draw_plots
 from dalle_cli.fid.presets import Preset
 from dalle_cli.fid.systems import System, captions_beside, captions_of_source, per_caption
 from dalle_cli.randomness import numpy_generator
-from dalle_cli.stores.files import write_atomically, write_json
+from dalle_cli.stores.files import csv_text, write_atomically, write_json
 from dalle_cli.views.contact_sheet import png_bytes
 from dalle_cli.views.html import render
 
@@ -87,9 +85,11 @@ def write_evaluation(evaluation: Evaluation, grid: Sequence[GridRow], out: Path)
 
 def figures_csv(evaluation: Evaluation) -> str:
     """Return a CSV line for each value, of the curve ``none`` (a system's own), ``blur``, ``pool`` or ``accuracy``."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["system", "curve", "x", "metric", "value", "error", "n_generated", "n_reference"])
+    return csv_text(_figure_rows(evaluation))
+
+
+def _figure_rows(evaluation: Evaluation) -> Iterator[Sequence[object]]:
+    yield "system", "curve", "x", "metric", "value", "error", "n_generated", "n_reference"
     for system in evaluation.systems:
         points: list[tuple[str, str | int, Figures | PoolPoint]] = [("none", "", system)]
         points += [("blur", f"{point.radius:g}", point) for point in system.blur]
@@ -100,12 +100,11 @@ def figures_csv(evaluation: Evaluation) -> str:
                     error = getattr(point, "kid_std" if metric == "kid_mean" else f"{metric}_error")
                     name = evaluation.score_name if metric == "score" else metric
                     counts = point.n_generated, system.n_reference
-                    writer.writerow([system.name, curve, x, name, value, error, *counts])
+                    yield system.name, curve, x, name, value, error, *counts
         for group, accuracy in accuracy_json(system.accuracy).items():
             for size, share in accuracy["by_pool_size"].items():
                 name, prompts = f"right, {group}", accuracy["prompts"]
-                writer.writerow([system.name, "accuracy", size, name, share["value"], share["error"], prompts, ""])
-    return buffer.getvalue()
+                yield system.name, "accuracy", size, name, share["value"], share["error"], prompts, ""
 
 
 def page(evaluation: Evaluation, pngs: Mapping[str, bytes], grid: Sequence[GridRow]) -> str:

@@ -10,7 +10,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from dalle_cli.fid.figures import Evaluation, Figures, PoolPoint, SystemFigures
-from dalle_cli.views.plots import BLUE, GREEN, GREY, ORANGE, STYLE, VIOLET
+from dalle_cli.views.plots import BLUE, GREEN, GREY, ORANGE, STYLE, VIOLET, label_of
 
 COLOURS = (BLUE, ORANGE, GREEN, VIOLET, GREY, "#b03060", "#8a6d1d")
 MARKERS = "osD^v<>"
@@ -54,7 +54,7 @@ def _curves(
         axes = figure.subplots()
         shown: set[float] = set()
         for number, system in enumerate(systems):
-            style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "label": system.name}
+            style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "label": label_of(system.name)}
             points: list[tuple[float, Figures | PoolPoint]] = (
                 [(point.radius, point) for point in system.blur]
                 if curve == "blur"
@@ -94,7 +94,7 @@ def _accuracies(systems: Sequence[SystemFigures]) -> tuple[bytes, bytes]:
             y = [100 * share.value for share in by_size.values()]
             errors = [100 * share.error for share in by_size.values()]
             axes.errorbar(list(by_size), y, yerr=errors, capsize=2, elinewidth=1, marker=MARKERS[number % len(MARKERS)],
-                          markersize=3.5, color=COLOURS[number % len(COLOURS)], label=name)  # fmt: skip
+                          markersize=3.5, color=COLOURS[number % len(COLOURS)], label=label_of(name))  # fmt: skip
         _scale(axes, "pool", sorted(shown))
         axes.set_ylim(0, 102)
         axes.set_xlabel(AXES["pool"])

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from dalle_cli.human_study.results import QuestionFigures, StudyFigures
 from dalle_cli.human_study.study import QUESTIONS, Question
-from dalle_cli.views.plots import BLUE, ORANGE, STYLE
+from dalle_cli.views.plots import BLUE, ORANGE, STYLE, label_of
 
 COLOURS = (BLUE, ORANGE)
 TITLES: dict[Question, str] = {"realistic": "more realistic", "caption": "matches the\ncaption better"}
@@ -52,10 +52,10 @@ def _majority(axes: Any, figures: StudyFigures) -> None:
             share = figures.questions[question].majority[name].share
             at = x + (place - 0.5) * WIDTH
             if share is None:
-                axes.bar(at, 0, color=colour, label=name if x == 0 else None)
+                axes.bar(at, 0, color=colour, label=label_of(name) if x == 0 else None)
                 continue
             value, low, high = (100 * part for part in (share.value, share.low, share.high))
-            axes.bar(at, value, WIDTH * 0.94, color=colour, label=name if x == 0 else None)
+            axes.bar(at, value, WIDTH * 0.94, color=colour, label=label_of(name) if x == 0 else None)
             axes.errorbar(at, value, yerr=[[value - low], [high - value]], color="#3a3f4b", elinewidth=1, capsize=2.5)
             axes.annotate(f"{value:.1f}", (at, high), xytext=(0, 2), ha="center", textcoords="offset points")
     axes.set_xticks(range(len(QUESTIONS)), [TITLES[question] for question in QUESTIONS])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import csv
 import io
 import json
 from collections.abc import Iterable, Sequence
@@ -18,7 +17,7 @@ from dalle_cli.human_study.plot import COLOURS, draw
 from dalle_cli.human_study.results import PairVotes, Results, StudyFigures, count_votes, study_figures, system_on
 from dalle_cli.human_study.study import PICTURES, QUESTIONS, VOTES, load_key, load_study
 from dalle_cli.human_study.votes import Vote, Votes
-from dalle_cli.stores.files import write_atomically
+from dalle_cli.stores.files import csv_text, write_atomically
 from dalle_cli.views.html import render
 
 REPORT = "report"
@@ -58,8 +57,8 @@ def write_report(folder: Path) -> tuple[StudyFigures, Path]:
     write_atomically(out / "votes.svg", svg)
     write_atomically(out / "votes.png", draw(figures, "png"))
     write_atomically(out / "report.json", json.dumps(asdict(figures), indent=2, ensure_ascii=False) + "\n")
-    write_atomically(out / "pairs.csv", _csv(_pair_rows(results)))
-    write_atomically(out / "votes.csv", _csv(_vote_rows(results, votes)))
+    write_atomically(out / "pairs.csv", csv_text(_pair_rows(results)))
+    write_atomically(out / "votes.csv", csv_text(_vote_rows(results, votes)))
     write_atomically(out / "report.html", _page(results, figures, svg.decode(), folder / PICTURES))
     return figures, out / "report.html"
 
@@ -83,12 +82,6 @@ def _vote_rows(results: Results, votes: Sequence[Vote]) -> Iterable[Sequence[obj
             system, check = "", "right" if vote.answer == item.check else "wrong"
         excluded = int(annotator.excluded)
         yield annotator.label, excluded, vote.at, item.id, vote.question, vote.answer, system, check
-
-
-def _csv(rows: Iterable[Sequence[object]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
 
 
 def _page(results: Results, figures: StudyFigures, plot: str, pictures: Path) -> str:

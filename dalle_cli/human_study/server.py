@@ -1,32 +1,41 @@
 """Serve a study as a small web page: three files, the pictures under their random names, and two API calls.
 
-``GET /api/next?annotator=NAME`` returns the next tasks. ``POST /api/vote`` records one answer and replies once it is on
-disk. The server reads only ``study.json``, never the key, and no path of a request reaches the file system.
+``GET /api/next`` returns an annotator's next tasks. ``POST /api/vote`` records one answer and replies once it is on
+disk. Both want the secret code of the annotator's link, so that whoever holds one link has one vote. The code is in the
+link's fragment, which browsers do not send, and in the header ``Authorization``, which pages of other sites cannot set.
+The server reads only ``study.json``, never the key, and no path of a request reaches the file system.
 """
 
 from __future__ import annotations
 
 import json
+import socket
 import sqlite3
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
+from ipaddress import ip_address
 from pathlib import Path
 from socketserver import TCPServer
+from threading import Lock
 from typing import Any, get_args
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 
 from dalle_cli.errors import UserError
 from dalle_cli.human_study.study import PICTURES, WORDING, Item, Question, Side, load_study
-from dalle_cli.human_study.votes import Task, VoteRefused, Votes, annotator_name
+from dalle_cli.human_study.votes import Annotator, Task, VoteRefused, Votes
 from dalle_cli.progress import log
 
 MAX_BODY_BYTES = 4096
-IDLE_SECONDS = 60
-"""Seconds without a request after which a connection is closed."""
+IDLE_SECONDS = 15
+"""Seconds without a byte after which a connection is closed."""
+MAX_CONNECTIONS, MAX_OF_ONE_ADDRESS = 256, 64
+"""Number of open connections, each of which takes a thread, in all and from one address; others are closed at once."""
+EVERY_ADDRESS = "0.0.0.0"
 PAGE_FILES = {"/": ("index.html", "text/html"), "/study.css": ("study.css", "text/css"),
               "/study.js": ("study.js", "text/javascript")}  # fmt: skip
 _HEADERS = {
@@ -41,9 +50,12 @@ class BadRequest(Exception):
     """A malformed request; the message says why."""
 
 
+class UnknownCode(Exception):
+    """A request without the code of an annotator of this study."""
+
+
 @dataclass(frozen=True)
 class _PostedVote:
-    annotator: str
     item: Item
     question: Question
     answer: Side
@@ -55,8 +67,18 @@ class StudyServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, folder: Path, host: str = "127.0.0.1", port: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        names: Collection[str] = (),
+        links: int | None = None,
+    ) -> None:
         """Bind the address at once; port 0 takes a free one.
+
+        ``names`` are further names of this machine under which browsers may ask for it, beside its addresses. There
+        are ``links`` annotators, or as many as the votes that each question needs.
 
         Raises:
             UserError: ``folder`` holds no complete study, its votes cannot be opened, or the address cannot be bound.
@@ -67,6 +89,9 @@ class StudyServer(ThreadingHTTPServer):
         for path in self.pictures.values():
             if not path.is_file():
                 raise UserError(f"{path}: the study's picture is missing; make the study anew")
+        self.names = {name.lower() for name in ("localhost", socket.gethostname(), *names)}
+        self._open: Counter[str] = Counter()
+        self._open_lock = Lock()
         page = files("dalle_cli.human_study") / "page"
         self.page = {url: ((page / name).read_bytes(), kind) for url, (name, kind) in PAGE_FILES.items()}
         try:
@@ -78,11 +103,32 @@ class StudyServer(ThreadingHTTPServer):
         except UserError:
             self.server_close()
             raise
+        self.annotators = self.votes.annotators(links or self.study.annotators)
 
-    @property
-    def address(self) -> str:
-        """URL of the page."""
-        return f"http://{self.server_name}:{self.server_port}/"
+    def link(self, annotator: Annotator) -> str:
+        """Return the URL of the page for one annotator."""
+        name = socket.gethostname() if self.server_name == EVERY_ADDRESS else self.server_name
+        return f"http://{name}:{self.server_port}/#{annotator.code}"
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Return whether one more connection from this address may be open."""
+        with self._open_lock:
+            return self._open.total() < MAX_CONNECTIONS and self._open[client_address[0]] < MAX_OF_ONE_ADDRESS
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer a connection in a thread of its own."""
+        with self._open_lock:
+            self._open[client_address[0]] += 1
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer a connection until it is closed."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            with self._open_lock:
+                self._open[client_address[0]] -= 1
+                self._open += Counter()  # drops addresses without connections
 
     def server_bind(self) -> None:
         """Bind the socket without the base class's slow look-up of the host's full name."""
@@ -109,24 +155,49 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
-        url = urlsplit(self.path)
-        if url.path in PAGE_FILES:
-            content, kind = self.server.page[url.path]
+        path = urlsplit(self.path).path
+        if not self._is_for_us():
+            self._refuse()
+        elif path in PAGE_FILES:
+            content, kind = self.server.page[path]
             self._send(HTTPStatus.OK, content, f"{kind}; charset=utf-8")
-        elif url.path == "/api/next":
-            self._answer(lambda: self._next(url.query))
-        elif url.path in self.server.pictures:
-            picture = self.server.pictures[url.path].read_bytes()
+        elif path == "/api/next":
+            self._answer(self._next)
+        elif path in self.server.pictures:
+            picture = self.server.pictures[path].read_bytes()
             self._send(HTTPStatus.OK, picture, "image/png", cache="private, max-age=86400, immutable")
         else:
             self._json(HTTPStatus.NOT_FOUND, {"error": "there is no such page"})
 
     def do_POST(self) -> None:
-        if urlsplit(self.path).path != "/api/vote":
+        if not self._is_for_us():
+            self._refuse()
+        elif urlsplit(self.path).path != "/api/vote":
             self.close_connection = True  # the body is left unread
             self._json(HTTPStatus.NOT_FOUND, {"error": "there is no such page"})
-            return
-        self._answer(self._vote)
+        else:
+            self._answer(self._vote)
+
+    def _is_for_us(self) -> bool:
+        """Return whether a request asks for this machine, and comes from no other site's page.
+
+        A foreign name that leads here (DNS rebinding) would make this server part of a foreign site; a number cannot.
+        """
+        host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+            known = name in self.server.names or _is_address(name)
+            return known and (origin is None or urlsplit(origin).netloc == host)
+        except ValueError:
+            return False
+
+    def _refuse(self) -> None:
+        self.close_connection = True  # a body is left unread
+        name = json.dumps(self.headers.get("Host", ""))
+        self._json(
+            HTTPStatus.FORBIDDEN,
+            {"error": f"{name} is no name of this server; allow it by dalle human-study serve --name"},
+        )
 
     def _answer(self, call: Callable[[], dict[str, Any]]) -> None:
         """Answer with the call's result as JSON, or with the reason for its failure."""
@@ -134,14 +205,24 @@ class _Handler(BaseHTTPRequestHandler):
             self._json(HTTPStatus.OK, call())
         except BadRequest as error:
             self._json(HTTPStatus.BAD_REQUEST, {"error": str(error)})
+        except UnknownCode:
+            self._json(HTTPStatus.FORBIDDEN, {"error": "no code of this study; open the link that you were sent"})
         except VoteRefused as error:
             self._json(HTTPStatus.CONFLICT, {"error": str(error)})
         except sqlite3.Error as error:
             log(f"votes: {error}")
             self._json(HTTPStatus.SERVICE_UNAVAILABLE, {"error": "the vote could not be recorded; try again"})
 
-    def _next(self, query: str) -> dict[str, Any]:
-        annotator = _annotator(parse_qs(query).get("annotator", [""])[0])
+    def _annotator(self) -> str:
+        """Return the name of the annotator whose code the request has."""
+        scheme, _, code = self.headers.get("Authorization", "").partition(" ")
+        name = self.server.votes.name_of(code) if scheme == "Bearer" else None
+        if name is None:
+            raise UnknownCode
+        return name
+
+    def _next(self) -> dict[str, Any]:
+        annotator = self._annotator()
         work = self.server.votes.work(annotator)
         # The page prefetches the pictures of the second task.
         return {
@@ -153,7 +234,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _vote(self) -> dict[str, Any]:
         vote = self._read_vote()
-        self.server.votes.record(vote.annotator, vote.item, vote.question, vote.answer)
+        self.server.votes.record(self._annotator(), vote.item, vote.question, vote.answer)
         return {"kept": vote.answer}
 
     def _read_vote(self) -> _PostedVote:
@@ -175,15 +256,15 @@ class _Handler(BaseHTTPRequestHandler):
             vote = json.loads(body)
         except (ValueError, RecursionError):
             raise BadRequest("the vote is not JSON") from None
-        if not isinstance(vote, dict) or vote.keys() != {"annotator", "item", "question", "answer"}:
-            raise BadRequest("a vote has annotator, item, question and answer, and nothing else")
+        if not isinstance(vote, dict) or vote.keys() != {"item", "question", "answer"}:
+            raise BadRequest("a vote has item, question and answer, and nothing else")
         item = self.server.study.by_id.get(vote["item"]) if isinstance(vote["item"], str) else None
         if item is None:
             raise BadRequest("there is no such item")
         for name, kind in (("question", Question), ("answer", Side)):
             if vote[name] not in get_args(kind):
                 raise BadRequest(f"{name} is one of {', '.join(get_args(kind))}")
-        return _PostedVote(_annotator(vote["annotator"]), item, vote["question"], vote["answer"])
+        return _PostedVote(item, vote["question"], vote["answer"])
 
     def _json(self, status: HTTPStatus, value: Any) -> None:
         self._send(status, json.dumps(value, ensure_ascii=False).encode(), "application/json")
@@ -204,13 +285,12 @@ def _url(picture: str) -> str:
     return f"/{PICTURES}/{picture}"
 
 
-def _annotator(name: Any) -> str:
-    if not isinstance(name, str):
-        raise BadRequest("annotator is a name")
+def _is_address(name: str) -> bool:
     try:
-        return annotator_name(name)
-    except ValueError as error:
-        raise BadRequest(f"annotator: {error}") from None
+        ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _task_json(task: Task) -> dict[str, Any]:

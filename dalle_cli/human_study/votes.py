@@ -5,8 +5,8 @@ Progress, next tasks and excluded annotators are computed from the votes, so a k
 
 from __future__ import annotations
 
+import secrets
 import sqlite3
-import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,15 +19,17 @@ from dalle_cli.errors import UserError
 from dalle_cli.human_study.study import QUESTIONS, VOTES, Item, Question, Side, Study
 from dalle_cli.randomness import numpy_generator
 
-MAX_NAME_LENGTH = 64
+BUSY_SECONDS = 1
+"""Seconds that a vote waits for another one, or for another process with the database, before it is refused."""
 _TABLES = """
 CREATE TABLE IF NOT EXISTS study (sha256 TEXT NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS annotators (name TEXT PRIMARY KEY, code TEXT NOT NULL UNIQUE) STRICT;
 CREATE TABLE IF NOT EXISTS votes (
     annotator TEXT NOT NULL, item TEXT NOT NULL, question TEXT NOT NULL, answer TEXT NOT NULL, at TEXT NOT NULL,
     PRIMARY KEY (annotator, item, question)
 ) STRICT;
 """
-# A table of this connection alone, filled from study.json.
+# A table of each connection, filled from study.json.
 _CHECKS = "CREATE TEMP TABLE checks (item TEXT PRIMARY KEY, answer TEXT NOT NULL)"
 _EXCLUDED = """
 SELECT annotator FROM votes JOIN checks USING (item) WHERE votes.answer <> checks.answer
@@ -37,6 +39,14 @@ GROUP BY annotator HAVING count(*) > ?
 
 class VoteRefused(Exception):
     """A well-formed vote that is not recorded; the message says why."""
+
+
+@dataclass(frozen=True)
+class Annotator:
+    """Someone who may vote: the name in results, and the secret code of the link to the page."""
+
+    name: str
+    code: str
 
 
 @dataclass(frozen=True)
@@ -67,20 +77,11 @@ class Work:
     tasks: tuple[Task, ...]
 
 
-def annotator_name(text: str) -> str:
-    """Normalize an annotator's name: ``ANNA `` becomes ``anna``.
-
-    Raises:
-        ValueError: the name is not 1 to 64 printable characters.
-    """
-    name = " ".join(unicodedata.normalize("NFKC", text).split()).casefold()
-    if not 1 <= len(name) <= MAX_NAME_LENGTH or not name.isprintable():
-        raise ValueError(f"a name has 1 to {MAX_NAME_LENGTH} printable characters")
-    return name
-
-
 class Votes:
-    """Votes of a study, safe to use from several threads and processes at once."""
+    """Votes of a study, safe to use from several threads and processes at once.
+
+    Reading has a connection of its own, so that no reader waits for a vote that cannot be recorded now.
+    """
 
     def __init__(self, folder: Path, study: Study) -> None:
         """Open the votes in ``folder``, or create them.
@@ -89,49 +90,68 @@ class Votes:
             UserError: the file holds another study's votes, or is not a writable database.
         """
         self.study = study
-        self._lock = Lock()
+        self._writer_lock, self._reader_lock = Lock(), Lock()
         path = folder / VOTES
         try:
-            self._db = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = FULL")
-            self._db.executescript(_TABLES + _CHECKS)
+            self._writer = _connect(path, study)
+            self._writer.execute("PRAGMA journal_mode = WAL")
+            self._writer.execute("PRAGMA synchronous = FULL")
+            self._writer.executescript(_TABLES)
             with self._transaction():
-                if self._db.execute("SELECT count(*) FROM study").fetchone() == (0,):
-                    self._db.execute("INSERT INTO study VALUES (?)", (study.sha256,))
+                if self._writer.execute("SELECT count(*) FROM study").fetchone() == (0,):
+                    self._writer.execute("INSERT INTO study VALUES (?)", (study.sha256,))
+            self._reader = _connect(path, study)
+            for db in (self._writer, self._reader):
+                db.execute(f"PRAGMA busy_timeout = {1000 * BUSY_SECONDS}")
         except sqlite3.Error as error:
             raise UserError(f"{path}: cannot be used ({error}); check that it is a writable file of votes") from None
-        if self._db.execute("SELECT sha256 FROM study").fetchall() != [(study.sha256,)]:
+        if self._reader.execute("SELECT sha256 FROM study").fetchall() != [(study.sha256,)]:
             raise UserError(f"{path}: holds the votes of another study; move them back to their own folder")
-        rows = [(item.id, item.check) for item in study.checks]
-        self._db.executemany("INSERT INTO checks VALUES (?, ?)", rows)
+
+    def annotators(self, number: int) -> list[Annotator]:
+        """Return the first ``number`` annotators; those that are new get a code of 96 random bits."""
+        with self._transaction():
+            rows = self._writer.execute("SELECT name, code FROM annotators ORDER BY rowid").fetchall()
+            known = [Annotator(*row) for row in rows]
+            for place in range(len(known) + 1, number + 1):
+                known.append(Annotator(f"annotator-{place:02d}", secrets.token_urlsafe(12)))
+                self._writer.execute("INSERT INTO annotators VALUES (?, ?)", (known[-1].name, known[-1].code))
+        return known[:number]
+
+    def name_of(self, code: str) -> str | None:
+        """Return the name of the annotator with this code, None if there is none."""
+        with self._reader_lock:
+            found = self._reader.execute("SELECT name FROM annotators WHERE code = ?", (code,)).fetchone()
+        return None if found is None else str(found[0])
 
     def record(self, annotator: str, item: Item, question: Question, answer: Side) -> None:
         """Record one vote; it is on disk when this returns.
 
         Raises:
             VoteRefused: the annotator answered this before, or the question has all the votes wanted.
+            sqlite3.OperationalError: the database is busy, or the disk is full.
         """
-        with self._lock, self._transaction():
+        with self._transaction():
             mine = (annotator, item.id, question)
-            before = self._db.execute(
+            before = self._writer.execute(
                 "SELECT answer FROM votes WHERE (annotator, item, question) = (?, ?, ?)", mine
             ).fetchone()
             if before is not None:
                 raise VoteRefused(f"this was answered before, with {before[0]}; the first answer is kept")
-            if item.check is None and self._counts().get((item.id, question), 0) >= self.study.annotators:
+            counts = self._counts(self._writer)
+            if item.check is None and counts.get((item.id, question), 0) >= self.study.annotators:
                 raise VoteRefused(f"{self.study.annotators} annotators have answered this already")
             at = datetime.now(UTC).isoformat(timespec="milliseconds")
-            self._db.execute("INSERT INTO votes VALUES (?, ?, ?, ?, ?)", (*mine, answer, at))
+            self._writer.execute("INSERT INTO votes VALUES (?, ?, ?, ?, ?)", (*mine, answer, at))
 
     def work(self, annotator: str) -> Work:
         """Return the annotator's number of finished items and open tasks, in this annotator's random order.
 
         A question about a pair is open until it has all its votes, without excluded annotators. Checks are for all.
         """
-        with self._lock:
-            rows = self._db.execute("SELECT item, question FROM votes WHERE annotator = ?", (annotator,)).fetchall()
-            counts = self._counts()
+        with self._reader_lock:
+            rows = self._reader.execute("SELECT item, question FROM votes WHERE annotator = ?", (annotator,)).fetchall()
+            counts = self._counts(self._reader)
         answered = set(rows)
         tasks = []
         for item in _order(self.study, annotator):
@@ -148,13 +168,14 @@ class Votes:
 
     def all(self) -> list[Vote]:
         """Return all votes, ordered by time."""
-        with self._lock:
-            rows = self._db.execute("SELECT annotator, item, question, answer, at FROM votes ORDER BY at, rowid")
+        with self._reader_lock:
+            rows = self._reader.execute("SELECT annotator, item, question, answer, at FROM votes ORDER BY at, rowid")
             return [Vote(*row) for row in rows]
 
     def close(self) -> None:
         """Close the database."""
-        self._db.close()
+        self._reader.close()
+        self._writer.close()
 
     def __enter__(self) -> Votes:
         return self
@@ -162,9 +183,9 @@ class Votes:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def _counts(self) -> dict[tuple[str, str], int]:
+    def _counts(self, db: sqlite3.Connection) -> dict[tuple[str, str], int]:
         """Count the votes on each item and question, without excluded annotators."""
-        rows = self._db.execute(
+        rows = db.execute(
             f"SELECT item, question, count(*) FROM votes WHERE annotator NOT IN ({_EXCLUDED}) GROUP BY item, question",
             (self.study.wrong_allowed,),
         )
@@ -172,13 +193,26 @@ class Votes:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
+        """Write alone inside the block; it is on disk after it."""
+        if not self._writer_lock.acquire(timeout=BUSY_SECONDS):
+            raise sqlite3.OperationalError("other votes are being recorded")
         try:
-            yield
-            self._db.execute("COMMIT")
+            self._writer.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._writer.execute("COMMIT")
+            finally:
+                if self._writer.in_transaction:
+                    self._writer.execute("ROLLBACK")
         finally:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
+            self._writer_lock.release()
+
+
+def _connect(path: Path, study: Study) -> sqlite3.Connection:
+    db = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
+    db.execute(_CHECKS)
+    db.executemany("INSERT INTO checks VALUES (?, ?)", [(item.id, item.check) for item in study.checks])
+    return db
 
 
 def _order(study: Study, annotator: str) -> list[Item]:

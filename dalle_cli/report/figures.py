@@ -9,7 +9,7 @@ from dalle_cli.report.artifacts import ArtifactRow
 from dalle_cli.report.evaluations import CurveFigures, EvaluationRow, features_badge
 from dalle_cli.report.image_tokens import CodebookFigures, ReconstructionFigures
 from dalle_cli.report.samples import OracleFigures, SheetFigures
-from dalle_cli.report.training import DrawingFigures, StageFigures
+from dalle_cli.report.training import DrawingFigures, RetrievalFigures, StageFigures
 from dalle_cli.shapes.accuracy import Share, accuracy_figures
 
 
@@ -47,6 +47,7 @@ class ReportFigures:
     codebook: CodebookFigures | None
     stages: dict[str, StageFigures]
     drawings: DrawingFigures | None
+    retrieval: RetrievalFigures | None
     fid: list[EvaluationRow]
     curves: list[CurveFigures]
     samples: list[SamplesFigures]

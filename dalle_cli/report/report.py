@@ -15,7 +15,7 @@ from dalle_cli.report.figures import DataFigures, ReportFigures, SamplesFigures
 from dalle_cli.report.image_tokens import count_codes, reconstruct
 from dalle_cli.report.page import page
 from dalle_cli.report.samples import draw_sheet, judge_samples, read_ranked
-from dalle_cli.report.training import prior_drawings, stage_figures, training_curves
+from dalle_cli.report.training import clip_retrieval, prior_drawings, stage_figures, training_curves
 from dalle_cli.stores.files import write_atomically, write_json
 from dalle_cli.stores.samples import STORE
 from dalle_cli.stores.tokens import TokenReader
@@ -69,6 +69,9 @@ def write_report(recipe: Recipe, ranked: Path | None, fids: Sequence[Path], out:
     drawings = prior_drawings(run)
     if drawings is not None:
         pngs["drawings"] = png_bytes(drawings[1])
+    retrieval = clip_retrieval(run)
+    if retrieval is not None:
+        pngs["retrieval"] = png_bytes(retrieval[1])
     curves, curve_pngs = draw_curves(evaluations)
     pngs |= curve_pngs
 
@@ -82,6 +85,7 @@ def write_report(recipe: Recipe, ranked: Path | None, fids: Sequence[Path], out:
         codebook=codebook[0] if codebook is not None else None,
         stages=stage_figures(run),
         drawings=drawings[0] if drawings is not None else None,
+        retrieval=retrieval[0] if retrieval is not None else None,
         fid=evaluation_rows(evaluations),
         curves=curves,
         samples=[SamplesFigures(run.relative(r.store), r.prompts, r.seed, r.settings) for r in requests],

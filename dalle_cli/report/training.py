@@ -37,6 +37,14 @@ class DrawingFigures:
     captions: list[str]
 
 
+@dataclass(frozen=True)
+class RetrievalFigures:
+    """The validation of CLIP whose ranking is shown, and its captions; empty without a token store."""
+
+    update: int
+    captions: list[str]
+
+
 PADDING = 2
 """Width in pixels of the rules between pictures that torchvision's make_grid draws."""
 MOST_DRAWINGS = 8
@@ -128,9 +136,21 @@ def prior_drawings(run: Run) -> tuple[DrawingFigures, Image.Image] | None:
     first = next(iter(drawn.values()))
     row = (len(first) - PADDING) // 2
     joined = np.concatenate([first[:row], *(picture[row : 2 * row] for picture in drawn.values()), first[-PADDING:]])
-    captions: list[str] = []
-    if run.tokens is not None:
-        captions = run.tokens.strings(
-            "caption", split_store(run.tokens, run.recipe)[1][: (first.shape[1] - PADDING) // row]
-        )
+    captions = _held_out_captions(run, (first.shape[1] - PADDING) // row)
     return DrawingFigures(list(drawn), captions), Image.fromarray(joined)
+
+
+def clip_retrieval(run: Run) -> tuple[RetrievalFigures, Image.Image] | None:
+    """Return what CLIP ranked highest for held-out captions at its last validation; None if it had none."""
+    files = sorted((run.folders.clip / PICTURES).glob("retrieval-*.png"))
+    if not files:
+        return None
+    sheet = read_picture(files[-1], "delete it")
+    captions = _held_out_captions(run, (sheet.shape[1] - PADDING) // (run.recipe.image_size + PADDING))
+    return RetrievalFigures(int(files[-1].stem.rpartition("-")[2]), captions), Image.fromarray(sheet)
+
+
+def _held_out_captions(run: Run, count: int) -> list[str]:
+    if run.tokens is None:
+        return []
+    return run.tokens.strings("caption", split_store(run.tokens, run.recipe)[1][:count])

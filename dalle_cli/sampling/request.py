@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -144,6 +144,13 @@ class SampleRequest:
             return range(prompt, prompt + 1), range(self.first + begin, self.first + end)
         prompts = min(size, stop - row) // n
         return range(prompt, prompt + prompts), range(self.first, self.first + n)
+
+    def batches_from(self, row: int, size: int) -> Iterator[range]:
+        """Yield the rows of each ``batch`` of up to ``size`` samples, from ``row`` on."""
+        while row < self.rows.stop:
+            prompts, indices = self.batch(row, size)
+            yield range(row, row + len(prompts) * len(indices))
+            row += len(prompts) * len(indices)
 
     def identity(self, prior: Checkpoint) -> dict[str, Any]:
         """Return everything that decides the samples, the same for all shards, without unused options.

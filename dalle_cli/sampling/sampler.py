@@ -6,6 +6,7 @@ killed job resumes with the same pictures.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch import Tensor
 from dalle_cli.config.run_folders import run_of
 from dalle_cli.config.schema import SamplingSettings
 from dalle_cli.data.source import BadSample, clean_caption
+from dalle_cli.data.workers import map_blocks
 from dalle_cli.distributed.device import choose_device, explain_out_of_memory, limit_threads, prepare_process
 from dalle_cli.dvae.encode import decode_tokens
 from dalle_cli.dvae.model import DVAE
@@ -27,7 +29,7 @@ from dalle_cli.dvae.train import load_dvae
 from dalle_cli.errors import UserError
 from dalle_cli.prior.decode import Decoder
 from dalle_cli.prior.model import load_prior
-from dalle_cli.progress import log, progress
+from dalle_cli.progress import Progress, log, progress
 from dalle_cli.sampling.batch_size import DECODED_AT_ONCE, MAX_SAMPLES, free_memory, sampling_need
 from dalle_cli.sampling.draw import sample_images
 from dalle_cli.sampling.request import SampleRequest, shard_folder
@@ -37,6 +39,9 @@ from dalle_cli.stores.samples import STORE, SampleStore, manifest_line, png_name
 from dalle_cli.stores.shards import WHOLE
 from dalle_cli.text.bpe import Tokenizer
 from dalle_cli.text.encode import CaptionEncoder
+
+Drawn = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Tokens (B, grid, grid) uint16, log-likelihoods (B,) in nats, and pictures (B, S, S, 3) uint8 of a batch."""
 
 
 @dataclass
@@ -50,8 +55,8 @@ class _LoadedModels:
     empty: Tensor
     given: Tensor
 
-    def draw(self, request: SampleRequest, prompts: range, indices: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Draw tokens (B, grid, grid) uint16, log-likelihoods (B,) in nats, and pictures (B, S, S, 3) uint8."""
+    def draw(self, request: SampleRequest, prompts: range, indices: range) -> Drawn:
+        """Draw a batch of samples."""
         some = slice(prompts.start, prompts.stop)
         uniforms = request.uniforms(prompts, indices, self.decoder.image_length)
         tokens, scores = sample_images(
@@ -65,6 +70,32 @@ class _LoadedModels:
         grids = tokens.flatten(0, 1).unflatten(-1, (self.decoder.grid, self.decoder.grid))
         pictures = [decode_tokens(self.dvae, part, self.eps).cpu().numpy() for part in grids.split(DECODED_AT_ONCE)]
         return grids.cpu().numpy().astype(np.uint16), scores.flatten().cpu().numpy(), np.concatenate(pictures)
+
+    def draw_from(self, request: SampleRequest, row: int, size: int, bar: Progress) -> Iterator[Drawn]:
+        """Draw all samples from ``row`` on, ``size`` at once, or fewer if a GPU's memory does not hold them."""
+        while row < request.rows.stop:
+            try:
+                drawn = self.draw(request, *request.batch(row, size))
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                size //= 2
+                bar.say(f"sample: out of memory; continuing with {size} samples at once")
+                continue
+            row += len(drawn[0])
+            yield drawn
+
+
+@dataclass(frozen=True)
+class _DrawAlone:
+    """Draws a batch, given by its rows, in a process of one thread."""
+
+    models: _LoadedModels
+    request: SampleRequest
+
+    def __call__(self, rows: range) -> Drawn:
+        torch.set_num_threads(1)
+        return self.models.draw(self.request, *self.request.batch(rows.start, len(rows)))
 
 
 @dataclass
@@ -115,19 +146,16 @@ class Sampler:
         mend = "lower sampling.batch_size (--batch-size)"
         with explain_out_of_memory(folder, mend):
             models = self._load(request, text)
-        size = samples_at_once(request, models.decoder, models.dvae)
+        processes, size = processes_and_size(request, models.decoder, models.dvae)
         pending: list[tuple[int, np.ndarray, Future[None]]] = []
         total = len(request.rows)
         with progress("sample", total, "images", store.committed) as bar, explain_out_of_memory(folder, mend), store:
-            while row < request.rows.stop:
-                try:
-                    tokens, scores, pictures = models.draw(request, *request.batch(row, size))
-                except torch.OutOfMemoryError:
-                    if size == 1:
-                        raise
-                    size //= 2
-                    bar.say(f"sample: out of memory; continuing with {size} samples at once")
-                    continue
+            batches = (
+                models.draw_from(request, row, size, bar)
+                if processes == 1
+                else map_blocks(_DrawAlone(models, request), list(request.batches_from(row, size)), processes, mend)
+            )
+            for tokens, scores, pictures in batches:
                 places = [request.place(r) for r in range(row, row + len(pictures))]
                 names = [png_name(prompt, index, request.prompts[prompt]) for prompt, index in places]
                 pending.append((row, scores, store.add(row - request.rows.start, tokens, scores, pictures, names)))
@@ -179,12 +207,32 @@ class Sampler:
         return text
 
 
-def samples_at_once(request: SampleRequest, decoder: Decoder, dvae: DVAE) -> int:
-    """Return the batch size: as many samples as fit into memory, at most the request's ``batch_size``."""
+def processes_and_size(request: SampleRequest, decoder: Decoder, dvae: DVAE) -> tuple[int, int]:
+    """Return the number of processes that draw, and the batch size.
+
+    On a CPU, processes of one thread each draw more in all than one process whose threads wait for one another in every
+    small product. So there is one for each thread of torch, if the request is of several batches and memory holds a
+    batch of full size in each. What is left of a resumed request does not count: it is drawn as the rest was.
+    """
+    cores = torch.get_num_threads() if decoder.device.type == "cpu" and hasattr(os, "fork") else 1
+    size = samples_at_once(request, decoder, dvae, cores)
+    full = min(MAX_SAMPLES["cpu"], request.settings.batch_size or MAX_SAMPLES["cpu"])
+    if cores > 1 and size == full and len(request.rows) > size:
+        return cores, size
+    return 1, samples_at_once(request, decoder, dvae)
+
+
+def samples_at_once(request: SampleRequest, decoder: Decoder, dvae: DVAE, processes: int = 1) -> int:
+    """Return the batch size: as many samples as fit into memory, at most the request's ``batch_size``.
+
+    Memory is shared by ``processes`` that draw a batch each.
+    """
     settings, device = request.settings, decoder.device
     given = request.prime.rows * decoder.grid if request.prime else 0
     need = sampling_need(decoder, dvae, settings.guidance != 1, given)
-    fits = need.fitting_samples(free_memory(device), settings.n, MAX_SAMPLES[device.type])
+    free = free_memory(device)
+    shared = None if free is None else free // processes
+    fits = need.fitting_samples(shared, settings.n, MAX_SAMPLES[device.type])
     return min(fits, settings.batch_size or fits)
 
 

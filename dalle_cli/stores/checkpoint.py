@@ -13,7 +13,9 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+
+from pydantic import Field
 
 from dalle_cli.config.load import dump_recipe, load_recipe
 from dalle_cli.config.run_folders import RunFolders
@@ -21,6 +23,7 @@ from dalle_cli.config.schema import Recipe
 from dalle_cli.errors import Damaged, UserError
 from dalle_cli.stores.files import explain_os_errors, json_text, new_directory, rename_synced, sha256_file, write_json
 from dalle_cli.stores.tensor_files import Part, TensorFiles, index_entries, join_entries, part_file, save_tensors
+from dalle_cli.stores.typed import Count, as_type, read_typed
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +34,8 @@ Kind = Literal["dvae", "prior", "clip"]
 Weights = Literal["ema", "raw"]
 Which = Literal["best", "last"]
 """The checkpoint that a run's folder stands for: the one of the best validation, or the newest."""
+STATE = Path("trainer", "state.json")
+"""The trainer's state without tensors, in a checkpoint."""
 _STEP = re.compile("step-[0-9]{8}")
 _NAMES: dict[Weights, str] = {"raw": "model", "ema": "ema"}
 
@@ -49,7 +54,7 @@ class Checkpoint:
 
     path: Path
     kind: Kind
-    step: int
+    step: Count
     belongs: dict[str, str] = field(default_factory=dict)
     """Hashes of the artifacts it was trained with, such as ``{"tokenizer": ..., "dvae": ...}``."""
     metrics: dict[str, float] = field(default_factory=dict)
@@ -59,10 +64,12 @@ class Checkpoint:
     """SHA-256 of each file of weights."""
     others: dict[str, str] = field(default_factory=dict)
     """SHA-256 of the recipe and of each file of the trainer's state, by the path in the checkpoint."""
-    identity: str = ""
+    identity: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] = ""
     """Identity of the EMA weights, which other stages use: the SHA-256 of their file, or of their files' SHA-256."""
-    last_update: int | None = None
+    last_update: Count | None = None
     """Number of updates of the whole run; None in checkpoints of earlier versions, whose runs were never extended."""
+    ended_early: bool = False
+    """``patience`` ended the run here, before its last update."""
 
     def updates(self) -> int:
         """Return the number of updates of the whole run."""
@@ -101,11 +108,7 @@ class Checkpoint:
 
     def trainer_state(self) -> dict[str, Any]:
         """Return the trainer's state without the optimizer's tensors."""
-        state = self.path / "trainer" / "state.json"
-        try:
-            return dict(json.loads(state.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
-            raise Damaged(f"{state}: missing or damaged ({error}); restore it or use an older checkpoint") from None
+        return read_typed(dict[str, Any], self.path / STATE)
 
     def own_state(self, rank: int, size: int) -> dict[str, torch.Tensor] | None:
         """Return the tensors that a rank saved for itself; None if the checkpoint was not saved by ``size`` ranks."""
@@ -135,6 +138,8 @@ class CheckpointFacts:
     best: Best | None = None
     last_update: int | None = None
     """Number of updates of the whole run, with those of its extensions; None: the recipe's."""
+    ended_early: bool = False
+    """``patience`` ends the run here, before its last update."""
 
 
 @dataclass(frozen=True)
@@ -289,6 +294,7 @@ def write_manifest(
         "belongs": dict(facts.belongs),
         "metrics": dict(facts.metrics),
         "last_update": facts.last_update,
+        "ended_early": facts.ended_early,
         "best": None if facts.best is None else asdict(facts.best),
         "files": dict(files),
         "others": {**others, "recipe.yaml": sha256_file(folder / "recipe.yaml")},
@@ -364,20 +370,10 @@ def _read_manifest(folder: Path, kind: Kind | None) -> Checkpoint:
         checked = version == 1 or (text == json_text(manifest) and manifest["checksum"] == manifest_checksum(manifest))
         if not checked:
             raise ValueError("its checksum is not that of its content")
-        found = Checkpoint(
-            folder,
-            manifest["kind"],
-            manifest["step"],
-            manifest["belongs"],
-            manifest["metrics"],
-            Best(**manifest["best"]) if manifest.get("best") else None,
-            manifest["files"],
-            dict(manifest.get("others", {})),
-            manifest.get("identity") or manifest["files"]["ema.safetensors"],
-            manifest.get("last_update"),
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        identity = manifest.get("identity") or manifest["files"]["ema.safetensors"]
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise Damaged(f"{manifest_path}: damaged or not a checkpoint's manifest ({error!r})") from None
+    found = as_type(Checkpoint, {**manifest, "path": folder, "identity": identity}, manifest_path)
     if kind is not None and found.kind != kind:
         raise UserError(f"{folder}: is a {found.kind} checkpoint where a {kind} is needed")
     return found

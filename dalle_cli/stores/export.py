@@ -47,7 +47,14 @@ def export_checkpoint(found: Checkpoint, out: Path, largest: int | None = None) 
             write_json(folder / index, join_entries(entries))
             others[index] = sha256_file(folder / index)
         facts = CheckpointFacts(
-            found.kind, found.step, found.recipe(), found.belongs, found.metrics, found.best, found.last_update
+            found.kind,
+            found.step,
+            found.recipe(),
+            found.belongs,
+            found.metrics,
+            found.best,
+            found.last_update,
+            found.ended_early,
         )
         write_manifest(folder, facts, hashes, others, found.identity)
     return open_checkpoint(out, found.kind)

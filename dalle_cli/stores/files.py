@@ -5,20 +5,25 @@ All text is UTF-8, whatever the locale.
 
 from __future__ import annotations
 
+import csv
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from dalle_cli.errors import UserError
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""Beginnings of formulas in spreadsheets (OWASP, "CSV injection")."""
 
 
 def sha256_file(path: Path) -> str:
@@ -88,18 +93,18 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json_text(value))
 
 
-def read_json(path: Path) -> Any:
-    """Return the value in a JSON file; None if there is no such file.
+def csv_text(rows: Iterable[Sequence[object]]) -> str:
+    """Return rows as CSV; an apostrophe goes before texts that a spreadsheet would run as formulas."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([_plain_cell(cell) for cell in row] for row in rows)
+    return text.getvalue()
 
-    Raises:
-        UserError: the file is damaged.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise UserError(f"{path}: damaged ({error}); delete it and run the command again") from None
+
+def _plain_cell(cell: object) -> object:
+    if not isinstance(cell, str):
+        return cell
+    guarded = f"'{cell}" if cell.startswith(_FORMULA) else cell
+    return guarded.replace("\r", "\n")  # csv quotes the line feed alone
 
 
 def user_cache(name: str) -> Path:

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,6 +23,7 @@ from dalle_cli.errors import UserError
 from dalle_cli.stores.checksums import write_checksums
 from dalle_cli.stores.files import explain_os_errors, new_directory, plain_name
 from dalle_cli.stores.shards import Shard
+from dalle_cli.stores.typed import Count, as_type
 
 STORE = "samples.zarr"
 ENCODERS = 4
@@ -66,6 +68,47 @@ def manifest_line(
 def run_of_store(store: Path, attributes: Mapping[str, Any]) -> dict[str, str]:
     """Return the key ``run`` of a store's lines, given its ``attributes``; nothing if the store lies in its run."""
     return {"run": os.path.normpath(store.parent.resolve() / attributes["run"])} if "run" in attributes else {}
+
+
+@dataclass(frozen=True)
+class StoredRequest:
+    """The request that a store's samples answer."""
+
+    prompts: list[str]
+    settings: dict[str, Any]
+    """The ``sampling`` block, with the number ``n`` of samples a prompt."""
+    seed: int
+    prior: str = ""
+    first: Count = 0
+    """Index of a prompt's first sample."""
+    shard: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.settings.get("n"), int) or self.n < 1:
+            raise ValueError("settings.n must be a number from 1 on")
+
+    @property
+    def n(self) -> int:
+        return int(self.settings["n"])
+
+
+@dataclass(frozen=True)
+class SampleAttributes:
+    """The attributes of a sample store: its number of committed rows, its request and its run, if that is elsewhere."""
+
+    rows: Count
+    request: StoredRequest
+    run: str | None = None
+
+
+def read_attributes(group: Any, store: Path) -> SampleAttributes:
+    """Return the attributes of the Zarr group of a sample store.
+
+    Raises:
+        UserError: they are of another format, or damaged.
+    """
+    require_version(group.attrs, store)
+    return as_type(SampleAttributes, dict(group.attrs), store)
 
 
 def require_version(attributes: Mapping[str, Any], store: Path) -> None:

@@ -14,7 +14,14 @@ import numpy as np
 from dalle_cli.errors import UserError
 from dalle_cli.stores.checksums import write_checksums
 from dalle_cli.stores.files import new_directory
-from dalle_cli.stores.samples import STORE, manifest_line, request_rows, require_version, run_of_store
+from dalle_cli.stores.samples import (
+    STORE,
+    manifest_line,
+    read_attributes,
+    request_rows,
+    require_version,
+    run_of_store,
+)
 from dalle_cli.stores.shards import WHOLE, parse_shard
 
 CLIP_SCORE = "clip_score"
@@ -45,17 +52,18 @@ def store_lines(store: Path) -> list[dict[str, Any]]:
 
 
 def _lines(store: Path, group: Any) -> Iterator[dict[str, Any]]:
-    request, committed = group.attrs["request"], int(group.attrs["rows"])
-    prompts, n, first = request["prompts"], int(request["settings"]["n"]), int(request.get("first", 0))
+    found = read_attributes(group, store)
+    request, committed = found.request, found.rows
     if not committed:
         raise UserError(f"{store}: holds no sample yet; run dalle sample again to resume it")
     likelihood, (scores, scorer) = group["log_likelihood"][:committed], _scores(group)
-    shard = parse_shard(request["shard"]) if "shard" in request else WHOLE
-    start = request_rows(shard, len(prompts), n).start
+    shard = WHOLE if request.shard is None else parse_shard(request.shard)
+    start = request_rows(shard, len(request.prompts), request.n).start
     elsewhere = run_of_store(store, group.attrs)
     for row in range(committed):
-        prompt, index = divmod(start + row, n)
-        line = manifest_line(store, row, prompts, prompt, first + index, request["seed"], likelihood[row])
+        prompt, index = divmod(start + row, request.n)
+        index += request.first
+        line = manifest_line(store, row, request.prompts, prompt, index, request.seed, likelihood[row])
         line |= elsewhere
         if scores is not None and not np.isnan(scores[row]):
             line |= {"score": float(scores[row]), "scorer": scorer}

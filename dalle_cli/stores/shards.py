@@ -19,8 +19,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from dalle_cli.errors import UserError
-from dalle_cli.stores.files import read_json, write_json
+from dalle_cli.errors import Damaged, UserError
+from dalle_cli.stores.files import write_json
+from dalle_cli.stores.typed import Count, read_typed
 
 Part = Literal["text", "image"]
 COMMANDS: dict[Part, str] = {"text": "tokenize-text", "image": "encode-images"}
@@ -78,12 +79,12 @@ def parts_folder(whole: Path) -> Path:
 class ShareProgress:
     """Progress of one share of a part: its committed rows, and the number of skipped samples by reason."""
 
-    samples: int
+    samples: Count
     """Number of samples of the whole source."""
     identity: dict[str, Any]
-    rows: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
+    rows: Count = 0
+    skipped: dict[str, Count] = field(default_factory=dict)
+    counts: dict[str, Count] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,13 @@ class Shares:
 
     def read(self, shard: Shard) -> ShareProgress | None:
         """Return the progress of a share, None if it has not been begun."""
-        found = read_json(self.file(shard, ".json"))
-        return None if found is None else ShareProgress(**found)
+        file = self.file(shard, ".json")
+        try:
+            return read_typed(ShareProgress, file)
+        except Damaged:
+            if file.exists():
+                raise
+            return None
 
     def all(self) -> dict[Shard, ShareProgress]:
         """Return the progress of each share that has been begun, in order."""

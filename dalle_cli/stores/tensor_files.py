@@ -7,15 +7,17 @@ it needs, however many ranks wrote them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+from pydantic import Field
 
 from dalle_cli.errors import UserError
+from dalle_cli.stores.typed import Count, read_typed
 
 if TYPE_CHECKING:
     import torch
@@ -88,6 +90,19 @@ def join_entries(entries: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class _Entry:
+    """The place of a tensor: its shape, and the rows of it in each file."""
+
+    shape: tuple[Count, ...]
+    parts: Annotated[list[tuple[str, Count, Count]], Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class _Index:
+    tensors: dict[str, _Entry]
+
+
+@dataclass(frozen=True)
 class TensorFiles:
     """The tensors of ``name`` in ``folder``. Every method raises UserError if a file is missing or damaged."""
 
@@ -108,14 +123,14 @@ class TensorFiles:
     def files(self) -> list[Path]:
         if self._index is None:
             return [self.whole]
-        found = {part[0] for entry in self._index.values() for part in entry["parts"]}
+        found = {part[0] for entry in self._index.values() for part in entry.parts}
         return [self.folder / file for file in sorted(found)]
 
     def nbytes(self, name: str) -> int:
         one = self.read(name, slice(0, 1))
         if not one.dim():
             return one.nbytes
-        rows = _shape(self.whole, name)[0] if self._index is None else self._index[name]["shape"][0]
+        rows = _shape(self.whole, name)[0] if self._index is None else self._index[name].shape[0]
         return int(one.nbytes * rows)
 
     def read(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
@@ -125,11 +140,11 @@ class TensorFiles:
         if self._index is None:
             return _read(self.whole, name, rows)
         entry = self._index[name]
-        if not entry["shape"]:
-            return _read(self.folder / entry["parts"][0][0], name, rows)
-        first, stop, _ = rows.indices(entry["shape"][0])
+        if not entry.shape:
+            return _read(self.folder / entry.parts[0][0], name, rows)
+        first, stop, _ = rows.indices(entry.shape[0])
         pieces = []
-        for file, start, end in entry["parts"]:
+        for file, start, end in entry.parts:
             wanted = slice(max(first, start) - start, min(stop, end) - start)
             if wanted.start < wanted.stop:
                 pieces.append(_read(self.folder / file, name, wanted))
@@ -145,14 +160,9 @@ class TensorFiles:
             return load_file(self.whole)
 
     @cached_property
-    def _index(self) -> dict[str, Any] | None:
+    def _index(self) -> dict[str, _Entry] | None:
         file = self.folder / f"{self.name}.index.json"
-        if not file.is_file():
-            return None
-        try:
-            return dict(json.loads(file.read_text(encoding="utf-8"))["tensors"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{file}: damaged ({error!r}); restore it or use an older checkpoint") from None
+        return read_typed(_Index, file).tensors if file.is_file() else None
 
 
 def _shape(path: Path, name: str) -> list[int]:

@@ -92,7 +92,7 @@ class PartWriter:
                 if not (path / "zarr.json").is_file():
                     _create_group(path)
                 self.group = open_group(path, "r+")
-                self.state = PartState.of_attributes(self.group.attrs, part)
+                self.state = PartState.of_attributes(self.group.attrs, part, path)
                 self.progress = self._begin(json.loads(json.dumps(dict(identity))))
             self._cut_report()
             self._locks = locks.pop_all()
@@ -191,7 +191,7 @@ class PartWriter:
         if self.state is not None:
             self._check(identity, self.state.identity, self.state.rows)
             return ShareProgress(self.samples, identity, self.state.rows, self.state.skipped, self.state.counts)
-        other = PartState.of_attributes(self.group.attrs, OTHER[self.part])
+        other = PartState.of_attributes(self.group.attrs, OTHER[self.part], self.path)
         samples = {other.rows} if other else {now.samples for now in self._other_shares.all().values()}
         if samples - {self.samples}:
             raise UserError(
@@ -274,7 +274,7 @@ class PartWriter:
         """Write the keys of ``rows``, or check them where the other part has committed the rows."""
         if not self._other_complete:
             attributes = dict(open_group(self.path, "r").attrs)
-            self._other_complete = PartState.of_attributes(attributes, OTHER[self.part]) is not None
+            self._other_complete = PartState.of_attributes(attributes, OTHER[self.part], self.path) is not None
         for start in rows[::ROWS_PER_SHARD]:
             piece = range(start, min(start + ROWS_PER_SHARD, rows.stop))
             names = keys[start - rows.start : piece.stop - rows.start]
@@ -334,7 +334,7 @@ class PartWriter:
         """Write checksums of the metadata and of the lists of skipped samples of all complete parts."""
         attributes, names = open_group(self.path, "r").attrs, ["zarr.json"]
         for part in COMMANDS:
-            if PartState.of_attributes(attributes, part) is not None:
+            if PartState.of_attributes(attributes, part, self.path) is not None:
                 names += [f"{name}/zarr.json" for name in ("key", *ARRAYS[part])]
                 names.append(Shares(self.path, part).report(WHOLE).name)
         write_checksums(self.path, dict.fromkeys(name for name in names if (self.path / name).is_file()))

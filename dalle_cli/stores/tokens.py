@@ -32,9 +32,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dalle_cli.errors import UserError
+from dalle_cli.errors import Damaged, UserError
 from dalle_cli.stores.checksums import CHECKSUMS, require_undamaged
 from dalle_cli.stores.shards import COMMANDS, WHOLE, Part, Shard, Shares, join_names
+from dalle_cli.stores.typed import Count, as_type, explain_damage
 
 FORMAT_VERSION = 3
 """Version 1 held one caption per picture, with all its BPE-dropout versions in one array that was read whole. Version 2
@@ -47,6 +48,8 @@ USABLE = ("text_length", "image_ok")
 OFTEN_EMPTY = ("text_epochs", "text_epochs_length")
 """Arrays of which many shards are zeros, which are not written."""
 AGAIN = "copy the store again, or delete it and make it again"
+NEEDED: dict[Part, tuple[str, ...]] = {"text": ("text", "text_length", "caption"), "image": ("image", "image_ok")}
+"""Arrays that each part has in every store, beside ``key``."""
 BY_VERSION = (*OFTEN_EMPTY, "image_views")
 """Arrays whose second axis is chunked by one, so that an epoch reads its own version only."""
 
@@ -55,19 +58,20 @@ BY_VERSION = (*OFTEN_EMPTY, "image_views")
 class PartState:
     """Progress of a part of a store, the facts it was made with, and the number of skipped samples by reason."""
 
-    rows: int
+    rows: Count
     """Number of committed rows from the first on, without a gap."""
     complete: bool
     identity: dict[str, Any]
-    skipped: dict[str, int]
-    counts: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, Count]
+    counts: dict[str, Count] = field(default_factory=dict)
     unfinished: tuple[Shard, ...] = ()
 
     @classmethod
-    def of_attributes(cls, attributes: Mapping[str, Any], part: Part) -> PartState | None:
-        """Return the state of a complete part; None if the part is not complete."""
-        state = attributes.get(part)
-        return cls(**state) if state is not None and state["complete"] else None
+    def of_attributes(cls, attributes: Mapping[str, Any], part: Part, store: Path) -> PartState | None:
+        """Return the state of a complete part of ``store``; None if the part is not complete."""
+        found = attributes.get(part)
+        state = None if found is None else as_type(cls, found, store)
+        return state if state is not None and state.complete else None
 
     @classmethod
     def of_shares(cls, shares: Shares) -> PartState | None:
@@ -111,11 +115,13 @@ def open_group(path: Path, mode: Literal["r", "r+"]) -> Any:
     mend = "make one with tokenize-text and encode-images" if mode == "r" else "choose another --tokens"
     try:
         group: Any = zarr.open_group(str(path), mode=mode, zarr_format=3)
-    except (FileNotFoundError, ValueError, zarr.errors.GroupNotFoundError):
+    except PermissionError as error:
+        raise UserError(f"{path}: may not be read ({error.strerror}); {mend}") from None
+    except Exception:  # it is not there, or its metadata are not Zarr's
         raise UserError(f"{path}: is no token store; {mend}") from None
     if group.attrs.get("format") != "dalle-tokens":
         raise UserError(f"{path}: is no token store; {mend}")
-    version = int(group.attrs["version"])
+    version = as_type(Count, group.attrs.get("version"), path)
     if version > FORMAT_VERSION:
         raise UserError(f"{path}: its format is newer than this dalle reads; upgrade dalle")
     if version < FORMAT_VERSION:
@@ -147,10 +153,15 @@ class TokenReader:
         # Read the progress files before the attributes: a part becomes an attribute before its files are deleted.
         unfinished = {part: PartState.of_shares(Shares(path, part)) for part in COMMANDS}
         self._group = open_group(path, "r")
-        found = {part: PartState.of_attributes(self._group.attrs, part) or unfinished[part] for part in COMMANDS}
+        found = {part: PartState.of_attributes(self._group.attrs, part, path) or unfinished[part] for part in COMMANDS}
         self.parts: dict[Part, PartState] = {part: state for part, state in found.items() if state is not None}
         names = sorted(metadata.parent.name for metadata in path.glob("*/zarr.json"))
-        self._arrays: dict[str, Any] = {name: self._group[name] for name in names}
+        with explain_damage(path):
+            self._arrays: dict[str, Any] = {name: self._group[name] for name in names}
+        for part, state in self.parts.items():
+            for name in {"key", *NEEDED[part]} & self._arrays.keys():
+                if state.rows and self._arrays[name].shape[:1] < (state.rows,):
+                    raise Damaged(f"{path / name}: has fewer rows than the {state.rows} of the {part} part; {AGAIN}")
         sizes = [math.prod(array.shape[1:]) * array.dtype.itemsize for array in self._arrays.values()]
         self.cache_limit = sum(sizes) * max(cached_rows, ROWS_PER_SHARD)
         """Maximum number of bytes of decoded shards in the cache."""
@@ -188,7 +199,9 @@ class TokenReader:
                     f"{self.path}: its {part} part stops at row {state.rows}; run dalle {command} {again} to finish it"
                 )
         self.require_whole_metadata()
-        for name in ("key", "text", "text_length", "caption", "image", "image_ok"):
+        for name in ("key", *NEEDED["text"], *NEEDED["image"]):
+            if name not in self._arrays:
+                raise Damaged(f"{self.path / name}: is missing; {AGAIN}")
             folder = self.path / name / "c"
             shards = -(-self._arrays[name].shape[0] // ROWS_PER_SHARD)
             present = {entry.name for entry in os.scandir(folder)} if folder.is_dir() else set()

@@ -21,6 +21,7 @@ from dalle_cli.stores.png import END, SIGNATURE, png_damage
 from dalle_cli.stores.samples import CHUNK
 from dalle_cli.stores.scores import CLIP_SCORE, sample_stores, store_lines
 from dalle_cli.stores.tokens import TokenReader, being_written
+from dalle_cli.stores.typed import explain_damage
 
 Check = tuple[str, Callable[[], object]]
 """The name of what is checked, and a function that raises UserError if it is damaged."""
@@ -112,7 +113,7 @@ def _token_store(store: Path) -> Artifact:
 
     def shards() -> list[Check]:
         found: list[Check] = []
-        with _any_error_is_damage(store):
+        with explain_damage(store):
             found += ((str(file), read) for file, read in TokenReader(store).shards())
         return found
 
@@ -145,7 +146,7 @@ def _check_arrays(store: Path) -> int:
     rows = 0
     if (store / CLIP_SCORE).is_dir():
         require_undamaged(store / CLIP_SCORE)
-    with _any_error_is_damage(store):
+    with explain_damage(store):
         group: Any = zarr.open_group(str(store), mode="r", zarr_format=3)
         rows, total = int(group.attrs["rows"]), int(group["tokens"].shape[0])
         if rows == total or (store.parent / CHECKSUMS).is_file():  # which is written with the last sample
@@ -161,17 +162,6 @@ def _check_arrays(store: Path) -> int:
                     raise Damaged(f"{file}: is missing or empty; draw the samples again")
                 array[start : start + size]
     return rows
-
-
-@contextmanager
-def _any_error_is_damage(store: Path) -> Iterator[None]:
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # zarr and its codecs raise errors of many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise Damaged(f"{store}: is damaged ({reason[:100]}); make it again") from error
 
 
 def _check_png(file: Path) -> None:

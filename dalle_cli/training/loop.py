@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dalle_cli.config.load import dump_recipe
 from dalle_cli.config.odd_settings import odd_settings
 from dalle_cli.config.schema import Recipe
+from dalle_cli.data.workers import explain_lost_workers
 from dalle_cli.distributed.device import explain_out_of_memory, limit_threads
 from dalle_cli.distributed.engine import Engine, Replicated
 from dalle_cli.distributed.group import Group
@@ -123,12 +124,12 @@ class Run:
         for line in odd_settings(self.recipe, self.task.kind):
             log(f"{self.name}: warning: {line}")
         limit_threads(self.recipe)
-        with self._owned(), explain_out_of_memory(self.out, self.task.less_memory), self.stop:
+        with self._owned(), explain_out_of_memory(self.out, self.task.less_memory), explain_lost_workers(), self.stop:
             state = TrainingState(self.engine, self.settings, self.task.decayed(), self.recipe.seed)
             checkpoint = self._resume(state)
             start, validated = (checkpoint.step, dict(checkpoint.metrics)) if checkpoint else (0, {})
             self.group.require_same("recipe or checkpoint", f"{start} {dump_recipe(self.recipe)}")
-            if start < state.last_update and not state.best.exhausts(self.settings.training.patience):
+            if start < state.last_update and not state.out_of_patience:
                 with self.group.explain_lost_ranks():
                     self._train(state, start, validated)
         # No rank exits before the leader has saved, since launchers end all ranks once one has exited.
@@ -199,7 +200,7 @@ class Run:
                     if state.due(training.validate_every, done):
                         validated = self._validate(state, done, journal, bar) or validated
                     self.stop.agreed = group.any(self.stop.signal is not None) and done < last
-                    finished = state.best.exhausts(training.patience)
+                    finished = state.out_of_patience
                     wanted = self.stop.agreed or finished or state.best.step == done
                     if wanted or state.due(training.save_every, done):
                         journal.flush()
@@ -286,7 +287,16 @@ class Run:
             )
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         best = Best(state.best.step, state.best.loss) if state.best.step else None
-        facts = CheckpointFacts(self.task.kind, step, self.recipe, self.task.belongs, finite, best, state.last_update)
+        facts = CheckpointFacts(
+            self.task.kind,
+            step,
+            self.recipe,
+            self.task.belongs,
+            finite,
+            best,
+            state.last_update,
+            ended_early=step < state.last_update and state.out_of_patience,
+        )
         if self.engine.sharded:
             save_sharded_checkpoint(step_folder(self.out, step), self.group, facts, state.checkpoint_shards(step))
         elif self.group.leads:
@@ -313,6 +323,8 @@ class Run:
             self._extend(state, checkpoint.step)
         if checkpoint.step >= state.last_update:
             log(f"{self.out}: already trained, {checkpoint.step} of {state.last_update} updates")
+        elif state.out_of_patience:
+            log(f"{self.out}: already trained; patience ended it at {checkpoint.step} of {state.last_update} updates")
         else:
             state.load(checkpoint)
             log(f"{self.out}: resumes from {checkpoint.path.name}")
@@ -320,7 +332,7 @@ class Run:
 
     def _extend(self, state: TrainingState, step: int) -> None:
         """Add a round of training after ``step``, unless the run has not come to the end of its last one."""
-        if step < state.last_update and not state.best.exhausts(self.settings.training.patience):
+        if step < state.last_update and not state.out_of_patience:
             log(f"{self.out}: is at update {step} of {state.last_update}; this run finishes it and does not extend it")
             return
         state.begin_round(step, cast(int, self.extend))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from contextlib import suppress
 from types import TracebackType
 from typing import Any
@@ -14,11 +15,15 @@ from typing import Any
 from dalle_cli.errors import STOP_SIGNALS
 from dalle_cli.progress import log
 
+SECONDS_TO_STOP = 10
+"""Seconds after which a signal that comes again ends a process that has not come to the end of an update."""
+
 
 class StopRequest:
     """Remembers SIGTERM, SIGUSR1 and Ctrl-C inside its block instead of letting them end the process.
 
-    A second Ctrl-C ends the process at once. If the run stops, the other signals stay ignored after the block, since
+    A second Ctrl-C ends the process at once, and so does the same signal once more after SECONDS_TO_STOP in which no
+    update ended, since something hangs. If the run stops, the other signals stay ignored after the block, since
     batch systems may send them more than once. Outside the main thread, where Python handles no signals, it does
     nothing.
     """
@@ -29,6 +34,7 @@ class StopRequest:
         self.agreed = False
         """True once all ranks have agreed to stop."""
         self._before: dict[signal.Signals, Any] = {}
+        self._since: dict[int, float] = {}
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
@@ -41,6 +47,11 @@ class StopRequest:
                 signal.signal(which, handler)
 
     def _remember(self, number: int, _: object) -> None:
+        waited = time.monotonic() - self._since.setdefault(number, time.monotonic())
+        if waited >= SECONDS_TO_STOP and not self.agreed:
+            with suppress(RuntimeError):
+                log(f"stopped without saving: {waited:.0f} s after the first signal no update had ended")
+            raise SystemExit(128 + number)
         if number == signal.SIGINT:
             if self.signal is not None:
                 raise KeyboardInterrupt

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 import torch
@@ -15,8 +15,9 @@ from dalle_cli.config.schema import Adam, ClipSettings, DvaeSettings, PriorSetti
 from dalle_cli.distributed.engine import Engine
 from dalle_cli.precision.adam import Adam16
 from dalle_cli.precision.gradient_scaling import GradientScaling
-from dalle_cli.stores.checkpoint import Checkpoint, CheckpointContent, CheckpointShards
+from dalle_cli.stores.checkpoint import STATE, Checkpoint, CheckpointContent, CheckpointShards
 from dalle_cli.stores.tensor_files import Part, TensorFiles
+from dalle_cli.stores.typed import Count, as_type
 from dalle_cli.training.schedules import Plateau, learning_rate
 from dalle_cli.training.validation import BestValidation
 
@@ -24,6 +25,15 @@ Stage = DvaeSettings | PriorSettings | ClipSettings
 """A stage's settings in the recipe."""
 EMA_WARMUP = 10
 """Constant of the EMA's warm-up: after t updates its decay is at most (1 + t) / (EMA_WARMUP + t)."""
+
+
+@dataclass(frozen=True)
+class _Schedules:
+    """The schedules in a checkpoint's trainer state."""
+
+    plateau: dict[str, int | float]
+    best: BestValidation = field(default_factory=BestValidation)
+    rounds: list[tuple[Count, Count]] = field(default_factory=list)
 
 
 class TrainingState:
@@ -57,6 +67,11 @@ class TrainingState:
     def last_update(self) -> int:
         """Number of updates of the whole run."""
         return sum(self.rounds[-1]) if self.rounds else self.settings.training.updates
+
+    @property
+    def out_of_patience(self) -> bool:
+        """True if the settings' ``patience`` ends the run after its newest validation."""
+        return self.best.exhausts(self.settings.training.patience)
 
     def due(self, every: int, done: int) -> bool:
         """Return whether what happens after each ``every`` updates, and after the last one, is due after ``done``."""
@@ -143,10 +158,9 @@ class TrainingState:
 
     def load_schedules(self, checkpoint: Checkpoint) -> None:
         """Restore the plateau schedule, the best validation and the rounds of ``checkpoint``, but no tensors."""
-        state = checkpoint.trainer_state()
-        self.plateau = Plateau(self.settings.learning_rate, dict(state["plateau"]))
-        self.best = BestValidation(**state.get("best", {}))
-        self.rounds = [(int(first), int(updates)) for first, updates in state.get("rounds", [])]
+        saved = as_type(_Schedules, checkpoint.trainer_state(), checkpoint.path / STATE)
+        self.plateau = Plateau(self.settings.learning_rate, saved.plateau)
+        self.best, self.rounds = saved.best, saved.rounds
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Restore the tensors of ``checkpoint``, which was checked, however many ranks saved it."""

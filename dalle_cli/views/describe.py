@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,8 +16,9 @@ from dalle_cli.config.load import load_recipe
 from dalle_cli.config.shipped import shipped_recipe
 from dalle_cli.errors import UserError
 from dalle_cli.stores.checkpoint import open_checkpoint, steps_in
-from dalle_cli.stores.samples import STORE
+from dalle_cli.stores.samples import STORE, read_attributes
 from dalle_cli.stores.tokens import TokenReader
+from dalle_cli.stores.typed import explain_damage
 from dalle_cli.training.validation import validation_warnings
 from dalle_cli.views.describe_recipe import RecipeDescription, describe_recipe
 from dalle_cli.views.describe_run import RunDescription, describe_run
@@ -217,21 +219,21 @@ def _describe_tokens(path: Path, group: Any) -> TokenStoreDescription:
 def _describe_samples(path: Path) -> SampleStoreDescription:
     import zarr
 
-    group: Any = zarr.open_group(str(path), mode="r", zarr_format=3)
-    request = dict(group.attrs["request"])
-    total, committed = int(group["tokens"].shape[0]), int(group.attrs["rows"])
-    return SampleStoreDescription(
-        path=str(path),
-        rows=total,
-        committed=committed,
-        complete=committed == total,
-        samples_a_prompt=request["settings"]["n"],
-        prompts=request["prompts"],
-        seed=request["seed"],
-        settings=request["settings"],
-        prior=request["prior"],
-        arrays=_arrays(path, group),
-    )
+    with explain_damage(path):
+        group: Any = zarr.open_group(str(path), mode="r", zarr_format=3)
+        found, total = read_attributes(group, path), int(group["tokens"].shape[0])
+        return SampleStoreDescription(
+            path=str(path),
+            rows=total,
+            committed=found.rows,
+            complete=found.rows == total,
+            samples_a_prompt=found.request.n,
+            prompts=found.request.prompts,
+            seed=found.request.seed,
+            settings=found.request.settings,
+            prior=found.request.prior,
+            arrays=_arrays(path, group),
+        )
 
 
 def _arrays(path: Path, group: Any) -> dict[str, ArrayDescription]:
@@ -277,15 +279,12 @@ def _count_parameters(file: Path) -> int | None:
     """Count the values of a safetensors file from its header; None if there is no such file."""
     if not file.is_file():
         return None
-    try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if length > file.stat().st_size:
-                raise ValueError("header longer than the file")
-            header = json.loads(stream.read(length))
-    except ValueError as error:
-        raise UserError(f"{file}: damaged ({error}); restore it or use an older checkpoint") from None
-    return sum(int(np.prod(tensor["shape"])) for name, tensor in header.items() if name != "__metadata__")
+    with explain_damage(file), file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > file.stat().st_size:
+            raise ValueError("header longer than the file")
+        header = json.loads(stream.read(length))
+        return sum(int(math.prod(tensor["shape"])) for name, tensor in header.items() if name != "__metadata__")
 
 
 def _describe_tokenizer(path: Path) -> TokenizerDescription:

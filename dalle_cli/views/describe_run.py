@@ -72,5 +72,7 @@ def _trained(command: str, run: Path) -> StageStatus:
         return StageStatus(command, "not run")
     newest = open_checkpoint(run, which="last")
     updates = newest.updates()
-    state: Literal["done", "unfinished"] = "done" if newest.step >= updates else "unfinished"
-    return StageStatus(command, state, f"update {newest.step:,} of {updates:,}")
+    detail = f"update {newest.step:,} of {updates:,}"
+    if newest.ended_early:
+        return StageStatus(command, "done", f"{detail}, ended by patience")
+    return StageStatus(command, "done" if newest.step >= updates else "unfinished", detail)

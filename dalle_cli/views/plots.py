@@ -37,6 +37,11 @@ Curve = tuple[str, str, str]
 """Name of a metric in metrics.jsonl, its label and its colour. A name that begins with ``val_`` is drawn dashed."""
 
 
+def label_of(name: str) -> str:
+    """Return a user's name as a label for Matplotlib, without formulas and not hidden by an underscore at its start."""
+    return f" {name}".replace("$", r"\$") if name.startswith("_") else name.replace("$", r"\$")
+
+
 def loss_curves(metrics: Sequence[Mapping[str, Any]], curves: Sequence[Curve], unit: str) -> bytes | None:
     """Plot metrics over updates; return None if the run has none of them."""
     with rc_context(STYLE):

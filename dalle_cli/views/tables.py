@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dalle_cli.progress import printable
 from dalle_cli.views.describe import (
     ArrayDescription,
     CheckpointDescription,
@@ -104,7 +105,7 @@ def print_tables(console: Console, tables: Iterable[Table]) -> None:
     for table in tables:
         # Rich would wrap a table's own title to the width of the table.
         title, table.title = table.title, None
-        console.print(Text(str(title), style="bold"), soft_wrap=True)
+        console.print(Text(printable(str(title)), style="bold"), soft_wrap=True)
         console.print(table)
         console.print()
 
@@ -132,7 +133,7 @@ def pairs_table(title: str, rows: Iterable[tuple[str, Any]]) -> Table:
     table.add_column(overflow="fold")
     for name, value in rows:
         if value is not None and value != "":
-            table.add_row(name, Text(str(value)))
+            table.add_row(name, Text(printable(str(value))))
     return table
 
 
@@ -142,7 +143,7 @@ def grid_table(title: str, columns: list[str], rows: Iterable[Iterable[Any]], ri
     for place, name in enumerate(columns):
         table.add_column(name, justify="right" if place in set(right) else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
+        table.add_row(*(Text(printable(str(cell))) for cell in row))
     return table
 
 

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers.running import Chain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +20,12 @@ from dalle_cli.clip.model import (
     contrastive_loss,
     pixels,
 )
+from dalle_cli.clip.train import ClipTask, load_clip
+from dalle_cli.config.load import load_recipe
 from dalle_cli.config.schema import ClipModel
+from dalle_cli.data.open_source import open_source
+from dalle_cli.stores.checkpoint import open_checkpoint
+from dalle_cli.stores.tokens import TokenReader
 
 VOCAB, LENGTH, SIZE = 50, 7, 32
 TINY = ClipModel(
@@ -188,3 +194,22 @@ def test_a_few_updates_learn_to_match_colours() -> None:
         optimiser.step()
         clamp_logit_scale(model)
     assert loss.item() < 0.2 < math.log(4)
+
+
+def test_the_sheet_of_a_validation_is_the_ranking_by_hand(by_hand: Chain) -> None:
+    recipe, reader = load_recipe(by_hand.recipe), TokenReader(by_hand.tokens)
+    model = load_clip(open_checkpoint(by_hand.clip))
+    task = ClipTask(recipe, open_source(str(by_hand.train)), reader, model)
+    with torch.no_grad():
+        task.validate(0)
+        assert task.validation is not None
+        images, ids = task.validation
+        features = (model.encode_image(pixels(images)), model.encode_text(ids))
+    scores = torch.cosine_similarity(features[0][:, None], features[1][None], dim=-1)
+    (sheet,) = task.example_images().values()
+    step = recipe.image_size + 2
+    for column in range(min(8, len(images))):
+        best = sorted(range(len(images)), key=lambda i: -float(scores[i, column]))
+        for place, i in enumerate([column, *best[:3]]):
+            shown = sheet[:, 2 + place * step : (place + 1) * step, 2 + column * step : (column + 1) * step]
+            torch.testing.assert_close(shown, images[i].permute(2, 0, 1), rtol=0, atol=0)

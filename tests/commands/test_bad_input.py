@@ -795,3 +795,15 @@ def test_two_processes_never_write_one_place(by_hand: Chain, call: Call, tmp_pat
     assert f"{out}: is being written by process {os.getpid()} on {socket.gethostname()}; wait for it" in refused
     assert call(*commands[stage]).code == 0
     assert not list(tmp_path.glob(".*"))
+
+
+def test_names_and_captions_steer_no_terminal(tmp_path: Path, call: Call) -> None:
+    hostile = "\x1b]0;title\x07\x1b[2J"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps({"name": hostile, "description": hostile}))
+    shown = call("show", recipe)
+    assert shown.code == 0, shown.err
+    assert r"\x1b[2J" in shown.out
+    refused = call("show", tmp_path / f"{hostile}.yaml")
+    assert r"\x1b[2J" in refused.mistake()
+    assert "\x1b" not in shown.out + shown.err + refused.err

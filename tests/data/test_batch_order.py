@@ -62,7 +62,7 @@ def test_batches_of_pictures_do_not_depend_on_the_workers_or_on_where_a_run_begi
 
     def batches(workers: int, start: int) -> list[torch.Tensor]:
         pictures = TrainingPictures(source, np.arange(5, 30), 32, recipe.data, 0, 8, flip=True, workers=workers)
-        return [batch for batch, _, _ in pictures.batches(start, 6)]
+        return [batch.pictures for batch in pictures.batches(start, 6)]
 
     whole = batches(0, 0)
     assert whole[0].shape == (8, 32, 32, 3)

@@ -1,7 +1,11 @@
-"""Commands that are killed before each of their first writing operations resume to the bytes of undisturbed ones."""
+"""Commands that are killed before each of their first writing operations, or whose operation fails there, resume.
+
+They end with the bytes of undisturbed ones, and a fault of the disk is one line.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -17,23 +21,25 @@ from helpers.running import Chain
 from dalle_cli.app import main
 
 POINTS = 60
+FAULTS = (errno.ENOSPC, errno.EIO, errno.EMFILE, errno.ESTALE, errno.EACCES)
 WRITING = frozenset({"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.truncate", "shutil.rmtree"})
 UNSTABLE = ("commands.jsonl", "metrics.jsonl", "events")
 """Files that say when something happened."""
 
 
-def in_a_fork(arguments: list[str], kill_at: int | None) -> int:
+def in_a_fork(arguments: list[str], at: int = 0, fault: int | None = None, stderr: Path = Path(os.devnull)) -> int:
     """Run a command in a fork of this process, which has imported all it needs; return its exit status.
 
-    The fork kills itself before its ``kill_at``-th operation that opens a file for writing, renames, makes or removes.
+    At its ``at``-th operation that opens a file for writing, renames, makes or removes, the fork kills itself, or the
+    operation fails with the error number ``fault``.
     """
     if (child := os.fork()) == 0:
         try:
-            if kill_at is not None:
-                sys.addaudithook(killer(kill_at))
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, 1)
-            os.dup2(null, 2)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))  # not pytest's
+            if at:
+                sys.addaudithook(disturber(at, fault))
             sys.argv = ["dalle", *arguments]
             main()
         except SystemExit as end:
@@ -45,7 +51,7 @@ def in_a_fork(arguments: list[str], kill_at: int | None) -> int:
     return os.waitpid(child, 0)[1]
 
 
-def killer(at: int) -> Callable[[str, Any], None]:
+def disturber(at: int, fault: int | None) -> Callable[[str, Any], None]:
     seen = 0
 
     def hook(event: str, arguments: Any) -> None:
@@ -57,14 +63,16 @@ def killer(at: int) -> Callable[[str, Any], None]:
             )
         seen += writes
         if writes and seen == at:
-            os.kill(os.getpid(), signal.SIGKILL)
+            if fault is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise OSError(fault, os.strerror(fault), os.fsdecode(arguments[0]))
 
     return hook
 
 
 def killed_and_resumed(command: Callable[[Path], list[str]], folder: Path) -> int:
     """Kill the command at each of POINTS operations and run it again; return at how many of them it died."""
-    assert in_a_fork(command(folder / "undisturbed"), None) == 0
+    assert in_a_fork(command(folder / "undisturbed")) == 0
     wanted = {name: digest for name, digest in files(folder / "undisturbed").items() if not unstable(name)}
     died = 0
     for at in range(1, POINTS + 1):
@@ -72,25 +80,49 @@ def killed_and_resumed(command: Callable[[Path], list[str]], folder: Path) -> in
         status = in_a_fork(command(out), at)
         assert status in (0, signal.SIGKILL), (at, status)
         died += status == signal.SIGKILL
-        assert in_a_fork(command(out), None) == 0, at
+        assert in_a_fork(command(out)) == 0, at
         found = {name: digest for name, digest in files(out).items() if not unstable(name)}
         assert found == wanted, at
     return died
+
+
+def failed_and_resumed(command: Callable[[Path], list[str]], folder: Path, points: int) -> int:
+    """Let each of ``points`` operations fail and run the command again; return how many failures ended it."""
+    assert in_a_fork(command(folder / "undisturbed")) == 0
+    wanted = {name: digest for name, digest in files(folder / "undisturbed").items() if not unstable(name)}
+    ended, told = 0, folder / "stderr.txt"
+    for at in range(1, points + 1):
+        out = folder / f"at-{at}"
+        status = os.waitstatus_to_exitcode(in_a_fork(command(out), at, FAULTS[at % len(FAULTS)], told))
+        assert status in (0, 2), (at, status, told.read_text())
+        assert "Traceback" not in told.read_text(), at
+        if status == 2:
+            (line,) = [line for line in told.read_text().splitlines() if line.startswith("dalle: ")]
+            assert "; " in line, at
+            ended += 1
+        assert in_a_fork(command(out)) == 0, at
+        found = {name: digest for name, digest in files(out).items() if not unstable(name)}
+        assert found == wanted, at
+    return ended
 
 
 def unstable(name: str) -> bool:
     return any(part in name for part in UNSTABLE) or Path(name).name.startswith(".")
 
 
+def shapes_into(out: Path) -> list[str]:
+    return ["make-shapes", str(out), "--n", "6", "--test-n", "2", "--size", "32"]
+
+
 def test_make_shapes(tmp_path: Path) -> None:
-    assert killed_and_resumed(
-        lambda out: ["make-shapes", str(out), "--n", "6", "--test-n", "2", "--size", "32"], tmp_path
-    )
+    assert killed_and_resumed(shapes_into, tmp_path / "killed")
+    assert failed_and_resumed(shapes_into, tmp_path / "failed", POINTS // 2)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("disturb", ["kill", "fail"])
 @pytest.mark.parametrize("command", ["train-tokenizer", "tokenize-text", "encode-images", "train-prior", "sample"])
-def test_stages(by_hand: Chain, tmp_path: Path, command: str) -> None:
+def test_stages(by_hand: Chain, tmp_path: Path, command: str, disturb: str) -> None:
     data, recipe = ["--data", str(by_hand.train)], str(by_hand.recipe)
     commands: dict[str, Callable[[Path], list[str]]] = {
         "train-tokenizer": lambda out: ["train-tokenizer", recipe, *data, "--out", str(out)],
@@ -103,4 +135,7 @@ def test_stages(by_hand: Chain, tmp_path: Path, command: str) -> None:
         "train-prior": lambda out: ["train-prior", recipe, "--tokens", str(by_hand.tokens), "--out", str(out)],
         "sample": lambda out: ["sample", str(by_hand.prior), "a red star", "--n", "2", "--out", str(out)],
     }  # fmt: skip
-    assert killed_and_resumed(commands[command], tmp_path)
+    if disturb == "kill":
+        assert killed_and_resumed(commands[command], tmp_path)
+    else:
+        assert failed_and_resumed(commands[command], tmp_path, POINTS)

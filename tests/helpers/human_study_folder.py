@@ -11,10 +11,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 from PIL import Image
@@ -51,24 +50,33 @@ def small_study(root: Path, pairs: int = 6, **settings: Any) -> tuple[Path, Stud
 
 @dataclass
 class Served:
-    """A running server."""
+    """A running server, and the links that it printed, by the annotators' names."""
 
     process: subprocess.Popen[str]
-    url: str
+    links: dict[str, str] = field(default_factory=dict)
 
-    def get(self, path: str) -> tuple[int, bytes, dict[str, str]]:
-        return send(urllib.request.Request(self.url + path))
+    @property
+    def url(self) -> str:
+        return next(iter(self.links.values())).partition("#")[0]
 
-    def post(self, body: bytes, kind: str = "application/json", path: str = "api/vote") -> tuple[int, dict[str, Any]]:
-        status, answer, _ = send(urllib.request.Request(self.url + path, data=body, headers={"Content-Type": kind}))
+    def code(self, annotator: str) -> dict[str, str]:
+        """Return the header that lets an annotator vote."""
+        return {"Authorization": f"Bearer {self.links[annotator].partition('#')[2]}"}
+
+    def get(self, path: str, headers: dict[str, str] | None = None) -> tuple[int, bytes, dict[str, str]]:
+        return send(urllib.request.Request(self.url + path, headers=headers or {}))
+
+    def post(self, body: bytes, headers: dict[str, str], path: str = "api/vote") -> tuple[int, dict[str, Any]]:
+        whole = {"Content-Type": "application/json", **headers}
+        status, answer, _ = send(urllib.request.Request(self.url + path, data=body, headers=whole))
         return status, json.loads(answer)
 
     def vote(self, annotator: str, item: str, question: str, answer: str) -> tuple[int, dict[str, Any]]:
-        vote = {"annotator": annotator, "item": item, "question": question, "answer": answer}
-        return self.post(json.dumps(vote).encode())
+        vote = {"item": item, "question": question, "answer": answer}
+        return self.post(json.dumps(vote).encode(), self.code(annotator))
 
     def next(self, annotator: str) -> dict[str, Any]:
-        status, answer, _ = self.get(f"api/next?annotator={quote(annotator)}")
+        status, answer, _ = self.get("api/next", self.code(annotator))
         assert status == 200, answer
         found: dict[str, Any] = json.loads(answer)
         return found
@@ -85,10 +93,10 @@ def send(request: urllib.request.Request) -> tuple[int, bytes, dict[str, str]]:
 
 
 @contextmanager
-def serving(folder: Path, port: int = 0) -> Iterator[Served]:
+def serving(folder: Path, port: int = 0, links: int = 8) -> Iterator[Served]:
     """Run ``dalle human-study serve`` in another process, killed at the end."""
     process = subprocess.Popen(
-        [DALLE, "human-study", "serve", str(folder), "--port", str(port)],
+        [DALLE, "human-study", "serve", str(folder), "--port", str(port), "--links", str(links)],
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -98,7 +106,7 @@ def serving(folder: Path, port: int = 0) -> Iterator[Served]:
         assert process.stdout is not None
         ready, _, _ = select.select([process.stdout], [], [], 60)
         assert ready, "the server did not start within 60 s"
-        yield Served(process, process.stdout.readline().strip())
+        yield Served(process, dict(process.stdout.readline().rstrip().split("\t") for _ in range(links)))
     finally:
         process.kill()
         process.wait()

@@ -43,7 +43,7 @@ def chromium() -> Iterator[Any]:
 class Annotator:
     """An annotator at one page, who answers by one means of input and remembers the answers."""
 
-    def __init__(self, chromium: Any, url: str, name: str, means: str, checks: dict[str, str]) -> None:
+    def __init__(self, chromium: Any, link: str, name: str, means: str, checks: dict[str, str]) -> None:
         self.name, self.means, self.checks = name, means, checks
         self.context = chromium.new_context(**(PHONE if means == "touch" else DESK))
         self.page = self.context.new_page()
@@ -53,9 +53,8 @@ class Annotator:
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
         self.page.on("response", lambda response: self.seen.append(f"{response.url} {response.headers}"))
-        self.page.goto(url)
-        self.page.get_by_label("Your name").fill(name)
-        self.page.keyboard.press("Enter")
+        self.page.goto(link)
+        self.page.get_by_role("button", name="Start").click()
 
     def shown(self) -> dict[str, Any] | None:
         """Return the item and question that the page takes an answer to now."""
@@ -72,7 +71,7 @@ class Annotator:
         shown = self.shown()
         if shown is None:
             return False
-        place = (int(shown["item"][-1], 16) + len(self.name) + QUESTIONS.index(shown["question"])) % 2
+        place = (int(shown["item"][-1], 16) + int(self.name[-2:]) + QUESTIONS.index(shown["question"])) % 2
         side = self.checks.get(shown["item"]) or SIDES[place]
         choice = self.page.locator(f'.choice[data-side="{side}"]')
         if self.means == "touch":
@@ -96,9 +95,12 @@ def test_five_annotators_a_reload_and_a_killed_server(tmp_path: Path, chromium: 
     folder, study = small_study(tmp_path, pairs=4, checks=1)
     checks = {item.id: str(item.check) for item in study.checks}
     means = ("digits", "arrows", "mouse", "touch", "enter")
-    with serving(folder) as served:
+    with serving(folder, links=5) as served:
         port = int(urlsplit(served.url).port or 0)
-        people = [Annotator(chromium, served.url, f"by {how}", how, checks) for how in means]
+        people = [
+            Annotator(chromium, link, name, how, checks)
+            for (name, link), how in zip(served.links.items(), means, strict=True)
+        ]
         for person in people:
             person.page.wait_for_selector(READY)
         for _ in range(2):
@@ -146,8 +148,7 @@ def test_both_pictures_fit_on_the_screen(tmp_path: Path, chromium: Any) -> None:
                 viewport={"width": width, "height": height}, has_touch=touch, is_mobile=touch
             )
             page = context.new_page()
-            page.goto(served.url)
-            page.get_by_label("Your name").fill("anna")
+            page.goto(served.links["annotator-01"])
             page.get_by_role("button", name="Start").click()
             page.wait_for_selector(READY)
             left, right = (page.locator(f'.choice[data-side="{side}"] img').bounding_box() for side in SIDES)

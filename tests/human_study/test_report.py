@@ -16,7 +16,7 @@ from PIL import Image
 from dalle_cli.human_study.make import StudyRequest, make_study
 from dalle_cli.human_study.report import write_report
 from dalle_cli.human_study.study import QUESTIONS, load_key
-from dalle_cli.human_study.votes import Votes, annotator_name
+from dalle_cli.human_study.votes import Votes
 
 
 def test_the_report_is_a_page_a_plot_and_tables_without_names(tmp_path: Path, call: Call) -> None:
@@ -28,7 +28,7 @@ def test_the_report_is_a_page_a_plot_and_tables_without_names(tmp_path: Path, ca
             for item in study.items:
                 for question in QUESTIONS:
                     answer = item.check or ("left" if key.items[item.id].left == "mine" else "right")
-                    votes.record(annotator_name(annotator), item, question, answer)
+                    votes.record(annotator, item, question, answer)
     done = call("human-study", "report", out, "--json")
     assert done.code == 0, done.err
     found = json.loads(done.out)

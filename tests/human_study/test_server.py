@@ -5,24 +5,31 @@ from __future__ import annotations
 import http.client
 import json
 import re
+import socket
+import sqlite3
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 from conftest import Call
-from helpers.human_study_folder import Served, Stored, serving, small_study, stored
+from helpers.human_study_folder import Served, Stored, serving, small_study, stored, wait_until
 
+from dalle_cli.human_study.server import MAX_OF_ONE_ADDRESS
 from dalle_cli.human_study.study import QUESTIONS, SIDES, load_key
 
-ANNOTATORS = ("anna", "ben", "cleo", "dan", "eva")
+ANNOTATORS = tuple(f"annotator-{number:02d}" for number in range(1, 9))
+ANNA, *_ = ANNOTATORS
+FIVE, SIXTH = ANNOTATORS[:5], ANNOTATORS[5]
 
 
 def annotate(served: Served, annotator: str, checks: dict[str, str]) -> tuple[Stored, list[str]]:
-    """Answer every item in one annotator's name: checks rightly, pairs by item and name."""
+    """Answer every item by one annotator's link: checks rightly, pairs by item and name."""
     given: Stored = {}
     items = []
     while tasks := served.next(annotator)["tasks"]:
@@ -33,7 +40,7 @@ def annotate(served: Served, annotator: str, checks: dict[str, str]) -> tuple[St
             assert status == 200
             assert picture.startswith(b"\x89PNG")
         for number, question in enumerate(task["questions"]):
-            answer = checks.get(task["item"]) or SIDES[(int(task["item"][-1], 16) + number + len(annotator)) % 2]
+            answer = checks.get(task["item"]) or SIDES[(int(task["item"][-1], 16) + number + int(annotator[-2:])) % 2]
             assert served.vote(annotator, task["item"], question["id"], answer) == (200, {"kept": answer})
             given[annotator, task["item"], question["id"]] = answer
     return given, items
@@ -46,16 +53,16 @@ def test_five_annotators_at_once_vote_on_everything_and_are_told_nothing(tmp_pat
     key.rename(tmp_path / "key.json")
     checks = {item.id: str(item.check) for item in study.checks}
     with serving(folder) as served:
-        everything = [served.get(path) for path in ("", "study.css", "study.js", "api/next?annotator=anna")]
+        everything = [served.get(path, served.code(ANNA)) for path in ("", "study.css", "study.js", "api/next")]
         assert [status for status, _, _ in everything] == [200] * 4
         with ThreadPoolExecutor(5) as pool:
-            found = list(pool.map(lambda name: annotate(served, name, checks), ANNOTATORS))
-        assert served.next("anna") == {"annotator": "anna", "done": 10, "total": 10, "tasks": []}
+            found = list(pool.map(lambda name: annotate(served, name, checks), FIVE))
+        assert served.next(ANNA) == {"annotator": ANNA, "done": 10, "total": 10, "tasks": []}
         # All votes are given: a sixth has only the checks to answer.
-        sixth = served.next("fay")
+        sixth = served.next(SIXTH)
         assert (sixth["done"], sixth["total"]) == (0, 4)
         assert {task["item"] for task in sixth["tasks"]} < checks.keys()
-        status, refused = served.vote("fay", study.pairs[0].id, "caption", "left")
+        status, refused = served.vote(SIXTH, study.pairs[0].id, "caption", "left")
         assert status == 409
         assert "5 annotators" in refused["error"]
         sizes = {len(served.get(f"pictures/{item.left}")[1]) for item in study.items}
@@ -86,7 +93,7 @@ def test_five_annotators_at_once_vote_on_everything_and_are_told_nothing(tmp_pat
         entry = figures["questions"][question]
         by_hand: Counter[str] = Counter()
         for item in study.pairs:
-            left = sum(given[name, item.id, question] == "left" for name in ANNOTATORS)
+            left = sum(given[name, item.id, question] == "left" for name in FIVE)
             by_hand[sides[item.id].left if left >= 3 else sides[item.id].right] += 1
         assert {name: won["pairs"] for name, won in entry["majority"].items() if won["pairs"]} == by_hand
         assert entry["with_all_votes"] == 6
@@ -111,17 +118,16 @@ def raw(served: Served, text: bytes) -> bytes:
 def test_bad_and_repeated_posts_are_refused_and_change_nothing(tmp_path: Path) -> None:
     folder, study = small_study(tmp_path, pairs=2)
     item = study.pairs[0].id
-    vote = {"annotator": "anna", "item": item, "question": "realistic", "answer": "left"}
+    vote = {"item": item, "question": "realistic", "answer": "left"}
     with serving(folder) as served:
-        good = json.dumps(vote).encode()
-        assert served.post(good) == (200, {"kept": "left"})
-        for repeated in (vote, {**vote, "answer": "right"}, {**vote, "annotator": "  ANNA "}):
-            status, refused = served.post(json.dumps(repeated).encode())
+        code, good = served.code(ANNA), json.dumps(vote).encode()
+        assert served.post(good, code) == (200, {"kept": "left"})
+        for repeated in (vote, {**vote, "answer": "right"}):
+            status, refused = served.post(json.dumps(repeated).encode(), code)
             assert status == 409
             assert "before, with left" in refused["error"]
         bad: dict[str, Any] = {
-            "annotator": ["", " ", "x" * 65, 7, None, "a\u0000b", "\ud800", ["anna"]],
-            "item": ["", "no such item", item.upper() + "0", 7, None, [item], "../key.json"],
+            "item": ["", "no such item", item.upper() + "0", 7, None, [item], "../key.json", "\ud800"],
             "question": ["", "Realistic", 0, None, ["realistic"]],
             "answer": ["", "LEFT", 1, None, True, "left; drop table votes"],
         }
@@ -129,26 +135,102 @@ def test_bad_and_repeated_posts_are_refused_and_change_nothing(tmp_path: Path) -
         bodies += [json.dumps({key: value for key, value in vote.items() if key != left_out}) for left_out in vote]
         bodies += [json.dumps({**vote, "system": "mine"}), json.dumps([vote]), "null", "7", "", "{", "[" * 3000]
         for body in bodies:
-            status, refused = served.post(body.encode())
+            status, refused = served.post(body.encode(), code)
             assert status == 400, body
             assert refused["error"], body
         for body in (b"\xff\xfe\x00", good[:-1], b" " * 5000, good + b" " * 5000):
-            assert served.post(body)[0] == 400, body[:50]
-        assert served.post(good, kind="application/x-www-form-urlencoded")[0] == 400
-        assert served.post(good, kind="text/plain")[0] == 400
-        assert served.post(good, path="api/next")[0] == 404
-        head = b"POST /api/vote HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            assert served.post(body, code)[0] == 400, body[:50]
+        for kind in ("application/x-www-form-urlencoded", "text/plain"):
+            assert served.post(good, {**code, "Content-Type": kind})[0] == 400
+        assert served.post(good, code, path="api/next")[0] == 404
+        head = b"POST /api/vote HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         for headers in (b"", b"Content-Length: many\r\n", b"Content-Length: -1\r\n", b"Content-Length: 99999999999\r\n",
                         b"Transfer-Encoding: chunked\r\n", b"Content-Length: %d\r\n" % (len(good) + 9)):  # fmt: skip
             assert raw(served, head + headers + b"\r\n" + good).startswith(b"HTTP/1.1 400 "), headers
-        for name in ("", "%00", "x" * 65):
-            assert served.get(f"api/next?annotator={name}")[0] == 400
-        assert served.get("api/next")[0] == 400
         for method in (b"PUT", b"DELETE", b"OPTIONS", b"BREW"):
-            assert raw(served, method + b" /api/vote HTTP/1.1\r\nHost: x\r\n\r\n").startswith(b"HTTP/1.1 501 ")
+            assert raw(served, method + b" /api/vote HTTP/1.1\r\nHost: localhost\r\n\r\n").startswith(b"HTTP/1.1 501 ")
         assert raw(served, b"\x16\x03\x01 no http at all\r\n\r\n")
-        assert stored(folder) == {("anna", item, "realistic"): "left"}
-        assert served.vote("anna", item, "caption", "right") == (200, {"kept": "right"})  # the server still works
+        assert stored(folder) == {(ANNA, item, "realistic"): "left"}
+        assert served.vote(ANNA, item, "caption", "right") == (200, {"kept": "right"})  # the server still works
+
+
+def test_only_the_codes_of_links_vote_and_they_outlive_the_server(tmp_path: Path) -> None:
+    folder, study = small_study(tmp_path, pairs=2)
+    vote = json.dumps({"item": study.pairs[0].id, "question": "caption", "answer": "left"}).encode()
+    with serving(folder) as served:
+        links, right = served.links, served.code(ANNA)["Authorization"]
+        assert len(set(links.values())) == 8
+        assert all(len(link.partition("#")[2]) == 16 for link in links.values())  # 96 bits
+        wrong = ("", "Bearer", "Bearer ", f"Bearer {ANNA}", right.swapcase(), right[:-1], f"{right}x", right[7:])
+        for value in wrong:
+            headers = {"Authorization": value} if value else {}
+            assert served.get("api/next", headers)[0] == 403, value
+            status, refused = served.post(vote, headers)
+            assert status == 403, value
+            assert "open the link" in refused["error"]
+        assert stored(folder) == {}
+    with serving(folder, links=10) as served:
+        assert codes_of(links).items() < codes_of(served.links).items()
+        assert served.post(vote, {"Authorization": right}) == (200, {"kept": "left"})
+    assert stored(folder) == {(ANNA, study.pairs[0].id, "caption"): "left"}
+
+
+def codes_of(links: dict[str, str]) -> dict[str, str]:
+    return {name: link.partition("#")[2] for name, link in links.items()}
+
+
+def test_foreign_names_and_other_sites_pages_are_refused(tmp_path: Path) -> None:
+    folder, study = small_study(tmp_path, pairs=2)
+    vote = json.dumps({"item": study.pairs[0].id, "question": "caption", "answer": "left"}).encode()
+    with serving(folder) as served:
+        code, own = served.code(ANNA), urlsplit(served.url).netloc
+        foreign = "rebound.example.org"
+        for host in (foreign, f"{foreign}:{urlsplit(served.url).port}", f"127.0.0.1.{foreign}", "", "["):
+            for path in ("", "api/next", f"pictures/{study.items[0].left}"):
+                assert served.get(path, {**code, "Host": host})[0] == 403, (host, path)
+            assert served.post(vote, {**code, "Host": host})[0] == 403, host
+        for origin in ("https://example.org", "null", f"http://{own}.example.org", "http://127.0.0.1:1"):
+            assert served.post(vote, {**code, "Origin": origin})[0] == 403, origin
+        assert stored(folder) == {}
+        for host in ("localhost:9", "192.168.0.7", "[::1]:8000", socket.gethostname().upper()):  # through a tunnel
+            assert served.get("", {"Host": host})[0] == 200, host
+        assert served.post(vote, {**code, "Origin": f"http://{own}"}) == (200, {"kept": "left"})
+
+
+def test_a_locked_database_holds_up_nobody_but_the_vote(tmp_path: Path) -> None:
+    folder, study = small_study(tmp_path, pairs=2)
+    with serving(folder) as served, closing(sqlite3.connect(folder / "votes.sqlite", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        vote = (study.pairs[0].id, "caption", "left")
+        began = time.monotonic()
+        with ThreadPoolExecutor(5) as pool:
+            refused = [pool.submit(served.vote, name, *vote) for name in FIVE]
+            assert served.next(SIXTH)["done"] == 0
+            assert time.monotonic() - began < 1
+            assert {future.result()[0] for future in refused} == {503}
+        assert time.monotonic() - began < 5
+        other.execute("COMMIT")
+        assert served.vote(ANNA, *vote) == (200, {"kept": "left"})
+
+
+def test_one_address_cannot_take_all_connections(tmp_path: Path) -> None:
+    folder, _ = small_study(tmp_path, pairs=2)
+    with serving(folder) as served, ExitStack() as held:
+        place = (urlsplit(served.url).hostname, urlsplit(served.url).port)
+        slow = [held.enter_context(socket.create_connection(place)) for _ in range(MAX_OF_ONE_ADDRESS)]
+        for each in slow:
+            each.sendall(b"GET / HT")  # and nothing more
+        wait_until(lambda: not answers(served))
+        with closing(slow.pop()):
+            pass
+        wait_until(lambda: answers(served))
+
+
+def answers(served: Served) -> bool:
+    try:
+        return served.get("")[0] == 200
+    except OSError:
+        return False
 
 
 def test_only_the_pages_and_the_pictures_are_served(tmp_path: Path) -> None:
@@ -169,7 +251,8 @@ def test_only_the_pages_and_the_pictures_are_served(tmp_path: Path) -> None:
                 str(folder / "key.json"),
             ),
         ):
-            answer = raw(served, b"GET /" + path.encode() + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            rest = b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+            answer = raw(served, b"GET /" + path.encode() + rest)
             assert answer.startswith(b"HTTP/1.1 404 "), path
             assert b"mine" not in answer
             assert b"PNG" not in answer
@@ -203,7 +286,7 @@ def test_every_acknowledged_vote_outlives_kill_9(tmp_path: Path) -> None:
         with serving(folder) as served:
             begun, enough = len(acknowledged), threading.Event()
             with ThreadPoolExecutor(5) as pool:
-                running = [pool.submit(vote_until_it_dies, name, served, begun, enough) for name in ANNOTATORS]
+                running = [pool.submit(vote_until_it_dies, name, served, begun, enough) for name in FIVE]
                 assert enough.wait(60)
                 served.process.kill()
                 for future in running:
@@ -213,16 +296,14 @@ def test_every_acknowledged_vote_outlives_kill_9(tmp_path: Path) -> None:
         # At most what each annotator had on its way was kept without a reply.
         assert len(found) - len(acknowledged) <= 5 * (kill + 1)
     with serving(folder) as served:
-        before = served.next("anna")
+        before = served.next(ANNA)
         vote, answer = next(iter(acknowledged.items()))
         assert served.vote(*vote, answer)[0] == 409
-        half = [
-            item for item in study.pairs if len({key for key in stored(folder) if key[:2] == ("anna", item.id)}) == 1
-        ]
+        half = [item for item in study.pairs if len({key for key in stored(folder) if key[:2] == (ANNA, item.id)}) == 1]
         if half:  # the pair that the kill left half judged comes first, with the other question
             assert before["tasks"][0]["item"] in {item.id for item in half}
         assert before["done"] == sum(
-            all(("anna", item.id, q) in stored(folder) for q in QUESTIONS) for item in study.pairs
+            all((ANNA, item.id, q) in stored(folder) for q in QUESTIONS) for item in study.pairs
         )
 
 
@@ -235,8 +316,8 @@ def test_racing_for_the_last_vote_one_wins_even_over_two_servers(tmp_path: Path)
             return Counter(future.result()[0] for future in given)
 
         for item in study.pairs:
-            assert race([(f"racer {n}", item.id, "caption", SIDES[n % 2]) for n in range(8)]) == {200: 1, 409: 7}
-        assert race([("sam", study.pairs[0].id, "realistic", side) for side in SIDES * 4]) == {200: 1, 409: 7}
+            assert race([(ANNOTATORS[n], item.id, "caption", SIDES[n % 2]) for n in range(8)]) == {200: 1, 409: 7}
+        assert race([(ANNA, study.pairs[0].id, "realistic", side) for side in SIDES * 4]) == {200: 1, 409: 7}
     assert len(stored(folder)) == 13
 
 

@@ -10,14 +10,20 @@ from helpers.human_study_folder import small_study
 
 from dalle_cli.errors import UserError
 from dalle_cli.human_study.study import QUESTIONS, load_key, load_study
-from dalle_cli.human_study.votes import VoteRefused, Votes, annotator_name
+from dalle_cli.human_study.votes import VoteRefused, Votes
 
 
-def test_names_are_one_in_all_spellings() -> None:
-    assert annotator_name("  Ann\u0301a   B ") == annotator_name("AN\u0143A b") == "an\u0144a b"
-    for name in ("", "   ", "x" * 65, "a\0b", "\ud800", "a\u202eb"):
-        with pytest.raises(ValueError, match="printable"):
-            annotator_name(name)
+def test_annotators_keep_their_codes_and_more_are_added(tmp_path: Path) -> None:
+    out, study = small_study(tmp_path, pairs=2)
+    with Votes(out, study) as votes:
+        three = votes.annotators(3)
+        assert [each.name for each in three] == ["annotator-01", "annotator-02", "annotator-03"]
+    with Votes(out, study) as votes, Votes(out, study) as others:
+        five = votes.annotators(5)
+        assert five[:3] == three
+        assert others.annotators(4) == five[:4]
+        assert [others.name_of(each.code) for each in five] == [each.name for each in five]
+        assert [votes.name_of(code) for code in ("", "annotator-01", five[0].code + " ")] == [None] * 3
 
 
 def test_a_question_is_asked_until_it_has_its_votes_and_once_of_each(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from dalle_cli.report.evaluations import CurveFigures, EvaluationRow
 from dalle_cli.report.figures import DataFigures, ReportFigures, SamplesFigures
 from dalle_cli.report.page import page
 from dalle_cli.report.samples import OracleFigures, SheetFigures
-from dalle_cli.report.training import DrawingFigures, StageFigures
+from dalle_cli.report.training import DrawingFigures, RetrievalFigures, StageFigures
 from dalle_cli.shapes.accuracy import Accuracy, Share
 
 
@@ -66,6 +66,7 @@ def test_script_in_any_value_is_shown_as_text() -> None:
             )
         ],
         drawings=DrawingFigures([1], [hostile("drawn")]),
+        retrieval=RetrievalFigures(1, [hostile("found")]),
         curves=[CurveFigures(hostile("curves"), hostile("of"), {"blur_fid": "blur_fid_0"})],
         samples=[SamplesFigures(hostile("store"), 1, hostile("seed"), {hostile("setting"): hostile("value")})],
         artifacts=[
@@ -81,7 +82,7 @@ def test_script_in_any_value_is_shown_as_text() -> None:
         commands=[{name: hostile(name) for name in ("artifact", "command", "finished")}],
         missing=[hostile("missing")],
     )
-    names = ("bars", "pool_size", "contact_sheet", "loss_dvae", "drawings", "blur_fid_0")
+    names = ("bars", "pool_size", "contact_sheet", "loss_dvae", "drawings", "retrieval", "blur_fid_0")
     found = Page(page(figures, dict.fromkeys(names, png()), hostile("recipe")))
     assert "script" not in found.tags
     assert len(found.images) == len(names)

@@ -66,7 +66,7 @@ def test_the_report_of_a_whole_chain(chain: TinyChain, tmp_path: Path) -> None:
     assert "never with published FID" in page.text
     assert page.text.count("✓") == 9
     assert "✗" not in page.text
-    assert len(page.images) == 2 + 2 + 1 + 6
+    assert len(page.images) == 2 + 2 + 1 + 7
 
     figures = json.loads((tmp_path / "out" / "report.json").read_text())
     assert figures == json.loads(json.dumps(report.figures.as_json()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from PIL import Image
 from dalle_cli.config.run_folders import RunFolders
 from dalle_cli.config.schema import Recipe, SamplingSettings
 from dalle_cli.data.images import eval_crop
+from dalle_cli.data.workers import map_blocks
 from dalle_cli.dvae.encode import encode_images
 from dalle_cli.dvae.train import load_dvae
 from dalle_cli.errors import UserError
@@ -373,3 +374,32 @@ def test_16_bit_samples_are_others(places: RunFolders, call: Call, tmp_path: Pat
     assert abs(a[1].mean() / b[1].mean() - 1) < 0.1
     refused = call("sample", places.prior, *PROMPTS, "--out", full, "--precision", "bf16").mistake()
     assert str(full) in refused
+
+
+def test_processes_draw_what_one_thread_draws(
+    sampler: Sampler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request of several batches, or the rest of one that was stopped, is drawn by as many processes as threads."""
+    alone = list(sampler.run(request(batch_size=2), tmp_path / "alone"))
+    asked: list[tuple[int, int]] = []
+
+    def counted(function: Any, blocks: list[range], workers: int, mend: str) -> Iterator[Any]:
+        asked.append((len(blocks), workers))
+        return map_blocks(function, blocks, workers, mend)
+
+    monkeypatch.setattr(pipeline, "map_blocks", counted)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    list(sampler.run(request(batch_size=12), tmp_path / "one batch"))
+    assert asked == []
+    stopped = sampler.run(request(batch_size=2), tmp_path / "several")
+    begun = [line["png"] for line, _ in zip(stopped, range(3), strict=False)]
+    stopped.close()  # type: ignore[attr-defined]
+    several = list(sampler.run(request(batch_size=2), tmp_path / "several"))
+    assert begun == [line["png"] for line in several[:3]]
+    assert [workers for _, workers in asked] == [3, 3]
+    assert asked[0][0] == 8  # batches of 2 and 1 of each of the 4 prompts
+    assert asked[1][0] < 8
+    for ours, theirs in zip(several, alone, strict=True):
+        assert Path(ours["png"]).read_bytes() == Path(theirs["png"]).read_bytes()
+        assert ours["log_likelihood"] == theirs["log_likelihood"]
+    np.testing.assert_array_equal(drawn(tmp_path / "several")[0], drawn(tmp_path / "alone")[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 from dalle_cli.errors import UserError
 from dalle_cli.stores.files import (
     append_json_line,
+    csv_text,
     locked,
     new_directory,
     read_json_lines,
@@ -141,3 +144,10 @@ def test_a_torn_line_swallows_no_later_one(tmp_path: Path) -> None:
     append_json_line(file, {"name": "c"})
     assert [line["name"] for line in read_json_lines(file)] == ["größe\u2028", "b", "c"]
     assert file.read_bytes().count(b"\n") == 4
+
+
+def test_no_text_of_a_csv_file_is_a_formula() -> None:
+    texts = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "a=1", "", "1-2", " =1", 'a "red", star\nbelow']
+    found = list(csv.reader(io.StringIO(csv_text([texts, [-1, 2.5, None]]), newline="")))
+    assert found[0] == [f"'{text}".replace("\r", "\n") for text in texts[:6]] + texts[6:]
+    assert found[1] == ["-1", "2.5", ""]

@@ -84,7 +84,7 @@ def test_killed_training_ends_with_the_same_bytes(by_hand: Chain, tmp_path: Path
     names = sorted(path.name for path in killed.iterdir())
     # Nothing unfinished is left, and the best checkpoint stands beside the newest two.
     steps = sorted({"step-00000056", "step-00000060", open_checkpoint(undisturbed).path.name})
-    shown = ["validation"] if stage == "dvae" else []
+    shown = [] if stage == "prior" else ["validation"]
     assert names == ["metrics.jsonl", *steps, "tensorboard", *shown]
     assert all(files(killed / name) == files(undisturbed / name) for name in [*steps, *shown])
 

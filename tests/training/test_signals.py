@@ -20,7 +20,7 @@ from helpers.token_stores import write_tokens
 
 from dalle_cli.errors import RESUMABLE
 from dalle_cli.stores.checkpoint import open_checkpoint
-from dalle_cli.training.signals import StopRequest
+from dalle_cli.training.signals import SECONDS_TO_STOP, StopRequest
 
 UPDATES = 400
 
@@ -164,3 +164,19 @@ def test_torchrun(to: str, command: Callable[[Path], list[Any]], tmp_path: Path)
     last = f"step-{UPDATES:08d}"
     assert files(signalled / last) == files(undisturbed / last)
     assert journal_lines(signalled) == journal_lines(undisturbed)
+
+
+def test_a_signal_that_comes_again_ends_what_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("dalle_cli.training.signals.time.monotonic", lambda: clock[0])
+    with StopRequest() as stop:
+        for clock[0] in (0.0, 1.0, SECONDS_TO_STOP - 0.1):  # a launcher and the batch system may both send it
+            signal.raise_signal(signal.SIGTERM)
+        clock[0] = 100.0
+        signal.raise_signal(signal.SIGUSR1)  # another one, and the first of its kind
+        stop.agreed = True  # an update has ended, and the checkpoint is being saved
+        signal.raise_signal(signal.SIGTERM)
+        stop.agreed = False
+        with pytest.raises(SystemExit) as ended:
+            signal.raise_signal(signal.SIGTERM)
+    assert ended.value.code == 128 + signal.SIGTERM

@@ -18,6 +18,7 @@ from dalle_cli.stores.held_out import split_store
 from dalle_cli.stores.token_writer import PartWriter
 from dalle_cli.stores.tokens import TokenReader
 from dalle_cli.training.validation import BestValidation
+from dalle_cli.views.describe_run import describe_run
 
 ROWS, GRID, CODES, TEXT = 60, 4, 16, 48
 
@@ -87,7 +88,14 @@ def test_a_run_ends_when_its_patience_is_exhausted(noise: Path, tmp_path: Path, 
     assert max(found) == best + 30
     again = call("train-prior", recipe, "--tokens", noise)
     assert again.code == 0
+    assert f"already trained; patience ended it at {best + 30} of " in again.err
     assert losses(run) == found
+    described = describe_run(tmp_path / "run")
+    assert described is not None
+    states = {stage.command: (stage.state, stage.detail) for stage in described.stages}
+    assert states["train-prior"][0] == "done"
+    assert states["train-prior"][1].startswith(f"update {best + 30} of ")
+    assert states["train-prior"][1].endswith(", ended by patience")
 
 
 def test_a_killed_run_finds_the_same_best_checkpoint(noise: Path, tmp_path: Path, call: Call) -> None:

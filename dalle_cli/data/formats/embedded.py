@@ -23,9 +23,9 @@ import pyarrow.parquet as pq
 from dalle_cli.data.formats.parquet import (
     check_captions,
     check_text,
+    read_parquet,
     read_strings,
     read_texts,
-    reading_again,
     texts_of_row,
 )
 from dalle_cli.data.formats.tables import (
@@ -146,9 +146,13 @@ class EmbeddedSource:
         key = number, group
         if key not in self._groups:
             file = self._files[number]
-            with reading_again(file.path, file.state), pq.ParquetFile(file.path) as opened:
-                # One thread: Arrow's pool of threads does not survive the fork of a worker.
-                table = opened.read_row_group(group, columns=[file.image], use_threads=False)
+
+            def read() -> Any:
+                with pq.ParquetFile(file.path) as opened:
+                    # One thread: Arrow's pool of threads does not survive the fork of a worker.
+                    return opened.read_row_group(group, columns=[file.image], use_threads=False)
+
+            table = read_parquet(file.path, file.state, read)
             self._groups[key] = _leaf(table.combine_chunks(), file.image)
             while len(self._groups) > 1 and sum(each.nbytes for each in self._groups.values()) > CACHED_BYTES:
                 self._groups.popitem(last=False)

@@ -23,7 +23,7 @@ from dalle_cli.data.source import (
     is_unicode,
     printable,
     read_caption_file,
-    read_image_file,
+    read_source_image,
     split_extension,
     unread_format,
 )
@@ -109,10 +109,10 @@ class FolderSource:
             files.append(path)
         if not files:
             raise BadSample(f"no caption (no .{', .'.join(CAPTION_EXTENSIONS)} beside the image)")
-        return first_captions_of(partial(read_caption_file, self._root / file) for file in files)
+        return first_captions_of(partial(read_caption_file, self._root / file, lambda: True) for file in files)
 
     def image_bytes(self, i: int) -> bytes:
-        return read_image_file(self._root / f"{self._keys[i]}.{self._kinds[self._kind_of[i]][0]}")
+        return read_source_image(self._root / f"{self._keys[i]}.{self._kinds[self._kind_of[i]][0]}")
 
     def _add_folder(self, below: str, names: list[str], images: dict[str, _Image], left: list[str]) -> None:
         """Add a folder's images, with the captions beside them, and the paths of the captions that are left."""

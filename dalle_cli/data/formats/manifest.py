@@ -20,7 +20,7 @@ from dalle_cli.data.source import (
     describe,
     is_unicode,
     printable,
-    read_image_file,
+    read_source_image,
     split_extension,
 )
 from dalle_cli.errors import UserError
@@ -102,7 +102,7 @@ class ManifestSource:
         image = self._table.image(self._rows(i)[0])
         if URL.match(image):
             raise BadSample("is a URL: download the picture first and put its path in its place")
-        return read_image_file(self._root / image)
+        return read_source_image(self._root / image, was_there=lambda: not self._root.is_dir())
 
     def _rows(self, i: int) -> list[int]:
         """Return the places of a picture's rows."""

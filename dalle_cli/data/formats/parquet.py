@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dalle_cli.data.formats.tables import BadRow, Row, file_state, find_columns, looked_for
+from dalle_cli.data.formats.tables import BadRow, Row, changed, file_state, find_columns, looked_for
 from dalle_cli.data.index import PackedStrings
-from dalle_cli.data.source import BadSample
+from dalle_cli.data.source import BadSample, read_again
 from dalle_cli.errors import UserError
+
+T = TypeVar("T")
 
 
 class ParquetTable:
@@ -65,29 +66,35 @@ class ParquetTable:
         return {**self.__dict__, "_texts": None}  # workers that read pictures do not need the captions
 
 
-@contextmanager
-def reading_again(path: Path, state: tuple[int, int]) -> Iterator[None]:
-    """Raise BadSample if the file cannot be read inside the block, or its ``file_state`` is no longer ``state``."""
-    try:
+def read_parquet(path: Path, state: tuple[int, int], read: Callable[[], T]) -> T:
+    """Return what ``read`` returns of the file of an opened source.
+
+    Raises:
+        BadSample, UserError: see ``read_again``; the file is damaged, or its ``file_state`` is no longer ``state``.
+    """
+
+    def checked() -> T:
         if file_state(os.stat(path)) != state:
-            raise BadSample(f"{path} has changed since it was indexed")
-        yield
-    except (pa.ArrowException, OSError) as error:
-        raise BadSample(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+            raise UserError(changed(path))
+        try:
+            return read()
+        except pa.ArrowException as error:
+            raise BadSample(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+
+    return read_again(str(path), checked)
 
 
 def read_texts(path: Path, state: tuple[int, int], columns: list[str]) -> list[Any]:
     """Return each caption column as a chunked array of bytes, since Arrow does not check that strings are UTF-8.
 
     Raises:
-        BadSample: the file cannot be read, or its ``file_state`` is no longer ``state``.
+        BadSample, UserError: see ``read_parquet``.
     """
-    with reading_again(path, state):
-        table = pq.read_table(path, columns=columns)
-        return [
-            column.cast(pa.large_list(pa.large_binary()) if _is_list(column.type) else pa.large_binary())
-            for column in (table.column(name) for name in columns)
-        ]
+    table = read_parquet(path, state, lambda: pq.read_table(path, columns=columns))
+    return [
+        column.cast(pa.large_list(pa.large_binary()) if _is_list(column.type) else pa.large_binary())
+        for column in (table.column(name) for name in columns)
+    ]
 
 
 def texts_of_row(columns: list[Any], place: int) -> list[str | bytes]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
-from dalle_cli.data.source import IMAGE_EXTENSIONS, BadSample, is_unicode, split_extension
+from dalle_cli.data.source import IMAGE_EXTENSIONS, BadSample, is_unicode, read_again, split_extension
 from dalle_cli.errors import UserError
 
 IMAGE_COLUMNS = (
@@ -110,7 +110,7 @@ class BadRow(NamedTuple):
 class Table(Protocol):
     """A list of pictures and captions; ``image``, ``key`` and ``captions`` read a row again by its place.
 
-    These three raise BadSample if the file cannot be read any more or has changed.
+    These three raise UserError if the file cannot be read any more or has changed.
     """
 
     path: Path
@@ -142,16 +142,18 @@ class _TextTable:
         self._state = file_state(os.stat(path))
 
     def _open(self, place: int) -> BinaryIO:
-        """Open the file at a row's place; raise BadSample if it cannot be read or has changed."""
-        try:
-            file = self.path.open("rb")
-        except OSError as error:
-            raise BadSample(f"{self.path} cannot be read: {error.strerror}") from error
+        """Open the file at a row's place; raise BadSample or UserError if it cannot be read or has changed."""
+        file = read_again(str(self.path), lambda: self.path.open("rb"))
         if file_state(os.fstat(file.fileno())) != self._state:
             file.close()
-            raise BadSample(f"{self.path} has changed since it was indexed")
+            raise UserError(changed(self.path))
         file.seek(place)
         return file
+
+
+def changed(path: Path) -> str:
+    """Return the message about a file that is another one than when its source was opened."""
+    return f"{path}: has changed since it was indexed; run the command again"
 
 
 def file_state(found: os.stat_result) -> tuple[int, int]:

@@ -32,6 +32,7 @@ from dalle_cli.data.source import (
     is_unicode,
     json_captions,
     printable,
+    read_again,
     split_extension,
     text_captions,
     unread_format,
@@ -67,18 +68,23 @@ class LocalFile:
         return io.FileIO(self.path)
 
     def read(self, offset: int, size: int) -> bytes:
-        """Return ``size`` bytes from ``offset`` on; raise BadSample if they cannot be read."""
-        try:
+        """Return ``size`` bytes from ``offset`` on.
+
+        Raises:
+            BadSample, UserError: see ``read_again``; the file has become shorter.
+        """
+
+        def read() -> bytes:
             # Opened for each read, so that threads, forks and pickled copies share no handle.
             file = os.open(self.path, os.O_RDONLY)
             try:
-                data = os.pread(file, size, offset)
+                return os.pread(file, size, offset)
             finally:
                 os.close(file)
-        except OSError as error:
-            raise BadSample(f"{self.path} cannot be read: {error.strerror}") from error
+
+        data = read_again(str(self.path), read)
         if len(data) != size:
-            raise BadSample(f"{self.path} is shorter than when it was indexed")
+            raise UserError(f"{self.path}: is shorter than when it was indexed; run the command again when it is whole")
         return data
 
 

@@ -4,20 +4,20 @@
 
 const MARKED_MS = 200; // how long the chosen picture stays marked
 const PAUSE_MS = 300; // so that a double tap does not answer the next question too
-const REMEMBERED = "dalle-human-study-annotator";
+const REMEMBERED = "dalle-human-study-code";
 const $ = (id) => document.getElementById(id);
 const choices = [...document.querySelectorAll(".choice")];
 const wait = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
-let annotator = null;
+let code = null; // of the annotator
 let task = null; // the pair on the screen and the questions still to be asked about it
 let ready = false; // true while the page takes an answer
 
-function remember(name) {
+function remember(value) {
   try {
-    if (name === null) localStorage.removeItem(REMEMBERED);
-    else localStorage.setItem(REMEMBERED, name);
-  } catch { /* no storage in a private window: the name is asked again */ }
+    if (value === null) localStorage.removeItem(REMEMBERED);
+    else localStorage.setItem(REMEMBERED, value);
+  } catch { /* no storage in a private window: the code is asked again */ }
 }
 
 function remembered() {
@@ -55,10 +55,10 @@ async function call(url, options, waiting) {
 
 async function next() {
   setReady(false);
-  const me = annotator;
-  const { status, body } = await call(
-    `/api/next?annotator=${encodeURIComponent(me)}`, { cache: "no-store" }, "The study cannot be reached. Trying again …");
-  if (me !== annotator) return;
+  const own = code;
+  const options = { cache: "no-store", headers: { Authorization: `Bearer ${own}` } };
+  const { status, body } = await call("/api/next", options, "The study cannot be reached. Trying again …");
+  if (own !== code) return;
   if (status !== 200) {
     leave();
     trouble(body.error);
@@ -67,7 +67,7 @@ async function next() {
   $("bar").max = Math.max(body.total, 1);
   $("bar").value = body.done;
   $("count").textContent = `${body.done} of ${body.total} done`;
-  $("who").textContent = annotator;
+  $("who").textContent = body.annotator;
   if (body.tasks.length === 0) {
     $("summary").textContent = body.done === 1 ? "You judged 1 pair." : `You judged ${body.done} pairs.`;
     show("end");
@@ -77,7 +77,7 @@ async function next() {
   task = body.tasks[0];
   show("judge");
   await showPictures();
-  if (me !== annotator) return;
+  if (own !== code) return;
   showQuestion();
   for (const side of body.tasks[1] ? ["left", "right"] : []) new Image().src = body.tasks[1][side];
 }
@@ -123,37 +123,41 @@ async function choose(side) {
   if (!ready) return;
   setReady(false);
   for (const choice of choices) choice.classList.add(choice.dataset.side === side ? "chosen" : "other");
-  const vote = { annotator, item: task.item, question: task.questions[0].id, answer: side };
-  const options = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(vote) };
+  const own = code;
+  const vote = { item: task.item, question: task.questions[0].id, answer: side };
+  const headers = { Authorization: `Bearer ${own}`, "Content-Type": "application/json" };
+  const options = { method: "POST", headers, body: JSON.stringify(vote) };
   const [{ status }] = await Promise.all([
     call("/api/vote", options, "Your answer is not saved yet. Trying again …"), wait(MARKED_MS)]);
-  if (vote.annotator !== annotator) return;
+  if (own !== code) return;
   task.questions.shift();
   // 409: answered before, in another window or before a lost reply, or no longer wanted. Ask the server what is next.
   if (status === 200 && task.questions.length > 0) await showQuestion();
   else await next();
 }
 
-function join(name) {
-  annotator = name;
-  remember(name);
+function join(value) {
+  code = value;
+  remember(value);
   next();
 }
 
 function leave() {
-  annotator = task = null;
+  code = task = null;
   setReady(false);
   remember(null);
   trouble(null);
+  history.replaceState(null, "", "/");
   show("welcome");
-  $("name").value = "";
-  $("name").focus();
+  $("code").value = "";
+  $("code").focus();
 }
 
 $("join").addEventListener("submit", (event) => {
   event.preventDefault();
-  const name = $("name").value.trim();
-  if (name) join(name);
+  const value = $("code").value.trim();
+  if (/^[\w-]+$/.test(value)) join(value);
+  else trouble("A code has letters, digits, - and _ only.");
 });
 for (const button of document.querySelectorAll(".leave")) button.addEventListener("click", leave);
 for (const choice of choices) choice.addEventListener("click", () => choose(choice.dataset.side));
@@ -166,5 +170,9 @@ document.addEventListener("keydown", (event) => {
   }
 });
 
-if (remembered()) join(remembered());
-else show("welcome");
+const linked = location.hash.slice(1);
+if (remembered() && (!linked || linked === remembered())) join(remembered());
+else {
+  $("code").value = linked;
+  show("welcome");
+}

@@ -11,7 +11,7 @@ import pytest
 
 from dalle_cli.data.formats import embedded
 from dalle_cli.data.open_source import open_source
-from dalle_cli.data.source import BadSample, Source
+from dalle_cli.data.source import Source
 from dalle_cli.errors import UserError
 
 
@@ -128,9 +128,9 @@ def test_a_changed_file_is_noticed(tmp_path: Path) -> None:
     write_hub(tmp_path / "t.parquet", {"a.jpg": ["x"]})
     source = open_source(tmp_path / "t.parquet")
     write_hub(tmp_path / "t.parquet", {"a.jpg": ["x"], "b.jpg": ["y"]})
-    with pytest.raises(BadSample, match="has changed since it was indexed"):
+    with pytest.raises(UserError, match="has changed since it was indexed"):
         source.image_bytes(0)
-    with pytest.raises(BadSample, match="has changed since it was indexed"):
+    with pytest.raises(UserError, match="has changed since it was indexed"):
         source.captions(0)
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from dalle_cli.data.images import decode_image
 from dalle_cli.data.open_source import open_source
-from dalle_cli.data.source import BadSample
+from dalle_cli.errors import UserError
 
 
 def test_a_folder_of_images(tmp_path: Path) -> None:
@@ -44,7 +44,8 @@ def test_a_folder_of_images(tmp_path: Path) -> None:
     assert contents(pickle.loads(pickle.dumps(source))) == contents(source)
 
 
-def test_a_folders_duplicates_and_broken_links(tmp_path: Path) -> None:
+def test_a_folders_duplicates_and_broken_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dalle_cli.data.source.PAUSES", (0.01,))
     for name in ("a.jpg", "a.png", "real.png"):
         (tmp_path / name).write_bytes(name.encode())
     (tmp_path / "link.png").symlink_to(tmp_path / "real.png")
@@ -60,7 +61,7 @@ def test_a_folders_duplicates_and_broken_links(tmp_path: Path) -> None:
         ("broken.png", "not a file, or a broken link"),
     ]
     (tmp_path / "real.png").unlink()
-    with pytest.raises(BadSample, match="the image cannot be read"):
+    with pytest.raises(UserError, match=r"real\.png: cannot be read any more \(No such file"):
         source.image_bytes(2)
 
 

@@ -271,7 +271,7 @@ def test_a_changed_manifest_is_noticed(tmp_path: Path, ending: str) -> None:
     source = open_source(manifest)
     WRITERS[ending](manifest, [("b.jpg", "two"), ("a.jpg", "one")])
     os.utime(manifest, ns=(1, 1))
-    with pytest.raises(BadSample, match="has changed since it was indexed"):
+    with pytest.raises(UserError, match="has changed since it was indexed"):
         source.captions(0)
 
 
