@@ -77,10 +77,10 @@ def explain_lost_workers() -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, EOFError) as error:
+    except (RuntimeError, EOFError, ConnectionResetError) as error:
         if isinstance(error, RuntimeError) and "DataLoader" not in str(error):
             raise
-        reason = (str(error) or "it ended while it passed on pictures").splitlines()[0]
+        reason = str(error).splitlines()[0] if str(error) else "it ended while it passed on pictures"
         raise UserError(
             f"a worker process that loads pictures was lost ({reason}); if memory ran out, set "
             "training.workers to less; run the same command again to resume"
