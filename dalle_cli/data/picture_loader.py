@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -113,7 +113,7 @@ class TrainingPictures:
             worker_init_fn=_start_training_worker,
             timeout=PATIENCE if self.workers else 0,
         )
-        with _workers_of(iter(loader)) as batches:
+        with explain_lost_workers(), _workers_of(iter(loader)) as batches:
             yield from batches
 
     def picture(self, row: int, epoch: int) -> tuple[np.ndarray, int]:
@@ -242,7 +242,7 @@ def consecutive_pictures(
         worker_init_fn=_use_one_thread,
         timeout=PATIENCE if workers else 0,
     )
-    with _workers_of(iter(loader)) as decoded:
+    with explain_lost_workers(), _workers_of(iter(loader)) as decoded:
         for number, (keys, reasons) in enumerate(decoded):
             pictures = buffer[number % slots, : len(keys)]
             yield PictureBlock(keys, pictures.pin_memory() if pinned else pictures, reasons)
@@ -267,18 +267,18 @@ def _workers_of(iterator: Any) -> Iterator[Any]:
     """Use the iterator of a DataLoader inside the block, then end its worker processes, if it has any.
 
     Raises:
-        UserError: a worker process was killed, gave no batch within PATIENCE, or met a fault of the data.
+        UserError: a worker process met a fault of the data.
     """
     try:
-        with explain_lost_workers():
-            yield iterator
+        yield iterator
     except (BadSample, UserError) as error:
         raise UserError(_reason(error)) from None
     finally:
         # A traceback may keep the iterator, and so its workers, alive. At exit Python sends them a SIGTERM, which they
         # may ignore, and would then wait for them forever.
         if hasattr(iterator, "_shutdown_workers"):
-            iterator._shutdown_workers()
+            with suppress(RuntimeError):  # torch tells of a killed worker at any moment, also of this one
+                iterator._shutdown_workers()
             for worker in iterator._workers:
                 worker.kill()
                 worker.join()
