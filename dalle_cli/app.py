@@ -121,8 +121,10 @@ def main() -> None:
     try:
         try:
             app()
-        finally:
-            sys.stdout.flush()
+        except SystemExit as end:
+            if not end.code and sys.stdout is not None:
+                sys.stdout.flush()
+            raise
     except BrokenPipeError:
         _drop_stdout()
         sys.exit(1)
@@ -145,6 +147,7 @@ def main() -> None:
 def _drop_stdout() -> None:
     """Drop what stdout could not take, since Python would try again at its exit and complain of it."""
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

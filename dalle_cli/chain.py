@@ -124,7 +124,7 @@ def run_stages(stages: Sequence[Stage]) -> None:
             log(f"== {number} of {len(stages)}: {stage.line}")
             began = time.monotonic()
             code = _run(stage, stops, last=number == len(stages))
-            if code < 0 and stops.received:
+            if (code < 0 or code > 128) and stops.received:
                 log(f"stopped within {stage.name}; exit code {RESUMABLE}; run the same command again to go on")
                 raise SystemExit(RESUMABLE)
             if code < 0:

@@ -70,7 +70,9 @@ def serve(
     ] = None,
     name: Annotated[
         list[str] | None,
-        typer.Option(help="Another name of this machine in links, such as study.example.org.", show_default=False),
+        typer.Option(
+            help="Another name that browsers may ask for, as study.example.org of a proxy.", show_default=False
+        ),
     ] = None,
 ) -> None:
     """Serve a study as a web page until ctrl-C; every vote is on disk before it is acknowledged.
@@ -87,7 +89,7 @@ def serve(
         for annotator in server.annotators:
             print(f"{annotator.name}\t{server.link(annotator)}", flush=True)
         if host == EVERY_ADDRESS:
-            log("where a device does not know this machine's name, put its address in the link")
+            log("where a device does not know this machine's name, replace it in the link by the IP address")
         log("ctrl-C stops the server; every vote is kept")
         try:
             server.serve_forever()

@@ -21,7 +21,7 @@ from dalle_cli.data.batch_order import BatchOrder, Reorder
 from dalle_cli.data.filters import picture_rejection
 from dalle_cli.data.images import BadImage, decode_image, eval_crop, squared, train_crop
 from dalle_cli.data.source import BadSample, Source
-from dalle_cli.data.workers import explain_lost_workers, ignore_stop_signals, split_blocks
+from dalle_cli.data.workers import explain_lost_workers, ignore_stop_signals, lost_worker, split_blocks
 from dalle_cli.errors import UserError
 from dalle_cli.randomness import numpy_generator
 
@@ -273,6 +273,8 @@ def _workers_of(iterator: Any) -> Iterator[Any]:
         yield iterator
     except (BadSample, UserError) as error:
         raise UserError(_reason(error)) from None
+    except (EOFError, ConnectionResetError):
+        raise lost_worker("it ended while it passed on pictures") from None
     finally:
         # A traceback may keep the iterator, and so its workers, alive. At exit Python sends them a SIGTERM, which they
         # may ignore, and would then wait for them forever.
@@ -281,7 +283,7 @@ def _workers_of(iterator: Any) -> Iterator[Any]:
                 iterator._shutdown_workers()
             for worker in iterator._workers:
                 worker.kill()
-                worker.join()
+                worker.join(timeout=5)
 
 
 def _reason(error: Exception) -> str:

@@ -77,14 +77,18 @@ def explain_lost_workers() -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, EOFError, ConnectionResetError) as error:
-        if isinstance(error, RuntimeError) and "DataLoader" not in str(error):
+    except RuntimeError as error:
+        if not str(error).startswith(("DataLoader worker (pid", "DataLoader timed out")):
             raise
-        reason = str(error).splitlines()[0] if str(error) else "it ended while it passed on pictures"
-        raise UserError(
-            f"a worker process that loads pictures was lost ({reason}); if memory ran out, set "
-            "training.workers to less; run the same command again to resume"
-        ) from None
+        raise lost_worker(str(error).splitlines()[0]) from None
+
+
+def lost_worker(reason: str) -> UserError:
+    """Return the error about a worker process of a DataLoader that is gone."""
+    return UserError(
+        f"a worker process that loads pictures was lost ({reason}); if memory ran out, set the stage's "
+        "training.workers to less; run the same command again to resume"
+    )
 
 
 def split_blocks(rows: range, size: int) -> list[range]:

@@ -84,12 +84,13 @@ class StudyServer(ThreadingHTTPServer):
             UserError: ``folder`` holds no complete study, its votes cannot be opened, or the address cannot be bound.
         """
         self.study = load_study(folder)
-        names = [name for item in self.study.items for name in (item.left, item.right)]
-        self.pictures = {_url(name): folder / PICTURES / name for name in names}
+        pictures = [name for item in self.study.items for name in (item.left, item.right)]
+        self.pictures = {_url(name): folder / PICTURES / name for name in pictures}
         for path in self.pictures.values():
             if not path.is_file():
                 raise UserError(f"{path}: the study's picture is missing; make the study anew")
-        self.names = {name.lower() for name in ("localhost", socket.gethostname(), *names)}
+        self.given_names = {name.lower() for name in names}
+        self.names = {"localhost", socket.gethostname().lower()} | self.given_names
         self._open: Counter[str] = Counter()
         self._open_lock = Lock()
         page = files("dalle_cli.human_study") / "page"
@@ -100,10 +101,13 @@ class StudyServer(ThreadingHTTPServer):
             raise UserError(f"{host}:{port}: cannot be bound ({error}); choose another --port or --host") from None
         try:
             self.votes = Votes(folder, self.study)
+            self.annotators = self.votes.annotators(links or self.study.annotators)
         except UserError:
             self.server_close()
             raise
-        self.annotators = self.votes.annotators(links or self.study.annotators)
+        except sqlite3.Error as error:
+            self.server_close()
+            raise UserError(f"{folder}: its votes cannot be used now ({error}); try again, or free the disk") from None
 
     def link(self, annotator: Annotator) -> str:
         """Return the URL of the page for one annotator."""
@@ -119,7 +123,12 @@ class StudyServer(ThreadingHTTPServer):
         """Answer a connection in a thread of its own."""
         with self._open_lock:
             self._open[client_address[0]] += 1
-        super().process_request(request, client_address)
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # no thread could be started
+            with self._open_lock:
+                self._open[client_address[0]] -= 1
+            raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Answer a connection until it is closed."""
@@ -187,7 +196,9 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             name = urlsplit(f"//{host}").hostname or ""
             known = name in self.server.names or _is_address(name)
-            return known and (origin is None or urlsplit(origin).netloc == host)
+            sent_from = urlsplit(origin or f"http://{host}")
+            # A proxy that has one of the given names may ask under another Host.
+            return known and (sent_from.netloc == host or sent_from.hostname in self.server.given_names)
         except ValueError:
             return False
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -94,8 +95,12 @@ class _DrawAlone:
     request: SampleRequest
 
     def __call__(self, rows: range) -> Drawn:
+        before = torch.get_num_threads()
         torch.set_num_threads(1)
-        return self.models.draw(self.request, *self.request.batch(rows.start, len(rows)))
+        try:
+            return self.models.draw(self.request, *self.request.batch(rows.start, len(rows)))
+        finally:
+            torch.set_num_threads(before)
 
 
 @dataclass
@@ -149,12 +154,18 @@ class Sampler:
         processes, size = processes_and_size(request, models.decoder, models.dvae)
         pending: list[tuple[int, np.ndarray, Future[None]]] = []
         total = len(request.rows)
-        with progress("sample", total, "images", store.committed) as bar, explain_out_of_memory(folder, mend), store:
-            batches = (
+        with (
+            progress("sample", total, "images", store.committed) as bar,
+            explain_out_of_memory(folder, mend),
+            store,
+            ExitStack() as held,
+        ):
+            batches: Any = (
                 models.draw_from(request, row, size, bar)
                 if processes == 1
                 else map_blocks(_DrawAlone(models, request), list(request.batches_from(row, size)), processes, mend)
             )
+            held.callback(batches.close)  # so that no process draws on after a fault
             for tokens, scores, pictures in batches:
                 places = [request.place(r) for r in range(row, row + len(pictures))]
                 names = [png_name(prompt, index, request.prompts[prompt]) for prompt, index in places]

@@ -374,6 +374,8 @@ def _read_manifest(folder: Path, kind: Kind | None) -> Checkpoint:
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise Damaged(f"{manifest_path}: damaged or not a checkpoint's manifest ({error!r})") from None
     found = as_type(Checkpoint, {**manifest, "path": folder, "identity": identity}, manifest_path)
+    if _STEP.fullmatch(folder.name) and folder != step_folder(folder.parent, found.step):
+        raise Damaged(f"{manifest_path}: damaged: says update {found.step}, unlike its folder's name")
     if kind is not None and found.kind != kind:
         raise UserError(f"{folder}: is a {found.kind} checkpoint where a {kind} is needed")
     return found

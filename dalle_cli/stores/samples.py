@@ -23,7 +23,7 @@ from dalle_cli.errors import UserError
 from dalle_cli.stores.checksums import write_checksums
 from dalle_cli.stores.files import explain_os_errors, new_directory, plain_name
 from dalle_cli.stores.shards import Shard
-from dalle_cli.stores.typed import Count, as_type
+from dalle_cli.stores.typed import Count, as_type, explain_damage
 
 STORE = "samples.zarr"
 ENCODERS = 4
@@ -151,7 +151,7 @@ class SampleStore:
 
     @property
     def committed(self) -> int:
-        return int(self._group.attrs["rows"])
+        return as_type(Count, self._group.attrs.get("rows"), self.out / STORE)
 
     @property
     def elsewhere(self) -> dict[str, str]:
@@ -226,4 +226,5 @@ def _create(out: Path, identity: dict[str, Any], rows: int, grid: int, run: Path
 def _open(out: Path) -> Any:
     import zarr
 
-    return zarr.open_group(str(out / STORE), mode="a", zarr_format=3)
+    with explain_damage(out / STORE):
+        return zarr.open_group(str(out / STORE), mode="a", zarr_format=3)

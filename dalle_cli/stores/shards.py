@@ -115,10 +115,10 @@ class Shares:
         file = self.file(shard, ".json")
         try:
             return read_typed(ShareProgress, file)
-        except Damaged:
-            if file.exists():
-                raise
-            return None
+        except Damaged as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return None
+            raise
 
     def all(self) -> dict[Shard, ShareProgress]:
         """Return the progress of each share that has been begun, in order."""

@@ -35,7 +35,7 @@ import numpy as np
 from dalle_cli.errors import Damaged, UserError
 from dalle_cli.stores.checksums import CHECKSUMS, require_undamaged
 from dalle_cli.stores.shards import COMMANDS, WHOLE, Part, Shard, Shares, join_names
-from dalle_cli.stores.typed import Count, as_type, explain_damage
+from dalle_cli.stores.typed import ABSENT, Count, as_type, explain_damage
 
 FORMAT_VERSION = 3
 """Version 1 held one caption per picture, with all its BPE-dropout versions in one array that was read whole. Version 2
@@ -117,7 +117,9 @@ def open_group(path: Path, mode: Literal["r", "r+"]) -> Any:
         group: Any = zarr.open_group(str(path), mode=mode, zarr_format=3)
     except PermissionError as error:
         raise UserError(f"{path}: may not be read ({error.strerror}); {mend}") from None
-    except Exception:  # it is not there, or its metadata are not Zarr's
+    except Exception as error:  # it is not there, or its metadata are not Zarr's
+        if isinstance(error, OSError) and error.errno not in ABSENT:
+            raise
         raise UserError(f"{path}: is no token store; {mend}") from None
     if group.attrs.get("format") != "dalle-tokens":
         raise UserError(f"{path}: is no token store; {mend}")

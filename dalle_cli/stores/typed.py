@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 from dalle_cli.errors import Damaged, UserError
 
 T = TypeVar("T")
+ABSENT = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+"""Numbers of errors that lie in what is read and not in its disk; libraries that find damage give none."""
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 """A number of rows, samples or updates."""
 
@@ -54,6 +57,8 @@ def explain_damage(where: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno not in ABSENT:
+            raise  # the disk or the network failed, which says nothing about the file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise Damaged(f"{where}: damaged or missing ({reason[:100]}); {_AGAIN}") from error
 

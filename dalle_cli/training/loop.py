@@ -188,6 +188,7 @@ class Run:
                 done, sent_before = step + 1, self.engine.traffic()
                 rate = state.learning_rate(step)
                 values = self.update(state, batch, step, rate)
+                self.stop.note_progress()
                 state.update_ema(step)
                 state.plateau.add_training_loss(float(values["loss"]))
                 throughput.count_update()

@@ -46,6 +46,10 @@ class StopRequest:
             for which, handler in self._before.items():
                 signal.signal(which, handler)
 
+    def note_progress(self) -> None:
+        """Note that an update has ended, so that nothing hangs."""
+        self._since.clear()
+
     def _remember(self, number: int, _: object) -> None:
         waited = time.monotonic() - self._since.setdefault(number, time.monotonic())
         if waited >= SECONDS_TO_STOP and not self.agreed:

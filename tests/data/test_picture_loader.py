@@ -17,6 +17,7 @@ from dalle_cli.config.schema import DataSettings
 from dalle_cli.data.open_source import open_source
 from dalle_cli.data.picture_loader import TrainingPictures, consecutive_pictures
 from dalle_cli.data.source import Source
+from dalle_cli.data.workers import explain_lost_workers
 from dalle_cli.errors import UserError
 
 
@@ -83,7 +84,7 @@ def test_a_killed_worker_is_one_line(tmp_path: Path) -> None:
     batches = endless(two_pictures(tmp_path)).batches(0, 10_000)
     next(batches)
     os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
-    with pytest.raises(UserError, match="a worker process that loads pictures was lost"):
+    with pytest.raises(UserError, match="a worker process that loads pictures was lost"), explain_lost_workers():
         for _ in batches:
             pass
     assert not multiprocessing.active_children()

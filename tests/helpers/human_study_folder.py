@@ -93,10 +93,10 @@ def send(request: urllib.request.Request) -> tuple[int, bytes, dict[str, str]]:
 
 
 @contextmanager
-def serving(folder: Path, port: int = 0, links: int = 8) -> Iterator[Served]:
+def serving(folder: Path, port: int = 0, links: int = 8, name: str = "localhost") -> Iterator[Served]:
     """Run ``dalle human-study serve`` in another process, killed at the end."""
     process = subprocess.Popen(
-        [DALLE, "human-study", "serve", str(folder), "--port", str(port), "--links", str(links)],
+        [DALLE, "human-study", "serve", str(folder), "--port", str(port), "--links", str(links), "--name", name],
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

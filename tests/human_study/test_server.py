@@ -338,3 +338,15 @@ def test_help_has_an_example(call: Call, command: str) -> None:
     done = call("human-study", *([command] if command else []), "--help")
     assert done.code == 0
     assert f"dalle human-study {command or 'make'}" in " ".join(done.out.partition("Example:")[2].split())
+
+
+def test_a_name_that_was_given_is_allowed(tmp_path: Path) -> None:
+    folder, study = small_study(tmp_path, pairs=2)
+    vote = json.dumps({"item": study.pairs[0].id, "question": "caption", "answer": "left"}).encode()
+    with serving(folder, name="Study.example.org") as served:
+        code = served.code(ANNA)
+        assert served.get("", {"Host": "study.example.org"})[0] == 200
+        assert served.get("", {"Host": study.items[0].left})[0] == 403
+        assert served.post(vote, {**code, "Origin": "https://other.example.org"})[0] == 403
+        # A proxy with TLS may ask under the server's own address.
+        assert served.post(vote, {**code, "Origin": "https://study.example.org"}) == (200, {"kept": "left"})

@@ -170,6 +170,7 @@ document.addEventListener("keydown", (event) => {
   }
 });
 
+addEventListener("hashchange", () => location.reload()); // another link was opened in this tab
 const linked = location.hash.slice(1);
 if (remembered() && (!linked || linked === remembered())) join(remembered());
 else {
