@@ -24,8 +24,11 @@ RECENT = 40
 SLOWER = 2.5
 """Factor by which steady steps become slower before a warning."""
 _silent = False
-_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-"""Control characters, and those that turn the direction of writing; not the joiners that emoji and scripts need."""
+_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters, those that turn the direction of writing, and bytes of names that are not UTF-8 (surrogates).
+
+The joiners that emoji and scripts need are not among them.
+"""
 
 
 def printable(text: str) -> str:

@@ -177,11 +177,11 @@ def clean_caption(text: str) -> str:
     return text
 
 
-def read_again(what: str, read: Callable[[], T], was_there: Callable[[], bool] = lambda: True) -> T:
+def read_again(what: str, read: Callable[[], T], may_return: Callable[[], bool] = lambda: True) -> T:
     """Return what ``read`` returns of a file of an opened source; if it fails, try again after each of PAUSES.
 
     So a file system that is away for a moment does not make its samples look bad. A file that is not found is waited
-    for if ``was_there`` says so. ``what`` names the file in messages.
+    for if it ``may_return``. ``what`` names the file in messages.
 
     Raises:
         BadSample: the file cannot be read for a reason of its own, or was never there.
@@ -192,7 +192,7 @@ def read_again(what: str, read: Callable[[], T], was_there: Callable[[], bool] =
             return read()
         except OSError as error:
             reason = error.strerror or str(error).partition("\n")[0]
-            if error.errno in _LASTING or (error.errno == errno.ENOENT and not was_there()):
+            if error.errno in _LASTING or (error.errno == errno.ENOENT and not may_return()):
                 raise BadSample(f"{what} cannot be read: {reason}") from error
             if pause is None:
                 raise UserError(
@@ -203,23 +203,15 @@ def read_again(what: str, read: Callable[[], T], was_there: Callable[[], bool] =
     raise AssertionError
 
 
-def read_caption_file(path: Path, was_there: Callable[[], bool] = lambda: False) -> list[str]:
+def read_caption_file(path: Path, may_return: Callable[[], bool] = lambda: False) -> list[str]:
     """Return the captions of a .txt, .caption or .json; see ``read_again`` for what is raised."""
     captions_of = json_captions if path.suffix.lower() == ".json" else text_captions
-    return captions_of(read_again("the caption", lambda: _read(path, "caption", MAX_CAPTION_BYTES), was_there))
+    return captions_of(read_again("the caption", lambda: _read(path, "caption", MAX_CAPTION_BYTES), may_return))
 
 
-def read_source_image(path: Path, was_there: Callable[[], bool] = lambda: True) -> bytes:
-    """Return the bytes of an image file of an opened source; see ``read_again`` for what is raised."""
-    return read_again("the image", lambda: _read(path, "image", MAX_IMAGE_BYTES), was_there)
-
-
-def read_image_file(path: Path) -> bytes:
-    """Return the bytes of an image file; raise BadSample if it cannot be read or is too large."""
-    try:
-        return _read(path, "image", MAX_IMAGE_BYTES)
-    except OSError as error:
-        raise BadSample(f"the image cannot be read: {error.strerror}") from error
+def read_image_file(path: Path, may_return: Callable[[], bool] = lambda: False) -> bytes:
+    """Return the bytes of an image file; see ``read_again`` for what is raised."""
+    return read_again("the image", lambda: _read(path, "image", MAX_IMAGE_BYTES), may_return)
 
 
 def _read(path: Path, what: str, limit: int) -> bytes:
@@ -243,11 +235,6 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def printable(name: str) -> str:
-    """Return a file's name for messages, with bytes that are not UTF-8 as escapes."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def split_extension(path: str) -> tuple[str, str]:

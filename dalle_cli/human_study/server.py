@@ -126,8 +126,7 @@ class StudyServer(ThreadingHTTPServer):
         try:
             super().process_request(request, client_address)
         except BaseException:  # no thread could be started
-            with self._open_lock:
-                self._open[client_address[0]] -= 1
+            self._count_closed(client_address)
             raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
@@ -135,9 +134,12 @@ class StudyServer(ThreadingHTTPServer):
         try:
             super().process_request_thread(request, client_address)
         finally:
-            with self._open_lock:
-                self._open[client_address[0]] -= 1
-                self._open += Counter()  # drops addresses without connections
+            self._count_closed(client_address)
+
+    def _count_closed(self, client_address: Any) -> None:
+        with self._open_lock:
+            self._open[client_address[0]] -= 1
+            self._open += Counter()  # drops addresses without connections
 
     def server_bind(self) -> None:
         """Bind the socket without the base class's slow look-up of the host's full name."""

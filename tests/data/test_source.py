@@ -71,7 +71,7 @@ def test_faults_of_a_file_make_a_bad_sample_at_once(pauses: list[float], number:
     with pytest.raises(BadSample, match="the image cannot be read: "):
         read_again("the image", failing(number, 1))
     with pytest.raises(BadSample):
-        read_again("the image", failing(errno.ENOENT, 1), was_there=lambda: False)
+        read_again("the image", failing(errno.ENOENT, 1), may_return=lambda: False)
     assert pauses == []
 
 

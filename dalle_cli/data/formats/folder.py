@@ -21,13 +21,13 @@ from dalle_cli.data.source import (
     describe,
     first_captions_of,
     is_unicode,
-    printable,
     read_caption_file,
-    read_source_image,
+    read_image_file,
     split_extension,
     unread_format,
 )
 from dalle_cli.errors import UserError
+from dalle_cli.progress import printable
 
 _WANTED = IMAGE_EXTENSIONS | UNREAD_EXTENSIONS | frozenset(CAPTION_EXTENSIONS)
 
@@ -112,7 +112,7 @@ class FolderSource:
         return first_captions_of(partial(read_caption_file, self._root / file, lambda: True) for file in files)
 
     def image_bytes(self, i: int) -> bytes:
-        return read_source_image(self._root / f"{self._keys[i]}.{self._kinds[self._kind_of[i]][0]}")
+        return read_image_file(self._root / f"{self._keys[i]}.{self._kinds[self._kind_of[i]][0]}", lambda: True)
 
     def _add_folder(self, below: str, names: list[str], images: dict[str, _Image], left: list[str]) -> None:
         """Add a folder's images, with the captions beside them, and the paths of the captions that are left."""

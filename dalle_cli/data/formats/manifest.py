@@ -19,12 +19,11 @@ from dalle_cli.data.source import (
     clean_captions,
     describe,
     is_unicode,
-    printable,
-    read_source_image,
+    read_image_file,
     split_extension,
 )
 from dalle_cli.errors import UserError
-from dalle_cli.progress import log
+from dalle_cli.progress import log, printable
 from dalle_cli.stores.files import sha256_file
 
 _ROWS_BETWEEN_LOG_LINES = 1_000_000  # a few seconds
@@ -102,7 +101,7 @@ class ManifestSource:
         image = self._table.image(self._rows(i)[0])
         if URL.match(image):
             raise BadSample("is a URL: download the picture first and put its path in its place")
-        return read_source_image(self._root / image, was_there=lambda: not self._root.is_dir())
+        return read_image_file(self._root / image, may_return=lambda: not self._root.is_dir())
 
     def _rows(self, i: int) -> list[int]:
         """Return the places of a picture's rows."""

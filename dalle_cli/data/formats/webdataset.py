@@ -31,14 +31,13 @@ from dalle_cli.data.source import (
     first_captions_of,
     is_unicode,
     json_captions,
-    printable,
     read_again,
     split_extension,
     text_captions,
     unread_format,
 )
 from dalle_cli.errors import UserError
-from dalle_cli.progress import progress
+from dalle_cli.progress import printable, progress
 
 _IMAGE, _TEXT, _JSON = range(3)
 """Roles of a sample's members."""
