@@ -83,6 +83,13 @@ def write_atomically(path: Path, data: bytes | str) -> None:
             beside.unlink(missing_ok=True)
 
 
+def delete_unfinished(folder: Path) -> None:
+    """Delete what processes that were killed in ``write_atomically`` left in a folder that this process owns."""
+    for left in folder.glob(".*"):
+        if left.suffix[1:].isdigit():  # the number of the process
+            left.unlink(missing_ok=True)
+
+
 def json_text(value: Any) -> str:
     """Return ``value`` as indented JSON with sorted keys, as ``write_json`` writes it."""
     return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"

@@ -14,7 +14,13 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from dalle_cli.errors import UserError
-from dalle_cli.stores.files import append_json_line, explain_os_errors, read_json_lines, write_atomically
+from dalle_cli.stores.files import (
+    append_json_line,
+    delete_unfinished,
+    explain_os_errors,
+    read_json_lines,
+    write_atomically,
+)
 from dalle_cli.stores.png import encode_png
 
 PICTURES = "validation"
@@ -40,6 +46,8 @@ class Journal:
         self._began = time.monotonic()
         if writes:
             write_atomically(self.lines, _lines_until(self.lines, start))
+            for folder in (out, self.pictures):
+                delete_unfinished(folder)
             for picture in self.pictures.glob("*.png"):
                 if int(picture.stem.rpartition("-")[2]) > start:
                     picture.unlink()

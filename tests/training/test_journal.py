@@ -110,6 +110,18 @@ def test_a_line_cut_short_is_dropped(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 2.0}\n'
 
 
+def test_what_a_killed_process_left_half_written_is_deleted(tmp_path: Path) -> None:
+    with Journal(tmp_path, 0) as journal:
+        journal.log_validation(1, {"loss": 1.0}, {"grid": torch.zeros(3, 2, 2, dtype=torch.uint8)})
+    for left in (".metrics.jsonl.4711", "validation/.grid-00000001.png.4711", ".notes", "validation/.DS_Store"):
+        (tmp_path / left).write_text("half")
+    with Journal(tmp_path, 1):
+        pass
+    hidden = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob(".*"))
+    assert hidden == [".notes", "validation/.DS_Store"]
+    assert (tmp_path / "validation" / "grid-00000001.png").is_file()
+
+
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     with Journal(tmp_path, 0, writes=False) as journal:
         journal.log_training(1, 0.1, {"loss": 1.0})
