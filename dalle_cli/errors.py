@@ -26,7 +26,7 @@ class Stopped(Exception):
 _MENDS = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space"),
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "allow more open files (ulimit -n)"),
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "allow it, or choose another place,"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "give yourself the permission, or choose another place,"),
     errno.ENOMEM: "free some memory, or lower the batch size and the number of workers,",
 }
 

@@ -190,7 +190,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(self._vote)
 
     def _is_for_us(self) -> bool:
-        """Return whether a request asks for this machine, and comes from no other site's page.
+        """Return whether a request is addressed to this machine and does not come from another site's page.
 
         A foreign name that leads here (DNS rebinding) would make this server part of a foreign site; a number cannot.
         """
@@ -219,7 +219,7 @@ class _Handler(BaseHTTPRequestHandler):
         except BadRequest as error:
             self._json(HTTPStatus.BAD_REQUEST, {"error": str(error)})
         except UnknownCode:
-            self._json(HTTPStatus.FORBIDDEN, {"error": "no code of this study; open the link that you were sent"})
+            self._json(HTTPStatus.FORBIDDEN, {"error": "this study has no such code; open the link that you were sent"})
         except VoteRefused as error:
             self._json(HTTPStatus.CONFLICT, {"error": str(error)})
         except sqlite3.Error as error:
@@ -227,7 +227,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._json(HTTPStatus.SERVICE_UNAVAILABLE, {"error": "the vote could not be recorded; try again"})
 
     def _annotator(self) -> str:
-        """Return the name of the annotator whose code the request has."""
+        """Return the name of the annotator whose code is in the request."""
         scheme, _, code = self.headers.get("Authorization", "").partition(" ")
         name = self.server.votes.name_of(code) if scheme == "Bearer" else None
         if name is None:

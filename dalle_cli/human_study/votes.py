@@ -193,7 +193,7 @@ class Votes:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        """Write alone inside the block; it is on disk after it."""
+        """Keep other writers out inside the block; what it wrote is on disk afterwards."""
         if not self._writer_lock.acquire(timeout=BUSY_SECONDS):
             raise sqlite3.OperationalError("other votes are being recorded")
         try:

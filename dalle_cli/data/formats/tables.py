@@ -152,7 +152,7 @@ class _TextTable:
 
 
 def changed(path: Path) -> str:
-    """Return the message about a file that is another one than when its source was opened."""
+    """Return the message about a file that has changed since its source was opened."""
     return f"{path}: has changed since it was indexed; run the command again"
 
 
