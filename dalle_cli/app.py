@@ -103,8 +103,12 @@ def _version(wanted: bool) -> None:
 def options(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; allowed anywhere.")] = False,
+    local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
 ) -> None:
-    """Declare the options of all commands; ``main`` reads --debug."""
+    """Declare the options of all commands.
+
+    ``main`` reads --debug. DeepSpeed's launcher adds --local_rank, which the environment says too.
+    """
 
 
 def main() -> None:

@@ -371,9 +371,26 @@ class PriorObjective(Settings):
 class Sharding(Settings):
     """ZeRO among the ranks of a node (paper, section 2.5)."""
 
+    engine: Literal["fsdp", "deepspeed"] = Field(
+        "fsdp", description="library that shards: torch's FSDP, or DeepSpeed, which also offloads with a single GPU"
+    )
     zero: Literal[0, 1, 2, 3] = Field(0, description="ZeRO stage: 0 none, 1 moments, 2 + gradients, 3 + parameters")
-    offload: Literal["none", "cpu"] = Field("none", description="cpu: keep sharded weights and moments in host memory")
+    offload: Literal["none", "cpu", "nvme"] = Field(
+        "none",
+        description="where weights and moments wait outside the GPU: cpu in host memory, nvme (DeepSpeed) in nvme_path",
+    )
+    nvme_path: str | None = Field(None, description="folder on the NVMe disk of each node that offload: nvme uses")
     node_size: Positive | None = Field(None, description="number of ranks that shard a model; null: all of a node")
+
+    @model_validator(mode="after")
+    def _engine_can_do_it(self) -> Sharding:
+        if self.engine == "deepspeed" and not self.zero:
+            raise ValueError("engine deepspeed is for ZeRO, and zero is 0; set zero: 1, 2 or 3, or engine: fsdp")
+        if self.offload == "nvme" and (self.engine != "deepspeed" or self.zero < 3 or self.nvme_path is None):
+            raise ValueError(
+                "offload nvme needs engine: deepspeed, zero: 3 and an nvme_path; set them, or offload: cpu"
+            )
+        return self
 
 
 class PowerSgd(Settings):
@@ -429,6 +446,15 @@ class PriorSettings(Settings):
             raise ValueError(
                 f"powersgd.rank {self.powersgd.rank} is above the matrices' smaller side, d_model "
                 f"{self.model.d_model}; choose a lower rank, or 0 for no compression"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _engine_knows_the_precision(self) -> PriorSettings:
+        if self.sharding.engine == "deepspeed" and self.precision == "fp16":
+            raise ValueError(
+                "precision fp16, with a gradient scale for each resblock, is for sharding.engine fsdp; set the engine "
+                "to fsdp, or the precision to bf16"
             )
         return self
 

@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dalle_cli.distributed.group import ALONE, Group
 from dalle_cli.precision.gradient_scaling import GradientScaling
+from dalle_cli.stores.tensor_files import Part
+
+
+class Optimizer(Protocol):
+    """Makes updates from collected gradients, and holds the moments of the parts of parameters on this rank."""
+
+    def zero_grad(self) -> None:
+        """Drop all gradients and their memory."""
+
+    def step(self, rate: float) -> dict[str, Tensor]:
+        """Clip the gradients and make one update with learning rate ``rate``; return values to log."""
+
+    def moments(self, name: str) -> dict[str, Tensor]:
+        """Return the moments of this rank's part of the parameter ``name`` and their ``step``, if there are any."""
+
+    def load_moments(self, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Restore what ``moments`` returned, by parameter, in whatever precision it was saved."""
+
+    def trainer_state(self) -> dict[str, Any]:
+        """Return the state besides the moments, as JSON values."""
+
+    def load_trainer_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what ``trainer_state`` returned, by this or another optimizer."""
 
 
 class Engine(Protocol):
@@ -18,39 +41,46 @@ class Engine(Protocol):
     group: Group
     model: nn.Module
     sharded: bool
-    """True if a rank holds only some rows of the parameters, so that no rank can validate or save alone."""
-    parameters: dict[str, nn.Parameter]
-    """The rows that this rank holds of each trainable parameter, by the parameter's name."""
-    scaling: GradientScaling | None
-    """Scaling of the gradients in 16-bit training, None in 32 bit."""
+    """True if a rank holds only parts of the parameters, so that no rank can validate or save alone."""
+    own_optimizer: Optimizer | None
+    """The optimizer if the engine brings its own; None if training builds one for it."""
+
+    @property
+    def names(self) -> list[str]:
+        """The trainable parameters of which this rank holds a part, which may be the whole."""
+
+    def read(self, name: str) -> Tensor:
+        """Return this rank's part of the parameter ``name``. Read it before the next update or ``write``."""
+
+    def write(self, values: Iterable[tuple[str, Tensor]]) -> None:
+        """Replace this rank's parts of parameters on all ranks together, and drop gathered copies of the old ones."""
 
     def begin_micro_batch(self, last: bool) -> None:
         """Prepare for a micro-batch's forward pass; ``last`` marks the last micro-batch of the update."""
 
+    def backward(self, loss: Tensor) -> None:
+        """Run a micro-batch's backward pass. The losses of all micro-batches and ranks add up to the update's."""
+
     def collect_gradients(self, update: int) -> None:
         """Sum each parameter's gradient over all ranks, after the last backward pass of ``update`` (from 0)."""
 
-    def owned_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters this rank contributes to global norms; ``sum_over_shards`` counts each row once."""
-
-    def sum_over_shards(self, value: Tensor) -> Tensor:
-        """Return the sum of ``value`` over the ranks that hold the model together."""
-
     def release_gathered(self) -> None:
-        """Drop gathered copies of the parameters; call it after changing parameters, and before if the model ran."""
+        """Drop gathered copies of the parameters, after an update or a forward pass."""
 
     def rows(self, name: str) -> slice:
-        """Return which rows of the parameter ``name`` this rank holds."""
+        """Return the rows of the parameter ``name`` that this rank's part lies in."""
 
-    def shape(self, name: str) -> torch.Size:
-        """Return the shape of the whole parameter ``name``."""
+    def cut(self, name: str, rows: Tensor) -> Tensor:
+        """Cut this rank's part out of the ``rows`` of the parameter ``name``, or of one of its moments."""
 
-    def names_to_save(self) -> list[str]:
-        """Return the parameters whose rows this rank saves; over all ranks, each row is saved once.
+    def part_to_save(self, name: str, value: Tensor) -> Part | None:
+        """Return what this rank saves of the parameter ``name``, or of its EMA or a moment, whose part is ``value``.
 
-        Raises:
-            UserError: ranks that should hold the same weights do not.
+        Over all ranks, each row is saved once. None: other ranks save it.
         """
+
+    def require_same_weights(self) -> None:
+        """Raise UserError if ranks that should hold the same weights do not."""
 
     def rank_state(self) -> dict[str, Tensor]:
         """Return the state besides the parameters that this rank alone needs to resume."""
@@ -62,7 +92,48 @@ class Engine(Protocol):
         """Return the bytes that this rank has sent so far, by the name that the journal gives them."""
 
 
-class Replicated:
+class TorchEngine:
+    """Base of engines by torch alone: a rank's parts are rows, held as parameters with their gradients in ``grad``."""
+
+    own_optimizer: Optimizer | None = None
+    sharded: bool
+    parameters: dict[str, nn.Parameter]
+    """The rows that this rank holds of each trainable parameter, by the parameter's name."""
+    scaling: GradientScaling | None
+    """Scaling of the gradients in 16-bit training, None in 32 bit."""
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.parameters)
+
+    def read(self, name: str) -> Tensor:
+        return self.parameters[name].detach()
+
+    @torch.no_grad()
+    def write(self, values: Iterable[tuple[str, Tensor]]) -> None:
+        self.release_gathered()
+        for name, value in values:
+            self.parameters[name].copy_(value)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def release_gathered(self) -> None:
+        """Do nothing: nothing is gathered."""
+
+    def cut(self, name: str, rows: Tensor) -> Tensor:
+        return rows
+
+    def owned_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters this rank contributes to global norms; ``sum_over_shards`` counts each row once."""
+        return list(self.parameters.values())
+
+    def sum_over_shards(self, value: Tensor) -> Tensor:
+        """Return the sum of ``value`` over the ranks that hold the model together."""
+        return value
+
+
+class Replicated(TorchEngine):
     """An engine where every rank holds the whole model (ZeRO stage 0)."""
 
     sharded = False
@@ -77,23 +148,14 @@ class Replicated:
     def collect_gradients(self, update: int) -> None:
         self.group.sum_gradients(self.parameters.values())
 
-    def owned_parameters(self) -> list[nn.Parameter]:
-        return list(self.parameters.values())
-
-    def sum_over_shards(self, value: Tensor) -> Tensor:
-        return value
-
-    def release_gathered(self) -> None:
-        """Do nothing: nothing is gathered."""
-
     def rows(self, name: str) -> slice:
         return slice(None)
 
-    def shape(self, name: str) -> torch.Size:
-        return self.parameters[name].shape
+    def part_to_save(self, name: str, value: Tensor) -> Part | None:
+        return Part(value, 0, tuple(value.shape)) if self.group.leads else None
 
-    def names_to_save(self) -> list[str]:
-        return list(self.parameters) if self.group.leads else []
+    def require_same_weights(self) -> None:
+        """Do nothing: the weights start equal and get the same updates."""
 
     def rank_state(self) -> dict[str, Tensor]:
         return {}

@@ -9,14 +9,13 @@ on one rank and gathers a resblock just before its use. The ZeRO stages differ i
 
 The resblocks' matrices, the embeddings and the heads are sharded. The resblocks' gains and biases are replicated: they
 are a thousandth of the parameters, and in 16-bit training their type differs from the matrices'. Between nodes,
-gradients are summed or go through ``distributed/power_sgd.py``. Then every rank updates its shards. There is no 32-bit
-copy of the parameters: weight, gradient and moments take 8 bytes in 16-bit training, so each of eight ranks that train
-12e9 parameters holds 12 GB.
+gradients are summed, or go through PowerSGD (``distributed/between_nodes.py``). Then every rank updates its shards.
+There is no 32-bit copy of the parameters: weight, gradient and moments take 8 bytes in 16-bit training, so each of
+eight ranks that train 12e9 parameters holds 12 GB.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,10 +31,11 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from dalle_cli.config.schema import PowerSgd, Sharding
+from dalle_cli.distributed.between_nodes import BetweenNodes
+from dalle_cli.distributed.engine import TorchEngine
 from dalle_cli.distributed.group import Nodes, Traffic
-from dalle_cli.distributed.power_sgd import PowerSgdReducer
 from dalle_cli.precision.gradient_scaling import GradientScaling, ScaledBlock
-from dalle_cli.progress import log
+from dalle_cli.stores.tensor_files import Part
 
 
 class BlockModel(Protocol):
@@ -79,7 +79,7 @@ class ShardedBlock:
         return iter(self.shards)
 
 
-class Sharded:
+class Sharded(TorchEngine):
     """An engine for ZeRO stages 1, 2 and 3.
 
     Args:
@@ -120,12 +120,8 @@ class Sharded:
             count_traffic(module, nodes.inside.traffic)
         self.blocks = [self._block(model, i) for i in range(len(model.resblocks))]
         self._prefetch(model)
-        self.reducer: PowerSgdReducer | None = None
-        if powersgd.rank and nodes.across.size > 1:
-            columns = {name: p.shape[1] for name, p in model.decayed_parameters().items()}
-            self.reducer = PowerSgdReducer(
-                powersgd, nodes.across.process_group, columns, nodes.inside.size, seed, self.group.device
-            )
+        columns = {name: p.shape[1] for name, p in model.decayed_parameters().items()}
+        self.between_nodes = BetweenNodes(nodes, powersgd, columns, seed)
 
     def begin_micro_batch(self, last: bool) -> None:
         for module in self._modules:
@@ -137,15 +133,11 @@ class Sharded:
             self.parameters[name].grad, parameter.grad = cast(DTensor, parameter.grad).to_local(), None
         replicated = [p for name, p in self.parameters.items() if name not in self._sharded]
         self.group.sum_gradients(replicated)
-        if self.nodes.across.size == 1:
-            return
-        if self.reducer is None:
-            self.nodes.across.sum_gradients([self.parameters[name] for name in self._sharded])
-        else:
-            self._reduce_compressed(self.reducer, update)
+        self._sum_between_nodes(update)
 
     def owned_parameters(self) -> list[nn.Parameter]:
-        return [self.parameters[name] for name in self._owned_names()]
+        first = self.nodes.inside.leads
+        return [p for name, p in self.parameters.items() if first or name in self._sharded]
 
     def sum_over_shards(self, value: Tensor) -> Tensor:
         return self.nodes.inside.sum(value).to(value.device)
@@ -157,30 +149,23 @@ class Sharded:
     def rows(self, name: str) -> slice:
         return self._rows[name]
 
-    def shape(self, name: str) -> torch.Size:
-        return self._shapes[name]
+    def part_to_save(self, name: str, value: Tensor) -> Part | None:
+        owned = name in self._sharded or self.nodes.inside.leads
+        if not (owned and self.nodes.across.leads):
+            return None
+        return Part(value, self._rows[name].start, tuple(self._shapes[name]))
 
-    def names_to_save(self) -> list[str]:
-        self._require_same_weights()
-        return self._owned_names() if self.nodes.across.leads else []
+    def require_same_weights(self) -> None:
+        self.between_nodes.require_same_weights(map(self.read, self.names))
 
     def rank_state(self) -> dict[str, Tensor]:
-        return {} if self.reducer is None else self.reducer.state_dict()
+        return self.between_nodes.state()
 
     def load_rank_state(self, state: Mapping[str, Tensor] | None) -> None:
-        if self.reducer is None:
-            return
-        if state is None or not self._fits(self.reducer, state):
-            log("prior.powersgd: the checkpoint is from other ranks; its error buffers are dropped")
-            state = {}
-        self.reducer.load_state_dict(state)
+        self.between_nodes.load_state(state, self.parameters)
 
     def traffic(self) -> dict[str, int]:
-        across = self.nodes.across.traffic.bytes + (0 if self.reducer is None else self.reducer.bytes_sent)
-        counted = {"bytes_communicated": self.group.traffic.bytes + self.nodes.inside.traffic.bytes + across}
-        if self.nodes.across.size > 1:
-            counted["bytes_between_nodes"] = across
-        return counted
+        return self.between_nodes.traffic()
 
     def _shard(self, model: BlockModel, offload: bool) -> None:
         inside = self.nodes.inside
@@ -227,51 +212,24 @@ class Sharded:
             block.set_modules_to_forward_prefetch([following])
             following.set_modules_to_backward_prefetch([block])
 
-    def _owned_names(self) -> list[str]:
-        first = self.nodes.inside.leads
-        return [name for name in self.parameters if first or name in self._sharded]
+    def _sum_between_nodes(self, update: int) -> None:
+        """Sum the sharded gradients over the nodes.
 
-    def _require_same_weights(self) -> None:
-        """Raise UserError if the nodes' weights differ, since only the first node's are saved."""
-        if self.nodes.across.size == 1:
-            return
-        digest = hashlib.sha256()
-        for parameter in self.parameters.values():
-            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-        self.nodes.across.require_same("weights", digest.hexdigest())
-
-    def _fits(self, reducer: PowerSgdReducer, state: Mapping[str, Tensor]) -> bool:
-        """Return whether PowerSGD's ``state`` has the shapes of this rank's shards."""
-        for key, value in state.items():
-            kind, _, name = key.partition(".")
-            shape = reducer.matrix_shape(name, self.parameters[name]) if name in self.parameters else None
-            if shape is None or (kind == "error" and value.shape != shape):
-                return False
-        return True
-
-    def _reduce_compressed(self, reducer: PowerSgdReducer, update: int) -> None:
-        """Replace the sharded gradients by their sums over the nodes, through PowerSGD.
-
-        Gradients that will be skipped (see ``GradientScaling``) must not reach the error buffers. So the ranks first
-        agree on the scales under which any of them has a non-finite gradient, and leave out all gradients under these.
+        Gradients that will be skipped (see ``GradientScaling``) must not reach PowerSGD's error buffers. So the ranks
+        first agree on the scales under which any of them has a non-finite gradient, and leave out all gradients under
+        these.
         """
+        gradients = {name: cast(Tensor, self.parameters[name].grad) for name in self._sharded}
+        if not self.between_nodes.compresses:
+            self.between_nodes.sum(gradients, update)
+            return
         scaling = self.scaling
         index = {name: 0 if scaling is None else scaling.scale_index(p) for name, p in self.parameters.items()}
         scales = [1.0] if scaling is None else scaling.values()
-        skipped = self._non_finite([index[name] for name in self.parameters], len(scales))
-        left_out, used, scale_of = [], [], {}
-        for name in self._sharded:
-            gradient = cast(Tensor, self.parameters[name].grad)
-            if skipped[index[name]]:
-                gradient.fill_(torch.nan)
-                left_out.append(name)
-            else:
-                used.append((name, gradient))
-                scale_of[name] = scales[index[name]]
-        reducer.clear(left_out)
-        reducer.reduce(used, update, scale_of)
-        for _, gradient in used:
-            gradient.mul_(self.nodes.across.size)
+        left_out = self._non_finite([index[name] for name in self.parameters], len(scales))
+        skipped = [name for name in gradients if left_out[index[name]]]
+        self.between_nodes.clear(skipped)
+        self.between_nodes.sum(gradients, update, {name: scales[index[name]] for name in gradients}, skipped)
 
     def _non_finite(self, indices: list[int], count: int) -> list[bool]:
         """Return for each of ``count`` scales whether any rank has a non-finite gradient under it.

@@ -90,12 +90,16 @@ class Group:
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace each parameter's gradient by the sum over the ranks."""
+        self.sum_in_place(p.grad for p in parameters if p.grad is not None)
+
+    def sum_in_place(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor by the sum over the ranks, sending many in one message."""
         if self.size == 1:
             return
-        for bucket in buckets([p.grad for p in parameters if p.grad is not None]):
-            total = self._all_reduce(torch.cat([gradient.flatten() for gradient in bucket]).to(self.device))
-            for gradient, part in zip(bucket, total.split([g.numel() for g in bucket]), strict=True):
-                gradient.copy_(part.view(gradient.shape))
+        for bucket in buckets(list(tensors)):
+            total = self._all_reduce(torch.cat([tensor.flatten() for tensor in bucket]).to(self.device))
+            for tensor, part in zip(bucket, total.split([t.numel() for t in bucket]), strict=True):
+                tensor.copy_(part.view(tensor.shape))
 
     def any(self, flag: bool) -> bool:
         """Return whether ``flag`` is true on any rank."""
@@ -240,12 +244,12 @@ def form_nodes(group: Group, node_size: int | None) -> Nodes:
             f"prior.sharding.node_size: {group.size} ranks are no multiple of {size}; set a divisor, or start more"
         )
     count = group.size // size
-    inside = _new_subgroup(group, [list(range(node * size, (node + 1) * size)) for node in range(count)])
-    across = _new_subgroup(group, [list(range(place, group.size, size)) for place in range(size)])
+    inside = split_group(group, [list(range(node * size, (node + 1) * size)) for node in range(count)])
+    across = split_group(group, [list(range(place, group.size, size)) for place in range(size)])
     return Nodes(group, inside, across)
 
 
-def _new_subgroup(group: Group, ranks: list[list[int]]) -> Group:
+def split_group(group: Group, ranks: list[list[int]]) -> Group:
     """Create a group of each list in ``ranks``, on all ranks together; return the one with this rank."""
     own = group
     for members in ranks:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from pydantic import ValidationError
+
 from dalle_cli.config.schema import Recipe
 from dalle_cli.errors import UserError
 from dalle_cli.planning.memory import Machines, StatePart, shards_of, training_state, uses_powersgd
@@ -50,7 +52,15 @@ class Fit:
     @property
     def on_host(self) -> int:
         """Bytes of the training state in the host's memory."""
-        return sum(part.each for part in self.parts.values() if part.place == "cpu")
+        return self._in("cpu")
+
+    @property
+    def on_disk(self) -> int:
+        """Bytes of the training state on the node's disk."""
+        return self._in("nvme")
+
+    def _in(self, place: str) -> int:
+        return sum(part.each for part in self.parts.values() if part.place == place)
 
 
 def check_fit(recipe: Recipe, counts: Counts, machines: Machines) -> Fit:
@@ -106,17 +116,17 @@ def suggest_settings(recipe: Recipe, counts: Counts, machines: Machines) -> Sugg
     settings: dict[str, Value] = {}
     for key, value in _candidates(recipe, machines):
         settings[key] = value
-        if _check_with(recipe, counts, machines, settings).fits:
+        if _fits_with(recipe, counts, machines, settings):
             break
     else:
         return _with_more_gpus(recipe, counts, machines, settings)
     for key in list(settings):
         fewer = {other: value for other, value in settings.items() if other != key}
-        if _check_with(recipe, counts, machines, fewer).fits:
+        if _fits_with(recipe, counts, machines, fewer):
             settings = fewer
     # A key may have several values, such as smaller and smaller micro-batches: take the first that fits.
     for key, value in _candidates(recipe, machines):
-        if key in settings and _check_with(recipe, counts, machines, {**settings, key: value}).fits:
+        if key in settings and _fits_with(recipe, counts, machines, {**settings, key: value}):
             settings = {**settings, key: value}
             break
     return Suggestion(settings, machines, _check_with(recipe, counts, machines, settings))
@@ -173,8 +183,24 @@ def _candidates(recipe: Recipe, machines: Machines) -> Iterator[tuple[str, Value
         yield "prior.sharding.offload", "cpu"
     if stage.precision == "fp32":
         yield "prior.precision", "bf16"
+    if machines.processes == 1 and not machines.on_cpu and stage.precision != "fp16":
+        # What a single GPU cannot hold waits in the host's memory, by DeepSpeed.
+        for zero in range(max(2, stage.sharding.zero), 4):
+            yield "prior.sharding.zero", zero
+            if stage.sharding.engine == "fsdp":
+                yield "prior.sharding.engine", "deepspeed"
+            if stage.sharding.offload == "none":
+                yield "prior.sharding.offload", "cpu"
     if stage.powersgd.rank and machines.nodes > 1:
         yield "prior.powersgd.rank", 0
+
+
+def _fits_with(recipe: Recipe, counts: Counts, machines: Machines, settings: dict[str, Value]) -> bool:
+    """Return whether a recipe fits with ``settings``; it does not if they contradict one another."""
+    try:
+        return _check_with(recipe, counts, machines, settings).fits
+    except ValidationError:
+        return False
 
 
 def _check_with(recipe: Recipe, counts: Counts, machines: Machines, settings: dict[str, Value]) -> Fit:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from dalle_cli.config.schema import PriorSettings
 from dalle_cli.distributed.compression import factor_rank, is_compressed, shard_rank, shard_shape
+from dalle_cli.distributed.deepspeed_engine import BUCKET_NUMBERS
 from dalle_cli.prior.counts import Counts
 
 BYTES_16, BYTES_32 = 2, 4
@@ -47,7 +48,7 @@ class StatePart:
     shards: int = 1
     """Number of ranks that share the rest."""
     place: str = "device"
-    """``device``, or ``cpu`` for the host's memory."""
+    """``device``, ``cpu`` for the host's memory, or ``nvme`` for its disk."""
     whole: int = field(init=False)
     """Bytes over all shards."""
     each: int = field(init=False)
@@ -62,6 +63,8 @@ class StatePart:
 def training_state(stage: PriorSettings, counts: Counts, machines: Machines) -> dict[str, StatePart]:
     """Return the parts of the training state by name."""
     shards = shards_of(stage, machines)
+    if stage.sharding.engine == "deepspeed":
+        return _deepspeed_state(stage, counts, shards) | _powersgd_state(stage, counts, machines)
     offloads = stage.sharding.zero > 0 and machines.processes > 1 and not machines.on_cpu
     place = stage.sharding.offload if offloads and stage.sharding.offload != "none" else "device"
     ema_place = place if stage.training.ema_every == 1 or machines.on_cpu else "cpu"
@@ -75,20 +78,46 @@ def training_state(stage: PriorSettings, counts: Counts, machines: Machines) -> 
         "moments": StatePart(2 * in_16, 2 * in_32, 2 * small, shards, place),
         "EMA weights": StatePart(0, BYTES_32 * counts.total, small, shards, ema_place),
     }
-    if uses_powersgd(stage, machines):
-        shapes, rank = compressed_shapes(stage, counts, shards), shard_rank(stage.powersgd.rank, shards)
-        if stage.powersgd.error_feedback:
-            errors = sum(rows * columns for rows, columns in shapes)
-            parts["PowerSGD error buffers"] = _powersgd_part(stage, machines, shards, errors)
-        factors = sum(shape[1] * factor_rank(shape, rank) for shape in shapes)
-        parts["PowerSGD factors"] = _powersgd_part(stage, machines, shards, factors)
-    return parts
+    return parts | _powersgd_state(stage, counts, machines)
+
+
+def _deepspeed_state(stage: PriorSettings, counts: Counts, shards: int) -> dict[str, StatePart]:
+    """Return the parts of the state under DeepSpeed, where all of it is in 32 bit.
+
+    With ZeRO 1 and 2, or offloaded, the model computes with a copy of the weights. With ZeRO 1 and 2 every rank holds
+    that copy whole, and with ZeRO 1 the gradients too.
+    """
+    zero, offload, whole = stage.sharding.zero, stage.sharding.offload, BYTES_32 * counts.total
+    held = "device" if offload == "none" else offload
+    parts = {"weights": StatePart(0, whole, 0, shards, held)}
+    if zero < 3:
+        parts["weights to compute with"] = StatePart(0, whole, whole, shards)
+    elif held != "device":
+        parts["weights to compute with"] = StatePart(0, whole, 0, shards, held)
+    parts["gradients"] = StatePart(0, whole, whole, shards) if zero == 1 else StatePart(0, whole, 0, shards, held)
+    parts["moments"] = StatePart(0, 2 * whole, 0, shards, held)
+    ema = "cpu" if held != "device" or stage.training.ema_every > 1 else "device"
+    parts["EMA weights"] = StatePart(0, whole, 0, shards, ema)
+    bucket = BYTES_32 * min(BUCKET_NUMBERS, counts.total)
+    return {**parts, "bucket of gradients": StatePart(0, bucket, bucket)}
+
+
+def _powersgd_state(stage: PriorSettings, counts: Counts, machines: Machines) -> dict[str, StatePart]:
+    if not uses_powersgd(stage, machines):
+        return {}
+    shards, parts = shards_of(stage, machines), {}
+    shapes, rank = compressed_shapes(stage, counts, shards), shard_rank(stage.powersgd.rank, shards)
+    if stage.powersgd.error_feedback:
+        errors = sum(rows * columns for rows, columns in shapes)
+        parts["PowerSGD error buffers"] = _powersgd_part(stage, machines, shards, errors)
+    factors = sum(shape[1] * factor_rank(shape, rank) for shape in shapes)
+    return {**parts, "PowerSGD factors": _powersgd_part(stage, machines, shards, factors)}
 
 
 def _powersgd_part(stage: PriorSettings, machines: Machines, shards: int, numbers: int) -> StatePart:
     """Return the memory of a part of PowerSGD's state that has ``numbers`` values per rank."""
     place = "cpu" if stage.powersgd.offload == "cpu" and not machines.on_cpu else "device"
-    if stage.precision == "fp32":
+    if stage.precision == "fp32" or stage.sharding.engine == "deepspeed":
         return StatePart(0, shards * BYTES_32 * numbers, shards=shards, place=place)
     return StatePart(shards * BYTES_16 * numbers, 0, shards=shards, place=place)
 

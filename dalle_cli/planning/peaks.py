@@ -7,6 +7,7 @@ from itertools import accumulate
 
 from dalle_cli.config.schema import PriorSettings, Recipe
 from dalle_cli.distributed.compression import Shape, compression_batches, factor_rank, shard_rank
+from dalle_cli.distributed.deepspeed_engine import LIVE_NUMBERS
 from dalle_cli.distributed.error_buffers import CHUNK as ERROR_CHUNK
 from dalle_cli.distributed.group import BUCKET_BYTES
 from dalle_cli.planning.activations import Activations
@@ -111,6 +112,10 @@ def _gathered(recipe: Recipe, counts: Counts, parts: dict[str, StatePart], block
     weights, zero = parts["weights"], recipe.prior.sharding.zero
     classes = recipe.tokenizer.vocab_size + 1 + recipe.dvae.model.codebook_size
     heads = BYTES_32 * recipe.prior.model.d_model * classes
+    if recipe.prior.sharding.engine == "deepspeed":
+        cast = 0 if recipe.prior.precision == "fp32" else block
+        live = BYTES_32 * min(LIVE_NUMBERS, counts.total) if zero == 3 else 0
+        return _Gathered(1, live, live + cast, heads, 0, block)
     if weights.shards == 1:
         return _Gathered(1, 0, 0, heads, 0, block)
     if zero < 3:
@@ -123,6 +128,10 @@ def _gathered(recipe: Recipe, counts: Counts, parts: dict[str, StatePart], block
 def _update_work(stage: PriorSettings, counts: Counts, machines: Machines) -> int:
     """Return the temporary bytes of an update, besides gradients."""
     shards = shards_of(stage, machines)
+    if stage.sharding.engine == "deepspeed":
+        # A copy of the gradients of one group of parameters, those with weight decay or those without.
+        on_device = machines.on_cpu or stage.sharding.offload == "none"
+        return BYTES_32 * max(counts.effective, counts.other) // shards if on_device else 0
     matrices = [-(-rows * columns // shards) for rows, columns in counts.matrices]
     others = [-(-number // shards) for number in counts.others]
     width, work = BYTES_32 if stage.precision == "fp32" else BYTES_16, [0]

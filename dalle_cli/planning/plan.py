@@ -29,6 +29,7 @@ class Settings:
     """Settings of the recipe that decide memory and traffic."""
 
     precision: str
+    engine: str
     zero: int
     offload: str
     node_size: int | None
@@ -64,6 +65,8 @@ class Memory:
     fits: bool
     host_a_machine: int
     """Bytes of host memory per node."""
+    disk_a_machine: int
+    """Bytes on each node's NVMe disk."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,7 @@ def plan(recipe: Recipe, machines: Machines, assumed: Assumptions) -> Plan:
         ),
         settings=Settings(
             precision=stage.precision,
+            engine=stage.sharding.engine,
             zero=stage.sharding.zero,
             offload=stage.sharding.offload,
             node_size=stage.sharding.node_size,
@@ -149,6 +153,7 @@ def _memory(fit: Fit, machines: Machines) -> Memory:
         usable=fit.usable,
         fits=fit.fits,
         host_a_machine=machines.gpus * fit.on_host,
+        disk_a_machine=machines.gpus * fit.on_disk,
     )
 
 

@@ -108,7 +108,7 @@ def dry_run(recipe: Recipe, store: Path, out: Path) -> tuple[Plan, Start]:
     launch = read_launch()
     machines = this_machine(launch)
     device = torch.device("cpu" if machines.on_cpu else "cuda")
-    refuse_unsupported(recipe.prior.sharding, recipe.prior.powersgd, Group(launch.rank, launch.size, device))
+    refuse_unsupported(recipe.prior, Group(launch.rank, launch.size, device, launch.local_size))
     planned = plan(recipe, machines, assume(recipe))
     rows = None
     if store.exists():

@@ -78,6 +78,8 @@ MEAN = Format(signed=True, exponent=6, mantissa=9, bias=60, largest=0x7FFF)
 """The format 1-6-9 of Adam's running mean."""
 VARIANCE = Format(signed=False, exponent=6, mantissa=10, bias=60, largest=0xFFFF)
 """The format 0-6-10 of Adam's running variance."""
+MOMENTS = {"exp_avg": MEAN, "exp_avg_sq": VARIANCE}
+"""The formats of Adam's 16-bit moments, by their names in the optimizer's state."""
 _NATIVE = {
     torch.float16: Format(signed=True, exponent=5, mantissa=10, bias=15, largest=0x7BFF),
     torch.bfloat16: Format(signed=True, exponent=8, mantissa=7, bias=127, largest=0x7F7F),

@@ -40,20 +40,21 @@ class PriorLoss(NamedTuple):
 
 
 class Linear(nn.Module):
-    """y = W x + b, computed in the type of ``weight`` (out, in), whatever the types of x and ``bias``."""
+    """y = W x + b, computed in ``computes_in`` or else the type of ``weight`` (out, in), whatever those of x and b."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.empty(outputs))
+        self.computes_in: torch.dtype | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        kind = self.weight.dtype
+        kind = self.computes_in or self.weight.dtype
         x = x.to(kind)
         if x.device.type == "cpu" and kind == torch.float32 and not torch.is_autocast_enabled("cpu"):
             # Faster than PyTorch's product with a bias, which writes the bias to the result first and reads it again.
             return F.linear(x, self.weight).add_(self.bias)
-        return F.linear(x, self.weight, self.bias.to(kind))
+        return F.linear(x, self.weight.to(kind), self.bias.to(kind))
 
 
 class Head(Linear):
@@ -190,6 +191,13 @@ class Prior(nn.Module):
         """Cast only the matrices of the resblocks to ``dtype``."""
         for parameter in self.decayed_parameters().values():
             parameter.data = parameter.data.to(dtype)
+        return self
+
+    def compute_resblocks_in(self, dtype: torch.dtype) -> Prior:
+        """Have the resblocks compute in ``dtype`` while their matrices stay in their own type."""
+        for module in self.resblocks.modules():
+            if isinstance(module, Linear):
+                module.computes_in = dtype
         return self
 
     def decayed_parameters(self) -> dict[str, nn.Parameter]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dalle_cli.config.schema import PowerSgd, Recipe, Sharding
+from dalle_cli.config.schema import PriorSettings, Recipe
 from dalle_cli.data.batch_order import WINDOW, BatchOrder
 from dalle_cli.data.prefetch import prefetch
 from dalle_cli.distributed.device import fast_matmul
@@ -39,8 +39,10 @@ from dalle_cli.stores.held_out import VALIDATION_BATCH, split_store
 from dalle_cli.stores.tokens import TokenReader
 from dalle_cli.training.loop import Run
 from dalle_cli.training.throughput import SampleWork
+from dalle_cli.training.updates import adam_groups
 
 if TYPE_CHECKING:
+    from dalle_cli.distributed.deepspeed_engine import DeepSpeedEngine
     from dalle_cli.distributed.fsdp import Sharded
 
 UNIGRAM_ROWS = 4096
@@ -73,7 +75,11 @@ def train_prior(
     stage = recipe.prior
     initial = initial_values(recipe, belongs, out, store, dvae)
     with join_group() as group, fast_matmul():
-        refuse_unsupported(stage.sharding, stage.powersgd, group)
+        refuse_unsupported(stage, group)
+        if stage.sharding.engine == "deepspeed":
+            engine, prior = deepspeed_prior(recipe, group, initial)
+            task = PriorTask(recipe, reader, prior, group, belongs, forward=engine.engine)
+            return Run(task, recipe, out, engine, extend).train()
         if stage.sharding.zero and group.size > 1:
             sharded, prior = shard_prior(recipe, group, initial)
             task = PriorTask(recipe, reader, prior, group, belongs, forward=sharded.loss)
@@ -105,18 +111,57 @@ def require_same_sizes(recipe: Recipe, reader: TokenReader) -> dict[str, str]:
     return {"tokenizer": text["tokenizer"], "dvae": image["dvae"], "source": text["source"]}
 
 
-def refuse_unsupported(sharding: Sharding, powersgd: PowerSgd, group: Group) -> None:
+def refuse_unsupported(stage: PriorSettings, group: Group) -> None:
     """Raise UserError for settings that the ranks of ``group`` do not support, before anything is allocated."""
-    if sharding.offload == "cpu" and group.device.type != "cpu" and (group.size == 1 or not sharding.zero):
+    sharding, powersgd = stage.sharding, stage.powersgd
+    if sharding.engine == "deepspeed":
+        if group.size > (sharding.node_size or group.local_size or group.size) and sharding.zero < 3:
+            raise UserError(
+                f"prior.sharding.zero: several nodes under DeepSpeed need stage 3, not {sharding.zero}; set 3, or "
+                "prior.sharding.engine to fsdp"
+            )
+    elif sharding.offload == "cpu" and group.device.type != "cpu" and (group.size == 1 or not sharding.zero):
         raise UserError(
-            "prior.sharding.offload: cpu is for several processes with prior.sharding.zero of 1 to 3; set it to none, "
-            "or start more processes (--gpus)"
+            "prior.sharding.offload: cpu is for several processes with prior.sharding.zero of 1 to 3; start more "
+            "(--gpus), set it to none, or set prior.sharding.engine to deepspeed, which offloads with a single GPU"
         )
     if powersgd.rank and group.size > 1 and not sharding.zero:
         raise UserError(
             "prior.powersgd: compresses the gradients of shards; --set prior.sharding.zero=1 (2, 3) shards them, "
             "--set prior.powersgd.rank=0 sends them whole"
         )
+
+
+def deepspeed_prior(recipe: Recipe, group: Group, initial: InitialValue | None = None) -> tuple[DeepSpeedEngine, Prior]:
+    """Build the recipe's prior in 32 bit for DeepSpeed, which shards it; each rank first holds the whole of it."""
+    from dalle_cli.distributed.deepspeed_engine import DeepSpeedEngine, Work
+    from dalle_cli.distributed.group import form_nodes
+
+    stage = recipe.prior
+    prior = build_prior(recipe, initial)
+    if stage.precision != "fp32":
+        prior.compute_resblocks_in(DTYPES[stage.precision])
+    nodes = form_nodes(group, stage.sharding.node_size)
+    log(
+        f"train-prior: DeepSpeed's ZeRO stage {stage.sharding.zero} on {nodes.across.size} x {nodes.inside.size} "
+        f"ranks, offload {stage.sharding.offload}"
+    )
+    decayed = prior.decayed_parameters()
+    samples = max(1, stage.training.batch_size // group.size)
+    micro_batch = min(stage.training.micro_batch or samples, samples)
+    engine = DeepSpeedEngine(
+        prior,
+        LossModule(prior),
+        adam_groups(dict(prior.named_parameters()), set(decayed), stage.adam),
+        nodes,
+        stage.sharding,
+        stage.powersgd,
+        {name: p.shape[1] for name, p in decayed.items()},
+        stage.adam,
+        Work(micro_batch, -(-samples // micro_batch)),
+        recipe.seed,
+    )
+    return engine, prior
 
 
 def shard_prior(recipe: Recipe, group: Group, initial: InitialValue | None = None) -> tuple[Sharded, Prior]:

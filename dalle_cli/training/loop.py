@@ -226,20 +226,20 @@ class Run:
         """
         task = self.task
         task.model.train()
-        state.optimizer.zero_grad(set_to_none=True)
+        state.optimizer.zero_grad()
         totals: dict[str, Tensor] = {}
         micro_batches = task.micro_batches(batch, self.settings.training.micro_batch)
         for i, (micro_batch, share) in enumerate(micro_batches):
             self.engine.begin_micro_batch(last=i == len(micro_batches) - 1)
             values = task.loss(micro_batch, step)
-            (values["loss"] * share).backward()
+            self.engine.backward(values["loss"] * share)
             for name, value in values.items():
                 totals[name] = totals.get(name, torch.zeros(())) + value.detach() * share
         totals = self.group.sum_scalars(totals)
         if not math.isfinite(float(totals["loss"])):
             raise UserError(f"{self.out}: the loss is {float(totals['loss'])} at update {step + 1}; {self._mend}")
         self.engine.collect_gradients(step)
-        totals |= state.update(rate)
+        totals |= state.optimizer.step(rate)
         task.after_update()
         self.engine.release_gathered()
         return totals
@@ -252,7 +252,7 @@ class Run:
         validated: dict[str, float] = {}
         if self.group.leads or self.engine.sharded:
             self.task.model.eval()
-            state.optimizer.zero_grad(set_to_none=True)  # to free their memory
+            state.optimizer.zero_grad()  # to free their memory
             with torch.no_grad():
                 raw = self.task.validate(step)
                 if raw:
@@ -282,7 +282,7 @@ class Run:
 
     def _save(self, state: TrainingState, step: int, metrics: dict[str, float]) -> None:
         """Save a checkpoint; raise UserError, and save none, if a weight is not finite."""
-        if self.group.any(not all(bool(p.detach().isfinite().all()) for p in self.engine.parameters.values())):
+        if self.group.any(not state.weights_are_finite()):
             raise UserError(
                 f"{self.out}: weights are not finite after {step} updates, so they are not saved; {self._mend}"
             )

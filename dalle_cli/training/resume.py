@@ -33,9 +33,10 @@ _FREE_KEYS = (
     "training.micro_batch",
     "model.checkpoint_resblocks",
     "powersgd.offload",
+    "sharding.nvme_path",
 )
 """Settings of a stage that may change because they do not affect the results."""
-_LOGGED_KEYS = tuple(f"sharding.{key}" for key in ("zero", "offload", "node_size"))
+_LOGGED_KEYS = tuple(f"sharding.{key}" for key in ("engine", "zero", "offload", "node_size"))
 """Settings of a stage that may change but are logged, because they change the order of summation."""
 
 

@@ -79,7 +79,8 @@ def _sharding(settings: Settings) -> str:
     if not settings.zero:
         return "none"
     node = f" among {settings.node_size} processes" if settings.node_size else ""
-    return f"ZeRO {settings.zero}{node}, offload {settings.offload}"
+    engine = "DeepSpeed's " if settings.engine == "deepspeed" else ""
+    return f"{engine}ZeRO {settings.zero}{node}, offload {settings.offload}"
 
 
 def _parts(plan: Plan) -> Table:
@@ -91,7 +92,7 @@ def _parts(plan: Plan) -> Table:
             size(part.whole),
             part.shards,
             size(part.each),
-            {"device": "", "cpu": "host"}[part.place],
+            {"device": "", "cpu": "host", "nvme": "disk"}[part.place],
         )
         for name, part in plan.memory.parts.items()
     ]
@@ -108,6 +109,7 @@ def _peaks(plan: Plan) -> Table:
         *((phase, size(peak)) for phase, peak in memory.phases.items()),
         ("peak", f"{size(memory.peak)} in {memory.peak_phase}, of {size(memory.usable)} usable: {verdict}"),
         ("on the host", f"{size(memory.host_a_machine)} per machine" if memory.host_a_machine else None),
+        ("on its disk", f"{size(memory.disk_a_machine)} per machine" if memory.disk_a_machine else None),
     ]
     if change is not None:
         other = change.gpus_per_node != plan.machines.gpus

@@ -196,7 +196,7 @@ def _recipe(found: RecipeDescription) -> list[Table]:
                     f"{size(weights.others_32_bit)} of others in 32",
                 ),
                 ("precision", prior.precision),
-                ("sharding", f"ZeRO {sharding['zero']}, offload {sharding['offload']}" if sharding["zero"] else "none"),
+                ("sharding", _sharding(sharding)),
                 ("PowerSGD", _compression(prior.powersgd)),
                 *_learning(prior),
             ],
@@ -220,6 +220,13 @@ def _picture_tower(clip: ClipSizes) -> str:
     if clip.vision is not None:
         return f"{clip.vision} at {clip.vision_size} px"
     return f"patches of {clip.patch_size}, {clip.vision_layers} vision layers"
+
+
+def _sharding(sharding: Mapping[str, Any]) -> str:
+    if not sharding["zero"]:
+        return "none"
+    engine = "DeepSpeed's " if sharding["engine"] == "deepspeed" else ""
+    return f"{engine}ZeRO {sharding['zero']}, offload {sharding['offload']}"
 
 
 def _compression(powersgd: Compression) -> str:

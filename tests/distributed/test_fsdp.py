@@ -6,23 +6,19 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from conftest import Call
-from helpers.processes import free_ports, start
-from helpers.running import ENVIRONMENT, smallest_recipe, write_recipe
-from helpers.token_stores import write_tokens
+from helpers.processes import free_ports
+from helpers.running import ENVIRONMENT
+from helpers.sharded_runs import HALF, assert_same_run, command, losses, make_inputs, run_together, train_alone
 
 from dalle_cli.config.load import load_recipe
 from dalle_cli.prior.model import build_prior
-from dalle_cli.prior.train import train_prior
-from dalle_cli.stores.checkpoint import Checkpoint, open_checkpoint
+from dalle_cli.stores.checkpoint import open_checkpoint
 from dalle_cli.stores.tensor_files import TensorFiles
 
-UPDATES, HALF = 20, 10
-COMMON = {"training.updates": UPDATES, "training.save_every": HALF, "training.keep": 3, "training.validate_every": 5}
 TWO = {
     "zero 1": {"sharding.zero": 1, "training.micro_batch": 2},
     "zero 2": {"sharding.zero": 2, "training.micro_batch": 2},
@@ -39,43 +35,14 @@ IN_16_BIT = 1e-2
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A recipe of a prior whose sizes two ranks cannot share evenly, and a token store for it."""
-    root = tmp_path_factory.mktemp("engine")
-    settings = smallest_recipe(root, None)
-    settings["prior"]["model"] = {"layers": 3, "heads": 3, "d_head": 5, "d_model": 15, "grid": 4}
-    settings["prior"]["training"] |= {"batch_size": 8}
-    settings["monitoring"] = {"peak_tflops": 1.0}
-    settings["prior"]["learning_rate"] = {
-        "peak": 3e-3,
-        "warmup_updates": 0,
-        "schedule": "plateau",
-        "plateau_validations": 1,
-    }
-    return write_recipe(root, settings), write_tokens(root / "tokens.zarr", 80, 48, 400, 4, 16)
-
-
-def command(made: tuple[Path, Path], out: Path, changes: dict[str, Any]) -> list[Any]:
-    recipe, store = made
-    sets = [word for key, value in {**COMMON, **changes}.items() for word in ("--set", f"prior.{key}={value}")]
-    return ["train-prior", recipe, "--tokens", store, "--out", out, *sets]
-
-
-def run_together(commands: list[list[Any]], count: int) -> list[str]:
-    """Run ``commands`` on ``count`` ranks and return the stderr of each."""
-    processes = start(commands, timeout=600, count=count)
-    outputs = [process.communicate(timeout=1200) for process in processes]
-    assert [process.returncode for process in processes] == [0] * count, "\n".join(error for _, error in outputs)
-    return [error for _, error in outputs]
+    return make_inputs(tmp_path_factory.mktemp("engine"))
 
 
 @pytest.fixture(scope="module")
 def alone(made: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The runs of one process, in each precision."""
-    root, recipe, store = tmp_path_factory.mktemp("alone"), *made
-    for precision in ("fp32", "fp16", "bf16"):
-        sets = {**COMMON, "precision": precision}
-        train_prior(load_recipe(recipe, [f"prior.{k}={v}" for k, v in sets.items()]), store, root / precision)
-    return {precision: root / precision for precision in ("fp32", "fp16", "bf16")}
+    root = tmp_path_factory.mktemp("alone")
+    return {kind: train_alone(made, root / kind, precision=kind) for kind in ("fp32", "fp16", "bf16")}
 
 
 @pytest.fixture(scope="module")
@@ -96,30 +63,6 @@ def together(made: tuple[Path, Path], alone: dict[str, Path], tmp_path_factory: 
     errors = run_together(commands, 2)
     assert "resumes with prior.sharding.zero = 1, was 3" in errors[0]
     return root
-
-
-def losses(run: Path) -> list[float]:
-    """Return the loss of every update and every validation."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line[key] for line in lines for key in ("loss", "val_loss") if key in line]
-
-
-def farthest(one: Checkpoint, other: Checkpoint) -> float:
-    """Return the largest difference of weights and EMA weights."""
-    pairs = [(one.tensors(kind), other.tensors(kind)) for kind in ("raw", "ema")]
-    assert all(ours.keys() == theirs.keys() for ours, theirs in pairs)
-    return max(
-        float((ours[name].float() - theirs[name].float()).abs().max()) for ours, theirs in pairs for name in ours
-    )
-
-
-def assert_same_run(found: Path, expected: Path, first: int = 0) -> None:
-    """Check that losses from the ``first`` on agree to 1e-5, and that they fell at all."""
-    ours, theirs = losses(expected), losses(found)
-    assert len(theirs) == len(ours) - first
-    assert max(abs(a - b) for a, b in zip(ours[first:], theirs, strict=True)) < 1e-5
-    assert ours[0] - ours[-1] > 0.1
-    assert farthest(open_checkpoint(expected), open_checkpoint(found)) < 1e-4
 
 
 @pytest.mark.parametrize("case", [case for case in TWO if "16" not in case])
@@ -178,13 +121,6 @@ def test_in_16_bit_a_run_resumed_on_as_many_ranks_ends_with_the_same_bytes(toget
     whole, parts = (open_checkpoint(together / name) for name in ("fp16", "fp16 in parts"))
     assert whole.files == parts.files
     assert losses(whole.path.parent) == losses(parts.path.parent)
-
-
-def test_offloading_to_nvme_is_refused(
-    made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call
-) -> None:
-    done = call(*command(made, tmp_path / "out", {"sharding.offload": "nvme"}))
-    assert "prior.sharding.offload: must be 'none' or 'cpu', not 'nvme'" in done.mistake()
 
 
 INITIALISE = """

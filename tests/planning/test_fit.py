@@ -54,6 +54,22 @@ def test_suggested_settings_make_it_fit_and_none_is_idle() -> None:
     assert not check_fit(larger, counts, machines).fits
 
 
+def test_one_small_gpu_is_offered_deepspeed() -> None:
+    """8 GB hold neither weights, gradients and moments in 16 bit (9.2 GB) nor what ZeRO 2 leaves with activations."""
+    recipe = load_recipe(RECIPES / "1b.yaml")
+    counts, machines = count_parameters(recipe), Machines(1, 1, 8 * GB)
+    found = suggest_settings(recipe, counts, machines)
+    assert found.fit.fits
+    assert found.machines == machines
+    assert found.settings["prior.sharding.engine"] == "deepspeed"
+    assert found.settings["prior.sharding.offload"] == "cpu"
+    assert found.fit.on_host >= 16 * counts.total
+    overrides = [option.removeprefix("--set ") for option in found.options()]
+    assert check_fit(load_recipe(RECIPES / "1b.yaml", overrides), counts, machines) == found.fit
+    shipped = load_recipe(RECIPES / "1b-one-gpu.yaml")
+    assert check_fit(shipped, counts, machines).fits
+
+
 def test_larger_machines_are_suggested_where_settings_are_not_enough() -> None:
     recipe = load_recipe(RECIPES / "12b.yaml", ["prior.powersgd.rank=0", "prior.sharding.offload=cpu"])
     counts = count_parameters(recipe)

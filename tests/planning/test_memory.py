@@ -45,6 +45,43 @@ def test_bytes_under_each_stage_of_zero() -> None:
     assert StatePart(0, 10, shards=4).each == 3  # rounded up
 
 
+def test_bytes_under_deepspeed() -> None:
+    """All is in 32 bit: 4 * 22,305 = 89,220 bytes for the weights; see above for the number of parameters."""
+    whole, quarter = 89_220, 22_305
+
+    def by_deepspeed(zero: int, offload: str, gpus: int) -> dict[str, tuple[int, str]]:
+        sharding = {"engine": "deepspeed", "zero": zero, "offload": offload, "nvme_path": "/disk"}
+        settings = {f"prior__sharding__{key}": value for key, value in sharding.items()}
+        found = sizes(tiny_prior(**settings, prior__precision="bf16"), gpus)
+        assert found.pop("bucket of gradients") == (whole, "device")
+        return found
+
+    assert by_deepspeed(2, "cpu", gpus=1) == {
+        "weights": (whole, "cpu"),
+        "weights to compute with": (whole, "device"),
+        "gradients": (whole, "cpu"),
+        "moments": (2 * whole, "cpu"),
+        "EMA weights": (whole, "cpu"),
+    }
+    assert by_deepspeed(3, "none", gpus=4) == {
+        "weights": (quarter, "device"),
+        "gradients": (quarter, "device"),
+        "moments": (2 * quarter, "device"),
+        "EMA weights": (quarter, "device"),
+    }
+    assert by_deepspeed(1, "none", gpus=4) == {
+        "weights": (quarter, "device"),
+        "weights to compute with": (whole, "device"),
+        "gradients": (whole, "device"),
+        "moments": (2 * quarter, "device"),
+        "EMA weights": (quarter, "device"),
+    }
+    on_disk = by_deepspeed(3, "nvme", gpus=4)
+    assert on_disk.pop("EMA weights") == (quarter, "cpu")
+    assert {place for _, place in on_disk.values()} == {"nvme"}
+    assert sum(size for size, _ in on_disk.values()) == 5 * quarter
+
+
 def test_bytes_of_powersgd() -> None:
     """Rank 8 over 4 shards is rank 2 per shard; right factors have (16 + 16 + 16 + 64) * 2 values a layer."""
     recipe = tiny_prior(prior__sharding__zero=3, prior__powersgd__rank=8)

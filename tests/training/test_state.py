@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ from dalle_cli.prior.train import set_precision, train_prior
 from dalle_cli.randomness import torch_generator
 from dalle_cli.stores.checkpoint import CheckpointFacts, open_checkpoint, save_checkpoint
 from dalle_cli.training.state import TrainingState
+from dalle_cli.training.updates import AdamUpdates
 
 # EMA weights
 
@@ -39,13 +40,13 @@ def random_walk(
     """Move weights at random; return them and the EMA weights, before the first update and after each."""
     model = nn.Linear(7, 5, bias=False).to(dtype)
     state = ema_state(model, decay, every)
-    weights, averages = [model.weight.detach().float().clone()], [state.ema[0].clone()]
+    weights, averages = [model.weight.detach().float().clone()], [state.ema["weight"].clone()]
     for step in range(updates):
         with torch.no_grad():
             model.weight.add_(torch.randn(5, 7, generator=torch_generator(0, "walk", step)).to(dtype))
         state.update_ema(step)
         weights.append(model.weight.detach().float().clone())
-        averages.append(state.ema[0].clone())
+        averages.append(state.ema["weight"].clone())
     with state.ema_weights():
         assert torch.equal(model.weight.float(), averages[-1].to(dtype).float())
     assert torch.equal(model.weight.float(), weights[-1])
@@ -82,11 +83,11 @@ def test_long_after_the_start_the_decay_is_a_power() -> None:
     model = nn.Linear(1, 1, bias=False)
     state = ema_state(model, 0.999, 25)
     nn.init.constant_(model.weight, 1.0)
-    state.ema[0].zero_()
+    state.ema["weight"].zero_()
     state.update_ema(99_998)
-    assert state.ema[0].item() == 0.0
+    assert state.ema["weight"].item() == 0.0
     state.update_ema(99_999)
-    assert state.ema[0].item() == pytest.approx(1 - 0.999**25, rel=1e-6)
+    assert state.ema["weight"].item() == pytest.approx(1 - 0.999**25, rel=1e-6)
 
 
 def test_without_a_warm_up_the_decay_is_the_same_from_the_start() -> None:
@@ -94,10 +95,10 @@ def test_without_a_warm_up_the_decay_is_the_same_from_the_start() -> None:
     training = Training(updates=100, ema_decay=0.9, ema_warmup=False, batch_size=1)
     state = TrainingState(Replicated(model), DvaeSettings(training=training), set())
     nn.init.constant_(model.weight, 1.0)
-    state.ema[0].zero_()
+    state.ema["weight"].zero_()
     for step in range(5):
         state.update_ema(step)
-        assert state.ema[0].item() == pytest.approx(1 - 0.9 ** (step + 1), rel=1e-6)
+        assert state.ema["weight"].item() == pytest.approx(1 - 0.9 ** (step + 1), rel=1e-6)
 
 
 def bf16_recipe(folder: Path, **training: Any) -> Path:
@@ -141,7 +142,7 @@ def test_an_ema_that_never_moves_or_changes_is_refused(tmp_path: Path, call: Cal
 
 def test_weight_decay_applies_to_matrices_only() -> None:
     prior = build_prior(Recipe.model_validate(smallest_recipe(Path("unused"), None)))
-    optimizer = TrainingState(Replicated(prior), PriorSettings(), set(prior.decayed_parameters())).optimizer
+    optimizer = AdamUpdates(Replicated(prior), set(prior.decayed_parameters()), PriorSettings().adam).adam
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     names = {name for name, p in prior.named_parameters() if id(p) in decayed}
     assert names
@@ -158,7 +159,7 @@ def test_the_logged_norm_is_that_before_clipping(clip_norm: float | None) -> Non
     for number, parameter in enumerate(model.parameters()):
         parameter.grad = torch.full_like(parameter, number)
     squares = sum(number**2 * p.numel() for number, p in enumerate(model.parameters()))
-    assert float(state.update(0.0)["grad_norm"]) == pytest.approx(squares**0.5, rel=1e-5)
+    assert float(state.optimizer.step(0.0)["grad_norm"]) == pytest.approx(squares**0.5, rel=1e-5)
 
 
 def test_scales_and_skipped_updates_are_counted_and_saved(tmp_path: Path) -> None:
@@ -170,15 +171,17 @@ def test_scales_and_skipped_updates_are_counted_and_saved(tmp_path: Path) -> Non
         return TrainingState(engine, recipe.prior, set(model.decayed_parameters()))
 
     def update(state: TrainingState, broken: int | None) -> dict[str, float]:
-        for parameter in state.parameters:
+        parameters = dict(state.engine.model.named_parameters())
+        for parameter in parameters.values():
             parameter.grad = torch.ones_like(parameter)
         if broken is not None:
-            state.parameters[state.names.index(f"resblocks.{broken}.out.weight")].grad[0, 0] = torch.inf  # type: ignore[index]
-        return {name: float(value) for name, value in state.update(1e-3).items()}
+            parameters[f"resblocks.{broken}.out.weight"].grad[0, 0] = torch.inf  # type: ignore[index]
+        return {name: float(value) for name, value in state.optimizer.step(1e-3).items()}
 
     first = state()
-    assert first.engine.scaling is not None
-    first.engine.scaling.scales.exponents[2:4] = [HIGHEST, HIGHEST - 1]
+    scaling = cast(Replicated, first.engine).scaling
+    assert scaling is not None
+    scaling.scales.exponents[2:4] = [HIGHEST, HIGHEST - 1]
     lines = [update(first, broken) for broken in (None, 0, None, 5)]
     assert [line["skipped_updates"] for line in lines] == [0, 1, 1, 2]
     assert [line["skipped"] > 0 for line in lines] == [False, True, False, True]

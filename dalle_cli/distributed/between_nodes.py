@@ -1,0 +1,104 @@
+"""The sum of shards' gradients over nodes, whole or compressed, for engines that shard a model inside a node."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from dalle_cli.config.schema import PowerSgd
+from dalle_cli.distributed.group import Nodes
+from dalle_cli.distributed.power_sgd import PowerSgdReducer
+from dalle_cli.progress import log
+
+
+class BetweenNodes:
+    """Sums gradients over the ranks that hold the same shards, one in each node; see ``Engine`` for its other methods.
+
+    Args:
+        nodes: all ranks.
+        powersgd: the recipe's settings; the paper compresses with them what is sent between nodes (section 2.5).
+        columns: the number of columns of each matrix that may be compressed, by its name.
+        seed: the seed of PowerSGD's factors and rounding.
+    """
+
+    def __init__(self, nodes: Nodes, powersgd: PowerSgd, columns: Mapping[str, int], seed: int) -> None:
+        self.nodes, self.across = nodes, nodes.across
+        self.reducer: PowerSgdReducer | None = None
+        if powersgd.rank and self.across.size > 1:
+            self.reducer = PowerSgdReducer(
+                powersgd, self.across.process_group, columns, nodes.inside.size, seed, nodes.world.device
+            )
+
+    @property
+    def compresses(self) -> bool:
+        return self.reducer is not None
+
+    def sum(
+        self,
+        gradients: Mapping[str, Tensor],
+        update: int,
+        scales: Mapping[str, float] | None = None,
+        skipped: Collection[str] = (),
+    ) -> None:
+        """Replace each gradient by its sum over the nodes, or by an approximation of it.
+
+        With PowerSGD, ``skipped`` gradients become NaN and reach no error buffer, since their update is skipped. All
+        nodes must name the same ones. ``scales`` are the factors that gradients were multiplied by.
+        """
+        if self.across.size == 1:
+            return
+        if self.reducer is None:
+            self.across.sum_in_place(gradients.values())
+            return
+        used = [(name, gradient) for name, gradient in gradients.items() if name not in skipped]
+        for name in skipped:
+            gradients[name].fill_(torch.nan)
+        self.reducer.reduce(used, update, scales)
+        for _, gradient in used:
+            gradient.mul_(self.across.size)
+
+    def clear(self, names: Iterable[str]) -> None:
+        """Clear the error buffers of ``names``."""
+        if self.reducer is not None:
+            self.reducer.clear(names)
+
+    def require_same_weights(self, weights: Iterable[Tensor]) -> None:
+        """Raise UserError if the nodes' weights differ, since only the first node's are saved."""
+        if self.across.size == 1:
+            return
+        digest = hashlib.sha256()
+        for weight in weights:
+            digest.update(weight.cpu().contiguous().view(torch.uint8).numpy().data)
+        self.across.require_same("weights", digest.hexdigest())
+
+    def state(self) -> dict[str, Tensor]:
+        """Return PowerSGD's state on this rank."""
+        return {} if self.reducer is None else self.reducer.state_dict()
+
+    def load_state(self, state: Mapping[str, Tensor] | None, shards: Mapping[str, Tensor]) -> None:
+        """Restore what ``state`` returned if it belongs to these ``shards``, else begin without error buffers."""
+        if self.reducer is None:
+            return
+        if state is None or not _fits(self.reducer, state, shards):
+            log("prior.powersgd: the checkpoint is from other ranks; its error buffers are dropped")
+            state = {}
+        self.reducer.load_state_dict(state)
+
+    def traffic(self) -> dict[str, int]:
+        """Return the bytes that this rank has sent to any rank and, if there are several nodes, to other nodes."""
+        across = self.across.traffic.bytes + (0 if self.reducer is None else self.reducer.bytes_sent)
+        counted = {"bytes_communicated": self.nodes.world.traffic.bytes + self.nodes.inside.traffic.bytes + across}
+        return {**counted, "bytes_between_nodes": across} if self.across.size > 1 else counted
+
+
+def _fits(reducer: PowerSgdReducer, state: Mapping[str, Tensor], shards: Mapping[str, Tensor]) -> bool:
+    """Return whether PowerSGD's ``state`` has the shapes of this rank's shards."""
+    for key, value in state.items():
+        kind, _, name = key.partition(".")
+        shape = reducer.matrix_shape(name, shards[name]) if name in shards else None
+        if shape is None or (kind == "error" and value.shape != shape):
+            return False
+    return True

@@ -1,0 +1,115 @@
+"""Updates by AdamW of parameters whose gradients an engine left in ``grad``, in 32 bit or, with scales, in 16 bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dalle_cli.config.schema import Adam
+from dalle_cli.distributed.engine import TorchEngine
+from dalle_cli.precision.adam import Adam16
+from dalle_cli.precision.formats import MOMENTS
+
+
+class AdamUpdates:
+    """The ``Optimizer`` of an engine that brings none of its own.
+
+    If the engine scales gradients, parameters train in 16 bit with ``precision.adam``, else in 32 bit with torch's
+    AdamW.
+
+    Args:
+        engine: the parameters, whole or sharded.
+        decayed: names of the parameters that weight decay applies to.
+        adam: the recipe's settings.
+        seed: the seed of stochastic rounding in 16-bit training.
+    """
+
+    def __init__(self, engine: TorchEngine, decayed: set[str], adam: Adam, seed: int = 0) -> None:
+        self.engine, self.clip_norm = engine, adam.clip_norm
+        self.adam = _build_adam(engine.parameters, decayed, adam, None if engine.scaling is None else seed)
+        self.skipped_updates = 0
+        """Number of updates that skipped a parameter because of a non-finite gradient."""
+
+    def zero_grad(self) -> None:
+        self.adam.zero_grad(set_to_none=True)
+
+    def step(self, rate: float) -> dict[str, Tensor]:
+        for group in self.adam.param_groups:
+            group["lr"] = rate
+        engine = self.engine
+        if engine.scaling is not None:
+            squares = engine.sum_over_shards(
+                engine.scaling.squares(engine.scaling.gradients(engine.owned_parameters()))
+            )
+            logged = engine.scaling.step(cast(Adam16, self.adam), self.clip_norm, squares)
+            self.skipped_updates += logged["skipped"] > 0
+            logged["skipped_updates"] = self.skipped_updates
+            return {name: torch.tensor(value) for name, value in logged.items()}
+        norm = nn.utils.get_total_norm([p.grad for p in engine.owned_parameters() if p.grad is not None])
+        if engine.sharded:
+            norm = engine.sum_over_shards(norm.square()).sqrt()
+        if self.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(engine.parameters.values(), self.clip_norm, norm)
+        self.adam.step()
+        return {"grad_norm": norm}
+
+    def moments(self, name: str) -> dict[str, Tensor]:
+        return dict(self.adam.state.get(self.engine.parameters[name], {}))
+
+    def load_moments(self, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
+        packed = {p for group in self.adam.param_groups if group.get("packed") for p in group["params"]}
+        for name, values in moments.items():
+            parameter = self.engine.parameters[name]
+            self.adam.state[parameter] = {
+                key: _laid_out_like(parameter, _in_type(value, key, parameter in packed))
+                for key, value in values.items()
+            }
+
+    def trainer_state(self) -> dict[str, Any]:
+        if self.engine.scaling is None:
+            return {}
+        return {"scales": self.engine.scaling.scales.state_dict(), "skipped_updates": self.skipped_updates}
+
+    def load_trainer_state(self, state: Mapping[str, Any]) -> None:
+        if self.engine.scaling is None:
+            return
+        self.skipped_updates = state.get("skipped_updates", 0)
+        if "scales" in state:  # another engine trains without them
+            self.engine.scaling.scales.load_state_dict(state["scales"])
+        self.engine.scaling.assign_scales()
+
+
+def adam_groups(named: Mapping[str, nn.Parameter], decayed: set[str], adam: Adam) -> list[dict[str, Any]]:
+    """Return an optimizer's groups: the parameters with weight decay, then those without it."""
+    matrices = {"params": [p for name, p in named.items() if name in decayed], "weight_decay": adam.weight_decay}
+    others = {"params": [p for name, p in named.items() if name not in decayed], "weight_decay": 0.0}
+    return [matrices, others]
+
+
+def _build_adam(
+    named: Mapping[str, nn.Parameter], decayed: set[str], adam: Adam, seed: int | None
+) -> torch.optim.Optimizer:
+    """Return AdamW; with a ``seed``, ``Adam16`` with 16-bit moments of the decayed parameters."""
+    matrices, others = adam_groups(named, decayed, adam)
+    betas = (adam.beta1, adam.beta2)
+    if seed is not None:
+        return Adam16([{**matrices, "packed": True}, others], lr=0.0, betas=betas, eps=adam.eps, seed=seed)
+    groups = [group for group in (matrices, others) if group["params"]]
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=adam.eps, fused=True)
+
+
+def _in_type(value: Tensor, key: str, packed: bool) -> Tensor:
+    """Return a moment in the type that the optimizer holds it in; another engine may have saved it in the other one."""
+    if key not in MOMENTS or packed == (value.dtype == torch.uint16):
+        return value
+    return MOMENTS[key].encode(value) if packed else MOMENTS[key].decode(value)
+
+
+def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:
+    """Return ``value`` with the device and strides of ``parameter``, such as channels last, as the optimizer does."""
+    if value.shape != parameter.shape:
+        return value.to(parameter.device)
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -1,0 +1,78 @@
+"""Runs of a small prior on several gloo ranks, and their comparison with a run of one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dalle_cli.config.load import load_recipe
+from dalle_cli.prior.train import train_prior
+from dalle_cli.stores.checkpoint import Checkpoint, open_checkpoint
+from helpers.processes import start
+from helpers.running import smallest_recipe, write_recipe
+from helpers.token_stores import write_tokens
+
+UPDATES, HALF = 20, 10
+COMMON = {"training.updates": UPDATES, "training.save_every": HALF, "training.keep": 3, "training.validate_every": 5}
+
+
+def make_inputs(root: Path) -> tuple[Path, Path]:
+    """Write a recipe of a prior whose sizes two ranks cannot share evenly, and a token store for it."""
+    settings = smallest_recipe(root, None)
+    settings["prior"]["model"] = {"layers": 3, "heads": 3, "d_head": 5, "d_model": 15, "grid": 4}
+    settings["prior"]["training"] |= {"batch_size": 8}
+    settings["monitoring"] = {"peak_tflops": 1.0}
+    settings["prior"]["learning_rate"] = {
+        "peak": 3e-3,
+        "warmup_updates": 0,
+        "schedule": "plateau",
+        "plateau_validations": 1,
+    }
+    return write_recipe(root, settings), write_tokens(root / "tokens.zarr", 80, 48, 400, 4, 16)
+
+
+def command(made: tuple[Path, Path], out: Path, changes: dict[str, Any]) -> list[Any]:
+    recipe, store = made
+    sets = [word for key, value in {**COMMON, **changes}.items() for word in ("--set", f"prior.{key}={value}")]
+    return ["train-prior", recipe, "--tokens", store, "--out", out, *sets]
+
+
+def run_together(commands: list[list[Any]], count: int) -> list[str]:
+    """Run ``commands`` on ``count`` ranks and return the stderr of each."""
+    processes = start(commands, timeout=600, count=count)
+    outputs = [process.communicate(timeout=1200) for process in processes]
+    assert [process.returncode for process in processes] == [0] * count, "\n".join(error for _, error in outputs)
+    return [error for _, error in outputs]
+
+
+def train_alone(made: tuple[Path, Path], out: Path, **changes: Any) -> Path:
+    """Train in this process and return the run's folder."""
+    recipe, store = made
+    sets = [f"prior.{key}={value}" for key, value in {**COMMON, **changes}.items()]
+    train_prior(load_recipe(recipe, sets), store, out)
+    return out
+
+
+def losses(run: Path) -> list[float]:
+    """Return the loss of every update and every validation."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line[key] for line in lines for key in ("loss", "val_loss") if key in line]
+
+
+def farthest(one: Checkpoint, other: Checkpoint) -> float:
+    """Return the largest difference of weights and EMA weights."""
+    pairs = [(one.tensors(kind), other.tensors(kind)) for kind in ("raw", "ema")]
+    assert all(ours.keys() == theirs.keys() for ours, theirs in pairs)
+    return max(
+        float((ours[name].float() - theirs[name].float()).abs().max()) for ours, theirs in pairs for name in ours
+    )
+
+
+def assert_same_run(found: Path, expected: Path, first: int = 0) -> None:
+    """Check that losses from the ``first`` on agree to 1e-5, and that they fell at all."""
+    ours, theirs = losses(expected), losses(found)
+    assert len(theirs) == len(ours) - first
+    assert max(abs(a - b) for a, b in zip(ours[first:], theirs, strict=True)) < 1e-5
+    assert ours[0] - ours[-1] > 0.1
+    assert farthest(open_checkpoint(expected), open_checkpoint(found)) < 1e-4
