@@ -377,7 +377,7 @@ class Sharding(Settings):
     zero: Literal[0, 1, 2, 3] = Field(0, description="ZeRO stage: 0 none, 1 moments, 2 + gradients, 3 + parameters")
     offload: Literal["none", "cpu", "nvme"] = Field(
         "none",
-        description="where weights and moments wait outside the GPU: cpu in host memory, nvme (DeepSpeed) in nvme_path",
+        description="where weights and moments wait outside the GPU: cpu in host memory, nvme (DeepSpeed) on the disk",
     )
     nvme_path: str | None = Field(None, description="folder on the NVMe disk of each node that offload: nvme uses")
     node_size: Positive | None = Field(None, description="number of ranks that shard a model; null: all of a node")

@@ -2,8 +2,8 @@
 
 DeepSpeed shards each parameter without regard to its rows, reduces gradients in its backward pass, and updates 32-bit
 weights with its own optimizer, 16 bytes a parameter. The stages mean what they mean in ``distributed/fsdp.py``. With
-``offload``, the optimizer's part (and with stage 3 the weights) waits outside the GPU, and DeepSpeed's Adam for
-processors makes the updates there (Ren et al. 2021, "ZeRO-Offload"; Rajbhandari et al. 2021, "ZeRO-Infinity").
+``offload``, the optimizer's part waits outside the GPU (and with stage 3 the weights, in host memory), and DeepSpeed's
+Adam for processors makes the updates (Ren et al. 2021, "ZeRO-Offload"; Rajbhandari et al. 2021, "ZeRO-Infinity").
 
 DeepSpeed sees one node as its whole world, by an ``mpu`` object; between nodes, gradients are summed or go through
 PowerSGD (``distributed/between_nodes.py``). This file alone knows DeepSpeed, and some of its private attributes: the
@@ -352,14 +352,15 @@ def deepspeed_config(sharding: Sharding, adam: Adam, work: Work, device: torch.d
         "stage3_max_live_parameters": LIVE_NUMBERS,
         "stage3_max_reuse_distance": LIVE_NUMBERS,
     }
-    if sharding.offload != "none":
-        place: dict[str, Any] = {"device": sharding.offload, "pin_memory": device.type == "cuda"}
-        if sharding.offload == "nvme":
-            place["nvme_path"] = sharding.nvme_path
-            zero["sub_group_size"] = SWAPPED_NUMBERS
-        zero["offload_optimizer"] = place
-        if sharding.zero == 3:
-            zero["offload_param"] = place
+    pin = {"pin_memory": device.type == "cuda"}
+    if sharding.offload == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu", **pin}
+    elif sharding.offload == "nvme":
+        zero["offload_optimizer"] = {"device": "nvme", "nvme_path": sharding.nvme_path, **pin}
+        zero["sub_group_size"] = SWAPPED_NUMBERS
+    if sharding.offload != "none" and sharding.zero == 3:
+        # The weights to compute with stay in host memory: swapping them too fails in DeepSpeed 0.19.8.
+        zero["offload_param"] = {"device": "cpu", **pin}
     return {
         "train_micro_batch_size_per_gpu": work.micro_batch,
         "gradient_accumulation_steps": work.micro_batches,

@@ -93,7 +93,7 @@ def _deepspeed_state(stage: PriorSettings, counts: Counts, shards: int) -> dict[
     if zero < 3:
         parts["weights to compute with"] = StatePart(0, whole, whole, shards)
     elif held != "device":
-        parts["weights to compute with"] = StatePart(0, whole, 0, shards, held)
+        parts["weights to compute with"] = StatePart(0, whole, 0, shards, "cpu")
     parts["gradients"] = StatePart(0, whole, whole, shards) if zero == 1 else StatePart(0, whole, 0, shards, held)
     parts["moments"] = StatePart(0, 2 * whole, 0, shards, held)
     ema = "cpu" if held != "device" or stage.training.ema_every > 1 else "device"

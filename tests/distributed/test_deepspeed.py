@@ -291,6 +291,48 @@ def test_the_launcher_of_deepspeed_starts_ranks(
     assert_same_run(tmp_path / "run", alone["fp32"])
 
 
+@pytest.mark.slow
+def test_four_ranks_as_two_nodes(made: tuple[Path, Path], tmp_path: Path) -> None:
+    """Uncompressed, two nodes of two equal one process; where shards are whole rows, low ranks equal those of FSDP."""
+    even = {"model.heads": 4, "model.d_head": 4, "model.d_model": 16}
+    nodes = {**even, "sharding.node_size": 2}
+    low = {**nodes, "powersgd.rank": 2, "powersgd.min_compression": 0}
+    runs: dict[str, dict[str, Any]] = {
+        "whole": by_deepspeed(3, **nodes),
+        "full rank": by_deepspeed(3, **{**low, "powersgd.rank": 16}),
+        "low rank": by_deepspeed(3, **low),
+        "low rank by fsdp": {"sharding.zero": 3, **low},
+    }
+    run_together([command(made, tmp_path / name, changes) for name, changes in runs.items()], 4)
+    alone = train_alone(made, tmp_path / "alone", **even)
+    assert_same_run(tmp_path / "whole", alone)
+    assert_same_run(tmp_path / "full rank", alone)
+    ours, theirs = losses(tmp_path / "low rank"), losses(tmp_path / "low rank by fsdp")
+    assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 1e-5
+    assert max(abs(a - b) for a, b in zip(ours, losses(alone), strict=True)) > 1e-4
+
+
+@pytest.mark.slow
+def test_offloading_to_nvme_equals_host_memory(made: tuple[Path, Path], tmp_path: Path) -> None:
+    """The matrices are large enough to be swapped; a run in two parts ends with the same bytes."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible():
+        pytest.skip("libaio is not installed")
+    (tmp_path / "disk").mkdir()
+    large = {"model.layers": 2, "model.heads": 8, "model.d_head": 48, "model.d_model": 384}
+    host = by_deepspeed(3, **large, **{"sharding.offload": "cpu"})
+    disk = {**host, "sharding.offload": "nvme", "sharding.nvme_path": tmp_path / "disk"}
+    half = {**disk, "training.updates": HALF}
+    for name, changes in (("host", host), ("disk", disk), ("parts", half), ("parts", disk)):
+        words = [sys.executable, "-m", "dalle_cli", *map(str, command(made, tmp_path / name, changes))]
+        done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "disk").rglob("exp_avg*.swp"))
+    files = [open_checkpoint(tmp_path / name).files for name in ("host", "disk", "parts")]
+    assert files[0] == files[1] == files[2]
+
+
 def test_stdout_has_the_checkpoint_alone(made: tuple[Path, Path], tmp_path: Path) -> None:
     """One process, which no launcher started, offloads."""
     changes = {**by_deepspeed(3, **{"sharding.offload": "cpu"}), "training.updates": 2}
@@ -330,8 +372,8 @@ def test_what_deepspeed_is_told() -> None:
     found = deepspeed_config(sharding, Adam(clip_norm=4.0), Work(2, 8), torch.device("cpu"), 1000)
     zero = found["zero_optimization"]
     assert zero["stage"] == 3
-    for what in ("offload_optimizer", "offload_param"):
-        assert zero[what] == {"device": "nvme", "pin_memory": False, "nvme_path": "/disk"}
+    assert zero["offload_optimizer"] == {"device": "nvme", "pin_memory": False, "nvme_path": "/disk"}
+    assert zero["offload_param"] == {"device": "cpu", "pin_memory": False}
     assert (found["train_micro_batch_size_per_gpu"], found["gradient_accumulation_steps"]) == (2, 8)
     assert found["gradient_clipping"] == 4.0
     two = deepspeed_config(Sharding(engine="deepspeed", zero=2, offload="cpu"), Adam(clip_norm=None), Work(1, 1),
