@@ -19,18 +19,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from dalle_cli.config.schema import Adam, PowerSgd, Sharding
+from dalle_cli.config.schema import Adam, PriorSettings, Sharding
 from dalle_cli.distributed.between_nodes import BetweenNodes
 from dalle_cli.distributed.engine import Optimizer
 from dalle_cli.distributed.group import Group, Nodes, split_group
 from dalle_cli.errors import UserError
+from dalle_cli.precision.adam import adam_groups
 from dalle_cli.precision.formats import MOMENTS
 from dalle_cli.progress import log
 from dalle_cli.stores.tensor_files import Part
@@ -41,6 +42,16 @@ BUCKET_NUMBERS = 5 * 10**7
 """Most gradients that are reduced together."""
 LIVE_NUMBERS = 3 * 10**8
 """Most parameters that ZeRO 3 keeps gathered, those that it fetches ahead included."""
+
+
+class DecayedModel(Protocol):
+    """A model of which some parameters, its matrices, have weight decay and may be compressed by PowerSGD."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """See ``nn.Module.named_parameters``."""
+
+    def decayed_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the matrices by name."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +83,8 @@ class DeepSpeedEngine:
     Args:
         model: the whole model in 32 bit, the same on each rank; DeepSpeed takes its memory over.
         loss: a module that holds ``model`` and computes the loss in its forward pass.
-        groups: the parameters of ``model`` in groups with their ``weight_decay``.
-        columns: the number of columns of each matrix that PowerSGD may compress, by its name.
+        stage: the settings of the prior.
+        work: the work of this rank in an update.
         seed: the seed of PowerSGD.
 
     Raises:
@@ -83,24 +94,17 @@ class DeepSpeedEngine:
     sharded = True
 
     def __init__(
-        self,
-        model: nn.Module,
-        loss: nn.Module,
-        groups: list[dict[str, Any]],
-        nodes: Nodes,
-        sharding: Sharding,
-        powersgd: PowerSgd,
-        columns: Mapping[str, int],
-        adam: Adam,
-        work: Work,
-        seed: int,
+        self, model: DecayedModel, loss: nn.Module, nodes: Nodes, stage: PriorSettings, work: Work, seed: int
     ) -> None:
-        self.group, self.nodes, self.model = nodes.world, nodes, model
+        self.group, self.nodes, self.model = nodes.world, nodes, cast(nn.Module, model)
         self._inside = nodes.inside
-        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._parameters = dict(model.named_parameters())
         self._shapes = {name: p.shape for name, p in self._parameters.items()}
-        self.between_nodes = BetweenNodes(nodes, powersgd, columns, seed)
+        decayed, sharding = model.decayed_parameters(), stage.sharding
+        columns = {name: p.shape[1] for name, p in decayed.items()}
+        self.between_nodes = BetweenNodes(nodes, stage.powersgd, columns, seed)
         self.between_nodes.require_same_weights(p.detach() for p in self._parameters.values())
+        groups = adam_groups(self._parameters, decayed, stage.adam)
         numbers = sum(shape.numel() for shape in self._shapes.values())
         with _deepspeed(self.group.device) as deepspeed:
             if sharding.offload == "nvme":
@@ -108,8 +112,8 @@ class DeepSpeedEngine:
             self._join_alone()
             self.engine, self._zero, *_ = deepspeed.initialize(
                 model=loss,
-                optimizer=_build_adam(groups, adam, sharding.offload != "none"),
-                config=deepspeed_config(sharding, adam, work, self.group.device, numbers),
+                optimizer=_build_adam(groups, stage.adam, sharding.offload != "none"),
+                config=deepspeed_config(sharding, stage.adam, work, self.group.device, numbers),
                 mpu=_NodeOfRanks(self.group, self._inside),
             )
         self._stage, self._adam = sharding.zero, self._zero.optimizer

@@ -10,12 +10,13 @@ of (seed, the parameter's place among the groups, the update).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dalle_cli.config.schema import Adam
 from dalle_cli.precision.formats import MEAN, VARIANCE, round_stochastically
 from dalle_cli.randomness import torch_generator
 
@@ -23,6 +24,13 @@ MAX_VARIANCE = 5.0
 """Maximum of the running variance, which is clipped before it is used (paper, appendix B.2)."""
 CHUNK = 2**22
 """Number of values updated at once, which bounds the memory of the 32-bit intermediates."""
+
+
+def adam_groups(named: Mapping[str, torch.nn.Parameter], decayed: Collection[str], adam: Adam) -> list[dict[str, Any]]:
+    """Return an optimizer's groups: the parameters with weight decay, then those without it."""
+    matrices = {"params": [p for name, p in named.items() if name in decayed], "weight_decay": adam.weight_decay}
+    others = {"params": [p for name, p in named.items() if name not in decayed], "weight_decay": 0.0}
+    return [matrices, others]
 
 
 class Adam16(torch.optim.Optimizer):

@@ -39,7 +39,6 @@ from dalle_cli.stores.held_out import VALIDATION_BATCH, split_store
 from dalle_cli.stores.tokens import TokenReader
 from dalle_cli.training.loop import Run
 from dalle_cli.training.throughput import SampleWork
-from dalle_cli.training.updates import adam_groups
 
 if TYPE_CHECKING:
     from dalle_cli.distributed.deepspeed_engine import DeepSpeedEngine
@@ -146,21 +145,10 @@ def deepspeed_prior(recipe: Recipe, group: Group, initial: InitialValue | None =
         f"train-prior: DeepSpeed's ZeRO stage {stage.sharding.zero} on {nodes.across.size} x {nodes.inside.size} "
         f"ranks, offload {stage.sharding.offload}"
     )
-    decayed = prior.decayed_parameters()
     samples = max(1, stage.training.batch_size // group.size)
     micro_batch = min(stage.training.micro_batch or samples, samples)
-    engine = DeepSpeedEngine(
-        prior,
-        LossModule(prior),
-        adam_groups(dict(prior.named_parameters()), set(decayed), stage.adam),
-        nodes,
-        stage.sharding,
-        stage.powersgd,
-        {name: p.shape[1] for name, p in decayed.items()},
-        stage.adam,
-        Work(micro_batch, -(-samples // micro_batch)),
-        recipe.seed,
-    )
+    work = Work(micro_batch, -(-samples // micro_batch))
+    engine = DeepSpeedEngine(prior, LossModule(prior), nodes, stage, work, recipe.seed)
     return engine, prior
 
 

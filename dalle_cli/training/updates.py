@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dalle_cli.config.schema import Adam
 from dalle_cli.distributed.engine import TorchEngine
-from dalle_cli.precision.adam import Adam16
+from dalle_cli.precision.adam import Adam16, adam_groups
 from dalle_cli.precision.formats import MOMENTS
 
 
@@ -80,13 +80,6 @@ class AdamUpdates:
         if "scales" in state:  # another engine trains without them
             self.engine.scaling.scales.load_state_dict(state["scales"])
         self.engine.scaling.assign_scales()
-
-
-def adam_groups(named: Mapping[str, nn.Parameter], decayed: set[str], adam: Adam) -> list[dict[str, Any]]:
-    """Return an optimizer's groups: the parameters with weight decay, then those without it."""
-    matrices = {"params": [p for name, p in named.items() if name in decayed], "weight_decay": adam.weight_decay}
-    others = {"params": [p for name, p in named.items() if name not in decayed], "weight_decay": 0.0}
-    return [matrices, others]
 
 
 def _build_adam(

@@ -260,16 +260,18 @@ def test_a_nan_on_one_rank_changes_nothing_on_any(more: dict[str, Any], made: tu
         assert found["clip"] == 0.25
 
 
-def test_a_killed_rank_ends_the_others_with_one_line(made: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hanging"])
+def test_a_lost_rank_ends_the_others(sent: signal.Signals, made: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "run"
-    processes = start([command(made, out, {**by_deepspeed(2), "training.updates": 10_000})], timeout=60)
+    processes = start([command(made, out, {**by_deepspeed(2), "training.updates": 10_000})], timeout=40)
     waited = time.monotonic() + 200
     while not (out / f"step-{HALF:08d}").exists():
         assert processes[0].poll() is None
         assert time.monotonic() < waited
         time.sleep(0.2)
-    os.kill(processes[1].pid, signal.SIGKILL)
-    errors = processes[0].communicate(timeout=120)[1]
+    os.kill(processes[1].pid, sent)
+    errors = processes[0].communicate(timeout=200)[1]
+    processes[1].kill()
     processes[1].communicate()
     assert processes[0].returncode == 2
     line = errors.splitlines()[-1]
