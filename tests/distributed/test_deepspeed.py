@@ -51,15 +51,18 @@ def by_deepspeed(zero: int, **more: Any) -> dict[str, Any]:
 
 
 MICRO = {"training.micro_batch": 2}
+BEGUN = {"training.updates": HALF}
 LOW_RANK = {"powersgd.rank": 2, "powersgd.min_compression": 0, "sharding.node_size": 1}
 CLIPPED = {
     "zero 1": by_deepspeed(1, **MICRO),
     "zero 2": by_deepspeed(2, **MICRO),
     "zero 3": by_deepspeed(3, **MICRO),
-    "recomputed": by_deepspeed(3, **{"model.checkpoint_resblocks": True}),
     "zero 2, offloaded": by_deepspeed(2, **{"sharding.offload": "cpu"}),
-    "zero 3, offloaded": by_deepspeed(3, **{"sharding.offload": "cpu"}, **MICRO),
     "two nodes": by_deepspeed(3, **{"sharding.node_size": 1}),
+}
+MORE_CLIPPED = {
+    "recomputed": by_deepspeed(3, **{"model.checkpoint_resblocks": True}),
+    "zero 3, offloaded": by_deepspeed(3, **{"sharding.offload": "cpu"}, **MICRO),
     "two nodes, full rank": by_deepspeed(
         3, **{"sharding.node_size": 1, "powersgd.rank": 15, "powersgd.min_compression": 0}
     ),
@@ -79,41 +82,65 @@ def alone(made: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     return {
         "clipped": train_alone(made, root / "clipped", **CLIP),
         "fp32": train_alone(made, root / "fp32"),
-        "bf16": train_alone(made, root / "bf16", precision="bf16"),
     }
 
 
-@pytest.fixture(scope="module")
-def together(made: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The runs on two ranks, those that one engine began and the other ends, and those in two parts."""
-    root, half = tmp_path_factory.mktemp("together"), {"training.updates": HALF}
-    fsdp, bf16 = {"sharding.zero": 2}, {"precision": "bf16"}
-    runs: list[tuple[str, dict[str, Any]]] = [(name, {**changes, **CLIP}) for name, changes in CLIPPED.items()]
-    runs += [
-        ("zero 3 in parts", {**CLIPPED["zero 3"], **CLIP, **half}),
-        ("zero 3 in parts", {**CLIPPED["zero 3"], **CLIP}),
-        ("offloaded in parts", {**CLIPPED["zero 2, offloaded"], **CLIP, **half}),
-        ("offloaded in parts", {**CLIPPED["zero 2, offloaded"], **CLIP}),
-        ("low rank", by_deepspeed(3, **LOW_RANK)),
-        ("low rank in parts", by_deepspeed(3, **LOW_RANK, **half)),
-        ("low rank in parts", by_deepspeed(3, **LOW_RANK)),
-        ("low rank by fsdp", {"sharding.zero": 3, **LOW_RANK}),
-        ("fsdp, then deepspeed", {**fsdp, **half}),
-        ("fsdp, then deepspeed", by_deepspeed(3)),
-        ("deepspeed, then fsdp", by_deepspeed(1, **half)),
-        ("deepspeed, then fsdp", fsdp),
-        ("deepspeed, then one", by_deepspeed(2, **half)),
-        ("bf16", by_deepspeed(2, **bf16)),
-        ("bf16 by fsdp, then deepspeed", {**fsdp, **bf16, **half}),
-        ("bf16 by fsdp, then deepspeed", by_deepspeed(3, **bf16)),
-        ("bf16 by deepspeed, then fsdp", by_deepspeed(3, **bf16, **half)),
-        ("bf16 by deepspeed, then fsdp", {**fsdp, **bf16}),
-    ]
+def run_all(made: tuple[Path, Path], root: Path, runs: list[tuple[str, dict[str, Any]]]) -> str:
+    """Make runs on two ranks, each in its folder in ``root``, and return what the first rank said."""
     said = ""
     for first in range(0, len(runs), RUNS_A_PROCESS):
         some = runs[first : first + RUNS_A_PROCESS]
         said += run_together([command(made, root / name, changes) for name, changes in some], 2)[0]
+    return said
+
+
+@pytest.fixture(scope="module")
+def together(made: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs on two ranks, those that one engine began and the other ends, and one in two parts."""
+    root, fsdp = tmp_path_factory.mktemp("together"), {"sharding.zero": 2}
+    said = run_all(
+        made,
+        root,
+        [
+            *((name, {**changes, **CLIP}) for name, changes in CLIPPED.items()),
+            ("zero 3 in parts", {**CLIPPED["zero 3"], **CLIP, **BEGUN}),
+            ("zero 3 in parts", {**CLIPPED["zero 3"], **CLIP}),
+            ("low rank", by_deepspeed(3, **LOW_RANK)),
+            ("low rank by fsdp", {"sharding.zero": 3, **LOW_RANK}),
+            ("fsdp, then deepspeed", {**fsdp, **BEGUN}),
+            ("fsdp, then deepspeed", by_deepspeed(3)),
+            ("deepspeed, then fsdp", by_deepspeed(1, **BEGUN)),
+            ("deepspeed, then fsdp", fsdp),
+            ("deepspeed, then one", by_deepspeed(2, **BEGUN)),
+        ],
+    )
     assert "resumes with prior.sharding.engine = 'deepspeed', was 'fsdp'" in said
+    return root
+
+
+@pytest.fixture(scope="module")
+def more(made: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Further runs on two ranks, in bf16 and in two parts."""
+    root, fsdp, bf16 = tmp_path_factory.mktemp("more"), {"sharding.zero": 2}, {"precision": "bf16"}
+    offloaded = {**CLIPPED["zero 2, offloaded"], **CLIP}
+    run_all(
+        made,
+        root,
+        [
+            *((name, {**changes, **CLIP}) for name, changes in MORE_CLIPPED.items()),
+            ("offloaded", offloaded),
+            ("offloaded in parts", {**offloaded, **BEGUN}),
+            ("offloaded in parts", offloaded),
+            ("low rank", by_deepspeed(3, **LOW_RANK)),
+            ("low rank in parts", by_deepspeed(3, **LOW_RANK, **BEGUN)),
+            ("low rank in parts", by_deepspeed(3, **LOW_RANK)),
+            ("bf16", by_deepspeed(2, **bf16)),
+            ("bf16 by fsdp, then deepspeed", {**fsdp, **bf16, **BEGUN}),
+            ("bf16 by fsdp, then deepspeed", by_deepspeed(3, **bf16)),
+            ("bf16 by deepspeed, then fsdp", by_deepspeed(3, **bf16, **BEGUN)),
+            ("bf16 by deepspeed, then fsdp", {**fsdp, **bf16}),
+        ],
+    )
     return root
 
 
@@ -122,19 +149,31 @@ def test_two_ranks_equal_one_process(case: str, alone: dict[str, Path], together
     assert_same_run(together / case, alone["clipped"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MORE_CLIPPED)
+def test_two_ranks_equal_one_process_in_more_ways(case: str, alone: dict[str, Path], more: Path) -> None:
+    assert_same_run(more / case, alone["clipped"])
+
+
 def test_clipping_was_triggered(together: Path) -> None:
     lines = [json.loads(line) for line in (together / "zero 2" / "metrics.jsonl").read_text().splitlines()]
     assert all(line["grad_norm"] > CLIP["adam.clip_norm"] for line in lines if "grad_norm" in line)
     assert {line["skipped_updates"] for line in lines if "skipped_updates" in line} == {0.0}
 
 
-@pytest.mark.parametrize(
-    ("parts", "whole"),
-    [("zero 3 in parts", "zero 3"), ("offloaded in parts", "zero 2, offloaded"), ("low rank in parts", "low rank")],
-)
-def test_a_resumed_run_ends_with_the_same_bytes(parts: str, whole: str, together: Path) -> None:
-    assert open_checkpoint(together / parts).files == open_checkpoint(together / whole).files
-    assert losses(together / parts) == losses(together / whole)
+def assert_same_bytes(parts: Path, whole: Path) -> None:
+    assert open_checkpoint(parts).files == open_checkpoint(whole).files
+    assert losses(parts) == losses(whole)
+
+
+def test_a_resumed_run_ends_with_the_same_bytes(together: Path) -> None:
+    assert_same_bytes(together / "zero 3 in parts", together / "zero 3")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["offloaded", "low rank"])
+def test_a_run_with_more_state_resumes_to_the_same_bytes(case: str, more: Path) -> None:
+    assert_same_bytes(more / f"{case} in parts", more / case)
 
 
 @pytest.mark.parametrize("case", ["fsdp, then deepspeed", "deepspeed, then fsdp"])
@@ -154,15 +193,16 @@ def test_a_run_of_deepspeed_ends_in_one_process(
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
 
 
-def test_in_bf16_all_engines_stay_close_to_one_another(alone: dict[str, Path], together: Path) -> None:
+@pytest.mark.slow
+def test_in_bf16_all_engines_stay_close_to_one_another(alone: dict[str, Path], more: Path) -> None:
     """DeepSpeed keeps 32-bit weights, and FSDP rounds them stochastically."""
     whole = losses(alone["fp32"])
     for case in ("bf16", "bf16 by fsdp, then deepspeed", "bf16 by deepspeed, then fsdp"):
-        found = losses(together / case)
+        found = losses(more / case)
         assert max(abs(a - b) for a, b in zip(found, whole, strict=True)) < 2e-2
-    saved = open_checkpoint(together / "bf16").tensors("raw")["resblocks.0.qkv.weight"]
+    saved = open_checkpoint(more / "bf16").tensors("raw")["resblocks.0.qkv.weight"]
     assert saved.dtype == torch.float32
-    moments = open_checkpoint(together / "bf16 by deepspeed, then fsdp").moments()
+    moments = open_checkpoint(more / "bf16 by deepspeed, then fsdp").moments()
     assert moments.read("exp_avg_sq.resblocks.0.qkv.weight").dtype == torch.uint16
     assert float(moments.read("step.resblocks.0.qkv.weight")) == 2 * HALF
 
@@ -260,7 +300,10 @@ def test_a_nan_on_one_rank_changes_nothing_on_any(more: dict[str, Any], made: tu
         assert found["clip"] == 0.25
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hanging"])
+@pytest.mark.parametrize(
+    "sent",
+    [pytest.param(signal.SIGKILL, id="killed"), pytest.param(signal.SIGSTOP, id="hanging", marks=pytest.mark.slow)],
+)
 def test_a_lost_rank_ends_the_others(sent: signal.Signals, made: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "run"
     processes = start([command(made, out, {**by_deepspeed(2), "training.updates": 10_000})], timeout=40)

@@ -48,9 +48,9 @@ def _step(recipe: Recipe, device: str) -> dict[str, Any]:
     state = TrainingState(Replicated(prior, scaling=scaling), stage, set(prior.decayed_parameters()))
 
     def update() -> None:
-        state.optimizer.zero_grad(set_to_none=True)
+        state.optimizer.zero_grad()
         _loss(prior, MICRO_BATCH, device).backward()  # type: ignore[no-untyped-call]
-        state.update(1e-5)
+        state.optimizer.step(1e-5)
 
     seconds = median_seconds({"update": Contender(update)}, ROUNDS, device)["update"]
     work = sample_work(recipe)
