@@ -118,6 +118,7 @@ class DeepSpeedEngine:
             )
         self._stage, self._adam = sharding.zero, self._zero.optimizer
         self._places = {name: self._place(parameter) for name, parameter in self._parameters.items()}
+        self._savers = self._choose_savers()
         self._swapped_in: int | None = None
         self._changed = False
         self.own_optimizer: Optimizer | None = DeepSpeedUpdates(self)
@@ -191,7 +192,8 @@ class DeepSpeedEngine:
         return self.between_nodes.state()
 
     def load_rank_state(self, state: Mapping[str, Tensor] | None) -> None:
-        self.between_nodes.load_state(state, {name: self.read(name) for name in self.names})
+        if self.between_nodes.compresses:
+            self.between_nodes.load_state(state, {name: self.read(name) for name in self.names})
 
     def traffic(self) -> dict[str, int]:
         """Return the bytes sent to other nodes, if there are any; those inside the node are DeepSpeed's."""
@@ -222,7 +224,8 @@ class DeepSpeedEngine:
         self._changed = True
         state = self._adam.state[flat]
         for key in MOMENTS:
-            state.setdefault(key, torch.zeros_like(flat))
+            if key not in state:
+                state[key] = torch.zeros_like(flat)
         fused = isinstance(self._adam, torch.optim.AdamW)
         state["step"] = torch.tensor(float(step), device=flat.device) if fused else step
 
@@ -283,9 +286,8 @@ class DeepSpeedEngine:
         whole = self._inside.sum(whole)
         return whole.to(value.device) if self._savers[name] == self._inside.rank else None
 
-    @property
-    def _savers(self) -> dict[str, int]:
-        """The rank of the node that saves each parameter, so that consecutive ones share the numbers evenly."""
+    def _choose_savers(self) -> dict[str, int]:
+        """Return the rank of the node that saves each parameter; consecutive ones share the numbers evenly."""
         total, before, savers = sum(shape.numel() for shape in self._shapes.values()), 0, {}
         for name, shape in self._shapes.items():
             savers[name] = before * self._inside.size // total

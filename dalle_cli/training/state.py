@@ -131,14 +131,14 @@ class TrainingState:
     def checkpoint_shards(self, step: int) -> CheckpointShards:
         """Return the state that this rank saves after ``step`` updates."""
         self.engine.require_same_weights()
-        parts = {
-            f"{key}.{name}": Part(value) if not value.dim() else self.engine.part_to_save(name, value)
-            for name, key, value in self._moments()
-        }
-        raw = self._parts(self.engine.read)
+        raw, optimizer = self._parts(self.engine.read), {}
+        for name, key, value in self._moments():
+            part = self.engine.part_to_save(name, value) if value.dim() else Part(value)
+            if part is not None and name in raw:
+                optimizer[f"{key}.{name}"] = part
         return CheckpointShards(
             weights={"raw": raw, "ema": self._parts(self.ema.__getitem__)},
-            optimizer={key: part for key, part in parts.items() if part is not None and key.partition(".")[2] in raw},
+            optimizer=optimizer,
             trainer_state=self._trainer_state(step),
             own=self.engine.rank_state(),
         )
