@@ -333,8 +333,8 @@ class DeepSpeedUpdates:
         return found
 
     @torch.no_grad()
-    def load_moments(self, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
-        for name, values in moments.items():
+    def load_moments(self, moments: Iterable[tuple[str, Mapping[str, Tensor]]]) -> None:
+        for name, values in moments:
             self.engine.start_moments(name, int(values["step"]))
             held = self.engine.moments(name)
             for key, form in MOMENTS.items():

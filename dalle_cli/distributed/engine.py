@@ -25,7 +25,7 @@ class Optimizer(Protocol):
     def moments(self, name: str) -> dict[str, Tensor]:
         """Return the moments of this rank's part of the parameter ``name`` and their ``step``, if there are any."""
 
-    def load_moments(self, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def load_moments(self, moments: Iterable[tuple[str, Mapping[str, Tensor]]]) -> None:
         """Restore what ``moments`` returned, by parameter, in whatever precision it was saved."""
 
     def trainer_state(self) -> dict[str, Any]:

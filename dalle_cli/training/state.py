@@ -151,20 +151,14 @@ class TrainingState:
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Restore the tensors of ``checkpoint``, which was checked, however many ranks saved it."""
-        engine, moments = self.engine, checkpoint.moments()
+        engine = self.engine
         if engine.sharded:
             engine.write(self._read(checkpoint.files_of("raw")))
         else:
             engine.model.load_state_dict(checkpoint.files_of("raw").all())
         for name, value in self._read(checkpoint.files_of("ema")):
             self.ema[name].copy_(value)
-        saved: dict[str, dict[str, Tensor]] = {}
-        for label in moments.names():
-            key, _, name = label.partition(".")
-            if name in self.ema:
-                value = moments.read(label, engine.rows(name))
-                saved.setdefault(name, {})[key] = engine.cut(name, value) if value.dim() else value
-        self.optimizer.load_moments(saved)
+        self.optimizer.load_moments(self._saved_moments(checkpoint.moments()))
         self.optimizer.load_trainer_state(checkpoint.trainer_state())
         engine.load_rank_state(checkpoint.own_state(engine.group.rank, engine.group.size))
         engine.release_gathered()
@@ -174,6 +168,18 @@ class TrainingState:
         for name in self.names:
             for key, value in self.optimizer.moments(name).items():
                 yield name, key, value
+
+    def _saved_moments(self, files: TensorFiles) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Read what ``Optimizer.moments`` returned of this rank's parts, one parameter after another."""
+        labels: dict[str, list[str]] = {}
+        for label in files.names():
+            labels.setdefault(label.partition(".")[2], []).append(label)
+        for name in self.names:
+            values = {
+                label.partition(".")[0]: files.read(label, self.engine.rows(name)) for label in labels.get(name, [])
+            }
+            if values:
+                yield name, {key: self.engine.cut(name, v) if v.dim() else v for key, v in values.items()}
 
     def _trainer_state(self, step: int) -> dict[str, Any]:
         rounds = {"rounds": self.rounds} if self.rounds else {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -59,9 +59,9 @@ class AdamUpdates:
     def moments(self, name: str) -> dict[str, Tensor]:
         return dict(self.adam.state.get(self.engine.parameters[name], {}))
 
-    def load_moments(self, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def load_moments(self, moments: Iterable[tuple[str, Mapping[str, Tensor]]]) -> None:
         packed = {p for group in self.adam.param_groups if group.get("packed") for p in group["params"]}
-        for name, values in moments.items():
+        for name, values in moments:
             parameter = self.engine.parameters[name]
             self.adam.state[parameter] = {
                 key: _laid_out_like(parameter, _in_type(value, key, parameter in packed))
