@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from dalle_cli.views.tables import grid_table, number, pairs_table, print_tables, size
+from dalle_cli.views.tables import grid_table, number, pairs_table, print_tables, sharding_text, size
 
 if TYPE_CHECKING:
-    from dalle_cli.planning.plan import Plan, Settings
+    from dalle_cli.planning.plan import Plan
     from dalle_cli.planning.this_machine import Start
     from dalle_cli.planning.traffic import CompressionRow
 
@@ -63,7 +63,10 @@ def _overview(plan: Plan) -> Table:
             ("  effective", f"{number(counts.effective)}: matrices of the resblocks, 12 d^2 a layer"),
             ("  other", f"{number(counts.other)}: embeddings, unembeddings, biases, gains"),
             ("precision", settings.precision),
-            ("sharding", _sharding(settings)),
+            (
+                "sharding",
+                sharding_text(settings.engine, settings.zero, settings.offload, settings.node_size),
+            ),
             ("activations", "recomputed in the backward pass" if settings.checkpoint_resblocks else "kept"),
             ("PowerSGD", f"rank {settings.powersgd_rank}" if settings.powersgd_rank else "none"),
             (
@@ -73,14 +76,6 @@ def _overview(plan: Plan) -> Table:
             ),
         ],
     )
-
-
-def _sharding(settings: Settings) -> str:
-    if not settings.zero:
-        return "none"
-    node = f" among {settings.node_size} processes" if settings.node_size else ""
-    engine = "DeepSpeed's " if settings.engine == "deepspeed" else ""
-    return f"{engine}ZeRO {settings.zero}{node}, offload {settings.offload}"
 
 
 def _parts(plan: Plan) -> Table:

@@ -196,7 +196,7 @@ def _recipe(found: RecipeDescription) -> list[Table]:
                     f"{size(weights.others_32_bit)} of others in 32",
                 ),
                 ("precision", prior.precision),
-                ("sharding", _sharding(sharding)),
+                ("sharding", sharding_text(sharding["engine"], sharding["zero"], sharding["offload"])),
                 ("PowerSGD", _compression(prior.powersgd)),
                 *_learning(prior),
             ],
@@ -222,11 +222,13 @@ def _picture_tower(clip: ClipSizes) -> str:
     return f"patches of {clip.patch_size}, {clip.vision_layers} vision layers"
 
 
-def _sharding(sharding: Mapping[str, Any]) -> str:
-    if not sharding["zero"]:
+def sharding_text(engine: str, zero: int, offload: str, node_size: int | None = None) -> str:
+    """Return how a prior is sharded, and among how many processes if the recipe says so."""
+    if not zero:
         return "none"
-    engine = "DeepSpeed's " if sharding["engine"] == "deepspeed" else ""
-    return f"{engine}ZeRO {sharding['zero']}, offload {sharding['offload']}"
+    library = "DeepSpeed's " if engine == "deepspeed" else ""
+    node = f" among {node_size} processes" if node_size else ""
+    return f"{library}ZeRO {zero}{node}, offload {offload}"
 
 
 def _compression(powersgd: Compression) -> str:
