@@ -112,10 +112,21 @@ def options(
 
 
 def main() -> None:
-    """Run the command line.
+    """Run the command line and end the process."""
+    try:
+        run_arguments()
+    except SystemExit as end:
+        if groups := sys.modules.get("dalle_cli.distributed.group"):  # loaded only where a command trains
+            groups.exit_rank(end.code if isinstance(end.code, int) else int(end.code is not None))
+        raise
 
-    Exit with code 2 after a UserError or a fault of the disk or the memory, and with RESUMABLE if a signal stopped
-    training.
+
+def run_arguments() -> None:
+    """Run the command that ``sys.argv`` gives.
+
+    Raises:
+        SystemExit: always, with code 2 after a UserError or a fault of the disk or the memory, and with RESUMABLE if a
+            signal stopped training.
     """
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # files are UTF-8 whatever the locale, and so are pipes

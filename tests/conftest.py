@@ -10,7 +10,7 @@ import pytest
 from helpers.running import Chain, Done, run, smallest_recipe, write_recipe
 from hypothesis import HealthCheck, settings
 
-from dalle_cli.app import main
+from dalle_cli.app import run_arguments
 
 # Set before torch is imported: with tiny tensors, many threads mostly wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -36,7 +36,7 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(sys, "argv", ["dalle", *map(str, arguments)])
         capsys.readouterr()
         try:
-            main()
+            run_arguments()
             code = 0
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)

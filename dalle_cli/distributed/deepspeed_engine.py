@@ -29,7 +29,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from dalle_cli.config.schema import Adam, PriorSettings, Sharding
 from dalle_cli.distributed.between_nodes import BetweenNodes
 from dalle_cli.distributed.engine import Optimizer
-from dalle_cli.distributed.group import Group, Nodes, split_group
+from dalle_cli.distributed.group import Group, Nodes, form_process_group, split_group
 from dalle_cli.errors import UserError
 from dalle_cli.precision.adam import adam_groups
 from dalle_cli.precision.formats import MOMENTS
@@ -298,8 +298,7 @@ class DeepSpeedEngine:
         """Form a process group for a process that no launcher started."""
         os.environ.setdefault("LOCAL_RANK", "0")
         if not dist.is_initialized():
-            backend = "nccl" if self.group.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+            form_process_group(self.group.device, store=HashStore(), rank=0, world_size=1)
 
 
 class DeepSpeedUpdates:

@@ -6,9 +6,11 @@ stay equal because they start equal and get the same updates. ``distributed/fsdp
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -33,6 +35,8 @@ BUCKET_BYTES = 32 * 2**20
 _CPU = torch.device("cpu")
 _COMMUNICATION = re.compile("gloo|nccl|connection|socket|timed? ?out|tcpstore|rendezvous", re.IGNORECASE)
 """Words that mark an error of communication, which often is a plain RuntimeError."""
+_formed: set[int] = set()
+"""The number of this process, once it has formed a process group; a forked child has another."""
 
 
 @dataclass
@@ -193,7 +197,7 @@ def join_group() -> Iterator[Group]:
     on_gpu, timeout = device.type == "cuda", _timeout()
     os.environ.update(launch.rendezvous)
     with group.explain_lost_ranks():
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, device_id=device if on_gpu else None)
+        form_process_group(device, timeout=timeout, device_id=device if on_gpu else None)
     try:
         yield group
     except Stopped:
@@ -201,6 +205,25 @@ def join_group() -> Iterator[Group]:
         raise
     # Skipped after an error: the other ranks may never answer, and the process ends anyway.
     dist.destroy_process_group()
+
+
+def form_process_group(device: torch.device, **settings: Any) -> None:
+    """Call ``dist.init_process_group`` for ranks on ``device``. The process must then end by ``exit_rank``."""
+    _formed.add(os.getpid())
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **settings)
+
+
+def exit_rank(code: int) -> None:
+    """End this process with ``code`` if it has formed a process group, else return.
+
+    The shutdown of Python's interpreter is skipped, all but the functions registered with ``atexit``. A thread of gloo
+    that drops its last tensors during the shutdown would abort the process, up to Python 3.13.
+    """
+    if os.getpid() in _formed:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _timeout() -> timedelta:

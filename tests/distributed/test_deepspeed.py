@@ -232,7 +232,7 @@ BROKEN = """
 import json, pathlib, sys
 import torch
 from dalle_cli.config.load import load_recipe
-from dalle_cli.distributed.group import join_group
+from dalle_cli.distributed.group import exit_rank, join_group
 from dalle_cli.prior.train import deepspeed_prior
 
 recipe = load_recipe(pathlib.Path(sys.argv[1]), sys.argv[2:])
@@ -269,6 +269,7 @@ with join_group() as group:
     decays = [(group["weight_decay"], group["betas"]) for group in engine.engine.optimizer.param_groups]
     print(json.dumps({"lines": lines, "same": same, "moved": moved, "errors": [k for k in before if "error" in k],
                       "rates": rates, "decays": decays, "clip": engine.engine.gradient_clipping()}))
+exit_rank(0)
 """
 
 

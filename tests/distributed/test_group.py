@@ -6,6 +6,7 @@ import itertools
 import json
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,34 @@ def ended() -> Iterator[list[subprocess.Popen[str]]]:
     for process in processes:
         process.kill()
         process.communicate()
+
+
+# The end of a rank
+
+BUSY = """
+import atexit
+import torch
+import torch.distributed as dist
+from dalle_cli import app
+from dalle_cli.distributed.group import form_process_group
+
+def command():
+    form_process_group(torch.device("cpu"), store=dist.HashStore(), rank=0, world_size=1)
+    for _ in range(100):
+        dist.all_gather([torch.empty(10**6)], torch.ones(10**6), async_op=True)
+    print("a result")
+    raise SystemExit(3)
+
+atexit.register(print, "a registered function")
+app.run_arguments = command
+app.main()
+"""
+
+
+def test_a_rank_ends_while_gloo_drops_tensors() -> None:
+    """By Python's own shutdown this process aborts: "terminate called without an active exception"."""
+    done = subprocess.run([sys.executable, "-c", BUSY], env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "a result\na registered function\n", "")
 
 
 # The launcher's environment

@@ -18,7 +18,7 @@ import pytest
 from helpers.killed_runs import files
 from helpers.running import Chain
 
-from dalle_cli.app import main
+from dalle_cli.app import run_arguments
 
 POINTS = 60
 FAULTS = (errno.ENOSPC, errno.EIO, errno.EMFILE, errno.ESTALE, errno.EACCES)
@@ -41,7 +41,7 @@ def in_a_fork(arguments: list[str], at: int = 0, fault: int | None = None, stder
             if at:
                 sys.addaudithook(disturber(at, fault))
             sys.argv = ["dalle", *arguments]
-            main()
+            run_arguments()
         except SystemExit as end:
             os._exit(end.code if isinstance(end.code, int) else 1)
         except BaseException:

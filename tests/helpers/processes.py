@@ -15,16 +15,18 @@ from helpers.running import ENVIRONMENT, Chain
 PROGRAM = """
 import json, os, sys
 from datetime import timedelta
-from dalle_cli.app import main
+from dalle_cli.app import run_arguments
 from dalle_cli.distributed import group
 group.TIMEOUT = timedelta(seconds=float(sys.argv[1]))
 for port, *arguments in json.loads(sys.argv[2]):
     os.environ["MASTER_PORT"], sys.argv = str(port), ["dalle", *arguments]
     try:
-        main()
+        run_arguments()
     except SystemExit as end:
         if end.code:
+            group.exit_rank(end.code)
             raise
+group.exit_rank(0)
 """
 
 
