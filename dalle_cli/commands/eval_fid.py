@@ -27,10 +27,21 @@ def command(
         Path | None,
         typer.Option(metavar="FILE", help="Measure only these captions: text, .jsonl with ids, or COCO's .json."),
     ] = None,
+    without: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Measure again without these reference pictures: dalle overlap's lines."),
+    ] = None,
     preset: Annotated[
         Literal["coco", "cub"] | None, typer.Option(help="Draw captions of this data set, which REFERENCE names.")
     ] = None,
-    draw: Annotated[int, typer.Option(min=2, help="Number of captions that a preset draws.")] = 30_000,
+    draw: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Number of captions that a preset draws. \\[coco: 30000, cub: all different ones]",
+            show_default=False,
+        ),
+    ] = None,
     write_captions: Annotated[
         Path | None, typer.Option(metavar="JSONL", help="Only write the preset's captions, for dalle sample.")
     ] = None,
@@ -78,8 +89,9 @@ def command(
 
     Without Inception's weights, --clip measures on CLIP features and --features on those of a network of timm; these
     results are not comparable with Inception's.
-    With --pool, a system whose samples have scores is measured by the best of each caption's whole pool. If it is
-    killed, run it again to resume.
+    With --pool, a system whose samples have scores is measured by the best of each caption's whole pool. To see what
+    reference pictures that were trained on change, find them with [bold]dalle overlap REFERENCE TRAIN --out
+    seen.jsonl[/bold] and give [bold]--without seen.jsonl[/bold]. If it is killed, run it again to resume.
 
     Example: [bold]dalle eval-fid runs/quickstart/ranked.jsonl runs/quickstart/shapes/seen --size 64
     --clip runs/quickstart/clip[/bold]
@@ -114,7 +126,8 @@ def command(
         return
     wanted = published.captions if published else read_captions_by_id(captions) if captions is not None else None
 
-    from dalle_cli.fid.pictures import FilePictures, open_pictures
+    from dalle_cli.data.exclude import read_keys
+    from dalle_cli.fid.pictures import FilePictures, named_by, open_pictures
     from dalle_cli.fid.systems import open_system
 
     systems = [open_system(name, spec, size, wanted, limit, seed) for name, spec in named.items()]
@@ -122,28 +135,30 @@ def command(
 
     from dalle_cli.distributed.device import choose_device, prepare_process
     from dalle_cli.fid.comparison import Settings, compare_systems
-    from dalle_cli.fid.features import clip_features, inception, network_features
+    from dalle_cli.fid.features import inception, named_features
     from dalle_cli.fid.figures import Evaluation, evaluation_json
     from dalle_cli.stores.files import user_cache, write_json
     from dalle_cli.stores.provenance import command_line
 
+    left_out = None
+    if without is not None:
+        keys, _ = read_keys(without, "--without")
+        left_out = named_by(real, keys)
+        if not left_out.any():
+            raise UserError(f"{without}: none of its {len(keys)} keys is in {reference}; give one made for it")
     device = choose_device()
     prepare_process(device)
-    if clip is not None:
-        from dalle_cli.clip.scoring import load_scorer
-
-        scorer = load_scorer(clip, pretrained, None, beside=Path(clip), device=device)
-        named_classes = list(read_captions_by_id(classes).values()) if classes is not None else []
-        features = clip_features(scorer, named_classes, device=device)
-    elif network is not None:
-        features = network_features(network, device=device)
-    else:
+    if clip is None and network is None:
         features = inception(inception_weights, device=str(device))
+    else:
+        named_classes = list(read_captions_by_id(classes).values()) if classes is not None else []
+        features = named_features(clip, pretrained, network, named_classes, device)
     settings = Settings(radii, sizes, repeats, bootstrap, seed)
-    figures, warnings = compare_systems(systems, real, features, settings, cache or user_cache("features"))
+    figures, warnings = compare_systems(systems, real, features, settings, cache or user_cache("features"), left_out)
     evaluation = Evaluation(
         command=command_line(),
         reference=reference,
+        without=str(without) if without is not None else None,
         size=size,
         seed=seed,
         bootstrap=bootstrap,

@@ -32,6 +32,7 @@ def command(
     Example: [bold]dalle init my-recipe.yaml[/bold]
     """
     from dalle_cli.config.shipped import shipped_recipe, shipped_recipes, with_values
+    from dalle_cli.progress import log
     from dalle_cli.stores.files import write_atomically
 
     if len(names) > 2:
@@ -59,4 +60,5 @@ def command(
             "edit the copy"
         ) from None
     write_atomically(file, text.encode())
+    log(f"next: {'' if data is not None else 'name your pictures under data.train, then '}dalle run {file}")
     typer.echo(file)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from dalle_cli.commands.options import SetOption, read_source, recipe_for
+from dalle_cli.errors import UserError
 
 
 def command(
@@ -23,8 +24,22 @@ def command(
         Path | None, typer.Option(help="Folder for thumbnails (3 kB per picture), to resume and for later runs.")
     ] = None,
     similarity: Annotated[
-        float, typer.Option(min=0.5, max=1, help="Lowest similarity of near-duplicates; 1 means equal.")
-    ] = 0.8,
+        float | None,
+        typer.Option(
+            min=0.5,
+            max=1,
+            help="Lowest similarity of near-duplicates; 1 means equal. \\[0.8; 0.9 by features]",
+            show_default=False,
+        ),
+    ] = None,
+    clip: Annotated[
+        str | None, typer.Option(help="Compare by this CLIP's features, which find mirror images and strong crops.")
+    ] = None,
+    pretrained: Annotated[str | None, typer.Option(help="Tag or weights file of an open_clip model.")] = None,
+    network: Annotated[
+        str | None,
+        typer.Option("--features", metavar="NAME", help="The same by a timm network: tf_efficientnet_lite0, ..."),
+    ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per core by default.")] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="Recipe whose data.max_pixels and data.exclude apply to TRAIN.")
@@ -38,8 +53,9 @@ def command(
     pictures out of training, name the file in the recipe: [bold]data.exclude: duplicates.jsonl[/bold].
 
     Drawings that differ only in a detail or a colour count as near-duplicates too: check --sheet, and raise
-    --similarity if needed. With --cache, a killed run can resume, and a comparison with another EVAL need not read
-    TRAIN again.
+    --similarity if needed. Hashes miss mirror images and pictures cropped by more than 5 % at a side; the features of a
+    network, by --clip or --features, find most of these, and take longer. With --cache, a killed run can resume, and a
+    comparison with another EVAL need not read TRAIN again.
 
     Example: [bold]dalle overlap runs/quickstart/shapes/train runs/quickstart/shapes/seen
     --out runs/quickstart/duplicates.jsonl --sheet runs/quickstart/duplicates.png[/bold]
@@ -47,23 +63,38 @@ def command(
     import tempfile
 
     from dalle_cli.data.open_source import open_source
-    from dalle_cli.data.overlap.search import find_overlap
+    from dalle_cli.data.overlap.search import SIMILARITY_THRESHOLD, find_overlap
     from dalle_cli.data.workers import available_cores
     from dalle_cli.progress import log
     from dalle_cli.stores.files import write_atomically
 
+    if clip is not None and network is not None:
+        raise UserError("--clip and --features exclude each other; choose one of them")
     settings = recipe_for(train, recipe, set_)
     source, max_pixels = read_source(settings), settings.data.max_pixels
     other = None if evaluation is None else open_source(evaluation)
     with tempfile.TemporaryDirectory(prefix="dalle-overlap-") as temporary:
-        found = find_overlap(
-            source,
-            other,
-            cache or Path(temporary),
-            max_pixels=max_pixels,
-            workers=workers or available_cores(),
-            threshold=similarity,
-        )
+        folder = cache or Path(temporary)
+        if clip is not None or network is not None:
+            from dalle_cli.distributed.device import choose_device, prepare_process
+            from dalle_cli.fid.features import named_features
+            from dalle_cli.fid.nearest import THRESHOLD, find_nearest
+
+            device = choose_device()
+            prepare_process(device)
+            features = named_features(clip, pretrained, network, [], device)
+            found = find_nearest(
+                source, other, features, folder, max_pixels=max_pixels, threshold=similarity or THRESHOLD
+            )
+        else:
+            found = find_overlap(
+                source,
+                other,
+                folder,
+                max_pixels=max_pixels,
+                workers=workers or available_cores(),
+                threshold=similarity or SIMILARITY_THRESHOLD,
+            )
     log(found.summary())
     if sheet is not None:
         from dalle_cli.views.source_sheets import pairs_sheet

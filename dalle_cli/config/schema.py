@@ -158,6 +158,12 @@ class DvaeModel(Settings):
     blocks_per_group: Positive = Field(2, description="number of resblocks in each group")
     downsampling: Literal[4, 8, 16] = Field(8, description="pixels along a side per image token")
     codebook_size: Annotated[int, Field(gt=1, le=65535)] = Field(8192, description="number of image tokens")
+    codebook_std: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="standard deviation of the codebook's initial values; null: 1 / sqrt(codebook_size), as in the "
+        "paper's code. Vectors of that size lie too close together for a short run, which 0.5 suits; with 1, small "
+        "models collapse to one code",
+    )
     checkpoint_resblocks: bool = Field(False, description="recompute activations in the backward pass, block by block")
 
 
@@ -425,6 +431,11 @@ class PriorSettings(Settings):
     adam: Adam = Adam(beta1=0.9, beta2=0.96, weight_decay=4.5e-2, clip_norm=4.0)
     training: Training = Training(updates=430_000, batch_size=1024, save_every=2000, validate_every=2000)
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="type of the resblocks")
+    skip: Literal["update", "resblock"] = Field(
+        "update",
+        description="with precision fp16, what a resblock's non-finite gradient leaves out: the whole update (the "
+        "paper), or that resblock alone",
+    )
     image_embedding: Literal["random", "codebook"] = Field(
         "random",
         description="initial embeddings and unembeddings of image tokens: random (the paper), or the dVAE's codebook",

@@ -56,8 +56,10 @@ class SourceWithExclusions:
             raise BadSample(self._reason)
 
 
-def read_keys(file: Path) -> tuple[set[str], str]:
+def read_keys(file: Path, option: str = "data.exclude") -> tuple[set[str], str]:
     """Read the keys of a .jsonl file (an object with a "key" a line) or of a text file (a key a line), and its SHA-256.
+
+    ``option`` is the setting that names the file.
 
     Raises:
         UserError: the file cannot be read, or a line is not an object with a "key".
@@ -66,7 +68,7 @@ def read_keys(file: Path) -> tuple[set[str], str]:
         data = file.read_bytes()
         lines = [line for line in split_lines(data.decode("utf-8-sig")) if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data.exclude: {file}: cannot be read: {error}") from None
+        raise UserError(f"{option}: {file}: cannot be read: {error}") from None
     if file.suffix == ".jsonl":
         lines = [_key(line, file, number) for number, line in enumerate(lines, 1)]
     return set(lines), hashlib.sha256(data).hexdigest()

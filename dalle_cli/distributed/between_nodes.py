@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -40,30 +40,23 @@ class BetweenNodes:
         self,
         gradients: Mapping[str, Tensor],
         update: int,
+        averaged: Collection[str] = (),
         scales: Mapping[str, float] | None = None,
-        skipped: Collection[str] = (),
     ) -> None:
-        """Replace each gradient by its sum over the nodes, or by an approximation of it.
+        """Replace each gradient by its sum over the nodes, ``averaged`` ones by the mean, or by an approximation of it.
 
-        With PowerSGD, ``skipped`` gradients become NaN and reach no error buffer, since their update is skipped. All
-        nodes must name the same ones. ``scales`` are the factors that gradients were multiplied by.
+        All nodes must name the same gradients. ``scales`` are the factors that they were multiplied by.
         """
         if self.across.size == 1:
             return
+        summed = [gradient for name, gradient in gradients.items() if name not in averaged]
         if self.reducer is None:
-            self.across.sum_in_place(gradients.values())
+            self.across.sum_in_place(summed)
+            self.across.average_in_place(gradients[name] for name in gradients if name in averaged)
             return
-        used = [(name, gradient) for name, gradient in gradients.items() if name not in skipped]
-        for name in skipped:
-            gradients[name].fill_(torch.nan)
-        self.reducer.reduce(used, update, scales)
-        for _, gradient in used:
+        self.reducer.reduce(gradients.items(), update, scales)
+        for gradient in summed:
             gradient.mul_(self.across.size)
-
-    def clear(self, names: Iterable[str]) -> None:
-        """Clear the error buffers of ``names``."""
-        if self.reducer is not None:
-            self.reducer.clear(names)
 
     def require_same_weights(self, weights: Iterable[Tensor]) -> None:
         """Raise UserError if the nodes' weights differ, since only the first node's are saved."""
@@ -75,17 +68,31 @@ class BetweenNodes:
         self.across.require_same("weights", digest.hexdigest())
 
     def state(self) -> dict[str, Tensor]:
-        """Return PowerSGD's state on this rank."""
-        return {} if self.reducer is None else self.reducer.state_dict()
+        """Return PowerSGD's state on this rank, without the errors that ``share_errors`` yields."""
+        state = {} if self.reducer is None else self.reducer.state_dict()
+        return {key: value for key, value in state.items() if key.startswith("factor.")}
 
     def load_state(self, state: Mapping[str, Tensor] | None, shards: Mapping[str, Tensor]) -> None:
-        """Restore what ``state`` returned if it belongs to these ``shards``, else begin without error buffers."""
-        if self.reducer is None:
+        """Restore what ``state`` returned if it belongs to these ``shards``, else begin with the initial factors.
+
+        The state in a checkpoint of an earlier version has this rank's errors too.
+        """
+        if self.reducer is None or (state is None and not self.reducer.settings.warm_start):
             return
         if state is None or not _fits(self.reducer, state, shards):
-            log("prior.powersgd: the checkpoint is from other ranks; its error buffers are dropped")
+            log("prior.powersgd: the checkpoint is from other ranks; the last update's factors are dropped")
             state = {}
         self.reducer.load_state_dict(state)
+
+    def share_errors(self, shards: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Yield PowerSGD's errors for a checkpoint; see ``PowerSgdReducer.share_errors``."""
+        return iter(()) if self.reducer is None else self.reducer.share_errors(shards)
+
+    def load_errors(self, saved: Iterable[tuple[str, Tensor]], shards: Mapping[str, Tensor]) -> None:
+        """Restore the errors that ``share_errors`` yielded, on any number of nodes."""
+        for name, total in saved:
+            if self.reducer is not None:
+                self.reducer.load_error(name, total, shards[name])
 
     def traffic(self) -> dict[str, int]:
         """Return the bytes that this rank has sent to any rank and, if there are several nodes, to other nodes."""

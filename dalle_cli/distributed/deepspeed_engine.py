@@ -159,7 +159,8 @@ class DeepSpeedEngine:
         own = {name: gradient[: self._places[name].numel] for name, gradient in gradients.items()}
         finite = all(bool(gradient.isfinite().all()) for gradient in own.values())
         broken = self.group.any(not finite)
-        self.between_nodes.sum(own, update, skipped=list(own) if broken else ())
+        if not broken:
+            self.between_nodes.sum(own, update)
         for name, parameter in self._parameters.items():
             if broken:
                 gradients[name].fill_(torch.nan)
@@ -188,12 +189,19 @@ class DeepSpeedEngine:
     def require_same_weights(self) -> None:
         self.between_nodes.require_same_weights(map(self.read, self.names))
 
+    def share_errors(self) -> Iterator[tuple[str, Tensor]]:
+        return self.between_nodes.share_errors(self._parts()) if self.between_nodes.compresses else iter(())
+
+    def load_errors(self, saved: Iterable[tuple[str, Tensor]]) -> None:
+        if self.between_nodes.compresses:
+            self.between_nodes.load_errors(saved, self._parts())
+
     def rank_state(self) -> dict[str, Tensor]:
         return self.between_nodes.state()
 
     def load_rank_state(self, state: Mapping[str, Tensor] | None) -> None:
         if self.between_nodes.compresses:
-            self.between_nodes.load_state(state, {name: self.read(name) for name in self.names})
+            self.between_nodes.load_state(state, self._parts())
 
     def traffic(self) -> dict[str, int]:
         """Return the bytes sent to other nodes, if there are any; those inside the node are DeepSpeed's."""
@@ -228,6 +236,9 @@ class DeepSpeedEngine:
                 state[key] = torch.zeros_like(flat)
         fused = isinstance(self._adam, torch.optim.AdamW)
         state["step"] = torch.tensor(float(step), device=flat.device) if fused else step
+
+    def _parts(self) -> dict[str, Tensor]:
+        return {name: self.read(name) for name in self.names}
 
     @property
     def _flats(self) -> list[Tensor]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,10 @@ class Engine(Protocol):
         """Run a micro-batch's backward pass. The losses of all micro-batches and ranks add up to the update's."""
 
     def collect_gradients(self, update: int) -> None:
-        """Sum each parameter's gradient over all ranks, after the last backward pass of ``update`` (from 0)."""
+        """Sum each parameter's gradient over all ranks, after the last backward pass of ``update`` (from 0).
+
+        Scaled gradients in 16 bit are averaged, since their sum could overflow; see ``GradientScaling``.
+        """
 
     def release_gathered(self) -> None:
         """Drop gathered copies of the parameters, after an update or a forward pass."""
@@ -82,6 +85,12 @@ class Engine(Protocol):
     def require_same_weights(self) -> None:
         """Raise UserError if ranks that should hold the same weights do not."""
 
+    def share_errors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the errors of compressed gradients to save, by the name of the parameter; this may change its own."""
+
+    def load_errors(self, saved: Iterable[tuple[str, Tensor]]) -> None:
+        """Restore what ``share_errors`` yielded, on any number of ranks."""
+
     def rank_state(self) -> dict[str, Tensor]:
         """Return the state besides the parameters that this rank alone needs to resume."""
 
@@ -96,6 +105,7 @@ class TorchEngine:
     """Base of engines by torch alone: a rank's parts are rows, held as parameters with their gradients in ``grad``."""
 
     own_optimizer: Optimizer | None = None
+    group: Group
     sharded: bool
     parameters: dict[str, nn.Parameter]
     """The rows that this rank holds of each trainable parameter, by the parameter's name."""
@@ -124,9 +134,23 @@ class TorchEngine:
     def cut(self, name: str, rows: Tensor) -> Tensor:
         return rows
 
+    def share_errors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield nothing: nothing is compressed."""
+        return iter(())
+
+    def load_errors(self, saved: Iterable[tuple[str, Tensor]]) -> None:
+        """Do nothing: nothing is compressed."""
+
     def owned_parameters(self) -> list[nn.Parameter]:
         """Return the parameters this rank contributes to global norms; ``sum_over_shards`` counts each row once."""
         return list(self.parameters.values())
+
+    def reduce_whole(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Sum over all ranks, or average, the gradients of parameters that every rank holds whole."""
+        held = [p for p in parameters if p.grad is not None]
+        scaled = [p for p in held if self.scaling is not None and self.scaling.scales_gradient_of(p)]
+        self.group.average_in_place(cast(Tensor, p.grad) for p in scaled)
+        self.group.sum_in_place(cast(Tensor, p.grad) for p in held if p not in set(scaled))
 
     def sum_over_shards(self, value: Tensor) -> Tensor:
         """Return the sum of ``value`` over the ranks that hold the model together."""
@@ -146,7 +170,7 @@ class Replicated(TorchEngine):
         """Do nothing: gradients add up in place."""
 
     def collect_gradients(self, update: int) -> None:
-        self.group.sum_gradients(self.parameters.values())
+        self.reduce_whole(self.parameters.values())
 
     def rows(self, name: str) -> slice:
         return slice(None)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -115,7 +115,9 @@ class Sharded(TorchEngine):
                     self.parameters[name].copy_(value[self._rows[name]])
         self._modules = [module for module in self.loss.modules() if isinstance(module, FSDPModule)]
         for module in self._modules:
-            module.set_gradient_divide_factor(1.0)
+            block = cast(nn.Module, module)
+            scaled = block is not self.loss and any(p.dtype == torch.float16 for p in block.parameters())
+            module.set_gradient_divide_factor(nodes.inside.size if scaled else 1.0)
             module.set_force_sum_reduction_for_comms(True)
             count_traffic(module, nodes.inside.traffic)
         self.blocks = [self._block(model, i) for i in range(len(model.resblocks))]
@@ -132,7 +134,7 @@ class Sharded(TorchEngine):
         for name, parameter in self._sharded.items():
             self.parameters[name].grad, parameter.grad = cast(DTensor, parameter.grad).to_local(), None
         replicated = [p for name, p in self.parameters.items() if name not in self._sharded]
-        self.group.sum_gradients(replicated)
+        self.reduce_whole(replicated)
         self._sum_between_nodes(update)
 
     def owned_parameters(self) -> list[nn.Parameter]:
@@ -157,6 +159,12 @@ class Sharded(TorchEngine):
 
     def require_same_weights(self) -> None:
         self.between_nodes.require_same_weights(map(self.read, self.names))
+
+    def share_errors(self) -> Iterator[tuple[str, Tensor]]:
+        return self.between_nodes.share_errors(self.parameters)
+
+    def load_errors(self, saved: Iterable[tuple[str, Tensor]]) -> None:
+        self.between_nodes.load_errors(saved, self.parameters)
 
     def rank_state(self) -> dict[str, Tensor]:
         return self.between_nodes.state()
@@ -215,32 +223,37 @@ class Sharded(TorchEngine):
     def _sum_between_nodes(self, update: int) -> None:
         """Sum the sharded gradients over the nodes.
 
-        Gradients that will be skipped (see ``GradientScaling``) must not reach PowerSGD's error buffers. So the ranks
-        first agree on the scales under which any of them has a non-finite gradient, and leave out all gradients under
-        these.
+        Gradients that will be skipped (see ``GradientScaling``) must not reach PowerSGD's error buffers, which keep
+        their values (paper, appendix E.2). So the ranks first agree on the scales under which any of them has a
+        non-finite gradient. All gradients under these become NaN on all ranks.
         """
-        gradients = {name: cast(Tensor, self.parameters[name].grad) for name in self._sharded}
+        gradients, scaling = {name: cast(Tensor, self.parameters[name].grad) for name in self._sharded}, self.scaling
+        averaged = {n for n in gradients if scaling is not None and scaling.scales_gradient_of(self.parameters[n])}
         if not self.between_nodes.compresses:
-            self.between_nodes.sum(gradients, update)
+            self.between_nodes.sum(gradients, update, averaged)
             return
-        scaling = self.scaling
         index = {name: 0 if scaling is None else scaling.scale_index(p) for name, p in self.parameters.items()}
         scales = [1.0] if scaling is None else scaling.values()
-        left_out = self._non_finite([index[name] for name in self.parameters], len(scales))
-        skipped = [name for name in gradients if left_out[index[name]]]
-        self.between_nodes.clear(skipped)
-        self.between_nodes.sum(gradients, update, {name: scales[index[name]] for name in gradients}, skipped)
+        finite = self._finite([index[name] for name in self.parameters], len(scales))
+        used = finite if scaling is None else scaling.used(finite)
+        for name, gradient in gradients.items():
+            if not finite[index[name]]:
+                gradient.fill_(torch.nan)
+        summed = {name: gradient for name, gradient in gradients.items() if used[index[name]]}
+        # So far, scaled gradients are averaged over their node alone.
+        nodes = self.nodes.across.size
+        factors = {name: scales[index[name]] * (nodes if name in averaged else 1) for name in summed}
+        self.between_nodes.sum(summed, update, averaged, factors)
 
-    def _non_finite(self, indices: list[int], count: int) -> list[bool]:
-        """Return for each of ``count`` scales whether any rank has a non-finite gradient under it.
+    def _finite(self, indices: list[int], count: int) -> list[bool]:
+        """Return for each of ``count`` scales whether all gradients under it are finite on all ranks.
 
-        ``indices`` has each parameter's scale; the last is for unscaled ones, whose non-finite gradients count for all.
+        ``indices`` has the index of each parameter's scale.
         """
         flags = [(~cast(Tensor, p.grad).isfinite().all()).to(self.group.device) for p in self.parameters.values()]
         found = torch.zeros(count, device=self.group.device)
         found.index_add_(0, torch.tensor(indices, device=found.device), torch.stack(flags).float())
-        non_finite = [value > 0 for value in self.group.sum(found).tolist()]
-        return [each or non_finite[-1] for each in non_finite]
+        return [value == 0 for value in self.group.sum(found).tolist()]
 
 
 def count_traffic(module: FSDPModule, traffic: Traffic) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import hashlib
+import math
 import os
 import re
 import sys
@@ -19,7 +20,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from dalle_cli.distributed.device import choose_device, prepare_process
 from dalle_cli.distributed.launch import read_launch
@@ -92,9 +93,21 @@ class Group:
         stacked = self.sum(torch.stack([value.to(self.device, torch.float32) for value in values.values()]))
         return dict(zip(values, stacked, strict=True))
 
-    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace each parameter's gradient by the sum over the ranks."""
-        self.sum_in_place(p.grad for p in parameters if p.grad is not None)
+    def average_in_place(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor by the mean over the ranks, so that 16-bit sums neither overflow nor lose small numbers.
+
+        A power of 2 near the root of the number of ranks divides before the sum, and the rest after it (paper, appendix
+        D, has a constant found by hand).
+        """
+        if self.size == 1:
+            return
+        given = list(tensors)
+        before = 2.0 ** round(math.log2(self.size) / 2)
+        for tensor in given:
+            tensor.div_(before)
+        self.sum_in_place(given)
+        for tensor in given:
+            tensor.mul_(before / self.size)
 
     def sum_in_place(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by the sum over the ranks, sending many in one message."""

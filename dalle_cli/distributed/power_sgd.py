@@ -27,6 +27,7 @@ from dalle_cli.distributed.all_reduce_16bit import all_reduce_mean, decode, enco
 from dalle_cli.distributed.compression import Shape, compression_batches, factor_rank, is_compressed, shard_rank
 from dalle_cli.distributed.error_buffers import ErrorBuffers
 from dalle_cli.distributed.group import buckets
+from dalle_cli.precision.formats import MEAN
 from dalle_cli.randomness import torch_generator
 
 
@@ -86,7 +87,8 @@ class PowerSgdReducer:
 
         All ranks of the group must name the same gradients in the same order. All nodes get the same bytes, provided
         that their processors and libraries compute the same. If a compressed gradient is not finite, it and those
-        compressed with it become NaN, and their error buffers are cleared.
+        compressed with it become NaN. A node's error buffer is cleared only if it is not finite itself; else it keeps
+        the gradient that it was given (appendix E.2, step 12).
 
         Args:
             named: gradients with their parameters' names, without those of resblocks that skip the update.
@@ -113,7 +115,6 @@ class PowerSgdReducer:
                 if not self._reduce_matrices(batch, packed, update):
                     for matrix in batch:
                         matrix.gradient.fill_(torch.nan)
-                    self.clear(matrix.name for matrix in batch)
 
     def matrix_shape(self, name: str, gradient: Tensor) -> Shape | None:
         """Return the shape in which the shard ``gradient`` of ``name`` is compressed; None if it is sent whole."""
@@ -123,13 +124,40 @@ class PowerSgdReducer:
         shape = (-(-gradient.numel() // columns), columns)
         return shape if is_compressed(shape, self.rank, self.settings.min_compression) else None
 
-    def clear(self, names: Iterable[str] | None = None) -> None:
-        """Clear the error buffers of ``names``, or of all parameters.
+    @torch.no_grad()
+    def share_errors(self, shards: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Give every node an equal share of the nodes' summed errors, and yield the sums by name, for a checkpoint.
 
-        Call it if an update is skipped after ``reduce``: the part of its gradients that was sent is lost, so the error
-        must not be added to the next update. An update that is skipped before ``reduce`` needs no clearing.
+        ``shards`` are this rank's shards of the parameters, by name. The sum has a shard's shape, and is zero where the
+        shard is sent whole. For 16-bit parameters it is in 1-6-9 codes (uint16).
         """
-        self._buffers.clear([f"error.{name}" for name in (self.columns if names is None else names)])
+        if not self.settings.error_feedback:
+            return
+        for name in self.columns:
+            if name not in shards:
+                continue
+            shard = shards[name]
+            total = torch.zeros(shard.shape, device=self.device or shard.device)
+            if (shape := self.matrix_shape(name, shard)) is not None:
+                error = self._buffers.read(f"error.{name}", shape, total.device)
+                if error is not None:
+                    total.copy_(error.view(-1)[: shard.numel()].view_as(shard))
+                self.bytes_sent += total.nbytes
+                dist.all_reduce(total, group=self.group)
+            saved = MEAN.encode(total) if shard.dtype != torch.float32 else total
+            self.load_error(name, saved, shard)
+            yield name, saved
+
+    def load_error(self, name: str, saved: Tensor, shard: Tensor) -> None:
+        """Set the error buffer of ``shard`` to this node's share of a sum that ``share_errors`` yielded."""
+        shape = self.matrix_shape(name, shard)
+        if shape is None:
+            return
+        total = saved.to(self.device or shard.device)
+        total = MEAN.decode(total) if saved.dtype == torch.uint16 else total
+        error = torch.zeros(shape, device=total.device)
+        error.view(-1)[: shard.numel()].copy_(total.flatten()).div_(self.nodes)
+        self._buffers.write(f"error.{name}", error, shard.dtype != torch.float32)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return this rank's state: ``error.NAME`` and, with a warm start, ``factor.NAME``.
@@ -140,7 +168,7 @@ class PowerSgdReducer:
         return state if self.settings.warm_start else {k: v for k, v in state.items() if k.startswith("error.")}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what ``state_dict`` returned."""
+        """Restore what ``state_dict`` returned, or a part of it."""
         for key in state:
             kind, _, name = key.partition(".")
             if kind not in ("error", "factor") or name not in self.columns:
@@ -154,11 +182,13 @@ class PowerSgdReducer:
         left = [mean for _, mean in self._means(products, packed)]
         del products
         if not _all_finite(left):
+            self._keep_finite(matrices, totals, update)
             return False
         left = [torch.linalg.qr(p).Q for p in left]
         own = [total.T @ p for total, p in zip(totals, left, strict=True)]
         right = [mean for _, mean in self._means(own, packed)]
         if not _all_finite(right):
+            self._keep_finite(matrices, totals, update)
             return False
         for matrix, total, p, own_q, q in zip(matrices, totals, left, own, right, strict=True):
             mean = (p @ q.T).mul_(matrix.scale).view(-1)[: matrix.gradient.numel()]
@@ -168,8 +198,18 @@ class PowerSgdReducer:
             # rounding of the node's Q. Subtracting the mean product instead would add the node's deviation from the
             # mean. These deviations cancel in the sum over the nodes but grow from update to update.
             total.addmm_(p, own_q.T, alpha=-1)
-            self._store(matrix, total, q.clone(), update)
+            self._store_error(matrix, total, update)
+            if self.settings.warm_start:
+                self._buffers.write(f"factor.{matrix.name}", q.clone(), matrix.packed)
         return True
+
+    def _keep_finite(self, matrices: list[_Matrix], totals: list[Tensor], update: int) -> None:
+        """Store the sums of gradients and errors of which nothing was sent, and clear those that are not finite."""
+        for matrix, total in zip(matrices, totals, strict=True):
+            if total.isfinite().all():
+                self._store_error(matrix, total, update)
+            else:
+                self._buffers.clear([f"error.{matrix.name}"])
 
     def _gradient_plus_error(self, matrix: _Matrix) -> Tensor:
         """Return the gradient plus the error buffer as an (M, N) float32 matrix."""
@@ -199,8 +239,8 @@ class PowerSgdReducer:
             factor = factor / torch.linalg.vector_norm(factor, dim=0).clamp_(min=torch.finfo(torch.float32).tiny)
         return factor
 
-    def _store(self, matrix: _Matrix, error: Tensor, factor: Tensor, update: int) -> None:
-        """Store the error and Q for the next update.
+    def _store_error(self, matrix: _Matrix, error: Tensor, update: int) -> None:
+        """Store the error for the next update.
 
         16-bit errors are rounded stochastically: every update may add less than half the distance between neighbouring
         codes, and rounding to nearest would lose it each time.
@@ -209,8 +249,6 @@ class PowerSgdReducer:
             what = ("power-sgd-error", matrix.name, update, self.node)
             noise = torch_generator(self.seed, *what, device=error.device) if matrix.packed else None
             self._buffers.write(f"error.{matrix.name}", error, matrix.packed, noise)
-        if self.settings.warm_start:
-            self._buffers.write(f"factor.{matrix.name}", factor, matrix.packed)
 
     def _means(self, tensors: list[Tensor], packed: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield each of ``tensors`` with its mean over the nodes in 32 bit, sending many in one message.

@@ -157,10 +157,9 @@ class Decoder(nn.Module):
             n_in = n_out
         self.blocks.add_module("output", _output(width, 2 * CHANNELS))
         initialise(self, seed, "dvae decoder")
-        with torch.no_grad():
-            # The input is one-hot, so the output is a single column. With fan-in K, columns lie so close together that
-            # a short run never tells most codes apart; with fan-in 1, small models collapse to one code.
-            self.codebook.w.mul_(math.sqrt(settings.codebook_size) / 2)
+        if settings.codebook_std is not None:
+            with torch.no_grad():
+                self.codebook.w.mul_(settings.codebook_std * math.sqrt(settings.codebook_size))
 
     @property
     def codebook(self) -> Conv2d:

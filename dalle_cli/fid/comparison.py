@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from dalle_cli.errors import UserError
 from dalle_cli.fid.features import Extracted, Features, cached_features
-from dalle_cli.fid.figures import BlurPoint, Figures, PoolPoint, SystemFigures
+from dalle_cli.fid.figures import BlurPoint, Curves, Figures, PoolPoint, SystemFigures
 from dalle_cli.fid.metrics import FrechetTo, check_counts, compare, inception_score, warnings_about
 from dalle_cli.fid.pictures import Pictures, PictureSubset, Survey, survey
 from dalle_cli.fid.systems import System, check_same_captions
@@ -74,11 +74,17 @@ class _Extraction:
 
 
 def compare_systems(
-    systems: Sequence[System], reference: Pictures, features: Features, settings: Settings, cache: Path
+    systems: Sequence[System],
+    reference: Pictures,
+    features: Features,
+    settings: Settings,
+    cache: Path,
+    left_out: NDArray[np.bool_] | None = None,
 ) -> tuple[list[SystemFigures], list[str]]:
     """Return the metrics of each system, and warnings about all of them together.
 
-    Radii other than 0 add ``blur`` points. With pool sizes, a system whose pictures have scores is measured by the best
+    ``left_out`` (n,) marks reference pictures without which all is measured once more, as ``without``. Radii other than
+    0 add ``blur`` points. With pool sizes, a system whose pictures have scores is measured by the best
     of each caption's whole pool, and gets ``pool`` points, and ``accuracy`` on captions of the shapes world.
 
     Raises:
@@ -89,6 +95,10 @@ def compare_systems(
     chosen = [_choose(system, settings) for system in systems]
     if settings.pool_sizes and all(item.subsets is None for item in chosen):
         raise UserError("--pool: no system has scores to rerank by; rerank its samples first: dalle rerank")
+    if left_out is not None and (rest := int((~left_out).sum())) < 2:
+        raise UserError(
+            f"--without: leaves {rest} of {len(left_out)} reference pictures; a distribution needs two or more"
+        )
     for item in chosen:
         _check_present(item.system)
         check_counts(len(item.own), len(reference), f"system {item.system.name}")
@@ -103,48 +113,59 @@ def compare_systems(
     warnings += _unequal_counts(chosen)
 
     radii = sorted({0.0, *settings.radii})
-    figures: list[list[Figures]] = [[] for _ in chosen]
-    pools: list[list[PoolPoint]] = [[] for _ in chosen]
+    kept = [np.arange(len(reference))] if left_out is None else [np.arange(len(reference)), np.flatnonzero(~left_out)]
+    figures: list[list[list[Figures]]] = [[[] for _ in kept] for _ in chosen]
+    pools: list[list[list[PoolPoint]]] = [[[] for _ in kept] for _ in chosen]
     steps = len(radii) * (len(reference) + sum(len(item.own) for item in chosen))
     steps += sum(len(item.rows) - len(item.own) for item in chosen)
     with progress(f"eval-fid: {features.name.split()[0]} features", steps, "pictures") as bar:
         extract = _Extraction(features, cache, bar)
         for radius in radii:
-            target = extract(reference, real.digests, radius)
-            frechet = FrechetTo(target.vectors, features.device) if settings.bootstrap or settings.pool_sizes else None
+            whole = extract(reference, real.digests, radius)
+            targets = [whole.rows(rows) for rows in kept]
+            frechets = [
+                FrechetTo(target.vectors, features.device) if settings.bootstrap or settings.pool_sizes else None
+                for target in targets
+            ]
             for number, (item, found) in enumerate(zip(chosen, surveys, strict=True)):
                 # Only unblurred pictures are reranked.
                 rows = item.rows if radius == 0 else item.own
                 digests = [found.digests[place] for place in item.places(rows)]
                 extracted = extract(PictureSubset(item.system.pictures, rows.tolist()), digests, radius)
                 own = extracted.rows(item.places(item.own)) if radius == 0 else extracted
-                figures[number].append(
-                    compare(
-                        own,
-                        target,
-                        seed=settings.seed,
-                        bootstrap=settings.bootstrap,
-                        groups=item.groups,
-                        frechet=frechet,
+                for place, (target, frechet) in enumerate(zip(targets, frechets, strict=True)):
+                    figures[number][place].append(
+                        compare(
+                            own,
+                            target,
+                            seed=settings.seed,
+                            bootstrap=settings.bootstrap,
+                            groups=item.groups,
+                            frechet=frechet,
+                        )
                     )
-                )
-                if radius == 0 and frechet is not None:
-                    pools[number] = _pool_curve(item, extracted, settings, frechet)
-    results = [
-        SystemFigures(
-            name=item.system.name,
-            generated=item.system.spec,
-            **vars(own[0]),
-            warnings=[*features.warnings, *warnings_about(own[0], features.score_name)],
-            blur=[BlurPoint(radius=radius, **vars(one)) for radius, one in zip(radii, own, strict=True)]
-            if len(radii) > 1
-            else [],
-            pool=pool,
-            accuracy=_accuracy(item.system, settings),
+                    if radius == 0 and frechet is not None:
+                        pools[number][place] = _pool_curve(item, extracted, settings, frechet)
+    results = []
+    for item, measured, pooled in zip(chosen, figures, pools, strict=True):
+        curves = [_curves(radii, points, pool) for points, pool in zip(measured, pooled, strict=True)]
+        results.append(
+            SystemFigures(
+                name=item.system.name,
+                generated=item.system.spec,
+                **vars(curves[0]),
+                warnings=[*features.warnings, *warnings_about(curves[0], features.score_name)],
+                without=curves[1] if left_out is not None else None,
+                accuracy=_accuracy(item.system, settings),
+            )
         )
-        for item, own, pool in zip(chosen, figures, pools, strict=True)
-    ]
     return results, list(dict.fromkeys(warnings))
+
+
+def _curves(radii: Sequence[float], figures: Sequence[Figures], pool: list[PoolPoint]) -> Curves:
+    """Return the metrics at radius 0, the first one, with those at all ``radii`` as the blur's curve if others."""
+    blur = [BlurPoint(radius=radius, **vars(one)) for radius, one in zip(radii, figures, strict=True)]
+    return Curves(**vars(figures[0]), blur=blur if len(radii) > 1 else [], pool=pool)
 
 
 def best_of_subsets(pool_sizes: Sequence[int], sizes: Sequence[int], seed: int, repeat: int) -> NDArray[np.int64]:

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from torch_fidelity import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
 
-from dalle_cli.clip.scoring import Scorer
+from dalle_cli.clip.scoring import Scorer, load_scorer
 from dalle_cli.errors import UserError
 from dalle_cli.fid.figures import ScoreName
 from dalle_cli.fid.pictures import BlurredPictures, Pictures, PictureSubset, explain_broken
@@ -177,6 +178,20 @@ class ClipExtractor(FeatureExtractorBase):  # type: ignore[misc]
     @staticmethod
     def get_provided_features_list() -> tuple[str, ...]:
         return "vector", "logits"
+
+
+def named_features(
+    clip: str | None, pretrained: str | None, network: str | None, classes: Sequence[str], device: torch.device
+) -> Features:
+    """Return the features of ``clip``, with ``classes`` for a score, or else of timm's ``network``.
+
+    Raises:
+        UserError: there is no such model, or its weights cannot be had.
+    """
+    if clip is None:
+        return network_features(cast(str, network), device=device)
+    scorer = load_scorer(clip, pretrained, None, beside=Path(clip), device=device)
+    return clip_features(scorer, classes, device=device)
 
 
 def network_features(name: str, *, device: torch.device | str = "cpu") -> Features:

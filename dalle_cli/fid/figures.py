@@ -66,15 +66,23 @@ class PoolPoint:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SystemFigures(Figures):
-    """Metrics of one system, and its curves if requested."""
+class Curves(Figures):
+    """Metrics against one reference, and curves of them if requested."""
+
+    blur: list[BlurPoint] = field(default_factory=list)
+    pool: list[PoolPoint] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SystemFigures(Curves):
+    """Metrics of one system."""
 
     name: str
     generated: str
     """Path of the system's pictures, as given."""
     warnings: list[str] = field(default_factory=list)
-    blur: list[BlurPoint] = field(default_factory=list)
-    pool: list[PoolPoint] = field(default_factory=list)
+    without: Curves | None = None
+    """Metrics against the reference without the pictures that ``Evaluation.without`` names."""
     accuracy: dict[str, Accuracy] = field(default_factory=dict)
     """Accuracy on captions of the shapes world, by kind of caption."""
 
@@ -86,6 +94,8 @@ class Evaluation:
     command: str = ""
     reference: str
     """Path of the real pictures, as given."""
+    without: str | None = None
+    """Path of the file that names reference pictures to leave out, as given."""
     size: int
     """Side of the cropped and resized pictures, in pixels."""
     seed: int = 0
@@ -99,9 +109,18 @@ class Evaluation:
     warnings: list[str] = field(default_factory=list)
 
 
+def comparable(features: str) -> str:
+    """Return a sentence on the figures that those on ``features`` compare with."""
+    return (
+        f"FID, KID and scores are on {features}, and compare only with figures on the same features and pictures of "
+        "the same size. The paper's are by the code of DM-GAN (and on CUB by an Inception fine-tuned on birds), so "
+        "they do not compare."
+    )
+
+
 def evaluation_json(evaluation: Evaluation) -> dict[str, Any]:
     """Return the JSON that ``eval-fid`` prints and writes."""
-    found = {"format": FORMAT, "version": VERSION, **asdict(evaluation)}
+    found = {"format": FORMAT, "version": VERSION, "comparable": comparable(evaluation.features), **asdict(evaluation)}
     for system, figures in zip(found["systems"], evaluation.systems, strict=True):
         system["accuracy"] = accuracy_json(figures.accuracy)
     return {**found, "systems": _renamed(found["systems"], "score", evaluation.score_name)}

@@ -10,7 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dalle_cli.fid.figures import Evaluation, Figures, PoolPoint, SystemFigures, accuracy_json, evaluation_json
+from dalle_cli.fid.figures import (
+    Evaluation,
+    Figures,
+    PoolPoint,
+    SystemFigures,
+    accuracy_json,
+    comparable,
+    evaluation_json,
+)
 from dalle_cli.fid.pictures import FilePictures, Pictures
 from dalle_cli.fid.plots import TITLES, draw_plots
 from dalle_cli.fid.presets import Preset
@@ -91,16 +99,19 @@ def figures_csv(evaluation: Evaluation) -> str:
 def _figure_rows(evaluation: Evaluation) -> Iterator[Sequence[object]]:
     yield "system", "curve", "x", "metric", "value", "error", "n_generated", "n_reference"
     for system in evaluation.systems:
-        points: list[tuple[str, str | int, Figures | PoolPoint]] = [("none", "", system)]
-        points += [("blur", f"{point.radius:g}", point) for point in system.blur]
-        points += [("pool", point.size, point) for point in system.pool]
-        for curve, x, point in points:
-            for metric in METRICS:
-                if (value := getattr(point, metric, None)) is not None:
-                    error = getattr(point, "kid_std" if metric == "kid_mean" else f"{metric}_error")
-                    name = evaluation.score_name if metric == "score" else metric
-                    counts = point.n_generated, system.n_reference
-                    yield system.name, curve, x, name, value, error, *counts
+        for curves in (system, system.without):
+            if curves is None:
+                continue
+            points: list[tuple[str, str | int, Figures | PoolPoint]] = [("none", "", curves)]
+            points += [("blur", f"{point.radius:g}", point) for point in curves.blur]
+            points += [("pool", point.size, point) for point in curves.pool]
+            for curve, x, point in points:
+                for metric in METRICS:
+                    if (value := getattr(point, metric, None)) is not None:
+                        error = getattr(point, "kid_std" if metric == "kid_mean" else f"{metric}_error")
+                        name = evaluation.score_name if metric == "score" else metric
+                        counts = point.n_generated, curves.n_reference
+                        yield system.name, curve, x, name, value, error, *counts
         for group, accuracy in accuracy_json(system.accuracy).items():
             for size, share in accuracy["by_pool_size"].items():
                 name, prompts = f"right, {group}", accuracy["prompts"]
@@ -157,6 +168,13 @@ def _method(evaluation: Evaluation) -> str:
         )
     if evaluation.protocol:
         sentences.append(evaluation.protocol)
+    if (fewer := evaluation.systems[0].without) is not None:
+        whole = evaluation.systems[0].n_reference
+        sentences.append(
+            f"“Some left out” (dashed lines): without {whole - fewer.n_reference:,} of the {whole:,} reference "
+            f"pictures, which {evaluation.without} names."
+        )
+    sentences.append(comparable(evaluation.features))
     return " ".join(sentences)
 
 

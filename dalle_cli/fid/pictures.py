@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -117,6 +117,24 @@ class SourcePictures(Pictures):
             return self.source.image_bytes(index)
         except BadSample as error:
             raise UserError(f"{self.name(index)}: {error}; remove or replace it") from error
+
+
+def named_by(pictures: FilePictures | SourcePictures, keys: Set[str]) -> NDArray[np.bool_]:
+    """Return which of ``pictures`` the ``keys`` name, (n,).
+
+    A source gives its samples' keys. A picture in a file may go by any end of its path, with or without the extension.
+    """
+    if isinstance(pictures, SourcePictures):
+        found = [pictures.source.key(i) in keys for i in range(len(pictures))]
+    else:
+        found = [any(name in keys for name in _names(path)) for path in pictures.paths]
+    return np.array(found, bool)
+
+
+def _names(path: Path) -> Iterator[str]:
+    for end in range(len(path.parts)):
+        yield "/".join(path.parts[end:])
+        yield "/".join(path.with_suffix("").parts[end:])
 
 
 class PictureSubset(Pictures):

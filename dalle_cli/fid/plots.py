@@ -9,7 +9,7 @@ from typing import Any, Literal
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from dalle_cli.fid.figures import Evaluation, Figures, PoolPoint, SystemFigures
+from dalle_cli.fid.figures import Curves, Evaluation, Figures, PoolPoint, SystemFigures
 from dalle_cli.views.plots import BLUE, GREEN, GREY, ORANGE, STYLE, VIOLET, label_of
 
 COLOURS = (BLUE, ORANGE, GREEN, VIOLET, GREY, "#b03060", "#8a6d1d")
@@ -55,19 +55,16 @@ def _curves(
         shown: set[float] = set()
         for number, system in enumerate(systems):
             style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "label": label_of(system.name)}
-            points: list[tuple[float, Figures | PoolPoint]] = (
-                [(point.radius, point) for point in system.blur]
-                if curve == "blur"
-                else [(point.size, point) for point in system.pool]
-            )
-            points = [(x, point) for x, point in points if getattr(point, metric) is not None]
+            points = _points(system, curve, metric)
             if points:
-                x = [x for x, _ in points]
-                shown.update(x)
-                y = [getattr(point, metric) for _, point in points]
-                errors = [getattr(point, f"{metric}_error") or 0.0 for _, point in points]
-                axes.errorbar(x, y, yerr=errors, capsize=2, elinewidth=1, marker=MARKERS[number % len(MARKERS)],
-                              markersize=3.5, **style)  # fmt: skip
+                shown.update(x for x, _, _ in points)
+                marked = {**style, "marker": MARKERS[number % len(MARKERS)], "markersize": 3.5}
+                x, y, errors = zip(*points, strict=True)
+                axes.errorbar(x, y, yerr=errors, capsize=2, elinewidth=1, **marked)
+                if system.without is not None and metric == "fid":
+                    label = f"{style['label']}, some left out"
+                    y = tuple(value for _, value, _ in _points(system.without, curve, metric))
+                    axes.plot(x, y, linestyle="--", **{**marked, "label": label})
             elif getattr(system, metric) is not None:
                 axes.axhline(getattr(system, metric), linestyle="--", linewidth=1.2, **style)
         _scale(axes, curve, sorted(shown))
@@ -76,6 +73,20 @@ def _curves(
         axes.margins(y=0.1)
         axes.legend()
         return _files(figure)
+
+
+def _points(curves: Curves, curve: Literal["blur", "pool"], metric: str) -> list[tuple[float, float, float]]:
+    """Return the radius or size, the metric and its standard error of each point of a curve that has the metric."""
+    points: list[tuple[float, Figures | PoolPoint]] = (
+        [(point.radius, point) for point in curves.blur]
+        if curve == "blur"
+        else [(point.size, point) for point in curves.pool]
+    )
+    return [
+        (x, getattr(point, metric), getattr(point, f"{metric}_error") or 0.0)
+        for x, point in points
+        if getattr(point, metric) is not None
+    ]
 
 
 def _accuracies(systems: Sequence[SystemFigures]) -> tuple[bytes, bytes]:

@@ -14,6 +14,8 @@ from dalle_cli.randomness import numpy_generator
 from dalle_cli.stores.files import split_lines
 
 Name = Literal["coco", "cub"]
+PAPERS_COCO = 30_000
+"""Number of COCO's captions that the paper draws (figure 9)."""
 COCO_FILES = ("captions_val2014.json", "captions_val2017.json")
 CUB_FILES = ("images.txt", "images", "train_test_split.txt")
 
@@ -33,9 +35,10 @@ class Preset:
     warnings: list[str]
 
 
-def open_preset(name: Name, spec: str, count: int, seed: int) -> Preset:
+def open_preset(name: Name, spec: str, count: int | None, seed: int) -> Preset:
     """Draw ``count`` captions of a data set from ``spec``, its folder as published (or for COCO a captions file).
 
+    Without ``count`` they are as many as in the paper (figure 9): 30,000 of COCO, all different ones of CUB.
     ``coco`` draws from the validation set of 2014, or else of 2017; a caption's id is its annotation's. ``cub`` draws
     from the test part of CUB-200-2011, given by Reed et al.'s testclasses.txt or else by train_test_split.txt; a
     caption's id is its picture's number in images.txt and its line, such as ``17-3``. The reference is all pictures of
@@ -48,9 +51,16 @@ def open_preset(name: Name, spec: str, count: int, seed: int) -> Preset:
     what, entries = openers[name](Path(spec))
     if not entries:
         raise UserError(f"{spec}: holds no caption of {what}")
+    reference = sorted({picture for _, picture, _ in entries})
+    if count is None and name == "cub":
+        first: dict[str, tuple[str, Path, str]] = {}
+        for entry in entries:
+            first.setdefault(entry[2], entry)
+        entries = list(first.values())
+        count = len(entries)
+    count = PAPERS_COCO if count is None else count
     order = numpy_generator(seed, "eval-fid", name).permutation(len(entries))[:count]
     chosen = [entries[number] for number in order]
-    reference = sorted({picture for _, picture, _ in entries})
     warnings = []
     if len(chosen) < count:
         warnings.append(

@@ -65,21 +65,22 @@ def write_report(folder: Path) -> tuple[StudyFigures, Path]:
 
 def _pair_rows(results: Results) -> Iterable[Sequence[object]]:
     first, second = results.names
-    yield "item", "caption_id", "caption", "question", f"votes {first}", f"votes {second}", "majority"
+    yield "item", "caption_id", "caption", "question", f"votes {first}", f"votes {second}", "neither", "majority"
     for pair in results.pairs:
         winner = "" if pair.winner is None else results.names[pair.winner]
         caption_id = results.key.items[pair.item.id].caption_id
-        yield pair.item.id, caption_id, pair.item.caption, pair.question, *pair.votes, winner
+        yield pair.item.id, caption_id, pair.item.caption, pair.question, *pair.votes, pair.neither, winner
 
 
 def _vote_rows(results: Results, votes: Sequence[Vote]) -> Iterable[Sequence[object]]:
     yield "annotator", "excluded", "at", "item", "question", "side", "system", "check"
     for vote in votes:
         item, annotator = results.study.by_id[vote.item], results.annotators[vote.annotator]
-        if item.check is None:
-            system, check = system_on(results.key, item, vote.answer), ""
-        else:
-            system, check = "", "right" if vote.answer == item.check else "wrong"
+        system = check = ""
+        if item.check is not None:
+            check = "right" if vote.answer == item.check else "neither" if vote.answer == "neither" else "wrong"
+        elif vote.answer != "neither":
+            system = system_on(results.key, item, vote.answer)
         excluded = int(annotator.excluded)
         yield annotator.label, excluded, vote.at, item.id, vote.question, vote.answer, system, check
 

@@ -44,6 +44,13 @@ class PairVotes:
     item: Item
     question: Question
     votes: tuple[int, int]
+    neither: int = 0
+    """Number of votes that neither picture matches the caption."""
+
+    @property
+    def total(self) -> int:
+        """Number of counted votes."""
+        return sum(self.votes) + self.neither
 
     @property
     def winner(self) -> int | None:
@@ -96,8 +103,16 @@ class QuestionFigures:
     pairs_by_votes: dict[str, list[int]]
     """Number of complete pairs in which 0, 1, ... annotators chose the system."""
     fleiss_kappa: float | None
+    """Agreement on the better system, without votes for neither."""
     agreement: float | None
     pairs_in_kappa: int
+    neither: int = 0
+    """Number of votes for neither."""
+    pairs_neither: int = 0
+    """Number of pairs in which neither has more votes than each system."""
+    fleiss_kappa_three: float | None = None
+    """Agreement with neither as a third category; None if nobody voted for it."""
+    agreement_three: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +149,8 @@ def count_votes(study: Study, key: Key, votes: Sequence[Vote]) -> Results:
             by_system = [0, 0]
             for side in SIDES:
                 by_system[names.index(system_on(key, item, side))] += counted[item.id, question, side]
-            pairs.append(PairVotes(item, question, (by_system[0], by_system[1])))
+            neither = counted[item.id, question, "neither"]
+            pairs.append(PairVotes(item, question, (by_system[0], by_system[1]), neither))
     return Results(study, key, annotators, pairs)
 
 
@@ -177,7 +193,7 @@ def _annotators(study: Study, votes: Sequence[Vote]) -> dict[str, AnnotatorFigur
     for vote in votes:
         total[vote.annotator] += 1
         right_answer = study.by_id[vote.item].check
-        if right_answer is not None:
+        if right_answer is not None and vote.answer != "neither":
             answered[vote.annotator] += 1
             wrong[vote.annotator] += vote.answer != right_answer
     return {
@@ -189,10 +205,11 @@ def _annotators(study: Study, votes: Sequence[Vote]) -> dict[str, AnnotatorFigur
 def _question(results: Results, question: Question) -> QuestionFigures:
     pairs, names, wanted = results.pairs_of(question), results.names, results.study.annotators
     winners = [pair.winner for pair in pairs]
-    totals = [sum(pair.votes) for pair in pairs]
+    totals, neither = [pair.total for pair in pairs], sum(pair.neither for pair in pairs)
     decided = len(pairs) - winners.count(None)
-    agreement = fleiss_kappa(np.array([pair.votes for pair in pairs], dtype=np.int64).reshape(-1, 2))
-    complete = [pair.votes for pair in pairs if sum(pair.votes) == wanted]
+    counts = np.array([[*pair.votes, pair.neither] for pair in pairs], dtype=np.int64).reshape(-1, 3)
+    agreement, three = fleiss_kappa(counts[:, :2]), fleiss_kappa(counts) if neither else None
+    complete = [pair.votes for pair in pairs if pair.total == wanted]
     return QuestionFigures(
         wording=WORDING[question],
         majority={
@@ -200,7 +217,7 @@ def _question(results: Results, question: Question) -> QuestionFigures:
             for system, name in enumerate(names)
         },
         decided=decided,
-        ties=sum(winner is None and votes > 0 for winner, votes in zip(winners, totals, strict=True)),
+        ties=sum(pair.winner is None and sum(pair.votes) > 0 for pair in pairs),
         without_votes=totals.count(0),
         with_all_votes=sum(votes >= wanted for votes in totals),
         p_value=sign_test(winners.count(0), decided),
@@ -211,7 +228,11 @@ def _question(results: Results, question: Question) -> QuestionFigures:
         },
         fleiss_kappa=None if agreement is None else agreement.kappa,
         agreement=None if agreement is None else agreement.observed,
-        pairs_in_kappa=sum(votes >= 2 for votes in totals),
+        pairs_in_kappa=sum(sum(pair.votes) >= 2 for pair in pairs),
+        neither=neither,
+        pairs_neither=sum(pair.neither > max(pair.votes) for pair in pairs),
+        fleiss_kappa_three=None if three is None else three.kappa,
+        agreement_three=None if three is None else three.observed,
     )
 
 

@@ -22,11 +22,11 @@ from ipaddress import ip_address
 from pathlib import Path
 from socketserver import TCPServer
 from threading import Lock
-from typing import Any, get_args
+from typing import Any
 from urllib.parse import urlsplit
 
 from dalle_cli.errors import UserError
-from dalle_cli.human_study.study import PICTURES, WORDING, Item, Question, Side, load_study
+from dalle_cli.human_study.study import PICTURES, QUESTIONS, WORDING, Answer, Item, Question, Study, load_study
 from dalle_cli.human_study.votes import Annotator, Task, VoteRefused, Votes
 from dalle_cli.progress import log
 
@@ -58,7 +58,7 @@ class UnknownCode(Exception):
 class _PostedVote:
     item: Item
     question: Question
-    answer: Side
+    answer: Answer
 
 
 class StudyServer(ThreadingHTTPServer):
@@ -242,7 +242,7 @@ class _Handler(BaseHTTPRequestHandler):
             "annotator": annotator,
             "done": work.done,
             "total": work.done + len(work.tasks),
-            "tasks": [_task_json(task) for task in work.tasks[:2]],
+            "tasks": [_task_json(task, self.server.study) for task in work.tasks[:2]],
         }
 
     def _vote(self) -> dict[str, Any]:
@@ -274,9 +274,10 @@ class _Handler(BaseHTTPRequestHandler):
         item = self.server.study.by_id.get(vote["item"]) if isinstance(vote["item"], str) else None
         if item is None:
             raise BadRequest("there is no such item")
-        for name, kind in (("question", Question), ("answer", Side)):
-            if vote[name] not in get_args(kind):
-                raise BadRequest(f"{name} is one of {', '.join(get_args(kind))}")
+        if vote["question"] not in QUESTIONS:
+            raise BadRequest(f"question is one of {', '.join(QUESTIONS)}")
+        if vote["answer"] not in (answers := self.server.study.answers(vote["question"])):
+            raise BadRequest(f"answer is one of {', '.join(answers)}")
         return _PostedVote(item, vote["question"], vote["answer"])
 
     def _json(self, status: HTTPStatus, value: Any) -> None:
@@ -306,12 +307,15 @@ def _is_address(name: str) -> bool:
     return True
 
 
-def _task_json(task: Task) -> dict[str, Any]:
+def _task_json(task: Task, study: Study) -> dict[str, Any]:
     """Return a task for the page, without telling whether it is a check or which systems it shows."""
     return {
         "item": task.item.id,
         "caption": task.item.caption,
         "left": _url(task.item.left),
         "right": _url(task.item.right),
-        "questions": [{"id": question, "wording": WORDING[question]} for question in task.questions],
+        "questions": [
+            {"id": question, "wording": WORDING[question], "answers": study.answers(question)}
+            for question in task.questions
+        ],
     }

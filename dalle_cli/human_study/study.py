@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from dalle_cli.errors import UserError
 
 Side = Literal["left", "right"]
+Answer = Literal["left", "right", "neither"]
+"""An annotator's answer: the picture on a side, or to the question about the caption that neither matches."""
 Question = Literal["realistic", "caption"]
 SIDES: tuple[Side, ...] = get_args(Side)
 QUESTIONS: tuple[Question, ...] = get_args(Question)
@@ -46,7 +48,8 @@ class Study(_Stored):
     """The served part. Items are sorted by their ids, which are random."""
 
     format: Literal["dalle-human-study"] = "dalle-human-study"
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 2
+    """Studies of version 1 do not take the answer "neither"."""
     annotators: int = Field(ge=1)
     """Number of votes wanted on each question of each pair."""
     image_size: int
@@ -60,6 +63,10 @@ class Study(_Stored):
     @cached_property
     def by_id(self) -> dict[str, Item]:
         return {item.id: item for item in self.items}
+
+    def answers(self, question: Question) -> tuple[Answer, ...]:
+        """Return the answers to choose from (paper, figure 13)."""
+        return (*SIDES, "neither") if question == "caption" and self.version > 1 else SIDES
 
     @cached_property
     def pairs(self) -> tuple[Item, ...]:

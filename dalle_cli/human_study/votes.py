@@ -16,7 +16,7 @@ from threading import Lock
 from types import TracebackType
 
 from dalle_cli.errors import UserError
-from dalle_cli.human_study.study import QUESTIONS, VOTES, Item, Question, Side, Study
+from dalle_cli.human_study.study import QUESTIONS, VOTES, Answer, Item, Question, Study
 from dalle_cli.randomness import numpy_generator
 
 BUSY_SECONDS = 1
@@ -32,7 +32,8 @@ CREATE TABLE IF NOT EXISTS votes (
 # A table of each connection, filled from study.json.
 _CHECKS = "CREATE TEMP TABLE checks (item TEXT PRIMARY KEY, answer TEXT NOT NULL)"
 _EXCLUDED = """
-SELECT annotator FROM votes JOIN checks USING (item) WHERE votes.answer <> checks.answer
+SELECT annotator FROM votes JOIN checks USING (item)
+WHERE votes.answer <> checks.answer AND votes.answer <> 'neither' -- the picture may match its caption badly
 GROUP BY annotator HAVING count(*) > ?
 """
 
@@ -56,7 +57,7 @@ class Vote:
     annotator: str
     item: str
     question: Question
-    answer: Side
+    answer: Answer
     at: str
     """Time in UTC, ISO 8601."""
 
@@ -124,7 +125,7 @@ class Votes:
             found = self._reader.execute("SELECT name FROM annotators WHERE code = ?", (code,)).fetchone()
         return None if found is None else str(found[0])
 
-    def record(self, annotator: str, item: Item, question: Question, answer: Side) -> None:
+    def record(self, annotator: str, item: Item, question: Question, answer: Answer) -> None:
         """Record one vote; it is on disk when this returns.
 
         Raises:

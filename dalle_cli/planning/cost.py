@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dalle_cli.config.schema import PriorSettings, Recipe
-from dalle_cli.planning.memory import Machines, training_state
+from dalle_cli.planning.memory import BYTES_16, BYTES_32, Machines, training_state
 from dalle_cli.prior.counts import Counts, count_flops
 
 HOUR = 3600
@@ -85,9 +85,9 @@ class CheckpointCost:
 
     bytes: int
     model: int
-    """Bytes of weights, EMA weights and moments, which the first node writes."""
+    """Bytes of weights, EMA weights, moments and PowerSGD's summed errors, which the first node writes."""
     each_process: int
-    """Bytes of PowerSGD's state that each rank writes."""
+    """Bytes of PowerSGD's factors that each rank writes."""
     first_machine: int
     """Bytes that the first node writes, the most of all nodes."""
     seconds: float
@@ -105,9 +105,11 @@ def checkpoint_cost(
     ``step_seconds`` is the time of an update.
     """
     parts = training_state(stage, counts, machines)
-    powersgd = ["PowerSGD error buffers", *(["PowerSGD factors"] if stage.powersgd.warm_start else [])]
     model = sum(parts[name].whole for name in ("weights", "EMA weights", "moments"))
-    each = sum(parts[name].each for name in powersgd if name in parts)
+    if "PowerSGD error buffers" in parts:
+        in_16 = parts["PowerSGD error buffers"].in_16
+        model += (BYTES_16 if in_16 else BYTES_32) * counts.effective
+    each = parts["PowerSGD factors"].each if "PowerSGD factors" in parts and stage.powersgd.warm_start else 0
     first = model + machines.gpus * each
     seconds, every = first / disk, stage.training.save_every
     return CheckpointCost(

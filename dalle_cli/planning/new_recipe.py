@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from dalle_cli.errors import UserError
 from dalle_cli.planning.budget import CHECKPOINTS, updates_within
 from dalle_cli.progress import log
 from dalle_cli.stores.checkpoint import Kind
+from dalle_cli.text.tokenize import train_tokenizer
 
 PHOTOGRAPH_VIEWS = 8
 """Number of crops of each photograph for the prior; see docs/quality.md for what they bring."""
@@ -25,6 +27,8 @@ TOKENS_A_WORD = 1.4
 """Number of BPE tokens that a word takes, roughly."""
 CAPTIONS_A_TOKEN = 4
 """Number of captions for each token of the vocabulary."""
+FEW_CAPTIONS = 200_000
+"""Number of captions up to which a tokenizer is trained on trial, which takes seconds."""
 
 
 def fill_in(template: Path, source: str, minutes: float | None) -> dict[str, Any]:
@@ -39,13 +43,21 @@ def fill_in(template: Path, source: str, minutes: float | None) -> dict[str, Any
     log(opened.describe())
     found = scan(opened, recipe.data, recipe.image_size, workers=available_cores())
     values = {"data.train": source, **settings_for(found, recipe)}
+    if found.captions <= FEW_CAPTIONS:
+        with tempfile.TemporaryDirectory(prefix="dalle-init-") as folder:
+            trained = train_tokenizer(_with(template, values), opened, Path(folder))
+        values["tokenizer.vocab_size"] = trained.vocab_size  # fewer than wanted if the words run out
     if minutes is not None:
-        chosen = load_recipe(template, [f"{key}={json.dumps(value)}" for key, value in values.items()])
+        chosen = _with(template, values)
         updates = updates_within(chosen, opened, minutes)
         for kind, count in updates.items():
             log(f"init: {count} updates of the {kind} within {minutes:g} minutes on this machine")
         values |= updates_settings(updates, chosen)
     return values
+
+
+def _with(template: Path, values: dict[str, Any]) -> Recipe:
+    return load_recipe(template, [f"{key}={json.dumps(value)}" for key, value in values.items()])
 
 
 def settings_for(found: ScanResult, recipe: Recipe) -> dict[str, Any]:

@@ -137,17 +137,23 @@ class GradientScaling:
         blocks: the resblocks whose gradients are scaled. The model's other parameters are in 32 bit and need no scale.
             Without blocks, non-finite gradients are still skipped and norms clipped, which suits bfloat16.
         scales: one for each block, or one for all.
-        skip: what is not updated if a resblock has a non-finite gradient: that resblock, or everything. The paper skips
-            the whole update (appendix E.2), as one common scale requires. A non-finite gradient outside the resblocks,
-            which no scale can prevent, always skips the whole update.
+        averaged_over: number of ranks that the scaled gradients are averaged over in place of summed, which undoes the
+            scales' factor M.
+        skip: what is not updated if a resblock has a non-finite gradient: everything, as in the paper (appendix E.2)
+            and as one common scale requires, or that resblock alone. A non-finite gradient outside the resblocks, which
+            no scale can prevent, always skips the whole update.
     """
 
     def __init__(
-        self, blocks: Sequence[ScaledBlock], scales: GradientScales, skip: Literal["resblock", "update"] = "resblock"
+        self,
+        blocks: Sequence[ScaledBlock],
+        scales: GradientScales,
+        skip: Literal["update", "resblock"] = "update",
+        averaged_over: int = 1,
     ) -> None:
         if len(scales) not in (1, len(blocks)):
             raise ValueError(f"{len(scales)} scales for {len(blocks)} resblocks; give one, or one for each")
-        self.blocks, self.scales, self.skip = blocks, scales, skip
+        self.blocks, self.scales, self.skip, self.averaged_over = blocks, scales, skip, averaged_over
         self._scale_of_block = [i if len(scales) == len(blocks) else 0 for i in range(len(blocks))]
         self._scale_of: dict[Tensor, int] = {
             p: i for i, block in zip(self._scale_of_block, blocks, strict=True) for p in block.parameters()
@@ -158,13 +164,17 @@ class GradientScaling:
         """Return the index of the scale of ``parameter``'s gradient, ``len(scales)`` if it is unscaled."""
         return self._scale_of.get(parameter, len(self.scales))
 
+    def scales_gradient_of(self, parameter: Tensor) -> bool:
+        """Return whether the gradient of ``parameter`` is multiplied by a scale."""
+        return parameter in self._scale_of
+
     def gradients(self, parameters: Iterable[nn.Parameter]) -> Iterator[tuple[int, Tensor]]:
         """Yield each parameter's gradient, if it has one, with the index of its scale."""
         return ((self.scale_index(p), p.grad) for p in parameters if p.grad is not None)
 
     def values(self) -> list[float]:
-        """Return the current scales and, last, 1 for the unscaled gradients."""
-        return [*(self.scales[i] for i in range(len(self.scales))), 1.0]
+        """Return the factors that collected gradients have under each scale and, last, 1 for the unscaled ones."""
+        return [*(self.scales[i] / self.averaged_over for i in range(len(self.scales))), 1.0]
 
     def squares(self, gradients: Iterable[tuple[int, Tensor]]) -> Tensor:
         """Return the sums of squares of the gradients under each scale, (len(scales) + 1,) float64.
@@ -183,20 +193,25 @@ class GradientScaling:
             sums.index_add_(0, torch.tensor(indices), stacked.double().cpu().square())
         return sums
 
+    def used(self, finite: Sequence[bool]) -> list[bool]:
+        """Return which gradients an update uses: those under each scale and, last, the unscaled ones.
+
+        ``finite`` says, in the same order, whether they all are finite.
+        """
+        skips_all = not finite[-1] or (self.skip == "update" and not all(finite))
+        return [False] * len(finite) if skips_all else list(finite)
+
     def decide(self, squares: Tensor, clip_norm: float | None) -> Decision:
         """Decide which gradients an update uses, and adjust the scales for the next one.
 
         ``squares`` are summed over all ranks; ``clip_norm`` is the maximum global norm of the used gradients.
         """
-        used = squares.isfinite().tolist()
-        finite = used[:-1]
-        if not used[-1] or (self.skip == "update" and not all(used)):
-            used = [False] * len(used)
-        scales = self.values()
+        finite = squares.isfinite().tolist()
+        used, scales = self.used(finite), self.values()
         terms = zip(squares.tolist(), scales, used, strict=True)
         norm = math.sqrt(sum(square / scale**2 for square, scale, use in terms if use))
         clip = 1.0 if clip_norm is None else min(1.0, clip_norm / (norm + 1e-6))
-        self.scales.update(finite)
+        self.scales.update(finite[:-1])
         self.assign_scales()
         return Decision(norm, [clip / scale if use else None for scale, use in zip(scales, used, strict=True)])
 

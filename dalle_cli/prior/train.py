@@ -26,7 +26,6 @@ from dalle_cli.prior.model import (
     DTYPES,
     InitialValue,
     LossModule,
-    Precision,
     Prior,
     PriorLoss,
     Resblock,
@@ -84,7 +83,7 @@ def train_prior(
             task = PriorTask(recipe, reader, prior, group, belongs, forward=sharded.loss)
             return Run(task, recipe, out, sharded, extend).train()
         prior = build_prior(recipe, initial)
-        scaling = set_precision(prior, stage.precision, group.size)
+        scaling = set_precision(prior, stage, group.size)
         prior.to(group.device)
         task = PriorTask(recipe, reader, prior, group, belongs, drawing=drawing)
         return Run(task, recipe, out, Replicated(prior, group, scaling), extend).train()
@@ -165,28 +164,28 @@ def shard_prior(recipe: Recipe, group: Group, initial: InitialValue | None = Non
     nodes = form_nodes(group, stage.sharding.node_size)
     log(f"train-prior: ZeRO stage {stage.sharding.zero} on {nodes.across.size} x {nodes.inside.size} ranks")
     engine = Sharded(prior, LossModule(prior), recipe.seed, nodes, stage.sharding, stage.powersgd)
-    engine.scaling = gradient_scaling(engine.blocks, stage.precision, group.size)
+    engine.scaling = gradient_scaling(engine.blocks, stage, group.size)
     return engine, prior
 
 
-def set_precision(prior: Prior, precision: Precision, replicas: int) -> GradientScaling | None:
-    """Cast the resblocks' matrices of an unsharded prior to ``precision`` and return the scaling of its gradients."""
-    if precision != "fp32":
-        prior.cast_resblocks(DTYPES[precision])
-    return gradient_scaling(cast(list[Resblock], list(prior.resblocks)), precision, replicas)
+def set_precision(prior: Prior, stage: PriorSettings, replicas: int) -> GradientScaling | None:
+    """Cast the resblocks' matrices of an unsharded prior to their type and return the scaling of its gradients."""
+    if stage.precision != "fp32":
+        prior.cast_resblocks(DTYPES[stage.precision])
+    return gradient_scaling(cast(list[Resblock], list(prior.resblocks)), stage, replicas)
 
 
-def gradient_scaling(blocks: Sequence[ScaledBlock], precision: Precision, replicas: int) -> GradientScaling | None:
+def gradient_scaling(blocks: Sequence[ScaledBlock], stage: PriorSettings, replicas: int) -> GradientScaling | None:
     """Return the scaling of gradients in 16-bit training, or None in 32 bit.
 
     Float16 has a scale for each of ``blocks``. Bfloat16 has the exponents of float32 and needs no scales, but updates
     with non-finite gradients are skipped all the same.
     """
-    if precision == "fp32":
+    if stage.precision == "fp32":
         return None
-    if precision == "bf16":
+    if stage.precision == "bf16":
         return GradientScaling([], GradientScales(0))
-    return GradientScaling(blocks, GradientScales(len(blocks), replicas))
+    return GradientScaling(blocks, GradientScales(len(blocks), replicas), stage.skip, averaged_over=replicas)
 
 
 @dataclass

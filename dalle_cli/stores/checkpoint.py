@@ -106,6 +106,11 @@ class Checkpoint:
         """Return the files of the optimizer's tensors."""
         return TensorFiles(self.path / "trainer", "optimizer")
 
+    def errors(self) -> TensorFiles | None:
+        """Return the files of the errors of compressed gradients, if there are any."""
+        files = TensorFiles(self.path / "trainer", "errors")
+        return files if "trainer/errors.index.json" in self.others else None
+
     def trainer_state(self) -> dict[str, Any]:
         """Return the trainer's state without the optimizer's tensors."""
         return read_typed(dict[str, Any], self.path / STATE)
@@ -160,6 +165,8 @@ class CheckpointShards:
     trainer_state: Mapping[str, Any]
     own: Mapping[str, torch.Tensor]
     """Tensors for this rank alone, which it reads back if the run resumes with the same number of ranks."""
+    errors: Mapping[str, Part] = field(default_factory=dict)
+    """Errors of compressed gradients, summed over all nodes, by parameter."""
 
 
 class Writers(Protocol):
@@ -222,7 +229,9 @@ def save_sharded_checkpoint(path: Path, writers: Writers, facts: CheckpointFacts
         if holders[writers.rank]:
             place, count = sum(holders[: writers.rank]), sum(holders)
             named = {_NAMES[which]: parts for which, parts in shards.weights.items()}
-            for name, parts in {**named, "trainer/optimizer": shards.optimizer}.items():
+            named |= {"trainer/optimizer": shards.optimizer}
+            named |= {"trainer/errors": shards.errors} if shards.errors else {}
+            for name, parts in named.items():
                 file = beside / part_file(name, place, count)
                 save_tensors({key: part.value for key, part in parts.items()}, file)
                 entries[name] = index_entries(file.name, parts)
@@ -233,14 +242,15 @@ def save_sharded_checkpoint(path: Path, writers: Writers, facts: CheckpointFacts
     def finish() -> None:
         if not leads:
             return
-        for name in written[0]["entries"]:
-            index = join_entries([each["entries"][name] for each in written if each["entries"]])
+        names = list(dict.fromkeys(name for each in written for name in each["entries"]))
+        for name in names:
+            index = join_entries([each["entries"][name] for each in written if name in each["entries"]])
             write_json(beside / f"{name}.index.json", index)
         write_json(beside / "trainer" / "state.json", dict(shards.trainer_state))
         files, others = (
             {name: digest for each in written for name, digest in each[which].items()} for which in ("hashes", "others")
         )
-        for name in ("trainer/state.json", *(f"{name}.index.json" for name in written[0]["entries"])):
+        for name in ("trainer/state.json", *(f"{name}.index.json" for name in names)):
             others[name] = sha256_file(beside / name)
         write_manifest(beside, facts, files, others)
         rename_synced(beside, path)

@@ -136,11 +136,13 @@ class TrainingState:
             part = self.engine.part_to_save(name, value) if value.dim() else Part(value)
             if part is not None and name in raw:
                 optimizer[f"{key}.{name}"] = part
+        errors = {name: self.engine.part_to_save(name, value) for name, value in self.engine.share_errors()}
         return CheckpointShards(
             weights={"raw": raw, "ema": self._parts(self.ema.__getitem__)},
             optimizer=optimizer,
             trainer_state=self._trainer_state(step),
             own=self.engine.rank_state(),
+            errors={name: part for name, part in errors.items() if part is not None},
         )
 
     def load_schedules(self, checkpoint: Checkpoint) -> None:
@@ -161,6 +163,8 @@ class TrainingState:
         self.optimizer.load_moments(self._saved_moments(checkpoint.moments()))
         self.optimizer.load_trainer_state(checkpoint.trainer_state())
         engine.load_rank_state(checkpoint.own_state(engine.group.rank, engine.group.size))
+        if (errors := checkpoint.errors()) is not None:
+            engine.load_errors(self._read(errors))
         engine.release_gathered()
 
     def _moments(self) -> Iterator[tuple[str, str, Tensor]]:
@@ -201,6 +205,7 @@ class TrainingState:
         return torch.empty_like(weights, dtype=torch.float32, device=device).copy_(weights)
 
     def _read(self, files: TensorFiles) -> Iterator[tuple[str, Tensor]]:
-        """Read this rank's parts of the weights in ``files``, one after another."""
-        for name in self.names:
+        """Read this rank's parts of what ``files`` hold of the parameters, one after another."""
+        held = set(files.names())
+        for name in [name for name in self.names if name in held]:
             yield name, self.engine.cut(name, files.read(name, self.engine.rows(name)))

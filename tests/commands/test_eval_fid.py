@@ -46,9 +46,12 @@ def test_the_command_on_one_system_and_on_several(by_hand: Chain, call: Call, tm
     gan.mkdir()
     for line in prompts:
         noise(int(line["id"])).save(gan / f"{line['id']}.png")
+    seen = tmp_path / "seen.jsonl"
+    seen.write_text('{"key": "val2014/000"}\n{"key": "val2014/999"}\n')
     whole = call(
         "eval-fid", "--system", f"ours={manifest}", "--system", f"gan={gan}", *preset, *measure,
         "--blur", "0,1", "--pool", "1,2", "--repeats", 2, "--bootstrap", 2, "--page", tmp_path / "page",
+        "--without", seen,
     )  # fmt: skip
     assert whole.code == 0, whole.err
     found = json.loads(whole.out)
@@ -56,6 +59,9 @@ def test_the_command_on_one_system_and_on_several(by_hand: Chain, call: Call, tm
         ("ours", 5, True),
         ("gan", 5, False),
     ]
+    assert [(s["n_reference"], s["without"]["n_reference"]) for s in found["systems"]] == [(6, 5), (6, 5)]
+    assert (found["without"], "compare only with" in found["comparable"]) == (str(seen), True)
+    assert "without 1 of the 6 reference pictures" in (tmp_path / "page" / "index.html").read_text()
     assert found["protocol"].startswith("5 captions of COCO's val2014, drawn by seed 0")
     assert found == json.loads((tmp_path / "page" / "figures.json").read_text())
     assert (tmp_path / "page" / "index.html").read_text().count("<img ") == 2 + 3 * 5
@@ -67,6 +73,8 @@ def test_the_command_on_one_system_and_on_several(by_hand: Chain, call: Call, tm
         ("--system", f"a={gan}", "--system", f"a={gan}", gan): "is given twice",
         (gan, gan, "--write-captions", wanted): "give --preset",
         (gan, gan, "--features", "tf_efficientnet_lite2", "--clip", by_hand.clip): "exclude each other",
+        (gan, gan, "--clip", by_hand.clip, "--without", seen): "none of its 2 keys is in",
+        (gan, gan, "--clip", by_hand.clip, "--without", gan / "absent.txt"): "--without: ",
         (gan, gan, "--features", "no_such_network"): "is neither a folder nor a network of timm",
     }.items():
         assert words in call("eval-fid", *arguments).mistake()

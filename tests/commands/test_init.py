@@ -49,7 +49,10 @@ def test_settings_follow_from_the_data(photographs: Path, tmp_path: Path) -> Non
     assert recipe.image_size == 32  # the median of the shorter sides is 44 or 45
     assert recipe.grid == recipe.prior.model.grid == 8
     assert recipe.tokenizer.text_length == 48  # 30 words of 1.4 tokens, in eights
-    assert recipe.tokenizer.vocab_size == 512
+    trained = run("train-tokenizer", file, "--out", tmp_path / "tokenizer")
+    assert trained.code == 0
+    assert f"tokenizer.json: {recipe.tokenizer.vocab_size} tokens" in trained.err
+    assert "warning" not in trained.err
     assert recipe.dvae.training == load_recipe(RECIPES / "own-data.yaml").dvae.training
 
 

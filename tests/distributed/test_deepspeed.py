@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Call
-from helpers.processes import free_ports, start
+from helpers.processes import free_ports, run_program, start
 from helpers.running import ENVIRONMENT
 from helpers.sharded_runs import (
     HALF,
@@ -255,7 +255,8 @@ with join_group() as group:
         kept = {name: engine.read(name).clone() for name in engine.names}
         for name in engine.names:
             kept |= {f"{key}.{name}": value.clone() for key, value in engine.own_optimizer.moments(name).items()}
-        return kept | {key: value.clone() for key, value in engine.rank_state().items()}
+        reducer = engine.between_nodes.reducer
+        return kept | {key: value.clone() for key, value in (reducer.state_dict() if reducer else {}).items()}
 
     lines = [update(0, False)]
     before = state()
@@ -277,19 +278,7 @@ exit_rank(0)
 def test_a_nan_on_one_rank_changes_nothing_on_any(more: dict[str, Any], made: tuple[Path, Path]) -> None:
     changes = {**by_deepspeed(3), **more, "adam.clip_norm": 0.25, "adam.weight_decay": 0.125}
     sets = [f"prior.{key}={value}" for key, value in changes.items()]
-    (port,) = free_ports(1)
-    processes = []
-    for rank in range(2):
-        variables = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-        environment = {**ENVIRONMENT, "MASTER_ADDR": "127.0.0.1", **{k: str(v) for k, v in variables.items()}}
-        words = [sys.executable, "-c", BROKEN, str(made[0]), *sets]
-        processes.append(
-            subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
-    outputs = [process.communicate(timeout=280) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs[0][1] + outputs[1][1]
-    for out, _ in outputs:
-        found = json.loads(out)
+    for found in map(json.loads, run_program(BROKEN, [made[0], *sets])):
         assert [line["skipped"] for line in found["lines"]] == [0, 1, 0]
         assert found["lines"][2]["skipped_updates"] == 1
         assert found["same"]

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import Call
-from helpers.processes import free_ports
-from helpers.running import ENVIRONMENT
+from helpers.processes import run_program
 from helpers.sharded_runs import HALF, assert_same_run, command, losses, make_inputs, run_together, train_alone
 
 from dalle_cli.config.load import load_recipe
+from dalle_cli.precision.gradient_scaling import BACKOFF, START
 from dalle_cli.prior.model import build_prior
 from dalle_cli.stores.checkpoint import open_checkpoint
 from dalle_cli.stores.tensor_files import TensorFiles
@@ -123,6 +122,129 @@ def test_in_16_bit_a_run_resumed_on_as_many_ranks_ends_with_the_same_bytes(toget
     assert losses(whole.path.parent) == losses(parts.path.parent)
 
 
+OVERFLOW = """
+import json, pathlib, sys
+import torch
+from dalle_cli.config.load import load_recipe
+from dalle_cli.distributed.group import exit_rank, join_group
+from dalle_cli.prior.train import shard_prior
+from dalle_cli.training.updates import AdamUpdates
+
+recipe = load_recipe(pathlib.Path(sys.argv[1]), sys.argv[2:])
+generator = torch.Generator().manual_seed(0)
+text = torch.randint(400, (8, 48), generator=generator)
+image = torch.randint(16, (8, 16), generator=generator)
+with join_group() as group:
+    engine, prior = shard_prior(recipe, group)
+    updates = AdamUpdates(engine, set(prior.decayed_parameters()), recipe.prior.adam)
+    part = group.part(8)
+
+    def update(number, overflows):
+        updates.zero_grad()
+        engine.begin_micro_batch(last=True)
+        found = engine.loss(text[part], torch.full((4,), 48), image[part], 188.0)
+        engine.backward((found.text + found.image) / 2)
+        if overflows and group.rank == 1:
+            prior.resblocks[1].get_parameter("out.weight").grad.to_local()[0, 0] = torch.inf
+        engine.collect_gradients(number)
+        values = updates.step(1e-3)
+        engine.release_gathered()
+        return {name: float(value) for name, value in values.items()}
+
+    def state():
+        kept = {name: engine.read(name).clone() for name in engine.names}
+        return kept | {key: value.clone() for key, value in engine.between_nodes.reducer.state_dict().items()}
+
+    def changed(one, other):
+        assert one.keys() == other.keys()
+        return [key for key in one if not torch.equal(one[key], other[key])]
+
+    update(0, False)
+    before = state()
+    skipped, after = update(1, True)["skipped"], state()
+    exponents = list(engine.scaling.scales.exponents)
+    update(2, False)
+    later = state()
+    print(json.dumps({"skipped": skipped, "changed": changed(before, after), "later": changed(after, later),
+                      "all": list(before), "exponents": exponents}))
+exit_rank(0)
+"""
+
+
+@pytest.mark.parametrize("skip", ["update", "resblock"])
+def test_an_infinity_on_one_node_leaves_error_buffers_alone(skip: str, made: tuple[Path, Path]) -> None:
+    """The paper skips the whole update, and clears no error buffer that is finite (appendix E.2, step 12)."""
+    sets = [f"prior.sharding.{each}" for each in ("zero=3", "node_size=1")]
+    sets += [f"prior.powersgd.{each}" for each in ("rank=2", "min_compression=0")]
+    sets += ["prior.precision=fp16", f"prior.skip={skip}"]
+    for found in map(json.loads, run_program(OVERFLOW, [made[0], *sets])):
+        own = {key for key in found["all"] if ".1." in key}
+        assert {"resblocks.1.out.weight", "error.resblocks.1.out.weight", "factor.resblocks.1.out.weight"} <= own
+        assert set(found["changed"]) == (set() if skip == "update" else set(found["all"]) - own)
+        assert 0 < found["skipped"] < 1 if skip == "resblock" else found["skipped"] == 1
+        assert set(found["later"]) == set(found["all"])
+        assert found["exponents"] == [START + 2, START + 1 - BACKOFF, *[START + 2] * 4]
+
+
+LARGE = """
+import json, pathlib, sys
+import torch
+from dalle_cli.config.load import load_recipe
+from dalle_cli.distributed.engine import Replicated
+from dalle_cli.distributed.group import exit_rank, join_group
+from dalle_cli.prior.model import build_prior
+from dalle_cli.prior.train import set_precision, shard_prior
+
+recipe = load_recipe(pathlib.Path(sys.argv[1]), sys.argv[2:])
+with join_group() as group:
+    if recipe.prior.sharding.zero:
+        engine, prior = shard_prior(recipe, group)
+        engine.begin_micro_batch(last=True)
+        generator = torch.Generator().manual_seed(0)
+        text, image = (torch.randint(top, (4, length), generator=generator) for top, length in ((400, 48), (16, 16)))
+        found = engine.loss(text, torch.full((4,), 48), image, 188.0)
+        engine.backward((found.text + found.image) / 2)
+        gradients = [prior.get_parameter(name).grad for name in engine.names]
+        gradients = [g.to_local() if hasattr(g, "to_local") else g for g in gradients]
+    else:
+        prior = build_prior(recipe)
+        engine = Replicated(prior, group, set_precision(prior, recipe.prior, group.size))
+        gradients = [torch.empty_like(p) for p in prior.parameters()]
+        for parameter, gradient in zip(prior.parameters(), gradients):
+            parameter.grad = gradient
+    for gradient in gradients:
+        gradient.fill_(40_000)
+    engine.collect_gradients(0)
+    found = {name: [float(v) for v in parameter.grad.aminmax()] for name, parameter in engine.parameters.items()}
+    scales = engine.scaling.values()
+    factors = {name: scales[engine.scaling.scale_index(p)] for name, p in engine.parameters.items()}
+    print(json.dumps({"found": found, "factors": factors}))
+exit_rank(0)
+"""
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"sharding.zero": 3, "sharding.node_size": 1},
+        {"sharding.zero": 3, "sharding.node_size": 1, "powersgd.rank": 2, "powersgd.min_compression": 0},
+    ],
+    ids=["replicated", "two nodes", "two nodes with PowerSGD"],
+)
+def test_gradients_in_16_bit_are_averaged_since_their_sum_overflows(
+    changes: dict[str, Any], made: tuple[Path, Path]
+) -> None:
+    sets = [f"prior.{key}={value}" for key, value in {"precision": "fp16", **changes}.items()]
+    for out in run_program(LARGE, [made[0], *sets]):
+        found, factors = (json.loads(out)[key] for key in ("found", "factors"))
+        assert any(name.startswith("resblocks.") for name in found)
+        for name, extremes in found.items():
+            scaled = name.startswith("resblocks.")
+            assert extremes == pytest.approx([40_000 if scaled else 80_000] * 2, rel=2e-3), name
+            assert factors[name] == (2.0**13 if scaled else 1.0)
+
+
 INITIALISE = """
 import json, pathlib, resource, sys
 from dalle_cli.prior.train import shard_prior
@@ -148,18 +270,7 @@ def test_no_rank_ever_holds_the_whole_model(made: tuple[Path, Path]) -> None:
     model = {"layers": 12, "heads": 16, "d_head": 64, "d_model": 1024}
     sets = [f"prior.model.{key}={value}" for key, value in model.items()]
     sets += ["prior.sharding.zero=3", "tokenizer.vocab_size=2000"]
-    (port,) = free_ports(1)
-    processes = []
-    for rank in range(2):
-        variables = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-        environment = {
-            **ENVIRONMENT,
-            "MASTER_ADDR": "127.0.0.1",
-            **{key: str(value) for key, value in variables.items()},
-        }
-        command = [sys.executable, "-c", INITIALISE, str(made[0]), *sets]
-        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
-    found = [json.loads(process.communicate(timeout=600)[0]) for process in processes]
+    found = [json.loads(out) for out in run_program(INITIALISE, [made[0], *sets])]
     recipe = load_recipe(made[0], sets)
     with torch.device("meta"):
         prior = build_prior(recipe)
@@ -186,15 +297,23 @@ def test_four_ranks_as_two_nodes(made: tuple[Path, Path], alone: dict[str, Path]
         command(made, tmp_path / "fp16", half),
         command(made, tmp_path / "fp16 in parts", {**half, "training.updates": HALF}),
         command(made, tmp_path / "fp16 in parts", half),
+        command(made, tmp_path / "more nodes", {**low, "training.updates": HALF}),
+        command(made, tmp_path / "more nodes", {**low, "sharding.node_size": 1}),
     ]
     run_together(commands, 4)
     assert_same_run(tmp_path / "whole", alone["fp32"])
     for parts, whole in (("in parts", "low rank"), ("fp16 in parts", "fp16")):
         assert open_checkpoint(tmp_path / parts).files == open_checkpoint(tmp_path / whole).files
-    own = open_checkpoint(tmp_path / "fp16").own_state(3, 4)
-    assert own
-    assert {value.dtype for value in own.values()} == {torch.uint16}
+    saved = open_checkpoint(tmp_path / "fp16")
+    factors, errors = saved.own_state(3, 4), saved.errors()
+    assert factors
+    assert errors is not None
+    assert {key.partition(".")[0] for key in factors} == {"factor"}
+    matrices = build_prior(saved.recipe()).decayed_parameters()
+    assert {name: value.shape for name, value in errors.all().items()} == {n: p.shape for n, p in matrices.items()}
+    assert {value.dtype for value in [*factors.values(), *errors.all().values()]} == {torch.uint16}
     assert losses(tmp_path / "low rank")[-1] < losses(tmp_path / "low rank")[0] - 0.1
+    assert losses(tmp_path / "more nodes")[-1] == pytest.approx(losses(tmp_path / "low rank")[-1], abs=0.1)
     assert losses(tmp_path / "fp16")[-1] == pytest.approx(losses(tmp_path / "low rank")[-1], abs=0.1)
     last = [json.loads(line) for line in (tmp_path / "low rank" / "metrics.jsonl").read_text().splitlines()]
     assert all(line["bytes_between_nodes"] > 0 for line in last if "loss" in line)

@@ -70,7 +70,7 @@ app.main()
 
 
 def test_a_rank_ends_while_gloo_drops_tensors() -> None:
-    """By Python's own shutdown this process aborts: "terminate called without an active exception"."""
+    """The shutdown of Python itself aborts this process: "terminate called without an active exception"."""
     done = subprocess.run([sys.executable, "-c", BUSY], env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (3, "a result\na registered function\n", "")
 

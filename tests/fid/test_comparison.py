@@ -5,6 +5,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from PIL import Image
 from dalle_cli.errors import UserError
 from dalle_cli.fid.comparison import Settings, best_of_subsets, compare_systems
 from dalle_cli.fid.features import Features, clip_features
+from dalle_cli.fid.figures import Curves
 from dalle_cli.fid.metrics import frechet_distance, resampled
-from dalle_cli.fid.pictures import FilePictures, PictureSubset, open_pictures
+from dalle_cli.fid.pictures import FilePictures, PictureSubset, named_by, open_pictures
 from dalle_cli.fid.systems import open_system
 from dalle_cli.shapes.drawing import render
 from dalle_cli.shapes.scene import random_scene
@@ -106,6 +108,27 @@ def test_accuracy_of_the_shapes_world_against_the_pool(features: Features, tmp_p
     shares = found.accuracy["seen pairs"].by_pool_size
     assert shares[3].value == 1
     assert shares[1].value == pytest.approx(1 / 3, abs=0.01)
+
+
+def test_figures_without_some_reference_pictures(features: Features, tmp_path: Path) -> None:
+    """They are those against a folder that never had these pictures; the others stay."""
+    ours = system("ours", write_lines(tmp_path / "ours", ["a", "b", "c"], 2))
+    whole = open_pictures(str(write_folder(tmp_path / "real", 9)), 8)
+    settings, cache = Settings([0, 1], [1, 2], repeats=2, bootstrap=3), tmp_path / "cache"
+    keys = {"003", "real/005.png", "elsewhere/006"}
+    left_out = named_by(whole, keys)
+    assert np.flatnonzero(left_out).tolist() == [3, 5]
+    (before,), _ = compare_systems([ours], whole, features, settings, cache)
+    (both,), _ = compare_systems([ours], whole, features, settings, cache, left_out)
+    for name in ("003", "005"):
+        (tmp_path / "real" / f"{name}.png").unlink()
+    (fewer,), _ = compare_systems([ours], open_pictures(str(tmp_path / "real"), 8), features, settings, cache)
+    assert before.without is None
+    assert replace(both, without=None) == before
+    assert both.without == Curves(**{each.name: getattr(fewer, each.name) for each in fields(Curves)})
+    assert both.without.fid != before.fid
+    with pytest.raises(UserError, match="--without: leaves 1 of 9 reference pictures"):
+        compare_systems([ours], whole, features, settings, cache, np.arange(9) > 0)
 
 
 def test_mismatched_counts_captions_and_sizes_are_told(features: Features, tmp_path: Path) -> None:

@@ -54,5 +54,8 @@ def test_cub_draws_of_the_test_part_and_names_what_is_missing(tmp_path: Path) ->
     assert preset.captions["2-1"] == f"a bird {images[1]}"
     assert set(preset.captions) == {"2-1", "2-2", "3-1", "3-2"}
     assert preset.reference == [root / "images" / images[1], root / "images" / images[2]]
+    unique = open_preset("cub", str(tmp_path), None, seed=0)
+    assert sorted(unique.captions.values()) == [f"a bird {images[1]}", f"a bird {images[2]}", "another"]
+    assert unique.warnings == []
     (root / "testclasses.txt").write_text("002.Bird\n")
     assert open_preset("cub", str(tmp_path), 4, seed=0).reference == [root / "images" / i for i in images[2:]]

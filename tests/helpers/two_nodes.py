@@ -115,6 +115,7 @@ def numbers(here: Here) -> dict[str, Any]:
     result["peer"] = peer(here)
     result["resumed"] = resumed(here)
     result["not finite"] = not_finite(here)
+    result["shared"] = shared(here)
     result["halves"] = halves(here)
     result["16 bit"] = in_16_bit(here)
     result["small"] = small(here)
@@ -180,9 +181,9 @@ def resumed(here: Here) -> dict[str, Any]:
 
 
 def not_finite(here: Here) -> dict[str, Any]:
-    """Give the second node a NaN in "wide" in the third step.
+    """Give the second node a NaN in "wide" in the third step, of which nothing is sent.
 
-    The step after it is compared with that of a reducer that has the same factors but no error buffers.
+    The step after it is compared with that of a reducer that begins with the errors and gradients that are finite.
     """
     reducer = here.reducer(SETTINGS["warm"])
     for step in range(2):
@@ -194,15 +195,35 @@ def not_finite(here: Here) -> dict[str, Any]:
     broken = here.step(reducer, 2, found)
     after = copied(reducer.state_dict())
     next_step = here.step(reducer, 3)
+    left = copied(before)
+    for key in [key for key in left if key.startswith("error.")]:
+        gradient = gradients(here.rank, 2)[key.removeprefix("error.")].flatten()
+        left[key].view(-1)[: len(gradient)] += gradient
+    if here.rank >= NODE_SIZE:
+        del left["error.wide"]
     fresh = PowerSgdReducer(SETTINGS["warm"], here.place, COLUMNS, shards=NODE_SIZE)
-    fresh.load_state_dict({key: value for key, value in before.items() if key.startswith("factor.")})
+    fresh.load_state_dict(left)
     wanted = here.step(fresh, 3)
-    reducer.clear(["wide"])
-    some = list(reducer.state_dict())
-    reducer.clear()
-    none = list(reducer.state_dict())
-    return {"before": before, "broken": broken, "after": after, "next": next_step, "wanted": wanted,
-            "some": some, "none": none}  # fmt: skip
+    return {"broken": broken, "after": after, "left": left, "next": next_step, "wanted": wanted}
+
+
+def shared(here: Here) -> dict[str, Any]:
+    """Share the errors after some steps, in 32 and 16 bit, and load what was saved into another reducer."""
+    result: dict[str, Any] = {}
+    for label, kind in {"32 bit": torch.float32, "16 bit": torch.bfloat16}.items():
+        reducer = here.reducer(SETTINGS["warm"])
+        for step in range(STEPS):
+            here.step(reducer, step, {name: value.to(kind) for name, value in gradients(here.rank, step).items()})
+        before = copied(reducer.state_dict())
+        shards = {name: torch.empty(shape, dtype=kind) for name, (shape, _) in SHARDS.items()}
+        saved = {name: value.clone() for name, value in reducer.share_errors(shards)}
+        after = copied(reducer.state_dict())
+        again = PowerSgdReducer(SETTINGS["warm"], here.place, COLUMNS, shards=NODE_SIZE)
+        again.load_state_dict({key: value for key, value in after.items() if key.startswith("factor.")})
+        for name, value in saved.items():
+            again.load_error(name, value, shards[name])
+        result[label] = {"before": before, "saved": saved, "after": after, "loaded": copied(again.state_dict())}
+    return result
 
 
 def halves(here: Here) -> dict[str, Any]:

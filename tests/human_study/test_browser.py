@@ -73,7 +73,9 @@ class Annotator:
             return False
         place = (int(shown["item"][-1], 16) + int(self.name[-2:]) + QUESTIONS.index(shown["question"])) % 2
         side = self.checks.get(shown["item"]) or SIDES[place]
-        choice = self.page.locator(f'.choice[data-side="{side}"]')
+        if shown["question"] == "caption" and shown["item"] not in self.checks and int(shown["item"][0], 16) % 4 == 0:
+            side = "neither"
+        choice = self.page.locator("#neither" if side == "neither" else f'.choice[data-side="{side}"]')
         if self.means == "touch":
             choice.tap()
         elif self.means == "mouse" and shown["question"] == "caption":
@@ -81,9 +83,9 @@ class Annotator:
         elif self.means == "mouse":
             choice.click()
         elif self.means == "digits":
-            self.page.keyboard.press("1" if side == "left" else "2")
+            self.page.keyboard.press({"left": "1", "right": "2", "neither": "3"}[side])
         elif self.means == "arrows":
-            self.page.keyboard.press("ArrowLeft" if side == "left" else "ArrowRight")
+            self.page.keyboard.press({"left": "ArrowLeft", "right": "ArrowRight", "neither": "ArrowDown"}[side])
         else:
             choice.focus()
             self.page.keyboard.press("Enter")

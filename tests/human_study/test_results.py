@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,33 @@ def test_majorities_ties_and_exclusions_by_hand(tmp_path: Path) -> None:
     assert "realistic: 3" not in warnings
     assert "excluded by the attention checks: A4" in warnings
     assert "split evenly" in warnings
+
+
+def test_neither_counts_for_no_system_and_is_a_third_category_of_its_own(tmp_path: Path) -> None:
+    out, study = small_study(tmp_path, pairs=3, annotators=3, checks=4)
+    key = load_key(out, study)
+    by_caption = {key.items[item.id].caption_id: item for item in study.pairs}
+    likes = {"a": {"caption": [1, 1, 1]}, "b": {"caption": [1, 0, 0]}, "c": {"caption": [0, 0, 0]}}
+    votes = cast(study, out, likes)
+    for annotator, caption in (("b", "3"), ("c", "3"), ("c", "2")):
+        place = next(
+            n for n, vote in enumerate(votes) if (vote.annotator, vote.item) == (annotator, by_caption[caption].id)
+        )
+        votes[place] = replace(votes[place], answer="neither")
+    votes += [Vote("a", item.id, "caption", "neither", "") for item in study.checks]
+    found = study_figures(count_votes(study, key, votes))
+    caption = found.questions["caption"]
+    # By pair, votes for mine, theirs and neither: 2 1 0, 1 1 1, 1 0 2.
+    assert caption.votes == {"mine": 4, "theirs": 2}
+    assert {name: entry.pairs for name, entry in caption.majority.items()} == {"mine": 2, "theirs": 0}
+    assert (caption.ties, caption.decided, caption.with_all_votes, caption.pairs_in_kappa) == (1, 2, 3, 2)
+    assert (caption.neither, caption.pairs_neither) == (3, 1)
+    # Two ways, of the pairs with two votes: a third of the rater pairs agree on the first and none on the second.
+    observed, chance = (1 / 3 + 0) / 2, (3 / 5) ** 2 + (2 / 5) ** 2
+    assert caption.agreement == pytest.approx(observed)
+    assert caption.fleiss_kappa == pytest.approx((observed - chance) / (1 - chance))
+    observed, chance = (1 / 3 + 0 + 1 / 3) / 3, (4 / 9) ** 2 + (2 / 9) ** 2 + (3 / 9) ** 2
+    assert caption.agreement_three == pytest.approx(observed)
+    assert caption.fleiss_kappa_three == pytest.approx((observed - chance) / (1 - chance))
+    assert found.questions["realistic"].fleiss_kappa_three is None
+    assert [(a.checks_answered, a.checks_wrong, a.excluded) for a in found.annotators] == [(0, 0, False)] * 3

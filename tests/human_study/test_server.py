@@ -21,7 +21,7 @@ from conftest import Call
 from helpers.human_study_folder import Served, Stored, serving, small_study, stored, wait_until
 
 from dalle_cli.human_study.server import MAX_OF_ONE_ADDRESS
-from dalle_cli.human_study.study import QUESTIONS, SIDES, load_key
+from dalle_cli.human_study.study import QUESTIONS, SIDES, STUDY, load_key
 
 ANNOTATORS = tuple(f"annotator-{number:02d}" for number in range(1, 9))
 ANNA, *_ = ANNOTATORS
@@ -115,6 +115,18 @@ def raw(served: Served, text: bytes) -> bytes:
     return answer
 
 
+def test_neither_is_an_answer_to_the_caption_but_not_in_older_studies(tmp_path: Path) -> None:
+    for version, status in ((2, 200), (1, 400)):
+        folder, study = small_study(tmp_path / str(version), pairs=2)
+        (folder / STUDY).write_text(study.model_copy(update={"version": version}).model_dump_json())
+        with serving(folder) as served:
+            tasks = served.next(ANNA)["tasks"]
+            offered = {question["id"]: question["answers"] for question in tasks[0]["questions"]}
+            assert offered["realistic"] == [*SIDES]
+            assert offered["caption"] == [*SIDES, *(["neither"] if version == 2 else [])]
+            assert served.vote(ANNA, study.pairs[0].id, "caption", "neither")[0] == status
+
+
 def test_bad_and_repeated_posts_are_refused_and_change_nothing(tmp_path: Path) -> None:
     folder, study = small_study(tmp_path, pairs=2)
     item = study.pairs[0].id
@@ -129,7 +141,7 @@ def test_bad_and_repeated_posts_are_refused_and_change_nothing(tmp_path: Path) -
         bad: dict[str, Any] = {
             "item": ["", "no such item", item.upper() + "0", 7, None, [item], "../key.json", "\ud800"],
             "question": ["", "Realistic", 0, None, ["realistic"]],
-            "answer": ["", "LEFT", 1, None, True, "left; drop table votes"],
+            "answer": ["", "LEFT", 1, None, True, "left; drop table votes", "neither"],  # that is for the caption
         }
         bodies = [json.dumps({**vote, field: value}) for field, values in bad.items() for value in values]
         bodies += [json.dumps({key: value for key, value in vote.items() if key != left_out}) for left_out in vote]

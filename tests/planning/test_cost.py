@@ -12,18 +12,18 @@ from dalle_cli.prior.counts import count_flops, count_parameters
 
 
 def test_cost_of_a_checkpoint() -> None:
-    """Two machines of four ranks write weights, EMA weights and moments once, and PowerSGD's state of each rank."""
+    """Two machines of four ranks write weights, EMA weights, moments and errors once, and each rank's factors."""
     recipe = tiny_prior(prior__sharding__zero=3, prior__powersgd__rank=8, prior__training__save_every=5)
     counts, machines = count_parameters(recipe), Machines(4, 2, 10**9)
     found, parameters = checkpoint_cost(recipe.prior, counts, machines, 1000.0, 2.0), 6144 + 416 + 15_745
-    assert found.model == 4 * parameters * (1 + 1 + 2)
-    assert found.each_process == 4 * (12 * 256 * 2 // 4 + 112 * 2 * 2)
+    assert found.model == 4 * parameters * (1 + 1 + 2) + 4 * 12 * 256 * 2
+    assert found.each_process == 4 * 112 * 2 * 2
     assert found.bytes == found.model + 8 * found.each_process
     assert found.first_machine == found.model + 4 * found.each_process
     assert found.seconds == found.first_machine / 1000
     assert found.share == pytest.approx(found.seconds / (found.seconds + 10))
     cold = tiny_prior(prior__sharding__zero=3, prior__powersgd__rank=8, prior__powersgd__warm_start=False)
-    assert checkpoint_cost(cold.prior, counts, machines, 1000.0, 2.0).each_process == 4 * 12 * 256 * 2 // 4
+    assert checkpoint_cost(cold.prior, counts, machines, 1000.0, 2.0).each_process == 0
     assert checkpoint_cost(recipe.prior, counts, Machines(4, 1, 10**9), 1000.0, 2.0).each_process == 0
 
 

@@ -164,10 +164,11 @@ def test_the_logged_norm_is_that_before_clipping(clip_norm: float | None) -> Non
 
 def test_scales_and_skipped_updates_are_counted_and_saved(tmp_path: Path) -> None:
     recipe = Recipe.model_validate(smallest_recipe(Path("unused"), None))
+    stage = recipe.prior.model_copy(update={"precision": "fp16", "skip": "resblock"})
 
     def state() -> TrainingState:
         model = build_prior(recipe)
-        engine = Replicated(model, scaling=set_precision(model, "fp16", replicas=1))
+        engine = Replicated(model, scaling=set_precision(model, stage, replicas=1))
         return TrainingState(engine, recipe.prior, set(model.decayed_parameters()))
 
     def update(state: TrainingState, broken: int | None) -> dict[str, float]:

@@ -80,7 +80,8 @@ class Match(NamedTuple):
 
     row: int
     other: int
-    distance: int
+    distance: int | None
+    """Number of bits in which the hashes differ; None if none were compared."""
     similarity: float
 
 
@@ -102,7 +103,8 @@ class Overlap:
         lines = []
         for match in self.matches:
             key, other = self.source.key(match.row), self.other.key(match.other)
-            found = {"key": key, "match": other, "distance": match.distance, "similarity": round(match.similarity, 3)}
+            distance = {} if match.distance is None else {"distance": match.distance}
+            found = {"key": key, "match": other, **distance, "similarity": round(match.similarity, 3)}
             lines.append(json.dumps(found, ensure_ascii=False) + "\n")
         return "".join(lines)
 

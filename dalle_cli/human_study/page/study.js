@@ -113,18 +113,20 @@ async function showQuestion() {
     if (now) past = false;
     step.className = now ? "now" : past ? "past" : "";
   }
-  for (const choice of choices) choice.classList.remove("chosen", "other");
+  for (const choice of [...choices, $("neither")]) choice.classList.remove("chosen", "other");
+  $("neither").hidden = !question.answers.includes("neither");
   const shown = task;
   await wait(PAUSE_MS);
   if (task === shown) setReady(true);
 }
 
-async function choose(side) {
-  if (!ready) return;
+async function choose(answer) {
+  if (!ready || !task.questions[0].answers.includes(answer)) return;
   setReady(false);
-  for (const choice of choices) choice.classList.add(choice.dataset.side === side ? "chosen" : "other");
+  for (const choice of choices) choice.classList.add(choice.dataset.side === answer ? "chosen" : "other");
+  $("neither").classList.add(answer === "neither" ? "chosen" : "other");
   const own = code;
-  const vote = { item: task.item, question: task.questions[0].id, answer: side };
+  const vote = { item: task.item, question: task.questions[0].id, answer };
   const headers = { Authorization: `Bearer ${own}`, "Content-Type": "application/json" };
   const options = { method: "POST", headers, body: JSON.stringify(vote) };
   const [{ status }] = await Promise.all([
@@ -161,12 +163,15 @@ $("join").addEventListener("submit", (event) => {
 });
 for (const button of document.querySelectorAll(".leave")) button.addEventListener("click", leave);
 for (const choice of choices) choice.addEventListener("click", () => choose(choice.dataset.side));
+$("neither").addEventListener("click", () => choose("neither"));
 document.addEventListener("keydown", (event) => {
   if ($("judge").hidden || event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
-  const side = { 1: "left", ArrowLeft: "left", 2: "right", ArrowRight: "right" }[event.key];
-  if (side) {
+  const answer = {
+    1: "left", ArrowLeft: "left", 2: "right", ArrowRight: "right", 3: "neither", ArrowDown: "neither",
+  }[event.key];
+  if (answer) {
     event.preventDefault();
-    choose(side);
+    choose(answer);
   }
 });
 

@@ -31,7 +31,7 @@ COPIED_BYTES = {"cpu": 2**27, "cuda": 2**31}
 
 def measure(recipe: Recipe, device: str, log: Log) -> dict[str, Any]:
     """Return a row for an update in the recipe's precision and a row for samples of one caption in bf16."""
-    rows = [_step(recipe, device), _sampling(recipe, device)]
+    rows = [measure_step(recipe, device), measure_sampling(recipe, device, SAMPLES)]
     for row in rows:
         log("recipe  " + "  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
     model = recipe.prior.model
@@ -39,26 +39,26 @@ def measure(recipe: Recipe, device: str, log: Log) -> dict[str, Any]:
     return {"sizes": sizes, "rows": rows, "ratios": []}
 
 
-def _step(recipe: Recipe, device: str) -> dict[str, Any]:
+def measure_step(recipe: Recipe, device: str, micro_batch: int = MICRO_BATCH) -> dict[str, Any]:
     """Time the forward and backward pass, clipping and optimizer on one micro-batch, and count the model's FLOPs."""
     stage = recipe.prior
     prior = build_prior(recipe)
-    scaling = set_precision(prior, stage.precision, 1)
+    scaling = set_precision(prior, stage, 1)
     prior.to(device)
     state = TrainingState(Replicated(prior, scaling=scaling), stage, set(prior.decayed_parameters()))
 
     def update() -> None:
         state.optimizer.zero_grad()
-        _loss(prior, MICRO_BATCH, device).backward()  # type: ignore[no-untyped-call]
+        _loss(prior, micro_batch, device).backward()  # type: ignore[no-untyped-call]
         state.optimizer.step(1e-5)
 
     seconds = median_seconds({"update": Contender(update)}, ROUNDS, device)["update"]
     work = sample_work(recipe)
     peak, _ = peak_tflops(None, work.dtype, torch.device(device))
-    tflops = MICRO_BATCH * work.flops / seconds / 1e12
+    tflops = micro_batch * work.flops / seconds / 1e12
     return {
         "name": f"update, {stage.precision}",
-        "batch": MICRO_BATCH,
+        "batch": micro_batch,
         "seconds": seconds,
         "TFLOP/s": tflops,
         "share of the matmul peak": tflops / peak,
@@ -73,23 +73,24 @@ def _loss(prior: Prior, batch: int, device: str) -> Tensor:
     return found.text / 8 + found.image * 7 / 8
 
 
-def _sampling(recipe: Recipe, device: str) -> dict[str, Any]:
+def measure_sampling(recipe: Recipe, device: str, samples: int) -> dict[str, Any]:
+    """Time ``samples`` images of one caption in bf16, and count the bytes that must be read."""
     prior = build_prior(recipe).to(device).eval().requires_grad_(False)
     decoder = Decoder(prior, "bf16")
     text_ids = torch.zeros(1, decoder.text_length, dtype=torch.long, device=device)
-    uniforms = torch.rand(1, SAMPLES, decoder.image_length, dtype=torch.float64, device=device)
+    uniforms = torch.rand(1, samples, decoder.image_length, dtype=torch.float64, device=device)
 
     def draw() -> None:
-        sample_images(decoder, text_ids, uniforms, SamplingSettings(batch_size=SAMPLES))
+        sample_images(decoder, text_ids, uniforms, SamplingSettings(batch_size=samples))
 
     seconds = median_seconds({"images": Contender(draw)}, 1, device)["images"]
-    read = bytes_read(decoder, SAMPLES)
+    read = bytes_read(decoder, samples)
     bandwidth = copy_bandwidth(device)
     return {
         "name": "samples, bf16",
-        "batch": SAMPLES,
+        "batch": samples,
         "seconds": seconds,
-        "images/s": SAMPLES / seconds,
+        "images/s": samples / seconds,
         "GB read": read / 1e9,
         "GB/s of the memory": bandwidth / 1e9,
         "share of the bandwidth": read / bandwidth / seconds,
