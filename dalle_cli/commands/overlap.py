@@ -53,9 +53,10 @@ def command(
     pictures out of training, name the file in the recipe: [bold]data.exclude: duplicates.jsonl[/bold].
 
     Drawings that differ only in a detail or a colour count as near-duplicates too: check --sheet, and raise
-    --similarity if needed. Hashes miss mirror images and pictures cropped by more than 5 % at a side; the features of a
-    network, by --clip or --features, find most of these, and take longer. With --cache, a killed run can resume, and a
-    comparison with another EVAL need not read TRAIN again.
+    --similarity if needed. Hashes miss mirror images and pictures cropped by more than 5 % at a side. The features of a
+    network, by --clip or --features, find many of these, but miss blurred and grey copies that hashes find; put the
+    lines of both into one file. With --cache, a killed run can resume, and a comparison with another EVAL need not read
+    TRAIN again.
 
     Example: [bold]dalle overlap runs/quickstart/shapes/train runs/quickstart/shapes/seen
     --out runs/quickstart/duplicates.jsonl --sheet runs/quickstart/duplicates.png[/bold]

@@ -69,6 +69,7 @@ class DvaeSizes(Optimization):
     blocks_per_group: int
     downsampling: int
     codebook_size: int
+    codebook_std: float | None
     checkpoint_resblocks: bool
     parameters: DvaeParameters
     estimator: str

@@ -17,11 +17,12 @@ from torch.nn import functional as F
 from dalle_cli.config.load import load_recipe
 from dalle_cli.config.schema import Recipe
 from dalle_cli.dvae.model import DVAE
-from dalle_cli.dvae.objective import LossSettings, dvae_loss
+from dalle_cli.dvae.objective import dvae_loss
 from dalle_cli.planning.fit import check_fit
 from dalle_cli.planning.memory import Machines
 from dalle_cli.prior.counts import count_parameters
 from dalle_cli.training.throughput import peak_tflops, training_flops
+from gpu_parts.agreement import LOSS
 from gpu_parts.row import Row
 
 RECIPES = Path(__file__).parents[3] / "recipes"
@@ -91,7 +92,7 @@ def measure_dvae(device: str, tiny: bool) -> Iterator[Row]:
     def update() -> None:
         optimizer.zero_grad()
         with torch.autocast(device, torch.bfloat16):
-            loss = dvae_loss(model, pictures, LossSettings(1.0, 0.0, 1.0, 0.1, -4.0), generators).loss
+            loss = dvae_loss(model, pictures, LOSS, generators).loss
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
