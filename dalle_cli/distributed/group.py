@@ -102,7 +102,7 @@ class Group:
         if self.size == 1:
             return
         given = list(tensors)
-        before = 2.0 ** round(math.log2(self.size) / 2)
+        before = 2.0 ** math.ceil(math.log2(self.size) / 2)
         for tensor in given:
             tensor.div_(before)
         self.sum_in_place(given)

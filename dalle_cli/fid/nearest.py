@@ -1,6 +1,7 @@
 """Near-duplicates by the features of a network, which finds mirror images and stronger crops (paper, section 3.2).
 
-It misses blurred and grey copies, which perceptual hashes find: see docs/evaluation.md for both. Each picture is compared with all others: the similarity of two is the cosine of their features. The features of m
+It misses blurred and grey copies, which perceptual hashes find: see docs/evaluation.md for both.
+Each picture is compared with all others: the similarity of two is the cosine of their features. The features of m
 pictures take 4 d m bytes of memory, and the comparison with n others m n d products.
 """
 

@@ -192,6 +192,7 @@ import torch
 from dalle_cli.config.load import load_recipe
 from dalle_cli.distributed.engine import Replicated
 from dalle_cli.distributed.group import exit_rank, join_group
+from dalle_cli.precision.gradient_scaling import HIGHEST
 from dalle_cli.prior.model import build_prior
 from dalle_cli.prior.train import set_precision, shard_prior
 
@@ -214,6 +215,7 @@ with join_group() as group:
             parameter.grad = gradient
     for gradient in gradients:
         gradient.fill_(40_000)
+    engine.scaling.scales.exponents = [HIGHEST] * len(engine.scaling.scales)
     engine.collect_gradients(0)
     found = {name: [float(v) for v in parameter.grad.aminmax()] for name, parameter in engine.parameters.items()}
     scales = engine.scaling.values()
@@ -241,8 +243,9 @@ def test_gradients_in_16_bit_are_averaged_since_their_sum_overflows(
         assert any(name.startswith("resblocks.") for name in found)
         for name, extremes in found.items():
             scaled = name.startswith("resblocks.")
-            assert extremes == pytest.approx([40_000 if scaled else 80_000] * 2, rel=2e-3), name
-            assert factors[name] == (2.0**13 if scaled else 1.0)
+            # PowerSGD rounds its factors to 16 bit.
+            assert extremes == pytest.approx([40_000 if scaled else 80_000] * 2, rel=5e-3), name
+            assert factors[name] == (2.0**24 if scaled else 1.0)
 
 
 INITIALISE = """
