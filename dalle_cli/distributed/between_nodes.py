@@ -106,6 +106,8 @@ def _fits(reducer: PowerSgdReducer, state: Mapping[str, Tensor], shards: Mapping
     for key, value in state.items():
         kind, _, name = key.partition(".")
         shape = reducer.matrix_shape(name, shards[name]) if name in shards else None
-        if shape is None or (kind == "error" and value.shape != shape):
+        if shape is None:
+            return False
+        if value.shape != (shape if kind == "error" else reducer.factor_shape(shape)):
             return False
     return True

@@ -124,6 +124,10 @@ class PowerSgdReducer:
         shape = (-(-gradient.numel() // columns), columns)
         return shape if is_compressed(shape, self.rank, self.settings.min_compression) else None
 
+    def factor_shape(self, shape: Shape) -> Shape:
+        """Return the shape of Q for a matrix of ``shape``."""
+        return shape[1], factor_rank(shape, self.rank)
+
     @torch.no_grad()
     def share_errors(self, shards: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Give every node an equal share of the nodes' summed errors, and yield the sums by name, for a checkpoint.
@@ -228,7 +232,7 @@ class PowerSgdReducer:
         sent in 16 bit, the columns of Q are normalised first: with a warm start P would otherwise grow as the square of
         the gradients, in a format that ends at 16 and 2^-68.
         """
-        key, size = f"factor.{matrix.name}", (matrix.shape[1], factor_rank(matrix.shape, self.rank))
+        key, size = f"factor.{matrix.name}", self.factor_shape(matrix.shape)
         factor = self._buffers.read(key, size, device)
         if factor is None:
             drawn = torch.randn(size, generator=torch_generator(self.seed, "power-sgd", matrix.name))
