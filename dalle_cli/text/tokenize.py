@@ -49,9 +49,14 @@ def train_tokenizer(recipe: Recipe, source: Source, out: Path) -> Tokenizer:
     with progress("train-tokenizer", len(source), "samples") as bar:
 
         def captions() -> Iterator[str]:
+            skipped, first = 0, ""
             for block in prefetch(_read(source, range(len(source)), recipe.data.filters), 1):
                 yield from chain.from_iterable(block.captions)
+                skipped += len(block.reasons)
+                first = first or next((f"{block.keys[row]}: {why}" for row, why in block.reasons.items()), "")
                 bar.advance(len(block.keys))
+            if skipped:
+                bar.say(f"train-tokenizer: {skipped} of {len(source)} samples skipped; the first is {first}")
             bar.say("train-tokenizer: all captions read; merging")
 
         return train_bpe(captions(), recipe.tokenizer, out)

@@ -282,7 +282,9 @@ def test_the_commands_count_what_they_did(call: Call, tmp_path: Path) -> None:
         (data / f"{number}.txt").write_text("\n".join(lines))
     recipe = write_recipe(tmp_path, smallest_recipe(tmp_path / "run", data))
     store = tmp_path / "run" / "tokens.zarr"
-    assert call("train-tokenizer", recipe).out == f"{tmp_path / 'run' / 'tokenizer' / 'tokenizer.json'}\n"
+    trained = call("train-tokenizer", recipe)
+    assert trained.out == f"{tmp_path / 'run' / 'tokenizer' / 'tokenizer.json'}\n"
+    assert "train-tokenizer: 1 of 4 samples skipped; the first is 2: " in trained.err
     done = call("tokenize-text", recipe)
     assert done.out == f"{store}\n"
     last = "4 pictures, 4 captions, 1 pictures skipped, 1 captions of more than 48 tokens cut"
