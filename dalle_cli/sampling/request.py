@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -170,15 +172,31 @@ class SampleRequest:
             named["first"] = self.first
         if self.prime is not None:
             named["prime"] = {"rows": self.prime.rows, "pictures": self.prime.hashes}
+        if any(self._occurrences):
+            named["equal_prompts"] = "differ"  # earlier versions drew the same samples for equal prompts
         return named
 
+    @cached_property
+    def _occurrences(self) -> list[int]:
+        """Number of equal prompts before each prompt."""
+        seen: Counter[str] = Counter()
+        found = []
+        for prompt in self.prompts:
+            found.append(seen[prompt])
+            seen[prompt] += 1
+        return found
+
     def uniforms(self, prompts: range, indices: range, positions: int) -> Tensor:
-        """Return uniform numbers (prompts, indices, positions) float64, seeded by (seed, prompt's text, index)."""
-        rows = [
-            [numpy_generator(self.seed, "sample", self.prompts[p], index).random(positions) for index in indices]
-            for p in prompts
-        ]
-        return torch.from_numpy(np.array(rows))
+        """Return uniform numbers (prompts, indices, positions) float64, seeded by (seed, prompt's text, index).
+
+        They do not depend on the other prompts, but a prompt that occurs again has others the second time.
+        """
+
+        def draw(p: int, index: int) -> NDArray[np.float64]:
+            again = ("again", self._occurrences[p]) if self._occurrences[p] else ()
+            return numpy_generator(self.seed, "sample", self.prompts[p], index, *again).random(positions)
+
+        return torch.from_numpy(np.array([[draw(p, index) for index in indices] for p in prompts]))
 
 
 def default_folder(samples: Path, identity: dict[str, Any]) -> Path:

@@ -103,6 +103,20 @@ def test_batches_of_any_size_resumed_by_any_other(sampler: Sampler, tmp_path: Pa
             assert Path(line["png"]).read_bytes() == Path(other["png"]).read_bytes()
 
 
+def test_equal_prompts_have_other_samples(
+    sampler: Sampler, whole: list[dict[str, Any]], places: RunFolders, tmp_path: Path
+) -> None:
+    """The samples of a prompt's first occurrence do not depend on the other prompts."""
+    repeated = SampleRequest([PROMPTS[0], PROMPTS[1], PROMPTS[0], PROMPTS[0]], SamplingSettings(n=N), seed=7)
+    lines = list(sampler.run(repeated, tmp_path / "repeated"))
+    assert len(np.unique(drawn(tmp_path / "repeated")[0], axis=0)) == 4 * N
+    wanted = {key: png for key, png in pictures(whole).items() if key[0] in PROMPTS[:2]}
+    assert pictures([line for line in lines if line["prompt_index"] < 2]) == wanted
+    prior = open_checkpoint(places.prior)
+    assert repeated.identity(prior)["equal_prompts"] == "differ"  # a store of an earlier version is another request's
+    assert "equal_prompts" not in request().identity(prior)
+
+
 def test_lines_come_while_later_samples_are_drawn(sampler: Sampler, tmp_path: Path, counted: list[int]) -> None:
     run = sampler.run(request(1), tmp_path / "s")
     for row in range(4 * N):
