@@ -263,16 +263,16 @@ class Prior(nn.Module):
 
         Args:
             text: (B, T) caption ids; those from ``text_length`` on are ignored.
-            text_length: (B,) number of tokens of each caption.
+            text_length: (B,) number of tokens of each caption. On the CPU, a GPU need not be waited for.
             image: (B, S) image tokens, int64.
             text_count: divisor of the text's sum; by default the number of counted positions. For a micro-batch, give
                 the whole batch's number times the micro-batch's share of the rows: then the micro-batches' means,
                 weighted by their shares, add up to the whole batch's.
         """
-        text_ids = self.with_padding(text, text_length)
+        text_ids = self.with_padding(text, text_length.to(text.device))
         hidden = self(text_ids, image)
-        position = torch.arange(1, self.text_length, device=text.device)
-        counted = position <= text_length[:, None].long()
+        position = torch.arange(1, self.text_length, device=text_length.device)
+        counted = (position <= text_length[:, None].long()).nonzero().to(text.device).unbind(1)
         text_targets = text_ids[:, 1:].clamp(max=self.text_vocab)[counted]
         text_sum = self.text_head(hidden[:, : self.text_length - 1][counted], text_targets)
         image_sum = self.image_head(hidden[:, self.text_length - 1 : -1].flatten(0, 1), image.flatten())

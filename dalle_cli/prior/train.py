@@ -232,8 +232,8 @@ class PriorTask:
 
     def loss(self, batch: tuple[TokenBatch, float], step: int) -> dict[str, Tensor]:
         tokens, text_count = batch
-        text, length, image = (part.to(self.group.device) for part in (tokens.text, tokens.length, tokens.image))
-        found = (self.forward or self.model.loss)(text, length, image, text_count)
+        text, image = tokens.text.to(self.group.device), tokens.image.to(self.group.device)
+        found = (self.forward or self.model.loss)(text, tokens.length, image, text_count)
         weight = self.recipe.prior.objective.text_weight
         return {"loss": weight * found.text + (1 - weight) * found.image, "text": found.text, "image": found.image}
 
