@@ -115,9 +115,11 @@ def main() -> None:
     """Run the command line and end the process."""
     try:
         run_arguments()
-    except SystemExit as end:
+    except BaseException as end:
         if groups := sys.modules.get("dalle_cli.distributed.group"):  # loaded only where a command trains
-            groups.exit_rank(end.code if isinstance(end.code, int) else int(end.code is not None))
+            if isinstance(end, SystemExit):
+                groups.exit_rank(end.code if isinstance(end.code, int) else int(end.code is not None))
+            groups.exit_rank(1, end)
         raise
 
 

@@ -143,8 +143,8 @@ def command(
     left_out = None
     if without is not None:
         keys, _ = read_keys(without, "--without")
-        left_out = named_by(real, keys)
-        if not left_out.any():
+        left_out = named_by(real, keys, Path(reference))
+        if keys and not left_out.any():
             raise UserError(f"{without}: none of its {len(keys)} keys is in {reference}; give one made for it")
     device = choose_device()
     prepare_process(device)

@@ -60,5 +60,8 @@ def command(
             "edit the copy"
         ) from None
     write_atomically(file, text.encode())
-    log(f"next: {'' if data is not None else 'name your pictures under data.train, then '}dalle run {file}")
+    if data is not None:
+        log(f"next: dalle run {file}")
+    elif name == "own-data":
+        log(f"next: name your pictures under data.train, then dalle run {file}")
     typer.echo(file)

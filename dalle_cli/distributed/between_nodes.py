@@ -77,22 +77,24 @@ class BetweenNodes:
 
         The state in a checkpoint of an earlier version has this rank's errors too.
         """
-        if self.reducer is None or (state is None and not self.reducer.settings.warm_start):
+        if self.reducer is None or not state:
             return
-        if state is None or not _fits(self.reducer, state, shards):
+        if _fits(self.reducer, state, shards):
+            self.reducer.load_state_dict(state)
+        else:
             log("prior.powersgd: the checkpoint is from other ranks; the last update's factors are dropped")
-            state = {}
-        self.reducer.load_state_dict(state)
 
     def share_errors(self, shards: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Yield PowerSGD's errors for a checkpoint; see ``PowerSgdReducer.share_errors``."""
         return iter(()) if self.reducer is None else self.reducer.share_errors(shards)
 
     def load_errors(self, saved: Iterable[tuple[str, Tensor]], shards: Mapping[str, Tensor]) -> None:
-        """Restore the errors that ``share_errors`` yielded, on any number of nodes."""
+        """Restore the errors that ``share_errors`` yielded, on any number of nodes; one node alone drops them."""
+        if self.reducer is None:
+            log("prior.powersgd: nothing is compressed here; the checkpoint's errors are dropped")
+            return
         for name, total in saved:
-            if self.reducer is not None:
-                self.reducer.load_error(name, total, shards[name])
+            self.reducer.load_error(name, total, shards[name])
 
     def traffic(self) -> dict[str, int]:
         """Return the bytes that this rank has sent to any rank and, if there are several nodes, to other nodes."""

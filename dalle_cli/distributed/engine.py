@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -147,10 +147,14 @@ class TorchEngine:
 
     def reduce_whole(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum over all ranks, or average, the gradients of parameters that every rank holds whole."""
-        held = [p for p in parameters if p.grad is not None]
-        scaled = [p for p in held if self.scaling is not None and self.scaling.scales_gradient_of(p)]
-        self.group.average_in_place(cast(Tensor, p.grad) for p in scaled)
-        self.group.sum_in_place(cast(Tensor, p.grad) for p in held if p not in set(scaled))
+        scaled: list[Tensor] = []
+        others: list[Tensor] = []
+        for parameter in parameters:
+            if parameter.grad is not None:
+                is_scaled = self.scaling is not None and self.scaling.scales_gradient_of(parameter)
+                (scaled if is_scaled else others).append(parameter.grad)
+        self.group.average_in_place(scaled)
+        self.group.sum_in_place(others)
 
     def sum_over_shards(self, value: Tensor) -> Tensor:
         """Return the sum of ``value`` over the ranks that hold the model together."""

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -226,13 +227,15 @@ def form_process_group(device: torch.device, **settings: Any) -> None:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **settings)
 
 
-def exit_rank(code: int) -> None:
-    """End this process with ``code`` if it has formed a process group, else return.
+def exit_rank(code: int, error: BaseException | None = None) -> None:
+    """Print ``error`` and end this process with ``code`` if it has formed a process group, else return.
 
     The shutdown of Python's interpreter is skipped, all but the functions registered with ``atexit``. A thread of gloo
     that drops its last tensors during the shutdown would abort the process, up to Python 3.13.
     """
     if os.getpid() in _formed:
+        if error is not None:
+            traceback.print_exception(error)
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()

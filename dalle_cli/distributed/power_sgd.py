@@ -150,7 +150,7 @@ class PowerSgdReducer:
                 dist.all_reduce(total, group=self.group)
             saved = MEAN.encode(total) if shard.dtype != torch.float32 else total
             self.load_error(name, saved, shard)
-            yield name, saved
+            yield name, saved.cpu()  # all of them are kept until the checkpoint is written
 
     def load_error(self, name: str, saved: Tensor, shard: Tensor) -> None:
         """Set the error buffer of ``shard`` to this node's share of a sum that ``share_errors`` yielded."""

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dalle_cli.data.images import BadImage, decode_image
+from dalle_cli.data.images import MAX_PIXELS, BadImage, decode_image
 from dalle_cli.data.overlap.search import Match, Overlap
 from dalle_cli.data.source import BadSample, Source
 from dalle_cli.fid.features import Features, cached_features
@@ -66,7 +66,7 @@ def _read(source: Source, features: Features, cache: Path, max_pixels: int) -> _
         for row in range(len(source)):
             try:
                 content = source.image_bytes(row)
-                decode_image(content, max_pixels)
+                decode_image(content, min(max_pixels, MAX_PIXELS))
             except (BadSample, BadImage):
                 pass
             else:

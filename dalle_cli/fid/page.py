@@ -97,7 +97,7 @@ def figures_csv(evaluation: Evaluation) -> str:
 
 
 def _figure_rows(evaluation: Evaluation) -> Iterator[Sequence[object]]:
-    yield "system", "curve", "x", "metric", "value", "error", "n_generated", "n_reference"
+    yield "system", "curve", "x", "metric", "value", "error", "n_generated", "n_reference", "reference"
     for system in evaluation.systems:
         for curves in (system, system.without):
             if curves is None:
@@ -110,12 +110,12 @@ def _figure_rows(evaluation: Evaluation) -> Iterator[Sequence[object]]:
                     if (value := getattr(point, metric, None)) is not None:
                         error = getattr(point, "kid_std" if metric == "kid_mean" else f"{metric}_error")
                         name = evaluation.score_name if metric == "score" else metric
-                        counts = point.n_generated, curves.n_reference
+                        counts = point.n_generated, curves.n_reference, "whole" if curves is system else "without"
                         yield system.name, curve, x, name, value, error, *counts
         for group, accuracy in accuracy_json(system.accuracy).items():
             for size, share in accuracy["by_pool_size"].items():
                 name, prompts = f"right, {group}", accuracy["prompts"]
-                yield system.name, "accuracy", size, name, share["value"], share["error"], prompts, ""
+                yield system.name, "accuracy", size, name, share["value"], share["error"], prompts, "", ""
 
 
 def page(evaluation: Evaluation, pngs: Mapping[str, bytes], grid: Sequence[GridRow]) -> str:

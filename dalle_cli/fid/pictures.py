@@ -119,19 +119,22 @@ class SourcePictures(Pictures):
             raise UserError(f"{self.name(index)}: {error}; remove or replace it") from error
 
 
-def named_by(pictures: FilePictures | SourcePictures, keys: Set[str]) -> NDArray[np.bool_]:
+def named_by(pictures: FilePictures | SourcePictures, keys: Set[str], root: Path) -> NDArray[np.bool_]:
     """Return which of ``pictures`` the ``keys`` name, (n,).
 
-    A source gives its samples' keys. A picture in a file may go by any end of its path, with or without the extension.
+    A source gives its samples' keys. A picture in a file goes by its path in the folder ``root``, with or without the
+    extension; if no key is such a path, by any end of its path.
     """
     if isinstance(pictures, SourcePictures):
-        found = [pictures.source.key(i) in keys for i in range(len(pictures))]
-    else:
-        found = [any(name in keys for name in _names(path)) for path in pictures.paths]
-    return np.array(found, bool)
+        return np.array([pictures.source.key(i) in keys for i in range(len(pictures))], bool)
+    inside = [path.relative_to(root) if path.is_relative_to(root) else path for path in pictures.paths]
+    found = np.array([path.as_posix() in keys or path.with_suffix("").as_posix() in keys for path in inside], bool)
+    if found.any():
+        return found
+    return np.array([any(name in keys for name in _ends(path)) for path in pictures.paths], bool)
 
 
-def _names(path: Path) -> Iterator[str]:
+def _ends(path: Path) -> Iterator[str]:
     for end in range(len(path.parts)):
         yield "/".join(path.parts[end:])
         yield "/".join(path.with_suffix("").parts[end:])

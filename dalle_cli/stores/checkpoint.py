@@ -216,7 +216,7 @@ def save_sharded_checkpoint(path: Path, writers: Writers, facts: CheckpointFacts
         if leads:
             shutil.rmtree(beside, ignore_errors=True)
             (beside / "trainer").mkdir(parents=True)
-        return bool(shards.optimizer)
+        return bool(shards.weights["raw"])
 
     def write() -> dict[str, Any]:
         entries: dict[str, Any] = {}

@@ -32,12 +32,15 @@ _FREE_KEYS = (
     "drawings",
     "training.micro_batch",
     "model.checkpoint_resblocks",
+    "model.codebook_std",
     "powersgd.offload",
     "sharding.nvme_path",
 )
 """Settings of a stage that may change because they do not affect the results."""
 _LOGGED_KEYS = tuple(f"sharding.{key}" for key in ("engine", "zero", "offload", "node_size"))
 """Settings of a stage that may change but are logged, because they change the order of summation."""
+_SAVING_KEYS = tuple(f"training.{key}" for key in ("save_every", "validate_every", "validation_samples", "patience"))
+"""Settings that decide when checkpoints are saved, which shares PowerSGD's errors anew among the nodes."""
 
 
 def check_resumable(out: Path, checkpoint: Checkpoint, recipe: Recipe, belongs: Mapping[str, str]) -> None:
@@ -60,6 +63,9 @@ def check_resumable(out: Path, checkpoint: Checkpoint, recipe: Recipe, belongs: 
         free.discard(f"{checkpoint.kind}.training.validate_every")  # it is the window of the watched mean
     if rate.schedule != "cosine" or rate.decay_updates:
         free.add(f"{checkpoint.kind}.training.updates")
+    if checkpoint.kind == "prior" and recipe.prior.powersgd.rank:
+        saving = {f"prior.{key}" for key in _SAVING_KEYS}
+        free, logged = free - saving, logged | saving
     if then["threads"] != now["threads"]:
         log(f"{out}: resumes with threads = {now['threads']!r}, was {then['threads']!r}, so sums are rounded otherwise")
     for block in _BLOCKS[checkpoint.kind]:

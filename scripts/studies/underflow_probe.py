@@ -253,7 +253,7 @@ def _scaling(prior: Prior, name: str, replicas: int) -> GradientScaling:
     if name == "one scale":
         return GradientScaling(blocks, GradientScales(1, replicas, window=1), skip="update")
     if name == "scale per resblock":
-        return GradientScaling(blocks, GradientScales(len(blocks), replicas))
+        return GradientScaling(blocks, GradientScales(len(blocks), replicas), skip="resblock")
     return GradientScaling([], GradientScales(0, replicas))
 
 

@@ -115,9 +115,9 @@ def test_figures_without_some_reference_pictures(features: Features, tmp_path: P
     ours = system("ours", write_lines(tmp_path / "ours", ["a", "b", "c"], 2))
     whole = open_pictures(str(write_folder(tmp_path / "real", 9)), 8)
     settings, cache = Settings([0, 1], [1, 2], repeats=2, bootstrap=3), tmp_path / "cache"
-    keys = {"003", "real/005.png", "elsewhere/006"}
-    left_out = named_by(whole, keys)
+    left_out = named_by(whole, {"003", "005.png", "elsewhere/006"}, tmp_path / "real")
     assert np.flatnonzero(left_out).tolist() == [3, 5]
+    assert np.flatnonzero(named_by(whole, {"real/004", "elsewhere/006"}, tmp_path / "real")).tolist() == [4]
     (before,), _ = compare_systems([ours], whole, features, settings, cache)
     (both,), _ = compare_systems([ours], whole, features, settings, cache, left_out)
     for name in ("003", "005"):

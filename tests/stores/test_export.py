@@ -98,8 +98,11 @@ def part_of(tensor: torch.Tensor, rank: int, count: int) -> Part:
     return Part(tensor[rank * rows : (rank + 1) * rows], min(rank * rows, len(tensor)), tuple(tensor.shape))
 
 
-def save(path: Path, recipe: Recipe, count: int, seed: int = 1) -> list[BaseException | None]:
-    """A checkpoint in the parts of ``count`` processes; what each of them raised."""
+def save(path: Path, recipe: Recipe, count: int, seed: int = 1, *, updated: bool = True) -> list[BaseException | None]:
+    """A checkpoint in the parts of ``count`` processes; what each of them raised.
+
+    Without an update that was not skipped there are no moments yet.
+    """
 
     def work(rank: int, writer: Any) -> None:
         parts = {
@@ -109,10 +112,19 @@ def save(path: Path, recipe: Recipe, count: int, seed: int = 1) -> list[BaseExce
         parts = {which: {k: p for k, p in own.items() if len(p.value)} for which, own in parts.items()}
         moments = {f"exp_avg.{name}": part for name, part in parts["raw"].items()}
         moments |= {f"step.{name}": Part(torch.tensor(3.0)) for name in parts["raw"]}
-        own = {"error.x": torch.full((2,), float(rank))}
-        save_sharded_checkpoint(path, writer, facts(recipe), CheckpointShards(parts, moments, {"step": 3}, own))
+        own = {"factor.x": torch.full((2,), float(rank))}
+        errors = {name: part for name, part in parts["raw"].items() if name == "text_head.weight"}
+        shards = CheckpointShards(parts, moments if updated else {}, {"step": 3}, own, errors)
+        save_sharded_checkpoint(path, writer, facts(recipe), shards)
 
     return Threads(count).run(work)
+
+
+def test_weights_are_saved_before_there_are_moments(recipe: Recipe, tmp_path: Path) -> None:
+    assert save(tmp_path / "step-00000003", recipe, 2, updated=False) == [None] * 2
+    found = open_checkpoint(tmp_path, "prior")
+    assert all(torch.equal(value, found.tensors("raw")[name]) for name, value in tensors(recipe, 1).items())
+    assert found.trainer()[0] == {}
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
@@ -135,7 +147,11 @@ def test_parts_are_the_whole(count: int, recipe: Recipe, tmp_path: Path) -> None
     assert moments["step.norm.weight"] == 3.0
     assert torch.equal(moments["exp_avg.image_row"], tensors(recipe, 1)["image_row"])
     for rank in range(count):
-        assert float((found.own_state(rank, count) or {})["error.x"][0]) == rank
+        assert float((found.own_state(rank, count) or {})["factor.x"][0]) == rank
+    errors = found.errors()
+    assert errors is not None
+    assert errors.names() == ["text_head.weight"]
+    assert torch.equal(errors.read("text_head.weight"), tensors(recipe, 1)["text_head.weight"])
     assert found.own_state(0, count + 1) is None
     loaded_prior = dict(load_prior(found).named_parameters())
     assert all(torch.equal(loaded_prior[name], value) for name, value in tensors(recipe, 2).items())

@@ -68,7 +68,8 @@ def main() -> None:
         path.write_text(json.dumps(result, indent=1) + "\n")
         path.with_suffix(".md").write_text(render(result))
     print(render(result))
-    sys.exit(any(row["met"] == "NO" for row in found.get("agreement", {"rows": []})["rows"]))
+    checked = found.get("agreement", {"rows": [], "ended": ""})
+    sys.exit(bool(checked["ended"]) or any(row["met"] == "NO" for row in checked["rows"]))
 
 
 def _run(name: str, options: argparse.Namespace, limit: float) -> dict[str, Any]:
