@@ -158,13 +158,15 @@ def test_encode_tokens_and_forward() -> None:
     assert torch.equal(model(x)[0], model.decode_tokens(tokens)[0])
 
 
-def test_initial_weights_have_variance_one_over_fan_in_and_follow_the_seed() -> None:
-    settings = DvaeModel(n_hid=32, n_init=64, blocks_per_group=1, codebook_size=256)
+@pytest.mark.parametrize("codebook_std", [None, 0.5])
+def test_initial_weights_have_variance_one_over_fan_in_and_follow_the_seed(codebook_std: float | None) -> None:
+    settings = DvaeModel(n_hid=32, n_init=64, blocks_per_group=1, codebook_size=256, codebook_std=codebook_std)
     model, same, other = DVAE(settings, seed=1), DVAE(settings, seed=1), DVAE(settings, seed=2)
     for name, module in model.named_modules():
         if isinstance(module, Conv2d):
-            # The codebook's input is one-hot: one of its K columns makes the output, and they are drawn half as large.
-            fan_in = 4 if module is model.decoder.codebook else math.prod(module.w.shape[1:])
+            fan_in = math.prod(module.w.shape[1:])
+            if codebook_std is not None and module is model.decoder.codebook:
+                fan_in = round(codebook_std**-2)
             spread = 5 / math.sqrt(2 * module.w.numel())
             assert float(module.w.detach().std()) * math.sqrt(fan_in) == pytest.approx(1, abs=spread), name
             assert not module.b.any()
