@@ -71,7 +71,7 @@ def smallest_recipe(run_folder: Path, train: Path | None) -> dict[str, Any]:
         "data": {"train": None if train is None else str(train), "holdout": 0.2},
         "tokenizer": {"vocab_size": 400, "text_length": 48},
         "dvae": {
-            "model": {"n_hid": 8, "n_init": 4, "codebook_size": 16},
+            "model": {"n_hid": 8, "n_init": 4, "codebook_size": 16, "codebook_std": 0.5},
             # The end of the cosine is set, so that a run may be extended.
             "learning_rate": {"peak": 1e-4, "final": 1.25e-6, "decay_updates": 1_200_000},
             "training": training,

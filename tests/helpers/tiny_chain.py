@@ -46,7 +46,7 @@ def write_recipe(folder: Path) -> Path:
         "image_size": 32,
         "data": {"train": str(folder / "shapes" / "train"), "holdout": 0.3},
         "tokenizer": {"vocab_size": 300, "text_length": 48},
-        "dvae": {"model": {"n_hid": 8, "n_init": 4, "codebook_size": 16}, "training": training},
+        "dvae": {"model": {"n_hid": 8, "n_init": 4, "codebook_size": 16, "codebook_std": 0.5}, "training": training},
         "prior": {
             "model": {"layers": 2, "heads": 2, "d_head": 8, "d_model": 16, "grid": 4},
             "training": training,
