@@ -126,7 +126,7 @@ def command(
         return
     wanted = published.captions if published else read_captions_by_id(captions) if captions is not None else None
 
-    from dalle_cli.data.exclude import read_keys
+    from dalle_cli.data.exclude import read_keys, require_match
     from dalle_cli.fid.pictures import FilePictures, named_by, open_pictures
     from dalle_cli.fid.systems import open_system
 
@@ -144,8 +144,7 @@ def command(
     if without is not None:
         keys, _ = read_keys(without, "--without")
         left_out = named_by(real, keys, Path(reference))
-        if keys and not left_out.any():
-            raise UserError(f"{without}: none of its {len(keys)} keys is in {reference}; give one made for it")
+        require_match(without, keys, int(left_out.sum()), reference)
     device = choose_device()
     prepare_process(device)
     if clip is None and network is None:

@@ -31,8 +31,7 @@ class SourceWithExclusions:
         self._file, self._reason = file, f"excluded: {file.name}"
         self._excluded = np.fromiter((source.key(i) in keys for i in range(len(source))), bool, len(source))
         self.count = int(self._excluded.sum())
-        if keys and not self.count:
-            raise UserError(f"{file}: none of its {len(keys)} keys is in {source.name}; give one made for it")
+        require_match(file, keys, self.count, source.name)
 
     def describe(self) -> str:
         return f"{self.source.describe()}, {self.count} excluded by {self._file}"
@@ -72,6 +71,12 @@ def read_keys(file: Path, option: str = "data.exclude") -> tuple[set[str], str]:
     if file.suffix == ".jsonl":
         lines = [_key(line, file, number) for number, line in enumerate(lines, 1)]
     return set(lines), hashlib.sha256(data).hexdigest()
+
+
+def require_match(file: Path, keys: set[str], matches: int, place: str) -> None:
+    """Raise UserError if the keys of ``file`` match nothing in ``place``, unless there are none."""
+    if keys and not matches:
+        raise UserError(f"{file}: none of its {len(keys)} keys is in {place}; give one made for it")
 
 
 def _key(line: str, file: Path, number: int) -> str:

@@ -113,16 +113,16 @@ def compare_systems(
     warnings += _unequal_counts(chosen)
 
     radii = sorted({0.0, *settings.radii})
-    kept = [np.arange(len(reference))] if left_out is None else [np.arange(len(reference)), np.flatnonzero(~left_out)]
-    figures: list[list[list[Figures]]] = [[[] for _ in kept] for _ in chosen]
-    pools: list[list[list[PoolPoint]]] = [[[] for _ in kept] for _ in chosen]
+    references = 1 if left_out is None else 2
+    figures: list[list[list[Figures]]] = [[[] for _ in range(references)] for _ in chosen]
+    pools: list[list[list[PoolPoint]]] = [[[] for _ in range(references)] for _ in chosen]
     steps = len(radii) * (len(reference) + sum(len(item.own) for item in chosen))
     steps += sum(len(item.rows) - len(item.own) for item in chosen)
     with progress(f"eval-fid: {features.name.split()[0]} features", steps, "pictures") as bar:
         extract = _Extraction(features, cache, bar)
         for radius in radii:
             whole = extract(reference, real.digests, radius)
-            targets = [whole.rows(rows) for rows in kept]
+            targets = [whole] if left_out is None else [whole, whole.rows(np.flatnonzero(~left_out))]
             frechets = [
                 FrechetTo(target.vectors, features.device) if settings.bootstrap or settings.pool_sizes else None
                 for target in targets

@@ -51,12 +51,11 @@ def find_nearest(
         UserError: the folder ``cache`` cannot be written.
     """
     a = _read(source, features, cache, max_pixels)
-    b = a if other is None else _read(other, features, cache, max_pixels)
     if other is None:
         matches = _repeats(a, threshold)
         others = len({match.other for match in matches})
     else:
-        matches, others = _closest(a, b, threshold)
+        matches, others = _closest(a, _read(other, features, cache, max_pixels), threshold)
     return Overlap(source, other or source, len(source) - len(a.rows), matches, others)
 
 

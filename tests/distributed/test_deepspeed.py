@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Call
-from helpers.processes import free_ports, run_program, start
+from helpers.processes import free_ports, start
 from helpers.running import ENVIRONMENT
 from helpers.sharded_runs import (
     HALF,
@@ -24,6 +24,7 @@ from helpers.sharded_runs import (
     farthest,
     losses,
     make_inputs,
+    run_on_two_ranks,
     run_together,
     train_alone,
 )
@@ -229,56 +230,42 @@ def test_each_rank_writes_about_half(together: Path) -> None:
 
 
 BROKEN = """
-import json, pathlib, sys
-import torch
-from dalle_cli.config.load import load_recipe
-from dalle_cli.distributed.group import exit_rank, join_group
 from dalle_cli.prior.train import deepspeed_prior
 
-recipe = load_recipe(pathlib.Path(sys.argv[1]), sys.argv[2:])
-generator = torch.Generator().manual_seed(0)
-text = torch.randint(400, (8, 48), generator=generator)
-image = torch.randint(16, (8, 16), generator=generator)
-with join_group() as group:
-    engine, prior = deepspeed_prior(recipe, group)
-    part = group.part(8)
+engine, prior = deepspeed_prior(recipe, group)
 
-    def update(number, broken):
-        engine.begin_micro_batch(last=True)
-        found = engine.engine(text[part], torch.full((4,), 48), image[part], 188.0)
-        loss = (found.text + found.image) / 2
-        engine.backward(loss * (torch.nan if broken and group.rank == 1 else 1.0))
-        engine.collect_gradients(number)
-        return {key: float(value) for key, value in engine.own_optimizer.step(1e-3).items()}
+def update(number, broken):
+    engine.begin_micro_batch(last=True)
+    engine.backward(loss_of(engine.engine) * (torch.nan if broken and group.rank == 1 else 1.0))
+    engine.collect_gradients(number)
+    return {key: float(value) for key, value in engine.own_optimizer.step(1e-3).items()}
 
-    def state():
-        kept = {name: engine.read(name).clone() for name in engine.names}
-        for name in engine.names:
-            kept |= {f"{key}.{name}": value.clone() for key, value in engine.own_optimizer.moments(name).items()}
-        reducer = engine.between_nodes.reducer
-        return kept | {key: value.clone() for key, value in (reducer.state_dict() if reducer else {}).items()}
+def state():
+    kept = {name: engine.read(name).clone() for name in engine.names}
+    for name in engine.names:
+        kept |= {f"{key}.{name}": value.clone() for key, value in engine.own_optimizer.moments(name).items()}
+    reducer = engine.between_nodes.reducer
+    return kept | {key: value.clone() for key, value in (reducer.state_dict() if reducer else {}).items()}
 
-    lines = [update(0, False)]
-    before = state()
-    lines.append(update(1, True))
-    after = state()
-    lines.append(update(2, False))
-    later = state()
-    same = before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
-    moved = any(not torch.equal(after[key], later[key]) for key in after)
-    rates = [group["lr"] for group in engine.engine.optimizer.param_groups]
-    decays = [(group["weight_decay"], group["betas"]) for group in engine.engine.optimizer.param_groups]
-    print(json.dumps({"lines": lines, "same": same, "moved": moved, "errors": [k for k in before if "error" in k],
-                      "rates": rates, "decays": decays, "clip": engine.engine.gradient_clipping()}))
-exit_rank(0)
+lines = [update(0, False)]
+before = state()
+lines.append(update(1, True))
+after = state()
+lines.append(update(2, False))
+later = state()
+same = before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+moved = any(not torch.equal(after[key], later[key]) for key in after)
+rates = [group["lr"] for group in engine.engine.optimizer.param_groups]
+decays = [(group["weight_decay"], group["betas"]) for group in engine.engine.optimizer.param_groups]
+print(json.dumps({"lines": lines, "same": same, "moved": moved, "errors": [k for k in before if "error" in k],
+                  "rates": rates, "decays": decays, "clip": engine.engine.gradient_clipping()}))
 """
 
 
 @pytest.mark.parametrize("more", [{}, LOW_RANK], ids=["one node", "two nodes with PowerSGD"])
 def test_a_nan_on_one_rank_changes_nothing_on_any(more: dict[str, Any], made: tuple[Path, Path]) -> None:
     changes = {**by_deepspeed(3), **more, "adam.clip_norm": 0.25, "adam.weight_decay": 0.125}
-    sets = [f"prior.{key}={value}" for key, value in changes.items()]
-    for found in map(json.loads, run_program(BROKEN, [made[0], *sets])):
+    for found in run_on_two_ranks(BROKEN, made, {f"prior.{key}": value for key, value in changes.items()}):
         assert [line["skipped"] for line in found["lines"]] == [0, 1, 0]
         assert found["lines"][2]["skipped_updates"] == 1
         assert found["same"]

@@ -9,8 +9,16 @@ from typing import Any
 import pytest
 import torch
 from conftest import Call
-from helpers.processes import run_program
-from helpers.sharded_runs import HALF, assert_same_run, command, losses, make_inputs, run_together, train_alone
+from helpers.sharded_runs import (
+    HALF,
+    assert_same_run,
+    command,
+    losses,
+    make_inputs,
+    run_on_two_ranks,
+    run_together,
+    train_alone,
+)
 
 from dalle_cli.config.load import load_recipe
 from dalle_cli.precision.gradient_scaling import BACKOFF, START
@@ -122,62 +130,50 @@ def test_in_16_bit_a_run_resumed_on_as_many_ranks_ends_with_the_same_bytes(toget
     assert losses(whole.path.parent) == losses(parts.path.parent)
 
 
+TWO_NODES = {"prior.sharding.zero": 3, "prior.sharding.node_size": 1}
+LOW_RANK = {"prior.powersgd.rank": 2, "prior.powersgd.min_compression": 0}
 OVERFLOW = """
-import json, pathlib, sys
-import torch
-from dalle_cli.config.load import load_recipe
-from dalle_cli.distributed.group import exit_rank, join_group
 from dalle_cli.prior.train import shard_prior
 from dalle_cli.training.updates import AdamUpdates
 
-recipe = load_recipe(pathlib.Path(sys.argv[1]), sys.argv[2:])
-generator = torch.Generator().manual_seed(0)
-text = torch.randint(400, (8, 48), generator=generator)
-image = torch.randint(16, (8, 16), generator=generator)
-with join_group() as group:
-    engine, prior = shard_prior(recipe, group)
-    updates = AdamUpdates(engine, set(prior.decayed_parameters()), recipe.prior.adam)
-    part = group.part(8)
+engine, prior = shard_prior(recipe, group)
+updates = AdamUpdates(engine, set(prior.decayed_parameters()), recipe.prior.adam)
 
-    def update(number, overflows):
-        updates.zero_grad()
-        engine.begin_micro_batch(last=True)
-        found = engine.loss(text[part], torch.full((4,), 48), image[part], 188.0)
-        engine.backward((found.text + found.image) / 2)
-        if overflows and group.rank == 1:
-            prior.resblocks[1].get_parameter("out.weight").grad.to_local()[0, 0] = torch.inf
-        engine.collect_gradients(number)
-        values = updates.step(1e-3)
-        engine.release_gathered()
-        return {name: float(value) for name, value in values.items()}
+def update(number, overflows):
+    updates.zero_grad()
+    engine.begin_micro_batch(last=True)
+    engine.backward(loss_of(engine.loss))
+    if overflows and group.rank == 1:
+        prior.resblocks[1].get_parameter("out.weight").grad.to_local()[0, 0] = torch.inf
+    engine.collect_gradients(number)
+    values = updates.step(1e-3)
+    engine.release_gathered()
+    return {name: float(value) for name, value in values.items()}
 
-    def state():
-        kept = {name: engine.read(name).clone() for name in engine.names}
-        return kept | {key: value.clone() for key, value in engine.between_nodes.reducer.state_dict().items()}
+def state():
+    kept = {name: engine.read(name).clone() for name in engine.names}
+    return kept | {key: value.clone() for key, value in engine.between_nodes.reducer.state_dict().items()}
 
-    def changed(one, other):
-        assert one.keys() == other.keys()
-        return [key for key in one if not torch.equal(one[key], other[key])]
+def changed(one, other):
+    assert one.keys() == other.keys()
+    return [key for key in one if not torch.equal(one[key], other[key])]
 
-    update(0, False)
-    before = state()
-    skipped, after = update(1, True)["skipped"], state()
-    exponents = list(engine.scaling.scales.exponents)
-    update(2, False)
-    later = state()
-    print(json.dumps({"skipped": skipped, "changed": changed(before, after), "later": changed(after, later),
-                      "all": list(before), "exponents": exponents}))
-exit_rank(0)
+update(0, False)
+before = state()
+skipped, after = update(1, True)["skipped"], state()
+exponents = list(engine.scaling.scales.exponents)
+update(2, False)
+later = state()
+print(json.dumps({"skipped": skipped, "changed": changed(before, after), "later": changed(after, later),
+                  "all": list(before), "exponents": exponents}))
 """
 
 
 @pytest.mark.parametrize("skip", ["update", "resblock"])
 def test_an_infinity_on_one_node_leaves_error_buffers_alone(skip: str, made: tuple[Path, Path]) -> None:
     """The paper skips the whole update, and clears no error buffer that is finite (appendix E.2, step 12)."""
-    sets = [f"prior.sharding.{each}" for each in ("zero=3", "node_size=1")]
-    sets += [f"prior.powersgd.{each}" for each in ("rank=2", "min_compression=0")]
-    sets += ["prior.precision=fp16", f"prior.skip={skip}"]
-    for found in map(json.loads, run_program(OVERFLOW, [made[0], *sets])):
+    changes = {**TWO_NODES, **LOW_RANK, "prior.precision": "fp16", "prior.skip": skip}
+    for found in run_on_two_ranks(OVERFLOW, made, changes):
         own = {key for key in found["all"] if ".1." in key}
         assert {"resblocks.1.out.weight", "error.resblocks.1.out.weight", "factor.resblocks.1.out.weight"} <= own
         assert set(found["changed"]) == (set() if skip == "update" else set(found["all"]) - own)
@@ -187,41 +183,31 @@ def test_an_infinity_on_one_node_leaves_error_buffers_alone(skip: str, made: tup
 
 
 LARGE = """
-import json, pathlib, sys
-import torch
-from dalle_cli.config.load import load_recipe
 from dalle_cli.distributed.engine import Replicated
-from dalle_cli.distributed.group import exit_rank, join_group
 from dalle_cli.precision.gradient_scaling import HIGHEST
 from dalle_cli.prior.model import build_prior
 from dalle_cli.prior.train import set_precision, shard_prior
 
-recipe = load_recipe(pathlib.Path(sys.argv[1]), sys.argv[2:])
-with join_group() as group:
-    if recipe.prior.sharding.zero:
-        engine, prior = shard_prior(recipe, group)
-        engine.begin_micro_batch(last=True)
-        generator = torch.Generator().manual_seed(0)
-        text, image = (torch.randint(top, (4, length), generator=generator) for top, length in ((400, 48), (16, 16)))
-        found = engine.loss(text, torch.full((4,), 48), image, 188.0)
-        engine.backward((found.text + found.image) / 2)
-        gradients = [prior.get_parameter(name).grad for name in engine.names]
-        gradients = [g.to_local() if hasattr(g, "to_local") else g for g in gradients]
-    else:
-        prior = build_prior(recipe)
-        engine = Replicated(prior, group, set_precision(prior, recipe.prior, group.size))
-        gradients = [torch.empty_like(p) for p in prior.parameters()]
-        for parameter, gradient in zip(prior.parameters(), gradients):
-            parameter.grad = gradient
-    for gradient in gradients:
-        gradient.fill_(40_000)
-    engine.scaling.scales.exponents = [HIGHEST] * len(engine.scaling.scales)
-    engine.collect_gradients(0)
-    found = {name: [float(v) for v in parameter.grad.aminmax()] for name, parameter in engine.parameters.items()}
-    scales = engine.scaling.values()
-    factors = {name: scales[engine.scaling.scale_index(p)] for name, p in engine.parameters.items()}
-    print(json.dumps({"found": found, "factors": factors}))
-exit_rank(0)
+if recipe.prior.sharding.zero:
+    engine, prior = shard_prior(recipe, group)
+    engine.begin_micro_batch(last=True)
+    engine.backward(loss_of(engine.loss))
+    gradients = [prior.get_parameter(name).grad for name in engine.names]
+    gradients = [g.to_local() if hasattr(g, "to_local") else g for g in gradients]
+else:
+    prior = build_prior(recipe)
+    engine = Replicated(prior, group, set_precision(prior, recipe.prior, group.size))
+    gradients = [torch.empty_like(p) for p in prior.parameters()]
+    for parameter, gradient in zip(prior.parameters(), gradients):
+        parameter.grad = gradient
+for gradient in gradients:
+    gradient.fill_(40_000)
+engine.scaling.scales.exponents = [HIGHEST] * len(engine.scaling.scales)
+engine.collect_gradients(0)
+found = {name: [float(v) for v in parameter.grad.aminmax()] for name, parameter in engine.parameters.items()}
+scales = engine.scaling.values()
+factors = {name: scales[engine.scaling.scale_index(p)] for name, p in engine.parameters.items()}
+print(json.dumps({"found": found, "factors": factors}))
 """
 
 
@@ -229,17 +215,16 @@ exit_rank(0)
     "changes",
     [
         {},
-        {"sharding.zero": 3, "sharding.node_size": 1},
-        {"sharding.zero": 3, "sharding.node_size": 1, "powersgd.rank": 2, "powersgd.min_compression": 0},
+        TWO_NODES,
+        TWO_NODES | LOW_RANK,
     ],
     ids=["replicated", "two nodes", "two nodes with PowerSGD"],
 )
 def test_gradients_in_16_bit_are_averaged_since_their_sum_overflows(
     changes: dict[str, Any], made: tuple[Path, Path]
 ) -> None:
-    sets = [f"prior.{key}={value}" for key, value in {"precision": "fp16", **changes}.items()]
-    for out in run_program(LARGE, [made[0], *sets]):
-        found, factors = (json.loads(out)[key] for key in ("found", "factors"))
+    for printed in run_on_two_ranks(LARGE, made, {"prior.precision": "fp16", **changes}):
+        found, factors = printed["found"], printed["factors"]
         assert any(name.startswith("resblocks.") for name in found)
         for name, extremes in found.items():
             scaled = name.startswith("resblocks.")
@@ -249,21 +234,17 @@ def test_gradients_in_16_bit_are_averaged_since_their_sum_overflows(
 
 
 INITIALISE = """
-import json, pathlib, resource, sys
+import resource
 from dalle_cli.prior.train import shard_prior
-from dalle_cli.config.load import load_recipe
-from dalle_cli.distributed.group import join_group
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-recipe = load_recipe(pathlib.Path(sys.argv[1]), sys.argv[2:])
-with join_group() as group:
-    before = peak()
-    made, _ = shard_prior(recipe, group)
-    own = sum(p.nbytes for p in made.parameters.values())
-    row = float(group.sum(made.parameters["image_row"].sum()))
-    print(json.dumps({"peak": peak() - before, "own": own, "row": row}))
+before = peak()
+made, _ = shard_prior(recipe, group)
+own = sum(p.nbytes for p in made.parameters.values())
+row = float(group.sum(made.parameters["image_row"].sum()))
+print(json.dumps({"peak": peak() - before, "own": own, "row": row}))
 """
 
 
@@ -271,10 +252,10 @@ with join_group() as group:
 def test_no_rank_ever_holds_the_whole_model(made: tuple[Path, Path]) -> None:
     """A rank's peak memory is its half of the model plus one whole parameter at a time."""
     model = {"layers": 12, "heads": 16, "d_head": 64, "d_model": 1024}
-    sets = [f"prior.model.{key}={value}" for key, value in model.items()]
-    sets += ["prior.sharding.zero=3", "tokenizer.vocab_size=2000"]
-    found = [json.loads(out) for out in run_program(INITIALISE, [made[0], *sets])]
-    recipe = load_recipe(made[0], sets)
+    changes = {f"prior.model.{key}": value for key, value in model.items()}
+    changes |= {"prior.sharding.zero": 3, "tokenizer.vocab_size": 2000}
+    found = run_on_two_ranks(INITIALISE, made, changes)
+    recipe = load_recipe(made[0], [f"{key}={value}" for key, value in changes.items()])
     with torch.device("meta"):
         prior = build_prior(recipe)
     whole = sum(parameter.nbytes for parameter in prior.parameters())

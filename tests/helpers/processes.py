@@ -63,22 +63,6 @@ def start(commands: list[list[Any]], timeout: float = 60, count: int = 2) -> lis
     return processes
 
 
-def run_program(program: str, words: list[Any]) -> list[str]:
-    """Run a Python program on two ranks and return the stdout of each."""
-    (port,) = free_ports(1)
-    processes = []
-    for rank in range(2):
-        variables = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-        environment = {**ENVIRONMENT, "MASTER_ADDR": "127.0.0.1", **{k: str(v) for k, v in variables.items()}}
-        command = [sys.executable, "-c", program, *map(str, words)]
-        processes.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
-    outputs = [process.communicate(timeout=600) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs[0][1] + outputs[1][1]
-    return [out for out, _ in outputs]
-
-
 HALF, WHOLE = 4, 8
 # Adam divides by a gradient's size, which magnifies the rounding of gradients near zero; eps bounds that.
 COMMON = {

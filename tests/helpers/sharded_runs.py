@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
 from dalle_cli.config.load import load_recipe
 from dalle_cli.prior.train import train_prior
 from dalle_cli.stores.checkpoint import Checkpoint, open_checkpoint
-from helpers.processes import start
-from helpers.running import smallest_recipe, write_recipe
+from helpers.processes import free_ports, start
+from helpers.running import ENVIRONMENT, smallest_recipe, write_recipe
 from helpers.token_stores import write_tokens
 
 UPDATES, HALF = 20, 10
@@ -30,6 +33,49 @@ def make_inputs(root: Path) -> tuple[Path, Path]:
         "plateau_validations": 1,
     }
     return write_recipe(root, settings), write_tokens(root / "tokens.zarr", 80, 48, 400, 4, 16)
+
+
+PROGRAM = """
+import json, pathlib, sys
+import torch
+from dalle_cli.config.load import load_recipe
+from dalle_cli.distributed.group import exit_rank, join_group
+
+recipe = load_recipe(pathlib.Path(sys.argv[1]), sys.argv[2:])
+generator = torch.Generator().manual_seed(0)
+text = torch.randint(400, (8, 48), generator=generator)
+image = torch.randint(16, (8, 16), generator=generator)
+with join_group() as group:
+    def loss_of(module):
+        part = group.part(8)
+        found = module(text[part], torch.full((4,), 48), image[part], 188.0)
+        return (found.text + found.image) / 2
+
+BODY
+exit_rank(0)
+"""
+
+
+def run_on_two_ranks(body: str, made: tuple[Path, Path], changes: dict[str, Any]) -> list[Any]:
+    """Run a Python program on two ranks and return the JSON that each prints.
+
+    It finds the changed ``recipe``, the ``group`` and ``loss_of(module)``, the loss of a batch of which each rank has
+    half.
+    """
+    (port,) = free_ports(1)
+    program = PROGRAM.replace("BODY", textwrap.indent(body, "    "))
+    sets = [f"{key}={value}" for key, value in changes.items()]
+    processes = []
+    for rank in range(2):
+        variables = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+        environment = {**ENVIRONMENT, "MASTER_ADDR": "127.0.0.1", **{k: str(v) for k, v in variables.items()}}
+        words = [sys.executable, "-c", program, str(made[0]), *sets]
+        processes.append(
+            subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+    outputs = [process.communicate(timeout=600) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs[0][1] + outputs[1][1]
+    return [json.loads(out) for out, _ in outputs]
 
 
 def command(made: tuple[Path, Path], out: Path, changes: dict[str, Any]) -> list[Any]:

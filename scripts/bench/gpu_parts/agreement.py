@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from prior_parts.model import ModelSizes, build_prior
+from prior_parts.step import training_loss
 from torch import Tensor, nn
 
 from dalle_cli.config.layout import AttentionKind
-from dalle_cli.config.schema import DvaeModel, PriorModel, PriorSettings, SamplingSettings
+from dalle_cli.config.schema import DvaeModel, PriorSettings, SamplingSettings
 from dalle_cli.distributed.engine import Replicated
 from dalle_cli.dvae.model import DVAE
 from dalle_cli.dvae.objective import LossSettings, dvae_loss
@@ -54,19 +56,19 @@ def measure(device: str, tiny: bool) -> Iterator[Row]:
 def _attention(kind: AttentionKind, device: str, tiny: bool) -> float:
     grid, text = (GRID, TEXT) if tiny else (32, 256)
     qkv = torch.randn(2, text + grid * grid, 3, 4, 32, generator=torch.Generator().manual_seed(0))
-    wanted, found = ([], [])  # type: list[Tensor], list[Tensor]
-    for results, x in ((wanted, qkv.double()), (found, qkv.to(device))):
+
+    def output_and_gradient(x: Tensor) -> list[Tensor]:
         x.requires_grad_()
         out = attend(kind, x, text, grid, 5)
-        results += [out.detach(), torch.autograd.grad(out.square().sum(), x)[0]]
-    return max(_error(a, b) for a, b in zip(found, wanted, strict=True))
+        return [out.detach(), torch.autograd.grad(out.square().sum(), x)[0]]
+
+    pairs = zip(output_and_gradient(qkv.to(device)), output_and_gradient(qkv.double()), strict=True)
+    return max(_error(found, wanted) for found, wanted in pairs)
 
 
 def _small_prior() -> Prior:
-    model = PriorModel.of_heads(
-        layers=4, heads=4, d_head=16, grid=GRID, layout="row, column, conv, full", conv_kernel=5
-    )
-    return Prior(model, TEXT, WORDS, CODES)
+    sizes = ModelSizes(4, heads=4, d_head=16, grid=GRID, text_length=TEXT, text_vocab=WORDS, image_vocab=CODES)
+    return build_prior(sizes, layout="row, column, conv, full", conv_kernel=5)
 
 
 def _tokens(batch: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,16 +78,11 @@ def _tokens(batch: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
     return text.to(device), torch.full((batch,), TEXT, device=device), image.to(device)
 
 
-def _loss(prior: Prior, batch: int, device: str) -> Tensor:
-    found = prior.loss(*_tokens(batch, device))
-    return found.text / 8 + found.image * 7 / 8
-
-
 def _prior(device: str) -> Iterator[Row]:
     ours = _small_prior()
     theirs = copy.deepcopy(ours).to(device)
     for prior, place in ((ours, "cpu"), (theirs, device)):
-        _loss(prior, 4, place).backward()  # type: ignore[no-untyped-call]
+        training_loss(prior, *_tokens(4, place))().backward()  # type: ignore[no-untyped-call]
     pairs = zip(ours.parameters(), theirs.parameters(), strict=True)
     yield Row("prior, gradients, largest relative error", max(_error(b.grad, a.grad) for a, b in pairs), "", None, 1e-3)
     uniforms = torch.rand(1, 8, GRID * GRID, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -124,7 +121,7 @@ def _fp16(device: str) -> Iterator[Row]:
     losses, skipped = [], 0.0
     for _ in range(UPDATES):
         state.optimizer.zero_grad()
-        loss = _loss(prior, 8, device)
+        loss = training_loss(prior, *_tokens(8, device))()
         loss.backward()  # type: ignore[no-untyped-call]
         skipped += float(state.optimizer.step(1e-3)["skipped"] > 0)
         losses.append(float(loss))

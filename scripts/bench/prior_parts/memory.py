@@ -11,9 +11,12 @@ def reset_peak() -> float:
     return _status("VmRSS")
 
 
-def peak() -> float:
-    """Return the peak in MB since ``reset_peak``."""
-    return _status("VmHWM")
+def peak(start: float) -> float:
+    """Return the peak in MB since ``reset_peak`` returned ``start``.
+
+    Linux counts the pages of its peak and of the memory in use separately, and in batches.
+    """
+    return max(start, _status("VmHWM"))
 
 
 def _status(field: str) -> float:

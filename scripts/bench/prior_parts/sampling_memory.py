@@ -71,4 +71,4 @@ def peak_memory(sizes: Sizes, precision: Precision | None, batch: int) -> tuple[
         del prior
         start = memory.reset_peak()
         sample_images(decoder, text_ids, uniforms, SamplingSettings(batch_size=batch), prefix)
-    return start, memory.peak()
+    return start, memory.peak(start)

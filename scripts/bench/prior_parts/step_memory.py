@@ -65,4 +65,4 @@ def _peak(sizes: Sizes, batch: int, case: str) -> tuple[float, float, float]:
     with fast_matmul():
         step()
         step()
-    return start, memory.peak(), sum(p.nbytes for p in model.parameters() if p.requires_grad) / 2**20
+    return start, memory.peak(start), sum(p.nbytes for p in model.parameters() if p.requires_grad) / 2**20
