@@ -89,9 +89,9 @@ def command(
 
     Without Inception's weights, --clip measures on CLIP features and --features on those of a network of timm; these
     results are not comparable with Inception's.
-    With --pool, a system whose samples have scores is measured by the best of each caption's whole pool. To see what
-    reference pictures that were trained on change, find them with [bold]dalle overlap REFERENCE TRAIN --out
-    seen.jsonl[/bold] and give [bold]--without seen.jsonl[/bold]. If it is killed, run it again to resume.
+    With --pool, a system whose samples have scores is measured by the best of each caption's whole pool. Some reference
+    pictures may have been trained on: [bold]dalle overlap REFERENCE TRAIN --out seen.jsonl[/bold] finds them, and
+    [bold]--without seen.jsonl[/bold] adds the figures without them. If it is killed, run it again to resume.
 
     Example: [bold]dalle eval-fid runs/quickstart/ranked.jsonl runs/quickstart/shapes/seen --size 64
     --clip runs/quickstart/clip[/bold]

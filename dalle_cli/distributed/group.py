@@ -38,7 +38,7 @@ _CPU = torch.device("cpu")
 _COMMUNICATION = re.compile("gloo|nccl|connection|socket|timed? ?out|tcpstore|rendezvous", re.IGNORECASE)
 """Words that mark an error of communication, which often is a plain RuntimeError."""
 _formed: set[int] = set()
-"""The number of this process, once it has formed a process group; a forked child has another."""
+"""Id of this process, once it has formed a process group; a forked child has another id."""
 
 
 @dataclass
@@ -230,8 +230,8 @@ def form_process_group(device: torch.device, **settings: Any) -> None:
 def exit_rank(code: int, error: BaseException | None = None) -> None:
     """Print ``error`` and end this process with ``code`` if it has formed a process group, else return.
 
-    The shutdown of Python's interpreter is skipped, all but the functions registered with ``atexit``. A thread of gloo
-    that drops its last tensors during the shutdown would abort the process, up to Python 3.13.
+    Python's own shutdown is skipped, except for the functions registered with ``atexit``. Up to Python 3.13, a thread
+    of gloo that drops its last tensors during the shutdown would abort the process.
     """
     if os.getpid() in _formed:
         if error is not None:

@@ -163,7 +163,7 @@ def compare_systems(
 
 
 def _curves(radii: Sequence[float], figures: Sequence[Figures], pool: list[PoolPoint]) -> Curves:
-    """Return the metrics at radius 0, the first one, with those at all ``radii`` as the blur's curve if others."""
+    """Return the metrics at the first radius, 0. If there are further ``radii``, all of them make the blur's curve."""
     blur = [BlurPoint(radius=radius, **vars(one)) for radius, one in zip(radii, figures, strict=True)]
     return Curves(**vars(figures[0]), blur=blur if len(radii) > 1 else [], pool=pool)
 

@@ -110,7 +110,7 @@ class Evaluation:
 
 
 def comparable(features: str) -> str:
-    """Return a sentence on the figures that those on ``features`` compare with."""
+    """Return sentences that say which figures may be compared with those on ``features``."""
     return (
         f"FID, KID and scores are on {features}, and compare only with figures on the same features and pictures of "
         "the same size. The paper's are by the code of DM-GAN (and on CUB by an Inception fine-tuned on birds), so "
