@@ -18,6 +18,7 @@ from dalle_cli.commands import (
     export,
     human_study,
     import_dvae,
+    index,
     init,
     make_shapes,
     overlap,
@@ -52,7 +53,12 @@ app = typer.Typer(
 
 PANELS: dict[str, dict[str, Callable[..., None]]] = {
     "All stages": {"init": init.command, "run": run.command},
-    "1. Data": {"make-shapes": make_shapes.command, "scan": scan.command, "overlap": overlap.command},
+    "1. Data": {
+        "make-shapes": make_shapes.command,
+        "scan": scan.command,
+        "index": index.command,
+        "overlap": overlap.command,
+    },
     "2. Text tokens": {"train-tokenizer": train_tokenizer.command, "tokenize-text": tokenize_text.command},
     "3. Image tokens": {
         "train-dvae": train_dvae.command,

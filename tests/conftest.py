@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 
 import pytest
-from helpers.running import Chain, Done, run, smallest_recipe, write_recipe
+from helpers.running import ENVIRONMENT, Chain, Done, run, smallest_recipe, write_recipe
 from hypothesis import HealthCheck, settings
 
 from dalle_cli.app import run_arguments
 
+# Set for the commands that tests start, too: no test reads or leaves anything in the user's own cache.
+os.environ["XDG_CACHE_HOME"] = ENVIRONMENT["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="dalle-tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 # Set before torch is imported: with tiny tensors, many threads mostly wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -34,6 +34,7 @@ from dalle_cli.errors import UserError
 from dalle_cli.stores.checkpoint import Checkpoint, Kind, open_checkpoint, steps_in
 from dalle_cli.stores.held_out import split_store
 from dalle_cli.stores.tokens import TokenReader
+from dalle_cli.text.training_captions import TrainingCaptions
 from dalle_cli.training.ancestor import carry_rows, open_ancestor, shared_text
 from dalle_cli.training.loop import Run
 from dalle_cli.training.throughput import SampleWork, training_flops
@@ -60,6 +61,7 @@ class ClipTask:
 
     def __post_init__(self) -> None:
         self.training_rows, self.held_out = split_store(self.reader, self.recipe)
+        self.captions = TrainingCaptions(self.reader)
         self._vocab = self.recipe.tokenizer.vocab_size
         self._logits, self._replaced = torch.zeros(0, 0), 0.0
 
@@ -87,7 +89,7 @@ class ClipTask:
         reorder = HardNegativeOrder(self.reader, group_size) if group_size > 1 else None
         for batch in pictures.batches(start, stop, reorder):
             self._replaced = batch.replaced
-            yield batch.pictures, self._text_ids(*self.reader.epoch_text(batch.rows, batch.epochs))
+            yield batch.pictures, self._text_ids(*self.captions.read(batch.rows, batch.epochs))
 
     def micro_batches(self, batch: Any, size: int | None) -> list[tuple[Any, float]]:
         if size is not None and size != len(batch[0]):

@@ -140,14 +140,21 @@ class TokenizerSettings(Settings):
 
     vocab_size: Annotated[int, Field(ge=256, le=65535)] = Field(16384, description="number of BPE tokens")
     text_length: Positive = Field(256, description="number of text positions; shorter captions are padded")
-    dropout: Share = Field(0.1, description="BPE dropout: probability of skipping a merge")
-    dropout_epochs: Annotated[int, Field(ge=0)] = Field(
-        1,
-        description="number of versions with BPE dropout of each picture's captions in the store, at least one of each "
-        "caption; each epoch takes the next one; 0: no dropout",
+    dropout: Share = Field(
+        0.1, description="BPE dropout: probability of skipping a merge, drawn anew each time training sees a caption"
     )
     min_frequency: Positive = Field(2, description="minimum number of occurrences for a pair to be merged")
     overlong: Literal["truncate", "refuse"] = Field("truncate", description="action on captions that are too long")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_stored_versions(cls, given: Any) -> Any:
+        """Drop ``dropout_epochs`` of earlier versions, the number of dropped versions in a store; 0 stood for none."""
+        if isinstance(given, dict) and "dropout_epochs" in given:
+            given = dict(given)
+            if given.pop("dropout_epochs") == 0:
+                given["dropout"] = 0.0
+        return given
 
 
 class DvaeModel(Settings):
@@ -308,8 +315,10 @@ class DvaeSettings(Settings):
     learning_rate: LearningRate = LearningRate(peak=1e-4, final=1.25e-6)
     adam: Adam = Adam()
     training: Training = Training(updates=3_000_000, batch_size=512, save_every=5000, validate_every=5000)
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="type of the convolutions in training; weights, likelihood and KL stay in 32 bit"
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32",
+        description="type of the convolutions in training; weights, likelihood and KL stay in 32 bit. fp16 scales the "
+        "loss, as in the paper, and is for GPUs",
     )
 
     @model_validator(mode="after")

@@ -21,8 +21,24 @@ class PackedStrings:
         for string in strings:
             data += string.encode()
             offsets.append(len(data))
-        self._data = np.frombuffer(data, np.uint8)
-        self._offsets = np.frombuffer(offsets, np.int64)
+        self._data: NDArray[np.uint8] = np.frombuffer(data, np.uint8)
+        self._offsets: NDArray[np.int64] = np.frombuffer(offsets, np.int64)
+
+    @classmethod
+    def of(cls, data: NDArray[np.uint8], offsets: NDArray[np.int64]) -> PackedStrings:
+        """Return the strings whose ``buffers`` these are."""
+        strings = cls(())
+        strings._data, strings._offsets = data, offsets
+        return strings
+
+    def buffers(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """Return the buffer, uint8, and the offsets in it (n + 1,) int64."""
+        return self._data, self._offsets
+
+    def is_whole(self) -> bool:
+        """Return whether the offsets lie in the buffer, ascending."""
+        ends = self._offsets
+        return bool(ends[0] == 0 and ends[-1] == len(self._data) and (np.diff(ends) >= 0).all())
 
     def __len__(self) -> int:
         return len(self._offsets) - 1

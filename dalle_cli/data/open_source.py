@@ -20,13 +20,16 @@ from dalle_cli.data.formats.published import (
     open_flickr,
 )
 from dalle_cli.data.formats.tables import JsonLinesTable, Table, open_delimited
-from dalle_cli.data.formats.webdataset import LocalFile, WebDatasetSource
+from dalle_cli.data.formats.tar_members import LocalFile, TarFile
+from dalle_cli.data.formats.web_tables import open_wit, open_yfcc
+from dalle_cli.data.formats.webdataset import WebDatasetSource
 from dalle_cli.data.joined import JoinedSource
 from dalle_cli.data.remote import CACHE, RemoteFile, files_at, is_remote, local_copy
 from dalle_cli.data.source import IMAGE_EXTENSIONS, BadSample, Source
 from dalle_cli.errors import UserError
 
 MANIFEST_ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _MAX_SHARDS = 1_000_000
@@ -68,11 +71,8 @@ def open_source(spec: str | Path) -> Source:
 
 def _open_remote(name: str) -> Source:
     """Open shards, or Parquet with pictures, at an address, a pattern of addresses, or a folder at an address."""
-    pattern = _BRACES.search(name) is not None
-    shards = [RemoteFile(url) for url in expand_braces(name)] if pattern else files_at(name, (".tar",))
-    if shards:
-        cached = bool(os.environ.get(CACHE))
-        return WebDatasetSource(name, [LocalFile(local_copy(shard)) if cached else shard for shard in shards])
+    if shards := _remote_shards(name):
+        return WebDatasetSource(name, shards)
     folder, wanted = name, None
     if not (tables := files_at(name, (".parquet",))) and "/" not in name.rpartition(":")[2]:
         folder, _, wanted = name.rpartition(":")
@@ -90,7 +90,31 @@ def _open_remote(name: str) -> Source:
     )
 
 
+def tar_shards(spec: str) -> list[TarFile]:
+    """Return the tar shards of a source, at a path, an address or a pattern.
+
+    Raises:
+        UserError: there are none.
+    """
+    shards = _remote_shards(spec) if is_remote(spec) else _local_shards(spec, Path(spec))
+    if not shards:
+        raise UserError(f"{spec}: holds no .tar shards; sources of other formats need no index")
+    return shards
+
+
+def _remote_shards(name: str) -> list[TarFile]:
+    pattern = _BRACES.search(name) is not None
+    shards = [RemoteFile(url) for url in expand_braces(name)] if pattern else files_at(name, (".tar",))
+    cached = bool(os.environ.get(CACHE))
+    return [LocalFile(local_copy(shard)) if cached else shard for shard in shards]
+
+
 def _open_webdataset(name: str, path: Path) -> Source | None:
+    shards = _local_shards(name, path)
+    return None if shards is None else WebDatasetSource(name, shards)
+
+
+def _local_shards(name: str, path: Path) -> list[TarFile] | None:
     if path.is_dir():
         entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
         shards = [entry for entry in entries if entry.suffix.lower() == ".tar" and entry.is_file()]
@@ -106,18 +130,18 @@ def _open_webdataset(name: str, path: Path) -> Source | None:
             if below:
                 raise UserError(f"{name}: its .tar shards are in folders below it; name one of {', '.join(below)}")
             return None
-        return WebDatasetSource(name, [LocalFile(shard) for shard in shards])
+        return [LocalFile(shard) for shard in shards]
     if path.is_file():
         if _is_compressed_tar(path):
             raise UserError(f"{name}: is compressed; unpack it to a .tar first")
-        return WebDatasetSource(name, [LocalFile(path)]) if path.suffix.lower() == ".tar" else None
+        return [LocalFile(path)] if path.suffix.lower() == ".tar" else None
     if not _BRACES.search(name):
         return None
-    return WebDatasetSource(name, [LocalFile(shard) for shard in _shards_of_pattern(name)])
+    return [LocalFile(shard) for shard in _shards_of_pattern(name)]
 
 
 def _is_compressed_tar(path: Path) -> bool:
-    return path.name.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"))
+    return path.name.lower().endswith((".tgz", *(f".tar{ending}" for ending in _COMPRESSED)))
 
 
 def _open_coco(name: str, path: Path) -> Source | None:
@@ -158,6 +182,8 @@ def _open_manifest(name: str, path: Path) -> Source | None:
     if path.is_dir():
         return _open_only(name, _metadata_in(path))
     ending = path.suffix.lower()
+    if path.is_file() and path.name.lower().endswith(tuple(f"{e}{c}" for e in MANIFEST_ENDINGS for c in _COMPRESSED)):
+        raise UserError(f"{name}: is compressed; unpack it first")
     if ending not in MANIFEST_ENDINGS or not path.is_file():
         return None
     return ManifestSource(name, f"{ending[1:]} manifest", _table(path, ending), path.parent)
@@ -211,6 +237,8 @@ FORMATS = (
     Format("COCO's annotations/captions_*.json beside its folder of pictures, or the folder above", _open_coco),
     Format("CUB-200-2011: a folder with images.txt, images and text_c10 or text", open_cub),
     Format(f"Flickr8k's or Flickr30k's {', '.join(FLICKR_CAPTIONS)} beside its pictures", _open_flickr),
+    Format("YFCC100M's yfcc100m_dataset beside its images", open_yfcc),
+    Format("WIT's wit_v1.*.tsv beside its images", open_wit),
     Format("a .tar of WebDataset, a folder of them, or train-{00000..00099}.tar", _open_webdataset),
     Format("Parquet with the pictures in it: a file, a folder such as the Hub's, or FOLDER:SPLIT", _open_embedded),
     Format(f"a manifest: {', '.join(MANIFEST_ENDINGS)}, or a folder with metadata.csv ...", _open_manifest),

@@ -26,6 +26,8 @@ PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds before each further try of a read that failed."""
 GONE, PASSING = (404, 410), (408, 429)
 """HTTP's answers that a file is not there, and refusals that are worth another try."""
+_MARKS = ("ETag", "etag", "md5Hash", "LastModified", "Last-Modified", "last_modified", "mtime", "created")
+"""Keys by which filesystems tell a version of a file."""
 READ_AHEAD = 4 << 20
 """Bytes that are read at once while a file is read from its start."""
 
@@ -56,15 +58,19 @@ class RemoteFile:
         return PurePosixPath(self.url.partition("://")[2])
 
     def size(self) -> int:
-        """Return the number of bytes.
+        """Return the number of bytes; see ``state``."""
+        return self.state()[0]
+
+    def state(self) -> tuple[int, str]:
+        """Return the number of bytes, and the server's mark of this version, "" if it has none.
 
         Raises:
             UserError: the file is missing or cannot be reached.
         """
-        found = _again(self.url, lambda: _filesystem(self.url).info(self.url)["size"])
-        if found is None:
+        found = _again(self.url, lambda: _filesystem(self.url).info(self.url))
+        if found["size"] is None:
             raise UserError(f"{self.url}: its server does not say how large it is; download it, or set {CACHE}")
-        return int(found)
+        return int(found["size"]), next((str(found[mark]) for mark in _MARKS if found.get(mark)), "")
 
     def read(self, offset: int, size: int) -> bytes:
         """Return ``size`` bytes from ``offset`` on.

@@ -34,7 +34,7 @@ from dalle_cli.errors import UserError
 from dalle_cli.precision.adam import adam_groups
 from dalle_cli.precision.formats import MOMENTS
 from dalle_cli.progress import log
-from dalle_cli.stores.tensor_files import Part
+from dalle_cli.stores.tensor_files import Part, Slab
 
 SWAPPED_NUMBERS = 10**8
 """Number of parameters whose weights and moments travel to and from NVMe together."""
@@ -169,15 +169,15 @@ class DeepSpeedEngine:
     def release_gathered(self) -> None:
         """Do nothing: DeepSpeed releases what it gathers."""
 
-    def rows(self, name: str) -> slice:
+    def slab(self, name: str) -> Slab:
         place, shape = self._places[name], self._shapes[name]
         width = shape[1:].numel()
         first = place.start // width
-        return slice(first, max(first + 1, -(-(place.start + place.numel) // width)))
+        return Slab(first, max(first + 1, -(-(place.start + place.numel) // width)))
 
-    def cut(self, name: str, rows: Tensor) -> Tensor:
+    def cut(self, name: str, slab: Tensor) -> Tensor:
         place, width = self._places[name], self._shapes[name][1:].numel()
-        return rows.flatten().narrow(0, place.start % width if place.numel else 0, place.numel)
+        return slab.flatten().narrow(0, place.start % width if place.numel else 0, place.numel)
 
     def part_to_save(self, name: str, value: Tensor) -> Part | None:
         """Gather a whole tensor, which one rank of the first node saves; each saves about as much."""

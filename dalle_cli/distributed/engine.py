@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dalle_cli.distributed.group import ALONE, Group
 from dalle_cli.precision.gradient_scaling import GradientScaling
-from dalle_cli.stores.tensor_files import Part
+from dalle_cli.stores.tensor_files import WHOLE, Part, Slab
 
 
 class Optimizer(Protocol):
@@ -70,16 +70,16 @@ class Engine(Protocol):
     def release_gathered(self) -> None:
         """Drop gathered copies of the parameters, after an update or a forward pass."""
 
-    def rows(self, name: str) -> slice:
-        """Return the rows of the parameter ``name`` that this rank's part lies in."""
+    def slab(self, name: str) -> Slab:
+        """Return the slab of the parameter ``name`` that this rank's part lies in."""
 
-    def cut(self, name: str, rows: Tensor) -> Tensor:
-        """Cut this rank's part out of the ``rows`` of the parameter ``name``, or of one of its moments."""
+    def cut(self, name: str, slab: Tensor) -> Tensor:
+        """Cut this rank's part out of the ``slab`` of the parameter ``name``, or of one of its moments."""
 
     def part_to_save(self, name: str, value: Tensor) -> Part | None:
         """Return what this rank saves of the parameter ``name``, or of its EMA or a moment, whose part is ``value``.
 
-        Over all ranks, each row is saved once. None: other ranks save it.
+        Over all ranks, each value is saved once. None: other ranks save it.
         """
 
     def require_same_weights(self) -> None:
@@ -102,15 +102,17 @@ class Engine(Protocol):
 
 
 class TorchEngine:
-    """Base of engines by torch alone: a rank's parts are rows, held as parameters with their gradients in ``grad``."""
+    """Base of engines by torch alone: a rank's parts are slabs, held as parameters with their gradients in ``grad``."""
 
     own_optimizer: Optimizer | None = None
     group: Group
     sharded: bool
     parameters: dict[str, nn.Parameter]
-    """The rows that this rank holds of each trainable parameter, by the parameter's name."""
+    """This rank's part of each trainable parameter, by the parameter's name."""
     scaling: GradientScaling | None
     """Scaling of the gradients in 16-bit training, None in 32 bit."""
+    loss_scaler: torch.amp.GradScaler | None = None
+    """Scaling of the loss by one factor, for 32-bit weights under float16 autocast."""
 
     @property
     def names(self) -> list[str]:
@@ -126,13 +128,14 @@ class TorchEngine:
             self.parameters[name].copy_(value)
 
     def backward(self, loss: Tensor) -> None:
-        loss.backward()
+        scaled = loss if self.loss_scaler is None else self.loss_scaler.scale(loss)
+        scaled.backward()
 
     def release_gathered(self) -> None:
         """Do nothing: nothing is gathered."""
 
-    def cut(self, name: str, rows: Tensor) -> Tensor:
-        return rows
+    def cut(self, name: str, slab: Tensor) -> Tensor:
+        return slab
 
     def share_errors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield nothing: nothing is compressed."""
@@ -142,7 +145,7 @@ class TorchEngine:
         """Do nothing: nothing is compressed."""
 
     def owned_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters this rank contributes to global norms; ``sum_over_shards`` counts each row once."""
+        """Return the parameters this rank contributes to global norms; ``sum_over_shards`` counts each value once."""
         return list(self.parameters.values())
 
     def reduce_whole(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -166,8 +169,14 @@ class Replicated(TorchEngine):
 
     sharded = False
 
-    def __init__(self, model: nn.Module, group: Group = ALONE, scaling: GradientScaling | None = None) -> None:
-        self.model, self.group, self.scaling = model, group, scaling
+    def __init__(
+        self,
+        model: nn.Module,
+        group: Group = ALONE,
+        scaling: GradientScaling | None = None,
+        loss_scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        self.model, self.group, self.scaling, self.loss_scaler = model, group, scaling, loss_scaler
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def begin_micro_batch(self, last: bool) -> None:
@@ -176,8 +185,8 @@ class Replicated(TorchEngine):
     def collect_gradients(self, update: int) -> None:
         self.reduce_whole(self.parameters.values())
 
-    def rows(self, name: str) -> slice:
-        return slice(None)
+    def slab(self, name: str) -> Slab:
+        return WHOLE
 
     def part_to_save(self, name: str, value: Tensor) -> Part | None:
         return Part(value, 0, tuple(value.shape)) if self.group.leads else None

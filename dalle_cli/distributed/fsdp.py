@@ -1,7 +1,8 @@
 """Sharded training (ZeRO): each rank of a node holds one shard of every parameter, gradient and moment.
 
-This is the paper's parameter sharding (section 2.5), by torch's ``fully_shard``, which stores each row of a parameter
-on one rank and gathers a resblock just before its use. The ZeRO stages differ in how long things stay gathered:
+This is the paper's parameter sharding (section 2.5), by torch's ``fully_shard``, which stores each row of a parameter,
+or each column of a matrix wider than high, on one rank and gathers a resblock just before its use. The ZeRO stages
+differ in how long things stay gathered:
 
 * 1: weights from their first use in an update to its end, and gradients until the update's last backward pass;
 * 2: weights as in stage 1, but each backward pass's gradients are reduce-scattered at once;
@@ -27,15 +28,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from dalle_cli.config.schema import PowerSgd, Sharding
 from dalle_cli.distributed.between_nodes import BetweenNodes
+from dalle_cli.distributed.compression import shard_axis
 from dalle_cli.distributed.engine import TorchEngine
 from dalle_cli.distributed.group import Nodes, Traffic
 from dalle_cli.precision.gradient_scaling import GradientScaling, ScaledBlock
-from dalle_cli.stores.tensor_files import Part
+from dalle_cli.stores.tensor_files import WHOLE, Part, Slab
 
 
 class BlockModel(Protocol):
@@ -86,7 +88,7 @@ class Sharded(TorchEngine):
         model: a model on the meta device, its resblocks cast to the type they train in.
         loss: a module that holds ``model`` and computes the loss in its forward pass, since ``fully_shard`` gathers
             parameters around forward passes.
-        seed: the seed of the initial weights. Each rank draws one parameter after another and keeps its own rows.
+        seed: the seed of the initial weights. Each rank draws one parameter after another and keeps its own part.
     """
 
     sharded = True
@@ -103,7 +105,7 @@ class Sharded(TorchEngine):
         self._shard(model, offload)
         self.loss.to_empty(device="cpu" if offload else self.group.device)
         self._shapes = {name: p.shape for name, p in model.named_parameters()}
-        self._rows: dict[str, slice] = {}
+        self._slabs: dict[str, Slab] = {}
         self._sharded: dict[str, DTensor] = {}
         self.parameters: dict[str, nn.Parameter] = {}
         for name, parameter in model.named_parameters():
@@ -112,7 +114,7 @@ class Sharded(TorchEngine):
         with torch.no_grad():
             for name, value in model.initial_values(seed):
                 if name in self.parameters:
-                    self.parameters[name].copy_(value[self._rows[name]])
+                    self.parameters[name].copy_(self._slabs[name].of(value))
         self._modules = [module for module in self.loss.modules() if isinstance(module, FSDPModule)]
         for module in self._modules:
             block = cast(nn.Module, module)
@@ -122,7 +124,7 @@ class Sharded(TorchEngine):
             count_traffic(module, nodes.inside.traffic)
         self.blocks = [self._block(model, i) for i in range(len(model.resblocks))]
         self._prefetch(model)
-        columns = {name: p.shape[1] for name, p in model.decayed_parameters().items()}
+        columns = {name: self.parameters.get(name, p).shape[1] for name, p in model.decayed_parameters().items()}
         self.between_nodes = BetweenNodes(nodes, powersgd, columns, seed)
 
     def begin_micro_batch(self, last: bool) -> None:
@@ -148,14 +150,15 @@ class Sharded(TorchEngine):
         for module in self._modules:
             module.reshard()
 
-    def rows(self, name: str) -> slice:
-        return self._rows[name]
+    def slab(self, name: str) -> Slab:
+        return self._slabs[name]
 
     def part_to_save(self, name: str, value: Tensor) -> Part | None:
         owned = name in self._sharded or self.nodes.inside.leads
         if not (owned and self.nodes.across.leads):
             return None
-        return Part(value, self._rows[name].start, tuple(self._shapes[name]))
+        first, _, axis = self._slabs[name]
+        return Part(value, first, tuple(self._shapes[name]), axis)
 
     def require_same_weights(self) -> None:
         self.between_nodes.require_same_weights(map(self.read, self.names))
@@ -180,24 +183,36 @@ class Sharded(TorchEngine):
         mesh = DeviceMesh.from_group(inside.process_group, inside.device.type)
         policy = CPUOffloadPolicy() if offload else OffloadPolicy()
         replicated = {p for block in model.resblocks for p in block.parameters() if p.dim() == 1}
+        matrices = set(model.decayed_parameters().values())
+
+        def placement(parameter: nn.Parameter) -> Shard:
+            shape = parameter.shape
+            return Shard(shard_axis((shape[0], shape[1]), inside.size) if parameter in matrices else 0)
+
         for module in [*model.resblocks, *model.heads, self.loss]:
             release = self.zero == 3 and module is not self.loss
             fully_shard(
-                module, mesh=mesh, reshard_after_forward=release, offload_policy=policy, ignored_params=replicated
+                module,
+                mesh=mesh,
+                reshard_after_forward=release,
+                shard_placement_fn=placement,
+                offload_policy=policy,
+                ignored_params=replicated,
             )
 
     def _add_shard(self, name: str, parameter: nn.Parameter) -> None:
-        """Add this rank's rows of a parameter to ``parameters``, as a parameter that shares their memory."""
+        """Add this rank's part of a parameter to ``parameters``, as a parameter that shares its memory."""
         if not isinstance(parameter, DTensor):
-            self._rows[name] = slice(0, parameter.shape[0])
+            self._slabs[name] = WHOLE
             self.parameters[name] = parameter
             return
         shard = cast(DTensor, parameter.detach()).to_local()
         if shard.numel():
-            (count, *_), (first, *_) = compute_local_shape_and_global_offset(
+            axis = cast(Shard, parameter.placements[0]).dim
+            counts, offsets = compute_local_shape_and_global_offset(
                 parameter.shape, parameter.device_mesh, parameter.placements
             )
-            self._rows[name] = slice(first, first + count)
+            self._slabs[name] = Slab(offsets[axis], offsets[axis] + counts[axis], axis)
             self.parameters[name] = nn.Parameter(shard)
             self._sharded[name] = parameter
 

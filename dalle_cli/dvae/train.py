@@ -18,6 +18,7 @@ from dalle_cli.data.images import BadImage
 from dalle_cli.data.joined import sizes_of
 from dalle_cli.data.picture_loader import TrainingPictures, load_eval_picture
 from dalle_cli.data.source import BadSample, Source
+from dalle_cli.distributed.engine import Replicated
 from dalle_cli.distributed.group import ALONE, Group, join_group
 from dalle_cli.dvae.model import DVAE
 from dalle_cli.dvae.objective import (
@@ -40,6 +41,7 @@ from dalle_cli.training.schedules import ramp
 from dalle_cli.training.throughput import SampleWork, training_flops
 
 VALIDATION_BATCH = 64
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 EXAMPLES = 8
 """Number of held-out images shown in TensorBoard."""
 SAME = tuple(f"dvae.model.{key}" for key in ("n_hid", "n_init", "blocks_per_group", "downsampling", "codebook_size"))
@@ -74,8 +76,7 @@ class DvaeTask:
         side, codes = self.recipe.dvae.model.downsampling, self.recipe.grid**2
         pixels = torch.zeros(1, 3, side, side, device=self.group.device)
         flops = training_flops(lambda: self.model.decoder(self.model.encoder(pixels).softmax(1)))
-        dtype = torch.bfloat16 if self.recipe.dvae.precision == "bf16" else torch.float32
-        return SampleWork(codes, codes * flops, dtype)
+        return SampleWork(codes, codes * flops, AUTOCAST.get(self.recipe.dvae.precision, torch.float32))
 
     def batches(self, start: int, stop: int) -> Iterator[Tensor]:
         training = self.recipe.dvae.training
@@ -105,8 +106,9 @@ class DvaeTask:
         objective, device = self.recipe.dvae.objective, self.group.device
         kl_weight, temperature = ramp(objective.kl_weight, step), ramp(objective.temperature, step)
         rows = range(first, first + len(images))
-        # Autocast runs convolutions in bf16, except those that give logits or the likelihood's parameters.
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.dvae.precision == "bf16"):
+        dtype = AUTOCAST.get(self.recipe.dvae.precision)
+        # Autocast runs convolutions in 16 bit, except those that give logits or the likelihood's parameters.
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
             found = dvae_loss(
                 self.model,
                 images.to(device),
@@ -210,7 +212,8 @@ def train_dvae(recipe: Recipe, source: Source, out: Path, extend: int | None = N
             belongs["init"] = ancestor.identity
             model.load_state_dict(ancestor.tensors("ema"))
         task = DvaeTask(recipe, source, model, group, belongs, perceptual=distance)
-        return Run(task, recipe, out, extend=extend).train()
+        loss_scaler = torch.amp.GradScaler(group.device.type) if recipe.dvae.precision == "fp16" else None
+        return Run(task, recipe, out, Replicated(model, group, loss_scaler=loss_scaler), extend).train()
 
 
 def load_dvae(checkpoint: Checkpoint) -> DVAE:

@@ -10,7 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from dalle_cli.config.schema import PriorSettings
-from dalle_cli.distributed.compression import factor_rank, is_compressed, shard_rank, shard_shape
+from dalle_cli.distributed.compression import (
+    factor_rank,
+    flat_shard_shape,
+    is_compressed,
+    shard_rank,
+    shard_shape,
+)
 from dalle_cli.distributed.deepspeed_engine import BUCKET_NUMBERS
 from dalle_cli.prior.counts import Counts
 
@@ -132,8 +138,14 @@ def uses_powersgd(stage: PriorSettings, machines: Machines) -> bool:
     return stage.powersgd.rank > 0 and stage.sharding.zero > 0 and machines.processes > shards_of(stage, machines)
 
 
+def shard_shapes(stage: PriorSettings, counts: Counts, shards: int) -> list[tuple[int, int]]:
+    """Return the shapes of a rank's shards of the resblocks' matrices; DeepSpeed cuts them into flat pieces."""
+    shape = flat_shard_shape if stage.sharding.engine == "deepspeed" else shard_shape
+    return [shape(matrix, shards) for matrix in counts.matrices]
+
+
 def compressed_shapes(stage: PriorSettings, counts: Counts, shards: int) -> list[tuple[int, int]]:
     """Return the shapes of a rank's shards, without the shards that PowerSGD leaves uncompressed."""
     settings, rank = stage.powersgd, shard_rank(stage.powersgd.rank, shards)
-    shapes = [shard_shape(matrix, shards) for matrix in counts.matrices]
+    shapes = shard_shapes(stage, counts, shards)
     return [shape for shape in shapes if is_compressed(shape, rank, settings.min_compression)]

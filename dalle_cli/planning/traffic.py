@@ -16,10 +16,9 @@ from dalle_cli.distributed.compression import (
     numbers_sent,
     paper_compression_rate,
     shard_rank,
-    shard_shape,
 )
 from dalle_cli.errors import UserError
-from dalle_cli.planning.memory import BYTES_16, BYTES_32, Machines, shards_of, uses_powersgd
+from dalle_cli.planning.memory import BYTES_16, BYTES_32, Machines, shard_shapes, shards_of, uses_powersgd
 from dalle_cli.prior.counts import Counts, count_parameters
 
 T = TypeVar("T")
@@ -58,7 +57,7 @@ def between_machines(
     """
     shards, rings = shards_of(stage, machines), machines.gpus if stage.sharding.zero > 0 else 1
     width = BYTES_32 if stage.precision == "fp32" else BYTES_16
-    shapes = [shard_shape(matrix, shards) for matrix in counts.matrices]
+    shapes = shard_shapes(stage, counts, shards)
     others = BYTES_32 * sum(-(-number // shards) for number in counts.others)
     whole = width * sum(rows * columns for rows, columns in shapes) + others
     handed = whole
@@ -106,7 +105,7 @@ def compression_row(recipe: Recipe, counts: Counts) -> CompressionRow:
     sharded = stage.model_copy(update={"sharding": stage.sharding.model_copy(update={"zero": 3, "node_size": None})})
     traffic = between_machines(sharded, counts, Machines(gpus, nodes=2, memory=0))
     rank = stage.powersgd.rank
-    shapes = [shard_shape(matrix, gpus) for matrix in counts.matrices]
+    shapes = shard_shapes(sharded, counts, gpus)
     return CompressionRow(
         recipe=recipe.name,
         effective_parameters=counts.effective,

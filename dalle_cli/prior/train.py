@@ -36,6 +36,7 @@ from dalle_cli.randomness import SPLITMIX_STEP, splitmix64, stream_seed
 from dalle_cli.stores.checkpoint import Checkpoint, Kind
 from dalle_cli.stores.held_out import VALIDATION_BATCH, split_store
 from dalle_cli.stores.tokens import TokenReader
+from dalle_cli.text.training_captions import TrainingCaptions
 from dalle_cli.training.loop import Run
 from dalle_cli.training.throughput import SampleWork
 
@@ -205,6 +206,7 @@ class PriorTask:
 
     def __post_init__(self) -> None:
         self.training_rows, self.held_out = split_store(self.reader, self.recipe)
+        self.captions = TrainingCaptions(self.reader)
 
     def work(self) -> SampleWork:
         return sample_work(self.recipe)
@@ -218,7 +220,7 @@ class PriorTask:
         order = BatchOrder(self.training_rows, size, seed, part)
         for step in range(start, stop):
             rows, epochs = order.batch(step)
-            batch = read_tokens(self.reader, rows, epochs)
+            batch = as_batch(*self.captions.read(rows, epochs), self.reader.epoch_image(rows, epochs))
             if share:
                 dropped = torch.from_numpy(dropped_captions(seed, step, np.arange(size)[part], share))
                 batch = replace(batch, length=batch.length.masked_fill(dropped, 0))
@@ -308,7 +310,7 @@ class PriorTask:
     def validation(self) -> TokenBatch | None:
         """The first held-out rows with their whole captions; None if no row is held out."""
         rows = self.held_out[: self.recipe.prior.training.validation_samples]
-        return read_tokens(self.reader, rows, None) if len(rows) else None
+        return read_tokens(self.reader, rows) if len(rows) else None
 
 
 @dataclass(frozen=True)
@@ -335,22 +337,17 @@ Drawing = Callable[[Prior, TokenBatch], Tensor]
 """Draws pictures (3, H, W) uint8 for the first captions of a batch."""
 
 
-def read_tokens(reader: TokenReader, rows: np.ndarray, epochs: np.ndarray | None) -> TokenBatch:
-    """Read ``rows`` (B,) of a token store.
+def read_tokens(reader: TokenReader, rows: np.ndarray) -> TokenBatch:
+    """Read each first caption, without dropout, and each first view of ``rows`` (B,) of a token store."""
+    return as_batch(*(reader.read(name, rows) for name in ("text", "text_length", "image")))
 
-    ``epochs`` (B,) is how often each was seen before, which selects its caption, BPE dropout and view. None reads each
-    first caption without dropout, and the first view.
-    """
 
-    def tensor(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values.astype(np.int64))
-
-    if epochs is None:
-        text, length, image = (tensor(reader.read(name, rows)) for name in ("text", "text_length", "image"))
-    else:
-        text, length = map(tensor, reader.epoch_text(rows, epochs))
-        image = tensor(reader.epoch_image(rows, epochs))
-    return TokenBatch(text, length, image.flatten(1))
+def as_batch(text: np.ndarray, length: np.ndarray, image: np.ndarray) -> TokenBatch:
+    """Return a batch of text (B, T), lengths (B,) and image tokens (B, grid, grid)."""
+    text_tensor, length_tensor, image_tensor = (
+        torch.from_numpy(each.astype(np.int64)) for each in (text, length, image)
+    )
+    return TokenBatch(text_tensor, length_tensor, image_tensor.flatten(1))
 
 
 def dropped_captions(seed: int, step: int, indices: np.ndarray, share: float) -> np.ndarray:

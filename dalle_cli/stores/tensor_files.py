@@ -1,8 +1,8 @@
-"""Named tensors on disk: in one safetensors file, or row by row in several, with an index.
+"""Named tensors on disk: in one safetensors file, or slab by slab in several, with an index.
 
 The files are ``NAME.safetensors`` alone, or ``NAME-00001-of-00008.safetensors`` and so on beside ``NAME.index.json``,
-which holds the shape of each tensor and the rows of it in each file. Each rank writes one file; a reader reads the rows
-it needs, however many ranks wrote them.
+which holds the shape of each tensor and the slab of it in each file. Each rank writes one file; a reader reads the slab
+that it needs, however many ranks wrote it.
 """
 
 from __future__ import annotations
@@ -23,12 +23,32 @@ if TYPE_CHECKING:
     import torch
 
 
+class Slab(NamedTuple):
+    """Consecutive indices of a tensor along one axis, such as rows, up to ``stop`` or the end; by default all of it."""
+
+    first: int = 0
+    stop: int | None = None
+    axis: int = 0
+
+    def of(self, tensor: Any) -> Any:
+        """Return these indices of a tensor, or of safetensors' slice of one; a scalar has no indices."""
+        return tensor[(*[slice(None)] * self.axis, slice(self.first, self.stop))]
+
+
+WHOLE = Slab()
+
+
 class Part(NamedTuple):
-    """Consecutive rows, from ``first`` on, of a tensor of ``shape``; a scalar has no rows and is stored whole."""
+    """Consecutive indices along ``axis``, from ``first`` on, of a tensor of ``shape``; a scalar is stored whole."""
 
     value: torch.Tensor
     first: int = 0
     shape: tuple[int, ...] = ()
+    axis: int = 0
+
+    @property
+    def stop(self) -> int:
+        return self.first + self.value.shape[self.axis] if self.shape else 0
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
@@ -57,26 +77,25 @@ def part_file(name: str, index: int, count: int) -> str:
 def index_entries(file: str, parts: Mapping[str, Part]) -> dict[str, dict[str, Any]]:
     """Return the index entries of the parts in a file."""
     return {
-        name: {"shape": list(part.shape), "parts": [[file, part.first, part.first + rows_of(part)]]}
+        name: {
+            "shape": list(part.shape),
+            "parts": [[file, part.first, part.stop]],
+            **({"axis": part.axis} if part.axis else {}),
+        }
         for name, part in parts.items()
     }
-
-
-def rows_of(part: Part) -> int:
-    """Return the number of rows of a part, 0 for a scalar."""
-    return len(part.value) if part.value.dim() else 0
 
 
 def join_entries(entries: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
     """Return the index of several files, given the ``index_entries`` of each.
 
     Raises:
-        ValueError: a row is missing, or in two files.
+        ValueError: an index is missing, or in two files.
     """
     tensors: dict[str, dict[str, Any]] = {}
     for own in entries:
         for name, entry in own.items():
-            known = tensors.setdefault(name, {"shape": entry["shape"], "parts": []})
+            known = tensors.setdefault(name, {**entry, "parts": []})
             known["parts"] += entry["parts"]
     for name, entry in tensors.items():
         if not entry["shape"]:
@@ -84,17 +103,18 @@ def join_entries(entries: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
         entry["parts"].sort(key=lambda part: part[1])
         ends = [0, *(stop for _, _, stop in entry["parts"])]
         starts = [start for _, start, _ in entry["parts"]]
-        if starts != ends[:-1] or ends[-1] != (entry["shape"] or [0])[0]:
+        if starts != ends[:-1] or ends[-1] != (entry["shape"] or [0])[entry.get("axis", 0)]:
             raise ValueError(f"parts of {name} do not make up its shape {entry['shape']}: {entry['parts']}")
     return {"format": "dalle-tensor-parts", "tensors": tensors}
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """The place of a tensor: its shape, and the rows of it in each file."""
+    """The place of a tensor: its shape, and the indices along ``axis`` in each file."""
 
     shape: tuple[Count, ...]
     parts: Annotated[list[tuple[str, Count, Count]], Field(min_length=1)]
+    axis: Annotated[int, Field(ge=0, le=1)] = 0
 
 
 @dataclass(frozen=True)
@@ -127,28 +147,31 @@ class TensorFiles:
         return [self.folder / file for file in sorted(found)]
 
     def nbytes(self, name: str) -> int:
-        one = self.read(name, slice(0, 1))
+        one = self.read(name, Slab(0, 1))
         if not one.dim():
             return one.nbytes
         rows = _shape(self.whole, name)[0] if self._index is None else self._index[name].shape[0]
         return int(one.nbytes * rows)
 
-    def read(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
-        """Return rows of a tensor, on the CPU; a scalar is read whole."""
+    def read(self, name: str, slab: Slab = WHOLE) -> torch.Tensor:
+        """Return a slab of a tensor, on the CPU; a scalar is read whole."""
         import torch
 
         if self._index is None:
-            return _read(self.whole, name, rows)
+            return _read(self.whole, name, slab)
         entry = self._index[name]
         if not entry.shape:
-            return _read(self.folder / entry.parts[0][0], name, rows)
-        first, stop, _ = rows.indices(entry.shape[0])
+            return _read(self.folder / entry.parts[0][0], name, slab)
+        if slab.axis != entry.axis:
+            pieces = [_read(self.folder / file, name, slab) for file, _, _ in entry.parts]
+            return torch.cat(pieces, entry.axis)
+        first, stop, _ = slice(slab.first, slab.stop).indices(entry.shape[slab.axis])
         pieces = []
         for file, start, end in entry.parts:
-            wanted = slice(max(first, start) - start, min(stop, end) - start)
-            if wanted.start < wanted.stop:
-                pieces.append(_read(self.folder / file, name, wanted))
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+            begin, finish = max(first, start) - start, min(stop, end) - start
+            if begin < finish:
+                pieces.append(_read(self.folder / file, name, Slab(begin, finish, slab.axis)))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, slab.axis)
 
     def all(self) -> dict[str, torch.Tensor]:
         if self._index is not None:
@@ -170,12 +193,12 @@ def _shape(path: Path, name: str) -> list[int]:
         return list(file.get_slice(name).get_shape())
 
 
-def _read(path: Path, name: str, rows: slice) -> torch.Tensor:
+def _read(path: Path, name: str, slab: Slab) -> torch.Tensor:
     with _opened(path) as file:
         found = file.get_slice(name)
-        if not found.get_shape() or rows == slice(None):
+        if not found.get_shape() or slab == WHOLE:
             return file.get_tensor(name)  # type: ignore[no-any-return]
-        return found[rows]  # type: ignore[no-any-return]
+        return slab.of(found)  # type: ignore[no-any-return]
 
 
 @contextmanager

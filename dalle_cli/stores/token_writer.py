@@ -26,6 +26,7 @@ from dalle_cli.stores.tokens import (
     OFTEN_EMPTY,
     ROWS_PER_CHUNK,
     ROWS_PER_SHARD,
+    TOKENIZER,
     PartState,
     open_group,
     sum_counts,
@@ -151,6 +152,13 @@ class PartWriter:
                 self._write_keys(keys, rows)
                 self._sync({"key", *arrays}, rows)
                 self._commit(len(rows), skipped.values(), counts or {})
+
+    def add_file(self, name: str, text: str) -> None:
+        """Write a file beside the arrays, whole or not at all; every share of the part writes the same."""
+        beside = self.path / f"{name}.partial"
+        with explain_os_errors(self.path), self._common_lock():
+            beside.write_text(text, encoding="utf-8")
+            rename_synced(beside, self.path / name)
 
     def finish(self) -> None:
         """Complete the part, unless other shares are still to be made.
@@ -331,12 +339,12 @@ class PartWriter:
         self._shares.remove(keep=self._shares.file(self.shard, ".lock"))
 
     def _write_checksums(self) -> None:
-        """Write checksums of the metadata and of the lists of skipped samples of all complete parts."""
+        """Write checksums of the metadata, lists of skipped samples and tokenizer of all complete parts."""
         attributes, names = open_group(self.path, "r").attrs, ["zarr.json"]
         for part in COMMANDS:
             if PartState.of_attributes(attributes, part, self.path) is not None:
                 names += [f"{name}/zarr.json" for name in ("key", *ARRAYS[part])]
-                names.append(Shares(self.path, part).report(WHOLE).name)
+                names += [Shares(self.path, part).report(WHOLE).name, *([TOKENIZER] if part == "text" else [])]
         write_checksums(self.path, dict.fromkeys(name for name in names if (self.path / name).is_file()))
 
     def _join_reports(self, shares: Iterable[Shard]) -> None:

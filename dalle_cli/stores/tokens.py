@@ -3,10 +3,10 @@
 Row i is sample i of the source, in both parts:
 
 - part ``text``: ``text`` (N, T) uint16, ``text_length`` (N,) uint16 (0: skipped), ``caption`` (N,) string: each
-  picture's first caption. With BPE dropout or several captions a picture also ``text_epochs`` (N, E, T) uint16,
-  ``text_epochs_length`` (N, E) uint16 and ``text_versions`` (N,) uint16: training at epoch e sees version
-  e mod ``text_versions``, or ``text`` where that is 0. ``more_captions`` (N,) string holds JSON lists of the other
-  captions, "" for none. These four exist only if they are needed;
+  picture's first caption. With several captions a picture also ``more_captions`` (N,) string, JSON lists of the others,
+  "" for none, and, without BPE dropout, ``text_epochs`` (N, E, T) uint16, ``text_epochs_length`` (N, E) uint16 and
+  ``text_versions`` (N,) uint16: training at epoch e sees version e mod ``text_versions``, or ``text`` where that is 0.
+  With BPE dropout it encodes a caption anew instead, by the file ``tokenizer.json`` (``text/training_captions.py``);
 - part ``image``: ``image`` (N, grid, grid) uint16, ``image_ok`` (N,) uint8 (0: skipped). With several views a picture
   also ``image_views`` (N, V - 1, grid, grid) uint16: training at epoch e sees ``image`` where v = e mod V is 0, else
   number v - 1 of these;
@@ -20,6 +20,7 @@ the count; once the part is complete, its ``PartState`` is an attribute of the g
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import threading
@@ -47,6 +48,8 @@ USABLE = ("text_length", "image_ok")
 """Arrays that are above 0 where a row has captions, and a picture."""
 OFTEN_EMPTY = ("text_epochs", "text_epochs_length")
 """Arrays of which many shards are zeros, which are not written."""
+TOKENIZER = "tokenizer.json"
+"""Name of the file of a store's tokenizer."""
 AGAIN = "copy the store again, or delete it and make it again"
 NEEDED: dict[Part, tuple[str, ...]] = {"text": ("text", "text_length", "caption"), "image": ("image", "image_ok")}
 """Arrays that each part has in every store, beside ``key``."""
@@ -143,8 +146,8 @@ class TokenReader:
     """Random reads of a store's committed rows, for training above all; safe to use from several threads.
 
     A cache keeps the shards read last, decoded. It holds up to ``cached_rows`` rows of all arrays: 2.6 KB a row for the
-    paper's 1024 image and 256 text tokens, and 0.5 KB more for each version of the text. Random reads in a store of at
-    most that many rows are fast; in a larger store most of them decode a whole shard.
+    paper's 1024 image and 256 text tokens, 0.5 KB more for each version of the text, and captions as they are read.
+    Random reads in a store of at most that many rows are fast; in a larger store most of them decode a whole shard.
 
     Raises:
         UserError: ``path`` is no token store, or one of another format.
@@ -241,8 +244,16 @@ class TokenReader:
         text_length, image_ok = (np.concatenate(parts)[:n] if parts else np.empty(0, np.int64) for parts in both)
         return np.flatnonzero((text_length > 0) & (image_ok > 0))
 
+    def captions(self, rows: np.ndarray) -> list[list[str]]:
+        """Return the usable captions at each of ``rows``; none at skipped rows."""
+        first, found = self.strings("caption", rows), self.read("text_length", rows) > 0
+        more = self.read("more_captions", rows) if "more_captions" in self._arrays else [""] * len(rows)
+        with explain_damage(self.path / "more_captions"):
+            others = [list(map(str, json.loads(str(each) or "[]"))) for each in more]
+        return [[a, *b] if usable else [] for a, b, usable in zip(first, others, found, strict=True)]
+
     def epoch_text(self, rows: np.ndarray, epochs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the tokens (n, T) and lengths (n,) that training sees at ``rows`` (n,) in ``epochs`` (n,)."""
+        """Return the stored tokens (n, T) and lengths (n,) of ``rows`` (n,) in ``epochs`` (n,)."""
         if "text_versions" not in self._arrays:
             return self.read("text", rows), self.read("text_length", rows)
         versions = self.read("text_versions", rows).astype(np.int64)

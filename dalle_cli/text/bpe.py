@@ -32,8 +32,9 @@ class Tokenizer:
 
     def __init__(self, backend: HFTokenizer, name: str) -> None:
         self.backend, self.name = backend, name
-        # Hash the canonical serialization, so that the file's layout does not matter.
-        self.identity = hashlib.sha256(backend.to_str().encode()).hexdigest()
+        self.json = backend.to_str()
+        """Canonical content of its file, whose hash does not depend on the file's layout."""
+        self.identity = hashlib.sha256(self.json.encode()).hexdigest()
         # A file may set these three, but the recipe decides on dropout and length.
         backend.model.dropout = None
         backend.no_truncation()
@@ -70,13 +71,12 @@ class Tokenizer:
         return Ragged.joined([_flat(encode(part, add_special_tokens=False), "ids") for part in _parts(captions)])
 
     def encode_words(self, captions: list[str]) -> tuple[Ragged, np.ndarray]:
-        """Return the token ids, as ``encode`` does, and the number (total,) of each token's word in its caption."""
-        ids, words = [], []
-        for part in _parts(captions):
-            encodings = self.backend.encode_batch(part, add_special_tokens=False)
-            ids.append(_flat(encodings, "ids"))
-            words.append(_flat(encodings, "word_ids").values)
-        return Ragged.joined(ids), np.concatenate(words)
+        """Return the token ids, as ``encode`` does, and the number (total,) of each token's word in its caption.
+
+        This encodes in the calling thread only, since training, which calls it, has work for the other cores.
+        """
+        encodings = [self.backend.encode(caption, add_special_tokens=False) for caption in captions]
+        return _flat(encodings, "ids"), _flat(encodings, "word_ids").values
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the caption that ``ids`` spell."""

@@ -17,7 +17,7 @@ from dalle_cli.errors import UserError
 from dalle_cli.progress import progress
 from dalle_cli.stores.shards import WHOLE, Shard
 from dalle_cli.stores.token_writer import PartWriter
-from dalle_cli.stores.tokens import ROWS_PER_SHARD
+from dalle_cli.stores.tokens import ROWS_PER_SHARD, TOKENIZER
 from dalle_cli.text.bpe import Tokenizer, train_bpe
 from dalle_cli.text.encode import CaptionEncoder, TextRows
 
@@ -84,13 +84,14 @@ def tokenize_source(recipe: Recipe, source: Source, tokenizer: Tokenizer, out: P
         "text_length": settings.text_length,
         "overlong": settings.overlong,
         "dropout": settings.dropout,
-        "dropout_epochs": settings.dropout_epochs if settings.dropout else 0,
         "filters": caption_identity(recipe.data.filters),
         "seed": recipe.seed,
     }
     with PartWriter(out, "text", identity, len(source), shard) as writer:
         if todo := writer.todo:
-            encoder = CaptionEncoder(tokenizer, settings, recipe.seed)
+            encoder = CaptionEncoder(tokenizer, settings)
+            if settings.dropout:
+                writer.add_file(TOKENIZER, tokenizer.json)  # training encodes the captions anew in each epoch
             # While one block is written, the next is encoded and the one after that is read.
             blocks = prefetch(_encode(encoder, prefetch(_read(source, todo, recipe.data.filters), 1)), 1)
             with progress("tokenize-text", writer.rows + len(todo), "pictures", writer.rows) as bar:
@@ -110,7 +111,6 @@ def tokenize_source(recipe: Recipe, source: Source, tokenizer: Tokenizer, out: P
 class _Block:
     """Keys and filtered captions of consecutive samples, and the reason, by index, of each without a caption."""
 
-    first_row: int
     keys: list[str]
     captions: list[list[str]]
     reasons: dict[int, str]
@@ -122,7 +122,7 @@ def _read(source: Source, rows: range, filters: Filters) -> Iterator[_Block]:
     size = SHARDS_AT_ONCE * ROWS_PER_SHARD
     for start in rows[::size]:
         some = range(start, min(start + size, rows.stop))
-        block = _Block(start, [source.key(row) for row in some], [], {})
+        block = _Block([source.key(row) for row in some], [], {})
         for index, row in enumerate(some):
             captions, reason = filtered_captions(source, row, active)
             block.captions.append(captions[:MOST_CAPTIONS])
@@ -134,4 +134,4 @@ def _read(source: Source, rows: range, filters: Filters) -> Iterator[_Block]:
 
 def _encode(encoder: CaptionEncoder, blocks: Iterable[_Block]) -> Iterator[tuple[_Block, TextRows]]:
     for block in blocks:
-        yield block, encoder.rows(block.captions, block.first_row)
+        yield block, encoder.rows(block.captions)

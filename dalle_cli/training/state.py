@@ -180,7 +180,7 @@ class TrainingState:
             labels.setdefault(label.partition(".")[2], []).append(label)
         for name in self.names:
             values = {
-                label.partition(".")[0]: files.read(label, self.engine.rows(name)) for label in labels.get(name, [])
+                label.partition(".")[0]: files.read(label, self.engine.slab(name)) for label in labels.get(name, [])
             }
             if values:
                 yield name, {key: self.engine.cut(name, v) if v.dim() else v for key, v in values.items()}
@@ -208,4 +208,4 @@ class TrainingState:
         """Read this rank's parts of what ``files`` hold of the parameters, one after another."""
         held = set(files.names())
         for name in [name for name in self.names if name in held]:
-            yield name, self.engine.cut(name, files.read(name, self.engine.rows(name)))
+            yield name, self.engine.cut(name, files.read(name, self.engine.slab(name)))

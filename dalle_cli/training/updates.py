@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ class AdamUpdates:
     """The ``Optimizer`` of an engine that brings none of its own.
 
     If the engine scales gradients, parameters train in 16 bit with ``precision.adam``, else in 32 bit with torch's
-    AdamW.
+    AdamW; an engine that scales its loss skips updates with a gradient that is not finite.
 
     Args:
         engine: the parameters, whole or sharded.
@@ -48,13 +49,28 @@ class AdamUpdates:
             self.skipped_updates += logged["skipped"] > 0
             logged["skipped_updates"] = self.skipped_updates
             return {name: torch.tensor(value) for name, value in logged.items()}
+        if engine.loss_scaler is not None:
+            engine.loss_scaler.unscale_(self.adam)  # and note if a gradient is not finite, which skips the update
         norm = nn.utils.get_total_norm([p.grad for p in engine.owned_parameters() if p.grad is not None])
         if engine.sharded:
             norm = engine.sum_over_shards(norm.square()).sqrt()
         if self.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(engine.parameters.values(), self.clip_norm, norm)
-        self.adam.step()
-        return {"grad_norm": norm}
+        if engine.loss_scaler is None:
+            self.adam.step()
+            return {"grad_norm": norm}
+        scale = engine.loss_scaler.get_scale()
+        engine.loss_scaler.step(self.adam)
+        engine.loss_scaler.update()
+        skipped = engine.loss_scaler.get_scale() < scale
+        self.skipped_updates += skipped
+        logged = {
+            "grad_norm": 0.0 if skipped else float(norm),
+            "skipped": float(skipped),
+            "log2_scale": math.log2(scale),
+            "skipped_updates": self.skipped_updates,
+        }
+        return {name: torch.tensor(value) for name, value in logged.items()}
 
     def moments(self, name: str) -> dict[str, Tensor]:
         return dict(self.adam.state.get(self.engine.parameters[name], {}))
@@ -69,14 +85,21 @@ class AdamUpdates:
             }
 
     def trainer_state(self) -> dict[str, Any]:
+        if self.engine.loss_scaler is not None:
+            return {"loss_scale": self.engine.loss_scaler.state_dict(), "skipped_updates": self.skipped_updates}
         if self.engine.scaling is None:
             return {}
         return {"scales": self.engine.scaling.scales.state_dict(), "skipped_updates": self.skipped_updates}
 
     def load_trainer_state(self, state: Mapping[str, Any]) -> None:
-        if self.engine.scaling is None:
+        if self.engine.scaling is None and self.engine.loss_scaler is None:
             return
         self.skipped_updates = state.get("skipped_updates", 0)
+        if self.engine.loss_scaler is not None:
+            if "loss_scale" in state:  # another precision trains without it
+                self.engine.loss_scaler.load_state_dict(state["loss_scale"])
+            return
+        assert self.engine.scaling is not None
         if "scales" in state:  # another engine trains without them
             self.engine.scaling.scales.load_state_dict(state["scales"])
         self.engine.scaling.assign_scales()

@@ -37,7 +37,7 @@ def render_compression(rows: Sequence[CompressionRow], console: Console) -> None
     ]
     notes = [
         ("paper", "the closed form of section 2.5: matrices split along their longer side among 8 GPUs"),
-        ("shards here", "values of the resblocks' matrices, which this project splits by rows into eighths"),
+        ("shards here", "values of the resblocks' matrices, split likewise; query, key and value are one matrix"),
         (
             "all bytes",
             "bytes of all gradients: factors are sent in 16 bit if gradients are, embeddings and unembeddings whole in "

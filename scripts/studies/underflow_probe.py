@@ -127,7 +127,7 @@ def stored_tokens(reader: TokenReader, study: Study) -> Callable[[int], Tokens]:
 
     def batch(step: int) -> Tokens:
         chosen = numpy_generator(study.seed, "underflow", "rows", step).choice(rows, study.batch_size)
-        tokens = read_tokens(reader, np.sort(chosen), None)
+        tokens = read_tokens(reader, np.sort(chosen))
         return tokens.text, tokens.length, tokens.image
 
     return batch

@@ -95,7 +95,7 @@ PRIOR: dict[str, Any] = {
     "sampling.top_p": 1,
     "sampling.guidance": 1,
 }
-DEPARTURES = {"dvae.precision": "bf16", "dvae.objective.ln_b_floor": -4, "data.views": 1, "tokenizer.dropout_epochs": 1}
+DEPARTURES = {"dvae.precision": "bf16", "dvae.objective.ln_b_floor": -4, "data.views": 1}
 """Settings whose values the paper does not have; the page gives the reason for each."""
 
 

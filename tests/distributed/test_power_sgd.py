@@ -33,6 +33,7 @@ from dalle_cli.data.batch_order import BatchOrder
 from dalle_cli.distributed.compression import (
     compression_batches,
     compression_rate,
+    flat_shard_shape,
     is_compressed,
     numbers_sent,
     paper_compression_rate,
@@ -434,11 +435,11 @@ def test_the_papers_table(d_model: int, rank: int, percent: int) -> None:
     cut = d_model // 8
     shards = [(d_model, cut)] * 4 + [(d_model, 4 * cut), (4 * cut, d_model)]
     assert compression_rate(shards, shard_rank(rank, 8)) == pytest.approx(paper_compression_rate(d_model, rank))
-    # This project's matrices are cut by rows.
+    # This project's matrices are cut likewise, but query, key and value are one.
     d = d_model
     ours = [shard_shape(shape, 8) for shape in ((3 * d, d), (d, d), (4 * d, d), (d, 4 * d))]
-    assert ours == [(3 * cut, d), (cut, d), (4 * cut, d), (cut, 4 * d)]
-    assert compression_rate(ours, shard_rank(rank, 8)) == pytest.approx(1 - 65 * rank / (96 * d_model))
+    assert ours == [(3 * cut, d), (cut, d), (4 * cut, d), (d, 4 * cut)]
+    assert compression_rate(ours, shard_rank(rank, 8)) == pytest.approx(1 - 11 * rank / (24 * d_model))
 
 
 def test_past_break_even_a_matrix_is_sent_whole() -> None:
@@ -452,7 +453,9 @@ def test_past_break_even_a_matrix_is_sent_whole() -> None:
     assert not is_compressed((20, 20), 0, min_compression=0)
     assert compression_rate([(20, 20)], 10) == 0
     assert compression_rate([(20, 20)], 5) == 0.5
-    assert shard_shape((10, 7), 4) == (3, 7)
+    assert shard_shape((10, 7), 4) == flat_shard_shape((10, 7), 4) == (3, 7)
+    assert (shard_shape((7, 12), 4), flat_shard_shape((7, 12), 4)) == ((7, 3), (2, 12))
+    assert shard_shape((7, 13), 4) == (2, 13)
     assert shard_rank(9, 4) == 3
 
 

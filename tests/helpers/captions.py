@@ -73,7 +73,7 @@ def shards_of(rows: int) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    source, recipe, folder = uneven(int(sys.argv[1])), recipe_with(dropout=0.3, dropout_epochs=2), Path(sys.argv[3])
+    source, recipe, folder = uneven(int(sys.argv[1])), recipe_with(dropout=0.3), Path(sys.argv[3])
     words = train_tokenizer(recipe, source, folder) if "train" in sys.argv else Tokenizer.load(folder)
     with shards_of(4):
         tokenize_source(recipe, source, words, Path(sys.argv[2]))

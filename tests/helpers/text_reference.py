@@ -70,30 +70,30 @@ def reference_dropout(words: Tokenizer, caption: str, p: float, stream: int) -> 
     return ids
 
 
-def reference_rows(
-    captions: list[list[str]], config: TokenizerSettings, seed: int, first_row: int
-) -> list[dict[str, Any]]:
+def reference_epoch(captions: list[str], config: TokenizerSettings, seed: int, row: int, epoch: int) -> list[int]:
+    """Return the tokens that training sees in an epoch of a row with these usable captions."""
+    if not captions:
+        return []
+    caption = captions[epoch % len(captions)]
+    if config.dropout == 0:
+        return as_lists(tokenizer().encode([caption]))[0][: config.text_length]
+    stream = mixed((stream_seed(seed, "bpe-dropout", epoch) + row * 0x9E3779B97F4A7C15) & MASK)
+    return reference_dropout(tokenizer(), caption, config.dropout, stream)[: config.text_length]
+
+
+def reference_rows(captions: list[list[str]], config: TokenizerSettings) -> list[dict[str, Any]]:
     """Return each row of a token store, encoded by itself."""
     rows = []
-    for row, texts in enumerate(captions, first_row):
+    for texts in captions:
         length = config.text_length
         encoded = {caption: as_lists(tokenizer().encode([caption]))[0] for caption in texts}
         usable = [c for c in texts if encoded[c] and not (config.overlong == "refuse" and len(encoded[c]) > length)]
-        epochs = config.dropout_epochs if config.dropout > 0 else 0
-        versions = []
-        for v in range(max(epochs, len(usable)) if usable else 0):
-            ids = encoded[usable[v % len(usable)]]
-            if epochs:
-                stream = mixed((stream_seed(seed, "bpe-dropout", v) + row * 0x9E3779B97F4A7C15) & MASK)
-                ids = reference_dropout(tokenizer(), usable[v % len(usable)], config.dropout, stream)
-            versions.append(ids[:length])
         rows.append(
             {
                 "text": encoded[usable[0]][:length] if usable else [],
-                "versions": versions,
+                "versions": [encoded[each][:length] for each in usable],
                 "caption": usable[0] if usable else (texts or [""])[0],
-                "more": usable[1:],
-                "usable": len(usable),
+                "usable": usable,
                 "overlong": sum(len(encoded[caption]) > length for caption in texts),
             }
         )

@@ -17,7 +17,7 @@ def test_cost_of_a_checkpoint() -> None:
     counts, machines = count_parameters(recipe), Machines(4, 2, 10**9)
     found, parameters = checkpoint_cost(recipe.prior, counts, machines, 1000.0, 2.0), 6144 + 416 + 15_745
     assert found.model == 4 * parameters * (1 + 1 + 2) + 4 * 12 * 256 * 2
-    assert found.each_process == 4 * 112 * 2 * 2
+    assert found.each_process == 4 * 64 * 2 * 2
     assert found.bytes == found.model + 8 * found.each_process
     assert found.first_machine == found.model + 4 * found.each_process
     assert found.seconds == found.first_machine / 1000

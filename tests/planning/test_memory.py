@@ -84,12 +84,12 @@ def test_bytes_under_deepspeed() -> None:
 
 
 def test_bytes_of_powersgd() -> None:
-    """Rank 8 over 4 shards is rank 2 per shard; right factors have (16 + 16 + 16 + 64) * 2 values a layer."""
+    """Rank 8 over 4 shards is rank 2 per shard; right factors have (16 + 16 + 16 + 16) * 2 values a layer."""
     recipe = tiny_prior(prior__sharding__zero=3, prior__powersgd__rank=8)
     counts = count_parameters(recipe)
     parts = training_state(recipe.prior, counts, Machines(4, 2, 0))
     assert parts["PowerSGD error buffers"].each == 4 * 12 * 256 * 2 // 4
-    assert parts["PowerSGD factors"].each == 4 * 112 * 2 * 2
+    assert parts["PowerSGD factors"].each == 4 * 64 * 2 * 2
     assert "PowerSGD error buffers" not in training_state(recipe.prior, counts, Machines(4, 1, 0))
 
 

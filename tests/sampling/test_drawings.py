@@ -34,7 +34,7 @@ def test_drawings_are_the_pictures_of_the_captions_tokens(by_hand: Chain) -> Non
     drawing = held_out_drawing(recipe, by_hand.tokens, by_hand.dvae)
     assert isinstance(drawing, Drawings)
     prior, dvae = load_prior(open_checkpoint(by_hand.prior, "prior")), load_dvae(open_checkpoint(by_hand.dvae, "dvae"))
-    batch = read_tokens(TokenReader(by_hand.tokens), np.arange(5), None)
+    batch = read_tokens(TokenReader(by_hand.tokens), np.arange(5))
     with torch.no_grad():
         true, drawn = cells(drawing(prior, batch), 32)
         tokens = torch.zeros(3, 1, 16, dtype=torch.int64)

@@ -28,7 +28,7 @@ from dalle_cli.stores.checkpoint import (
     save_sharded_checkpoint,
 )
 from dalle_cli.stores.export import export_checkpoint
-from dalle_cli.stores.tensor_files import Part, TensorFiles, index_entries, join_entries, part_file, save_tensors
+from dalle_cli.stores.tensor_files import Part, Slab, TensorFiles, index_entries, join_entries, part_file, save_tensors
 
 
 class Threads:
@@ -93,9 +93,11 @@ def facts(recipe: Recipe) -> CheckpointFacts:
 
 
 def part_of(tensor: torch.Tensor, rank: int, count: int) -> Part:
-    """Split rows as ``fully_shard`` does: the last ranks may have fewer, or none."""
-    rows = -(-len(tensor) // count)
-    return Part(tensor[rank * rows : (rank + 1) * rows], min(rank * rows, len(tensor)), tuple(tensor.shape))
+    """Split rows, or columns of a matrix wider than high, as sharding does: the last ranks may have fewer, or none."""
+    axis = int(tensor.dim() == 2 and tensor.shape[1] > tensor.shape[0] and tensor.shape[1] % count == 0)
+    size = -(-tensor.shape[axis] // count)
+    first, stop = (min(place * size, tensor.shape[axis]) for place in (rank, rank + 1))
+    return Part(tensor.narrow(axis, first, stop - first), first, tuple(tensor.shape), axis)
 
 
 def save(path: Path, recipe: Recipe, count: int, seed: int = 1, *, updated: bool = True) -> list[BaseException | None]:
@@ -140,8 +142,8 @@ def test_parts_are_the_whole(count: int, recipe: Recipe, tmp_path: Path) -> None
         assert loaded.keys() == expected.keys()
         assert all(torch.equal(loaded[name], expected[name]) for name in expected)
         name, files = "text_head.weight", found.files_of(which)
-        for rows in (slice(0, 7), slice(5, 200), slice(399, 401), slice(None)):
-            assert torch.equal(files.read(name, rows), expected[name][rows])
+        for rows in (slice(0, 7), slice(5, 200), slice(399, 401), slice(0, None)):
+            assert torch.equal(files.read(name, Slab(rows.start, rows.stop)), expected[name][rows])
     moments, state = found.trainer()
     assert state == {"step": 3}
     assert moments["step.norm.weight"] == 3.0
@@ -202,18 +204,26 @@ def test_a_damaged_or_missing_part_is_named(recipe: Recipe, tmp_path: Path) -> N
         found.tensors("ema")
 
 
-@settings(max_examples=40)
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=5), st.integers(0, 12), st.integers(0, 12))
-def test_rows_are_found_wherever_they_lie(
-    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], first: int, stop: int
+@settings(max_examples=60)
+@given(
+    st.lists(st.integers(0, 5), min_size=1, max_size=5),
+    st.integers(0, 12),
+    st.integers(0, 12),
+    st.integers(0, 1),
+    st.integers(0, 1),
+)
+def test_slabs_are_found_wherever_they_lie(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], first: int, stop: int, stored: int, wanted: int
 ) -> None:
-    folder = tmp_path_factory.mktemp("rows")
+    folder = tmp_path_factory.mktemp("slabs")
     total = sum(sizes)
-    whole = torch.arange(2 * total).view(total, 2)
+    shape = [total, total]
+    shape[1 - stored] = 12
+    whole = torch.arange(12 * total).view(shape)
     entries, at = [], 0
     for i, size in enumerate(sizes):
         if size:
-            parts = {"x": Part(whole[at : at + size], at, (total, 2))}
+            parts = {"x": Part(whole.narrow(stored, at, size), at, tuple(shape), stored)}
             file = part_file("t", i, len(sizes))
             save_tensors({"x": parts["x"].value}, folder / file)
             entries.append(index_entries(file, parts))
@@ -223,8 +233,9 @@ def test_rows_are_found_wherever_they_lie(
     (folder / "t.index.json").write_text(json.dumps(join_entries(entries[::-1])))
     files = TensorFiles(folder, "t")
     assert torch.equal(files.all()["x"], whole)
-    if first < min(stop, total):
-        assert torch.equal(files.read("x", slice(first, stop)), whole[first:stop])
+    if first < min(stop, shape[wanted]):
+        cut = (slice(first, stop), slice(None)) if wanted == 0 else (slice(None), slice(first, stop))
+        assert torch.equal(files.read("x", Slab(first, stop, wanted)), whole[cut])
 
 
 def test_rows_that_are_missing_or_double_are_an_error() -> None:

@@ -25,7 +25,7 @@ from conftest import Call
 from helpers import captions
 from helpers.captions import CORPUS, Captions, recipe_with, shards_of, uneven
 from helpers.running import smallest_recipe, write_recipe
-from helpers.text_reference import as_lists, reference_rows, tokenizer, tokens_of
+from helpers.text_reference import as_lists, reference_epoch, reference_rows, tokenizer, tokens_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -45,6 +45,7 @@ from dalle_cli.stores.tokens import TokenReader
 from dalle_cli.text.bpe import train_bpe
 from dalle_cli.text.encode import CaptionEncoder
 from dalle_cli.text.tokenize import tokenize_source, train_tokenizer
+from dalle_cli.text.training_captions import TrainingCaptions
 
 
 def test_training_takes_every_caption_in_one_pass(tmp_path: Path) -> None:
@@ -68,25 +69,28 @@ def files(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_an_epoch_takes_its_version_of_each_caption(tmp_path: Path, dropout: float) -> None:
-    source, recipe, rows = uneven(21), recipe_with(dropout=dropout, dropout_epochs=2), 21
+    source, recipe, rows = uneven(21), recipe_with(dropout=dropout), 21
     with shards_of(4):
         made = tokenize_source(recipe, source, tokenizer(), tmp_path / "t")
-        expected = reference_rows([c or [] for c in source.all], recipe.tokenizer, 3, 0)
+        expected = reference_rows([c or [] for c in source.all], recipe.tokenizer)
         reader, at = TokenReader(tmp_path / "t"), np.random.default_rng(0).permutation(rows)
+        captions = TrainingCaptions(reader)
         for epoch in range(9):
             epochs = epoch + np.arange(rows) % 2
-            found = tokens_of(*reader.epoch_text(at, epochs))
-            for row, e, ids in zip(at, epochs, found, strict=True):
-                versions = expected[row]["versions"] or [[]]
-                assert ids == versions[e % len(versions)]
+            found = tokens_of(*captions.read(at, epochs))
+            for row, e, ids in zip(at.tolist(), epochs.tolist(), found, strict=True):
+                assert ids == reference_epoch(expected[row]["usable"], recipe.tokenizer, recipe.seed, row, e)
         assert tokens_of(reader.read("text", at), reader.read("text_length", at)) == [expected[r]["text"] for r in at]
-        assert [json.loads(s or "[]") for s in reader.read("more_captions", at)] == [expected[r]["more"] for r in at]
+        assert reader.captions(at) == [expected[r]["usable"] for r in at]
     assert (made.rows, made.skipped) == (rows, sum(captions is None for captions in source.all))
-    assert made.captions == sum(row["usable"] for row in expected)
+    assert made.captions == sum(len(row["usable"]) for row in expected)
     assert made.overlong == sum(row["overlong"] for row in expected) > 0
     state = reader.part("text")
     assert state.counts == {"captions": made.captions, "overlong": made.overlong}
     group: Any = zarr.open_group(str(tmp_path / "t"), mode="r")
+    assert ("text_epochs" in group) == (dropout == 0)
+    if dropout:
+        return
     most = max(len(row["versions"]) for row in expected)
     assert group["text_epochs"].shape == (rows, most, 9)
     assert group["text_versions"].shape == (rows,)
@@ -164,7 +168,7 @@ def test_a_store_ends_with_the_same_bytes_wherever_its_writer_died(
     kills: list[tuple[int, int]], dropout: float
 ) -> None:
     """It dies after any array of any shard is made or widened, or before a commit."""
-    source, recipe = uneven(23), recipe_with(dropout=dropout, dropout_epochs=2)
+    source, recipe = uneven(23), recipe_with(dropout=dropout)
     real_array, real_commit = PartWriter._open_array, PartWriter._commit
     with TemporaryDirectory() as folder, shards_of(4):
         calm, struck = Path(folder) / "calm", Path(folder) / "struck"
@@ -242,9 +246,7 @@ def test_twenty_kills_at_random_moments_change_no_byte(tmp_path: Path) -> None:
 def test_both_trainings_draw_a_caption_an_epoch_and_validate_on_the_first(tmp_path: Path) -> None:
     make_shapes(tmp_path / "shapes", n=12, test_n=1, seed=0, size=32)
     recipe = load_recipe(write_recipe(tmp_path, smallest_recipe(tmp_path / "run", tmp_path / "shapes" / "train")))
-    recipe = recipe.model_copy(
-        update={"tokenizer": TokenizerSettings(vocab_size=400, text_length=48, dropout=0.2, dropout_epochs=2)}
-    )
+    recipe = recipe.model_copy(update={"tokenizer": TokenizerSettings(vocab_size=400, text_length=48, dropout=0.2)})
     pictures = open_source(str(recipe.data.train))
     source = Captions([random.Random(row).sample(CORPUS, 1 + row % 3) for row in range(12)])
     tokenize_source(recipe, source, tokenizer(), tmp_path / "t")
@@ -254,19 +256,20 @@ def test_both_trainings_draw_a_caption_an_epoch_and_validate_on_the_first(tmp_pa
         writer.finish()
 
     reader = TokenReader(tmp_path / "t")
-    expected = reference_rows([captions or [] for captions in source.all], recipe.tokenizer, recipe.seed, 0)
+    words, seed = recipe.tokenizer, recipe.seed
+    expected = reference_rows([captions or [] for captions in source.all], words)
     prior = PriorTask(recipe, reader, None)  # type: ignore[arg-type]
     clip = ClipTask(recipe, pictures, reader, None)  # type: ignore[arg-type]
     order, steps, seen = BatchOrder(prior.training_rows, 4, recipe.seed), 12, set()
     for step, tokens_, (_, clip_ids) in zip(range(steps), prior.batches(0, steps), clip.batches(0, steps), strict=True):
         rows, epochs = order.batch(step)
-        versions = [expected[row]["versions"] for row in rows]
-        texts = [version[e % len(version)] for version, e in zip(versions, epochs, strict=True)]
+        places = zip(rows.tolist(), epochs.tolist(), strict=True)
+        texts = [reference_epoch(expected[row]["usable"], words, seed, row, e) for row, e in places]
         assert tokens_of(tokens_.text.numpy(), tokens_.length.numpy()) == texts
         assert torch.equal(tokens_.image, torch.from_numpy(image[rows].reshape(4, 16).astype(np.int64)))
         assert torch.equal(clip_ids, clip_text_ids(tokens_.text, tokens_.length, 400))
         seen |= {(int(row), int(e) % 3) for row, e in zip(rows, epochs, strict=True)}
-    assert len(seen) == 3 * len(prior.training_rows)  # every version of every row had its turn
+    assert len(seen) == 3 * len(prior.training_rows)  # every caption of every row had its turn
     whole, first = prior.validation, [expected[row]["text"] for row in prior.held_out]
     assert whole is not None
     assert clip.validation is not None

@@ -147,7 +147,7 @@ class ManifestSource:
         probes = sorted({*range(min(count, _PROBED)), *np.linspace(0, count - 1, _PROBED, dtype=int).tolist()})
         paths = [self._table.image(self._rows(i)[0]) for i in probes]
         local = [path for path in paths if not URL.match(path)]
-        if local and not any((self._root / path).is_file() for path in local):
+        if local and not any(os.path.isfile(self._root / path) for path in local):  # False if a name is too long
             raise UserError(
                 f"{self._table.path}: none of its pictures exists (looked for {self._root / local[0]} ...); "
                 "paths are relative to the manifest's folder"

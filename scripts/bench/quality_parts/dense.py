@@ -20,10 +20,11 @@ from torch.nn import functional as F
 
 from dalle_cli.data.batch_order import BatchOrder
 from dalle_cli.distributed.device import fast_matmul
-from dalle_cli.prior.train import read_tokens
+from dalle_cli.prior.train import as_batch, read_tokens
 from dalle_cli.stores.checkpoint import open_checkpoint
 from dalle_cli.stores.held_out import split_store
 from dalle_cli.stores.tokens import TokenReader
+from dalle_cli.text.training_captions import TrainingCaptions
 
 
 class Block(nn.Module):
@@ -118,16 +119,17 @@ def beside_our_prior(run: Path, seconds: float, seed: int) -> dict[str, Any]:
         sizes.d_model, sizes.heads, sizes.layers, tokenizer.text_length, sizes.grid**2, tokenizer.vocab_size,
         recipe.dvae.model.codebook_size,
     )  # fmt: skip
-    order = BatchOrder(rows, recipe.prior.training.batch_size, seed)
+    order, captions = BatchOrder(rows, recipe.prior.training.batch_size, seed), TrainingCaptions(reader)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         for step in itertools.count():
-            batch = read_tokens(reader, *order.batch(step))
+            rows, epochs = order.batch(step)
+            batch = as_batch(*captions.read(rows, epochs), reader.epoch_image(rows, epochs))
             inside = torch.arange(tokenizer.text_length) < batch.length[:, None]
             yield batch.text * inside, batch.image
 
     updates = train_dense(model, batches(), seconds, recipe.prior.learning_rate.peak)
-    batch = read_tokens(reader, held_out, None)
+    batch = read_tokens(reader, held_out)
     text = (batch.text * (torch.arange(tokenizer.text_length) < batch.length[:, None])).numpy()
     return {
         "updates": updates,

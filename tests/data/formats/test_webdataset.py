@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dalle_cli.data.formats.folder import FolderSource
-from dalle_cli.data.formats.webdataset import LocalFile, WebDatasetSource
+from dalle_cli.data.formats.tar_members import LocalFile
+from dalle_cli.data.formats.webdataset import WebDatasetSource
 from dalle_cli.data.open_source import open_source
 from dalle_cli.data.source import BadSample
 from dalle_cli.errors import UserError
