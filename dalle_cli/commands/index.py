@@ -20,7 +20,7 @@ def command(
             "--index",
             envvar="DALLE_INDEX",
             help="Folder for the index files, for shards that lie elsewhere or in folders that may not be written. "
-            "[beside the shards]",
+            "\\[beside the shards]",
         ),
     ] = None,
     shard: ShardOption = "1/1",

@@ -400,7 +400,7 @@ def test_bytes_of_training_follow_from_the_shards(trained: list[dict[str, Any]])
     prior = TINY.prior()
     decayed = prior.decayed_parameters()
     rest = sum(-(-p.numel() // NODE_SIZE) for name, p in prior.named_parameters() if name not in decayed)
-    shapes = [shard_shape((p.shape[0], p.shape[1]), NODE_SIZE) for p in decayed.values()]
+    shapes = [flat_shard_shape((p.shape[0], p.shape[1]), NODE_SIZE) for p in decayed.values()]
     rank = shard_rank(TRAINED["low rank"].rank, NODE_SIZE)
     in_32_bit = 4 * (rest + sum(numbers_sent(shape, rank) for shape in shapes))
     low = sum(numbers_sent(shape, rank) for shape in shapes if is_compressed(shape, rank))
