@@ -218,13 +218,16 @@ class PriorTask:
         seed, size, share = self.recipe.seed, self.recipe.prior.training.batch_size, self.recipe.prior.caption_dropout
         part = self.group.part(size)
         order = BatchOrder(self.training_rows, size, seed, part)
-        for step in range(start, stop):
-            rows, epochs = order.batch(step)
-            batch = as_batch(*self.captions.read(rows, epochs), self.reader.epoch_image(rows, epochs))
-            if share:
-                dropped = torch.from_numpy(dropped_captions(seed, step, np.arange(size)[part], share))
-                batch = replace(batch, length=batch.length.masked_fill(dropped, 0))
-            yield batch
+        for first in range(start, stop, PREFETCHED_BATCHES):
+            steps = range(first, min(first + PREFETCHED_BATCHES, stop))
+            # Several batches at once, since BPE dropout takes nearly as long for a few captions as for many.
+            rows, epochs = map(np.concatenate, zip(*map(order.batch, steps), strict=True))
+            block = as_batch(*self.captions.read(rows, epochs), self.reader.epoch_image(rows, epochs))
+            for step, batch in zip(steps, block.split(len(block) // len(steps)), strict=True):
+                if share:
+                    dropped = torch.from_numpy(dropped_captions(seed, step, np.arange(size)[part], share))
+                    batch = replace(batch, length=batch.length.masked_fill(dropped, 0))
+                yield batch
 
     def micro_batches(self, batch: TokenBatch, size: int | None) -> list[tuple[Any, float]]:
         # Captions differ in length, and the text's mean is over tokens: each micro-batch divides by its share of the

@@ -48,3 +48,9 @@ def test_bench_store(tmp_path: Path) -> None:
     assert found["epoch_decoded_bytes"] == found["memmap_bytes"]
     assert all(found[f"{kind}_store_rows_per_second"] > 0 for kind in ("epoch", "anywhere", "uncached"))
     assert bench("store", *arguments)["store_bytes"] == found["store_bytes"]  # the store is found, not made again
+
+
+def test_bench_tokenize() -> None:
+    found = bench("tokenize", "--captions", 600, "--rounds", 1)
+    assert set(found["runs"]) == {"encode_batch", "tokenize-text", "reading", "with dropout"}  # type: ignore[arg-type]
+    assert all(run["captions_per_second"] > 0 for run in found["runs"].values())  # type: ignore[attr-defined]
