@@ -580,7 +580,11 @@ class Recipe(Settings):
     description: str = Field("", description="a line about it, for reports")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="seed of everything random in every stage")
     run: str = Field("runs/dalle", description="folder that stages read from and write to by default")
-    threads: Positive | None = Field(None, description="number of CPU threads of a stage; null: all cores")
+    threads: Positive | Literal["idle"] | None = Field(
+        None,
+        description="number of CPU threads of a stage; null: all cores. idle: as many as other programs leave cores "
+        "idle, looked at while a stage trains, so that a run beside other work is no byte-for-byte repetition",
+    )
     image_size: Positive = Field(256, description="side, in pixels, of the pictures that the dVAE sees")
     data: DataSettings = DataSettings()
     tokenizer: TokenizerSettings = TokenizerSettings()

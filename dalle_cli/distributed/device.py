@@ -68,8 +68,8 @@ def keep_freed_memory() -> None:
 
 
 def limit_threads(recipe: Recipe) -> None:
-    """Let torch use the recipe's number of CPU threads, if it sets one."""
-    if recipe.threads is not None:
+    """Let torch use the recipe's number of CPU threads, if it sets one; see ``training.idle_cores`` for idle."""
+    if isinstance(recipe.threads, int):
         torch.set_num_threads(recipe.threads)
 
 

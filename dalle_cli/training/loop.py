@@ -38,6 +38,7 @@ from dalle_cli.stores.checkpoint import (
     steps_in,
 )
 from dalle_cli.stores.files import explain_os_errors, owned
+from dalle_cli.training.idle_cores import IdleCores
 from dalle_cli.training.journal import Journal, MetricLogger, WandbLogger, require_wandb
 from dalle_cli.training.resume import check_resumable
 from dalle_cli.training.signals import StopRequest
@@ -184,11 +185,14 @@ class Run:
             progress(self.name, last, "updates", start, steady=True) as bar,
         ):
             throughput = self._throughput()
+            idle_cores = IdleCores() if self.recipe.threads == "idle" and group.size == 1 else None
             for step, batch in zip(range(start, last), task.batches(start, last), strict=True):
                 done, sent_before = step + 1, self.engine.traffic()
                 rate = state.learning_rate(step)
                 values = self.update(state, batch, step, rate)
                 self.stop.note_progress()
+                if idle_cores is not None:
+                    idle_cores.follow()
                 state.update_ema(step)
                 state.plateau.add_training_loss(float(values["loss"]))
                 throughput.count_update()
