@@ -23,9 +23,17 @@ def command(
     recipe: RecipeArgument,
     data: DataOption = None,
     out: Annotated[Path | None, typer.Option(help="Folder for tokenizer.json. [RUN/tokenizer]")] = None,
+    captions: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Train on the captions of about N samples, spread over the source; 10 million are plenty.",
+        ),
+    ] = None,
     set_: SetOption = None,
 ) -> None:
-    """Train the BPE tokenizer on all captions of a source.
+    """Train the BPE tokenizer on the captions of a source.
 
     Captions are read once and counted by word, so memory grows only with the number of different words.
 
@@ -36,7 +44,7 @@ def command(
     from dalle_cli.text.tokenize import train_tokenizer
 
     settings = read_recipe(recipe, set_, data)
-    tokenizer = train_tokenizer(settings, read_source(settings), out or folders(settings).tokenizer)
+    tokenizer = train_tokenizer(settings, read_source(settings), out or folders(settings).tokenizer, captions)
     log(f"{tokenizer.name}: {tokenizer.vocab_size} tokens, sha256 {tokenizer.identity[:12]}")
     if tokenizer.vocab_size < (wanted := settings.tokenizer.vocab_size):
         log(

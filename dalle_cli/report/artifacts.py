@@ -16,6 +16,7 @@ from dalle_cli.errors import UserError
 from dalle_cli.stores.checkpoint import Checkpoint, Kind, open_checkpoint
 from dalle_cli.stores.files import read_json_lines
 from dalle_cli.stores.provenance import commands_of, read_commands
+from dalle_cli.stores.samples import read_attributes
 from dalle_cli.stores.tokens import TokenReader
 from dalle_cli.text.bpe import Tokenizer
 
@@ -197,8 +198,8 @@ def _store_request(store: Path) -> StoreRequest | None:
     import zarr
 
     try:
-        request: Any = zarr.open_group(str(store), mode="r", zarr_format=3).attrs["request"]
-        settings = {name: value for name, value in request["settings"].items() if value is not None}
-        return StoreRequest(store, str(request["prior"]), len(request["prompts"]), request["seed"], settings)
+        request = read_attributes(zarr.open_group(str(store), mode="r", zarr_format=3), store).request
+        settings = {name: value for name, value in request.settings.items() if value is not None}
+        return StoreRequest(store, request.prior, len(request.prompts), request.seed, settings)
     except Exception:  # moved or deleted since; the report needs only the samples' lines
         return None

@@ -142,7 +142,7 @@ class Sampler:
         recipe = self.prior_checkpoint.recipe()
         run = run_of(self.prior_checkpoint.path).root
         store = SampleStore(folder, identity, len(request.rows), recipe.grid, run)
-        lines = partial(_lines, request, folder, store.elsewhere)
+        lines = partial(_lines, request, store)
         row = request.rows.start + store.committed
         yield from lines(request.rows.start, store.log_likelihood())
         if row == request.rows.stop:
@@ -168,7 +168,7 @@ class Sampler:
             held.callback(batches.close)  # so that no process draws on after a fault
             for tokens, scores, pictures in batches:
                 places = [request.place(r) for r in range(row, row + len(pictures))]
-                names = [png_name(prompt, index, request.prompts[prompt]) for prompt, index in places]
+                names = [png_name(prompt, index, request.prompts[prompt], store.in_folders) for prompt, index in places]
                 pending.append((row, scores, store.add(row - request.rows.start, tokens, scores, pictures, names)))
                 row += len(pictures)
                 bar.advance(len(pictures))
@@ -247,12 +247,20 @@ def samples_at_once(request: SampleRequest, decoder: Decoder, dvae: DVAE, proces
     return min(fits, settings.batch_size or fits)
 
 
-def _lines(
-    request: SampleRequest, out: Path, elsewhere: dict[str, str], first_row: int, scores: np.ndarray
-) -> Iterator[dict[str, Any]]:
+def _lines(request: SampleRequest, store: SampleStore, first_row: int, scores: np.ndarray) -> Iterator[dict[str, Any]]:
+    elsewhere = store.elsewhere
     for row, score in enumerate(scores, start=first_row):
         prompt, index = request.place(row)
-        line = manifest_line(out / STORE, row - request.rows.start, request.prompts, prompt, index, request.seed, score)
+        line = manifest_line(
+            store.out / STORE,
+            row - request.rows.start,
+            request.prompts,
+            prompt,
+            index,
+            request.seed,
+            score,
+            store.in_folders,
+        )
         line |= elsewhere
         if request.ids is not None:
             line |= request.ids[prompt]

@@ -6,8 +6,10 @@ once all its PNGs are written.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from dalle_cli.config.run_folders import run_of
-from dalle_cli.errors import UserError
+from dalle_cli.errors import Damaged, UserError
 from dalle_cli.stores.checksums import write_checksums
 from dalle_cli.stores.files import explain_os_errors, new_directory, plain_name
 from dalle_cli.stores.shards import Shard
@@ -28,20 +30,25 @@ from dalle_cli.stores.typed import Count, as_type, explain_damage
 STORE = "samples.zarr"
 ENCODERS = 4
 """Number of threads that encode PNGs; they take a small part of the model's time."""
-METADATA = [f"{STORE}/{name}zarr.json" for name in ("", "tokens/", "log_likelihood/")]
+METADATA = [f"{STORE}/{name}zarr.json" for name in ("", "tokens/", "log_likelihood/", "prompts/")]
 """Files of a complete folder of samples whose checksums are kept; arrays and PNGs have checksums of their own."""
 CHUNK = 64
 """Number of rows of a chunk of the store."""
-
-
-FORMAT_VERSION = 2
+PROMPTS_A_CHUNK = 4096
+FORMAT_VERSION = 3
+"""Version 2, which is read too, had the prompts in the attributes, which every batch writes anew, and all pictures in
+one folder."""
+READ_VERSIONS = (2, 3)
 CAPTION_IN_NAME = 40
 """Number of a caption's characters in the file names of its samples."""
+PROMPTS_A_FOLDER = 1000
+"""Number of prompts from which pictures lie in folders of so many prompts each, such as ``00002000/``."""
 
 
-def png_name(prompt: int, index: int, caption: str) -> str:
-    """Return the file name of a sample, with how its caption begins; names sort by prompt, then by index."""
-    return f"{prompt:05d}-{plain_name(caption.lower())[:CAPTION_IN_NAME].strip('_.')}-{index:05d}.png"
+def png_name(prompt: int, index: int, caption: str, in_folders: bool = False) -> str:
+    """Return a sample's file, with how its caption begins; names sort by prompt, then by index."""
+    name = f"{prompt:05d}-{plain_name(caption.lower())[:CAPTION_IN_NAME].strip('_.')}-{index:05d}.png"
+    return f"{prompt // PROMPTS_A_FOLDER * PROMPTS_A_FOLDER:08d}/{name}" if in_folders else name
 
 
 def request_rows(shard: Shard, prompts: int, n: int) -> range:
@@ -50,14 +57,21 @@ def request_rows(shard: Shard, prompts: int, n: int) -> range:
 
 
 def manifest_line(
-    store: Path, row: int, prompts: Sequence[str], prompt: int, index: int, seed: int, log_likelihood: float
+    store: Path,
+    row: int,
+    prompts: Sequence[str],
+    prompt: int,
+    index: int,
+    seed: int,
+    log_likelihood: float,
+    in_folders: bool,
 ) -> dict[str, Any]:
-    """Return the line that ``dalle sample`` prints for a sample."""
+    """Return the line that ``dalle sample`` prints for a sample; see ``png_name``."""
     return {
         "prompt": prompts[prompt],
         "prompt_index": prompt,
         "index": index,
-        "png": str(store.parent / png_name(prompt, index, prompts[prompt])),
+        "png": str(store.parent / png_name(prompt, index, prompts[prompt], in_folders)),
         "store": str(store),
         "row": row,
         "seed": seed,
@@ -96,9 +110,15 @@ class StoredRequest:
 class SampleAttributes:
     """The attributes of a sample store: its number of committed rows, its request and its run, if that is elsewhere."""
 
+    version: int
     rows: Count
     request: StoredRequest
     run: str | None = None
+
+    @property
+    def in_folders(self) -> bool:
+        """See ``png_name``."""
+        return self.version > 2 and len(self.request.prompts) > PROMPTS_A_FOLDER
 
 
 def read_attributes(group: Any, store: Path) -> SampleAttributes:
@@ -108,12 +128,24 @@ def read_attributes(group: Any, store: Path) -> SampleAttributes:
         UserError: they are of another format, or damaged.
     """
     require_version(group.attrs, store)
-    return as_type(SampleAttributes, dict(group.attrs), store)
+    attributes: dict[str, Any] = dict(group.attrs)
+    if attributes["version"] > 2:
+        with explain_damage(store / "prompts"):
+            prompts = [str(prompt) for prompt in group["prompts"][:]]
+            if hash_of(prompts) != attributes["request"]["prompts_sha256"]:
+                raise Damaged(f"{store / 'prompts'}: holds other prompts than were written; draw the samples again")
+            attributes["request"] = {**attributes["request"], "prompts": prompts}
+    return as_type(SampleAttributes, attributes, store)
+
+
+def hash_of(values: list[str]) -> str:
+    """Return the SHA-256 of a list of strings."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def require_version(attributes: Mapping[str, Any], store: Path) -> None:
-    """Raise UserError unless a store with these ``attributes`` names its samples as this version does."""
-    if (found := attributes.get("version")) != FORMAT_VERSION:
+    """Raise UserError unless this version reads a store with these ``attributes``."""
+    if (found := attributes.get("version")) not in READ_VERSIONS:
         raise UserError(
             f"{store}: its samples are of format {found}, and this version reads format {FORMAT_VERSION}; delete the "
             "folder and draw them again, or choose another --out"
@@ -142,7 +174,10 @@ class SampleStore:
             raise UserError(f"{out}: exists and holds no samples; choose another --out")
         self._group = _open(out)
         require_version(self._group.attrs, out / STORE)
-        if self._group.attrs.get("request") != json.loads(json.dumps(identity)):
+        version = as_type(Count, self._group.attrs["version"], out / STORE)
+        self.in_folders = version > 2 and len(identity["prompts"]) > PROMPTS_A_FOLDER
+        """See ``png_name``."""
+        if self._group.attrs.get("request") != json.loads(json.dumps(identity if version == 2 else _short(identity))):
             raise UserError(f"{out}: holds samples of other prompts, settings or models; choose another --out")
         for left in (out / STORE).rglob("*.partial"):  # a process was killed while it wrote a chunk
             left.unlink(missing_ok=True)
@@ -198,10 +233,20 @@ class SampleStore:
     def _write_checksums(self) -> None:
         """Write the checksums of the metadata once all samples are committed."""
         if self.committed == self._group["tokens"].shape[0]:
-            write_checksums(self.out, METADATA)
+            write_checksums(self.out, [name for name in METADATA if (self.out / name).is_file()])
 
     def _save(self, picture: np.ndarray, name: str) -> None:
+        (self.out / name).parent.mkdir(exist_ok=True)
         Image.fromarray(picture).save(self.out / name)
+
+
+def _short(identity: dict[str, Any]) -> dict[str, Any]:
+    """Return a request with hashes of its prompts and given pictures in their place."""
+    short = {name: value for name, value in identity.items() if name != "prompts"}
+    if "prime" in short:
+        prime = short["prime"]
+        short["prime"] = {"rows": prime["rows"], "pictures_sha256": hash_of(prime["pictures"])}
+    return {**short, "prompts_sha256": hash_of(identity["prompts"])}
 
 
 def _create(out: Path, identity: dict[str, Any], rows: int, grid: int, run: Path) -> None:
@@ -218,7 +263,15 @@ def _create(out: Path, identity: dict[str, Any], rows: int, grid: int, run: Path
         }
         group.create_array("tokens", shape=(rows, grid, grid), chunks=(chunk, grid, grid), dtype="uint16", **checked)
         group.create_array("log_likelihood", shape=(rows,), chunks=(chunk,), dtype="float64", **checked)
-        group.attrs.update({"format": "dalle-samples", "version": FORMAT_VERSION, "rows": 0, "request": identity})
+        prompts = np.array(identity["prompts"], dtype=object)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # zarr warns that its string type has no frozen specification yet
+            texts = group.create_array(
+                "prompts", shape=prompts.shape, chunks=(min(len(prompts), PROMPTS_A_CHUNK),), dtype="str", **checked
+            )
+            texts[:] = prompts
+        group.attrs.update({"format": "dalle-samples", "version": FORMAT_VERSION, "rows": 0})
+        group.attrs["request"] = _short(identity)
         if run_of(out).root != run.resolve():
             group.attrs["run"] = os.path.relpath(run.resolve(), out.resolve())
 

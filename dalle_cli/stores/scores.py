@@ -63,7 +63,9 @@ def _lines(store: Path, group: Any) -> Iterator[dict[str, Any]]:
     for row in range(committed):
         prompt, index = divmod(start + row, request.n)
         index += request.first
-        line = manifest_line(store, row, request.prompts, prompt, index, request.seed, likelihood[row])
+        line = manifest_line(
+            store, row, request.prompts, prompt, index, request.seed, likelihood[row], found.in_folders
+        )
         line |= elsewhere
         if scores is not None and not np.isnan(scores[row]):
             line |= {"score": float(scores[row]), "scorer": scorer}

@@ -18,7 +18,7 @@ from dalle_cli.progress import progress
 from dalle_cli.stores.checkpoint import open_checkpoint, step_folders
 from dalle_cli.stores.checksums import CHECKSUMS, require_undamaged
 from dalle_cli.stores.png import END, SIGNATURE, png_damage
-from dalle_cli.stores.samples import CHUNK
+from dalle_cli.stores.samples import CHUNK, read_attributes
 from dalle_cli.stores.scores import CLIP_SCORE, sample_stores, store_lines
 from dalle_cli.stores.tokens import TokenReader, being_written
 from dalle_cli.stores.typed import explain_damage
@@ -151,6 +151,7 @@ def _check_arrays(store: Path) -> int:
         rows, total = int(group.attrs["rows"]), int(group["tokens"].shape[0])
         if rows == total or (store.parent / CHECKSUMS).is_file():  # which is written with the last sample
             require_undamaged(store.parent)
+        read_attributes(group, store)
         for name, size in (("tokens", CHUNK), ("log_likelihood", CHUNK), (CLIP_SCORE, total)):
             if name == CLIP_SCORE and not (store / name).is_dir():
                 continue

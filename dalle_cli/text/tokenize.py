@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+
+import numpy as np
 
 from dalle_cli.config.schema import Filters, Recipe
 from dalle_cli.data.captions import MOST_CAPTIONS, filtered_captions
@@ -15,6 +17,7 @@ from dalle_cli.data.prefetch import prefetch
 from dalle_cli.data.source import Source
 from dalle_cli.errors import UserError
 from dalle_cli.progress import progress
+from dalle_cli.randomness import SPLITMIX_STEP, splitmix64, stream_seed
 from dalle_cli.stores.shards import WHOLE, Shard
 from dalle_cli.stores.token_writer import PartWriter
 from dalle_cli.stores.tokens import ROWS_PER_SHARD, TOKENIZER
@@ -23,6 +26,7 @@ from dalle_cli.text.encode import CaptionEncoder, TextRows
 
 SHARDS_AT_ONCE = 4
 """Number of shards written and committed together, since each write has a fixed cost."""
+HASHED_AT_ONCE = 2**22
 LEFT_OUT = "captions_left_out"
 """Name of the count of captions beyond the first MOST_CAPTIONS of their pictures."""
 
@@ -40,26 +44,42 @@ class Tokenized:
     """Number of captions beyond the first MOST_CAPTIONS of their pictures."""
 
 
-def train_tokenizer(recipe: Recipe, source: Source, out: Path) -> Tokenizer:
+def train_tokenizer(recipe: Recipe, source: Source, out: Path, most: int | None = None) -> Tokenizer:
     """Train the recipe's tokenizer on the source's captions, in one pass, and write ``out/tokenizer.json``.
+
+    ``most`` is the number of samples whose captions suffice; about so many, spread over the source, are read then.
 
     Raises:
         UserError: there is no caption to train on.
     """
-    with progress("train-tokenizer", len(source), "samples") as bar:
+    rows = _chosen_rows(len(source), most, recipe.seed)
+    with progress("train-tokenizer", len(rows), "samples") as bar:
 
         def captions() -> Iterator[str]:
             skipped, first = 0, ""
-            for block in prefetch(_read(source, range(len(source)), recipe.data.filters), 1):
+            for block in prefetch(_read(source, rows, recipe.data.filters), 1):
                 yield from chain.from_iterable(block.captions)
                 skipped += len(block.reasons)
                 first = first or next((f"{block.keys[row]}: {why}" for row, why in block.reasons.items()), "")
                 bar.advance(len(block.keys))
             if skipped:
-                bar.say(f"train-tokenizer: {skipped} of {len(source)} samples skipped; the first is {first}")
+                bar.say(f"train-tokenizer: {skipped} of {len(rows)} samples skipped; the first is {first}")
             bar.say("train-tokenizer: all captions read; merging")
 
         return train_bpe(captions(), recipe.tokenizer, out)
+
+
+def _chosen_rows(samples: int, most: int | None, seed: int) -> Sequence[int]:
+    """Return all rows if they are at most ``most``, else about so many, each chosen by a hash of its number."""
+    if most is None or samples <= most:
+        return range(samples)
+    chosen = []
+    for start in range(0, samples, HASHED_AT_ONCE):
+        rows = np.arange(start, min(start + HASHED_AT_ONCE, samples), dtype=np.uint64)
+        hashed = splitmix64(np.uint64(stream_seed(seed, "tokenizer")) + rows * SPLITMIX_STEP) >> np.uint64(11)
+        chosen.append(rows[hashed < np.uint64(most / samples * 2.0**53)].astype(np.int64))
+    found: list[int] = np.concatenate(chosen).tolist()
+    return found
 
 
 def tokenize_source(recipe: Recipe, source: Source, tokenizer: Tokenizer, out: Path, shard: Shard = WHOLE) -> Tokenized:
@@ -117,11 +137,11 @@ class _Block:
     left_out: int = 0
 
 
-def _read(source: Source, rows: range, filters: Filters) -> Iterator[_Block]:
+def _read(source: Source, rows: Sequence[int], filters: Filters) -> Iterator[_Block]:
     active = filters if caption_identity(filters) is not None else None
     size = SHARDS_AT_ONCE * ROWS_PER_SHARD
-    for start in rows[::size]:
-        some = range(start, min(start + size, rows.stop))
+    for start in range(0, len(rows), size):
+        some = rows[start : start + size]
         block = _Block([source.key(row) for row in some], [], {})
         for index, row in enumerate(some):
             captions, reason = filtered_captions(source, row, active)

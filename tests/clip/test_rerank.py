@@ -23,7 +23,6 @@ from torch import Tensor
 from dalle_cli.clip.rerank import best_of_all, printed, rerank, score
 from dalle_cli.errors import UserError
 from dalle_cli.fid.systems import open_system
-from dalle_cli.stores.samples import FORMAT_VERSION
 from dalle_cli.stores.scores import sample_stores, store_lines, write_scores
 
 Line = dict[str, Any]
@@ -161,7 +160,7 @@ def make_store(folder: Path, prompts: list[str], n: int, **more: Any) -> Path:
     rows = len(prompts) * n
     group.create_array("log_likelihood", shape=(rows,), dtype="float64")
     request = {"prompts": prompts, "seed": 3, "settings": {"n": n}, **more}
-    group.attrs.update({"format": "dalle-samples", "version": FORMAT_VERSION, "rows": rows, "request": request})
+    group.attrs.update({"format": "dalle-samples", "version": 2, "rows": rows, "request": request})
     return folder / "samples.zarr"
 
 

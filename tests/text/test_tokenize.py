@@ -62,6 +62,28 @@ def test_training_takes_every_caption_in_one_pass(tmp_path: Path) -> None:
         train_tokenizer(recipe, Captions([None]), tmp_path / "none")
 
 
+def test_a_tokenizer_of_some_captions_reads_no_others(tmp_path: Path) -> None:
+    """Those that are read are spread over the whole source, and the same every time."""
+    source, read = Captions([[f"word{row}"] for row in range(5000)]), []
+    real = source.captions
+
+    def captions(row: int) -> list[str]:
+        read.append(row)
+        return real(row)
+
+    recipe = recipe_with(dropout=0.0, vocab_size=400)
+    with mock.patch.object(source, "captions", captions):
+        first = train_tokenizer(recipe, source, tmp_path / "a", 500)
+        rows = read.copy()
+        assert train_tokenizer(recipe, source, tmp_path / "b", 500).identity == first.identity
+        assert read == rows * 2
+        assert 430 < len(rows) < 570  # 3.3 standard deviations of a binomial distribution
+        assert len(set(np.array(rows) // 500)) == 10
+        read.clear()
+        assert train_tokenizer(recipe, source, tmp_path / "c", 5000).identity != first.identity
+        assert read == list(range(5000))
+
+
 def files(folder: Path) -> dict[str, str]:
     found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     return {name: sha256(path.read_bytes()).hexdigest() for name, path in found.items()}

@@ -54,3 +54,16 @@ def test_bench_tokenize() -> None:
     found = bench("tokenize", "--captions", 600, "--rounds", 1)
     assert set(found["runs"]) == {"encode_batch", "tokenize-text", "reading", "with dropout"}  # type: ignore[arg-type]
     assert all(run["captions_per_second"] > 0 for run in found["runs"].values())  # type: ignore[attr-defined]
+
+
+def test_bench_scale() -> None:
+    done = subprocess.run(
+        [sys.executable, SCRIPTS / "scale", "--pairs", "300", "900", "--quick"],
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line][2:]
+    assert [row[1] for row in rows] == ["300", "900"] * 4
+    assert all(float(row[2]) > 0 for row in rows)
+    copies = [row[-1] for row in rows if row[0].startswith("near-duplicates")]
+    assert all(cell.startswith("copies found 1,") for cell in copies)
