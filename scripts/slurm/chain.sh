@@ -10,7 +10,8 @@ recipe="${1:?the recipe is missing: scripts/slurm/chain.sh RECIPE}"
 settings=("$@")
 jobs=$(realpath "$(dirname "$0")")
 : "${CPU_JOB=}" "${GPU_JOB=}" "${DVAE_JOB=$GPU_JOB}" "${PRIOR_JOB=$GPU_JOB}" "${CAPTIONS=50}" "${ARRAY=1-4}" "${EVAL=}"
-source "$jobs/job.sh"
+logs=$PWD  # Slurm writes a job's output where it was submitted, and job.sh leaves this folder for DALLE_ROOT
+source "$jobs/job.sh" >&2  # what DALLE_SETUP prints is no job's number
 export DALLE_IN_CHAIN=1  # no stage says which one is next
 changes=()  # --set may name another run
 for ((i = 2; i < $#; i++)); do
@@ -28,7 +29,7 @@ submit() {
     shift 3
     # The options are several words in one variable. A job whose dependency failed can never start.
     # shellcheck disable=SC2086
-    JOB=$(sbatch --parsable --kill-on-invalid-dep=yes ${after:+--dependency=afterok:$after} $options \
+    JOB=$(cd "$logs" && sbatch --parsable --kill-on-invalid-dep=yes ${after:+--dependency=afterok:$after} $options \
         "$jobs/$stage.sh" "$@")
     JOB=${JOB%%;*}  # a cluster's name may follow
     echo "$stage $JOB"

@@ -63,7 +63,7 @@ def test_training_takes_every_caption_in_one_pass(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_of_some_captions_reads_no_others(tmp_path: Path) -> None:
-    """Those that are read are spread over the whole source, and the same every time."""
+    """Samples that are read are spread over the whole source, and the same every time."""
     source, read = Captions([[f"word{row}"] for row in range(5000)]), []
     real = source.captions
 
