@@ -115,7 +115,7 @@ class Progress:
             self.steady = False
             self.say(
                 f"{self.what}: {self.unit} take {step / self._fastest:.1f} times as long as before; if other work uses "
-                "this machine's cores, stop it, or set threads: idle"
+                "this machine's cores, stop it, or set threads to the number of free cores, or to idle"
             )
 
     def _line(self, note: str) -> str:

@@ -50,6 +50,8 @@ def command(
     indexes = open_indexes(own, "beside" if beside else "folder")
     left_out = sum(len(index.left_out) for index in indexes)
     log(f"{source}: {len(own)} shards, {sum(map(len, indexes))} samples, {left_out} members left out")
+    if unkept := sum(index.file is None for index in indexes):
+        log(f"{source}: the indexes of {unkept} shards are not kept, since their server tells no versions apart")
     if share == WHOLE:
         WebDatasetSource(source, shards)  # which keeps the hash of all keys and sizes
     typer.echo(shards[0].path.parent if beside else index_folder())

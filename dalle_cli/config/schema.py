@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from dalle_cli.config.layout import AttentionKind, parse_layout
 
@@ -133,6 +133,12 @@ class DataSettings(Settings):
         if self.views > 1 and not self.crop:
             raise ValueError(f"views {self.views} are random crops, and crop is false; set crop: true, or views: 1")
         return self
+
+
+def _whole_number_or_idle(value: Any) -> Any:
+    if value is None or value == "idle" or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    raise ValueError(f"threads must be a whole number above 0, or idle, not {value!r}")
 
 
 class TokenizerSettings(Settings):
@@ -580,10 +586,10 @@ class Recipe(Settings):
     description: str = Field("", description="a line about it, for reports")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="seed of everything random in every stage")
     run: str = Field("runs/dalle", description="folder that stages read from and write to by default")
-    threads: Positive | Literal["idle"] | None = Field(
+    threads: Annotated[Positive | Literal["idle"] | None, BeforeValidator(_whole_number_or_idle)] = Field(
         None,
-        description="number of CPU threads of a stage; null: all cores. idle: as many as other programs leave cores "
-        "idle, looked at while a stage trains, so that a run beside other work is no byte-for-byte repetition",
+        description="number of CPU threads of a stage; null: all cores. idle: one for each core that other programs "
+        "leave idle while a stage trains in one process, so that a run beside other work does not repeat byte for byte",
     )
     image_size: Positive = Field(256, description="side, in pixels, of the pictures that the dVAE sees")
     data: DataSettings = DataSettings()

@@ -36,8 +36,12 @@ class PackedStrings:
         return self._data, self._offsets
 
     def is_whole(self) -> bool:
-        """Return whether the offsets lie in the buffer, ascending."""
+        """Return whether the offsets lie in the buffer, ascending, and the buffer is UTF-8."""
         ends = self._offsets
+        try:
+            self._data.tobytes().decode()
+        except UnicodeDecodeError:
+            return False
         return bool(ends[0] == 0 and ends[-1] == len(self._data) and (np.diff(ends) >= 0).all())
 
     def __len__(self) -> int:

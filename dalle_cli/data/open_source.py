@@ -97,6 +97,8 @@ def tar_shards(spec: str) -> list[TarFile]:
         UserError: there are none.
     """
     shards = _remote_shards(spec) if is_remote(spec) else _local_shards(spec, Path(spec))
+    if not shards and not is_remote(spec) and not Path(spec).exists():
+        raise UserError(f"{spec}: no such file or folder")
     if not shards:
         raise UserError(f"{spec}: holds no .tar shards; sources of other formats need no index")
     return shards

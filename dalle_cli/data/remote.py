@@ -26,7 +26,18 @@ PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds before each further try of a read that failed."""
 GONE, PASSING = (404, 410), (408, 429)
 """HTTP's answers that a file is not there, and refusals that are worth another try."""
-_MARKS = ("ETag", "etag", "md5Hash", "LastModified", "Last-Modified", "last_modified", "mtime", "created")
+_MARKS = (
+    "ETag",
+    "etag",
+    "md5Hash",
+    "blob_id",
+    "xet_hash",
+    "LastModified",
+    "Last-Modified",
+    "last_modified",
+    "mtime",
+    "created",
+)
 """Keys by which filesystems tell a version of a file."""
 READ_AHEAD = 4 << 20
 """Bytes that are read at once while a file is read from its start."""

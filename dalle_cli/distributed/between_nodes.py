@@ -73,16 +73,17 @@ class BetweenNodes:
         return {key: value for key, value in state.items() if key.startswith("factor.")}
 
     def load_state(self, state: Mapping[str, Tensor] | None, shards: Mapping[str, Tensor]) -> None:
-        """Restore what ``state`` returned if it belongs to these ``shards``, else begin with the initial factors.
+        """Restore what ``state`` returned of these ``shards``; other factors begin as initially.
 
         The state in a checkpoint of an earlier version has this rank's errors too.
         """
         if self.reducer is None or not state:
             return
-        if _fits(self.reducer, state, shards):
-            self.reducer.load_state_dict(state)
-        else:
-            log("prior.powersgd: the checkpoint is from other ranks; the last update's factors are dropped")
+        fitting = {key: value for key, value in state.items() if _fits(self.reducer, key, value, shards)}
+        self.reducer.load_state_dict(fitting)
+        if len(fitting) < len(state):
+            lost = len(state) - len(fitting)
+            log(f"prior.powersgd: {lost} of {len(state)} factors are of other shards than these, and are dropped")
 
     def share_errors(self, shards: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Yield PowerSGD's errors for a checkpoint; see ``PowerSgdReducer.share_errors``."""
@@ -103,13 +104,8 @@ class BetweenNodes:
         return {**counted, "bytes_between_nodes": across} if self.across.size > 1 else counted
 
 
-def _fits(reducer: PowerSgdReducer, state: Mapping[str, Tensor], shards: Mapping[str, Tensor]) -> bool:
-    """Return whether PowerSGD's ``state`` has the shapes of this rank's shards."""
-    for key, value in state.items():
-        kind, _, name = key.partition(".")
-        shape = reducer.matrix_shape(name, shards[name]) if name in shards else None
-        if shape is None:
-            return False
-        if value.shape != (shape if kind == "error" else reducer.factor_shape(shape)):
-            return False
-    return True
+def _fits(reducer: PowerSgdReducer, key: str, value: Tensor, shards: Mapping[str, Tensor]) -> bool:
+    """Return whether a part of PowerSGD's state has the shape that this rank's shard needs."""
+    kind, _, name = key.partition(".")
+    shape = reducer.matrix_shape(name, shards[name]) if name in shards else None
+    return shape is not None and value.shape == (shape if kind == "error" else reducer.factor_shape(shape))

@@ -33,7 +33,7 @@ def shard_rank(rank: int, shards: int) -> int:
 def shard_axis(shape: Shape, shards: int) -> int:
     """Return the axis along which an (M, N) matrix is split among ranks: its longer side, as in the paper's table 2.
 
-    Columns are split only into equal parts, since ``fully_shard`` needs that, and rows of ties.
+    Columns are split only into equal parts, since ``fully_shard`` needs that. A square matrix is split along its rows.
     """
     rows, columns = shape
     return 1 if columns > rows and columns % shards == 0 else 0

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from dalle_cli.config.schema import PriorSettings, Recipe
-from dalle_cli.distributed.compression import Shape, compression_batches, factor_rank, shard_rank
+from dalle_cli.distributed.compression import Shape, compression_batches, factor_rank, shard_axis, shard_rank
 from dalle_cli.distributed.deepspeed_engine import LIVE_NUMBERS
 from dalle_cli.distributed.error_buffers import CHUNK as ERROR_CHUNK
 from dalle_cli.distributed.group import BUCKET_BYTES
@@ -105,7 +105,7 @@ class _Gathered:
     gradients: int
     """Unsharded gradients, summed over the micro-batches of an update."""
     block: int
-    """Weights of the largest resblock; its gradients take as much."""
+    """Copy of the gradients of the largest resblock that is sent, and of a matrix that is split along its columns."""
 
 
 def _gathered(recipe: Recipe, counts: Counts, parts: dict[str, StatePart], block: int) -> _Gathered:
@@ -118,11 +118,15 @@ def _gathered(recipe: Recipe, counts: Counts, parts: dict[str, StatePart], block
         return _Gathered(1, live, live + cast, heads, 0, block)
     if weights.shards == 1:
         return _Gathered(1, 0, 0, heads, 0, block)
+    width = BYTES_32 if recipe.prior.precision == "fp32" else BYTES_16
+    split = [rows * columns for rows, columns in counts.matrices if shard_axis((rows, columns), weights.shards)]
+    joined = width * max(split, default=0)
     if zero < 3:
         sharded = weights.whole - weights.small
-        return _Gathered(weights.shards, sharded, sharded + block, heads, sharded if zero == 1 else 0, block)
+        held = sharded if zero == 1 else 0
+        return _Gathered(weights.shards, sharded, sharded + block, heads, held, block + joined)
     others = BYTES_32 * sum(counts.others)
-    return _Gathered(weights.shards, others, others - heads + GATHERED * block, heads, 0, block)
+    return _Gathered(weights.shards, others, others - heads + GATHERED * block, heads, 0, block + joined)
 
 
 def _update_work(stage: PriorSettings, counts: Counts, machines: Machines) -> int:

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 UNIGRAM_ROWS = 4096
 """Number of training rows that the frequencies of image tokens are counted in."""
 PREFETCHED_BATCHES = 8
-"""Number of batches that a thread reads while the model works on earlier ones."""
+"""Number of batches that a thread reads at once, and that wait while the model works on earlier ones."""
 
 
 def train_prior(

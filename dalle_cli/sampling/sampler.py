@@ -116,7 +116,7 @@ class Sampler:
         check_belongs(self.prior_checkpoint, "tokenizer", self.tokenizer.identity, self.tokenizer.name)
 
     def run(self, request: SampleRequest, out: Path) -> Iterator[dict[str, Any]]:
-        """Draw into ``out/samples.zarr`` and ``out/*.png``, and yield each sample's line, in order, once committed.
+        """Draw into ``out/samples.zarr`` and PNG files, and yield each sample's line, in order, once committed.
 
         A shard is drawn into ``shard_folder(out, shard)``. A batch's lines are yielded at the latest after the next
         batch is drawn.

@@ -202,7 +202,7 @@ def save_checkpoint(path: Path, facts: CheckpointFacts, content: CheckpointConte
 
 
 def save_sharded_checkpoint(path: Path, writers: Writers, facts: CheckpointFacts, shards: CheckpointShards) -> None:
-    """Write a checkpoint by several ranks, each of which writes the rows that it holds; see ``TensorFiles``.
+    """Write a checkpoint by several ranks, each of which writes the parts that it holds; see ``TensorFiles``.
 
     All ranks must see the same folder. The checkpoint is renamed into place once all have written.
 

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import re
+import secrets
 import shutil
 import socket
 from collections.abc import Iterable, Iterator, Sequence
@@ -75,7 +76,8 @@ def write_atomically(path: Path, data: bytes | str) -> None:
     """Write ``data`` beside ``path`` and rename it into place."""
     with explain_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        # Processes of two containers that share a folder may have the same number.
+        beside = path.with_name(f".{path.name}.{os.getpid()}{secrets.randbelow(10**6):06d}")
         try:
             beside.write_bytes(data.encode() if isinstance(data, str) else data)
             rename_synced(beside, path)

@@ -147,8 +147,8 @@ def require_version(attributes: Mapping[str, Any], store: Path) -> None:
     """Raise UserError unless this version reads a store with these ``attributes``."""
     if (found := attributes.get("version")) not in READ_VERSIONS:
         raise UserError(
-            f"{store}: its samples are of format {found}, and this version reads format {FORMAT_VERSION}; delete the "
-            "folder and draw them again, or choose another --out"
+            f"{store}: its samples are of format {found!r}, and this version reads formats 2 and 3; delete the folder "
+            "and draw them again, or choose another --out"
         )
 
 

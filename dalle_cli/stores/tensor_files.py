@@ -90,7 +90,7 @@ def join_entries(entries: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
     """Return the index of several files, given the ``index_entries`` of each.
 
     Raises:
-        ValueError: an index is missing, or in two files.
+        ValueError: a part of a tensor is missing, or in two files.
     """
     tensors: dict[str, dict[str, Any]] = {}
     for own in entries:

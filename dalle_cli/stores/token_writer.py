@@ -197,7 +197,7 @@ class PartWriter:
     def _begin(self, identity: dict[str, Any]) -> ShareProgress:
         """Return this share's progress; refuse work that does not match the store."""
         if self.state is not None:
-            self._check(identity, self.state.identity, self.state.rows)
+            self._check(identity, self.state.identity, self.state.rows, complete=True)
             return ShareProgress(self.samples, identity, self.state.rows, self.state.skipped, self.state.counts)
         other = PartState.of_attributes(self.group.attrs, OTHER[self.part], self.path)
         samples = {other.rows} if other else {now.samples for now in self._other_shares.all().values()}
@@ -220,8 +220,14 @@ class PartWriter:
         self._shares.write(self.shard, new)
         return new
 
-    def _check(self, identity: dict[str, Any], known: dict[str, Any], samples: int) -> None:
+    def _check(self, identity: dict[str, Any], known: dict[str, Any], samples: int, *, complete: bool = False) -> None:
         again = "choose another --tokens, or delete the store to begin again"
+        known = dict(known)
+        # Earlier versions stored so many versions of each caption with BPE dropout, 0 for none of it.
+        if (versions := known.pop("dropout_epochs", None)) == 0:
+            known["dropout"] = 0.0
+        elif versions and not complete:
+            raise UserError(f"{self.path}: was begun by an earlier version, which stored BPE dropout; {again}")
         for name in {**identity, **known}:
             value = identity.get(name)
             if name in TOLD or known.get(name) == value:

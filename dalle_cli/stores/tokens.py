@@ -6,7 +6,8 @@ Row i is sample i of the source, in both parts:
   picture's first caption. With several captions a picture also ``more_captions`` (N,) string, JSON lists of the others,
   "" for none, and, without BPE dropout, ``text_epochs`` (N, E, T) uint16, ``text_epochs_length`` (N, E) uint16 and
   ``text_versions`` (N,) uint16: training at epoch e sees version e mod ``text_versions``, or ``text`` where that is 0.
-  With BPE dropout it encodes a caption anew instead, by the file ``tokenizer.json`` (``text/training_captions.py``);
+  With BPE dropout it encodes a caption anew instead, by the file ``tokenizer.json`` (``text/training_captions.py``).
+  Stores of earlier versions have versions with dropout in these arrays;
 - part ``image``: ``image`` (N, grid, grid) uint16, ``image_ok`` (N,) uint8 (0: skipped). With several views a picture
   also ``image_views`` (N, V - 1, grid, grid) uint16: training at epoch e sees ``image`` where v = e mod V is 0, else
   number v - 1 of these;

@@ -28,6 +28,8 @@ class TrainingCaptions:
         self._encoder: CaptionEncoder | None = None
         if made_with.get("dropout") and "dropout_epochs" not in made_with:
             file = reader.path / TOKENIZER
+            if not file.is_file():
+                raise Damaged(f"{file}: is missing; {AGAIN}")
             tokenizer = Tokenizer.load(file)
             if tokenizer.identity != made_with["tokenizer"]:
                 raise Damaged(f"{file}: is not the tokenizer that the store was made with; {AGAIN}")

@@ -1,7 +1,7 @@
 """Threads for the cores that other programs leave idle.
 
 The threads of an operation wait for each other, and oneDNN's do so without sleeping. So one other busy program on two
-cores makes a training with two threads about four times as slow, and with one thread not slower at all.
+cores makes a training with two threads three to four times as slow, and with one thread not slower at all.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _WORKING = (1, 2, 3, 6, 7)
 
 
 class IdleCores:
-    """Keeps torch's number of threads at the number of cores that no other program uses.
+    """Keeps torch's number of threads at the number of cores that no other program uses, at most what it was.
 
     ``cores`` are the numbers of the cores that this process may use.
 
@@ -36,7 +36,7 @@ class IdleCores:
         if not _STAT.is_file():
             raise UserError("threads: idle needs /proc/stat, which this system lacks; give a number of threads")
         self.cores, self.period = cores or os.sched_getaffinity(0), period
-        self._wanted = torch.get_num_threads()
+        self._most = self._wanted = torch.get_num_threads()
         self._last = self._look()
 
     def follow(self) -> None:
@@ -47,7 +47,7 @@ class IdleCores:
         self._last = self._look()
         seconds = (self._last[0] - now) * os.sysconf("SC_CLK_TCK")
         others = max(0.0, (self._last[1] - work) - (self._last[2] - own)) / seconds
-        wanted = max(1, int(len(self.cores) - others + 0.5))
+        wanted = max(1, min(self._most, int(len(self.cores) - others + 0.5)))
         if wanted == self._wanted != torch.get_num_threads():
             log(f"threads: {wanted} from here on; other programs use {others:.1f} of {len(self.cores)} cores")
             torch.set_num_threads(wanted)

@@ -186,6 +186,8 @@ class Run:
         ):
             throughput = self._throughput()
             idle_cores = IdleCores() if self.recipe.threads == "idle" and group.size == 1 else None
+            if self.recipe.threads == "idle" and idle_cores is None:
+                log(f"{self.name}: warning: threads: idle is for one process, and {group.size} train here")
             for step, batch in zip(range(start, last), task.batches(start, last), strict=True):
                 done, sent_before = step + 1, self.engine.traffic()
                 rate = state.learning_rate(step)

@@ -11,8 +11,12 @@ from torch import Tensor, nn
 
 from dalle_cli.config.schema import Adam
 from dalle_cli.distributed.engine import TorchEngine
+from dalle_cli.errors import UserError
 from dalle_cli.precision.adam import Adam16, adam_groups
 from dalle_cli.precision.formats import MOMENTS
+
+SMALLEST_SCALE = 2.0**-24
+"""Scale of a loss below which no float16 number is left that another halving could help."""
 
 
 class AdamUpdates:
@@ -62,6 +66,10 @@ class AdamUpdates:
         scale = engine.loss_scaler.get_scale()
         engine.loss_scaler.step(self.adam)
         engine.loss_scaler.update()
+        if scale < SMALLEST_SCALE:
+            raise UserError(
+                "dvae.precision: gradients are not finite in float16 however the loss is scaled; set bf16 or fp32"
+            )
         skipped = engine.loss_scaler.get_scale() < scale
         self.skipped_updates += skipped
         logged = {

@@ -315,7 +315,10 @@ def test_the_launcher_of_deepspeed_starts_ranks(
 
 @pytest.mark.slow
 def test_four_ranks_as_two_nodes(made: tuple[Path, Path], tmp_path: Path) -> None:
-    """Uncompressed, two nodes of two equal one process; where shards are whole rows, low ranks equal those of FSDP."""
+    """Uncompressed, two nodes of two equal one process; low ranks train as those of FSDP do.
+
+    The second MLP matrix is in flat pieces here and along its columns under FSDP, so that factors differ.
+    """
     even = {"model.heads": 4, "model.d_head": 4, "model.d_model": 16}
     nodes = {**even, "sharding.node_size": 2}
     low = {**nodes, "powersgd.rank": 2, "powersgd.min_compression": 0}
@@ -328,7 +331,8 @@ def test_four_ranks_as_two_nodes(made: tuple[Path, Path], tmp_path: Path) -> Non
     alone = train_alone(made, tmp_path / "alone", **even)
     assert_same_run(tmp_path / "whole", alone)
     ours, theirs = losses(tmp_path / "low rank"), losses(tmp_path / "low rank by fsdp")
-    assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 1e-5
+    assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 0.01 * ours[0]
+    assert ours[-1] < ours[0]
     assert max(abs(a - b) for a, b in zip(ours, losses(alone), strict=True)) > 1e-4
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import zarr
 from helpers.captions import CORPUS, Captions, recipe_with
 from helpers.text_reference import tokenizer, tokens_of
 
@@ -54,10 +56,32 @@ def test_a_tokenizer_that_is_missing_or_another_is_named(tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"tokenizer\.json: is not the tokenizer that the store was made with"):
         TrainingCaptions(reader)
     (store / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match=r"tokenizer\.json: no such tokenizer"):
+    with pytest.raises(UserError, match=r"tokenizer\.json: is missing"):
         TrainingCaptions(reader)
 
 
 def test_recipes_of_earlier_versions_are_read() -> None:
     assert TokenizerSettings.model_validate({"dropout": 0.2, "dropout_epochs": 8}).dropout == 0.2
     assert TokenizerSettings.model_validate({"dropout": 0.2, "dropout_epochs": 0}).dropout == 0
+
+
+@pytest.mark.parametrize(("dropout", "versions"), [(0.0, 0), (0.3, 2)])
+def test_a_store_of_an_earlier_version_counts_as_made(tmp_path: Path, dropout: float, versions: int) -> None:
+    source, recipe, store = Captions([["a star"]] * 3), recipe_with(dropout=dropout), tmp_path / "t"
+    tokenize_source(recipe, source, tokenizer(), store)
+    group: Any = zarr.open_group(str(store), mode="a", zarr_format=3)
+    group.attrs["text"] = {
+        **group.attrs["text"], "identity": {**group.attrs["text"]["identity"], "dropout_epochs": versions}
+    }  # fmt: skip
+    assert tokenize_source(recipe, source, tokenizer(), store).rows == 3
+    with pytest.raises(UserError, match=r"was made with dropout "):
+        tokenize_source(recipe_with(dropout=0.5), source, tokenizer(), store)
+
+
+def test_an_unfinished_store_with_stored_dropout_is_refused(tmp_path: Path) -> None:
+    identity = {"dropout": 0.3, "source": "s"}
+    arrays = {"text": np.zeros((4096, 3), np.uint16)}
+    with PartWriter(tmp_path / "t", "text", {**identity, "dropout_epochs": 2}, 5000) as writer:
+        writer.append([str(row) for row in range(4096)], arrays, {})
+    with pytest.raises(UserError, match="was begun by an earlier version, which stored BPE dropout; choose another"):
+        PartWriter(tmp_path / "t", "text", identity, 5000)

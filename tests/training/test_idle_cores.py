@@ -48,6 +48,15 @@ def test_threads_follow_the_others_after_two_looks(looks: list[tuple[float, int,
     assert counts == [4, 4, 3, 3, 3, 4, 4, 1]
 
 
+def test_threads_never_exceed_those_at_the_start(looks: list[tuple[float, int, int]]) -> None:
+    torch.set_num_threads(2)
+    looks.extend((float(number), 0, 0) for number in range(4))
+    threads = IdleCores({0, 1, 2, 3})
+    for _ in range(3):
+        threads.follow()
+    assert torch.get_num_threads() == 2
+
+
 def test_ticks_are_those_of_the_cores_and_of_the_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     stat = tmp_path / "stat"
     stat.write_text("cpu  9 9 9 9 9 9 9 9 0 0\ncpu0 100 20 30 4000 5 6 7 8 0 0\ncpu1 1 1 1 1 1 1 1 1 0 0\nintr 5\n")

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import Call
 from helpers.killed_runs import files
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from dalle_cli.config.schema import Adam
 from dalle_cli.distributed.engine import Replicated
+from dalle_cli.errors import UserError
 from dalle_cli.stores.checkpoint import open_checkpoint
 from dalle_cli.training.updates import AdamUpdates
 
@@ -61,6 +63,15 @@ def test_a_gradient_that_is_not_finite_skips_the_update_and_halves_the_scale() -
     assert (logged["skipped"], logged["log2_scale"], logged["skipped_updates"]) == (0, 11, 1)
     assert not torch.equal(updates.engine.read("weight"), before["weight"])
 
+    while logged["log2_scale"] > -24:
+        logged = step(updates, loss_of(updates, 1) * torch.inf)
+    with pytest.raises(UserError, match="not finite in float16 however the loss is scaled"):
+        step(updates, loss_of(updates, 1) * torch.inf)
+
+
+def test_the_scale_is_resumed() -> None:
+    updates = updates_of(torch.amp.GradScaler("cpu", init_scale=2.0**12))
+    step(updates, loss_of(updates, 1) * torch.inf)
     again = updates_of(torch.amp.GradScaler("cpu"))
     again.load_trainer_state(json.loads(json.dumps(updates.trainer_state())))
     assert again.trainer_state() == updates.trainer_state()

@@ -38,13 +38,14 @@ class ManifestSource:
 
     A key is the value of the table's key column in the picture's first row. Without such a column it is the path
     without its extension, or with the extension if two paths differ in nothing else. Paths are relative to ``root``.
-    The index takes 16 bytes for a picture and 8 bytes for each further row.
+    The index takes 16 bytes for a picture and 8 bytes for each further row. Some pictures are looked for, unless
+    ``probe`` is false.
 
     Raises:
         UserError: there is no picture, no picture's file can be found, or keys are not unique.
     """
 
-    def __init__(self, name: str, format: str, table: Table, root: Path) -> None:
+    def __init__(self, name: str, format: str, table: Table, root: Path, *, probe: bool = True) -> None:
         self.name, self.format = name, format
         self.skipped: list[tuple[str, str]] = []
         self._table, self._root = table, root
@@ -71,7 +72,8 @@ class ManifestSource:
         self._key_kind = self._tell_key_kind(
             np.frombuffer(keys, np.uint8).reshape(-1, HASH_BYTES)[first_rows].tobytes()
         )
-        self._refuse_unreachable(only_urls=urls == len(places))
+        if probe:
+            self._refuse_unreachable(only_urls=urls == len(places))
         self.identity = hash_members([(sha256_file(table.path), len(self)), *self._probed_sizes()])
 
     def _probed_sizes(self) -> Iterator[tuple[str, int]]:

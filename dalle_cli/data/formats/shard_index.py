@@ -35,7 +35,7 @@ NONE = -1
 _FORMAT = "dalle-shard-index-1"
 _ALIGNMENT = 64
 _BYTES_A_SAMPLE = 8 + 3 * 2 * 8
-_MAPPED = 4096
+_MAPPED = 50_000
 """Maximum number of index files that are mapped at once; systems allow a process 65,530 maps."""
 
 
@@ -95,7 +95,8 @@ def index_shard(shard: TarFile) -> ShardIndex:
     """Index a shard by its members' headers.
 
     Raises:
-        UserError: the shard is missing or cannot be reached.
+        OSError: the shard is missing or cannot be read.
+        UserError: a shard at an address cannot be reached.
     """
     size, changed = shard.state()
     left_out: list[tuple[str, str]] = []
@@ -112,13 +113,18 @@ def index_places(shard: TarFile) -> list[Path]:
     where = str(shard.path.resolve()) if isinstance(shard, LocalFile) else shard.url
     name = f"{shard.path.name}-{hashlib.sha256(where.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}.index"
     beside = [shard.path.with_name(f"{shard.path.name}.index")] if isinstance(shard, LocalFile) else []
-    return [*beside, index_folder() / name]
+    folder = index_folder()
+    return beside if folder is None else [*beside, folder / name]
 
 
-def index_folder() -> Path:
-    """Return the folder of indexes that do not lie beside their shards."""
-    named = os.environ.get(INDEX)
-    return Path(named) if named else user_cache("index")
+def index_folder() -> Path | None:
+    """Return the folder of indexes that do not lie beside their shards; None for a user without a home."""
+    if named := os.environ.get(INDEX):
+        return Path(named)
+    try:
+        return user_cache("index")
+    except RuntimeError:
+        return None
 
 
 def find_index(shard: TarFile) -> ShardIndex | None:
@@ -127,7 +133,8 @@ def find_index(shard: TarFile) -> ShardIndex | None:
     The index of a shard whose server tells no versions apart is never kept.
 
     Raises:
-        UserError: the shard is missing or cannot be reached.
+        OSError: the shard is missing.
+        UserError: a shard at an address cannot be reached.
     """
     state = None
     for file in index_places(shard):
@@ -192,11 +199,20 @@ def _mapped(index: ShardIndex) -> Samples:
 
 
 def _within(samples: Samples, header: _Header) -> bool:
-    """Return whether all members lie inside the shard, and all keys inside their buffer."""
+    """Return whether all members lie inside the shard, and all keys inside their buffer and their folder."""
     offsets, sizes = samples.members[..., 0], samples.members[..., 1]
     there = sizes != NONE
     inside = bool((~there | ((offsets >= 0) & (sizes >= 0) & (offsets + sizes <= header.size))).all())
-    return inside and samples.keys.is_whole()
+    return inside and samples.keys.is_whole() and not _leads_out(samples.keys)
+
+
+def _leads_out(keys: PackedStrings) -> bool:
+    """Return whether a key might be a path out of its folder, which ``_rejection`` allows no member."""
+    data, offsets = keys.buffers()
+    text = data.tobytes()
+    if b"\\" in text or (data[offsets[:-1][np.diff(offsets) > 0]] == ord("/")).any():
+        return True
+    return b".." in text and any(".." in PurePosixPath(keys[i]).parts for i in range(len(keys)))
 
 
 def _arrays(samples: Samples) -> bytes:

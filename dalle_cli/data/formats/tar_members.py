@@ -76,7 +76,7 @@ class Member(NamedTuple):
 
 
 def members_of(shard: TarFile) -> list[Member | str]:
-    """Return a shard's members in order, then, if the archive is damaged, a message.
+    """Return a shard's members in order, then, if the archive is damaged, a message; an OSError is no damage.
 
     An archive of plain files, as all common programs write it, is walked by its headers' fixed fields. Any other, or a
     damaged one, is read by the standard library, which takes several times as long.
@@ -144,7 +144,7 @@ def _plain_members(shard: TarFile) -> list[Member | str] | None:
                 else:
                     return None
                 at += -(-size // BLOCK) * BLOCK
-    except (OSError, ValueError):
+    except ValueError:
         return None
 
 
@@ -206,7 +206,7 @@ def _any_members(shard: TarFile) -> Iterator[Member | str]:
                 yield Member(header.name, header.offset_data, header.size, header.isdir(), fault)
             file.seek(tar.offset)
             block = file.read(BLOCK)
-    except (tarfile.TarError, OSError, ValueError) as error:
+    except (tarfile.TarError, ValueError) as error:
         if found:  # the last member's data or the header after it is damaged
             yield f"the archive is cut short or damaged ({error}); earlier samples are used"
         else:

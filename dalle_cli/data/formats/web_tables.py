@@ -103,7 +103,7 @@ def open_yfcc(name: str, path: Path) -> ManifestSource | None:
     table = YfccTable(file, len(fields))
     ways = [partial(_by_identifier, columns.identifier, columns.extension), partial(_last_of_url, columns.download)]
     _find_pictures(table, ways if columns.hash is None else [partial(_by_hash, columns.hash), *ways])
-    return ManifestSource(name, "yfcc100m", table, file.parent)
+    return ManifestSource(name, "yfcc100m", table, file.parent, probe=False)
 
 
 def open_wit(name: str, path: Path) -> ManifestSource | None:
@@ -125,7 +125,7 @@ def open_wit(name: str, path: Path) -> ManifestSource | None:
     url, captions = header.index(_WIT_IMAGE), tuple(map(header.index, _WIT_CAPTIONS))
     table = WebTable(found[0], DelimitedLayout("\t", len(header), url, captions))
     _find_pictures(table, [partial(_decoded_last_of_url, url), partial(_last_of_url, url)])
-    return ManifestSource(name, "wit", table, found[0].parent)
+    return ManifestSource(name, "wit", table, found[0].parent, probe=False)
 
 
 def _find_pictures(table: WebTable, ways: Sequence[Callable[[list[str]], str]]) -> None:
@@ -165,7 +165,10 @@ def _by_identifier(column: int, extension_column: int, fields: list[str]) -> str
 
 
 def _last_of_url(column: int, fields: list[str]) -> str:
-    return urlsplit(fields[column].strip()).path.rpartition("/")[2]
+    try:
+        return urlsplit(fields[column].strip()).path.rpartition("/")[2]
+    except ValueError:  # such as an address with half a bracket
+        return ""
 
 
 def _decoded_last_of_url(column: int, fields: list[str]) -> str:

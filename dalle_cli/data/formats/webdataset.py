@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from itertools import chain, pairwise
 from typing import Literal
@@ -47,8 +48,9 @@ from dalle_cli.errors import UserError
 from dalle_cli.progress import log, progress
 from dalle_cli.stores.files import write_atomically
 
-Where = Literal["memory", "folder", "beside"]
-"""Place of indexes: in memory alone, in the folder of indexes, or beside their shards."""
+Where = Literal["memory", "cache", "folder", "beside"]
+"""Place of indexes: in memory alone, in the folder of indexes if that can be written, there, or beside their shards."""
+_IDENTITY = re.compile(rb"[0-9a-f]{64}")
 KEPT_FROM = 256 << 20
 """Number of bytes of shards from which their indexes are kept, in the folder of indexes."""
 _MANY_SHARDS = 32
@@ -155,35 +157,45 @@ class WebDatasetSource:
         file = None
         if all(index.held is None for index in self._indexes):
             parts = chain.from_iterable(zip(self._prefixes, (index.digest for index in self._indexes), strict=True))
-            file = index_folder() / f"identity-{hashlib.sha256(repr(list(parts)).encode()).hexdigest()}"
-            if file.is_file() and len(known := file.read_text(encoding="ascii")) == 64:
-                return known
+            name, folder = f"identity-{hashlib.sha256(repr(list(parts)).encode()).hexdigest()}", index_folder()
+            file = None if folder is None else folder / name
+            with suppress(OSError):
+                if file is not None and _IDENTITY.fullmatch(known := file.read_bytes()):
+                    return known.decode()
         identity = hash_members((key, *sizes) for key, sizes in self._members())
         if file is not None:
-            write_atomically(file, identity)
+            with _optional():
+                write_atomically(file, identity)
         return identity
 
 
 def open_indexes(shards: Sequence[TarFile], where: Where | None = None) -> list[ShardIndex]:
     """Open the index of each shard; make those that are missing, on all cores, and keep them ``where``.
 
-    None keeps them in the folder of indexes if the shards are large or remote, and in memory otherwise.
+    None keeps them in the cache if the shards are large in all or remote, and in memory otherwise.
 
     Raises:
-        UserError: a shard is missing or cannot be reached, or an index cannot be written.
+        OSError: a shard is missing or cannot be read.
+        UserError: a shard at an address cannot be reached, or an index cannot be written.
     """
     found = [find_index(shard) for shard in shards]
+    if where is not None:
+        found = [None if index is None else _saved(index, where) for index in found]
     missing = [shard for shard, index in zip(shards, found, strict=True) if index is None]
     remote = any(isinstance(shard, RemoteFile) for shard in missing)
     many = len(missing) >= _MANY_SHARDS or remote
     if where is None:
-        where = "folder" if remote or sum(shard.state()[0] for shard in missing) >= KEPT_FROM else "memory"
-        if where == "folder" and many:
+        sizes = (
+            shard.state()[0] if index is None else index.header.size for shard, index in zip(shards, found, strict=True)
+        )
+        where = "cache" if remote or (missing and sum(sizes) >= KEPT_FROM) else "memory"
+        if where == "cache" and many:
             log(f"index: {len(missing)} shards have no index yet; dalle index makes it beforehand, beside the shards")
     made: list[ShardIndex] = []
     with progress("index", len(missing), "shards") if many else nullcontext() as bar:
         blocks = split_blocks(range(len(missing)), 4)
-        for each in map_blocks(partial(_make, missing, where), blocks, available_cores() if many else 1):
+        workers = available_cores() if many else 1
+        for each in map_blocks(partial(_make, missing, where), blocks, workers, "start it again"):
             made += each
             if bar is not None:
                 bar.advance(len(each))
@@ -192,10 +204,36 @@ def open_indexes(shards: Sequence[TarFile], where: Where | None = None) -> list[
 
 
 def _make(shards: Sequence[TarFile], where: Where, block: range) -> list[ShardIndex]:
-    made = (index_shard(shards[i]) for i in block)
-    if where == "memory":
-        return list(made)
-    return [save_index(index, index_places(index.shard)[0 if where == "beside" else -1]) for index in made]
+    # Another rank may have made an index meanwhile.
+    return [find_index(shards[i]) or _saved(index_shard(shards[i]), where) for i in block]
+
+
+def _saved(index: ShardIndex, where: Where) -> ShardIndex:
+    """Save an index ``where``, unless it is there, and return the index to use."""
+    places = [] if where == "memory" else index_places(index.shard)
+    place = next(iter(places if where == "beside" else reversed(places)), None)
+    if place is None or place == index.file:
+        return index
+    if where != "cache":
+        return save_index(index, place)
+    with _optional():
+        return save_index(index, place)
+    return index
+
+
+@contextmanager
+def _optional() -> Iterator[None]:
+    """Go on, and say so once, if what would save time later cannot be written."""
+    global _refused
+    try:
+        yield
+    except (OSError, UserError) as error:
+        if not _refused:
+            log(f"index: not kept ({error}); set DALLE_INDEX to a folder that may be written")
+        _refused = True
+
+
+_refused = False
 
 
 def _labels(shards: Sequence[TarFile]) -> list[str]:

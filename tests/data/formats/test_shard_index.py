@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -68,6 +69,12 @@ def test_odd_archives_are_left_to_tarfile(tmp_path: Path) -> None:
 
 
 # --- index files
+
+
+@pytest.fixture(autouse=True)
+def no_folder_of_indexes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undo, after each test, what dalle index sets for its own process."""
+    monkeypatch.setenv(INDEX, "")
 
 
 def shards(folder: Path, *numbers: int) -> Path:
@@ -244,3 +251,77 @@ def test_shards_on_a_server_are_indexed_once(tmp_path: Path, monkeypatch: pytest
 def test_sources_without_shards_are_refused(tmp_path: Path, call: Call) -> None:
     (tmp_path / "a.png").write_bytes(b"A")
     assert "holds no .tar shards; sources of other formats need no index" in call("index", tmp_path).mistake()
+
+
+def test_a_shard_that_cannot_be_read_now_is_no_damaged_shard(
+    tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a file system that fails for a moment seems to hold must never be kept."""
+    folder = shards(tmp_path, 1, 2)
+    real = tar_members.LocalFile.open
+
+    def fail(shard: LocalFile) -> io.RawIOBase:
+        if shard.path.name == "s2.tar":
+            raise OSError(errno.EIO, "Input/output error", str(shard.path))
+        return real(shard)
+
+    monkeypatch.setattr(tar_members, "_plain_members", lambda shard: None)
+    monkeypatch.setattr(tar_members.LocalFile, "open", fail)
+    assert f"{folder / 's2.tar'}: cannot be read: Input/output error" in call("scan", folder).mistake()
+    assert "s2.tar" in call("index", folder).mistake()
+    assert not (folder / "s2.tar.index").exists()
+    monkeypatch.undo()
+    assert len(open_source(folder)) == 8
+
+
+def test_a_cache_that_cannot_be_written_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, blocked = shards(tmp_path / "data", 1, 2, 3), tmp_path / "a file"
+    plain = open_source(folder)
+    blocked.write_text("")
+    monkeypatch.setenv(INDEX, str(blocked / "below"))
+    monkeypatch.setattr(webdataset, "KEPT_FROM", 0)
+    monkeypatch.setattr(webdataset, "_refused", False)
+    capsys.readouterr()
+    assert contents(open_source(folder)) == contents(plain)
+    said = capsys.readouterr().err
+    assert said.count("index: not kept (") == 1
+    assert "set DALLE_INDEX to a folder that may be written" in said
+    monkeypatch.delenv(INDEX)
+    monkeypatch.setattr(shard_index, "user_cache", mock.Mock(side_effect=RuntimeError("no home directory")))
+    assert open_source(folder).identity == plain.identity
+
+
+def test_index_files_come_to_the_place_that_was_asked_for(
+    tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, elsewhere = shards(tmp_path / "data", 1, 2), tmp_path / "indexes"
+    monkeypatch.setattr(webdataset, "KEPT_FROM", 0)
+    open_source(folder)  # keeps indexes in the cache
+    assert call("index", folder).code == 0
+    assert len(list(folder.glob("*.index"))) == 2
+    assert call("index", folder, "--index", elsewhere).code == 0
+    assert len(list(elsewhere.glob("*.index"))) == 2
+    # A shard that is written anew is indexed anew, and kept, though it is small beside the others.
+    write_tar(folder / "s1.tar", ("new.png", b"N"))
+    open_source(folder)
+    assert find_index(LocalFile(folder / "s1.tar")) is not None
+
+
+@pytest.mark.parametrize("key", [b"../../up", b"/etc/x", b"a\\b", b"\xff\xfe"])
+def test_keys_that_lead_out_of_a_folder_are_not_believed(tmp_path: Path, key: bytes) -> None:
+    shard = LocalFile(write_tar(tmp_path / "s.tar", ("12345678"[: len(key)] + ".png", b"A")))
+    index = index_shard(shard)
+    _, offsets = index.samples().keys.buffers()
+    forged = shard_index.Samples(
+        shard_index.PackedStrings.of(np.frombuffer(key, np.uint8), offsets), index.samples().members
+    )
+    header = replace(index.header, digest=hashlib.sha256(shard_index._arrays(forged)).hexdigest())
+    save_index(shard_index.ShardIndex(shard, header, forged, None), index_places(shard)[0])
+    with pytest.raises(UserError, match=r"is damaged or of another version .*; delete it"):
+        open_source(tmp_path).key(0)
+
+
+def test_a_path_that_is_not_there_is_said(tmp_path: Path, call: Call) -> None:
+    assert f"{tmp_path / 'nowhere'}: no such file or folder" in call("index", tmp_path / "nowhere").mistake()
