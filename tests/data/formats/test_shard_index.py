@@ -256,7 +256,7 @@ def test_sources_without_shards_are_refused(tmp_path: Path, call: Call) -> None:
 def test_a_shard_that_cannot_be_read_now_is_no_damaged_shard(
     tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a file system that fails for a moment seems to hold must never be kept."""
+    """An index never keeps what a file system that fails for a moment seems to hold."""
     folder = shards(tmp_path, 1, 2)
     real = tar_members.LocalFile.open
 
