@@ -135,12 +135,6 @@ class DataSettings(Settings):
         return self
 
 
-def _whole_number_or_idle(value: Any) -> Any:
-    if value is None or value == "idle" or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
-        return value
-    raise ValueError(f"threads must be a whole number above 0, or idle, not {value!r}")
-
-
 class TokenizerSettings(Settings):
     """BPE over lower-cased captions (paper, section 2.2)."""
 
@@ -577,6 +571,12 @@ class Monitoring(Settings):
     wandb: Annotated[str, Field(min_length=1)] | None = Field(
         None, description="Weights & Biases project to log to; null: none"
     )
+
+
+def _whole_number_or_idle(value: Any) -> Any:
+    if value is None or value == "idle" or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    raise ValueError(f"threads must be a whole number above 0, or idle, not {value!r}")
 
 
 class Recipe(Settings):

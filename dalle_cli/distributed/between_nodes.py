@@ -73,7 +73,7 @@ class BetweenNodes:
         return {key: value for key, value in state.items() if key.startswith("factor.")}
 
     def load_state(self, state: Mapping[str, Tensor] | None, shards: Mapping[str, Tensor]) -> None:
-        """Restore what ``state`` returned of these ``shards``; other factors begin as initially.
+        """Restore what ``state`` returned of these ``shards``; the other factors begin anew.
 
         The state in a checkpoint of an earlier version has this rank's errors too.
         """

@@ -86,7 +86,7 @@ class Engine(Protocol):
         """Raise UserError if ranks that should hold the same weights do not."""
 
     def share_errors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the errors of compressed gradients to save, by parameter; the engine's own may change by this."""
+        """Yield the errors of compressed gradients to save, by parameter; the engine's own errors may change."""
 
     def load_errors(self, saved: Iterable[tuple[str, Tensor]]) -> None:
         """Restore what ``share_errors`` yielded, on any number of ranks."""

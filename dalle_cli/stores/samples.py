@@ -118,7 +118,7 @@ class SampleAttributes:
     @property
     def in_folders(self) -> bool:
         """See ``png_name``."""
-        return self.version > 2 and len(self.request.prompts) > PROMPTS_A_FOLDER
+        return has_folders(self.version, self.request.prompts)
 
 
 def read_attributes(group: Any, store: Path) -> SampleAttributes:
@@ -136,6 +136,11 @@ def read_attributes(group: Any, store: Path) -> SampleAttributes:
                 raise Damaged(f"{store / 'prompts'}: holds other prompts than were written; draw the samples again")
             attributes["request"] = {**attributes["request"], "prompts": prompts}
     return as_type(SampleAttributes, attributes, store)
+
+
+def has_folders(version: int, prompts: Sequence[str]) -> bool:
+    """Return whether the pictures of a store of this version lie in folders; see ``png_name``."""
+    return version > 2 and len(prompts) > PROMPTS_A_FOLDER
 
 
 def hash_of(values: list[str]) -> str:
@@ -175,7 +180,7 @@ class SampleStore:
         self._group = _open(out)
         require_version(self._group.attrs, out / STORE)
         version = as_type(Count, self._group.attrs["version"], out / STORE)
-        self.in_folders = version > 2 and len(identity["prompts"]) > PROMPTS_A_FOLDER
+        self.in_folders = has_folders(version, identity["prompts"])
         """See ``png_name``."""
         if self._group.attrs.get("request") != json.loads(json.dumps(identity if version == 2 else _short(identity))):
             raise UserError(f"{out}: holds samples of other prompts, settings or models; choose another --out")

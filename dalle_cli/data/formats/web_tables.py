@@ -41,7 +41,9 @@ class _YfccColumns(NamedTuple):
 
 
 _YFCC = {25: _YfccColumns(1, 2, 8, 9, 16, 23, 24), 23: _YfccColumns(0, None, 6, 7, 14, 21, 22)}
-"""Columns by their number."""
+"""The columns of each edition, by how many it has."""
+_VIDEO = "a video"
+"""Name in place of a picture's path in the row of a video."""
 _WIT_IMAGE = "image_url"
 _WIT_CAPTIONS = ("caption_reference_description", "caption_attribution_description", "caption_alt_text_description")
 
@@ -77,14 +79,11 @@ class YfccTable(WebTable):
 
     def rows(self) -> Iterator[Row | BadRow]:
         for row in super().rows():
-            video = isinstance(row, Row) and row.image == VIDEO
+            video = isinstance(row, Row) and row.image == _VIDEO
             yield BadRow(row.where, "is a video") if video else row
 
     def _image_name(self, fields: list[str]) -> str:
-        return VIDEO if fields[self.columns.marker].strip() == "1" else super()._image_name(fields)
-
-
-VIDEO = "a video"
+        return _VIDEO if fields[self.columns.marker].strip() == "1" else super()._image_name(fields)
 
 
 def open_yfcc(name: str, path: Path) -> ManifestSource | None:
