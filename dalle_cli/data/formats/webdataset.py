@@ -49,8 +49,8 @@ from dalle_cli.progress import log, progress
 from dalle_cli.stores.files import write_atomically
 
 Where = Literal["memory", "cache", "folder", "beside"]
-"""Place to keep indexes in. ``cache`` is the folder of indexes if it can be written, and memory otherwise; ``folder`` is
-that folder or an error; ``beside`` is the folder of each shard."""
+"""Place to keep indexes in. ``cache`` is the folder of indexes if it can be written, and memory otherwise; ``folder``
+is that folder or an error; ``beside`` is the folder of each shard."""
 _IDENTITY = re.compile(rb"[0-9a-f]{64}")
 KEPT_FROM = 256 << 20
 """Number of bytes of shards from which their indexes are kept, in the folder of indexes."""
