@@ -132,8 +132,7 @@ def contrastive_loss(model: CLIP, images: Tensor, text_ids: Tensor, caption_nega
     similarities = scale * image_features @ text_features.T
     others = similarities.T
     if caption_negatives:
-        _, caption = torch.unique(text_ids, dim=0, return_inverse=True)
-        equal = caption[:, None] == caption
+        equal = (text_ids[:, None] == text_ids).all(dim=-1)  # as torch.unique, for which a GPU must be waited for
         captions = (scale * text_features @ text_features.T).masked_fill(equal, -torch.inf)
         others = torch.cat([others, captions], dim=1)
     return pairs_cross_entropy(similarities, others)

@@ -22,7 +22,7 @@ from torch import Tensor
 from dalle_cli.clip.model import clip_text_ids, pixels
 from dalle_cli.clip.train import load_clip
 from dalle_cli.config.run_folders import run_of
-from dalle_cli.distributed.device import limit_threads
+from dalle_cli.distributed.device import use_settings
 from dalle_cli.errors import UserError
 from dalle_cli.pretrained import first_line, no_waiting_for_a_network, quiet, weights_hash
 from dalle_cli.stores.checkpoint import Which, check_belongs, open_checkpoint
@@ -235,7 +235,7 @@ def load_scorer(
     bpe = Tokenizer.load(tokenizer or run_of(checkpoint.path).tokenizer)
     check_belongs(checkpoint, "tokenizer", bpe.identity, bpe.name)
     recipe = checkpoint.recipe()
-    limit_threads(recipe)
+    use_settings(recipe)
     name = f"{checkpoint.path} sha256:{checkpoint.identity[:12]}"
     encoder = CaptionEncoder(bpe, recipe.tokenizer)
     return OwnScorer(load_clip(checkpoint).to(device), encoder, recipe.image_size, name=name)

@@ -27,7 +27,7 @@ from dalle_cli.config.schema import ClipModel, Recipe
 from dalle_cli.data.images import BadImage
 from dalle_cli.data.picture_loader import TrainingPictures, load_eval_picture
 from dalle_cli.data.source import BadSample, Source
-from dalle_cli.distributed.device import choose_device, prepare_process
+from dalle_cli.distributed.device import choose_device, prepare_process, send
 from dalle_cli.distributed.group import ALONE, Group
 from dalle_cli.distributed.launch import read_launch
 from dalle_cli.errors import UserError
@@ -99,7 +99,7 @@ class ClipTask:
         return [(batch, 1.0)]
 
     def loss(self, batch: tuple[Tensor, Tensor], step: int) -> dict[str, Tensor]:
-        images, text_ids = (part.to(self.group.device) for part in batch)
+        images, text_ids = (send(part, self.group.device) for part in batch)
         caption_negatives = self.recipe.clip.objective.caption_negatives
         loss = contrastive_loss(self.model, pixels(images), text_ids, caption_negatives)
         return {"loss": loss, "replaced": torch.tensor(self._replaced)}

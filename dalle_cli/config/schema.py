@@ -579,6 +579,14 @@ def _whole_number_or_idle(value: Any) -> Any:
     raise ValueError(f"threads must be a whole number above 0, or idle, not {value!r}")
 
 
+def _off(value: Any) -> Any:
+    """Return "off" for false, which is what YAML makes of an unquoted off."""
+    return "off" if value is False else value
+
+
+Compile = Literal["auto", "off"]
+
+
 class Recipe(Settings):
     """A whole chain, from captioned pictures to samples."""
 
@@ -590,6 +598,14 @@ class Recipe(Settings):
         None,
         description="number of CPU threads of a stage; null: all cores. idle: one for each core that other programs "
         "leave idle while a stage trains in one process, so that a run beside other work does not repeat byte for byte",
+    )
+    compile: Annotated[Compile, BeforeValidator(_off)] = Field(
+        "auto",
+        description="auto: on a GPU, training goes through torch.compile wherever a trial at its start comes to the "
+        "same values; off: never. CPUs never compile",
+    )
+    tf32: bool = Field(
+        True, description="let a GPU round the operands of 32-bit products to TF32, which is up to eight times as fast"
     )
     image_size: Positive = Field(256, description="side, in pixels, of the pictures that the dVAE sees")
     data: DataSettings = DataSettings()

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,6 +140,9 @@ class DeepSpeedEngine:
     def begin_micro_batch(self, last: bool) -> None:
         self._swap_out()
         self.engine.set_gradient_accumulation_boundary(last)
+
+    def forward(self, loss: Callable[..., dict[str, Tensor]], *arguments: Any) -> dict[str, Tensor]:
+        return loss(*arguments)
 
     def backward(self, loss: Tensor) -> None:
         # DeepSpeed divides the sum of gradients by the number of ranks.

@@ -8,9 +8,10 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from dalle_cli.config.schema import Recipe
 from dalle_cli.errors import UserError
@@ -67,10 +68,23 @@ def keep_freed_memory() -> None:
         mallopt(mmap_max, 0)
 
 
-def limit_threads(recipe: Recipe) -> None:
-    """Let torch use the recipe's number of CPU threads, if it sets one; see ``training.idle_cores`` for idle."""
+def use_settings(recipe: Recipe) -> None:
+    """Let torch use the recipe's number of CPU threads, if it sets one, and TF32 on a GPU if the recipe allows it.
+
+    See ``training.idle_cores`` for ``threads: idle``.
+    """
     if isinstance(recipe.threads, int):
         torch.set_num_threads(recipe.threads)
+    precision = "tf32" if recipe.tf32 else "ieee"
+    for products in (torch.backends.cuda.matmul, cast(Any, torch.backends.cudnn).conv):
+        products.fp32_precision = precision
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to ``device``; a copy from the host's memory to a GPU runs while this process goes on."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def total_memory(device: torch.device) -> int:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import GradBucket  # type: ignore[attr-defined]
+from torch.nn.parallel import DistributedDataParallel
 
 from dalle_cli.distributed.group import ALONE, Group
 from dalle_cli.precision.gradient_scaling import GradientScaling
@@ -57,6 +62,9 @@ class Engine(Protocol):
 
     def begin_micro_batch(self, last: bool) -> None:
         """Prepare for a micro-batch's forward pass; ``last`` marks the last micro-batch of the update."""
+
+    def forward(self, loss: Callable[..., dict[str, Tensor]], *arguments: Any) -> dict[str, Tensor]:
+        """Return ``loss(*arguments)``, the forward pass of a micro-batch, whose "loss" goes to ``backward``."""
 
     def backward(self, loss: Tensor) -> None:
         """Run a micro-batch's backward pass. The losses of all micro-batches and ranks add up to the update's."""
@@ -127,6 +135,9 @@ class TorchEngine:
         for name, value in values:
             self.parameters[name].copy_(value)
 
+    def forward(self, loss: Callable[..., dict[str, Tensor]], *arguments: Any) -> dict[str, Tensor]:
+        return loss(*arguments)
+
     def backward(self, loss: Tensor) -> None:
         scaled = loss if self.loss_scaler is None else self.loss_scaler.scale(loss)
         scaled.backward()
@@ -165,7 +176,11 @@ class TorchEngine:
 
 
 class Replicated(TorchEngine):
-    """An engine where every rank holds the whole model (ZeRO stage 0)."""
+    """An engine where every rank holds the whole model (ZeRO stage 0).
+
+    Several ranks sum their gradients through torch's DistributedDataParallel, a bucket at a time, while the backward
+    pass goes on.
+    """
 
     sharded = False
 
@@ -180,10 +195,54 @@ class Replicated(TorchEngine):
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def begin_micro_batch(self, last: bool) -> None:
-        """Do nothing: gradients add up in place."""
+        if self.group.size > 1:
+            # This is what its no_sync() does, which would have to be a block around both passes.
+            self._parallel.require_backward_grad_sync = last
+
+    def forward(self, loss: Callable[..., dict[str, Tensor]], *arguments: Any) -> dict[str, Tensor]:
+        if self.group.size == 1:
+            return loss(*arguments)
+        return self._parallel(loss, *arguments)  # type: ignore[no-any-return]
 
     def collect_gradients(self, update: int) -> None:
-        self.reduce_whole(self.parameters.values())
+        """Do nothing: the last backward pass has summed the gradients."""
+
+    @cached_property
+    def _parallel(self) -> DistributedDataParallel:
+        # Buckets would otherwise be filled in another order from the second update on, and a resumed run, which begins
+        # with its first one, would round sums otherwise.
+        warnings.filterwarnings("ignore", message="find_unused_parameters=True", category=UserWarning)
+        parallel = DistributedDataParallel(
+            _Calls(self.model),
+            process_group=self.group.process_group,
+            broadcast_buffers=False,
+            init_sync=False,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=True,
+        )
+        parallel.register_comm_hook(None, self._sum_bucket)
+        return parallel
+
+    def _sum_bucket(self, _: None, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        """Begin to sum a bucket over the ranks, or to average the scaled gradients in it."""
+        scaled = [
+            gradient
+            for gradient, parameter in zip(bucket.gradients(), bucket.parameters(), strict=True)
+            if self.scaling is not None and self.scaling.scales_gradient_of(parameter)
+        ]
+        before, after = self.group.mean_factors()
+        for gradient in scaled:
+            gradient.mul_(before)
+        total = bucket.buffer()
+        self.group.traffic.bytes += total.nbytes
+        work = dist.all_reduce(total, group=self.group.process_group, async_op=True)
+
+        def finish(_: object) -> Tensor:
+            for gradient in scaled:
+                gradient.mul_(after)
+            return total
+
+        return work.get_future().then(finish)
 
     def slab(self, name: str) -> Slab:
         return WHOLE
@@ -202,3 +261,15 @@ class Replicated(TorchEngine):
 
     def traffic(self) -> dict[str, int]:
         return {"bytes_communicated": self.group.traffic.bytes}
+
+
+class _Calls(nn.Module):
+    """A model whose forward pass is a function of it, since DistributedDataParallel works around forward passes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, work: Callable[..., dict[str, Tensor]], *arguments: Any) -> dict[str, Tensor]:
+        """Return ``work(*arguments)``, which computes with the model."""
+        return work(*arguments)

@@ -95,20 +95,24 @@ class Group:
         return dict(zip(values, stacked, strict=True))
 
     def average_in_place(self, tensors: Iterable[Tensor]) -> None:
-        """Replace each tensor by the mean over the ranks, so that 16-bit sums neither overflow nor lose small numbers.
-
-        A power of 2 near the root of the number of ranks divides before the sum, and the rest after it (paper, appendix
-        D, has a constant found by hand).
-        """
+        """Replace each tensor by the mean over the ranks; see ``mean_factors``."""
         if self.size == 1:
             return
-        given = list(tensors)
-        before = 2.0 ** math.ceil(math.log2(self.size) / 2)
+        given, (before, after) = list(tensors), self.mean_factors()
         for tensor in given:
-            tensor.div_(before)
+            tensor.mul_(before)
         self.sum_in_place(given)
         for tensor in given:
-            tensor.mul_(before / self.size)
+            tensor.mul_(after)
+
+    def mean_factors(self) -> tuple[float, float]:
+        """Return the factors before and after a sum over the ranks that make it their mean.
+
+        A power of 2 near the root of the number of ranks divides before the sum, and the rest after it, so that 16-bit
+        sums neither overflow nor lose small numbers (paper, appendix D, has a constant found by hand).
+        """
+        before = 2.0 ** math.ceil(math.log2(self.size) / 2)
+        return 1 / before, before / self.size
 
     def sum_in_place(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by the sum over the ranks, sending many in one message."""

@@ -16,7 +16,7 @@ from dalle_cli.data.joined import sizes_of
 from dalle_cli.data.picture_loader import PictureBlock, consecutive_pictures
 from dalle_cli.data.source import Source
 from dalle_cli.data.workers import explain_lost_workers
-from dalle_cli.distributed.device import choose_device, limit_threads, prepare_process
+from dalle_cli.distributed.device import choose_device, prepare_process, use_settings
 from dalle_cli.dvae.model import DVAE
 from dalle_cli.dvae.objective import encoder_input, reconstructed_images
 from dalle_cli.dvae.train import load_dvae
@@ -109,7 +109,7 @@ def encode_source(
     }
     with PartWriter(out, "image", identity, len(source), shard) as writer:
         if todo := writer.todo:
-            limit_threads(recipe)
+            use_settings(recipe)
             device = choose_device()
             prepare_process(device)
             model = load_dvae(checkpoint).to(device)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from dalle_cli.data.images import BadImage, decode_image, eval_crop
 from dalle_cli.data.open_source import open_source
 from dalle_cli.data.source import IMAGE_EXTENSIONS, BadSample, read_image_file, split_extension
-from dalle_cli.distributed.device import choose_device, limit_threads, prepare_process
+from dalle_cli.distributed.device import choose_device, prepare_process, use_settings
 from dalle_cli.dvae.encode import decode_tokens, encode_images
 from dalle_cli.dvae.objective import MIN_MSE
 from dalle_cli.dvae.ssim import ssim
@@ -93,7 +93,7 @@ def reconstruct_images(
     size = recipe.image_size if size is None else size
     if size % (side := recipe.dvae.model.downsampling):
         raise UserError(f"--size {size} is not a multiple of {side}; choose one, such as {recipe.image_size}")
-    limit_threads(recipe)
+    use_settings(recipe)
     device = choose_device()
     prepare_process(device)
     model, eps = load_dvae(checkpoint).to(device), recipe.dvae.objective.logit_laplace_eps

@@ -62,9 +62,7 @@ class Activations:
         """Return the memory of each resblock, first to last."""
         model = self.recipe.prior.model
         kinds = model.attention_kinds()
-        of_kind = {
-            kind: self._dense() if is_dense(kind, model.grid) else self._sparse(kind) for kind in dict.fromkeys(kinds)
-        }
+        of_kind = {kind: self._attention_of(kind) for kind in dict.fromkeys(kinds)}
         mlp = self._mlp()
         return [block for kind in kinds for block in (of_kind[kind], mlp)]
 
@@ -114,9 +112,20 @@ class Activations:
             largest_gradient=4 * d**2 * self._width,
         )
 
-    def _dense(self) -> BlockMemory:
+    def _attention_of(self, kind: AttentionKind) -> BlockMemory:
+        if not self.on_cpu and kind == "column":
+            return self._dense(copies=4)  # of queries, keys, values and the result, in the order of the other image
+        return self._dense() if not self.on_cpu or is_dense(kind, self.recipe.prior.model.grid) else self._sparse(kind)
+
+    def _dense(self, copies: int = 0) -> BlockMemory:
         sums = BYTES_32 * self.batch * self.recipe.prior.model.heads * (self.text + self.image)
-        return self._attention(4 * self._inner + sums, self._inner, 7 * self._inner, 4 * self._inner)
+        whole = self._inner
+        return self._attention(
+            saved=4 * whole + sums,
+            forward=(1 + copies) * whole,
+            backward=(7 + copies) * whole,
+            inference=(4 + copies) * whole,
+        )
 
     def _sparse(self, kind: AttentionKind) -> BlockMemory:
         """Return the memory of a sparse attention block, which on the CPU processes the batch in chunks."""

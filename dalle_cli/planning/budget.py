@@ -12,7 +12,7 @@ from dalle_cli.clip.model import contrastive_loss, pixels
 from dalle_cli.clip.train import build_recipe_clip
 from dalle_cli.config.schema import Recipe
 from dalle_cli.data.source import Source
-from dalle_cli.distributed.device import choose_device, fast_matmul, limit_threads, prepare_process
+from dalle_cli.distributed.device import choose_device, fast_matmul, prepare_process, use_settings
 from dalle_cli.distributed.group import Group
 from dalle_cli.dvae.model import DVAE
 from dalle_cli.dvae.perceptual import PerceptualDistance
@@ -42,7 +42,7 @@ def updates_within(recipe: Recipe, source: Source, minutes: float) -> dict[Kind,
 
 def seconds_per_update(recipe: Recipe, source: Source) -> dict[Kind, float]:
     """Return the time of an update of each stage on this machine, without loading its data."""
-    limit_threads(recipe)
+    use_settings(recipe)
     device = choose_device()
     prepare_process(device)
     return {

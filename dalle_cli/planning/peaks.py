@@ -60,13 +60,14 @@ def phase_peaks(
     blocks = activations.resblocks()
     gathered = _gathered(recipe, counts, parts, max(block.gradients for block in blocks))
     gradients = parts["gradients"].each if parts["gradients"].place == "device" else counts.small * BYTES_32
+    in_buckets = _gradients_in_buckets(stage, machines)
 
     checkpointed = stage.model.checkpoint_resblocks
     saved = list(accumulate([activations.bytes if checkpointed else block.saved for block in blocks], initial=0))
     all_saved = saved[-1] + activations.bytes
     # In the backward pass saved activations shrink while gradients grow, unless the gradients are already allocated
-    # since an earlier micro-batch.
-    present = gradients if accumulates else 0
+    # since an earlier micro-batch, or stay in buckets from update to update.
+    present = gradients if accumulates or in_buckets else 0
     if accumulates and gathered.gradients:
         present = BYTES_32 * counts.small + gathered.gradients
     candidates = [present + all_saved + activations.head() + gathered.head_gradients + gathered.at_head]
@@ -86,7 +87,7 @@ def phase_peaks(
         score = Activations(recipe, validated, machines.on_cpu)
         blocks_peak = max(block.inference for block in score.resblocks()) + gathered.at_block
         replaced = 0 if parts["EMA weights"].place != "device" else parts["weights"].each
-        validation = replaced + max(blocks_peak, score.head() + gathered.at_head)
+        validation = replaced + max(blocks_peak, score.head() + gathered.at_head) + (gradients if in_buckets else 0)
     return Peaks(all_saved, max(candidates), gradients + _update_work(stage, counts, machines), validation)
 
 
@@ -143,6 +144,8 @@ def _update_work(stage: PriorSettings, counts: Counts, machines: Machines) -> in
         work.append(ADAM_WORK * min(ADAM_CHUNK, max(matrices + others)))
         if stage.training.ema_every == 1 or machines.on_cpu:
             work.append(BYTES_32 * max(matrices))  # the EMA converts a matrix to 32 bit
+    if _gradients_in_buckets(stage, machines):
+        return max(work)
     if machines.processes > 1:
         work.append(_buckets([BYTES_32 * counts.small]))
     if machines.processes > shards and not uses_powersgd(stage, machines):
@@ -153,6 +156,11 @@ def _update_work(stage: PriorSettings, counts: Counts, machines: Machines) -> in
         shapes = compressed_shapes(stage, counts, shards)
         work += [_powersgd_work(stage, machines, shapes[together], shards) for together in compression_batches(shapes)]
     return max(work)
+
+
+def _gradients_in_buckets(stage: PriorSettings, machines: Machines) -> bool:
+    """Return whether DistributedDataParallel holds the gradients, in buckets that it keeps."""
+    return stage.sharding.engine == "fsdp" and shards_of(stage, machines) == 1 and machines.processes > 1
 
 
 def _buckets(sizes: list[int]) -> int:

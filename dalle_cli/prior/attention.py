@@ -10,7 +10,8 @@ depending on the kind of attention:
 * ``full``: all positions before it.
 
 A kind is defined by its raster offsets, the allowed differences between the raster indices of query and key. One
-softmax runs over text and image keys together.
+softmax runs over text and image keys together. ``attend`` computes it anywhere, and ``prior/flex_attention.py``
+computes the same faster on a GPU.
 
 The sparse kinds compute only what they attend to, and some masked entries. The image is cut into blocks of rows; the
 queries of a block share a window of keys, the block itself and the rows above it that they need. All products are
@@ -89,11 +90,11 @@ def windows_of(kind: AttentionKind, grid: int, conv_kernel: int) -> Windows:
 
 
 def describe_attention(kind: AttentionKind, text_length: int, grid: int, conv_kernel: int) -> str:
-    """Describe in words how ``attend`` computes ``kind``."""
+    """Describe in words how a CPU and a GPU compute ``kind``."""
     if is_dense(kind, grid):
         return "dense, by scaled_dot_product_attention"
     windows = windows_of(kind, grid, conv_kernel)
-    return f"blocks of {windows.queries} queries x ({text_length} text + {windows.keys} image)"
+    return f"blocks of {windows.queries} queries x ({text_length} text + {windows.keys} image); flex_attention on a GPU"
 
 
 @dataclass(frozen=True)

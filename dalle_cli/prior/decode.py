@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dalle_cli.config.layout import AttentionKind
+from dalle_cli.distributed.device import send
 from dalle_cli.prior.attention import attend, raster_offsets
 from dalle_cli.prior.cpu_kernels import PackedLinear, Precision, skinny_bmm
 from dalle_cli.prior.model import DTYPES, AttentionResblock, MlpResblock, Prior
@@ -108,9 +109,9 @@ class Prefix:
             cache = given.new_empty(both, captions, heads, n, slots.count, width)
             if cache.is_cuda:
                 cache.zero_()  # a CUDA graph reads slots before they are written
-            cache[..., [slots.write(p) for p in range(self.positions - count, self.positions)], :] = given[
-                :, :, :, None
-            ]
+            written = [slots.write(p) for p in range(self.positions - count, self.positions)]
+            places = send(torch.tensor(written, dtype=torch.long), cache.device)
+            cache.index_copy_(-2, places, given[:, :, :, None].expand(-1, -1, -1, n, -1, -1))
             image.append(cache)
         return Cache(self.text, image)
 

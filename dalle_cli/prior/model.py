@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,14 @@ from torch.utils.checkpoint import checkpoint
 
 from dalle_cli.config.layout import AttentionKind
 from dalle_cli.config.schema import PriorModel, Recipe
+from dalle_cli.distributed.device import send
 from dalle_cli.precision.gradient_scaling import scaled_residual
 from dalle_cli.prior.attention import attend
 from dalle_cli.prior.head_loss import head_loss
 from dalle_cli.stores.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from dalle_cli.prior.flex_attention import FlexAttention
 
 INIT_STD = 0.02
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -68,37 +72,45 @@ class Resblock(nn.Module):
     """A residual block x + branch(x), both (B, A, d); subclasses define the branch, which begins with the layer norm.
 
     If ``gradient_scale`` is set, the backward pass through the branch runs on gradients multiplied by it; see
-    ``precision/gradient_scaling.py``.
+    ``precision/gradient_scaling.py``. ``compiled_branch`` is a faster way to compute the branch in training, if there
+    is one; see ``prior/on_gpu.py``.
     """
 
     def __init__(self, d_model: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(d_model)
         self.gradient_scale: float | None = None
+        self.compiled_branch: Callable[[Tensor], Tensor] | None = None
 
     def branch(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
+        # Batches differ in size outside training, and each size would be compiled anew.
+        branch = self.compiled_branch if self.compiled_branch and torch.is_grad_enabled() else self.branch
         if self.gradient_scale is None:
-            return x + self.branch(x)
-        return scaled_residual(self.branch, x, self.gradient_scale)
+            return x + branch(x)
+        return scaled_residual(branch, x, self.gradient_scale)
 
 
 class AttentionResblock(Resblock):
-    """A residual block of multi-head attention of one kind."""
+    """A residual block of multi-head attention of one kind, by ``flex`` if that is set; see ``prior/on_gpu.py``."""
 
     def __init__(self, model: PriorModel, kind: AttentionKind, text_length: int) -> None:
         super().__init__(model.d_model)
         self.kind = kind
         self.heads, self.grid, self.conv_kernel = model.heads, model.grid, model.conv_kernel
         self.text_length = text_length
+        self.flex: FlexAttention | None = None
         self.qkv = Linear(model.d_model, 3 * model.d_model)
         self.out = Linear(model.d_model, model.d_model)
 
     def branch(self, x: Tensor) -> Tensor:
         qkv = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1))
-        mixed = attend(self.kind, qkv, self.text_length, self.grid, self.conv_kernel)
+        if self.flex is not None:
+            mixed = self.flex(qkv)
+        else:
+            mixed = attend(self.kind, qkv, self.text_length, self.grid, self.conv_kernel)
         return self.out(mixed.flatten(2))  # type: ignore[no-any-return]
 
 
@@ -269,10 +281,10 @@ class Prior(nn.Module):
                 the whole batch's number times the micro-batch's share of the rows: then the micro-batches' means,
                 weighted by their shares, add up to the whole batch's.
         """
-        text_ids = self.with_padding(text, text_length.to(text.device))
+        text_ids = self.with_padding(text, send(text_length, text.device))
         hidden = self(text_ids, image)
         position = torch.arange(1, self.text_length, device=text_length.device)
-        counted = (position <= text_length[:, None].long()).nonzero().to(text.device).unbind(1)
+        counted = send((position <= text_length[:, None].long()).nonzero(), text.device).unbind(1)
         text_targets = text_ids[:, 1:].clamp(max=self.text_vocab)[counted]
         text_sum = self.text_head(hidden[:, : self.text_length - 1][counted], text_targets)
         image_sum = self.image_head(hidden[:, self.text_length - 1 : -1].flatten(0, 1), image.flatten())
@@ -299,7 +311,7 @@ class LossModule(nn.Module):
         super().__init__()
         self.prior = prior
 
-    def forward(self, text: Tensor, length: Tensor, image: Tensor, text_count: float) -> PriorLoss:
+    def forward(self, text: Tensor, length: Tensor, image: Tensor, text_count: Tensor | float) -> PriorLoss:
         """Return ``Prior.loss``."""
         return self.prior.loss(text, length, image, text_count)
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from dalle_cli.config.schema import PriorSettings, Recipe
 from dalle_cli.data.batch_order import WINDOW, BatchOrder
 from dalle_cli.data.prefetch import prefetch
-from dalle_cli.distributed.device import fast_matmul
-from dalle_cli.distributed.engine import Replicated
+from dalle_cli.distributed.device import fast_matmul, send
+from dalle_cli.distributed.engine import Engine, Replicated
 from dalle_cli.distributed.group import ALONE, Group, join_group
 from dalle_cli.errors import UserError
 from dalle_cli.precision.gradient_scaling import GradientScales, GradientScaling, ScaledBlock
@@ -75,19 +75,23 @@ def train_prior(
     initial = initial_values(recipe, belongs, out, store, dvae)
     with join_group() as group, fast_matmul():
         refuse_unsupported(stage, group)
+        engine: Engine
         if stage.sharding.engine == "deepspeed":
-            engine, prior = deepspeed_prior(recipe, group, initial)
-            task = PriorTask(recipe, reader, prior, group, belongs, forward=engine.engine)
-            return Run(task, recipe, out, engine, extend).train()
-        if stage.sharding.zero and group.size > 1:
-            sharded, prior = shard_prior(recipe, group, initial)
+            engine, prior = deepspeed, _ = deepspeed_prior(recipe, group, initial)
+            task = PriorTask(recipe, reader, prior, group, belongs, forward=deepspeed.engine)
+        elif stage.sharding.zero and group.size > 1:
+            engine, prior = sharded, _ = shard_prior(recipe, group, initial)
             task = PriorTask(recipe, reader, prior, group, belongs, forward=sharded.loss)
-            return Run(task, recipe, out, sharded, extend).train()
-        prior = build_prior(recipe, initial)
-        scaling = set_precision(prior, stage, group.size)
-        prior.to(group.device)
-        task = PriorTask(recipe, reader, prior, group, belongs, drawing=drawing)
-        return Run(task, recipe, out, Replicated(prior, group, scaling), extend).train()
+        else:
+            prior = build_prior(recipe, initial)
+            scaling = set_precision(prior, stage, group.size)
+            engine = Replicated(prior.to(group.device), group, scaling)
+            task = PriorTask(recipe, reader, prior, group, belongs, drawing=drawing)
+        if group.device.type == "cuda":
+            from dalle_cli.prior.on_gpu import speed_up
+
+            speed_up(prior, recipe.compile, group.device)
+        return Run(task, recipe, out, engine, extend).train()
 
 
 def require_same_sizes(recipe: Recipe, reader: TokenReader) -> dict[str, str]:
@@ -201,7 +205,7 @@ class PriorTask:
     kind: Kind = "prior"
     comparable_from: int = 0
     less_memory: str = "lower prior.training.micro_batch, or set prior.model.checkpoint_resblocks to true"
-    forward: Callable[[Tensor, Tensor, Tensor, float], PriorLoss] | None = None
+    forward: Callable[[Tensor, Tensor, Tensor, Tensor], PriorLoss] | None = None
     drawing: Drawing | None = None
 
     def __post_init__(self) -> None:
@@ -233,11 +237,11 @@ class PriorTask:
         # Captions differ in length, and the text's mean is over tokens: each micro-batch divides by its share of the
         # whole batch's count, so that they add up to the whole batch's mean.
         count = self.group.sum(self.model.text_counts(batch.length).sum())
-        return self._split(batch, size, float(count.clamp(min=1)), self.recipe.prior.training.batch_size)
+        return self._split(batch, size, count, self.recipe.prior.training.batch_size)
 
-    def loss(self, batch: tuple[TokenBatch, float], step: int) -> dict[str, Tensor]:
+    def loss(self, batch: tuple[TokenBatch, Tensor], step: int) -> dict[str, Tensor]:
         tokens, text_count = batch
-        text, image = tokens.text.to(self.group.device), tokens.image.to(self.group.device)
+        text, image = (send(each, self.group.device) for each in (tokens.text, tokens.image))
         found = (self.forward or self.model.loss)(text, tokens.length, image, text_count)
         weight = self.recipe.prior.objective.text_weight
         return {"loss": weight * found.text + (1 - weight) * found.image, "text": found.text, "image": found.image}
@@ -261,7 +265,7 @@ class PriorTask:
 
     def _mean_losses(self, batch: TokenBatch, step: int) -> dict[str, float]:
         totals: dict[str, float] = {}
-        count = float(self.model.text_counts(batch.length).sum().clamp(min=1))
+        count = self.model.text_counts(batch.length).sum()
         training = self.recipe.prior.training
         # Never more at once than in training, whose memory is known to suffice.
         size = min(training.micro_batch or VALIDATION_BATCH, -(-training.batch_size // self.group.size))
@@ -287,14 +291,14 @@ class PriorTask:
 
     @staticmethod
     def _split(
-        batch: TokenBatch, size: int | None, text_count: float, rows: int
-    ) -> list[tuple[tuple[TokenBatch, float], float]]:
+        batch: TokenBatch, size: int | None, text_count: Tensor, rows: int
+    ) -> list[tuple[tuple[TokenBatch, Tensor], float]]:
         """Return micro-batches, each with the divisor of its text loss, and with its share of the whole batch.
 
         The whole batch of all ranks has ``rows`` samples and ``text_count`` counted text tokens.
         """
-        shares = [(part, len(part) / rows) for part in batch.split(size or len(batch))]
-        return [((part, text_count * share), share) for part, share in shares]
+        shares, count = [(part, len(part) / rows) for part in batch.split(size or len(batch))], text_count.double()
+        return [((part, (count.clamp(min=1) * share).float()), share) for part, share in shares]
 
     @cached_property
     def image_unigram(self) -> float:

@@ -23,7 +23,7 @@ from dalle_cli.config.run_folders import run_of
 from dalle_cli.config.schema import SamplingSettings
 from dalle_cli.data.source import BadSample, clean_caption
 from dalle_cli.data.workers import map_blocks
-from dalle_cli.distributed.device import choose_device, explain_out_of_memory, limit_threads, prepare_process
+from dalle_cli.distributed.device import choose_device, explain_out_of_memory, prepare_process, use_settings
 from dalle_cli.dvae.encode import decode_tokens
 from dalle_cli.dvae.model import DVAE
 from dalle_cli.dvae.train import load_dvae
@@ -147,7 +147,7 @@ class Sampler:
         yield from lines(request.rows.start, store.log_likelihood())
         if row == request.rows.stop:
             return
-        limit_threads(recipe)
+        use_settings(recipe)
         mend = "lower sampling.batch_size (--batch-size)"
         with explain_out_of_memory(folder, mend):
             models = self._load(request, text)

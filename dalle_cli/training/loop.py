@@ -20,7 +20,7 @@ from dalle_cli.config.load import dump_recipe
 from dalle_cli.config.odd_settings import odd_settings
 from dalle_cli.config.schema import Recipe
 from dalle_cli.data.workers import explain_lost_workers
-from dalle_cli.distributed.device import explain_out_of_memory, limit_threads
+from dalle_cli.distributed.device import explain_out_of_memory, use_settings
 from dalle_cli.distributed.engine import Engine, Replicated
 from dalle_cli.distributed.group import Group
 from dalle_cli.errors import RESUMABLE, Damaged, Stopped, UserError
@@ -40,6 +40,7 @@ from dalle_cli.stores.checkpoint import (
 from dalle_cli.stores.files import explain_os_errors, owned
 from dalle_cli.training.idle_cores import IdleCores
 from dalle_cli.training.journal import Journal, MetricLogger, WandbLogger, require_wandb
+from dalle_cli.training.look_back import LookBack
 from dalle_cli.training.resume import check_resumable
 from dalle_cli.training.signals import StopRequest
 from dalle_cli.training.state import Stage, TrainingState
@@ -107,6 +108,7 @@ class Run:
         self.settings: Stage = getattr(recipe, task.kind)
         self.engine = engine or Replicated(task.model, task.group)
         self.stop = StopRequest()
+        self.look_back = LookBack(self.group)
         self.name = f"train-{task.kind}"
 
     def train(self) -> Checkpoint:
@@ -124,7 +126,7 @@ class Run:
             self.out.mkdir(parents=True, exist_ok=True)
         for line in odd_settings(self.recipe, self.task.kind):
             log(f"{self.name}: warning: {line}")
-        limit_threads(self.recipe)
+        use_settings(self.recipe)
         with self._owned(), explain_out_of_memory(self.out, self.task.less_memory), explain_lost_workers(), self.stop:
             state = TrainingState(self.engine, self.settings, self.task.decayed(), self.recipe.seed)
             checkpoint = self._resume(state)
@@ -196,7 +198,8 @@ class Run:
                 if idle_cores is not None:
                     idle_cores.follow()
                 state.update_ema(step)
-                state.plateau.add_training_loss(float(values["loss"]))
+                self.look_back.note_loss(done, values["loss"])
+                self._look_at_losses(state)
                 throughput.count_update()
                 if group.leads and (done == 1 or state.due(training.log_every, done)):
                     scalars = {name: float(value) for name, value in values.items()}
@@ -206,7 +209,7 @@ class Run:
                 with throughput.paused():
                     if state.due(training.validate_every, done):
                         validated = self._validate(state, done, journal, bar) or validated
-                    self.stop.agreed = group.any(self.stop.signal is not None) and done < last
+                    self.stop.agreed = self.look_back.any_request(self.stop.signal is not None) and done < last
                     finished = state.out_of_patience
                     wanted = self.stop.agreed or finished or state.best.step == done
                     if wanted or state.due(training.save_every, done):
@@ -225,11 +228,7 @@ class Run:
                     break
 
     def update(self, state: TrainingState, batch: Any, step: int, rate: float) -> dict[str, Tensor]:
-        """Make the update that follows ``step`` updates, with learning rate ``rate``, and return values to log.
-
-        Raises:
-            UserError: the loss is not finite.
-        """
+        """Make the update that follows ``step`` updates, with learning rate ``rate``, and return values to log."""
         task = self.task
         task.model.train()
         state.optimizer.zero_grad()
@@ -237,24 +236,34 @@ class Run:
         micro_batches = task.micro_batches(batch, self.settings.training.micro_batch)
         for i, (micro_batch, share) in enumerate(micro_batches):
             self.engine.begin_micro_batch(last=i == len(micro_batches) - 1)
-            values = task.loss(micro_batch, step)
+            values = self.engine.forward(task.loss, micro_batch, step)
             self.engine.backward(values["loss"] * share)
             for name, value in values.items():
                 totals[name] = totals.get(name, torch.zeros(())) + value.detach() * share
         totals = self.group.sum_scalars(totals)
-        if not math.isfinite(float(totals["loss"])):
-            raise UserError(f"{self.out}: the loss is {float(totals['loss'])} at update {step + 1}; {self._mend}")
         self.engine.collect_gradients(step)
         totals |= state.optimizer.step(rate)
         task.after_update()
         self.engine.release_gathered()
         return totals
 
+    def _look_at_losses(self, state: TrainingState, *, every: bool = False) -> None:
+        """Pass the losses of finished updates, or of ``every`` update, to the plateau schedule.
+
+        Raises:
+            UserError: one of them is not finite.
+        """
+        for update, loss in self.look_back.losses(every=every):
+            if not math.isfinite(loss):
+                raise UserError(f"{self.out}: the loss is {loss} at update {update}; {self._mend}")
+            state.plateau.add_training_loss(loss)
+
     def _validate(self, state: TrainingState, step: int, journal: Journal, bar: Progress) -> dict[str, float]:
         """Validate with the EMA weights and, as ``raw_``, with the raw weights; update the plateau schedule.
 
         If every rank holds the whole model, only the leader validates and the others return nothing.
         """
+        self._look_at_losses(state, every=True)
         validated: dict[str, float] = {}
         if self.group.leads or self.engine.sharded:
             self.task.model.eval()
@@ -287,7 +296,8 @@ class Run:
         return f"lower {self.task.kind}.learning_rate.peak and begin again, with another --out or without this folder"
 
     def _save(self, state: TrainingState, step: int, metrics: dict[str, float]) -> None:
-        """Save a checkpoint; raise UserError, and save none, if a weight is not finite."""
+        """Save a checkpoint; raise UserError, and save none, if a loss or a weight is not finite."""
+        self._look_at_losses(state, every=True)
         if self.group.any(not state.weights_are_finite()):
             raise UserError(
                 f"{self.out}: weights are not finite after {step} updates, so they are not saved; {self._mend}"

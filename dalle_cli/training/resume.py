@@ -66,8 +66,9 @@ def check_resumable(out: Path, checkpoint: Checkpoint, recipe: Recipe, belongs: 
     if checkpoint.kind == "prior" and recipe.prior.powersgd.rank:
         saving = {f"prior.{key}" for key in _SAVING_KEYS}
         free, logged = free - saving, logged | saving
-    if then["threads"] != now["threads"]:
-        log(f"{out}: resumes with threads = {now['threads']!r}, was {then['threads']!r}, so sums are rounded otherwise")
+    for name in ("threads", "compile", "tf32"):
+        if then[name] != now[name]:
+            log(f"{out}: resumes with {name} = {now[name]!r}, was {then[name]!r}, so sums are rounded otherwise")
     for block in _BLOCKS[checkpoint.kind]:
         for name, old, new in _differences(block, then[block], now[block]):
             if name in logged:

@@ -1,12 +1,12 @@
-"""Tests of attention against a dense reference, whose mask follows the definition of each kind pair by pair."""
+"""Tests of attention by blocks against the dense reference."""
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 
 import pytest
 import torch
+from helpers.attention_reference import assert_same, random_qkv, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -24,50 +24,6 @@ from dalle_cli.prior.attention import (
     window_bias,
     windows_of,
 )
-
-
-def may_look(kind: AttentionKind, text: int, grid: int, kernel: int, i: int, j: int) -> bool:
-    """Return whether stream position i attends to stream position j."""
-    if j > i:
-        return False
-    if j < text:
-        return True
-    query, key = i - text, j - text
-    behind = query - key
-    if kind == "row":
-        return behind <= grid
-    if kind == "column":
-        return query % grid == key % grid
-    if kind == "conv":
-        # A step of at most k // 2 rows up and k // 2 columns aside, along the raster, leads to the key.
-        half = kernel // 2
-        steps = ((up, aside) for up in range(half + 1) for aside in range(-half, half + 1))
-        return any(up * grid + aside == behind for up, aside in steps)
-    return True
-
-
-def reference(kind: AttentionKind, qkv: Tensor, text: int, grid: int, kernel: int) -> Tensor:
-    length = text + grid * grid
-    mask = torch.tensor([[may_look(kind, text, grid, kernel, i, j) for j in range(length)] for i in range(length)])
-    q, k, v = qkv.transpose(1, 3).unbind(2)
-    scores = (q @ k.transpose(-1, -2)) / math.sqrt(q.shape[-1])
-    return (scores.masked_fill(~mask, -math.inf).softmax(-1) @ v).transpose(1, 2)
-
-
-def random_qkv(
-    text: int, grid: int, batch: int = 2, heads: int = 2, dtype: torch.dtype = torch.float64, seed: int = 0
-) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    shape = (batch, text + grid * grid, 3, heads, 4)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-
-
-def assert_same(found: Tensor, wanted: Tensor, qkv: Tensor, tolerance: float = 1e-9) -> None:
-    assert found.shape == wanted.shape
-    assert (found - wanted).abs().max() < tolerance
-    weight = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1), dtype=wanted.dtype)
-    one, other = (torch.autograd.grad((y * weight).sum(), qkv)[0] for y in (found, wanted))
-    assert (one - other).abs().max() < tolerance
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -128,7 +84,9 @@ def test_windows_of_the_paper() -> None:
 
 
 def test_description_of_attention() -> None:
-    assert attention.describe_attention("row", 256, 32, 11) == "blocks of 32 queries x (256 text + 64 image)"
+    assert attention.describe_attention("row", 256, 32, 11) == (
+        "blocks of 32 queries x (256 text + 64 image); flex_attention on a GPU"
+    )
     assert attention.describe_attention("full", 256, 32, 11) == "dense, by scaled_dot_product_attention"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,13 +15,16 @@ from prior_parts.step import training_loss
 from torch import Tensor, nn
 
 from dalle_cli.config.layout import AttentionKind
-from dalle_cli.config.schema import DvaeModel, PriorSettings, SamplingSettings
+from dalle_cli.config.schema import DvaeModel, PriorSettings, Recipe, SamplingSettings
+from dalle_cli.distributed.device import send, use_settings
 from dalle_cli.distributed.engine import Replicated
 from dalle_cli.dvae.model import DVAE
 from dalle_cli.dvae.objective import LossSettings, dvae_loss
 from dalle_cli.prior.attention import attend
 from dalle_cli.prior.decode import Decoder
-from dalle_cli.prior.model import Prior
+from dalle_cli.prior.flex_attention import FlexAttention
+from dalle_cli.prior.model import AttentionResblock, Prior
+from dalle_cli.prior.on_gpu import speed_up
 from dalle_cli.prior.train import set_precision
 from dalle_cli.sampling.draw import sample_images
 from dalle_cli.training.state import TrainingState
@@ -42,27 +46,33 @@ LOSS = LossSettings(
 
 def measure(device: str, tiny: bool) -> Iterator[Row]:
     """Yield the differences between the device and the CPU; products are in full 32 bit."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    use_settings(Recipe(tf32=False))
     for kind in KINDS:
         yield Row(
             f"{kind} attention, output and gradient, largest error", _attention(kind, device, tiny), "", None, 1e-3
         )
+        if device == "cuda":  # flex_attention has no backward pass on a CPU
+            error = _attention(kind, device, tiny, by_flex=True)
+            yield Row(f"{kind} attention by flex_attention, the same", error, "", None, 1e-3)
     yield from _prior(device)
+    yield from _sped_up(device)
+    if device == "cuda":
+        yield _waits(device)
     yield from _dvae(device)
     yield from _fp16(device)
     yield from _resumed(device)
 
 
-def _attention(kind: AttentionKind, device: str, tiny: bool) -> float:
+def _attention(kind: AttentionKind, device: str, tiny: bool, by_flex: bool = False) -> float:
     grid, text = (GRID, TEXT) if tiny else (32, 256)
     qkv = torch.randn(2, text + grid * grid, 3, 4, 32, generator=torch.Generator().manual_seed(0))
 
-    def output_and_gradient(x: Tensor) -> list[Tensor]:
+    def output_and_gradient(x: Tensor, by_flex: bool = False) -> list[Tensor]:
         x.requires_grad_()
-        out = attend(kind, x, text, grid, 5)
+        out = FlexAttention(kind, text, grid, 5, x.device)(x) if by_flex else attend(kind, x, text, grid, 5)
         return [out.detach(), torch.autograd.grad(out.square().sum(), x)[0]]
 
-    pairs = zip(output_and_gradient(qkv.to(device)), output_and_gradient(qkv.double()), strict=True)
+    pairs = zip(output_and_gradient(qkv.to(device), by_flex), output_and_gradient(qkv.double()), strict=True)
     return max(_error(found, wanted) for found, wanted in pairs)
 
 
@@ -93,6 +103,45 @@ def _prior(device: str) -> Iterator[Row]:
         drawn.append(sample_images(decoder, text, uniforms.to(place), SamplingSettings(batch_size=8))[0].cpu())
     same = float((drawn[0] == drawn[1]).float().mean())
     yield Row("sampled tokens that are the CPU's (one that differs changes the rest)", same, "", 0.9)
+
+
+def _sped_up(device: str) -> Iterator[Row]:
+    """Compare the ways that training takes on a GPU with the plain ones; a CPU tries them without generated code."""
+    plain = _small_prior().to(device)
+    fast = copy.deepcopy(plain)
+    speed_up(fast, "auto", torch.device(device), "inductor" if device == "cuda" else "aot_eager")
+    for prior in (plain, fast):
+        training_loss(prior, *_tokens(4, device))().backward()  # type: ignore[no-untyped-call]
+    blocks = list(fast.resblocks)
+    compiled = sum(block.compiled_branch is not None for block in blocks) / len(blocks)
+    yield Row("resblocks that training compiles", compiled, "", 1)
+    attention = [block for block in blocks if isinstance(block, AttentionResblock)]
+    by_flex = sum(block.flex is not None for block in attention) / len(attention)
+    yield Row("resblocks of attention by flex_attention", by_flex, "", 1 if device == "cuda" else None)
+    pairs = zip(plain.parameters(), fast.parameters(), strict=True)
+    error = max(_error(b.grad, a.grad) for a, b in pairs)
+    yield Row("the prior by both, gradients, largest relative error", error, "", None, 1e-3)
+
+
+def _waits(device: str) -> Row:
+    """Count the times that an update of the prior in 32 bit waits for the GPU."""
+    prior, stage = _small_prior().to(device), PriorSettings()
+    state = TrainingState(Replicated(prior), stage, set(prior.decayed_parameters()))
+    text, length, image = _tokens(8, "cpu")
+
+    def update() -> None:
+        state.optimizer.zero_grad()
+        found = prior.loss(send(text, torch.device(device)), length, send(image, torch.device(device)))
+        (found.text + found.image).backward()  # type: ignore[no-untyped-call]
+        state.optimizer.step(1e-3)
+
+    update()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        update()
+        torch.cuda.set_sync_debug_mode("default")
+    return Row("waits for the GPU in an update", sum("synchroniz" in str(each.message) for each in seen), "", None, 0)
 
 
 def _dvae(device: str) -> Iterator[Row]:

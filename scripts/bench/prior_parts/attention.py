@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from dalle_cli.config.layout import AttentionKind
 from dalle_cli.prior.attention import attend
-from prior_parts.flex import flex
+from dalle_cli.prior.flex_attention import FlexAttention
 from prior_parts.naive import mask_of
 from prior_parts.timing import Contender, libraries, median_seconds
 
@@ -92,7 +92,7 @@ def _contenders(sizes: Sizes, batch: int, device: str, names: tuple[str, ...]) -
         return work
 
     def by_flex(kind: AttentionKind) -> Callable[[], object]:
-        attention = flex(kind, sizes.text_length, sizes.grid, sizes.conv_kernel, device)
+        attention = FlexAttention(kind, sizes.text_length, sizes.grid, sizes.conv_kernel, torch.device(device))
         return lambda: torch.autograd.grad(attention(joint), joint, gradient)
 
     def dense(kind: AttentionKind | None) -> Callable[[], object]:

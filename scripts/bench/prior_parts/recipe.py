@@ -16,6 +16,7 @@ from dalle_cli.config.schema import Recipe, SamplingSettings
 from dalle_cli.distributed.engine import Replicated
 from dalle_cli.prior.decode import Decoder
 from dalle_cli.prior.model import Prior, build_prior
+from dalle_cli.prior.on_gpu import speed_up
 from dalle_cli.prior.train import sample_work, set_precision
 from dalle_cli.sampling.draw import sample_images
 from dalle_cli.training.state import TrainingState
@@ -45,6 +46,8 @@ def measure_step(recipe: Recipe, device: str, micro_batch: int = MICRO_BATCH) ->
     prior = build_prior(recipe)
     scaling = set_precision(prior, stage, 1)
     prior.to(device)
+    if device == "cuda":
+        speed_up(prior, recipe.compile, torch.device(device))
     state = TrainingState(Replicated(prior, scaling=scaling), stage, set(prior.decayed_parameters()))
 
     def update() -> None:
@@ -68,7 +71,7 @@ def measure_step(recipe: Recipe, device: str, micro_batch: int = MICRO_BATCH) ->
 
 def _loss(prior: Prior, batch: int, device: str) -> Tensor:
     text = torch.zeros(batch, prior.text_length, dtype=torch.long, device=device)
-    length = torch.full((batch,), prior.text_length, device=device)
+    length = torch.full((batch,), prior.text_length)  # on the CPU, as in training
     found = prior.loss(text, length, torch.zeros(batch, prior.image_length, dtype=torch.long, device=device))
     return found.text / 8 + found.image * 7 / 8
 

@@ -1,0 +1,31 @@
+"""Trials: a faster way to compute a part of a model is taken only if it runs here and comes to the same values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from dalle_cli.progress import log
+
+TOLERANCE = 0.05
+"""Tolerance of a trial, relative to the largest value: above the rounding of 16 bit, below the effect of an error."""
+
+
+def agrees(what: str, plain: Callable[[], Sequence[Tensor]], fast: Callable[[], Sequence[Tensor]]) -> bool:
+    """Return whether ``fast`` returns what ``plain`` does, to the rounding of 16 bit; log why it may not be used.
+
+    ``what`` names the part of a model and the way to compute it, such as ``"row attention by flex_attention"``.
+    """
+    wanted = plain()
+    try:
+        pairs = [(a.detach().float(), b.detach().float()) for a, b in zip(fast(), wanted, strict=True)]
+        error = max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-6)) for a, b in pairs)
+        if not error <= TOLERANCE:
+            raise RuntimeError(f"it is off by {error:.2g} of the largest value")
+    except Exception as error:  # a compiler, or what it generates, may fail in any way
+        cause = getattr(error, "inner_exception", error)  # of torch.compile, which names its backend first
+        reason = str(cause).strip().partition("\n")[0] or type(cause).__name__
+        log(f"{what}: not used here ({reason}); the plain way takes its place")
+        return False
+    return True

@@ -1,0 +1,194 @@
+"""An update of each stage, decoding, encoding and scoring on a GPU that is not there.
+
+FakeTensorMode runs every operation on shapes, types and devices alone. It fails if a tensor was left on the CPU, and if
+the code asks for a value of a tensor on the GPU, for which it would have to wait. PyTorch runs no backward pass on a
+fake GPU, so gradients are made up there; the backward pass runs on the meta device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.running import smallest_recipe, write_recipe
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+
+from dalle_cli.clip.model import clip_text_ids, pixels
+from dalle_cli.clip.train import ClipTask, build_recipe_clip
+from dalle_cli.config.load import load_recipe
+from dalle_cli.config.schema import Recipe, SamplingSettings
+from dalle_cli.distributed.engine import Replicated
+from dalle_cli.distributed.group import Group
+from dalle_cli.dvae.model import DVAE
+from dalle_cli.dvae.objective import encoder_input
+from dalle_cli.dvae.train import DvaeTask
+from dalle_cli.prior import attention
+from dalle_cli.prior.decode import Decoder
+from dalle_cli.prior.model import build_prior
+from dalle_cli.prior.train import PriorTask, TokenBatch
+from dalle_cli.sampling.draw import sample_images
+from dalle_cli.training.loop import Run, Task
+from dalle_cli.training.state import TrainingState
+
+GPU = torch.device("cuda", 0)
+BATCH, TEXT, SIDE, GRID, COUNTED = 4, 48, 32, 4, 7
+
+
+class GpuGenerator(torch.Generator):
+    """A generator that says that it is on the GPU; its numbers are never drawn."""
+
+    device = GPU
+
+
+def counted(values: Tensor) -> Tensor:
+    """Return places of some text tokens that the loss counts, which the host finds."""
+    assert values.device.type == "cpu"
+    return torch.zeros(COUNTED, values.ndim, dtype=torch.long)
+
+
+def make_up_gradients(engine: Replicated, loss: Tensor) -> None:
+    assert loss.requires_grad
+    for parameter in engine.parameters.values():
+        parameter.grad = torch.empty_like(parameter)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(Tensor, "nonzero", counted)
+    monkeypatch.setattr(Tensor, "exponential_", lambda self, generator: self)
+    monkeypatch.setattr(Replicated, "backward", make_up_gradients)
+    monkeypatch.setattr("dalle_cli.dvae.train.torch_generator", lambda *_, **__: GpuGenerator())
+    caches = (attention.window_bias, attention.causal_bias)
+    for cached in caches:
+        cached.cache_clear()
+    with FakeTensorMode():
+        yield
+    for cached in caches:
+        cached.cache_clear()
+
+
+def on_gpu(build: Callable[[], Any]) -> Any:
+    """Build a model on the GPU, since fake tensors cannot be moved in place."""
+    with torch.device(GPU):
+        return build()
+
+
+def recipe_of(folder: Path, *changes: str) -> Recipe:
+    return load_recipe(write_recipe(folder, smallest_recipe(folder, None)), changes)
+
+
+def update(task: Task, recipe: Recipe, out: Path, batch: Any) -> None:
+    """Make two updates, so that the second one finds moments; check that all that they leave is on the GPU."""
+    engine = Replicated(task.model, task.group)
+    run = Run(task, recipe, out, engine)
+    state = TrainingState(engine, run.settings, task.decayed(), recipe.seed)
+    for step in range(2):
+        values = run.update(state, batch, step, 1e-3)
+        state.update_ema(step)
+    assert values["loss"].device == values["grad_norm"].device == GPU
+    for name in engine.names:
+        assert engine.read(name).device == state.ema[name].device == GPU
+        moments = state.optimizer.moments(name)
+        assert {value.device for key, value in moments.items() if key != "step"} == {GPU}
+
+
+def partly_built(task_type: type, **values: Any) -> Any:
+    """Return a task without the store or source that it would read its batches from."""
+    task = object.__new__(task_type)
+    for name, value in values.items():
+        setattr(task, name, value)
+    return task
+
+
+@pytest.mark.parametrize("changes", [(), ("prior.training.micro_batch=2",), ("prior.model.checkpoint_resblocks=true",)])
+def test_an_update_of_the_prior(changes: tuple[str, ...], tmp_path: Path, gpu: None) -> None:
+    recipe = recipe_of(tmp_path, *changes)
+    task = partly_built(
+        PriorTask,
+        recipe=recipe,
+        model=on_gpu(lambda: build_prior(recipe)),
+        group=Group(device=GPU),
+        kind="prior",
+        forward=None,
+    )
+    text, length, image = (torch.zeros(BATCH, *more, dtype=torch.long) for more in ((TEXT,), (), (GRID**2,)))
+    update(task, recipe, tmp_path, TokenBatch(text, length, image))
+
+
+@pytest.mark.parametrize(
+    "changes", [(), ("dvae.training.micro_batch=2",), ("dvae.objective.estimator=reinforce",),
+                ("dvae.objective.marginal_kl_weight=10",)],
+)  # fmt: skip
+def test_an_update_of_the_dvae(changes: tuple[str, ...], tmp_path: Path, gpu: None) -> None:
+    recipe = recipe_of(tmp_path, *changes)
+    model = on_gpu(lambda: DVAE(recipe.dvae.model))
+    task = partly_built(
+        DvaeTask, recipe=recipe, model=model, group=Group(device=GPU), kind="dvae", perceptual=None, _replaced=0.0
+    )
+    update(task, recipe, tmp_path, torch.zeros(BATCH, SIDE, SIDE, 3, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("changes", [(), ("clip.objective.caption_negatives=true",)])
+def test_an_update_of_clip(changes: tuple[str, ...], tmp_path: Path, gpu: None) -> None:
+    recipe = recipe_of(tmp_path, *changes)
+    model = on_gpu(lambda: build_recipe_clip(recipe))
+    task = partly_built(ClipTask, recipe=recipe, model=model, group=Group(device=GPU), kind="clip", _replaced=0.0)
+    pictures = torch.zeros(BATCH, SIDE, SIDE, 3, dtype=torch.uint8)
+    text = clip_text_ids(
+        torch.zeros(BATCH, TEXT, dtype=torch.long), torch.ones(BATCH, dtype=torch.long), recipe.tokenizer.vocab_size
+    )
+    update(task, recipe, tmp_path, (pictures, text))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.5, "top_k": 3, "top_p": 0.9}, {"guidance": 3.0}])
+def test_sampling(
+    precision: Any, settings: dict[str, Any], tmp_path: Path, gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plain step is run, since a CUDA graph needs a GPU."""
+    monkeypatch.setattr(
+        "dalle_cli.sampling.draw.fast_step", lambda decoder, cache: lambda *place: decoder.step(cache, *place)
+    )
+    prior = on_gpu(lambda: build_prior(recipe_of(tmp_path))).eval().requires_grad_(False)
+    decoder = Decoder(prior, precision)
+    text = torch.zeros(2, TEXT, dtype=torch.long, device=GPU)
+    uniforms = torch.zeros(2, 3, GRID**2, dtype=torch.float64, device=GPU)
+    draw = sample_images.__wrapped__  # type: ignore[attr-defined]
+    with torch.no_grad():  # in place of inference mode, in which copies of fake tensors are not fake
+        tokens, likelihood = draw(decoder, text, uniforms, SamplingSettings(**settings), empty=text[0])
+    assert tokens.device == likelihood.device == GPU
+    assert tokens.shape == (2, 3, GRID**2)
+    assert likelihood.shape == (2, 3)
+
+
+def test_encoding_and_decoding_of_pictures(tmp_path: Path, gpu: None) -> None:
+    model = on_gpu(lambda: DVAE(recipe_of(tmp_path).dvae.model)).eval().requires_grad_(False)
+    pictures = torch.zeros(BATCH, SIDE, SIDE, 3, dtype=torch.uint8, device=GPU)
+    tokens = model.encode_tokens(encoder_input(pictures, 0.1))
+    mu, ln_b = model.decode_tokens(tokens)
+    assert (tokens.device, mu.device, ln_b.device) == (GPU, GPU, GPU)
+    assert tokens.shape == (BATCH, GRID, GRID)
+    assert mu.shape == (BATCH, 3, SIDE, SIDE)
+
+
+def test_scoring(tmp_path: Path, gpu: None) -> None:
+    recipe = recipe_of(tmp_path)
+    model = on_gpu(lambda: build_recipe_clip(recipe)).eval().requires_grad_(False)
+    pictures = torch.zeros(BATCH, SIDE, SIDE, 3, dtype=torch.uint8, device=GPU)
+    text = torch.zeros(BATCH, TEXT + 1, dtype=torch.long, device=GPU)
+    image_features, text_features, scale = model(pixels(pictures), text)
+    assert (image_features.device, text_features.device, scale.device) == (GPU, GPU, GPU)
+
+
+def test_a_tensor_left_behind_and_a_wait_are_found(gpu: None) -> None:
+    value = torch.zeros(3, device=GPU)
+    assert isinstance(value, FakeTensor)
+    with pytest.raises((RuntimeError, TypeError), match=r"[Dd]evice"):
+        value + torch.zeros(3)
+    with pytest.raises(DataDependentOutputException):
+        float(value.sum())
