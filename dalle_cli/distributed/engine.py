@@ -209,21 +209,26 @@ class Replicated(TorchEngine):
 
     @cached_property
     def _parallel(self) -> DistributedDataParallel:
-        # Buckets would otherwise be filled in another order from the second update on, and a resumed run, which begins
-        # with its first one, would round sums otherwise.
-        warnings.filterwarnings("ignore", message="find_unused_parameters=True", category=UserWarning)
+        # A convolution of 1 x 1 has several equal layouts, of which its weight has one and its gradient another.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides", category=UserWarning)
         parallel = DistributedDataParallel(
             _Calls(self.model),
             process_group=self.group.process_group,
-            broadcast_buffers=False,
             init_sync=False,
             gradient_as_bucket_view=True,
-            find_unused_parameters=True,
         )
-        parallel.register_comm_hook(None, self._sum_bucket)
+        # It would compare annotations, which are text in this file.
+        parallel.register_comm_hook(None, lambda state, bucket: self._sum_bucket(bucket))
+        # After its first backward pass it forms the buckets anew, in the order in which gradients came. A pass of zeros
+        # settles that order, so that a resumed run rounds its sums as an undisturbed one does.
+        counted = self.group.traffic.bytes
+        parallel(lambda: {"loss": _Zero.apply(*self.parameters.values())})["loss"].backward()
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        self.group.traffic.bytes = counted
         return parallel
 
-    def _sum_bucket(self, _: None, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    def _sum_bucket(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         """Begin to sum a bucket over the ranks, or to average the scaled gradients in it."""
         scaled = [
             gradient
@@ -273,3 +278,16 @@ class _Calls(nn.Module):
     def forward(self, work: Callable[..., dict[str, Tensor]], *arguments: Any) -> dict[str, Tensor]:
         """Return ``work(*arguments)``, which computes with the model."""
         return work(*arguments)
+
+
+class _Zero(torch.autograd.Function):
+    """Zero, whose gradients in all of its arguments are zeros in the same layout."""
+
+    @staticmethod
+    def forward(ctx: Any, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
