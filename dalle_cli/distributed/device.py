@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from dalle_cli.config.schema import Recipe
 from dalle_cli.errors import UserError
+from dalle_cli.progress import log
+
+_NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def choose_device(local_rank: int = 0) -> torch.device:
@@ -29,6 +33,11 @@ def choose_device(local_rank: int = 0) -> torch.device:
                 f"SLURM_GPUS_ON_NODE {given}: Slurm gave this job GPUs, but torch {torch.__version__} finds none on "
                 f"{platform.node()}; install a torch for CUDA, load the driver's module, or ask for no GPU"
             )
+        if _NVIDIA_DRIVER.exists():
+            log(
+                f"no GPU is used: this machine has an NVIDIA driver, and torch {torch.__version__} finds none; "
+                "install a torch for the driver's version of CUDA (nvidia-smi names it), or a newer driver"
+            )
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if local_rank >= count:
@@ -37,6 +46,29 @@ def choose_device(local_rank: int = 0) -> torch.device:
             f"start at most {count} processes here: torchrun --nproc-per-node {count}"
         )
     return torch.device("cuda", local_rank)
+
+
+def check_precision(key: str, precision: str, device: torch.device) -> None:
+    """Warn of float16 on a CPU, with how slow it is; raise UserError if a GPU can only imitate the precision.
+
+    ``key`` is the recipe's setting of ``precision``.
+    """
+    if precision == "fp16" and device.type == "cpu":
+        factor = _product_seconds(torch.float16) / _product_seconds(torch.float32)
+        log(f"{key}: fp16 is for GPUs; a product takes {factor:.1f} times as long as in fp32 on this CPU")
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name(device)
+        raise UserError(f"{key}: {name} cannot compute in bf16, which came with Ampere; set fp16 or fp32")
+
+
+def _product_seconds(dtype: torch.dtype) -> float:
+    """Return the time of a product of two 256 x 256 matrices, the least of five."""
+    matrix, seconds = torch.ones(256, 256, dtype=dtype), []
+    for _ in range(5):
+        began = time.perf_counter()
+        matrix @ matrix
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
 
 
 def prepare_process(device: torch.device) -> None:

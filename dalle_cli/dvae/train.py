@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from dalle_cli.data.images import BadImage
 from dalle_cli.data.joined import sizes_of
 from dalle_cli.data.picture_loader import TrainingPictures, load_eval_picture
 from dalle_cli.data.source import BadSample, Source
-from dalle_cli.distributed.device import send
+from dalle_cli.distributed.device import check_precision, send
 from dalle_cli.distributed.engine import Replicated
 from dalle_cli.distributed.group import ALONE, Group, join_group
 from dalle_cli.dvae.model import CHANNELS, DVAE
@@ -206,6 +206,7 @@ def train_dvae(recipe: Recipe, source: Source, out: Path, extend: int | None = N
     _refuse_unreadable(source, recipe)
     ancestor = open_ancestor(recipe, "dvae", out, SAME)
     with join_group() as group:
+        check_precision("dvae.precision", recipe.dvae.precision, group.device)
         model = DVAE(recipe.dvae.model, seed=recipe.seed).to(memory_format=torch.channels_last).to(group.device)
         settings, distance, belongs = recipe.dvae.objective.perceptual, None, {"source": source.identity}
         if settings.weight:
@@ -222,7 +223,11 @@ def train_dvae(recipe: Recipe, source: Source, out: Path, extend: int | None = N
 
 
 def compile_networks(
-    model: DVAE, image_size: int, dtype: torch.dtype | None, device: torch.device, backend: str = "inductor"
+    model: DVAE,
+    image_size: int,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    backend: str | Callable[..., Any] = "inductor",
 ) -> None:
     """Have ``model`` train through ``torch.compile`` if a trial on one picture comes to the same values.
 

@@ -160,7 +160,7 @@ def _update_work(stage: PriorSettings, counts: Counts, machines: Machines) -> in
 
 def _gradients_in_buckets(stage: PriorSettings, machines: Machines) -> bool:
     """Return whether DistributedDataParallel holds the gradients, in buckets that it keeps."""
-    return stage.sharding.engine == "fsdp" and shards_of(stage, machines) == 1 and machines.processes > 1
+    return stage.sharding.engine == "fsdp" and not stage.sharding.zero and machines.processes > 1
 
 
 def _buckets(sizes: list[int]) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,9 @@ from dalle_cli.prior.model import AttentionResblock, Linear, MlpResblock, Prior,
 from dalle_cli.training.trial import agrees
 
 
-def speed_up(prior: Prior, compiles: Compile, device: torch.device, backend: str = "inductor") -> None:
+def speed_up(
+    prior: Prior, compiles: Compile, device: torch.device, backend: str | Callable[..., Any] = "inductor"
+) -> None:
     """Have the resblocks of ``prior`` compute by the fastest ways that prove right on ``device``.
 
     The prior may be whole, sharded or without storage: the trials use blocks of their own.

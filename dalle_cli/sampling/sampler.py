@@ -23,7 +23,13 @@ from dalle_cli.config.run_folders import run_of
 from dalle_cli.config.schema import SamplingSettings
 from dalle_cli.data.source import BadSample, clean_caption
 from dalle_cli.data.workers import map_blocks
-from dalle_cli.distributed.device import choose_device, explain_out_of_memory, prepare_process, use_settings
+from dalle_cli.distributed.device import (
+    check_precision,
+    choose_device,
+    explain_out_of_memory,
+    prepare_process,
+    use_settings,
+)
 from dalle_cli.dvae.encode import decode_tokens
 from dalle_cli.dvae.model import DVAE
 from dalle_cli.dvae.train import load_dvae
@@ -183,6 +189,7 @@ class Sampler:
     def _load(self, request: SampleRequest, text: tuple[np.ndarray, np.ndarray]) -> _LoadedModels:
         dvae_recipe, device = self.dvae_checkpoint.recipe(), choose_device()
         prepare_process(device)
+        check_precision("sampling.precision", request.settings.precision, device)
         prior, dvae = load_prior(self.prior_checkpoint).to(device), load_dvae(self.dvae_checkpoint).to(device)
         text_ids = prior.with_padding(*(torch.from_numpy(part).to(device) for part in text))
         empty = prior.with_padding(torch.zeros_like(text_ids[:1]), torch.zeros(1, device=device))[0]

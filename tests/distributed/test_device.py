@@ -5,12 +5,14 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.running import ENVIRONMENT
 
+from dalle_cli.config.schema import Recipe
 from dalle_cli.distributed import device
 from dalle_cli.distributed.device import explain_out_of_memory, fast_matmul, matmul_library
 from dalle_cli.errors import UserError
@@ -82,6 +84,48 @@ def test_a_job_that_was_given_gpus_does_not_start_without_them(monkeypatch: pyte
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")
     with pytest.raises(UserError, match=r"SLURM_GPUS_ON_NODE 2: .* finds none on"):
         device.choose_device()
+
+
+def test_a_driver_that_torch_cannot_use_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
+    monkeypatch.setattr(device, "_NVIDIA_DRIVER", tmp_path / "version")
+    device.choose_device()
+    assert capsys.readouterr().err == ""
+    (tmp_path / "version").touch()
+    assert device.choose_device() == torch.device("cpu")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("no GPU is used: this machine has an NVIDIA driver")
+    assert "install a torch for the driver's version of CUDA" in line
+
+
+def test_a_card_without_bf16_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla V100")
+    for supported in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, found=supported: found)
+        refusal = pytest.raises(UserError, match=r"prior\.precision: Tesla V100 cannot compute in bf16")
+        with nullcontext() if supported else refusal:
+            device.check_precision("prior.precision", "bf16", gpu)
+        device.check_precision("prior.precision", "fp16", gpu)
+
+
+def test_float16_on_a_cpu_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    for precision in ("fp32", "bf16"):
+        device.check_precision("prior.precision", precision, torch.device("cpu"))
+    assert capsys.readouterr().err == ""
+    device.check_precision("prior.precision", "fp16", torch.device("cpu"))
+    assert "prior.precision: fp16 is for GPUs; a product takes" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_settings_restored")
+def test_tf32_is_a_setting() -> None:
+    for wanted in (True, False):
+        device.use_settings(Recipe(tf32=wanted))
+        precisions = {torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision}
+        assert precisions == {"tf32" if wanted else "ieee"}
 
 
 # The allocator

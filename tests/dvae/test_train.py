@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from dalle_cli.dvae.objective import (
     reconstruct,
     validation_metrics,
 )
-from dalle_cli.dvae.train import DvaeTask
+from dalle_cli.dvae.train import DvaeTask, compile_networks
 from dalle_cli.randomness import torch_generator
 
 FLOOR = -4.0
@@ -230,3 +231,24 @@ class _Nothing:
 
     def __len__(self) -> int:
         return 10
+
+
+def test_compiled_networks_train_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    """A backend without code generation stands in for a GPU's compiler."""
+    torch._dynamo.reset()
+    plain, compiled, failed = (DVAE(SMALL, seed=1) for _ in range(3))
+    compile_networks(compiled, 16, None, torch.device("cpu"), backend="aot_eager")
+    compile_networks(failed, 16, None, torch.device("cpu"), backend=no_backend)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("train-dvae: encoder and decoder by torch.compile: not used here (no such compiler")
+    gradients = []
+    for model in (plain, compiled, failed):
+        loss = loss_of(model, pictures(3)).loss
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    for wanted, found, other in zip(*gradients, strict=True):
+        assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max() + 1e-8
+        assert torch.equal(other, wanted)
+
+
+def no_backend(*_: object) -> Callable[..., object]:
+    raise RuntimeError("no such compiler\nand a long trace")

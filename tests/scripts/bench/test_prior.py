@@ -8,14 +8,11 @@ import pytest
 import torch
 from helpers.running import smallest_recipe
 from prior_parts import attention, recipe, step
-from prior_parts.flex import flex
 from prior_parts.naive import make_naive, naive_loss
 from prior_parts.report import render
 from prior_parts.timing import Contender, libraries, median_seconds
 
-from dalle_cli.config.layout import AttentionKind
 from dalle_cli.config.schema import PriorModel, Recipe
-from dalle_cli.prior.attention import attend
 from dalle_cli.prior.decode import Decoder
 from dalle_cli.prior.model import Prior
 
@@ -36,15 +33,6 @@ def test_the_naive_prior_has_the_same_loss_and_gradients() -> None:
     ]
     for one, other in zip(*gradients, strict=True):
         assert (one - other).abs().max() < 1e-12
-
-
-@pytest.mark.parametrize("kind", ["row", "column", "conv", "full"])
-@pytest.mark.parametrize(("text", "grid", "kernel"), [(3, 9, 5), (1, 4, 3), (130, 12, 11)])
-def test_flex_attention_computes_the_same(kind: AttentionKind, text: int, grid: int, kernel: int) -> None:
-    """Only the forward pass is compared, because flex_attention has no backward pass on a CPU."""
-    qkv = torch.randn(2, text + grid**2, 3, 2, 16, generator=torch.Generator().manual_seed(0))
-    found = flex(kind, text, grid, kernel, "cpu")(qkv)
-    assert (found - attend(kind, qkv, text, grid, kernel)).abs().max() < 1e-5
 
 
 def test_parts_report_every_contender(monkeypatch: pytest.MonkeyPatch) -> None:

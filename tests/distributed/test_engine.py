@@ -1,0 +1,48 @@
+"""Tests of replicas, whose gradients DistributedDataParallel sums during the backward pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers.sharded_runs import make_inputs, run_on_two_ranks
+
+REDUCE = """
+import copy
+from dalle_cli.distributed.engine import Replicated
+from dalle_cli.prior.model import LossModule, build_prior
+from dalle_cli.prior.train import set_precision
+
+prior = build_prior(recipe)
+scaling = set_precision(prior, recipe.prior, 2)
+alone = copy.deepcopy(prior)
+engine = Replicated(prior, group, scaling)
+passes = []
+for _ in range(2):
+    for parameter in prior.parameters():
+        parameter.grad = None
+    for last in (False, True):
+        engine.begin_micro_batch(last)
+        engine.backward(engine.forward(lambda: {"loss": loss_of(LossModule(prior))})["loss"])
+    engine.collect_gradients(0)
+    passes.append([parameter.grad.clone() for parameter in prior.parameters()])
+for _ in range(2):
+    loss_of(LossModule(alone)).backward()
+pairs = list(zip(prior.parameters(), alone.parameters(), strict=True))
+if scaling is not None:
+    group.average_in_place([b.grad for a, b in pairs if scaling.scales_gradient_of(a)])
+group.sum_in_place([b.grad for a, b in pairs if scaling is None or not scaling.scales_gradient_of(a)])
+scale = max(float(b.grad.abs().max()) for a, b in pairs)
+error = max(float((a.grad.float() - b.grad.float()).abs().max()) for a, b in pairs)
+same = all(torch.equal(one, other) for one, other in zip(*passes, strict=True))
+print(json.dumps({"scaled": scaling is not None, "error": error / scale, "same": same}))
+"""
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_replicas_sum_or_average_their_gradients(precision: str, tmp_path: Path) -> None:
+    """Gradients summed during the backward pass are those that are summed after it, in every update alike."""
+    for found in run_on_two_ranks(REDUCE, make_inputs(tmp_path), {"prior.precision": precision}):
+        assert found["scaled"] == (precision == "fp16")
+        assert found["error"] < (1e-6 if precision == "fp32" else 2e-3)
+        assert found["same"]
