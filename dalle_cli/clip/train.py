@@ -24,6 +24,7 @@ from dalle_cli.clip.model import (
     pixels,
 )
 from dalle_cli.config.schema import ClipModel, Recipe
+from dalle_cli.data.batch_order import Order
 from dalle_cli.data.images import BadImage
 from dalle_cli.data.picture_loader import TrainingPictures, load_eval_picture
 from dalle_cli.data.source import BadSample, Source
@@ -73,7 +74,7 @@ class ClipTask:
         patches = (side // self.recipe.clip.model.patch_size) ** 2
         return SampleWork(patches + length, training_flops(lambda: model(images, text)))
 
-    def batches(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, start: int, stop: int, order: Order = "random blocks") -> Iterator[tuple[Tensor, Tensor]]:
         training = self.recipe.clip.training
         pictures = TrainingPictures(
             self.source,
@@ -87,7 +88,7 @@ class ClipTask:
         )
         group_size = self.recipe.clip.objective.hard_negatives
         reorder = HardNegativeOrder(self.reader, group_size) if group_size > 1 else None
-        for batch in pictures.batches(start, stop, reorder):
+        for batch in pictures.batches(start, stop, order, reorder):
             self._replaced = batch.replaced
             yield batch.pictures, self._text_ids(*self.captions.read(batch.rows, batch.epochs))
 

@@ -17,13 +17,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dalle_cli.config.schema import DataSettings
-from dalle_cli.data.batch_order import BatchOrder, Reorder
+from dalle_cli.data.batch_order import BatchOrder, Order, Reorder
 from dalle_cli.data.filters import picture_rejection
 from dalle_cli.data.images import BadImage, decode_image, eval_crop, squared, train_crop
 from dalle_cli.data.source import BadSample, Source
 from dalle_cli.data.workers import explain_lost_workers, ignore_stop_signals, lost_worker, split_blocks
 from dalle_cli.errors import UserError
 from dalle_cli.randomness import numpy_generator
+from dalle_cli.stores.row_set import RowSet
 
 PREFETCH = 4
 """Number of batches that each worker prefetches."""
@@ -83,8 +84,8 @@ class TrainingPictures:
     """
 
     source: Source
-    rows: np.ndarray
-    """(n,) rows to train on, ascending."""
+    rows: RowSet
+    """Rows to train on."""
     image_size: int
     data: DataSettings
     seed: int
@@ -98,15 +99,17 @@ class TrainingPictures:
     part: slice = field(default_factory=lambda: slice(None))
     """This rank's slice of each batch."""
 
-    def batches(self, start: int, stop: int, reorder: Reorder | None = None) -> Iterator[PictureBatch]:
+    def batches(
+        self, start: int, stop: int, order: Order = "random blocks", reorder: Reorder | None = None
+    ) -> Iterator[PictureBatch]:
         """Yield the batches of updates ``start`` to ``stop``; ``reorder`` (see BatchOrder) runs in this process."""
-        order = BatchOrder(self.rows, self.batch_size, self.seed, self.part, reorder)
+        of_batches = BatchOrder(self.rows, self.batch_size, self.seed, self.part, reorder, order)
         if self.workers:
             own = len(range(*self.part.indices(self.batch_size)))
             _require_shared_memory(own * 3 * self.image_size**2 * (PREFETCH * self.workers + 2))
         loader = DataLoader(
             _AugmentedPictures(self),
-            batch_sampler=_BatchSampler(order, start, stop),
+            batch_sampler=_BatchSampler(of_batches, start, stop),
             num_workers=self.workers,
             prefetch_factor=PREFETCH if self.workers else None,
             collate_fn=_collate,
@@ -128,7 +131,7 @@ class TrainingPictures:
             try:
                 image = _load_filtered(self.source, candidate, self.data)
             except (BadSample, BadImage):
-                candidate = int(self.rows[rng.integers(len(self.rows))])
+                candidate = int(self.rows.take(rng.integers(len(self.rows), size=1))[0])
                 continue
             crop = self.crop if self.data.crop else "none"
             return train_crop(image, self.image_size, rng, flip=self.flip, crop=crop), candidate

@@ -27,7 +27,8 @@ QUANTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 """Reported quantiles, in per cent."""
 EXAMPLES_PER_FILTER = 3
 BROKEN_EXAMPLES = 20
-_BLOCK = 32
+BLOCK = 32
+"""Number of rows that a process counts at a time."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class ScanResult:
 
 
 @dataclass
-class _Counts:
+class Counts:
     """Counts over some rows, to which those of other rows can be added; values have three significant digits."""
 
     samples: int = 0
@@ -114,7 +115,7 @@ class _Counts:
         if len(examples) < EXAMPLES_PER_FILTER:
             examples.append(FilterExample(key, shown[:200]))
 
-    def add(self, other: _Counts) -> None:
+    def add(self, other: Counts) -> None:
         """Add the counts of the following rows."""
         for name in ("samples", "usable", "kept", "captions"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
@@ -136,13 +137,13 @@ class _BlockScan:
     tried: Filters
     detector: LanguageDetector | None
 
-    def __call__(self, rows: range) -> _Counts:
-        counts = _Counts()
+    def __call__(self, rows: range) -> Counts:
+        counts = Counts()
         for row in rows:
             self._scan_sample(counts, row)
         return counts
 
-    def _scan_sample(self, counts: _Counts, row: int) -> None:
+    def _scan_sample(self, counts: Counts, row: int) -> None:
         key = self.source.key(row)
         counts.samples += 1
         captions, caption_error = self._scan_captions(counts, row, key)
@@ -157,7 +158,7 @@ class _BlockScan:
             passes = filter_captions(captions, filters)[1] is None and not any(failed_picture_filters(image, filters))
             counts.kept += passes
 
-    def _scan_captions(self, counts: _Counts, row: int, key: str) -> tuple[list[str], str | None]:
+    def _scan_captions(self, counts: Counts, row: int, key: str) -> tuple[list[str], str | None]:
         """Return the captions, and the error if they cannot be read."""
         try:
             captions = self.source.captions(row)
@@ -176,7 +177,7 @@ class _BlockScan:
                 counts.drop(name, key, captions[0])
         return captions, None
 
-    def _scan_picture(self, counts: _Counts, row: int, key: str) -> tuple[Image.Image | None, str | None]:
+    def _scan_picture(self, counts: Counts, row: int, key: str) -> tuple[Image.Image | None, str | None]:
         """Return the picture, or the error if it cannot be read."""
         try:
             data = self.source.image_bytes(row)
@@ -202,14 +203,32 @@ def scan(
 
     Every filter is tried, one that is off in ``data`` with the limit of ``with_typical_limits``.
     """
-    tried = with_typical_limits(data.filters, image_size)
-    counts = _Counts()
-    blocks = split_blocks(range(len(source)), _BLOCK)
-    with progress("scan", len(source), "samples") as bar:
+    counts = count_samples(source, range(len(source)), data, image_size, workers, detector)
+    return summarise(source, counts, data, image_size)
+
+
+def count_samples(
+    source: Source,
+    rows: range,
+    data: DataSettings,
+    image_size: int,
+    workers: int,
+    detector: LanguageDetector | None = None,
+) -> Counts:
+    """Read ``rows`` of a source and count what ``summarise`` makes statistics of."""
+    tried, counts = with_typical_limits(data.filters, image_size), Counts()
+    blocks = split_blocks(rows, BLOCK)
+    with progress("scan", len(rows), "samples") as bar:
         scans = map_blocks(_BlockScan(source, data, tried, detector), blocks, workers)
         for block, found in zip(blocks, scans, strict=True):
             counts.add(found)
             bar.advance(len(block))
+    return counts
+
+
+def summarise(source: Source, counts: Counts, data: DataSettings, image_size: int) -> ScanResult:
+    """Return the statistics of a source, of which every sample was counted."""
+    tried = with_typical_limits(data.filters, image_size)
     left_out = Counter(_category(reason) for _, reason in source.skipped)
     return ScanResult(
         source=source.name,
@@ -220,7 +239,7 @@ def scan(
         captions=counts.captions,
         picture_formats=dict(counts.formats.most_common()),
         measures={name: quantiles(values) for name, values in counts.measures.items()},
-        languages=dict(counts.languages.most_common()) if detector is not None else None,
+        languages=dict(counts.languages.most_common()) or None,
         broken=BrokenSamples(
             by_reason=dict(counts.broken.most_common()),
             first=counts.broken_examples,

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from dalle_cli.config.schema import Recipe
+from dalle_cli.data.batch_order import Order
 from dalle_cli.data.images import BadImage
 from dalle_cli.data.joined import sizes_of
 from dalle_cli.data.picture_loader import TrainingPictures, load_eval_picture
@@ -36,6 +37,7 @@ from dalle_cli.pretrained import weights_hash
 from dalle_cli.randomness import torch_generator
 from dalle_cli.stores.checkpoint import Checkpoint, Kind, Which, open_checkpoint
 from dalle_cli.stores.held_out import split_rows
+from dalle_cli.stores.row_set import RowSet
 from dalle_cli.training.ancestor import open_ancestor
 from dalle_cli.training.loop import Run
 from dalle_cli.training.schedules import ramp
@@ -64,7 +66,7 @@ class DvaeTask:
     less_memory: str = "lower dvae.training.micro_batch, or set dvae.model.checkpoint_resblocks to true"
 
     def __post_init__(self) -> None:
-        rows = np.arange(len(self.source))
+        rows = RowSet.full(len(self.source))
         self._replaced = 0.0
         self.training_rows, self.held_out = split_rows(rows, self.recipe, sizes_of(self.source))
 
@@ -81,7 +83,7 @@ class DvaeTask:
         flops = training_flops(lambda: decode(encode(pixels).softmax(1)))
         return SampleWork(codes, codes * flops, AUTOCAST.get(self.recipe.dvae.precision, torch.float32))
 
-    def batches(self, start: int, stop: int) -> Iterator[Tensor]:
+    def batches(self, start: int, stop: int, order: Order = "random blocks") -> Iterator[Tensor]:
         training = self.recipe.dvae.training
         pictures = TrainingPictures(
             self.source,
@@ -95,7 +97,7 @@ class DvaeTask:
             crop=self.recipe.data.dvae_crop,
             part=self.group.part(training.batch_size),
         )
-        for batch in pictures.batches(start, stop):
+        for batch in pictures.batches(start, stop, order):
             self._replaced = batch.replaced
             yield batch.pictures
 

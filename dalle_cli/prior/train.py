@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dalle_cli.config.schema import PriorSettings, Recipe
-from dalle_cli.data.batch_order import WINDOW, BatchOrder
+from dalle_cli.data.batch_order import WINDOW, BatchOrder, Order
 from dalle_cli.data.prefetch import prefetch
 from dalle_cli.distributed.device import check_precision, fast_matmul, send
 from dalle_cli.distributed.engine import Engine, Replicated
@@ -216,13 +216,13 @@ class PriorTask:
     def work(self) -> SampleWork:
         return sample_work(self.recipe)
 
-    def batches(self, start: int, stop: int) -> Iterator[TokenBatch]:
-        return prefetch(self._read(start, stop), PREFETCHED_BATCHES)
+    def batches(self, start: int, stop: int, order: Order = "random blocks") -> Iterator[TokenBatch]:
+        return prefetch(self._read(start, stop, order), PREFETCHED_BATCHES)
 
-    def _read(self, start: int, stop: int) -> Iterator[TokenBatch]:
+    def _read(self, start: int, stop: int, named: Order) -> Iterator[TokenBatch]:
         seed, size, share = self.recipe.seed, self.recipe.prior.training.batch_size, self.recipe.prior.caption_dropout
         part = self.group.part(size)
-        order = BatchOrder(self.training_rows, size, seed, part)
+        order = BatchOrder(self.training_rows, size, seed, part, order=named)
         for first in range(start, stop, PREFETCHED_BATCHES):
             steps = range(first, min(first + PREFETCHED_BATCHES, stop))
             # Several batches at once, since BPE dropout takes nearly as long for a few captions as for many.
@@ -309,7 +309,7 @@ class PriorTask:
         """
         assert self.validation is not None
         spread = np.linspace(0, len(self.training_rows) - 1, min(UNIGRAM_ROWS, len(self.training_rows))).astype(int)
-        tokens = self.reader.read("image", self.training_rows[spread]).astype(np.int64)
+        tokens = self.reader.read("image", self.training_rows.take(spread)).astype(np.int64)
         counts = np.bincount(tokens.ravel(), minlength=self.recipe.dvae.model.codebook_size) + 1.0
         log_share = np.log(counts / counts.sum())
         return float(-log_share[self.validation.image.numpy()].mean())

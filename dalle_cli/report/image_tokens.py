@@ -19,6 +19,7 @@ from dalle_cli.dvae.train import load_dvae
 from dalle_cli.randomness import torch_generator
 from dalle_cli.stores.checkpoint import Checkpoint
 from dalle_cli.stores.held_out import split_rows
+from dalle_cli.stores.row_set import RowSet
 from dalle_cli.stores.tokens import ROWS_PER_SHARD, TokenReader
 from dalle_cli.views.contact_sheet import side_by_side
 
@@ -58,7 +59,7 @@ def reconstruct(checkpoint: Checkpoint, source: Source) -> tuple[ReconstructionF
         The metrics, and a sheet of the pictures above their reconstructions; None if no picture can be read.
     """
     recipe = checkpoint.recipe()
-    training_rows, held_out = split_rows(np.arange(len(source)), recipe, sizes_of(source))
+    training_rows, held_out = split_rows(RowSet.full(len(source)), recipe, sizes_of(source))
     pictures = []
     for row in held_out if len(held_out) else training_rows:
         try:

@@ -19,6 +19,7 @@ from dalle_cli.report.training import clip_retrieval, prior_drawings, stage_figu
 from dalle_cli.stores.files import write_atomically, write_json
 from dalle_cli.stores.samples import STORE
 from dalle_cli.stores.tokens import TokenReader
+from dalle_cli.stores.usable_rows import usable_rows
 from dalle_cli.views import plots
 from dalle_cli.views.contact_sheet import png_bytes
 
@@ -105,7 +106,7 @@ def _data(tokens: TokenReader) -> DataFigures:
     return DataFigures(
         source=", ".join(dict.fromkeys(str(state.identity.get("source_name")) for state in parts.values())),
         rows=max((state.rows for state in parts.values()), default=0),
-        usable=len(tokens.usable()) if len(parts) == 2 else None,
+        usable=len(usable_rows(tokens)) if len(parts) == 2 else None,
         skipped={
             part: dict(sorted(state.skipped.items(), key=lambda item: (-item[1], item[0])))
             for part, state in parts.items()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -10,19 +12,21 @@ import numpy as np
 from dalle_cli.config.schema import Recipe
 from dalle_cli.errors import UserError
 from dalle_cli.randomness import SPLITMIX_STEP, splitmix64
+from dalle_cli.stores.row_set import RowSet
 from dalle_cli.stores.tokens import TokenReader
+from dalle_cli.stores.usable_rows import usable_rows
 
 VALIDATION_BATCH = 64
 """Number of held-out rows that a prior scores at once if its recipe sets no micro_batch."""
 
 
-def split_store(reader: TokenReader, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
+def split_store(reader: TokenReader, recipe: Recipe) -> tuple[RowSet, np.ndarray]:
     """Return (training rows, held-out rows) of the rows that hold both a caption and a picture, each ascending.
 
     Raises:
         UserError: no row holds both, or none is left to train on.
     """
-    usable = reader.usable()
+    usable = usable_rows(reader)
     if len(usable) == 0:
         raise UserError(f"{reader.path}: holds no row with both a caption and a picture; see its skipped-*.jsonl")
     sizes = [int(size) for size in reader.part("text").identity.get("sizes", [])]
@@ -31,10 +35,10 @@ def split_store(reader: TokenReader, recipe: Recipe) -> tuple[np.ndarray, np.nda
         raise UserError(
             f"{reader.path}: was made from {max(1, len(sizes))} sources, the recipe names {wanted}; make them agree"
         )
-    return split_rows(usable, recipe, sizes or [int(usable[-1]) + 1])
+    return split_rows(usable, recipe, sizes or [len(reader)])
 
 
-def split_rows(rows: np.ndarray, recipe: Recipe, sizes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def split_rows(rows: RowSet, recipe: Recipe, sizes: Sequence[int]) -> tuple[RowSet, np.ndarray]:
     """Return (training rows, held-out rows) of ``rows`` of sources with ``sizes`` samples, each ascending.
 
     A row of a source with weight n occurs n times among the training rows. Held-out rows are those of the source in
@@ -47,12 +51,13 @@ def split_rows(rows: np.ndarray, recipe: Recipe, sizes: Sequence[int]) -> tuple[
     if data.validation is None:
         training, held_out = split_holdout(rows, data.holdout, recipe.seed)
     else:
-        training, held_out = np.split(rows, [np.searchsorted(rows, sum(sizes[:-1]))])
+        border = sum(sizes[:-1])
+        training = rows.below(border)
+        held_out = np.concatenate([np.empty(0, np.int64), *(chunk[chunk >= border] for chunk in rows.chunks())])
         if not len(training):
             raise UserError("data.train: holds no usable sample; see the store's skipped-*.jsonl")
     if data.weights is not None:
-        ends = np.cumsum(sizes)
-        training = np.repeat(training, np.array(data.weights)[np.searchsorted(ends, training, side="right")])
+        training = training.weighted(list(zip(accumulate(sizes), data.weights, strict=False)))
     return training, held_out
 
 
@@ -67,7 +72,7 @@ def held_out_captions(store: Path, recipe: Recipe, limit: int) -> list[str]:
     return reader.strings("caption", split_store(reader, recipe)[1][:limit])
 
 
-def split_holdout(rows: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def split_holdout(rows: RowSet, share: float, seed: int) -> tuple[RowSet, np.ndarray]:
     """Return (training rows, held-out rows); whether a row is held out depends on the seed and its number alone.
 
     At least one row is held out if ``share`` > 0 and there are two rows or more.
@@ -75,11 +80,16 @@ def split_holdout(rows: np.ndarray, share: float, seed: int) -> tuple[np.ndarray
     Raises:
         UserError: no row is left to train on.
     """
-    x = rows.astype(np.uint64) + np.uint64(seed % 2**32 * int(SPLITMIX_STEP) % 2**64)
-    rank = (splitmix64(x) >> np.uint64(11)).astype(np.float64) / 2.0**53
-    held_out = rank < share
-    if share > 0 and len(rows) > 1 and not held_out.any():
-        held_out[int(rank.argmin())] = True
-    if len(rows) > 0 and held_out.all():
+    found, lowest = [np.empty(0, np.int64)], (2**64, 0)
+    for chunk in rows.chunks() if share > 0 else ():
+        x = chunk.astype(np.uint64) + np.uint64(seed % 2**32 * int(SPLITMIX_STEP) % 2**64)
+        rank = splitmix64(x) >> np.uint64(11)  # of 53 bits
+        found.append(chunk[rank < np.uint64(math.ceil(share * 2.0**53))])
+        if len(chunk):
+            lowest = min(lowest, (int(rank.min()), int(chunk[rank.argmin()])))
+    held_out = np.concatenate(found)
+    if share > 0 and len(rows) > 1 and not len(held_out):
+        held_out = np.array([lowest[1]])
+    if 0 < len(rows) == len(held_out):
         raise UserError(f"data.holdout: {share} leaves none of {len(rows)} samples to train on; lower it")
-    return rows[~held_out], rows[held_out]
+    return rows.without(held_out), held_out

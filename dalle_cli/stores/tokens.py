@@ -237,13 +237,17 @@ class TokenReader:
                 for at in places:
                     yield self._shard_file(name, shard, at), partial(self._read_shard, name, shard, at)
 
-    def usable(self) -> np.ndarray:
-        """Return the rows that hold both a caption and a picture, ascending, int64."""
-        n = len(self)
+    def usable_bits(self) -> np.ndarray:
+        """Return a bit for each row, (ceil(rows / 8),) uint8, lowest first: whether it has a caption and a picture."""
+        n, found = len(self), [np.empty(0, np.uint8)]
         shards = range(-(-n // ROWS_PER_SHARD))
-        both = ([self._read_shard(name, shard, (_rows_of(shard),)) for shard in shards] for name in USABLE)
-        text_length, image_ok = (np.concatenate(parts)[:n] if parts else np.empty(0, np.int64) for parts in both)
-        return np.flatnonzero((text_length > 0) & (image_ok > 0))
+        for some in (shards[first : first + 64] for first in shards[::64]):
+            text_length, image_ok = (
+                np.concatenate([self._read_shard(name, shard, (_rows_of(shard),)) for shard in some]) for name in USABLE
+            )
+            both = (text_length > 0) & (image_ok > 0)
+            found.append(np.packbits(both[: n - some[0] * ROWS_PER_SHARD], bitorder="little"))
+        return np.concatenate(found)
 
     def captions(self, rows: np.ndarray) -> list[list[str]]:
         """Return the usable captions at each of ``rows``; none at skipped rows."""

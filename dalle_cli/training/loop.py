@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dalle_cli.config.load import dump_recipe
 from dalle_cli.config.odd_settings import odd_settings
 from dalle_cli.config.schema import Recipe
+from dalle_cli.data.batch_order import Order
 from dalle_cli.data.workers import explain_lost_workers
 from dalle_cli.distributed.device import explain_out_of_memory, use_settings
 from dalle_cli.distributed.engine import Engine, Replicated
@@ -69,8 +70,8 @@ class Task(Protocol):
     def work(self) -> SampleWork:
         """Return the work in a training sample."""
 
-    def batches(self, start: int, stop: int) -> Iterator[Any]:
-        """Yield this rank's part of the batch of each update from ``start`` up to ``stop``."""
+    def batches(self, start: int, stop: int, order: Order) -> Iterator[Any]:
+        """Yield this rank's part of the batch of each update from ``start`` up to ``stop``, in the named order."""
 
     def micro_batches(self, batch: Any, size: int | None) -> list[tuple[Any, float]]:
         """Split ``batch`` into parts of ``size`` samples, each with its share of the batch of all ranks."""
@@ -190,7 +191,7 @@ class Run:
             idle_cores = IdleCores() if self.recipe.threads == "idle" and group.size == 1 else None
             if self.recipe.threads == "idle" and idle_cores is None:
                 log(f"{self.name}: warning: threads: idle is for one process, and {group.size} train here")
-            for step, batch in zip(range(start, last), task.batches(start, last), strict=True):
+            for step, batch in zip(range(start, last), task.batches(start, last, state.order), strict=True):
                 done, sent_before = step + 1, self.engine.traffic()
                 rate = state.learning_rate(step)
                 values = self.update(state, batch, step, rate)

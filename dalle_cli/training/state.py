@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dalle_cli.config.schema import ClipSettings, DvaeSettings, PriorSettings
+from dalle_cli.data.batch_order import Order
 from dalle_cli.distributed.engine import Engine, Optimizer, TorchEngine
 from dalle_cli.stores.checkpoint import STATE, Checkpoint, CheckpointContent, CheckpointShards
 from dalle_cli.stores.tensor_files import Part, TensorFiles
@@ -31,6 +32,8 @@ class _Schedules:
     """The schedules in a checkpoint's trainer state."""
 
     plateau: dict[str, int | float]
+    order: Order = "consecutive windows"
+    """Checkpoints of earlier versions do not name it."""
     best: BestValidation = field(default_factory=BestValidation)
     rounds: list[tuple[Count, Count]] = field(default_factory=list)
 
@@ -56,6 +59,8 @@ class TrainingState:
         )
         self.plateau = Plateau(settings.learning_rate)
         self.best = BestValidation()
+        self.order: Order = "random blocks"
+        """How the rows of an epoch are shuffled, the same throughout a run."""
         self.rounds: list[tuple[int, int]] = []
         """Further rounds of a run that was extended: the update after which each began, and its number of updates."""
 
@@ -146,10 +151,10 @@ class TrainingState:
         )
 
     def load_schedules(self, checkpoint: Checkpoint) -> None:
-        """Restore the plateau schedule, the best validation and the rounds of ``checkpoint``, but no tensors."""
+        """Restore the schedules, the best validation and the order of rows of ``checkpoint``, but no tensors."""
         saved = as_type(_Schedules, checkpoint.trainer_state(), checkpoint.path / STATE)
         self.plateau = Plateau(self.settings.learning_rate, saved.plateau)
-        self.best, self.rounds = saved.best, saved.rounds
+        self.best, self.rounds, self.order = saved.best, saved.rounds, saved.order
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Restore the tensors of ``checkpoint``, which was checked, however many ranks saved it."""
@@ -191,6 +196,7 @@ class TrainingState:
             "step": step,
             "plateau": self.plateau.state,
             "best": asdict(self.best),
+            "order": self.order,
             **rounds,
             **self.optimizer.trainer_state(),
         }

@@ -19,6 +19,7 @@ from dalle_cli.stores.checkpoint import open_checkpoint, steps_in
 from dalle_cli.stores.samples import STORE, read_attributes
 from dalle_cli.stores.tokens import TokenReader
 from dalle_cli.stores.typed import explain_damage
+from dalle_cli.stores.usable_rows import usable_rows
 from dalle_cli.training.validation import validation_warnings
 from dalle_cli.views.describe_recipe import RecipeDescription, describe_recipe
 from dalle_cli.views.describe_run import RunDescription, describe_run
@@ -203,7 +204,7 @@ def _describe_tokens(path: Path, group: Any) -> TokenStoreDescription:
     return TokenStoreDescription(
         path=str(path),
         rows=len(reader) if parts else 0,
-        usable_rows=len(reader.usable()) if len(parts) == 2 else None,
+        usable_rows=len(usable_rows(reader)) if len(parts) == 2 else None,
         complete=len(parts) == 2 and all(state.complete for state in parts.values()),
         parts={part: PartDescription(state.rows, state.complete, state.identity) for part, state in parts.items()},
         source=sources.pop() if len(sources) == 1 else sorted(sources) or None,

@@ -28,6 +28,7 @@ from dalle_cli.prior.train import read_tokens
 from dalle_cli.progress import log, progress
 from dalle_cli.randomness import numpy_generator
 from dalle_cli.stores.tokens import TokenReader
+from dalle_cli.stores.usable_rows import usable_rows
 
 ALL_HALF = "all fp16, one scale"
 VARIANTS = ("fp32", "plain fp16", ALL_HALF, "one scale", "scale per resblock")
@@ -123,7 +124,7 @@ def synthetic_tokens(study: Study, step: int) -> Tokens:
 
 def stored_tokens(reader: TokenReader, study: Study) -> Callable[[int], Tokens]:
     """Return a function that reads a batch of random rows of a token store, without BPE dropout."""
-    rows = reader.usable()
+    rows = np.asarray(usable_rows(reader))
 
     def batch(step: int) -> Tokens:
         chosen = numpy_generator(study.seed, "underflow", "rows", step).choice(rows, study.batch_size)

@@ -30,8 +30,10 @@ from dalle_cli.data.picture_loader import TrainingPictures
 from dalle_cli.errors import UserError
 from dalle_cli.stores.checkpoint import open_checkpoint
 from dalle_cli.stores.files import owned, sha256_file
+from dalle_cli.stores.row_set import RowSet
 from dalle_cli.stores.shards import WHOLE, ShareProgress, Shares
 from dalle_cli.stores.tokens import TokenReader
+from dalle_cli.stores.usable_rows import usable_rows
 
 SHORT = ("--set", "dvae.training.updates=2")
 
@@ -83,7 +85,7 @@ def test_broken_pictures_and_missing_captions_are_skipped_and_listed(call: Call,
     assert "no caption" in listed["text"]["silent"]
     assert "empty" in listed["text"]["empty"]
     reader = TokenReader(store)
-    assert reader.strings("key", reader.usable()) == [f"good-{i}" for i in range(9)]
+    assert reader.strings("key", usable_rows(reader)) == [f"good-{i}" for i in range(9)]
 
 
 def test_pictures_that_are_all_broken_are_refused_at_once(call: Call, tmp_path: Path) -> None:
@@ -114,7 +116,7 @@ def test_no_worker_outlives_what_it_raised(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.png").write_bytes(b"nothing")
     source, data = open_source(str(tmp_path)), Recipe().data
-    pictures = TrainingPictures(source, np.arange(2), 32, data, seed=0, batch_size=2, flip=False, workers=2)
+    pictures = TrainingPictures(source, RowSet.full(2), 32, data, seed=0, batch_size=2, flip=False, workers=2)
     with pytest.raises(UserError, match="100 samples drawn for") as kept:
         next(pictures.batches(0, 9))
     assert kept.traceback

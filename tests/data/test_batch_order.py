@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.running import Chain, smallest_recipe
+from helpers.shares import small_windows
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +17,8 @@ from dalle_cli.config.schema import Recipe
 from dalle_cli.data.batch_order import BatchOrder
 from dalle_cli.data.open_source import open_source
 from dalle_cli.data.picture_loader import TrainingPictures
+from dalle_cli.randomness import numpy_generator
+from dalle_cli.stores.row_set import RowSet
 
 
 @given(size=st.integers(1, 40), batch=st.integers(1, 60), seed=st.integers(0, 3), steps=st.integers(1, 12))
@@ -48,12 +51,50 @@ def test_epochs_and_seeds_differ() -> None:
     assert first != rows.tolist()
 
 
-def test_rows_beyond_a_window_are_all_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dalle_cli.data.batch_order.WINDOW", 7)
-    drawn, _ = BatchOrder(np.arange(40), 40, 0).batch(0)
-    assert sorted(drawn.tolist()) == list(range(40))
-    windows = {tuple(sorted(drawn[i : i + 7] // 7)) for i in range(0, 35, 7)}
-    assert len(windows) >= 4  # neighbours stay together, so that a large store is read in few reads
+def test_a_window_has_blocks_from_all_over_and_every_row_is_drawn_once() -> None:
+    rows = np.delete(np.arange(400), np.arange(64, 99))  # four blocks are gone, and a part of a fifth
+    with small_windows(8, 5):
+        order = BatchOrder(rows, 73, 0)
+        drawn = np.concatenate([order.batch(step)[0] for step in range(5)])
+        assert sorted(drawn.tolist()) == rows.tolist()
+        blocks = [set((drawn[i : i + 30] // 8).tolist()) for i in range(0, 360, 30)]
+        assert all(len(window) <= 11 for window in blocks)  # so that a large store is read in few reads
+        spans = [max(window) - min(window) for window in blocks]
+        assert min(spans) > 5  # and not from one place
+        for step in (4, 0, 3):  # whatever was asked before
+            np.testing.assert_array_equal(BatchOrder(rows, 73, 0).batch(step)[0], drawn[step * 73 : step * 73 + 73])
+
+
+def consecutive_windows(rows: np.ndarray, seed: int, epoch: int, window: int) -> list[int]:
+    """Shuffle an epoch as versions before random blocks did."""
+    rng = numpy_generator(seed, "epoch", epoch)
+    borders = np.searchsorted(rows, np.arange(window, rows[-1] + 1, window))
+    parts = [part for part in np.split(rows, borders) if len(part)]
+    return [row for i in rng.permutation(len(parts)) for row in rng.permutation(parts[i]).tolist()]
+
+
+@pytest.mark.parametrize("count", [40, 333])
+def test_runs_of_earlier_versions_go_on_in_their_order(count: int) -> None:
+    """Small sets, of one window, have the same order by both names."""
+    rows = np.flatnonzero(np.random.default_rng(0).random(count) < 0.8)
+    with small_windows(8, 5):
+        old = [BatchOrder(rows, len(rows), 3, order="consecutive windows").batch(step)[0].tolist() for step in range(3)]
+        new = [BatchOrder(rows, len(rows), 3).batch(step)[0].tolist() for step in range(3)]
+    assert old == [consecutive_windows(rows, 3, epoch, 40) for epoch in range(3)]
+    assert (new == old) == (count == 40)
+
+
+def test_a_batch_mixes_better_than_consecutive_windows_did() -> None:
+    """The mean block of a batch says little about the next one's, of which consecutive windows had the same blocks."""
+    rows, correlation = RowSet.full(64 * 500), {}
+    with small_windows(64, 16):
+        for name in ("random blocks", "consecutive windows"):
+            order = BatchOrder(rows, 64, 0, order=name)
+            means = np.array([(order.batch(step)[0] // 64).mean() for step in range(500)])
+            correlation[name] = np.corrcoef(means[:-1], means[1:])[0, 1]
+            spread = np.std([order.batch(step)[0] // 64 for step in range(500)], axis=1).mean() / np.sqrt(500**2 / 12)
+            assert (spread > 0.8) == (name == "random blocks")
+    assert correlation["consecutive windows"] > 0.9
 
 
 def test_batches_of_pictures_do_not_depend_on_the_workers_or_on_where_a_run_begins(by_hand: Chain) -> None:
@@ -61,7 +102,8 @@ def test_batches_of_pictures_do_not_depend_on_the_workers_or_on_where_a_run_begi
     source = open_source(str(by_hand.train))
 
     def batches(workers: int, start: int) -> list[torch.Tensor]:
-        pictures = TrainingPictures(source, np.arange(5, 30), 32, recipe.data, 0, 8, flip=True, workers=workers)
+        rows = RowSet.of(np.arange(5, 30))
+        pictures = TrainingPictures(source, rows, 32, recipe.data, 0, 8, flip=True, workers=workers)
         return [batch.pictures for batch in pictures.batches(start, 6)]
 
     whole = batches(0, 0)

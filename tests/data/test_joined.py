@@ -22,6 +22,7 @@ from dalle_cli.dvae.train import DvaeTask, train_dvae
 from dalle_cli.errors import UserError
 from dalle_cli.prior.train import PriorTask, train_prior
 from dalle_cli.stores.held_out import held_out_captions, split_rows, split_store
+from dalle_cli.stores.row_set import RowSet
 from dalle_cli.stores.tokens import TokenReader
 from dalle_cli.text.bpe import train_bpe
 from dalle_cli.text.tokenize import tokenize_source
@@ -72,10 +73,10 @@ def test_a_chain_trains_on_the_weighted_rows_and_validates_on_the_held_out_sourc
     assert "image" in prior.metrics
 
     training, held_out = split_store(TokenReader(places.tokens), recipe)
-    assert Counter(training.tolist()) == {row: 1 if row < 8 else 3 for row in range(13)}
+    assert Counter(training) == {row: 1 if row < 8 else 3 for row in range(13)}
     assert held_out.tolist() == [13, 14, 15, 16]
     task = DvaeTask(recipe, source, DVAE(recipe.dvae.model))
-    assert (task.training_rows.tolist(), task.held_out.tolist()) == (training.tolist(), held_out.tolist())
+    assert (list(task.training_rows), task.held_out.tolist()) == (list(training), held_out.tolist())
     assert held_out_captions(places.tokens, recipe, 2) == ["others number 0", "others number 1"]
     prior_task = PriorTask(recipe, TokenReader(places.tokens), None)  # type: ignore[arg-type]
     assert prior_task.held_out.tolist() == held_out.tolist()
@@ -102,8 +103,8 @@ def test_a_weighted_row_counts_its_epochs_by_itself() -> None:
 
 def test_only_training_rows_are_weighted() -> None:
     recipe = Recipe.model_validate({"data": {"train": ["a", "b"], "weights": [2, 1], "holdout": 0.4}})
-    training, held_out = split_rows(np.arange(10), recipe, [4, 6])
-    counts = Counter(training.tolist())
+    training, held_out = split_rows(RowSet.full(10), recipe, [4, 6])
+    counts = Counter(training)
     assert all(count == (2 if row < 4 else 1) for row, count in counts.items())
     assert sorted([*counts, *held_out.tolist()]) == list(range(10))
     assert len(set(held_out.tolist())) == len(held_out) > 0

@@ -8,7 +8,6 @@ import time
 from collections import Counter, namedtuple
 from pathlib import Path
 
-import numpy as np
 import pytest
 from helpers.pictures import write_sample
 from PIL import Image
@@ -19,6 +18,7 @@ from dalle_cli.data.picture_loader import TrainingPictures, consecutive_pictures
 from dalle_cli.data.source import Source
 from dalle_cli.data.workers import explain_lost_workers
 from dalle_cli.errors import UserError
+from dalle_cli.stores.row_set import RowSet
 
 
 def test_training_draws_replacements_evenly(tmp_path: Path) -> None:
@@ -27,7 +27,7 @@ def test_training_draws_replacements_evenly(tmp_path: Path) -> None:
         write_sample(tmp_path, f"{i:03d}", Image.new("RGB", (100, 20) if i < 150 else (20, 20)), "x")
     pictures = TrainingPictures(
         open_source(tmp_path),
-        np.arange(170),
+        RowSet.full(170),
         16,
         DataSettings(crop=False),
         seed=0,
@@ -53,7 +53,7 @@ def two_pictures(folder: Path) -> Source:
 
 
 def endless(source: Source) -> TrainingPictures:
-    return TrainingPictures(source, np.arange(2), 32, DataSettings(), 0, 2, flip=False, workers=2)
+    return TrainingPictures(source, RowSet.full(2), 32, DataSettings(), 0, 2, flip=False, workers=2)
 
 
 def test_too_little_shared_memory_is_said_before_it_kills_workers(

@@ -26,6 +26,7 @@ from dalle_cli.data.picture_loader import TrainingPictures
 from dalle_cli.data.remote import CACHE, RemoteFile
 from dalle_cli.errors import UserError
 from dalle_cli.stores.png import encode_png
+from dalle_cli.stores.row_set import RowSet
 
 SAMPLES = 12
 
@@ -165,8 +166,8 @@ def test_a_cache_holds_whole_files_and_goes_on_with_half_a_download(
 
 def test_workers_read_over_http(server: Server) -> None:
     source = open_source(server.url)
-    pictures = TrainingPictures(source, np.arange(SAMPLES), 32, DataSettings(), 0, 4, flip=False, workers=1)
-    alone = TrainingPictures(source, np.arange(SAMPLES), 32, DataSettings(), 0, 4, flip=False, workers=0)
+    pictures = TrainingPictures(source, RowSet.full(SAMPLES), 32, DataSettings(), 0, 4, flip=False, workers=1)
+    alone = TrainingPictures(source, RowSet.full(SAMPLES), 32, DataSettings(), 0, 4, flip=False, workers=0)
     for ours, theirs in zip(pictures.batches(0, 6), alone.batches(0, 6), strict=True):
         np.testing.assert_array_equal(ours.pictures, theirs.pictures)
     server.broken = True

@@ -16,7 +16,8 @@ from unittest import mock
 
 import numpy as np
 
-from dalle_cli.stores import token_writer, tokens
+from dalle_cli.data import batch_order
+from dalle_cli.stores import row_set, token_writer, tokens
 from dalle_cli.stores.shards import WHOLE, Part, Shard, parse_shard
 from dalle_cli.stores.token_writer import PartWriter
 
@@ -31,6 +32,16 @@ def small_files(rows: int = FILE) -> Iterator[None]:
     with (
         mock.patch.multiple(tokens, ROWS_PER_SHARD=rows, ROWS_PER_CHUNK=rows // 2),
         mock.patch.multiple(token_writer, ROWS_PER_SHARD=rows, ROWS_PER_CHUNK=rows // 2),
+    ):
+        yield
+
+
+@contextmanager
+def small_windows(block: int, blocks: int) -> Iterator[None]:
+    """Shuffle ``blocks`` blocks of ``block`` rows, a multiple of 8, among each other in a window."""
+    with (
+        mock.patch.multiple(row_set, BLOCK=block, CHUNK=4 * block),
+        mock.patch.multiple(batch_order, BLOCK=block, WINDOW_BLOCKS=blocks, WINDOW=block * blocks),
     ):
         yield
 

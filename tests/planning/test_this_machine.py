@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from helpers.prior_recipes import tiny_prior
@@ -18,6 +17,7 @@ from dalle_cli.planning import this_machine
 from dalle_cli.planning.this_machine import refuse_too_large
 from dalle_cli.prior.train import train_prior
 from dalle_cli.stores.held_out import split_holdout
+from dalle_cli.stores.row_set import RowSet
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 GB = 10**9
@@ -82,7 +82,7 @@ def test_a_dry_run_checks_everything_and_writes_nothing(tmp_path: Path) -> None:
     fitting = (*small, "--set", "prior.training.micro_batch=1", "--set", "data.holdout=0.25",
                "--set", "dvae.model.codebook_size=64")  # fmt: skip
     start = ("train-prior", RECIPES / "1b.yaml", "--dry-run", "--out", tmp_path / "run")
-    held_out = len(split_holdout(np.arange(80), 0.25, 0)[1])
+    held_out = len(split_holdout(RowSet.full(80), 0.25, 0)[1])
     done = invoke(*start, *fitting, "--tokens", store)
     assert done.exit_code == 0, done.output
     assert "Plan for the prior of 1b" in done.stdout

@@ -27,6 +27,7 @@ from dalle_cli.stores.checksums import CHECKSUMS
 from dalle_cli.stores.files import json_text, sha256_file
 from dalle_cli.stores.scores import sample_stores, store_lines
 from dalle_cli.stores.tokens import TokenReader
+from dalle_cli.stores.usable_rows import usable_rows
 from dalle_cli.stores.verify import verify
 from dalle_cli.views.describe import describe
 
@@ -91,7 +92,7 @@ def read_everything(chain: TinyChain) -> None:
         reader.require_complete()
         for name in ("text", "text_length", "image", "image_ok"):
             reader.read(name, np.arange(len(reader)))
-        reader.usable()
+        usable_rows(reader)
         reader.strings("caption", range(len(reader)))
 
     readers: list[Callable[[], object]] = [

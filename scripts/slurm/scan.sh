@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=dalle-scan
+#SBATCH --ntasks=1
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%x-%A_%a.out
+#SBATCH --signal=B:USR1@30
+#
+# Count what is in a source by a job array: each job scans one share, and the last one adds up all of them.
+# Arguments are those of `dalle scan`, with --out. A job that a signal ends is queued again. See README.md.
+#
+#     sbatch --array 1-8 scripts/slurm/scan.sh "shards/{00000..24999}.tar" --out scan
+set -euo pipefail
+source "${DALLE_ROOT:-$SLURM_SUBMIT_DIR}/scripts/slurm/job.sh"
+share=$(shard)
+resumable dalle scan "$@" --shard "$share"
