@@ -35,6 +35,11 @@ def command(
     disk: Annotated[
         str, typer.Option(metavar="SIZE", help="Bytes of a checkpoint that a node writes per second.")
     ] = "1GB",
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="PAIRS", help="Reckon the data path of so many pairs, such as 250M.", show_default=False),
+    ] = None,
+    tasks: Annotated[int, typer.Option(min=1, help="With --data: jobs like this machine.")] = 64,
     table: Annotated[
         bool, typer.Option("--table", help="Print PowerSGD's compression for RECIPE, or for all in recipes/.")
     ] = False,
@@ -45,9 +50,13 @@ def command(
 
     The plan is computed from the model's shapes; nothing is allocated or run. If the recipe does not fit, the plan
     names settings with which it does. All assumptions are printed.
+    With --data, the plan is of the steps before the training, from tars to a token store: their time on machines like
+    this one, measured in about half a minute, and the files and bytes that they leave.
 
     Example: [bold]dalle plan recipes/12b.yaml --gpus-per-node 8 --nodes 128 --gpu-memory 16GB --interconnect
     100Gbit[/bold]
+
+    Example: [bold]dalle plan recipes/12b.yaml --data 250M --tasks 64[/bold]
     """
     import json
     from dataclasses import asdict
@@ -79,6 +88,19 @@ def command(
     if recipe is None:
         raise UserError("dalle plan: name a recipe, such as recipes/12b.yaml, or give --table")
     settings = read_recipe(recipe, set_)
+    if data is not None:
+        from dalle_cli.planning.data_path import plan_data_path
+        from dalle_cli.planning.units import parse_count
+        from dalle_cli.views.plan_tables import render_data_path
+
+        path = plan_data_path(settings, parse_count(data, "--data"), tasks)
+        if as_json:
+            typer.echo(json.dumps(asdict(path), indent=2))
+            return
+        from rich.console import Console
+
+        render_data_path(path, Console())
+        return
     written = float(parse_bytes(disk, "--disk"))
     assumed = assume(settings, peak_tflops, share=share, interconnect=rate, price=price, disk=written)
     found = plan(settings, Machines(gpus_per_node, nodes, memory), assumed)

@@ -53,8 +53,8 @@ def scan_share(
     shards = [Shard(number, shard.of) for number in range(1, shard.of + 1)]
     found = {each: _read(folder, each, made_of) for each in shards}
     if found[shard] is None:
-        found[shard] = count_samples(source, shard.rows(len(source), BLOCK), data, image_size, workers, detector)
-        counts = _COUNTS.dump_python(found[shard], mode="json")
+        own = count_samples(source, shard.rows(len(source), BLOCK), data, image_size, workers, detector)
+        counts = _COUNTS.dump_python(own, mode="json")
         write_json(_file(folder, shard), {"made_of": made_of, "sha256": _sha256(counts), "counts": counts})
         # Others may have been counted meanwhile.
         found |= {each: _read(folder, each, made_of) for each in shards}

@@ -19,6 +19,15 @@ def parse_bytes(text: str, option: str) -> int:
     return int(_parse(text, "B", {**_DECIMAL, **_BINARY}, f"{option} {text}: write bytes, such as 16GB or 80GiB"))
 
 
+def parse_count(text: str, option: str) -> int:
+    """Parse the value of a command-line ``option``, a count such as ``250M`` or ``4000``.
+
+    Raises:
+        UserError: ``text`` is not a count above 0.
+    """
+    return int(_parse(text, "", _DECIMAL, f"{option} {text}: write a count, such as 4000 or 250M"))
+
+
 def parse_rate(text: str, option: str) -> float:
     """Parse the value of a command-line ``option``, a rate in bits per second such as ``100Gbit`` or ``50Mbit/s``.
 
