@@ -46,7 +46,9 @@ def splitmix64(x: np.ndarray) -> np.ndarray:
 
     The generator's i-th draw, i >= 1, is ``splitmix64(seed + i * SPLITMIX_STEP)`` (Steele et al. 2014).
     """
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    result: np.ndarray = x ^ (x >> np.uint64(31))
+    result: np.ndarray = x ^ (x >> np.uint64(30))
+    result *= np.uint64(0xBF58476D1CE4E5B9)
+    result ^= result >> np.uint64(27)
+    result *= np.uint64(0x94D049BB133111EB)
+    result ^= result >> np.uint64(31)
     return result

@@ -80,8 +80,18 @@ class RowSet:
 
     def chunks(self) -> Iterator[np.ndarray]:
         """Yield all rows, ascending, about CHUNK at a time."""
-        for number in range(0, -(-len(self.bits) * 8 // BLOCK), CHUNK // BLOCK):
+        for number in range(0, -(-self.stop // BLOCK), CHUNK // BLOCK):
             yield self.block(number, CHUNK // BLOCK)
+
+    @property
+    def stop(self) -> int:
+        """A number that all rows are below."""
+        return 8 * len(self.bits)
+
+    def contains(self, rows: np.ndarray) -> np.ndarray:
+        """Return whether each of ``rows`` (n,), which are below ``stop``, is in the set."""
+        found: np.ndarray = (self.bits[rows // 8] >> (rows % 8).astype(np.uint8)) & 1 > 0
+        return found
 
     def take(self, places: np.ndarray) -> np.ndarray:
         """Return the rows at ``places`` (n,) of the ascending order."""
