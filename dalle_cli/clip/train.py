@@ -58,6 +58,7 @@ class ClipTask:
     belongs: dict[str, str] = field(default_factory=dict)
     kind: Kind = "clip"
     comparable_from: int = 0
+    judged_by: str = "loss"
     less_memory: str = "lower clip.training.batch_size"
 
     def __post_init__(self) -> None:

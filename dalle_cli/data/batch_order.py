@@ -80,7 +80,7 @@ class BatchOrder:
 
     def _seen_before(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return how often the row at each place of an epoch occurs in it, and how often before that place."""
-        rows = self._rows(epoch, np.arange(len(self.rows)))
+        rows = self._rows(epoch, np.arange(len(self.rows))) if self.reorder is not None else self._whole(epoch)
         order = np.argsort(rows, kind="stable")
         _, first, counts = np.unique(rows[order], return_index=True, return_counts=True)
         times, before = np.empty_like(rows), np.empty_like(rows)
@@ -106,8 +106,16 @@ class BatchOrder:
             rows[at] = self._window(epoch, int(window))[places[at] - starts[window]]
         return rows
 
+    def _whole(self, epoch: int) -> np.ndarray:
+        """Return all rows of a shuffled epoch."""
+        if self.order == "consecutive windows":
+            whole: np.ndarray = self._consecutive(epoch)
+            return whole
+        windows = range(-(-len(self._epoch(epoch).blocks) // WINDOW_BLOCKS))
+        return np.concatenate([self._window(epoch, window) for window in windows])
+
     def _windows_of_epoch(self, epoch: int) -> _Windows:
-        blocks = np.arange(len(self.rows.counts))
+        blocks = np.flatnonzero(self.rows.counts)
         if len(blocks) > WINDOW_BLOCKS:
             blocks = self._generator(epoch).permutation(blocks)
         ends = np.cumsum(self.rows.counts[blocks])

@@ -103,13 +103,13 @@ class TrainingPictures:
         self, start: int, stop: int, order: Order = "random blocks", reorder: Reorder | None = None
     ) -> Iterator[PictureBatch]:
         """Yield the batches of updates ``start`` to ``stop``; ``reorder`` (see BatchOrder) runs in this process."""
-        of_batches = BatchOrder(self.rows, self.batch_size, self.seed, self.part, reorder, order)
+        batch_order = BatchOrder(self.rows, self.batch_size, self.seed, self.part, reorder, order)
         if self.workers:
             own = len(range(*self.part.indices(self.batch_size)))
             _require_shared_memory(own * 3 * self.image_size**2 * (PREFETCH * self.workers + 2))
         loader = DataLoader(
             _AugmentedPictures(self),
-            batch_sampler=_BatchSampler(of_batches, start, stop),
+            batch_sampler=_BatchSampler(batch_order, start, stop),
             num_workers=self.workers,
             prefetch_factor=PREFETCH if self.workers else None,
             collate_fn=_collate,

@@ -85,7 +85,7 @@ class ScanResult:
     measures: dict[str, dict[str, float]]
     """Mean and QUANTILES ("5%") of each measure."""
     languages: dict[str, int] | None
-    """Captions by language, most frequent first; None without a detector."""
+    """Captions by language, most frequent first; None without a detector or a caption."""
     broken: BrokenSamples
     filters: dict[str, FilterStatistics]
 

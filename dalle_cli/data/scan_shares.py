@@ -17,7 +17,7 @@ from dalle_cli.data.scan import BLOCK, Counts, ScanResult, count_samples, summar
 from dalle_cli.data.source import Source
 from dalle_cli.errors import UserError
 from dalle_cli.progress import log
-from dalle_cli.stores.files import explain_os_errors, json_text, write_json
+from dalle_cli.stores.files import explain_os_errors, write_atomically
 from dalle_cli.stores.shards import Shard, join_names
 
 _COUNTS = TypeAdapter(Counts)
@@ -41,7 +41,8 @@ def scan_share(
     """
     made_of = {
         "source": source.identity,
-        "filters": with_typical_limits(data.filters, image_size).model_dump(mode="json"),
+        "filters": data.filters.model_dump(mode="json"),
+        "limits": with_typical_limits(data.filters, image_size).model_dump(mode="json"),
         "max_pixels": data.max_pixels,
         "languages": detector is not None,
     }
@@ -55,7 +56,8 @@ def scan_share(
     if found[shard] is None:
         own = count_samples(source, shard.rows(len(source), BLOCK), data, image_size, workers, detector)
         counts = _COUNTS.dump_python(own, mode="json")
-        write_json(_file(folder, shard), {"made_of": made_of, "sha256": _sha256(counts), "counts": counts})
+        line = {"made_of": made_of, "sha256": _sha256(counts), "counts": counts}
+        write_atomically(_file(folder, shard), json.dumps(line))  # in the order of the samples, for equal counts
         # Others may have been counted meanwhile.
         found |= {each: _read(folder, each, made_of) for each in shards}
     if missing := [each for each, there in found.items() if there is None]:
@@ -73,7 +75,7 @@ def _file(folder: Path, shard: Shard) -> Path:
 
 
 def _sha256(counts: Any) -> str:
-    return hashlib.sha256(json_text(counts).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(counts).encode()).hexdigest()
 
 
 def _read(folder: Path, shard: Shard, made_of: dict[str, Any]) -> Counts | None:
@@ -82,13 +84,14 @@ def _read(folder: Path, shard: Shard, made_of: dict[str, Any]) -> Counts | None:
     if not file.is_file():
         return None
     try:
-        found = json.loads(file.read_bytes())
-        same, counts = found["made_of"] == made_of, _COUNTS.validate_python(found["counts"])
+        with explain_os_errors(file):
+            found = json.loads(file.read_bytes())
+        there, counts = dict(found["made_of"]), _COUNTS.validate_python(found["counts"])
         if found["sha256"] != _sha256(found["counts"]):
             raise ValueError("its counts are not those that were written")
-    except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
+    except (ValueError, KeyError, TypeError, ValidationError) as error:
         reason = type(error).__name__
         raise UserError(f"{file}: is damaged ({reason}); delete it and scan share {shard} again") from None
-    if not same:
-        raise UserError(f"{file}: is of another source, or was counted with other filters; delete {folder}")
+    if different := [name for name, value in made_of.items() if there.get(name) != value]:
+        raise UserError(f"{file}: was counted with other {different[0]}; scan all shares alike, or delete {folder}")
     return counts

@@ -62,6 +62,7 @@ class DvaeTask:
     group: Group = ALONE
     belongs: dict[str, str] = field(default_factory=dict)
     kind: Kind = "dvae"
+    judged_by: str = "loss"
     perceptual: PerceptualDistance | None = None
     less_memory: str = "lower dvae.training.micro_batch, or set dvae.model.checkpoint_resblocks to true"
 

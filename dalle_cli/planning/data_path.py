@@ -83,28 +83,25 @@ def plan_data_path(recipe: Recipe, pairs: int, tasks: int) -> DataPath:
     device = choose_device()
     prepare_process(device)
     cores, shards = available_cores(), math.ceil(pairs / ROWS_PER_SHARD)
-    text, image = recipe.tokenizer.text_length, recipe.data.views * recipe.grid**2
+    text, image, views = recipe.tokenizer.text_length, recipe.data.views * recipe.grid**2, recipe.data.views + 1
     decoding, thumbnails, compared = _decoding(recipe), *_comparing()
     indexing, index_bytes = _indexing()
 
-    def step(name: str, seconds: float, each: float = 0, files: int = 0, workers: int = cores) -> Step:
-        """Return a step of ``seconds`` a pair that leaves ``each`` bytes a pair, on ``workers`` of each task."""
+    def step(name: str, seconds: float, each: float = 0, files: int = 0, workers: int = tasks * cores) -> Step:
+        """Return a step of ``seconds`` a pair that leaves ``each`` bytes a pair, shared by so many workers."""
         hours = seconds * pairs / 3600
-        return Step(name, 1e6 * seconds, hours, hours / (tasks * workers), math.ceil(each * pairs), files)
+        return Step(name, 1e6 * seconds, hours, hours / workers, math.ceil(each * pairs), files)
 
     compared *= (pairs / COMPARED) ** (GROWTH - 1)
-    whole = compared * pairs / 3600
     steps = [
         step("index", indexing, index_bytes, math.ceil(pairs / 10_000)),
         step("scan", decoding),
-        step("overlap, reading", decoding + thumbnails, 3 * SIDE**2, 1),
-        # One job compares all pictures: this step takes no shares.
-        Step("overlap, comparing", 1e6 * compared, whole, whole / cores, 0, 0),
+        step("overlap, reading", decoding + thumbnails, 3 * SIDE**2, 1, workers=cores),  # which takes no shares
+        step("overlap, comparing", compared, workers=cores),
         step("tokenize-text", _tokenizing(recipe), 2 * text + CAPTION_BYTES + KEY_BYTES + 2, 4 * shards),
-        step("encode-images", _encoding(recipe, device), 2 * image + 1, 2 * shards, workers=1),
+        step("encode-images", _encoding(recipe, device), 2 * image + 1, views * shards, workers=tasks),
+        step("train-prior, its start", _splitting(recipe), 1 / 8, 1, workers=1),
     ]
-    start = _splitting(recipe) * pairs / 3600
-    steps.append(Step("train-prior, its start", 3.6e9 * start / pairs, start, start, math.ceil(pairs / 8), 1))
     return DataPath(pairs, tasks, cores, device.type, recipe.name, steps)
 
 

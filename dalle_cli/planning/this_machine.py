@@ -115,7 +115,7 @@ def dry_run(recipe: Recipe, store: Path, out: Path) -> tuple[Plan, Start]:
         reader = TokenReader(store)
         reader.require_complete()
         require_same_sizes(recipe, reader)
-        training, held_out = split_store(reader, recipe)
+        training, held_out = split_store(reader, recipe, keep=False)
         rows = Rows(len(training), len(held_out))
     steps = steps_in(out) if out.is_dir() else []
     return planned, Start(launch.rank, launch.size, store, rows, out, steps[-1].name if steps else None)

@@ -25,7 +25,10 @@ def parse_count(text: str, option: str) -> int:
     Raises:
         UserError: ``text`` is not a count above 0.
     """
-    return int(_parse(text, "", _DECIMAL, f"{option} {text}: write a count, such as 4000 or 250M"))
+    message = f"{option} {text}: write a count, such as 4000 or 250M"
+    if not (count := int(_parse(text, "", _DECIMAL, message))):
+        raise UserError(message)
+    return count
 
 
 def parse_rate(text: str, option: str) -> float:

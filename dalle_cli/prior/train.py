@@ -205,6 +205,7 @@ class PriorTask:
     belongs: dict[str, str] = field(default_factory=dict)
     kind: Kind = "prior"
     comparable_from: int = 0
+    judged_by: str = "image"  # the text's loss rises long before: the same captions come again and again
     less_memory: str = "lower prior.training.micro_batch, or set prior.model.checkpoint_resblocks to true"
     forward: Callable[[Tensor, Tensor, Tensor, Tensor], PriorLoss] | None = None
     drawing: Drawing | None = None
@@ -219,10 +220,10 @@ class PriorTask:
     def batches(self, start: int, stop: int, order: Order = "random blocks") -> Iterator[TokenBatch]:
         return prefetch(self._read(start, stop, order), PREFETCHED_BATCHES)
 
-    def _read(self, start: int, stop: int, named: Order) -> Iterator[TokenBatch]:
+    def _read(self, start: int, stop: int, order_name: Order) -> Iterator[TokenBatch]:
         seed, size, share = self.recipe.seed, self.recipe.prior.training.batch_size, self.recipe.prior.caption_dropout
         part = self.group.part(size)
-        order = BatchOrder(self.training_rows, size, seed, part, order=named)
+        order = BatchOrder(self.training_rows, size, seed, part, order=order_name)
         for first in range(start, stop, PREFETCHED_BATCHES):
             steps = range(first, min(first + PREFETCHED_BATCHES, stop))
             # Several batches at once, since BPE dropout takes nearly as long for a few captions as for many.

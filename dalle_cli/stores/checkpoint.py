@@ -46,6 +46,13 @@ class Best:
 
     step: int
     loss: float
+    by: str = "loss"
+    """Name of the loss among the checkpoint's metrics."""
+
+    @property
+    def name(self) -> str:
+        """The loss in words."""
+        return "held-out loss" if self.by == "loss" else f"held-out {self.by} loss"
 
 
 @dataclass(frozen=True)

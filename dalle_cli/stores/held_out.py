@@ -22,13 +22,15 @@ CACHED = 2**14
 """Number of rows whose random numbers, 8 bytes each, stay in a processor's cache while they are drawn."""
 
 
-def split_store(reader: TokenReader, recipe: Recipe) -> tuple[RowSet, np.ndarray]:
+def split_store(reader: TokenReader, recipe: Recipe, *, keep: bool = True) -> tuple[RowSet, np.ndarray]:
     """Return (training rows, held-out rows) of the rows that hold both a caption and a picture, each ascending.
+
+    Unless ``keep``, nothing is written into a store that does not keep its usable rows yet.
 
     Raises:
         UserError: no row holds both, or none is left to train on.
     """
-    usable = usable_rows(reader)
+    usable = usable_rows(reader, keep=keep)
     if len(usable) == 0:
         raise UserError(f"{reader.path}: holds no row with both a caption and a picture; see its skipped-*.jsonl")
     sizes = [int(size) for size in reader.part("text").identity.get("sizes", [])]
@@ -83,7 +85,7 @@ def split_holdout(rows: RowSet, share: float, seed: int) -> tuple[RowSet, np.nda
         UserError: no row is left to train on.
     """
     limit, found = np.uint64(math.ceil(share * 2.0**53)), [np.empty(0, np.int64)]
-    # Few rows are held out, so all numbers are drawn first and looked up after it, so many at a time as a cache holds.
+    # Few rows are held out: those that are drawn from all numbers, as many at a time as a cache holds, are looked up.
     for first in range(0, rows.stop if share > 0 else 0, CACHED):
         numbers = np.arange(first, min(first + CACHED, rows.stop))
         found.append(numbers[_ranks(numbers, seed) < limit])

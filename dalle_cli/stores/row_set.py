@@ -125,7 +125,7 @@ class RowSet:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         parts = list(self.chunks())
-        return np.concatenate(parts).astype(dtype or np.int64) if parts else np.empty(0, dtype or np.int64)
+        return np.concatenate(parts).astype(dtype or np.int64, copy=False) if parts else np.empty(0, dtype or np.int64)
 
     @property
     def _weights(self) -> list[tuple[int, int]]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from dalle_cli.errors import UserError
+from dalle_cli.stores.checksums import CHECKSUMS
 from dalle_cli.stores.files import write_atomically
 from dalle_cli.stores.row_set import BLOCK, RowSet
 from dalle_cli.stores.tokens import TokenReader
@@ -26,23 +27,26 @@ SMALLEST = 64 * BLOCK
 """Number of rows from which on a store has the file."""
 
 
-def usable_rows(reader: TokenReader) -> RowSet:
-    """Return the rows that hold both a caption and a picture; a store of both parts keeps them if it is large."""
+def usable_rows(reader: TokenReader, *, keep: bool = True) -> RowSet:
+    """Return the rows that hold both a caption and a picture; a large store of both parts keeps them if ``keep``."""
     keeps = len(reader) >= SMALLEST and all(state.complete for state in reader.parts.values())
     file, head = reader.path / FILE, _head(reader)
     bits = _read(file, head, len(reader)) if keeps else None
     if bits is None:
         bits = reader.usable_bits()
-        if keeps:
+        if keep and keeps and _read(file, head, len(reader)) is None:  # another rank may have been faster
             with suppress(OSError, UserError):  # the folder may not be written to
                 write_atomically(file, _line(head, bits) + bits.tobytes())
     return RowSet(bits)
 
 
 def _head(reader: TokenReader) -> str:
-    """Return a hash of what the parts were made of."""
+    """Return a hash of what the parts were made of, and of which samples they skipped."""
     parts = {part: asdict(state) for part, state in sorted(reader.parts.items())}
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+    found = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
+    with suppress(OSError):
+        found.update((reader.path / CHECKSUMS).read_bytes())
+    return found.hexdigest()
 
 
 def _line(head: str, bits: np.ndarray) -> bytes:

@@ -56,6 +56,8 @@ class Task(Protocol):
     group: Group
     belongs: dict[str, str]
     """Hashes of the artifacts that the model is trained with, by role."""
+    judged_by: str
+    """Name of the validation's loss whose lowest value makes the best checkpoint."""
     less_memory: str
     """Advice on what to set in the recipe if a GPU runs out of memory."""
 
@@ -82,7 +84,8 @@ class Task(Protocol):
     def validate(self, step: int) -> dict[str, float]:
         """Return scalars on held-out samples, if there are any.
 
-        ``"loss"`` chooses the best checkpoint, and drives the plateau schedule if that watches validations.
+        That named ``judged_by`` chooses the best checkpoint, and ``"loss"`` drives the plateau schedule if that watches
+        validations.
         """
 
     def example_images(self) -> dict[str, Tensor]:
@@ -130,6 +133,7 @@ class Run:
         use_settings(self.recipe)
         with self._owned(), explain_out_of_memory(self.out, self.task.less_memory), explain_lost_workers(), self.stop:
             state = TrainingState(self.engine, self.settings, self.task.decayed(), self.recipe.seed)
+            state.best.by = self.task.judged_by
             checkpoint = self._resume(state)
             start, validated = (checkpoint.step, dict(checkpoint.metrics)) if checkpoint else (0, {})
             self.group.require_same("recipe or checkpoint", f"{start} {dump_recipe(self.recipe)}")
@@ -162,7 +166,7 @@ class Run:
         if newest.best is not None:
             if best.step < newest.step:
                 log(
-                    f"{self.name}: the held-out loss was lowest after {best.step} updates; later stages use "
+                    f"{self.name}: the {newest.best.name} was lowest after {best.step} updates; later stages use "
                     f"{best.path.name} (--checkpoint last: {newest.path.name})"
                 )
             for warning in validation_warnings(newest):
@@ -286,7 +290,7 @@ class Run:
                 state.plateau.observe_training()
             elif not math.isnan(loss := self.group.broadcast(validated.get("raw_loss", math.nan))):
                 state.plateau.observe(loss)
-        ema_loss = self.group.broadcast(validated.get("loss", math.nan))
+        ema_loss = self.group.broadcast(validated.get(state.best.by, math.nan))
         if step >= self.task.comparable_from and math.isfinite(ema_loss):
             state.best.observe(step, ema_loss)
         return validated
@@ -304,7 +308,7 @@ class Run:
                 f"{self.out}: weights are not finite after {step} updates, so they are not saved; {self._mend}"
             )
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        best = Best(state.best.step, state.best.loss) if state.best.step else None
+        best = Best(state.best.step, state.best.loss, state.best.by) if state.best.step else None
         facts = CheckpointFacts(
             self.task.kind,
             step,

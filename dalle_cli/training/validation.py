@@ -18,6 +18,8 @@ class BestValidation:
     step: int = 0
     loss: float = math.inf
     validations_since: int = 0
+    by: str = "loss"
+    """Name of the validation's loss that is compared; runs of earlier versions name none and compare "loss"."""
 
     def observe(self, step: int, loss: float) -> None:
         """Record a validation after ``step`` updates."""
@@ -34,9 +36,9 @@ class BestValidation:
 def validation_warnings(newest: Checkpoint) -> list[str]:
     """Return a sentence for each thing that the validations of a run warn of, given its newest checkpoint."""
     found, best, metrics = [], newest.best, newest.metrics
-    if best is not None and metrics.get("loss", best.loss) > best.loss + RISE * abs(best.loss):
+    if best is not None and metrics.get(best.by, best.loss) > best.loss + RISE * abs(best.loss):
         found.append(
-            f"the held-out loss rose from {best.loss:.4g} after {best.step} updates to {metrics['loss']:.4g} after "
+            f"the {best.name} rose from {best.loss:.4g} after {best.step} updates to {metrics[best.by]:.4g} after "
             f"{newest.step}, so the model memorises: lower {newest.kind}.training.updates, set "
             f"{newest.kind}.training.patience, or use more data"
         )

@@ -204,7 +204,7 @@ def _describe_tokens(path: Path, group: Any) -> TokenStoreDescription:
     return TokenStoreDescription(
         path=str(path),
         rows=len(reader) if parts else 0,
-        usable_rows=len(usable_rows(reader)) if len(parts) == 2 else None,
+        usable_rows=len(usable_rows(reader, keep=False)) if len(parts) == 2 else None,
         complete=len(parts) == 2 and all(state.complete for state in parts.values()),
         parts={part: PartDescription(state.rows, state.complete, state.identity) for part, state in parts.items()},
         source=sources.pop() if len(sources) == 1 else sorted(sources) or None,

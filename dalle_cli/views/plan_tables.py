@@ -68,10 +68,11 @@ def render_data_path(path: DataPath, console: Console) -> None:
         ("core-hours", f"of one core; of encode-images, of its device ({path.device})"),
         (
             "hours",
-            f"from start to end: {path.tasks:,} tasks of {path.cores} cores that share evenly, one for comparing",
+            f"from start to end: {path.tasks:,} tasks of {path.cores} cores that share evenly; overlap takes one",
         ),
         ("comparing", "grows as n^1.18, as benchmarks/scale.md found up to a million pairs"),
-        ("bytes", "before compression; captions of 70 bytes are assumed"),
+        ("bytes", "before compression; 10,000 pairs a tar, captions of 70 bytes and keys of 12 are assumed"),
+        ("its start", "every start but the first, which also reads the two arrays that say which rows are usable"),
     ]
     tables = [grid_table(f"Data path of {path.pairs:,} pairs for {path.recipe}", columns, rows, right=range(1, 6))]
     print_tables(console, [*tables, pairs_table("Columns", notes)])

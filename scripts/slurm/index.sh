@@ -9,7 +9,8 @@
 # Index the tar shards of a source by a job array, each job a share of them, so that no later job reads all headers.
 # Arguments are those of `dalle index`. A job that a signal ends is queued again. See README.md.
 #
-#     sbatch --array 1-8 scripts/slurm/index.sh "shards/{00000..24999}.tar" --index indexes
+#     export DALLE_INDEX=indexes  # where all later jobs find them
+#     sbatch --array 1-8 scripts/slurm/index.sh "shards/{00000..24999}.tar"
 set -euo pipefail
 source "${DALLE_ROOT:-$SLURM_SUBMIT_DIR}/scripts/slurm/job.sh"
 share=$(shard)

@@ -7,9 +7,11 @@
 #SBATCH --signal=B:USR1@30
 #
 # Count what is in a source by a job array: each job scans one share, and the last one adds up all of them.
-# Arguments are those of `dalle scan`, with --out. A job that a signal ends is queued again. See README.md.
+# Arguments are those of `dalle scan`, with --out. A job that a signal ends is queued again and begins its share anew, so
+# make the shares so small that each fits the time limit. See README.md.
 #
-#     sbatch --array 1-8 scripts/slurm/scan.sh "shards/{00000..24999}.tar" --out scan
+#     export DALLE_INDEX=indexes
+#     sbatch --array 1-64 --cpus-per-task 16 scripts/slurm/scan.sh "shards/{00000..24999}.tar" --out scan
 set -euo pipefail
 source "${DALLE_ROOT:-$SLURM_SUBMIT_DIR}/scripts/slurm/job.sh"
 share=$(shard)

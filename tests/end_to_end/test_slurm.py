@@ -26,7 +26,7 @@ from dalle_cli.stores.tokens import TokenReader
 FOLDER = ROOT / "scripts" / "slurm"
 FILES = sorted(FOLDER.glob("*.sh"))
 STAGES = {
-    "train-tokenizer", "tokenize-text", "train-dvae", "encode-images", "train-prior", "train-clip",
+    "index", "scan", "train-tokenizer", "tokenize-text", "train-dvae", "encode-images", "train-prior", "train-clip",
     "sample", "rerank", "eval-fid", "report",
 }  # fmt: skip
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1")

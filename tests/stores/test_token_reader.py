@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from dalle_cli.data.batch_order import WINDOW, BatchOrder
 from dalle_cli.data.prefetch import prefetch
 from dalle_cli.stores import tokens
+from dalle_cli.stores.row_set import BLOCK
 from dalle_cli.stores.token_writer import PartWriter
 from dalle_cli.stores.tokens import CACHED_ROWS, TokenReader
 from dalle_cli.stores.usable_rows import usable_rows
@@ -125,7 +126,8 @@ def test_what_is_at_hand_is_used_before_it_is_let_go(store: tuple[Path, dict[str
 
 
 def test_the_sizes_in_the_documentation_are_true() -> None:
-    assert WINDOW % tokens.ROWS_PER_SHARD == 0
+    assert BLOCK == tokens.ROWS_PER_SHARD
+    assert WINDOW == 64 * BLOCK
     assert CACHED_ROWS >= 10**6
     row = 2 * 1024 + 2 * 256
     assert row / 1000 == pytest.approx(2.6, abs=0.05)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 from helpers.shares import small_files
 from helpers.token_stores import write_tokens
 
@@ -18,10 +20,14 @@ ROWS = 100
 
 
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(module, "SMALLEST", ROWS)
     with small_files(16):
-        yield write_tokens(tmp_path / "tokens.zarr", ROWS, 8, 400, 4, 16)
+        path = write_tokens(tmp_path / "tokens.zarr", ROWS, 8, 400, 4, 16)
+        arrays = zarr.open_group(str(path), mode="r+")
+        some = np.random.default_rng(0).random((2, ROWS)) < 0.7
+        arrays["text_length"][:], arrays["image_ok"][:] = 8 * some[0], some[1]
+        yield path
 
 
 def reading(store: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], int]:
@@ -39,8 +45,14 @@ def test_usable_rows_are_found_once(store: Path, monkeypatch: pytest.MonkeyPatch
     wanted = np.flatnonzero((lengths > 0) & (whole > 0))
     rows, read = reading(store, monkeypatch)
     assert rows == wanted.tolist()
+    assert 20 < len(rows) < 80
     assert read == 2 * 7
     assert reading(store, monkeypatch) == (rows, 0)
+
+
+def test_what_only_looks_writes_nothing(store: Path) -> None:
+    usable_rows(TokenReader(store), keep=False)
+    assert not (store / FILE).exists()
 
 
 def damaged(file: Path) -> None:

@@ -141,7 +141,7 @@ def test_a_task_with_too_few_batches_is_an_error(tmp_path: Path) -> None:
     recipe = Recipe.model_validate(smallest_recipe(tmp_path, None))
 
     class Short(DvaeTask):
-        def batches(self, start: int, stop: int) -> Any:
+        def batches(self, start: int, stop: int, order: Any = None) -> Any:
             yield torch.zeros(4, 32, 32, 3, dtype=torch.uint8)
 
     task = Short(recipe, [0] * 9, DVAE(recipe.dvae.model))  # type: ignore[arg-type]
