@@ -39,9 +39,7 @@ def command(
         str | None,
         typer.Option(metavar="PAIRS", help="Reckon the data path of so many pairs, such as 250M.", show_default=False),
     ] = None,
-    tasks: Annotated[
-        int, typer.Option(min=1, help="With --data: number of jobs, each on a machine like this one.")
-    ] = 64,
+    tasks: Annotated[int, typer.Option(min=1, help="With --data: number of jobs, each on such a machine.")] = 64,
     table: Annotated[
         bool, typer.Option("--table", help="Print PowerSGD's compression for RECIPE, or for all in recipes/.")
     ] = False,

@@ -55,9 +55,9 @@ def memorising_recipe(folder: Path, **training: int) -> Path:
 
 
 def losses(run: Path) -> dict[int, float]:
-    """Return the held-out loss of each validation in a run's metrics.jsonl."""
+    """Return the held-out image loss of each validation in a run's metrics.jsonl."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
+    return {line["step"]: line["val_image"] for line in lines if "val_image" in line}
 
 
 def test_the_best_checkpoint_is_kept_and_used(noise: Path, tmp_path: Path, call: Call) -> None:
@@ -70,9 +70,9 @@ def test_the_best_checkpoint_is_kept_and_used(noise: Path, tmp_path: Path, call:
     assert [folder.name for folder in steps_in(run)] == [f"step-{best:08d}", "step-00000120"]
     assert open_checkpoint(run).step == best
     assert open_checkpoint(run, which="last").step == 120
-    assert open_checkpoint(run).metrics["loss"] == pytest.approx(found[best])
+    assert open_checkpoint(run).metrics["image"] == pytest.approx(found[best])
     assert f"later stages use step-{best:08d}" in done.err
-    assert f"the held-out loss rose from {found[best]:.4g} after {best} updates to {found[120]:.4g}" in done.err
+    assert f"the held-out image loss rose from {found[best]:.4g} after {best} updates to {found[120]:.4g}" in done.err
     assert "above" in done.err
     shown = json.loads(call("show", run, "--json").out)
     assert shown["step"] == best
@@ -145,3 +145,22 @@ def test_the_loss_under_other_captions_by_hand(noise: Path, tmp_path: Path, call
         loss = prior.loss(text, length, image).image
     assert found.metrics["image_other_captions"] == pytest.approx(float(loss), rel=1e-4)
     assert found.metrics["image_other_captions"] != found.metrics["image"]
+
+
+def test_a_run_of_an_earlier_version_goes_on_by_the_whole_loss(noise: Path, tmp_path: Path, call: Call) -> None:
+    """Its checkpoints do not say by what the best one was found."""
+    recipe, run = memorising_recipe(tmp_path, save_every=20), tmp_path / "run" / "prior"
+    assert call("train-prior", recipe, "--tokens", noise, "--set", "prior.training.updates=40").code == 0
+    newest = open_checkpoint(run, which="last")
+    state = newest.path / "trainer" / "state.json"
+    saved = json.loads(state.read_text())
+    assert saved["best"].pop("by") == "image"
+    saved["best"] |= {"step": 40, "loss": newest.metrics["loss"]}
+    assert saved.pop("order") == "random blocks"
+    state.write_text(json_text(saved))
+    rehash(newest.path)
+    assert call("train-prior", recipe, "--tokens", noise).code == 0
+    newest = open_checkpoint(run, which="last")
+    assert newest.best is not None
+    assert newest.best.by == "loss"
+    assert newest.trainer_state()["order"] == "consecutive windows"
