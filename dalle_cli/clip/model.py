@@ -132,7 +132,9 @@ def contrastive_loss(model: CLIP, images: Tensor, text_ids: Tensor, caption_nega
     similarities = scale * image_features @ text_features.T
     others = similarities.T
     if caption_negatives:
-        equal = (text_ids[:, None] == text_ids).all(dim=-1)  # as torch.unique, for which a GPU must be waited for
+        equal = text_ids.new_ones(len(text_ids), len(text_ids), dtype=torch.bool)
+        for ids in text_ids.T:  # torch.unique would have to wait for a GPU
+            equal &= ids[:, None] == ids
         captions = (scale * text_features @ text_features.T).masked_fill(equal, -torch.inf)
         others = torch.cat([others, captions], dim=1)
     return pairs_cross_entropy(similarities, others)

@@ -33,7 +33,7 @@ def choose_device(local_rank: int = 0) -> torch.device:
                 f"SLURM_GPUS_ON_NODE {given}: Slurm gave this job GPUs, but torch {torch.__version__} finds none on "
                 f"{platform.node()}; install a torch for CUDA, load the driver's module, or ask for no GPU"
             )
-        if _NVIDIA_DRIVER.exists():
+        if _NVIDIA_DRIVER.exists() and "CUDA_VISIBLE_DEVICES" not in os.environ:
             log(
                 f"no GPU is used: this machine has an NVIDIA driver, and torch {torch.__version__} finds none; "
                 "install a torch for the driver's version of CUDA (nvidia-smi names it), or a newer driver"

@@ -220,9 +220,9 @@ class Replicated(TorchEngine):
         # It would compare annotations, which are text in this file.
         parallel.register_comm_hook(None, lambda state, bucket: self._sum_bucket(bucket))
         # After its first backward pass it forms the buckets anew, in the order in which gradients came. A pass of zeros
-        # settles that order, so that a resumed run rounds its sums as an undisturbed one does.
+        # settles it, from the last parameter to the first, so that a resumed run rounds its sums as any other does.
         counted = self.group.traffic.bytes
-        parallel(lambda: {"loss": _Zero.apply(*self.parameters.values())})["loss"].backward()
+        parallel(lambda: {"loss": sum(map(_Zero.apply, self.parameters.values()))})["loss"].backward()
         for parameter in self.parameters.values():
             parameter.grad = None
         self.group.traffic.bytes = counted
@@ -242,7 +242,8 @@ class Replicated(TorchEngine):
         self.group.traffic.bytes += total.nbytes
         work = dist.all_reduce(total, group=self.group.process_group, async_op=True)
 
-        def finish(_: object) -> Tensor:
+        def finish(done: torch.futures.Future[Any]) -> Tensor:
+            done.value()  # which raises what went wrong
             for gradient in scaled:
                 gradient.mul_(after)
             return total
@@ -281,13 +282,14 @@ class _Calls(nn.Module):
 
 
 class _Zero(torch.autograd.Function):
-    """Zero, whose gradients in all of its arguments are zeros in the same layout."""
+    """Zero, whose gradient in a parameter is zeros in the same layout. Of a sum of them, the last comes first."""
 
     @staticmethod
-    def forward(ctx: Any, *parameters: Tensor) -> Tensor:
-        ctx.save_for_backward(*parameters)
-        return parameters[0].new_zeros(())
+    def forward(ctx: Any, parameter: Tensor) -> Tensor:
+        ctx.save_for_backward(parameter)
+        return parameter.new_zeros((), dtype=torch.float32)
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
+    def backward(ctx: Any, _: Tensor) -> Tensor:
+        (parameter,) = ctx.saved_tensors
+        return torch.zeros_like(parameter)

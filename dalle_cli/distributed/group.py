@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dalle_cli.distributed.device import choose_device, prepare_process
+from dalle_cli.distributed.device import choose_device, prepare_process, send
 from dalle_cli.distributed.launch import read_launch
 from dalle_cli.distributed.liveness import absent_ranks, describe_absent
 from dalle_cli.errors import Stopped, UserError
@@ -85,13 +85,14 @@ class Group:
         """Return the sum of the ranks' ``value``, the same bytes on each rank."""
         if self.size == 1:
             return value
-        return self._all_reduce(value.detach().to(self.device, copy=True))
+        own = value.detach()
+        return self._all_reduce(own.clone() if own.device == self.device else send(own, self.device))
 
     def sum_scalars(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the sum of each named scalar over the ranks, in one message; all ranks give the same names."""
         if self.size == 1:
             return values
-        stacked = self.sum(torch.stack([value.to(self.device, torch.float32) for value in values.values()]))
+        stacked = self.sum(torch.stack([send(value, self.device).to(torch.float32) for value in values.values()]))
         return dict(zip(values, stacked, strict=True))
 
     def average_in_place(self, tensors: Iterable[Tensor]) -> None:

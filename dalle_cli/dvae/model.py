@@ -7,6 +7,7 @@ OpenAI released (``blocks.group_1.block_1.res_path.conv_1.w``), so that its weig
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -115,6 +116,8 @@ class Encoder(nn.Module):
     def __init__(self, settings: DvaeModel, seed: int = 0) -> None:
         super().__init__()
         width, self.downsampling = settings.n_hid, settings.downsampling
+        self.compiled: Callable[[Tensor], Tensor] | None = None
+        """A faster ``plain`` for training, where batches have one size."""
         pools = self.downsampling.bit_length() - 1
         self.blocks = nn.Sequential()
         self.blocks.add_module("input", Conv2d(CHANNELS, width, 7))
@@ -128,6 +131,10 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map pixels (B, 3, H, W) in (eps, 1 - eps), see ``phi``, to float32 logits (B, K, H / f, W / f)."""
+        return self.compiled(x) if self.compiled and torch.is_grad_enabled() else self.plain(x)
+
+    def plain(self, x: Tensor) -> Tensor:
+        """Compute ``forward`` without a compiler."""
         f = self.downsampling
         if x.ndim != 4 or x.shape[1] != CHANNELS or x.shape[2] % f or x.shape[3] % f:
             raise ValueError(f"the encoder takes (B, 3, H, W), H and W multiples of {f}, not {tuple(x.shape)}")
@@ -143,6 +150,8 @@ class Decoder(nn.Module):
         super().__init__()
         width = settings.n_hid
         self.codebook_size = settings.codebook_size
+        self.compiled: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+        """A faster ``plain`` for training, where batches have one size."""
         self.blocks = nn.Sequential()
         self.blocks.add_module("input", Conv2d(settings.codebook_size, settings.n_init, 1, float32=True))
         n_in, pools = settings.n_init, settings.downsampling.bit_length() - 1
@@ -168,6 +177,10 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Map codes (B, K, h, w), one-hot or relaxed, to mu and ln b, each (B, 3, f h, f w), float32, unbounded."""
+        return self.compiled(z) if self.compiled and torch.is_grad_enabled() else self.plain(z)
+
+    def plain(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute ``forward`` without a compiler."""
         if z.ndim != 4 or z.shape[1] != self.codebook_size:
             raise ValueError(f"the decoder takes (B, {self.codebook_size}, h, w), not {tuple(z.shape)}")
         return self._decode(self.codebook(z))

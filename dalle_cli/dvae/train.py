@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from dalle_cli.data.images import BadImage
 from dalle_cli.data.joined import sizes_of
 from dalle_cli.data.picture_loader import TrainingPictures, load_eval_picture
 from dalle_cli.data.source import BadSample, Source
-from dalle_cli.distributed.device import check_precision, send
+from dalle_cli.distributed.device import check_precision, explain_out_of_memory, send, use_settings
 from dalle_cli.distributed.engine import Replicated
 from dalle_cli.distributed.group import ALONE, Group, join_group
 from dalle_cli.dvae.model import CHANNELS, DVAE
@@ -42,7 +42,7 @@ from dalle_cli.training.ancestor import open_ancestor
 from dalle_cli.training.loop import Run
 from dalle_cli.training.schedules import ramp
 from dalle_cli.training.throughput import SampleWork, training_flops
-from dalle_cli.training.trial import agrees
+from dalle_cli.training.trial import agrees, prepare_compiler
 
 VALIDATION_BATCH = 64
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -80,8 +80,7 @@ class DvaeTask:
         # Counted for an image of one code and scaled by the area; autocast does not work on the meta device.
         side, codes = self.recipe.dvae.model.downsampling, self.recipe.grid**2
         pixels = torch.zeros(1, 3, side, side, device=self.group.device)
-        encode, decode = self.model.encoder.forward, self.model.decoder.forward  # which are never compiled
-        flops = training_flops(lambda: decode(encode(pixels).softmax(1)))
+        flops = training_flops(lambda: self.model.decoder(self.model.encoder(pixels).softmax(1)))
         return SampleWork(codes, codes * flops, AUTOCAST.get(self.recipe.dvae.precision, torch.float32))
 
     def batches(self, start: int, stop: int, order: Order = "random blocks") -> Iterator[Tensor]:
@@ -220,7 +219,9 @@ def train_dvae(recipe: Recipe, source: Source, out: Path, extend: int | None = N
             model.load_state_dict(ancestor.tensors("ema"))
         task = DvaeTask(recipe, source, model, group, belongs, perceptual=distance)
         if group.device.type == "cuda" and recipe.compile == "auto":
-            compile_networks(model, recipe.image_size, AUTOCAST.get(recipe.dvae.precision), group.device)
+            use_settings(recipe)  # which compiled code depends on
+            with explain_out_of_memory(out, task.less_memory):
+                compile_networks(model, recipe.image_size, AUTOCAST.get(recipe.dvae.precision), group.device)
         loss_scaler = torch.amp.GradScaler(group.device.type) if recipe.dvae.precision == "fp16" else None
         return Run(task, recipe, out, Replicated(model, group, loss_scaler=loss_scaler), extend).train()
 
@@ -236,24 +237,24 @@ def compile_networks(
 
     ``dtype`` is that of autocast, if it is used.
     """
+    prepare_compiler()
+    parameters = list(model.parameters())
     generator = torch.Generator(device).manual_seed(0)
     x = torch.rand(1, CHANNELS, image_size, image_size, device=device, generator=generator) * 0.8 + 0.1
-    parameters = list(model.parameters())
+    gradients = [torch.randn(x.shape, device=device, generator=generator) for _ in range(2)]
 
     def output_and_gradients() -> list[Tensor]:
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             outputs = model.decoder(model.encoder(x).softmax(1))
-        loss = sum(output.square().mean() for output in outputs)
-        return [*outputs, *torch.autograd.grad(cast(Tensor, loss), parameters)]
+        return [*outputs, *torch.autograd.grad(outputs, parameters, gradients)]
 
     def compiled() -> list[Tensor]:
-        for network in (model.encoder, model.decoder):
-            network.compile(dynamic=False, backend=backend)
+        model.encoder.compiled = torch.compile(model.encoder.plain, dynamic=False, backend=backend)
+        model.decoder.compiled = torch.compile(model.decoder.plain, dynamic=False, backend=backend)
         return output_and_gradients()
 
     if not agrees("train-dvae: encoder and decoder by torch.compile", output_and_gradients, compiled):
-        for network in (model.encoder, model.decoder):
-            network._compiled_call_impl = None
+        model.encoder.compiled = model.decoder.compiled = None
 
 
 def load_dvae(checkpoint: Checkpoint) -> DVAE:

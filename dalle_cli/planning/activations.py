@@ -121,7 +121,7 @@ class Activations:
         sums = BYTES_32 * self.batch * self.recipe.prior.model.heads * (self.text + self.image)
         whole = self._inner
         return self._attention(
-            saved=4 * whole + sums,
+            saved=(4 + (copies > 0)) * whole + sums,
             forward=(1 + copies) * whole,
             backward=(7 + copies) * whole,
             inference=(4 + copies) * whole,

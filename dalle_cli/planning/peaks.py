@@ -67,7 +67,8 @@ def phase_peaks(
     all_saved = saved[-1] + activations.bytes
     # In the backward pass saved activations shrink while gradients grow, unless the gradients are already allocated
     # since an earlier micro-batch, or stay in buckets from update to update.
-    present = gradients if accumulates or in_buckets else 0
+    # With both, the earlier micro-batches add up beside the buckets.
+    present = (accumulates + in_buckets) * gradients
     if accumulates and gathered.gradients:
         present = BYTES_32 * counts.small + gathered.gradients
     candidates = [present + all_saved + activations.head() + gathered.head_gradients + gathered.at_head]

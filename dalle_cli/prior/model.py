@@ -311,9 +311,9 @@ class LossModule(nn.Module):
         super().__init__()
         self.prior = prior
 
-    def forward(self, text: Tensor, length: Tensor, image: Tensor, text_count: Tensor | float) -> PriorLoss:
-        """Return ``Prior.loss``."""
-        return self.prior.loss(text, length, image, text_count)
+    def forward(self, text: Tensor, length: Tensor | list[int], image: Tensor, text_count: Tensor | float) -> PriorLoss:
+        """Return ``Prior.loss``; a list of lengths stays on the CPU, where ``fully_shard`` would move a tensor."""
+        return self.prior.loss(text, torch.as_tensor(length), image, text_count)
 
 
 def build_prior(recipe: Recipe, initial: InitialValue | None = None) -> Prior:

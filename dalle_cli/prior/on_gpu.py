@@ -1,7 +1,7 @@
 """The prior on a GPU: attention by ``flex_attention``, and resblocks through ``torch.compile``.
 
-Neither can be taken for granted on every card and version, so each is tried on a block of the prior's sizes first, and
-used for the blocks of that kind only if the trial comes to the same values as the plain block.
+Neither can be taken for granted on every card and version, so each is tried first, on one stream through a block of the
+prior's sizes, and used for the blocks of that kind only if output and gradients are those of the plain block.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dalle_cli.config.schema import Compile
 from dalle_cli.prior.attention import is_dense
 from dalle_cli.prior.flex_attention import FlexAttention
 from dalle_cli.prior.model import AttentionResblock, Linear, MlpResblock, Prior, Resblock
-from dalle_cli.training.trial import agrees
+from dalle_cli.training.trial import agrees, prepare_compiler
 
 
 def speed_up(
@@ -27,6 +27,7 @@ def speed_up(
 
     The prior may be whole, sharded or without storage: the trials use blocks of their own.
     """
+    prepare_compiler()
     grouped: dict[str, list[Resblock]] = {}
     for block in cast(list[Resblock], list(prior.resblocks)):
         grouped.setdefault(block.kind if isinstance(block, AttentionResblock) else "MLP", []).append(block)
@@ -73,7 +74,8 @@ def _output_and_gradients(block: Resblock, x: Tensor) -> Callable[[], list[Tenso
         stream = x.detach().requires_grad_()
         with torch.enable_grad():
             out = block(stream)
-            return [out, *torch.autograd.grad(out.square().mean(), [stream, *block.parameters()])]
+            gradient = torch.randn(out.shape, device=out.device, generator=torch.Generator(out.device).manual_seed(1))
+            return [out, *torch.autograd.grad(out, [stream, *block.parameters()], gradient)]
 
     return work
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from dalle_cli.config.schema import PriorSettings, Recipe
 from dalle_cli.data.batch_order import WINDOW, BatchOrder, Order
 from dalle_cli.data.prefetch import prefetch
-from dalle_cli.distributed.device import check_precision, fast_matmul, send
+from dalle_cli.distributed.device import check_precision, explain_out_of_memory, fast_matmul, send, use_settings
 from dalle_cli.distributed.engine import Engine, Replicated
 from dalle_cli.distributed.group import ALONE, Group, join_group
 from dalle_cli.errors import UserError
@@ -91,7 +91,11 @@ def train_prior(
         if group.device.type == "cuda":
             from dalle_cli.prior.on_gpu import speed_up
 
-            speed_up(prior, recipe.compile, group.device)
+            # DeepSpeed gathers parameters inside of resblocks, which breaks the compiled code into untried pieces.
+            gathers_inside = stage.sharding.engine == "deepspeed" and stage.sharding.zero == 3
+            use_settings(recipe)  # which compiled code depends on
+            with explain_out_of_memory(out, task.less_memory):
+                speed_up(prior, "off" if gathers_inside else recipe.compile, group.device)
         return Run(task, recipe, out, engine, extend).train()
 
 
@@ -207,7 +211,7 @@ class PriorTask:
     comparable_from: int = 0
     judged_by: str = "image"  # the text's loss rises long before: the same captions come again and again
     less_memory: str = "lower prior.training.micro_batch, or set prior.model.checkpoint_resblocks to true"
-    forward: Callable[[Tensor, Tensor, Tensor, Tensor], PriorLoss] | None = None
+    forward: Callable[[Tensor, list[int], Tensor, Tensor], PriorLoss] | None = None
     drawing: Drawing | None = None
 
     def __post_init__(self) -> None:
@@ -244,7 +248,10 @@ class PriorTask:
     def loss(self, batch: tuple[TokenBatch, Tensor], step: int) -> dict[str, Tensor]:
         tokens, text_count = batch
         text, image = (send(each, self.group.device) for each in (tokens.text, tokens.image))
-        found = (self.forward or self.model.loss)(text, tokens.length, image, text_count)
+        if self.forward is None:
+            found = self.model.loss(text, tokens.length, image, text_count)
+        else:
+            found = self.forward(text, tokens.length.tolist(), image, text_count)
         weight = self.recipe.prior.objective.text_weight
         return {"loss": weight * found.text + (1 - weight) * found.image, "text": found.text, "image": found.image}
 

@@ -13,7 +13,7 @@ from dalle_cli.distributed.group import Group
 
 
 class LookBack:
-    """The losses and stop requests of all ranks, looked at one update late on a GPU and at once on a CPU."""
+    """The losses, and the stop requests of several ranks, looked at one update late on a GPU and at once on a CPU."""
 
     def __init__(self, group: Group) -> None:
         self.group = group

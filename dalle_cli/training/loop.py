@@ -192,9 +192,10 @@ class Run:
             progress(self.name, last, "updates", start, steady=True) as bar,
         ):
             throughput = self._throughput()
-            idle_cores = IdleCores() if self.recipe.threads == "idle" and group.size == 1 else None
+            on_cpu_alone = group.size == 1 and group.device.type == "cpu"
+            idle_cores = IdleCores() if self.recipe.threads == "idle" and on_cpu_alone else None
             if self.recipe.threads == "idle" and idle_cores is None:
-                log(f"{self.name}: warning: threads: idle is for one process, and {group.size} train here")
+                log(f"{self.name}: warning: threads: idle is for one process on a CPU, and is ignored here")
             for step, batch in zip(range(start, last), task.batches(start, last, state.order), strict=True):
                 done, sent_before = step + 1, self.engine.traffic()
                 rate = state.learning_rate(step)
@@ -206,7 +207,10 @@ class Run:
                 self.look_back.note_loss(done, values["loss"])
                 self._look_at_losses(state)
                 throughput.count_update()
-                if group.leads and (done == 1 or state.due(training.log_every, done)):
+                logs = done == 1 or state.due(training.log_every, done)
+                if logs:
+                    self._look_at_losses(state, every=True)
+                if group.leads and logs:
                     scalars = {name: float(value) for name, value in values.items()}
                     sent = {name: total - sent_before[name] for name, total in self.engine.traffic().items()}
                     journal.log_training(done, rate, {**scalars, **sent, **throughput.measure()})

@@ -1,6 +1,6 @@
-"""Stop requests: SIGTERM, SIGUSR1 or Ctrl-C makes a run save a checkpoint after the current update and stop.
+"""Stop requests: SIGTERM, SIGUSR1 or Ctrl-C makes a run save a checkpoint and stop.
 
-Imports nothing heavy.
+It stops after the current update or, on several GPUs, the next one. Imports nothing heavy.
 """
 
 from __future__ import annotations

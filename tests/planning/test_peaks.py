@@ -81,7 +81,7 @@ def test_a_gpu_stores_no_attention_weights() -> None:
         for layout in ("row ...", "column ...", "conv ...", "full ...")
     }
     assert of["row ..."] == of["conv ..."] == of["full ..."]
-    assert of["column ..."][0].saved == of["row ..."][0].saved
+    assert of["column ..."][0].saved > of["row ..."][0].saved
     assert of["column ..."][0].forward > of["row ..."][0].forward
     on_cpu = Activations(sized_prior(2, 4, 8, 32, 64, 16, prior__model__layout="row ..."), 16, on_cpu=True).resblocks()
     assert of["row ..."][0].saved < on_cpu[0].saved

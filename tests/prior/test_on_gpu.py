@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from helpers.flex import allow_backward_on_cpu
 from helpers.sharded_runs import make_inputs, run_on_two_ranks
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 
 from dalle_cli.config.schema import PriorModel, PriorSettings
 from dalle_cli.prior.model import AttentionResblock, Prior, PriorLoss
@@ -98,11 +100,34 @@ def fails(*_: Any) -> Any:
     raise RuntimeError("no such kernel\nand a long trace")
 
 
-def is_wrong(graph: Any, _: Any) -> Callable[..., Any]:
-    return lambda *values: [2 * value if isinstance(value, Tensor) else value for value in graph.forward(*values)]
+def changed_by(change: Callable[[Tensor], Tensor], *, backward_only: bool = False) -> Callable[..., Any]:
+    """Return a backend whose code gives floating numbers that are ``change`` of the right ones."""
+
+    def compiler(graph: Any, _: Any) -> Callable[..., Any]:
+        def run(*values: Any) -> Any:
+            found = graph.forward(*values)
+            return [change(v) if isinstance(v, Tensor) and v.is_floating_point() else v for v in found]
+
+        return make_boxed_func(run)
+
+    plain = unchanged if backward_only else compiler
+    return aot_autograd(fw_compiler=plain, bw_compiler=compiler)
 
 
-@pytest.mark.parametrize(("backend", "reason"), [(fails, "no such kernel"), (is_wrong, "of the largest value")])
+def unchanged(graph: Any, _: Any) -> Callable[..., Any]:
+    return make_boxed_func(graph.forward)
+
+
+WRONG = [
+    (fails, "no such kernel"),
+    (changed_by(lambda value: 2 * value), "of the largest value"),
+    (changed_by(lambda value: 0 * value, backward_only=True), "of the largest value"),
+    (changed_by(lambda value: value * torch.nan, backward_only=True), "it is off by nan of the largest value"),
+]
+"""Backends that fail, and those whose results, or gradients alone, are wrong; why they are not used."""
+
+
+@pytest.mark.parametrize(("backend", "reason"), WRONG)
 def test_what_fails_or_is_wrong_is_not_used(backend: Any, reason: str, capsys: pytest.CaptureFixture[str]) -> None:
     """flex_attention refuses a backward pass on a CPU, so it is not used here either."""
     prior = small()
@@ -110,7 +135,7 @@ def test_what_fails_or_is_wrong_is_not_used(backend: Any, reason: str, capsys: p
     speed_up(prior, "auto", CPU, backend)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 5 + 4, lines
-    assert sum(reason in line for line in lines) == 5
+    assert sum(reason in line for line in lines) == 5, lines
     assert sum("by flex_attention: not used here" in line for line in lines) == 4
     for found, value in zip(loss_and_gradients(prior), wanted, strict=True):
         assert torch.equal(found, value)

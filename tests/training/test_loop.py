@@ -103,13 +103,16 @@ class _Nothing:
 class _Reader:
     """A store whose tokens are never read."""
 
-    path = Path("unused")
+    path, parts = Path("unused"), {}  # type: ignore[var-annotated]
+
+    def __len__(self) -> int:
+        return 10
 
     def part(self, part: str) -> PartState:
         return PartState(0, True, {}, {})
 
-    def usable(self) -> np.ndarray:
-        return np.arange(10)
+    def usable_bits(self) -> np.ndarray:
+        return np.packbits(np.ones(10, bool), bitorder="little")
 
 
 def full() -> None:

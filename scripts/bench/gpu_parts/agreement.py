@@ -141,7 +141,8 @@ def _waits(device: str) -> Row:
         torch.cuda.set_sync_debug_mode("warn")
         update()
         torch.cuda.set_sync_debug_mode("default")
-    return Row("waits for the GPU in an update", sum("synchroniz" in str(each.message) for each in seen), "", None, 0)
+    waits = sum("called a synchronizing" in str(each.message) for each in seen)
+    return Row("waits for the GPU in an update", waits, "", None, 0)
 
 
 def _dvae(device: str) -> Iterator[Row]:
