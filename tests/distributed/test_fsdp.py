@@ -197,9 +197,10 @@ if recipe.prior.sharding.zero:
 else:
     prior = build_prior(recipe)
     engine = Replicated(prior, group, set_precision(prior, recipe.prior, group.size))
-    gradients = [torch.empty_like(p) for p in prior.parameters()]
-    for parameter, gradient in zip(prior.parameters(), gradients):
-        parameter.grad = gradient
+    engine.begin_micro_batch(last=True)
+    large = engine.forward(lambda: {"loss": sum((p.float() * 40_000).sum() for p in prior.parameters())})
+    engine.backward(large["loss"])
+    gradients = []  # which are summed already
 for gradient in gradients:
     gradient.fill_(40_000)
 engine.scaling.scales.exponents = [HIGHEST] * len(engine.scaling.scales)
