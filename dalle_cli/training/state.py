@@ -60,7 +60,7 @@ class TrainingState:
         self.plateau = Plateau(settings.learning_rate)
         self.best = BestValidation()
         self.order: Order = "random blocks"
-        """How the rows of an epoch are shuffled, the same throughout a run."""
+        """Name of the order of rows, the same throughout a run."""
         self.rounds: list[tuple[int, int]] = []
         """Further rounds of a run that was extended: the update after which each began, and its number of updates."""
 

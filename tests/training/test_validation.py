@@ -152,7 +152,7 @@ def test_the_loss_under_other_captions_by_hand(noise: Path, tmp_path: Path, call
 
 
 def test_a_run_of_an_earlier_version_goes_on_by_the_whole_loss_and_in_its_order() -> None:
-    """Its trainer state names neither the loss that the best checkpoint was found by, nor the order of rows."""
+    """Such a trainer state names neither the loss that the best checkpoint was found by, nor the order of rows."""
     saved = {"plateau": {}, "best": {"step": 40, "loss": 1.5, "validations_since": 2}}
     state = TrainingState(Replicated(torch.nn.Linear(1, 1)), PriorSettings(), set())
     state.best.by = "image"
