@@ -21,10 +21,12 @@ def prepare_compiler() -> None:
     By default it gives up on code that it has compiled 8 times, splits what runs under DistributedDataParallel, and
     chooses kernels by timing them.
     """
-    torch._dynamo.config.recompile_limit = 64
-    torch._dynamo.config.optimize_ddp = False
-    if hasattr(torch._inductor.config, "deterministic"):
-        torch._inductor.config.deterministic = True
+    from torch._dynamo import config as compiling
+    from torch._inductor import config as generating
+
+    compiling.recompile_limit, compiling.optimize_ddp = 64, False
+    if hasattr(generating, "deterministic"):  # which older versions lack
+        generating.deterministic = True
 
 
 def agrees(what: str, plain: Callable[[], Sequence[Tensor]], fast: Callable[[], Sequence[Tensor]]) -> bool:
