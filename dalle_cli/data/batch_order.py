@@ -20,7 +20,7 @@ REORDER_BLOCK = 8192
 """Number of rows that a ``Reorder`` function gets at a time."""
 
 Order = Literal["random blocks", "consecutive windows"]
-"""Name of a way to shuffle an epoch. Runs that began before there were random blocks have windows of consecutive rows."""
+"""Name of a way to shuffle an epoch. Runs from before there were random blocks have windows of consecutive rows."""
 Reorder = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 """A function that returns the same rows (n,) in another order, such as one that puts hard negatives together."""
 
