@@ -96,11 +96,11 @@ def plan_data_path(recipe: Recipe, pairs: int, tasks: int) -> DataPath:
     steps = [
         step("index", indexing, index_bytes, math.ceil(pairs / 10_000)),
         step("scan", decoding),
-        step("overlap, reading", decoding + thumbnails, 3 * SIDE**2, 1, workers=cores),  # which takes no shares
-        step("overlap, comparing", compared, workers=cores),
+        step("overlap: read", decoding + thumbnails, 3 * SIDE**2, 1, workers=cores),  # which takes no shares
+        step("overlap: compare", compared, workers=cores),
         step("tokenize-text", _tokenizing(recipe), 2 * text + CAPTION_BYTES + KEY_BYTES + 2, 4 * shards),
         step("encode-images", _encoding(recipe, device), 2 * image + 1, views * shards, workers=tasks),
-        step("train-prior, its start", _splitting(recipe), 1 / 8, 1, workers=1),
+        step("start of prior", _splitting(recipe), 1 / 8, 1, workers=1),
     ]
     return DataPath(pairs, tasks, cores, device.type, recipe.name, steps)
 

@@ -55,9 +55,8 @@ def render_data_path(path: DataPath, console: Console) -> None:
     rows = [
         [
             step.name,
-            f"{step.microseconds:,.0f} us" if step.microseconds >= 1 else f"{1000 * step.microseconds:,.0f} ns",
-            f"{step.hours:,.2f}",
-            f"{step.elapsed:,.2f}",
+            _short(step.microseconds),
+            *(f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}" for hours in (step.hours, step.elapsed)),
             size(step.bytes) if step.bytes else "",
             f"{step.files:,}" if step.files else "",
         ]
@@ -70,12 +69,20 @@ def render_data_path(path: DataPath, console: Console) -> None:
             "hours",
             f"from start to end: {path.tasks:,} tasks of {path.cores} cores that share evenly; overlap has one",
         ),
-        ("comparing", "grows as n^1.18, as benchmarks/scale.md found up to a million pairs"),
+        ("compare", "grows as n^1.18, as benchmarks/scale.md found up to a million pairs"),
         ("bytes", "before compression; 10,000 pairs a tar, captions of 70 bytes and keys of 12 are assumed"),
-        ("its start", "every start but the first, which also reads the two arrays that say which rows are usable"),
+        ("start", "every start but the first, which also reads the two arrays that say which rows are usable"),
     ]
     tables = [grid_table(f"Data path of {path.pairs:,} pairs for {path.recipe}", columns, rows, right=range(1, 6))]
     print_tables(console, [*tables, pairs_table("Columns", notes)])
+
+
+def _short(microseconds: float) -> str:
+    """Format a time with three digits, such as ``"1.98 s"`` or ``"42 us"``."""
+    for unit, size_of in (("s", 1e6), ("ms", 1e3), ("us", 1.0)):
+        if microseconds >= size_of:
+            return f"{microseconds / size_of:.3g} {unit}"
+    return f"{1000 * microseconds:.3g} ns"
 
 
 def _overview(plan: Plan) -> Table:
