@@ -62,7 +62,7 @@ def command(
     from dataclasses import asdict
 
     from dalle_cli.errors import UserError
-    from dalle_cli.planning.units import parse_bytes, parse_rate
+    from dalle_cli.planning.units import parse_bytes, parse_count, parse_rate
 
     for option, value, most in (("--peak-tflops", peak_tflops, float("inf")), ("--share", share, 1.0)):
         if value is not None and not 0 < value <= most:
@@ -89,11 +89,11 @@ def command(
         raise UserError("dalle plan: name a recipe, such as recipes/12b.yaml, or give --table")
     settings = read_recipe(recipe, set_)
     if data is not None:
+        pairs = parse_count(data, "--data")
         from dalle_cli.planning.data_path import plan_data_path
-        from dalle_cli.planning.units import parse_count
         from dalle_cli.views.plan_tables import render_data_path
 
-        path = plan_data_path(settings, parse_count(data, "--data"), tasks)
+        path = plan_data_path(settings, pairs, tasks)
         if as_json:
             typer.echo(json.dumps(asdict(path), indent=2))
             return

@@ -53,8 +53,14 @@ print(json.dumps({"scaled": scaling is not None, "error": error / scale, "same":
 """
 
 
-@pytest.mark.parametrize("name", ["plain", "compiled"])
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        ("plain", "fp32"),
+        ("compiled", "fp16"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("plain", "fp16"), ("compiled", "fp32"))),
+    ],
+)
 def test_replicas_sum_or_average_their_gradients(name: str, precision: str, tmp_path: Path) -> None:
     """Gradients summed during the backward pass are those that are summed after it, in every update alike.
 

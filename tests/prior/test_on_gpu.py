@@ -56,8 +56,15 @@ def loss_and_gradients(prior: Prior) -> list[Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss, list(prior.parameters()))]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize(
+    ("precision", "checkpointed"),
+    [
+        ("fp32", True),
+        ("bf16", False),
+        ("fp16", True),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("fp32", False), ("bf16", True), ("fp16", False))),
+    ],
+)
 def test_a_prior_for_a_gpu_is_the_same(precision: Any, checkpointed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     allow_backward_on_cpu(monkeypatch)
     plain = small(checkpoint_resblocks=checkpointed)
@@ -167,7 +174,9 @@ print(json.dumps({"compared": len(errors), "largest": max(errors)}))
 """
 
 
-@pytest.mark.parametrize("changes", [{"zero": 2}, {"zero": 3, "checkpointed": True}])
+@pytest.mark.parametrize(
+    "changes", [pytest.param({"zero": 2}, marks=pytest.mark.slow), {"zero": 3, "checkpointed": True}]
+)
 def test_shards_compute_the_same(changes: dict[str, Any], tmp_path: Path) -> None:
     settings = {
         "prior.sharding.zero": changes["zero"],
