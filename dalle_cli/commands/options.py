@@ -72,7 +72,7 @@ CheckpointOption = Annotated[
 ]
 ShardOption = Annotated[
     str,
-    typer.Option("--shard", metavar="I/N", help="Make the I-th of N shares of the store; I is at least 1."),
+    typer.Option("--shard", metavar="I/N", help="Make the I-th of N shares; I is at least 1."),
 ]
 
 WandbOption = Annotated[

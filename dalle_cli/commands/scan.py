@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dalle_cli.commands.options import SetOption, read_source, recipe_for
+from dalle_cli.commands.options import SetOption, ShardOption, read_source, recipe_for
 from dalle_cli.errors import UserError
 
 
@@ -17,9 +17,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for scan.json and a sheet of 25 examples.")] = None,
     languages: Annotated[bool, typer.Option("--languages", help="Guess each caption's language.")] = False,
-    shard: Annotated[
-        str | None, typer.Option(metavar="I/N", help="Count one of N shares; the last of them adds up all.")
-    ] = None,
+    shard: ShardOption = "1/1",
     workers: Annotated[int | None, typer.Option(min=1, help="Processes that read; one per core by default.")] = None,
     set_: SetOption = None,
 ) -> None:
@@ -27,7 +25,7 @@ def command(
 
     Every picture is decoded. Each filter is tried by itself, at the recipe's limit in [bold]data.filters[/bold], or at
     a typical limit if it is off. Jobs of [bold]--shard[/bold] count their shares of a large source into the same
-    [bold]--out[/bold].
+    [bold]--out[/bold], and the last of them adds up all.
 
     Example: [bold]dalle scan runs/quickstart/shapes/train --recipe recipes/own-data.yaml
     --out runs/quickstart/scan[/bold]
@@ -38,19 +36,19 @@ def command(
     from dalle_cli.data.language import LanguageDetector
     from dalle_cli.data.scan import scan
     from dalle_cli.data.workers import available_cores
+    from dalle_cli.stores.shards import WHOLE, parse_shard
 
-    if shard is not None and out is None:
+    share = parse_shard(shard)
+    if share != WHOLE and out is None:
         raise UserError("--shard needs --out, the folder where the shares meet")
     settings = recipe_for(source, recipe, set_)
     detector = LanguageDetector() if languages else None
     opened, processes = read_source(settings), workers or available_cores()
-    if shard is None or out is None:
+    if share == WHOLE or out is None:
         found = scan(opened, settings.data, settings.image_size, workers=processes, detector=detector)
     else:
         from dalle_cli.data.scan_shares import scan_share
-        from dalle_cli.stores.shards import parse_shard
 
-        share = parse_shard(shard)
         of_all = scan_share(opened, settings.data, settings.image_size, share, out / "shares", processes, detector)
         if of_all is None:
             return

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -48,27 +47,11 @@ def choose_device(local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def check_precision(key: str, precision: str, device: torch.device) -> None:
-    """Warn of float16 on a CPU, with how slow it is; raise UserError if a GPU can only imitate the precision.
-
-    ``key`` is the recipe's setting of ``precision``.
-    """
-    if precision == "fp16" and device.type == "cpu":
-        factor = _product_seconds(torch.float16) / _product_seconds(torch.float32)
-        log(f"{key}: fp16 is for GPUs; a product takes {factor:.1f} times as long as in fp32 on this CPU")
+def require_precision(key: str, precision: str, device: torch.device) -> None:
+    """Raise UserError if the recipe's ``key`` asks for a precision that the GPU only imitates, slowly."""
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         name = torch.cuda.get_device_name(device)
         raise UserError(f"{key}: {name} cannot compute in bf16, which came with Ampere; set fp16 or fp32")
-
-
-def _product_seconds(dtype: torch.dtype) -> float:
-    """Return the time of a product of two 256 x 256 matrices, the least of five."""
-    matrix, seconds = torch.ones(256, 256, dtype=dtype), []
-    for _ in range(5):
-        began = time.perf_counter()
-        matrix @ matrix
-        seconds.append(time.perf_counter() - began)
-    return min(seconds)
 
 
 def prepare_process(device: torch.device) -> None:

@@ -19,7 +19,7 @@ from dalle_cli.data.images import BadImage
 from dalle_cli.data.joined import sizes_of
 from dalle_cli.data.picture_loader import TrainingPictures, load_eval_picture
 from dalle_cli.data.source import BadSample, Source
-from dalle_cli.distributed.device import check_precision, explain_out_of_memory, send, use_settings
+from dalle_cli.distributed.device import explain_out_of_memory, require_precision, send, use_settings
 from dalle_cli.distributed.engine import Replicated
 from dalle_cli.distributed.group import ALONE, Group, join_group
 from dalle_cli.dvae.model import CHANNELS, DVAE
@@ -208,7 +208,7 @@ def train_dvae(recipe: Recipe, source: Source, out: Path, extend: int | None = N
     _refuse_unreadable(source, recipe)
     ancestor = open_ancestor(recipe, "dvae", out, SAME)
     with join_group() as group:
-        check_precision("dvae.precision", recipe.dvae.precision, group.device)
+        require_precision("dvae.precision", recipe.dvae.precision, group.device)
         model = DVAE(recipe.dvae.model, seed=recipe.seed).to(memory_format=torch.channels_last).to(group.device)
         settings, distance, belongs = recipe.dvae.objective.perceptual, None, {"source": source.identity}
         if settings.weight:

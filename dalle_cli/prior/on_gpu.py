@@ -35,12 +35,15 @@ def speed_up(
         trial, x = _trial_block(prior, blocks[0], device)
         name = f"train-prior: {kind} resblocks"
         if isinstance(trial, AttentionResblock) and not is_dense(trial.kind, trial.grid):
-            flex = FlexAttention(trial.kind, trial.text_length, trial.grid, trial.conv_kernel, device)
-            if agrees(f"{name} by flex_attention", _output_and_gradients(trial, x), _with_flex(trial, x, flex)):
-                for block in [trial, *blocks]:
-                    cast(AttentionResblock, block).flex = flex
+            plain, fast = _before_and_after(trial, x)
+            trial.flex = FlexAttention(trial.kind, trial.text_length, trial.grid, trial.conv_kernel, device)
+            if agrees(f"{name} by flex_attention", plain, fast):
+                for block in blocks:
+                    cast(AttentionResblock, block).flex = trial.flex
+            else:
+                trial.flex = None
         if compiles == "auto":
-            plain, fast = _output_and_gradients(copy.copy(trial), x), _output_and_gradients(trial, x)
+            plain, fast = _before_and_after(trial, x)
             trial.compiled_branch = torch.compile(trial.branch, dynamic=False, backend=backend)
             if agrees(f"{name} by torch.compile", plain, fast):
                 for block in blocks:
@@ -67,6 +70,11 @@ def _trial_block(prior: Prior, like: Resblock, device: torch.device) -> tuple[Re
     return block, torch.randn(1, length, model.d_model, device=device, generator=generator)
 
 
+def _before_and_after(trial: Resblock, x: Tensor) -> tuple[Callable[[], list[Tensor]], Callable[[], list[Tensor]]]:
+    """Return ``_output_and_gradients`` of the block as it is, and of the block with what is set in it afterwards."""
+    return _output_and_gradients(copy.copy(trial), x), _output_and_gradients(trial, x)
+
+
 def _output_and_gradients(block: Resblock, x: Tensor) -> Callable[[], list[Tensor]]:
     """Return a function that computes the block's output, and the gradients in ``x`` and the parameters."""
 
@@ -78,9 +86,3 @@ def _output_and_gradients(block: Resblock, x: Tensor) -> Callable[[], list[Tenso
             return [out, *torch.autograd.grad(out, [stream, *block.parameters()], gradient)]
 
     return work
-
-
-def _with_flex(block: Resblock, x: Tensor, flex: FlexAttention) -> Callable[[], list[Tensor]]:
-    other = copy.copy(cast(AttentionResblock, block))  # which shares the parameters
-    other.flex = flex
-    return _output_and_gradients(other, x)

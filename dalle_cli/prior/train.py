@@ -15,7 +15,7 @@ from torch import Tensor
 from dalle_cli.config.schema import PriorSettings, Recipe
 from dalle_cli.data.batch_order import WINDOW, BatchOrder, Order
 from dalle_cli.data.prefetch import prefetch
-from dalle_cli.distributed.device import check_precision, explain_out_of_memory, fast_matmul, send, use_settings
+from dalle_cli.distributed.device import explain_out_of_memory, fast_matmul, require_precision, send, use_settings
 from dalle_cli.distributed.engine import Engine, Replicated
 from dalle_cli.distributed.group import ALONE, Group, join_group
 from dalle_cli.errors import UserError
@@ -75,7 +75,7 @@ def train_prior(
     initial = initial_values(recipe, belongs, out, store, dvae)
     with join_group() as group, fast_matmul():
         refuse_unsupported(stage, group)
-        check_precision("prior.precision", stage.precision, group.device)
+        require_precision("prior.precision", stage.precision, group.device)
         engine: Engine
         if stage.sharding.engine == "deepspeed":
             engine, prior = deepspeed, _ = deepspeed_prior(recipe, group, initial)

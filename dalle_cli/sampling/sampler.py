@@ -24,10 +24,10 @@ from dalle_cli.config.schema import SamplingSettings
 from dalle_cli.data.source import BadSample, clean_caption
 from dalle_cli.data.workers import map_blocks
 from dalle_cli.distributed.device import (
-    check_precision,
     choose_device,
     explain_out_of_memory,
     prepare_process,
+    require_precision,
     use_settings,
 )
 from dalle_cli.dvae.encode import decode_tokens
@@ -189,7 +189,7 @@ class Sampler:
     def _load(self, request: SampleRequest, text: tuple[np.ndarray, np.ndarray]) -> _LoadedModels:
         dvae_recipe, device = self.dvae_checkpoint.recipe(), choose_device()
         prepare_process(device)
-        check_precision("sampling.precision", request.settings.precision, device)
+        require_precision("sampling.precision", request.settings.precision, device)
         prior, dvae = load_prior(self.prior_checkpoint).to(device), load_dvae(self.dvae_checkpoint).to(device)
         text_ids = prior.with_padding(*(torch.from_numpy(part).to(device) for part in text))
         empty = prior.with_padding(torch.zeros_like(text_ids[:1]), torch.zeros(1, device=device))[0]

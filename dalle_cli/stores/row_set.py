@@ -26,7 +26,7 @@ class RowSet:
     """
 
     def __init__(self, bits: np.ndarray, weights: Sequence[tuple[int, int]] = ()) -> None:
-        self.bits = bits
+        self.bits, self.weights = bits, tuple(weights)
         self._ends, self._times = (np.array([pair[i] for pair in weights], dtype=np.int64) for i in (0, 1))
 
     @classmethod
@@ -106,14 +106,14 @@ class RowSet:
         """Return the set without ``rows`` (n,)."""
         bits = self.bits.copy()
         np.bitwise_and.at(bits, rows // 8, ~(1 << (rows % 8)).astype(np.uint8))
-        return RowSet(bits, self._weights)
+        return RowSet(bits, self.weights)
 
     def below(self, end: int) -> RowSet:
         """Return the rows below ``end``."""
         bits = self.bits[: -(-end // 8)].copy()
         if end % 8 and len(bits) * 8 > end:
             bits[-1] &= 2 ** (end % 8) - 1
-        return RowSet(bits, self._weights)
+        return RowSet(bits, self.weights)
 
     def weighted(self, weights: Sequence[tuple[int, int]]) -> RowSet:
         """Return the same rows with other ``weights``."""
@@ -126,7 +126,3 @@ class RowSet:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         parts = list(self.chunks())
         return np.concatenate(parts).astype(dtype or np.int64, copy=False) if parts else np.empty(0, dtype or np.int64)
-
-    @property
-    def _weights(self) -> list[tuple[int, int]]:
-        return list(zip(self._ends.tolist(), self._times.tolist(), strict=True))

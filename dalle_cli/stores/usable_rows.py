@@ -29,12 +29,13 @@ SMALLEST = 64 * BLOCK
 
 def usable_rows(reader: TokenReader, *, keep: bool = True) -> RowSet:
     """Return the rows that hold both a caption and a picture; a large store of both parts keeps them if ``keep``."""
-    keeps = len(reader) >= SMALLEST and all(state.complete for state in reader.parts.values())
+    if len(reader) < SMALLEST or not all(state.complete for state in reader.parts.values()):
+        return RowSet(reader.usable_bits())
     file, head = reader.path / FILE, _head(reader)
-    bits = _read(file, head, len(reader)) if keeps else None
+    bits = _read(file, head, len(reader))
     if bits is None:
         bits = reader.usable_bits()
-        if keep and keeps and _read(file, head, len(reader)) is None:  # another rank may have been faster
+        if keep and _read(file, head, len(reader)) is None:  # another rank may have been faster
             with suppress(OSError, UserError):  # the folder may not be written to
                 write_atomically(file, _line(head, bits) + bits.tobytes())
     return RowSet(bits)

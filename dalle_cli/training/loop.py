@@ -45,7 +45,7 @@ from dalle_cli.training.look_back import LookBack
 from dalle_cli.training.resume import check_resumable
 from dalle_cli.training.signals import StopRequest
 from dalle_cli.training.state import Stage, TrainingState
-from dalle_cli.training.throughput import SampleWork, Throughput, peak_tflops
+from dalle_cli.training.throughput import SampleWork, Throughput, peak_tflops, precision_warning
 from dalle_cli.training.validation import validation_warnings
 
 
@@ -205,11 +205,9 @@ class Run:
                     idle_cores.follow()
                 state.update_ema(step)
                 self.look_back.note_loss(done, values["loss"])
-                self._look_at_losses(state)
-                throughput.count_update()
                 logs = done == 1 or state.due(training.log_every, done)
-                if logs:
-                    self._look_at_losses(state, every=True)
+                self._look_at_losses(state, every=logs)
+                throughput.count_update()
                 if group.leads and logs:
                     scalars = {name: float(value) for name, value in values.items()}
                     sent = {name: total - sent_before[name] for name, total in self.engine.traffic().items()}
@@ -390,6 +388,8 @@ class Run:
         work, batch_size = self.task.work(), self.settings.training.batch_size
         if not self.group.leads:
             return Throughput(work, batch_size, self.group.size, math.inf)
+        if warning := precision_warning(f"{self.task.kind}.precision", work.dtype, self.group.device):
+            log(f"{self.name}: warning: {warning}")
         peak, source = peak_tflops(self.recipe.monitoring.peak_tflops, work.dtype, self.group.device)
         log(
             f"{self.name}: {work.flops / 1e9:.3g} GFLOP a sample; mfu is the share of {peak:.3g} TFLOP/s a device, "

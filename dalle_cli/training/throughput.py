@@ -51,6 +51,14 @@ def peak_tflops(given: float | None, dtype: torch.dtype, device: torch.device) -
     return found, f"measured by a {kind} product of {side} x {side}{threads}; monitoring.peak_tflops sets it"
 
 
+def precision_warning(key: str, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Return a warning with its slowness if ``key``, the recipe's setting of ``dtype``, is float16 on a CPU."""
+    if dtype != torch.float16 or device.type != "cpu":
+        return None
+    factor = peak_tflops(None, torch.float32, device)[0] / peak_tflops(None, dtype, device)[0]
+    return f"{key}: fp16 is for GPUs; a product takes {factor:.1f} times as long as in fp32 on this CPU"
+
+
 @cache
 def _measure_peak(side: int, dtype: torch.dtype, device: torch.device, _threads: int) -> float:
     a, b = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))

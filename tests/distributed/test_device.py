@@ -108,16 +108,8 @@ def test_a_card_without_bf16_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, found=supported: found)
         refusal = pytest.raises(UserError, match=r"prior\.precision: Tesla V100 cannot compute in bf16")
         with nullcontext() if supported else refusal:
-            device.check_precision("prior.precision", "bf16", gpu)
-        device.check_precision("prior.precision", "fp16", gpu)
-
-
-def test_float16_on_a_cpu_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
-    for precision in ("fp32", "bf16"):
-        device.check_precision("prior.precision", precision, torch.device("cpu"))
-    assert capsys.readouterr().err == ""
-    device.check_precision("prior.precision", "fp16", torch.device("cpu"))
-    assert "prior.precision: fp16 is for GPUs; a product takes" in capsys.readouterr().err
+            device.require_precision("prior.precision", "bf16", gpu)
+        device.require_precision("prior.precision", "fp16", gpu)
 
 
 @pytest.mark.usefixtures("_settings_restored")

@@ -21,7 +21,7 @@ from dalle_cli.dvae.train import DvaeTask
 from dalle_cli.prior.model import build_prior
 from dalle_cli.prior.train import PriorTask, train_prior
 from dalle_cli.stores.tokens import TokenReader
-from dalle_cli.training.throughput import SampleWork, Throughput, peak_tflops
+from dalle_cli.training.throughput import SampleWork, Throughput, peak_tflops, precision_warning
 
 TEXT, VOCAB, GRID, CODES = 48, 400, 4, 16
 
@@ -151,3 +151,13 @@ def test_the_journal_of_a_run(store: Path, tmp_path: Path, capsys: pytest.Captur
     squares = sum(float(p.grad.double().square().sum()) for p in task.model.parameters() if p.grad is not None)
     assert trained[0]["grad_norm"] == pytest.approx(math.sqrt(squares), rel=1e-4)
     assert trained[0]["text"] == pytest.approx(found.text.item(), rel=1e-5)
+
+
+def test_float16_on_a_cpu_is_warned_of() -> None:
+    cpu, key = torch.device("cpu"), "prior.precision"
+    for dtype in (torch.float32, torch.bfloat16):
+        assert precision_warning(key, dtype, cpu) is None
+    assert precision_warning(key, torch.float16, torch.device("cuda")) is None
+    warning = precision_warning(key, torch.float16, cpu)
+    assert warning is not None
+    assert "prior.precision: fp16 is for GPUs; a product takes" in warning
