@@ -159,17 +159,6 @@ class TorchEngine:
         """Return the parameters this rank contributes to global norms; ``sum_over_shards`` counts each value once."""
         return list(self.parameters.values())
 
-    def reduce_whole(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Sum over all ranks, or average, the gradients of parameters that every rank holds whole."""
-        scaled: list[Tensor] = []
-        others: list[Tensor] = []
-        for parameter in parameters:
-            if parameter.grad is not None:
-                is_scaled = self.scaling is not None and self.scaling.scales_gradient_of(parameter)
-                (scaled if is_scaled else others).append(parameter.grad)
-        self.group.average_in_place(scaled)
-        self.group.sum_in_place(others)
-
     def sum_over_shards(self, value: Tensor) -> Tensor:
         """Return the sum of ``value`` over the ranks that hold the model together."""
         return value

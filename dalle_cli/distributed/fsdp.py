@@ -136,7 +136,7 @@ class Sharded(TorchEngine):
         for name, parameter in self._sharded.items():
             self.parameters[name].grad, parameter.grad = cast(DTensor, parameter.grad).to_local(), None
         replicated = [p for name, p in self.parameters.items() if name not in self._sharded]
-        self.reduce_whole(replicated)
+        self._reduce_whole(replicated)
         self._sum_between_nodes(update)
 
     def owned_parameters(self) -> list[nn.Parameter]:
@@ -145,6 +145,17 @@ class Sharded(TorchEngine):
 
     def sum_over_shards(self, value: Tensor) -> Tensor:
         return self.nodes.inside.sum(value).to(value.device)
+
+    def _reduce_whole(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Sum over all ranks, or average, the gradients of parameters that every rank holds whole."""
+        scaled: list[Tensor] = []
+        others: list[Tensor] = []
+        for parameter in parameters:
+            if parameter.grad is not None:
+                is_scaled = self.scaling is not None and self.scaling.scales_gradient_of(parameter)
+                (scaled if is_scaled else others).append(parameter.grad)
+        self.group.average_in_place(scaled)
+        self.group.sum_in_place(others)
 
     def release_gathered(self) -> None:
         for module in self._modules:

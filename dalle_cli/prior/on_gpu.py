@@ -71,7 +71,7 @@ def _trial_block(prior: Prior, like: Resblock, device: torch.device) -> tuple[Re
 
 
 def _before_and_after(trial: Resblock, x: Tensor) -> tuple[Callable[[], list[Tensor]], Callable[[], list[Tensor]]]:
-    """Return ``_output_and_gradients`` of the block as it is, and of the block with what is set in it afterwards."""
+    """Return ``_output_and_gradients`` of the block as it is now, and as it will be when the function is called."""
     return _output_and_gradients(copy.copy(trial), x), _output_and_gradients(trial, x)
 
 

@@ -16,7 +16,7 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 def prepare_compiler() -> None:
-    """Set torch.compile up to serve all blocks, in trials, training and validation alike, with the same result again.
+    """Set torch.compile up for code that serves many blocks, and for the same result in every run.
 
     By default it gives up on code that it has compiled 8 times, splits what runs under DistributedDataParallel, and
     chooses kernels by timing them.
