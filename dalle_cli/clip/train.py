@@ -29,6 +29,7 @@ from dalle_cli.data.images import BadImage
 from dalle_cli.data.picture_loader import TrainingPictures, load_eval_picture
 from dalle_cli.data.source import BadSample, Source
 from dalle_cli.distributed.device import choose_device, prepare_process, send
+from dalle_cli.distributed.engine import Replicated
 from dalle_cli.distributed.group import ALONE, Group
 from dalle_cli.distributed.launch import read_launch
 from dalle_cli.errors import UserError
@@ -38,6 +39,7 @@ from dalle_cli.stores.tokens import TokenReader
 from dalle_cli.text.training_captions import TrainingCaptions
 from dalle_cli.training.ancestor import carry_rows, open_ancestor, shared_text
 from dalle_cli.training.loop import Run
+from dalle_cli.training.precision_choice import Update, trial_update
 from dalle_cli.training.throughput import SampleWork, training_flops
 
 SHOWN_CAPTIONS, SHOWN_RANKS = 8, 3
@@ -132,7 +134,7 @@ class ClipTask:
         return {"retrieval": make_grid(shown.permute(0, 3, 1, 2), nrow=columns, pad_value=255)}
 
     def decayed(self) -> set[str]:
-        return {name for name, p in self.model.named_parameters() if p.ndim > 1 and "embedding" not in name}
+        return decayed_parameters(self.model)
 
     def after_update(self) -> None:
         clamp_logit_scale(self.model)
@@ -195,6 +197,27 @@ def train_clip(recipe: Recipe, source: Source, store: Path, out: Path, extend: i
         begin_from(model, ancestor, recipe, text["tokenizer"])
     task = ClipTask(recipe, source, reader, model.to(device), Group(device=device), belongs)
     return Run(task, recipe, out, extend=extend).train()
+
+
+def clip_update(recipe: Recipe, device: torch.device) -> Update:
+    """Return a function that makes an update of a fresh CLIP on random pictures and captions, for timing."""
+    model, side, tokenizer = build_recipe_clip(recipe).to(device), recipe.image_size, recipe.tokenizer
+    size = recipe.clip.training.batch_size
+    pictures = torch.randint(256, (size, side, side, 3), dtype=torch.uint8, device=device)
+    text = torch.randint(tokenizer.vocab_size, (size, tokenizer.text_length + 1), device=device)
+    text[:, -1] = tokenizer.vocab_size
+    negatives = recipe.clip.objective.caption_negatives
+    engine = Replicated(model, Group(device=device))
+
+    def loss() -> Tensor:
+        return contrastive_loss(model, pixels(pictures), text, negatives)
+
+    return trial_update(recipe, "clip", engine, decayed_parameters(model), loss)
+
+
+def decayed_parameters(model: CLIP) -> set[str]:
+    """Return the names of the parameters that weight decay applies to: matrices that are no embeddings."""
+    return {name for name, p in model.named_parameters() if p.ndim > 1 and "embedding" not in name}
 
 
 def begin_from(model: CLIP, ancestor: Checkpoint, recipe: Recipe, tokenizer: str) -> None:

@@ -315,10 +315,10 @@ class DvaeSettings(Settings):
     learning_rate: LearningRate = LearningRate(peak=1e-4, final=1.25e-6)
     adam: Adam = Adam()
     training: Training = Training(updates=3_000_000, batch_size=512, save_every=5000, validate_every=5000)
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "fp32",
         description="type of the convolutions in training; weights, likelihood and KL stay in 32 bit. fp16 scales the "
-        "loss, as in the paper, and is for GPUs",
+        "loss, as in the paper, and is for GPUs. auto: bf16 where the device has it and updates are faster, else fp32",
     )
 
     @model_validator(mode="after")
@@ -439,7 +439,10 @@ class PriorSettings(Settings):
     learning_rate: LearningRate = LearningRate(peak=4.5e-4, warmup_updates=5000, schedule="plateau")
     adam: Adam = Adam(beta1=0.9, beta2=0.96, weight_decay=4.5e-2, clip_norm=4.0)
     training: Training = Training(updates=430_000, batch_size=1024, save_every=2000, validate_every=2000)
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="type of the resblocks")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "fp32",
+        description="type of the resblocks. auto: bf16 where the device has it and updates are faster, else fp32",
+    )
     skip: Literal["update", "resblock"] = Field(
         "update",
         description="with precision fp16, what a resblock's non-finite gradient leaves out: the whole update (the "

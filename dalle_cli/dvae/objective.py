@@ -80,13 +80,15 @@ def log_likelihood(x: Tensor, mu: Tensor, ln_b: Tensor, ln_b_floor: float) -> Te
 
 def gumbel_noise(like: Tensor, generator: Generators) -> Tensor:
     """Draw standard Gumbel noise in the shape of ``like``, float32, on the generator's device."""
+    # From uniform numbers and in place, because torch takes four times as long for exponential ones on a CPU.
     if isinstance(generator, torch.Generator):
-        exponential = torch.empty(like.shape, device=generator.device).exponential_(generator=generator)
+        noise = torch.empty(like.shape, device=generator.device).uniform_(generator=generator)
     else:
-        exponential = torch.empty(like.shape, device=generator[0].device)
-        for image, own in zip(exponential, generator, strict=True):
-            image.exponential_(generator=own)
-    return -exponential.clamp_min(torch.finfo(torch.float32).tiny).log().to(like.device)
+        noise = torch.empty(like.shape, device=generator[0].device)
+        for image, own in zip(noise, generator, strict=True):
+            image.uniform_(generator=own)
+    noise.clamp_(torch.finfo(torch.float32).tiny, 1 - 2**-24)  # neither logarithm is infinite
+    return noise.log_().neg_().log_().neg_().to(like.device)
 
 
 def gumbel_softmax(logits: Tensor, temperature: float, generator: Generators) -> Tensor:

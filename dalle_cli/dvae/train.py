@@ -40,12 +40,13 @@ from dalle_cli.stores.held_out import split_rows
 from dalle_cli.stores.row_set import RowSet
 from dalle_cli.training.ancestor import open_ancestor
 from dalle_cli.training.loop import Run
+from dalle_cli.training.precision_choice import Update, settle_precision, trial_update
 from dalle_cli.training.schedules import ramp
 from dalle_cli.training.throughput import SampleWork, training_flops
 from dalle_cli.training.trial import agrees, prepare_compiler
 
 VALIDATION_BATCH = 64
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 EXAMPLES = 8
 """Number of held-out images shown in TensorBoard."""
 SAME = tuple(f"dvae.model.{key}" for key in ("n_hid", "n_init", "blocks_per_group", "downsampling", "codebook_size"))
@@ -209,21 +210,36 @@ def train_dvae(recipe: Recipe, source: Source, out: Path, extend: int | None = N
     ancestor = open_ancestor(recipe, "dvae", out, SAME)
     with join_group() as group:
         require_precision("dvae.precision", recipe.dvae.precision, group.device)
-        model = DVAE(recipe.dvae.model, seed=recipe.seed).to(memory_format=torch.channels_last).to(group.device)
-        settings, distance, belongs = recipe.dvae.objective.perceptual, None, {"source": source.identity}
-        if settings.weight:
-            distance = PerceptualDistance(settings.network).to(group.device)
-            belongs["perceptual"] = weights_hash(distance)
+        recipe = settle_precision(recipe, "dvae", out, group, lambda tried: dvae_update(tried, source, group.device))
+        task = _build_task(recipe, source, group)
+        model = task.model
         if ancestor is not None:
-            belongs["init"] = ancestor.identity
+            task.belongs["init"] = ancestor.identity
             model.load_state_dict(ancestor.tensors("ema"))
-        task = DvaeTask(recipe, source, model, group, belongs, perceptual=distance)
         if group.device.type == "cuda" and recipe.compile == "auto":
             use_settings(recipe)  # which compiled code depends on
             with explain_out_of_memory(out, task.less_memory):
                 compile_networks(model, recipe.image_size, AUTOCAST.get(recipe.dvae.precision), group.device)
         loss_scaler = torch.amp.GradScaler(group.device.type) if recipe.dvae.precision == "fp16" else None
         return Run(task, recipe, out, Replicated(model, group, loss_scaler=loss_scaler), extend).train()
+
+
+def dvae_update(recipe: Recipe, source: Source, device: torch.device) -> Update:
+    """Return a function that makes an update of a fresh dVAE on random pictures, for timing."""
+    task, training = _build_task(recipe, source, Group(device=device)), recipe.dvae.training
+    size = min(training.batch_size, training.micro_batch or training.batch_size)
+    pictures = torch.randint(256, (size, recipe.image_size, recipe.image_size, 3), dtype=torch.uint8)
+    engine = Replicated(task.model, task.group)
+    return trial_update(recipe, "dvae", engine, task.decayed(), lambda: task.loss((0, pictures), 0)["loss"])
+
+
+def _build_task(recipe: Recipe, source: Source, group: Group) -> DvaeTask:
+    model = DVAE(recipe.dvae.model, seed=recipe.seed).to(memory_format=torch.channels_last).to(group.device)
+    settings, distance, belongs = recipe.dvae.objective.perceptual, None, {"source": source.identity}
+    if settings.weight:
+        distance = PerceptualDistance(settings.network).to(group.device)
+        belongs["perceptual"] = weights_hash(distance)
+    return DvaeTask(recipe, source, model, group, belongs, perceptual=distance)
 
 
 def compile_networks(

@@ -13,6 +13,7 @@ from dalle_cli.planning.memory import Machines, StatePart, shards_of, training_s
 from dalle_cli.planning.peaks import Peaks, phase_peaks
 from dalle_cli.prior.counts import Counts
 from dalle_cli.stores.held_out import VALIDATION_BATCH
+from dalle_cli.training.precision_choice import with_precision
 
 RESERVE = 0.1
 """Share of a rank's memory that a plan reserves for memory it does not count."""
@@ -61,6 +62,13 @@ class Fit:
 
     def _in(self, place: str) -> int:
         return sum(part.each for part in self.parts.values() if part.place == place)
+
+
+def with_planned_precision(recipe: Recipe, machines: Machines) -> Recipe:
+    """Return the recipe with a precision to plan with in place of auto: bf16 on GPUs, else the larger fp32."""
+    if recipe.prior.precision != "auto":
+        return recipe
+    return with_precision(recipe, "prior", "fp32" if machines.on_cpu else "bf16")
 
 
 def check_fit(recipe: Recipe, counts: Counts, machines: Machines) -> Fit:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from dalle_cli.config.schema import Recipe
 from dalle_cli.planning.cost import Assumptions, CheckpointCost, TrainingTime, checkpoint_cost, training_time
-from dalle_cli.planning.fit import RESERVE, Fit, Suggestion, check_fit, suggest_settings
+from dalle_cli.planning.fit import RESERVE, Fit, Suggestion, check_fit, suggest_settings, with_planned_precision
 from dalle_cli.planning.memory import Machines, StatePart
 from dalle_cli.planning.traffic import Traffic, between_machines
 from dalle_cli.prior.counts import count_parameters
@@ -108,6 +108,7 @@ def plan(recipe: Recipe, machines: Machines, assumed: Assumptions) -> Plan:
     Raises:
         UserError: the batch or the model cannot be split among that many ranks.
     """
+    recipe = with_planned_precision(recipe, machines)
     stage, counts = recipe.prior, count_parameters(recipe)
     fit = check_fit(recipe, counts, machines)
     traffic = between_machines(stage, counts, machines, assumed.interconnect)

@@ -13,7 +13,7 @@ from dalle_cli.distributed.group import Group
 from dalle_cli.distributed.launch import Launch, read_launch
 from dalle_cli.errors import UserError
 from dalle_cli.planning.cost import assume
-from dalle_cli.planning.fit import Fit, check_fit, suggest_machine, suggest_settings
+from dalle_cli.planning.fit import Fit, check_fit, suggest_machine, suggest_settings, with_planned_precision
 from dalle_cli.planning.memory import Machines
 from dalle_cli.planning.plan import Plan, plan
 from dalle_cli.prior.counts import count_parameters
@@ -43,6 +43,7 @@ def refuse_too_large(recipe: Recipe) -> None:
         UserError: training does not fit; the message suggests settings or a machine that would.
     """
     machines = this_machine(read_launch())
+    recipe = with_planned_precision(recipe, machines)
     counts = count_parameters(recipe)
     fit = check_fit(recipe, counts, machines)
     if fit.peak <= machines.memory:

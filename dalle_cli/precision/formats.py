@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 _FLOAT_MANTISSA, _FLOAT_BIAS = 23, 127
-_NOISE_BITS = 30
+_INFINITY, _SIGN = 0x7F800000, 0x8000
 
 
 @dataclass(frozen=True)
@@ -35,43 +35,42 @@ class Format:
     def encode(self, values: Tensor, noise: Tensor | None = None) -> Tensor:
         """Return the codes (uint16) of float32 ``values``, rounded to nearest or, with ``noise``, stochastically.
 
+        A power of 2 first brings a value to the float32 whose exponent field is the format's, so that the code is that
+        float's highest bits, of subnormal numbers too.
+
         Args:
             values: of any shape. Values above the largest number, infinities and NaN become the largest number (with
                 the value's sign). Values below half the smallest subnormal become zero, as do negative values if the
                 format has no sign.
             noise: uniform random int32 >= 0 for each value. A value between two neighbouring numbers of the format is
-                rounded up with probability (value - lower) / (upper - lower), to within 2^-30, so that the expected
-                result is the value itself. Without noise, ties go to the even code.
+                rounded up with probability (value - lower) / (upper - lower), exactly for normal numbers and to within
+                2^-13 for subnormal ones, so that the expected result is the value itself. Without noise, ties go to
+                the even code.
         """
-        bits = values.contiguous().view(torch.int32)
-        field = (bits >> _FLOAT_MANTISSA) & 0xFF
-        significand = (bits & 0x7FFFFF) | ((field > 0).int() << _FLOAT_MANTISSA)
-        exponent = field.clamp(min=1) - (_FLOAT_BIAS - self.bias)
-        # Bits to drop: those of the longer mantissa, plus one for each power of 2 below the normal numbers.
-        dropped = (1 - exponent).clamp_(min=0).add_(_FLOAT_MANTISSA - self.mantissa)
-        beyond = (dropped - _NOISE_BITS).clamp_(min=0)
-        significand >>= beyond.clamp(max=31)
-        dropped -= beyond
-        unit = torch.ones_like(dropped) << dropped
+        size = values.abs() if self.signed else values.clamp(min=0)
+        bits = size.mul_(2.0 ** (self.bias - _FLOAT_BIAS)).contiguous().view(torch.int32)
+        bits.clamp_(max=_INFINITY)  # NaN counts as infinity
         if noise is None:
-            significand += (unit >> 1) - 1 + ((significand >> dropped) & 1)
+            bits += ((bits >> self._dropped) & 1) + ((1 << (self._dropped - 1)) - 1)
         else:
-            significand += noise & (unit - 1)
-        # The field is one too low; the leading bit of the significand adds the missing one.
-        code = ((exponent - 1).clamp_(min=0) << self.mantissa) + (significand >> dropped)
-        code.clamp_(max=self.largest)
-        negative = bits < 0
-        code = code | (negative.int() << 15) if self.signed else code.masked_fill_(negative, 0)
+            bits += noise & ((1 << self._dropped) - 1)
+        code = (bits >> self._dropped).clamp_(max=self.largest)
+        if self.signed:
+            code |= values.contiguous().view(torch.int32).bitwise_right_shift(16).bitwise_and_(_SIGN)
         return code.to(torch.uint16)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Return the numbers (float32, exact) that uint16 ``codes`` stand for."""
         code = codes.to(torch.int32)
-        magnitude = code & 0x7FFF if self.signed else code
-        rebased = (magnitude << (_FLOAT_MANTISSA - self.mantissa)) + ((_FLOAT_BIAS - self.bias) << _FLOAT_MANTISSA)
-        subnormal = magnitude.float() * 2.0 ** (1 - self.bias - self.mantissa)
-        value = torch.where(magnitude >> self.mantissa > 0, rebased.view(torch.float32), subnormal)
-        return torch.where(code > 0x7FFF, -value, value) if self.signed else value
+        bits = (code & ~_SIGN) << self._dropped if self.signed else code << self._dropped
+        if self.signed:
+            bits |= (code & _SIGN) << 16
+        return bits.view(torch.float32).mul_(2.0 ** (_FLOAT_BIAS - self.bias))
+
+    @property
+    def _dropped(self) -> int:
+        """Number of bits by which float32's mantissa is longer."""
+        return _FLOAT_MANTISSA - self.mantissa
 
 
 MEAN = Format(signed=True, exponent=6, mantissa=9, bias=60, largest=0x7FFF)

@@ -38,6 +38,7 @@ from dalle_cli.stores.held_out import VALIDATION_BATCH, split_store
 from dalle_cli.stores.tokens import TokenReader
 from dalle_cli.text.training_captions import TrainingCaptions
 from dalle_cli.training.loop import Run
+from dalle_cli.training.precision_choice import Update, settle_precision, trial_update
 from dalle_cli.training.throughput import SampleWork
 
 if TYPE_CHECKING:
@@ -71,9 +72,10 @@ def train_prior(
     reader = TokenReader(store, cached_rows=WINDOW)
     reader.require_complete()
     belongs = require_same_sizes(recipe, reader)
-    stage = recipe.prior
     initial = initial_values(recipe, belongs, out, store, dvae)
     with join_group() as group, fast_matmul():
+        recipe = settle_precision(recipe, "prior", out, group, lambda tried: prior_update(tried, group.device))
+        stage = recipe.prior
         refuse_unsupported(stage, group)
         require_precision("prior.precision", stage.precision, group.device)
         engine: Engine
@@ -97,6 +99,23 @@ def train_prior(
             with explain_out_of_memory(out, task.less_memory):
                 speed_up(prior, "off" if gathers_inside else recipe.compile, group.device)
         return Run(task, recipe, out, engine, extend).train()
+
+
+def prior_update(recipe: Recipe, device: torch.device) -> Update:
+    """Return a function that makes an update of a fresh prior on random tokens, for timing."""
+    stage, tokenizer = recipe.prior, recipe.tokenizer
+    prior = build_prior(recipe)
+    engine = Replicated(prior.to(device), Group(device=device), set_precision(prior, stage, 1))
+    size = min(stage.training.batch_size, stage.training.micro_batch or stage.training.batch_size)
+    text = torch.randint(tokenizer.vocab_size, (size, tokenizer.text_length), device=device)
+    length = torch.full((size,), tokenizer.text_length)
+    image = torch.randint(recipe.dvae.model.codebook_size, (size, recipe.grid**2), device=device)
+
+    def loss() -> Tensor:
+        found = prior.loss(text, length, image)
+        return found.text + found.image
+
+    return trial_update(recipe, "prior", engine, set(prior.decayed_parameters()), loss)
 
 
 def require_same_sizes(recipe: Recipe, reader: TokenReader) -> dict[str, str]:
