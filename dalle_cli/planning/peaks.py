@@ -24,7 +24,7 @@ from dalle_cli.planning.memory import (
 from dalle_cli.precision.adam import CHUNK as ADAM_CHUNK
 from dalle_cli.prior.counts import Counts
 
-ADAM_WORK, ENCODING_WORK = 61, 41
+ADAM_WORK, ENCODING_WORK = 40, 23
 """Temporary bytes per value of a chunk in 16-bit Adam, and in the encoding of PowerSGD's state."""
 FINITE_WORK = 3
 """Temporary bytes per value of a test for non-finite values, besides a copy of the value."""

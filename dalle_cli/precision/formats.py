@@ -48,23 +48,30 @@ class Format:
                 the even code.
         """
         size = values.abs() if self.signed else values.clamp(min=0)
-        bits = size.mul_(2.0 ** (self.bias - _FLOAT_BIAS)).contiguous().view(torch.int32)
+        bits = (size * 2.0 ** (self.bias - _FLOAT_BIAS)).contiguous().view(torch.int32)
         bits.clamp_(max=_INFINITY)  # NaN counts as infinity
         if noise is None:
             bits += ((bits >> self._dropped) & 1) + ((1 << (self._dropped - 1)) - 1)
         else:
             bits += noise & ((1 << self._dropped) - 1)
         code = (bits >> self._dropped).clamp_(max=self.largest)
+        if (
+            noise is None
+        ):  # the float of a subnormal number was already rounded, and to round twice may miss the nearest
+            units = size.mul_(2.0 ** (self.bias - 1 + self.mantissa)).round_()
+            code = torch.where(units < 2**self.mantissa, units.to(torch.int32), code)
         if self.signed:
             code |= values.contiguous().view(torch.int32).bitwise_right_shift(16).bitwise_and_(_SIGN)
         return code.to(torch.uint16)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Return the numbers (float32, exact) that uint16 ``codes`` stand for."""
-        code = codes.to(torch.int32)
-        bits = (code & ~_SIGN) << self._dropped if self.signed else code << self._dropped
+        bits = codes.to(torch.int32)
+        sign = (bits & _SIGN).bitwise_left_shift_(16) if self.signed else 0
         if self.signed:
-            bits |= (code & _SIGN) << 16
+            bits &= ~_SIGN
+        bits <<= self._dropped
+        bits |= sign
         return bits.view(torch.float32).mul_(2.0 ** (_FLOAT_BIAS - self.bias))
 
     @property
