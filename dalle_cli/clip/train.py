@@ -189,7 +189,7 @@ def train_clip(recipe: Recipe, source: Source, store: Path, out: Path, extend: i
     if steps_in(out):
         # Refuses a CLIP of an earlier version before it is trained further.
         load_clip(open_checkpoint(out, "clip", "last"))
-    device = choose_device()
+    device = choose_device(recipe.device)
     prepare_process(device)
     model = build_recipe_clip(recipe)
     if (ancestor := open_ancestor(recipe, "clip", out, SAME)) is not None:

@@ -133,7 +133,7 @@ def command(
     systems = [open_system(name, spec, size, wanted, limit, seed) for name, spec in named.items()]
     real = FilePictures(published.reference, size, fit) if published else open_pictures(reference, size, fit)
 
-    from dalle_cli.distributed.device import choose_device, prepare_process
+    from dalle_cli.distributed.device import choose_device, device_for_doubles, prepare_process
     from dalle_cli.fid.comparison import Settings, compare_systems
     from dalle_cli.fid.features import inception, named_features
     from dalle_cli.fid.figures import Evaluation, evaluation_json
@@ -145,7 +145,7 @@ def command(
         keys, _ = read_keys(without, "--without")
         left_out = named_by(real, keys, Path(reference))
         require_match(without, keys, int(left_out.sum()), reference)
-    device = choose_device()
+    device = device_for_doubles(choose_device())  # torch-fidelity computes in 64 bit
     prepare_process(device)
     if clip is None and network is None:
         features = inception(inception_weights, device=str(device))

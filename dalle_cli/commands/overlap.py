@@ -77,11 +77,11 @@ def command(
     with tempfile.TemporaryDirectory(prefix="dalle-overlap-") as temporary:
         folder = cache or Path(temporary)
         if clip is not None or network is not None:
-            from dalle_cli.distributed.device import choose_device, prepare_process
+            from dalle_cli.distributed.device import choose_device, device_for_doubles, prepare_process
             from dalle_cli.fid.features import named_features
             from dalle_cli.fid.nearest import THRESHOLD, find_nearest
 
-            device = choose_device()
+            device = device_for_doubles(choose_device())  # torch-fidelity, which extracts, computes in 64 bit
             prepare_process(device)
             features = named_features(clip, pretrained, network, [], device)
             found = find_nearest(

@@ -588,6 +588,7 @@ def _off(value: Any) -> Any:
 
 
 Compile = Literal["auto", "off"]
+Device = Literal["auto", "cuda", "mps", "cpu"]
 
 
 class Recipe(Settings):
@@ -601,6 +602,11 @@ class Recipe(Settings):
         None,
         description="number of CPU threads of a stage; null: all cores. idle: one for each core that other programs "
         "leave idle while a stage trains in one process, so that a run beside other work does not repeat byte for byte",
+    )
+    device: Device = Field(
+        "auto",
+        description="device of training and encoding. auto: a GPU by CUDA, else Apple's GPU (mps), else the CPU. "
+        "DALLE_DEVICE names that of commands without a recipe",
     )
     compile: Annotated[Compile, BeforeValidator(_off)] = Field(
         "auto",

@@ -8,25 +8,46 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
 
-from dalle_cli.config.schema import Recipe
+from dalle_cli.config.schema import Device, Recipe
 from dalle_cli.errors import UserError
 from dalle_cli.progress import log
 
+DEVICE_VARIABLE = "DALLE_DEVICE"
+"""Environment variable that names the device of commands without a recipe, and of recipes whose ``device`` is auto."""
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
-def choose_device(local_rank: int = 0) -> torch.device:
-    """Return the GPU with number ``local_rank`` on this machine if CUDA is available, else the CPU.
+def choose_device(wanted: Device = "auto", local_rank: int = 0) -> torch.device:
+    """Return the device that the recipe's ``device`` names, or DEVICE_VARIABLE if that is auto.
+
+    If both are auto, it is the GPU with number ``local_rank`` on this machine if CUDA is available, else Apple's GPU
+    (``mps``) if there is one, else the CPU.
 
     Raises:
-        UserError: the machine has fewer GPUs than ranks, or Slurm gave this job GPUs that torch cannot use.
+        UserError: the named device is not there, the machine has fewer GPUs than ranks, or Slurm gave this job GPUs
+            that torch cannot use.
     """
-    if not torch.cuda.is_available():
+    named = "device"
+    if wanted == "auto":
+        named, wanted = DEVICE_VARIABLE, _variable()
+    if wanted == "cpu":
+        return torch.device("cpu")
+    if wanted == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"{named}: torch {torch.__version__} finds no GPU of Apple's here; set it to auto")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"{named}: torch {torch.__version__} finds no GPU by CUDA on {platform.node()}; set it to auto, or install "
+            "a torch for the driver's version of CUDA"
+        )
+    with_cuda = torch.cuda.is_available()
+    if wanted == "mps" or (wanted == "auto" and not with_cuda and torch.backends.mps.is_available()):
+        return torch.device("mps")
+    if not with_cuda:
         if (given := os.environ.get("SLURM_GPUS_ON_NODE", "0")) != "0":
             raise UserError(
                 f"SLURM_GPUS_ON_NODE {given}: Slurm gave this job GPUs, but torch {torch.__version__} finds none on "
@@ -47,8 +68,30 @@ def choose_device(local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def _variable() -> Device:
+    value = os.environ.get(DEVICE_VARIABLE) or "auto"
+    if value not in (known := get_args(Device)):
+        raise UserError(f"{DEVICE_VARIABLE}: is {value!r}; set it to one of {', '.join(known)}, or unset it")
+    return cast(Device, value)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done all that it was given to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def device_for_doubles(device: torch.device) -> torch.device:
+    """Return the device on which to compute in 64 bit what ``device`` began: Apple's GPUs leave it to the CPU."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def require_precision(key: str, precision: str, device: torch.device) -> None:
-    """Raise UserError if the recipe's ``key`` asks for a precision that the GPU only imitates, slowly."""
+    """Raise UserError if the recipe's ``key`` asks for a precision that the GPU lacks, or only imitates, slowly."""
+    if precision in ("bf16", "fp16") and device.type == "mps":
+        raise UserError(f"{key}: {precision} is not for Apple's GPUs yet; set fp32 or auto, or device to cpu")
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         name = torch.cuda.get_device_name(device)
         raise UserError(f"{key}: {name} cannot compute in bf16, which came with Ampere; set fp16 or fp32")
@@ -62,7 +105,7 @@ def prepare_process(device: torch.device) -> None:
     """
     if device.type == "cpu":
         keep_freed_memory()
-    else:
+    elif device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.deterministic = True
 

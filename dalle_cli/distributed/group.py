@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dalle_cli.config.schema import Device
 from dalle_cli.distributed.device import choose_device, prepare_process, send
 from dalle_cli.distributed.launch import read_launch
 from dalle_cli.distributed.liveness import absent_ranks, describe_absent
@@ -200,14 +201,18 @@ def buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def join_group() -> Iterator[Group]:
+def join_group(wanted: Device = "auto") -> Iterator[Group]:
     """Join the group that the launcher's environment describes, after preparing this process for its device.
+
+    ``wanted`` is the recipe's ``device``.
 
     Raises:
         UserError: the environment contradicts itself or this machine, or the other ranks do not join within TIMEOUT.
     """
     launch = read_launch()
-    device = choose_device(launch.local_rank)
+    device = choose_device(wanted, launch.local_rank)
+    if device.type == "mps" and launch.size > 1:
+        raise UserError(f"device: {launch.size} processes cannot share Apple's GPU; start one, or set device to cpu")
     prepare_process(device)
     group = Group(launch.rank, launch.size, device, launch.local_size)
     if group.size == 1:

@@ -110,7 +110,7 @@ def encode_source(
     with PartWriter(out, "image", identity, len(source), shard) as writer:
         if todo := writer.todo:
             use_settings(recipe)
-            device = choose_device()
+            device = choose_device(recipe.device)
             prepare_process(device)
             model = load_dvae(checkpoint).to(device)
             blocks = consecutive_pictures(

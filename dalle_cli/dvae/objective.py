@@ -327,7 +327,7 @@ def validation_metrics(
 
 def codebook_perplexity(counts: Tensor) -> float:
     """Return exp(entropy) of the codes' frequencies, the effective number of codes; 0 if all ``counts`` (K,) are 0."""
-    p = counts.double() / counts.sum().clamp_min(1)
+    p = counts.cpu().double() / counts.sum().cpu().clamp_min(1)
     return float(torch.special.entr(p).sum().exp()) if counts.sum() > 0 else 0.0
 
 

@@ -208,7 +208,7 @@ def train_dvae(recipe: Recipe, source: Source, out: Path, extend: int | None = N
     """
     _refuse_unreadable(source, recipe)
     ancestor = open_ancestor(recipe, "dvae", out, SAME)
-    with join_group() as group:
+    with join_group(recipe.device) as group:
         require_precision("dvae.precision", recipe.dvae.precision, group.device)
         recipe = settle_precision(recipe, "dvae", out, group, lambda tried: dvae_update(tried, source, group.device))
         task = _build_task(recipe, source, group)

@@ -34,7 +34,7 @@ def updates_within(recipe: Recipe, source: Source, minutes: float) -> dict[Kind,
 def seconds_per_update(recipe: Recipe, source: Source) -> dict[Kind, float]:
     """Return the time of an update of each stage on this machine, without loading its data."""
     use_settings(recipe)
-    device = choose_device()
+    device = choose_device(recipe.device)
     prepare_process(device)
     group = Group(device=device)
 

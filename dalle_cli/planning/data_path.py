@@ -80,7 +80,7 @@ def plan_data_path(recipe: Recipe, pairs: int, tasks: int) -> DataPath:
     The work is assumed to be shared evenly. Random pictures and captions are measured, of the recipe's sizes.
     """
     use_settings(recipe)
-    device = choose_device()
+    device = choose_device(recipe.device)
     prepare_process(device)
     cores, shards = available_cores(), math.ceil(pairs / ROWS_PER_SHARD)
     text, image, views = recipe.tokenizer.text_length, recipe.data.views * recipe.grid**2, recipe.data.views + 1

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from dalle_cli.config.schema import Recipe
-from dalle_cli.distributed.device import total_memory
+from dalle_cli.distributed.device import choose_device, total_memory
 from dalle_cli.distributed.group import Group
 from dalle_cli.distributed.launch import Launch, read_launch
 from dalle_cli.errors import UserError
@@ -26,11 +26,12 @@ GPU_MEMORY = 80_000_000_000
 """Bytes of the GPUs that the error message suggests."""
 
 
-def this_machine(launch: Launch) -> Machines:
+def this_machine(recipe: Recipe, launch: Launch) -> Machines:
     """Return the nodes of a launch, assumed to be like this machine; ranks without a GPU share its RAM."""
     local = launch.local_size or launch.size
     nodes = -(-launch.size // local)
-    if torch.cuda.is_available():
+    device = choose_device(recipe.device)
+    if device.type == "cuda":
         device = torch.device("cuda", min(launch.local_rank, torch.cuda.device_count() - 1))
         return Machines(local, nodes, total_memory(device))
     return Machines(local, nodes, total_memory(torch.device("cpu")) // local, on_cpu=True)
@@ -42,7 +43,7 @@ def refuse_too_large(recipe: Recipe) -> None:
     Raises:
         UserError: training does not fit; the message suggests settings or a machine that would.
     """
-    machines = this_machine(read_launch())
+    machines = this_machine(recipe, read_launch())
     recipe = with_planned_precision(recipe, machines)
     counts = count_parameters(recipe)
     fit = check_fit(recipe, counts, machines)
@@ -107,7 +108,7 @@ def dry_run(recipe: Recipe, store: Path, out: Path) -> tuple[Plan, Start]:
             token store is unfinished or was made for other sizes.
     """
     launch = read_launch()
-    machines = this_machine(launch)
+    machines = this_machine(recipe, launch)
     device = torch.device("cpu" if machines.on_cpu else "cuda")
     refuse_unsupported(recipe.prior, Group(launch.rank, launch.size, device, launch.local_size))
     planned = plan(recipe, machines, assume(recipe))

@@ -73,7 +73,7 @@ def train_prior(
     reader.require_complete()
     belongs = require_same_sizes(recipe, reader)
     initial = initial_values(recipe, belongs, out, store, dvae)
-    with join_group() as group, fast_matmul():
+    with join_group(recipe.device) as group, fast_matmul():
         recipe = settle_precision(recipe, "prior", out, group, lambda tried: prior_update(tried, group.device))
         stage = recipe.prior
         refuse_unsupported(stage, group)

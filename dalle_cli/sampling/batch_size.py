@@ -18,7 +18,7 @@ from dalle_cli.prior.decode import POSITIONS_PER_PASS, Decoder
 
 MEMORY_SHARE = 0.5
 """Share of the free memory to use; the rest is for other programs, fragmentation and memory not counted here."""
-MAX_SAMPLES = {"cpu": 64, "cuda": 512}
+MAX_SAMPLES = {"cpu": 64, "cuda": 512, "mps": 64}
 """Batch size beyond which throughput hardly grows: 128 instead of 64 saves one core 6 % at the quickstart's size."""
 DECODED_AT_ONCE = 16
 """Pictures that the dVAE decodes at once, fewer if they are large; larger batches would take most of the memory."""

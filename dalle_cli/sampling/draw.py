@@ -78,7 +78,8 @@ def sample_images(
     Args:
         decoder: the prior.
         text_ids: (C, T) text ids with paddings.
-        uniforms: (C, n, S) float64 in [0, 1), one for each token.
+        uniforms: (C, n, S) float64 in [0, 1), one for each token, on the device that draws: the decoder's, or the CPU
+            if that cannot compute in float64.
         settings: temperature, top_k, top_p, guidance, and batch_size, the samples drawn at once (None: all).
         prefix: (C, P) first image tokens, given rather than drawn (image-to-image), P < S; None for no tokens.
         empty: (T,) text ids of the empty caption, for guidance other than 1.
@@ -102,7 +103,7 @@ def sample_images(
     at_once = settings.batch_size or captions * n
     tokens = prefix.new_empty(captions, n, length)
     tokens[..., :given] = prefix[:, None]
-    log_likelihood = torch.empty(captions, n, dtype=torch.float64, device=text_ids.device)
+    log_likelihood = torch.empty(captions, n, dtype=torch.float64, device=uniforms.device)
     captions_at_once = max(1, at_once // n)
     for first in range(0, captions, captions_at_once):
         some = slice(first, first + captions_at_once)
@@ -126,9 +127,10 @@ def _draw_rest(
     ``prefilled`` holds C captions or, with guidance, 2 C, of which the last C are empty.
     """
     captions, n, length = uniforms.shape
-    log_likelihood = torch.zeros(captions, n, dtype=torch.float64, device=tokens.device)
+    log_likelihood = torch.zeros(captions, n, dtype=torch.float64, device=uniforms.device)
     step, logits = fast_step(decoder, prefilled.fork(n)), prefilled.logits[:, None].expand(-1, n, -1)
     for position in range(prefilled.positions, length):
+        logits = logits.to(uniforms.device)
         conditional, unconditional = logits[:captions], logits[captions:]
         guided = conditional
         if len(unconditional):
@@ -138,5 +140,6 @@ def _draw_rest(
         tokens[..., position] = token
         log_likelihood += conditional.log_softmax(-1).gather(-1, token[..., None])[..., 0]
         if position + 1 < length:
+            token = token.to(tokens.device)
             logits = step(position, torch.cat([token, token]) if len(unconditional) else token)
     return log_likelihood

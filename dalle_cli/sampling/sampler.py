@@ -25,6 +25,7 @@ from dalle_cli.data.source import BadSample, clean_caption
 from dalle_cli.data.workers import map_blocks
 from dalle_cli.distributed.device import (
     choose_device,
+    device_for_doubles,
     explain_out_of_memory,
     prepare_process,
     require_precision,
@@ -69,7 +70,7 @@ class _LoadedModels:
         tokens, scores = sample_images(
             self.decoder,
             self.text_ids[some],
-            uniforms.to(self.decoder.device),
+            uniforms.to(device_for_doubles(self.decoder.device)),
             request.settings.model_copy(update={"batch_size": None}),
             self.given[some],
             empty=self.empty,

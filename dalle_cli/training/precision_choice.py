@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dalle_cli.config.schema import Recipe
-from dalle_cli.distributed.device import use_settings
+from dalle_cli.distributed.device import synchronize, use_settings
 from dalle_cli.distributed.engine import Replicated
 from dalle_cli.distributed.group import Group
 from dalle_cli.errors import Damaged, UserError
@@ -54,8 +54,7 @@ def trial_update(
         engine.collect_gradients(0)
         updates.step(0.0)
         engine.release_gathered()
-        if engine.group.device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(engine.group.device)
 
     return update
 
@@ -87,7 +86,7 @@ def settle_precision(
         chosen = begun
     elif group.device.type == "cuda":
         chosen = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    elif group.broadcast(float(group.leads and _measure(recipe, kind, trial) == "bf16")):
+    elif group.device.type == "cpu" and group.broadcast(float(group.leads and _measure(recipe, kind, trial) == "bf16")):
         chosen = "bf16"
     return with_precision(recipe, kind, chosen)
 

@@ -11,6 +11,8 @@ from functools import cache
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from dalle_cli.distributed.device import synchronize
+
 THROUGHPUT_KEYS = ("samples_per_second", "tokens_per_second", "tflops", "mfu")
 """Names of the values that ``Throughput`` measures; ``tflops`` and ``mfu`` are per device."""
 CPU_SIDE, GPU_SIDE, TRIALS = 512, 8192, 3
@@ -44,8 +46,8 @@ def peak_tflops(given: float | None, dtype: torch.dtype, device: torch.device) -
     """
     if given is not None:
         return given, "as monitoring.peak_tflops says"
-    side = GPU_SIDE if device.type == "cuda" else CPU_SIDE
-    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
+    side = CPU_SIDE if device.type == "cpu" else GPU_SIDE
+    threads = "" if device.type != "cpu" else f", {torch.get_num_threads()} threads"
     found = _measure_peak(side, dtype, device, torch.get_num_threads())
     kind = str(dtype).removeprefix("torch.")
     return found, f"measured by a {kind} product of {side} x {side}{threads}; monitoring.peak_tflops sets it"
@@ -66,8 +68,7 @@ def _measure_peak(side: int, dtype: torch.dtype, device: torch.device, _threads:
     for _ in range(1 + TRIALS):  # the first one warms up
         began = time.perf_counter()
         torch.mm(a, b)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         seconds.append(time.perf_counter() - began)
     return 2 * side**3 / min(seconds[1:]) / 1e12
 

@@ -15,6 +15,7 @@ from helpers.running import ENVIRONMENT
 from dalle_cli.config.schema import Recipe
 from dalle_cli.distributed import device
 from dalle_cli.distributed.device import explain_out_of_memory, fast_matmul, matmul_library
+from dalle_cli.distributed.group import join_group
 from dalle_cli.errors import UserError
 
 AMD = {"cpu_name": "AMD EPYC", "avx512_f": True, "amx_tile": False}
@@ -99,6 +100,52 @@ def test_a_driver_that_torch_cannot_use_is_named(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("no GPU is used: this machine has an NVIDIA driver")
     assert "install a torch for the driver's version of CUDA" in line
+
+
+def test_the_recipe_or_the_environment_names_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
+    monkeypatch.delenv("DALLE_DEVICE", raising=False)
+    for cuda, mps, wanted in ((True, True, "cuda:0"), (False, True, "mps"), (False, False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda found=cuda: found)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda found=mps: found)
+        assert str(device.choose_device()) == wanted
+        assert str(device.choose_device("cpu")) == "cpu"
+        monkeypatch.setenv("DALLE_DEVICE", "cpu")
+        assert str(device.choose_device()) == "cpu"
+        if mps:
+            assert str(device.choose_device("mps")) == "mps"  # the recipe's word counts for more
+        monkeypatch.delenv("DALLE_DEVICE")
+    with pytest.raises(UserError, match=r"^device: torch .* finds no GPU of Apple's here; set it to auto"):
+        device.choose_device("mps")
+    monkeypatch.setenv("DALLE_DEVICE", "cuda")
+    with pytest.raises(UserError, match=r"^DALLE_DEVICE: torch .* finds no GPU by CUDA on .*; set it to auto"):
+        device.choose_device()
+    monkeypatch.setenv("DALLE_DEVICE", "gpu")
+    with pytest.raises(UserError, match=r"^DALLE_DEVICE: is 'gpu'; set it to one of auto, cuda, mps, cpu"):
+        device.choose_device()
+
+
+def test_what_apples_gpus_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    mps = torch.device("mps")
+    for precision in ("bf16", "fp16"):
+        with pytest.raises(UserError, match=rf"dvae\.precision: {precision} is not for Apple's GPUs yet; set fp32"):
+            device.require_precision("dvae.precision", precision, mps)
+    device.require_precision("dvae.precision", "fp32", mps)
+    assert device.device_for_doubles(mps) == torch.device("cpu")
+    assert device.device_for_doubles(torch.device("cuda", 1)) == torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "x",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="device: 2 processes cannot share Apple's GPU"), join_group("mps"):
+        pass
 
 
 def test_a_card_without_bf16_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,14 @@
 
 FakeTensorMode runs every operation on shapes, types and devices alone. It fails if a tensor was left on the CPU, and if
 the code asks for a value of a tensor on the GPU, for which it would have to wait. PyTorch runs no backward pass on a
-fake GPU, so gradients are made up there; the backward pass runs on the meta device.
+fake GPU, so gradients are made up there, and ``test_on_meta.py`` runs the backward pass. Everything runs a second
+time on a fake GPU that refuses 64-bit numbers, as Apple's GPUs do; torch has fake ones of Apple's on a Mac alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,14 @@ import torch
 from helpers.running import smallest_recipe, write_recipe
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dalle_cli.clip.model import clip_text_ids, pixels
 from dalle_cli.clip.train import ClipTask, build_recipe_clip
 from dalle_cli.config.load import load_recipe
 from dalle_cli.config.schema import Recipe, SamplingSettings
+from dalle_cli.distributed.device import device_for_doubles
 from dalle_cli.distributed.engine import Replicated
 from dalle_cli.distributed.group import Group
 from dalle_cli.dvae.model import DVAE
@@ -44,6 +49,17 @@ class GpuGenerator(torch.Generator):
     device = GPU
 
 
+class NoDoubles(TorchDispatchMode):
+    """Refuses operations whose result is of 64-bit floating-point numbers on the GPU."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for each in tree_leaves(found):
+            if isinstance(each, Tensor) and (each.device, each.dtype) == (GPU, torch.float64):
+                raise TypeError(f"{func} makes float64 on the GPU")
+        return found
+
+
 def counted(values: Tensor) -> Tensor:
     """Return places of some text tokens that the loss counts, which the host finds."""
     assert values.device.type == "cpu"
@@ -56,17 +72,23 @@ def make_up_gradients(engine: Replicated, loss: Tensor) -> None:
         parameter.grad = torch.empty_like(parameter)
 
 
+@pytest.fixture(params=[True, False], ids=["with doubles", "without"])
+def doubles(request: pytest.FixtureRequest) -> bool:
+    found: bool = request.param
+    return found
+
+
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def gpu(doubles: bool, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
     monkeypatch.setattr(Tensor, "nonzero", counted)
-    monkeypatch.setattr(Tensor, "exponential_", lambda self, generator: self)
+    monkeypatch.setattr(Tensor, "uniform_", lambda self, *_, generator: self)
     monkeypatch.setattr(Replicated, "backward", make_up_gradients)
     monkeypatch.setattr("dalle_cli.dvae.train.torch_generator", lambda *_, **__: GpuGenerator())
     caches = (attention.window_bias, attention.causal_bias)
     for cached in caches:
         cached.cache_clear()
-    with FakeTensorMode():
+    with FakeTensorMode(), nullcontext() if doubles else NoDoubles():
         yield
     for cached in caches:
         cached.cache_clear()
@@ -148,7 +170,12 @@ def test_an_update_of_clip(changes: tuple[str, ...], tmp_path: Path, gpu: None) 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.5, "top_k": 3, "top_p": 0.9}, {"guidance": 3.0}])
 def test_sampling(
-    precision: Any, settings: dict[str, Any], tmp_path: Path, gpu: None, monkeypatch: pytest.MonkeyPatch
+    precision: Any,
+    settings: dict[str, Any],
+    tmp_path: Path,
+    doubles: bool,
+    gpu: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The plain step is run, since a CUDA graph needs a GPU."""
     monkeypatch.setattr(
@@ -157,11 +184,12 @@ def test_sampling(
     prior = on_gpu(lambda: build_prior(recipe_of(tmp_path))).eval().requires_grad_(False)
     decoder = Decoder(prior, precision)
     text = torch.zeros(2, TEXT, dtype=torch.long, device=GPU)
-    uniforms = torch.zeros(2, 3, GRID**2, dtype=torch.float64, device=GPU)
+    drawing = device_for_doubles(GPU if doubles else torch.device("mps"))
+    uniforms = torch.zeros(2, 3, GRID**2, dtype=torch.float64, device=drawing)
     draw = sample_images.__wrapped__  # type: ignore[attr-defined]
     with torch.no_grad():  # in place of inference mode, in which copies of fake tensors are not fake
         tokens, likelihood = draw(decoder, text, uniforms, SamplingSettings(**settings), empty=text[0])
-    assert tokens.device == likelihood.device == GPU
+    assert (tokens.device, likelihood.device) == (GPU, uniforms.device)
     assert tokens.shape == (2, 3, GRID**2)
     assert likelihood.shape == (2, 3)
 
@@ -185,10 +213,12 @@ def test_scoring(tmp_path: Path, gpu: None) -> None:
     assert (image_features.device, text_features.device, scale.device) == (GPU, GPU, GPU)
 
 
-def test_a_tensor_left_behind_and_a_wait_are_found(gpu: None) -> None:
+def test_a_tensor_left_behind_and_a_wait_are_found(doubles: bool, gpu: None) -> None:
     value = torch.zeros(3, device=GPU)
     assert isinstance(value, FakeTensor)
     with pytest.raises((RuntimeError, TypeError), match=r"[Dd]evice"):
         value + torch.zeros(3)
     with pytest.raises(DataDependentOutputException):
         float(value.sum())
+    with nullcontext() if doubles else pytest.raises(TypeError, match="float64 on the GPU"):
+        value.double()
