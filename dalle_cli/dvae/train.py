@@ -33,6 +33,7 @@ from dalle_cli.dvae.objective import (
 )
 from dalle_cli.dvae.perceptual import PerceptualDistance
 from dalle_cli.errors import UserError
+from dalle_cli.precision.formats import DTYPES
 from dalle_cli.pretrained import weights_hash
 from dalle_cli.randomness import torch_generator
 from dalle_cli.stores.checkpoint import Checkpoint, Kind, Which, open_checkpoint
@@ -46,7 +47,6 @@ from dalle_cli.training.throughput import SampleWork, training_flops
 from dalle_cli.training.trial import agrees, prepare_compiler
 
 VALIDATION_BATCH = 64
-AUTOCAST: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 EXAMPLES = 8
 """Number of held-out images shown in TensorBoard."""
 SAME = tuple(f"dvae.model.{key}" for key in ("n_hid", "n_init", "blocks_per_group", "downsampling", "codebook_size"))
@@ -82,7 +82,7 @@ class DvaeTask:
         side, codes = self.recipe.dvae.model.downsampling, self.recipe.grid**2
         pixels = torch.zeros(1, 3, side, side, device=self.group.device)
         flops = training_flops(lambda: self.model.decoder(self.model.encoder(pixels).softmax(1)))
-        return SampleWork(codes, codes * flops, AUTOCAST.get(self.recipe.dvae.precision, torch.float32))
+        return SampleWork(codes, codes * flops, DTYPES[self.recipe.dvae.precision])
 
     def batches(self, start: int, stop: int, order: Order = "random blocks") -> Iterator[Tensor]:
         training = self.recipe.dvae.training
@@ -112,9 +112,9 @@ class DvaeTask:
         objective, device = self.recipe.dvae.objective, self.group.device
         kl_weight, temperature = ramp(objective.kl_weight, step), ramp(objective.temperature, step)
         rows = range(first, first + len(images))
-        dtype = AUTOCAST.get(self.recipe.dvae.precision)
+        dtype = DTYPES[self.recipe.dvae.precision]
         # Autocast runs convolutions in 16 bit, except those that give logits or the likelihood's parameters.
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             found = dvae_loss(
                 self.model,
                 send(images, device),
@@ -219,7 +219,7 @@ def train_dvae(recipe: Recipe, source: Source, out: Path, extend: int | None = N
         if group.device.type == "cuda" and recipe.compile == "auto":
             use_settings(recipe)  # which compiled code depends on
             with explain_out_of_memory(out, task.less_memory):
-                compile_networks(model, recipe.image_size, AUTOCAST.get(recipe.dvae.precision), group.device)
+                compile_networks(model, recipe.image_size, DTYPES[recipe.dvae.precision], group.device)
         loss_scaler = torch.amp.GradScaler(group.device.type) if recipe.dvae.precision == "fp16" else None
         return Run(task, recipe, out, Replicated(model, group, loss_scaler=loss_scaler), extend).train()
 
@@ -245,13 +245,13 @@ def _build_task(recipe: Recipe, source: Source, group: Group) -> DvaeTask:
 def compile_networks(
     model: DVAE,
     image_size: int,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype,
     device: torch.device,
     backend: str | Callable[..., Any] = "inductor",
 ) -> None:
     """Have ``model`` train through ``torch.compile`` if a trial on one picture comes to the same values.
 
-    ``dtype`` is that of autocast, if it is used.
+    ``dtype`` is that of autocast, which 32 bit does without.
     """
     prepare_compiler()
     parameters = list(model.parameters())
@@ -260,7 +260,7 @@ def compile_networks(
     gradients = [torch.randn(x.shape, device=device, generator=generator) for _ in range(2)]
 
     def output_and_gradients() -> list[Tensor]:
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             outputs = model.decoder(model.encoder(x).softmax(1))
         return [*outputs, *torch.autograd.grad(outputs, parameters, gradients)]
 

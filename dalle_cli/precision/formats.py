@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Types of a recipe's precisions, by their names there."""
 _FLOAT_MANTISSA, _FLOAT_BIAS = 23, 127
 _INFINITY, _SIGN = 0x7F800000, 0x8000
 

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 INIT_STD = 0.02
 Precision = Literal["fp32", "bf16", "fp16"]
-DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 InitialValue = Callable[[str, Tensor], Tensor]
 """Function that returns the initial value of a parameter, given its name and its random value."""

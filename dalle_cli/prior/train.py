@@ -19,11 +19,11 @@ from dalle_cli.distributed.device import explain_out_of_memory, fast_matmul, req
 from dalle_cli.distributed.engine import Engine, Replicated
 from dalle_cli.distributed.group import ALONE, Group, join_group
 from dalle_cli.errors import UserError
+from dalle_cli.precision.formats import DTYPES
 from dalle_cli.precision.gradient_scaling import GradientScales, GradientScaling, ScaledBlock
 from dalle_cli.prior.counts import count_flops, count_parameters
 from dalle_cli.prior.initial import initial_values
 from dalle_cli.prior.model import (
-    DTYPES,
     InitialValue,
     LossModule,
     Prior,

@@ -21,7 +21,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dalle_cli.errors import UserError
+from dalle_cli.errors import UserError, explain_system_error
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """Beginnings of formulas in spreadsheets (OWASP, "CSV injection")."""
@@ -40,9 +40,7 @@ def explain_os_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"{path}: no space left on the disk; nothing earlier was lost: free some space and run again"
-            ) from error
+            raise UserError(explain_system_error(OSError(error.errno, os.strerror(error.errno), str(path)))) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise UserError(f"{path}: may not be written ({error.strerror}); choose another place") from error
         if error.errno in (errno.EEXIST, errno.ENOTDIR):

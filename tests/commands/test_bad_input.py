@@ -660,8 +660,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 def full(done: Done, place: Path) -> None:
     refused = done.mistake()
     assert str(place) in refused
-    assert "no space left" in refused
-    assert "run again" in refused
+    assert "No space left" in refused
+    assert "run the same command again" in refused
 
 
 def test_a_disk_that_fills_while_training(by_hand: Chain, small_disk: Callable[[int], Path]) -> None:

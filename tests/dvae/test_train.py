@@ -237,8 +237,8 @@ def test_compiled_networks_train_the_same(capsys: pytest.CaptureFixture[str]) ->
     """A backend without code generation stands in for a GPU's compiler."""
     torch._dynamo.reset()
     plain, compiled, failed = (DVAE(SMALL, seed=1) for _ in range(3))
-    compile_networks(compiled, 16, None, torch.device("cpu"), backend="aot_eager")
-    compile_networks(failed, 16, None, torch.device("cpu"), backend=no_backend)
+    compile_networks(compiled, 16, torch.float32, torch.device("cpu"), backend="aot_eager")
+    compile_networks(failed, 16, torch.float32, torch.device("cpu"), backend=no_backend)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("train-dvae: encoder and decoder by torch.compile: not used here (no such compiler")
     gradients = []

@@ -371,7 +371,7 @@ def test_a_disk_that_fills_up_loses_nothing(
 
     monkeypatch.setattr(store.SampleStore, "_save", save)
     lines: list[dict[str, Any]] = []
-    with pytest.raises(UserError, match="no space left"):
+    with pytest.raises(UserError, match="No space left"):
         lines.extend(sampler.run(request(1), tmp_path / "s"))
     assert [(line["prompt_index"], line["index"]) for line in lines] == [(0, 0), (0, 1), (0, 2), (1, 0)]
     assert zarr.open_group(str(tmp_path / "s" / STORE), mode="r").attrs["rows"] == 4

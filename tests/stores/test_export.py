@@ -174,7 +174,7 @@ def test_one_that_cannot_write_keeps_all_from_it(
     for raised in save(tmp_path / "step-00000003", recipe, 2, seed=5):
         assert isinstance(raised, UserError)
         assert str(raised).startswith("rank 1 of 2: ")
-        assert "no space left on the disk" in str(raised)
+        assert "No space left on device" in str(raised)
     assert open_checkpoint(tmp_path).files == before
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
 

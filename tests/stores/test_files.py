@@ -79,7 +79,7 @@ def test_a_file_is_the_old_or_the_new(tmp_path: Path) -> None:
     write_atomically(file, "old")
     with (
         mock.patch.object(Path, "replace", side_effect=OSError(28, "No space left on device")),
-        pytest.raises(UserError, match="no space left"),
+        pytest.raises(UserError, match="No space left"),
     ):
         write_atomically(file, "new")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
@@ -88,7 +88,7 @@ def test_a_file_is_the_old_or_the_new(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("number", "words"),
-    [(28, "no space left"), (13, "may not be written"), (30, "may not be written"), (17, "in the way")],
+    [(28, "No space left"), (13, "may not be written"), (30, "may not be written"), (17, "in the way")],
 )
 def test_faults_of_the_disk_are_one_line(tmp_path: Path, number: int, words: str) -> None:
     with pytest.raises(UserError, match=words) as refused, new_directory(tmp_path / "place"):
