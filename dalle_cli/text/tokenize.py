@@ -57,7 +57,7 @@ def train_tokenizer(recipe: Recipe, source: Source, out: Path, most: int | None 
 
         def captions() -> Iterator[str]:
             skipped, first = 0, ""
-            for block in prefetch(_read(source, rows, recipe.data.filters), 1):
+            for block in prefetch(_read(source, rows, recipe.data.filters, SHARDS_AT_ONCE * ROWS_PER_SHARD), 1):
                 yield from chain.from_iterable(block.captions)
                 skipped += len(block.reasons)
                 first = first or next((f"{block.keys[row]}: {why}" for row, why in block.reasons.items()), "")

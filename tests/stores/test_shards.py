@@ -132,7 +132,7 @@ def make_and_die(store: Path, part: Part, samples: int, shard: Shard, when: int)
 
 @pytest.mark.parametrize("shard", [WHOLE, Shard(1, 3)])
 def test_a_store_begun_with_small_files_is_finished_with_them(tmp_path: Path, shard: Shard) -> None:
-    """As earlier versions made them: without the size of their files, and whatever the number of samples."""
+    """Earlier versions made such stores, whatever the number of samples, and did not keep the size of their files."""
     calm, store = tmp_path / "calm.zarr", tmp_path / "tokens.zarr"
     with small_files():
         for part in ("text", "image"):

@@ -82,7 +82,7 @@ def test_the_command_that_completes_a_store_keeps_them(
 
 
 def test_a_store_of_an_earlier_version_has_them_still(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its parts do not count the bytes of their files, and what it keeps was made without them."""
+    """The parts of such a store do not hold the size of their files, nor did the hash of what it keeps."""
     group = zarr.open_group(str(store), mode="r+")
     for part in ("text", "image"):
         group.attrs.put(
