@@ -142,9 +142,9 @@ def command(
 
     left_out = None
     if without is not None:
-        keys, _ = read_keys(without, "--without")
+        keys = set(read_keys(without, "--without"))
         left_out = named_by(real, keys, Path(reference))
-        require_match(without, keys, int(left_out.sum()), reference)
+        require_match(without, len(keys), int(left_out.sum()), reference)
     device = device_for_doubles(choose_device())  # torch-fidelity computes in 64 bit
     prepare_process(device)
     if clip is None and network is None:

@@ -24,7 +24,6 @@ from dalle_cli.progress import progress
 from dalle_cli.stores.checkpoint import Checkpoint
 from dalle_cli.stores.shards import WHOLE, Shard
 from dalle_cli.stores.token_writer import PartWriter
-from dalle_cli.stores.tokens import ROWS_PER_SHARD
 
 BLOCK = 64
 """Number of images read and encoded together; fixed, so that rounding, and thus the tokens, never varies."""
@@ -140,7 +139,7 @@ def encode_into(writer: PartWriter, model: DVAE, blocks: Iterable[PictureBlock],
             tokens.append(block_tokens)
             reasons |= block.reasons
             remaining -= len(block.keys)
-            if len(keys) == ROWS_PER_SHARD or remaining == 0:
+            if len(keys) == writer.rows_per_shard or remaining == 0:
                 ok = np.array([key not in reasons for key in keys], dtype=np.uint8)
                 image = np.concatenate(tokens) * ok[:, None, None, None]
                 arrays = {"image": image[:, 0], "image_ok": ok}

@@ -28,7 +28,7 @@ from dalle_cli.dvae.encode import encode_images
 from dalle_cli.dvae.model import DVAE
 from dalle_cli.stores.held_out import split_holdout
 from dalle_cli.stores.row_set import RowSet
-from dalle_cli.stores.tokens import ROWS_PER_SHARD
+from dalle_cli.stores.tokens import rows_per_shard
 from dalle_cli.text.bpe import train_bpe
 from dalle_cli.text.encode import CaptionEncoder
 
@@ -82,7 +82,7 @@ def plan_data_path(recipe: Recipe, pairs: int, tasks: int) -> DataPath:
     use_settings(recipe)
     device = choose_device(recipe.device)
     prepare_process(device)
-    cores, shards = available_cores(), math.ceil(pairs / ROWS_PER_SHARD)
+    cores, shards = available_cores(), math.ceil(pairs / rows_per_shard(pairs))
     text, image, views = recipe.tokenizer.text_length, recipe.data.views * recipe.grid**2, recipe.data.views + 1
     decoding, thumbnails, compared = _decoding(recipe), *_comparing()
     indexing, index_bytes = _indexing()

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dalle_cli.errors import UserError
+from dalle_cli.stores.files import write_atomically
+
 BLOCK = 4096
-"""Number of rows that are counted together: those of a shard file of a token store."""
+"""Number of rows that are counted together, and decoded together from a token store."""
 CHUNK = 2**20
 """Approximate number of rows that ``chunks`` yields at a time, a multiple of BLOCK."""
+LARGE = 64 * BLOCK
+"""Number of rows from which on sets that take long to find are kept in files."""
 _ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1).astype(np.uint8)
 """Number of ones in each byte."""
 
@@ -126,3 +135,30 @@ class RowSet:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         parts = list(self.chunks())
         return np.concatenate(parts).astype(dtype or np.int64, copy=False) if parts else np.empty(0, dtype or np.int64)
+
+
+def read_bits(file: Path, made_of: str, rows: int) -> np.ndarray | None:
+    """Return the bits of ``rows`` rows that ``keep_bits`` wrote.
+
+    Returns:
+        (ceil(rows / 8),) uint8; None if the file is missing, damaged, or of something else than ``made_of``.
+    """
+    try:
+        line, _, body = file.read_bytes().partition(b"\n")
+    except OSError:
+        return None
+    bits = np.frombuffer(body, np.uint8)
+    return bits if len(bits) == -(-rows // 8) and line + b"\n" == _head(made_of, bits) else None
+
+
+def keep_bits(file: Path, made_of: str, bits: np.ndarray) -> None:
+    """Write ``bits``, uint8, for ``read_bits``, unless the folder may not be written to.
+
+    ``made_of`` is a hash of all that the bits depend on. The file holds a line of JSON, then the bits.
+    """
+    with suppress(OSError, UserError):
+        write_atomically(file, _head(made_of, bits) + bits.tobytes())
+
+
+def _head(made_of: str, bits: np.ndarray) -> bytes:
+    return json.dumps({"made_of": made_of, "crc32": zlib.crc32(bits.tobytes())}).encode() + b"\n"

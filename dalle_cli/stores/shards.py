@@ -85,6 +85,8 @@ class ShareProgress:
     rows: Count = 0
     skipped: dict[str, Count] = field(default_factory=dict)
     counts: dict[str, Count] = field(default_factory=dict)
+    bytes: dict[str, Count] | None = None
+    """Size of the shard files of each array, with those of ``key``; None if an earlier version wrote some of them."""
 
 
 @dataclass(frozen=True)

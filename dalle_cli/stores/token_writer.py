@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,13 +23,19 @@ from dalle_cli.stores.tokens import (
     BY_VERSION,
     FORMAT_VERSION,
     OFTEN_EMPTY,
+    OLDEST_VERSION,
     ROWS_PER_CHUNK,
     ROWS_PER_SHARD,
     TOKENIZER,
     PartState,
+    TokenReader,
     open_group,
+    rows_per_shard,
+    rows_per_shard_of,
     sum_counts,
+    sum_known_counts,
 )
+from dalle_cli.stores.usable_rows import keep_usable_rows
 
 ZSTD_LEVEL = 1
 """Compression level: the default takes twice the time and makes captions 10% smaller and tokens no smaller."""
@@ -46,12 +51,16 @@ ARRAYS: dict[Part, tuple[str, ...]] = {
 }
 
 
-def _create_group(path: Path) -> None:
+def create_group(path: Path, shard_rows: int) -> None:
+    """Make the Zarr group of a store whose shard files hold ``shard_rows`` rows, a multiple of ROWS_PER_SHARD."""
     import zarr
 
+    version: dict[str, int] = {"version": OLDEST_VERSION}
+    if shard_rows != ROWS_PER_SHARD:
+        version = {"version": FORMAT_VERSION, "rows_per_shard": shard_rows}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        zarr.create_group(str(path), attributes={"format": "dalle-tokens", "version": FORMAT_VERSION}, zarr_format=3)
+        zarr.create_group(str(path), attributes={"format": "dalle-tokens", **version}, zarr_format=3)
 
 
 class PartWriter:
@@ -60,8 +69,7 @@ class PartWriter:
     The same part may be written by several processes, each with another share, and both parts at the same time::
 
         with PartWriter(path, "text", identity, len(source), shard) as writer:
-            for start in range(writer.todo.start, writer.todo.stop, ROWS_PER_SHARD):
-                rows = range(start, min(start + ROWS_PER_SHARD, writer.todo.stop))
+            while rows := writer.todo[: writer.rows_per_shard]:
                 writer.append([source.key(row) for row in rows], ...)
             writer.finish()
 
@@ -75,7 +83,6 @@ class PartWriter:
 
     def __init__(self, path: Path, part: Part, identity: Mapping[str, Any], samples: int, shard: Shard = WHOLE) -> None:
         self.path, self.part, self.samples, self.shard = path, part, samples, shard
-        self.share = shard.rows(samples, ROWS_PER_SHARD)
         self._shares, self._other_shares = Shares(path, part), Shares(path, OTHER[part])
         self._other_complete = False
         self._arrays: dict[str, Any] = {}
@@ -91,8 +98,11 @@ class PartWriter:
                 ) from None
             with self._common_lock():
                 if not (path / "zarr.json").is_file():
-                    _create_group(path)
+                    create_group(path, rows_per_shard(samples))
                 self.group = open_group(path, "r+")
+                self.rows_per_shard = rows_per_shard_of(self.group, path)
+                """Number of rows of a shard file."""
+                self.share = shard.rows(samples, self.rows_per_shard)
                 self.state = PartState.of_attributes(self.group.attrs, part, path)
                 self.progress = self._begin(json.loads(json.dumps(dict(identity))))
             self._cut_report()
@@ -141,6 +151,8 @@ class PartWriter:
         rows = range(self.todo.start, self.todo.start + len(keys))
         if rows.stop > self.share.stop:
             raise ValueError(f"rows {rows.start} to {rows.stop} end after share {self.shard}, {self.share}")
+        if rows.stop % self.rows_per_shard and rows.stop != self.share.stop:
+            raise ValueError(f"rows {rows.start} to {rows.stop} end inside a shard file of {self.rows_per_shard} rows")
         with explain_os_errors(self.path):
             opened = self._open_arrays({"key": np.array(keys, dtype=object), **arrays})
             for name, values in arrays.items():
@@ -150,8 +162,8 @@ class PartWriter:
                     report.writelines(json.dumps({"key": key, "reason": skipped[key]}) + "\n" for key in skipped)
             with self._common_lock():
                 self._write_keys(keys, rows)
-                self._sync({"key", *arrays}, rows)
-                self._commit(len(rows), skipped.values(), counts or {})
+                sizes = self._sync(["key", *arrays], rows)
+                self._commit(len(rows), skipped.values(), counts or {}, sizes)
 
     def add_file(self, name: str, text: str) -> None:
         """Write a file beside the arrays, whole or not at all; every share of the part writes the same."""
@@ -171,14 +183,17 @@ class PartWriter:
             with self._common_lock():
                 self._write_checksums()
             self._shares.remove(keep=self._shares.file(self.shard, ".lock"))
+            keep_usable_rows(TokenReader(self.path))
             return
         if self.todo:
             raise ValueError(f"rows {self.todo.start} to {self.todo.stop} of {self.path} are still to be appended")
         with explain_os_errors(self.path), self._common_lock():
-            left = self._shares.unfinished(self.shard.of, self.samples, ROWS_PER_SHARD)
+            left = self._shares.unfinished(self.shard.of, self.samples, self.rows_per_shard)
             if not left:
                 self._complete()
-        if left:
+        if not left:
+            keep_usable_rows(TokenReader(self.path))
+        else:
             log(f"{self.path}: share {self.shard} of its {self.part} part is complete; unfinished: {join_names(left)}")
 
     def _refuse_other_folders(self) -> None:
@@ -216,7 +231,7 @@ class PartWriter:
                 )
         if self.shard in begun:
             return replace(begun[self.shard], identity=identity)
-        new = ShareProgress(self.samples, identity)
+        new = ShareProgress(self.samples, identity, bytes={})
         self._shares.write(self.shard, new)
         return new
 
@@ -272,9 +287,10 @@ class PartWriter:
                 if array.shape != wide:
                     array.resize(wide)
                 return array
-            shard = chunk = (ROWS_PER_SHARD, *shape[1:])  # a shard is read whole, and each chunk adds a fixed cost
+            # As many rows as are read together, since each chunk adds a fixed cost.
+            chunk, shard = (ROWS_PER_SHARD, *shape[1:]), (self.rows_per_shard, *shape[1:])
             if name in BY_VERSION:
-                chunk, shard = (ROWS_PER_CHUNK, 1, *shape[2:]), (ROWS_PER_SHARD, 1, *shape[2:])
+                chunk, shard = (ROWS_PER_CHUNK, 1, *shape[2:]), (self.rows_per_shard, 1, *shape[2:])
             return self.group.create_array(
                 name,
                 shape=shape,
@@ -289,10 +305,10 @@ class PartWriter:
         if not self._other_complete:
             attributes = dict(open_group(self.path, "r").attrs)
             self._other_complete = PartState.of_attributes(attributes, OTHER[self.part], self.path) is not None
-        for start in rows[::ROWS_PER_SHARD]:
-            piece = range(start, min(start + ROWS_PER_SHARD, rows.stop))
+        for start in rows[:: self.rows_per_shard]:
+            piece = range(start, min(start + self.rows_per_shard, rows.stop))
             names = keys[start - rows.start : piece.stop - rows.start]
-            if self._other_complete or self._other_shares.committed(piece, self.samples, ROWS_PER_SHARD):
+            if self._other_complete or self._other_shares.committed(piece, self.samples, self.rows_per_shard):
                 self._check_keys(names, piece)
             else:
                 self._arrays["key"][piece.start : piece.stop] = np.array(names, dtype=object)
@@ -306,18 +322,34 @@ class PartWriter:
                     "read the same source"
                 )
 
-    def _sync(self, names: Iterable[str], rows: range) -> None:
-        """Have the shard files of ``rows`` on the disk before the rows are committed."""
-        shards = [str(shard) for shard in range(rows.start // ROWS_PER_SHARD, -(-rows.stop // ROWS_PER_SHARD))]
-        for folder in (self.path / name / "c" for name in names):
-            for shard in filter(Path.exists, (folder / shard for shard in shards)):
-                sync(folder, shard, *(shard.rglob("*") if shard.is_dir() else ()))
+    def _sync(self, names: Iterable[str], rows: range) -> dict[str, int]:
+        """Have the shard files of ``rows`` on the disk before the rows are committed, and return their size by array.
 
-    def _commit(self, rows: int, reasons: Iterable[str], counts: Mapping[str, int]) -> None:
-        """Commit ``rows`` more, whose arrays and keys have been written."""
+        Files that a killed writer left half written beside them in a folder of their own are deleted.
+        """
+        size, sizes = self.rows_per_shard, dict[str, int]()
+        for name in names:
+            folder, sizes[name] = self.path / name / "c", 0
+            shards = (folder / str(shard) for shard in range(rows.start // size, -(-rows.stop // size)))
+            for shard in filter(Path.exists, shards):
+                inside = list(shard.rglob("*")) if shard.is_dir() else []
+                for left in (path for path in inside if path.suffix == ".partial"):
+                    left.unlink()
+                written = [shard, *(path for path in inside if path.suffix != ".partial")]
+                sync(folder, *written)
+                sizes[name] += sum(path.stat().st_size for path in written if path.is_file())
+        return sizes
+
+    def _commit(self, rows: int, reasons: Iterable[str], counts: Mapping[str, int], sizes: Mapping[str, int]) -> None:
+        """Commit ``rows`` more, whose arrays and keys have been written in files of ``sizes`` bytes by array."""
         now = self.progress
-        skipped = _add_reasons(now.skipped, reasons)
-        self.progress = replace(now, rows=now.rows + rows, skipped=skipped, counts=sum_counts([now.counts, counts]))
+        self.progress = replace(
+            now,
+            rows=now.rows + rows,
+            skipped=_add_reasons(now.skipped, reasons),
+            counts=sum_counts([now.counts, counts]),
+            bytes=sum_known_counts([now.bytes, sizes]),
+        )
         self._shares.write(self.shard, self.progress)
 
     def _complete(self) -> None:
@@ -336,10 +368,11 @@ class PartWriter:
         if skipped and self.shard != WHOLE:
             self._join_reports(shares)
         counts = sum_counts(now.counts for now in shares.values())
-        self.state = PartState(self.samples, True, self.progress.identity, skipped, counts)
+        sizes = sum_known_counts(now.bytes for now in shares.values())
+        self.state = PartState(self.samples, True, self.progress.identity, skipped, counts, bytes=sizes)
         self._sweep()
         attributes = {**open_group(self.path, "r").attrs, self.part: self.state.attribute()}
-        order = ("format", "version", "text", "image")  # the same whichever part is completed first
+        order = ("format", "version", "rows_per_shard", "text", "image")  # the same whichever part is completed first
         self.group.attrs.put({name: attributes[name] for name in order if name in attributes})
         self._write_checksums()
         self._shares.remove(keep=self._shares.file(self.shard, ".lock"))
@@ -364,10 +397,14 @@ class PartWriter:
         rename_synced(beside, whole)
 
     def _sweep(self) -> None:
-        """Delete half-written files of killed writers; no process is writing this part any more."""
+        """Delete half-written files of killed writers; no process is writing this part any more.
+
+        Those in folders of single shards were deleted when the shard was written again, so these need not be listed.
+        """
         arrays = [self.path / name for name in ("key", *ARRAYS[self.part])]
-        for left in chain(self.path.glob("*.partial"), *(array.rglob("*.partial") for array in arrays)):
-            left.unlink(missing_ok=True)
+        for folder in (self.path, *arrays, *(array / "c" for array in arrays)):
+            for left in folder.glob("*.partial"):
+                left.unlink(missing_ok=True)
 
     def _cut_report(self) -> None:
         """Cut lines that a killed run wrote beyond the committed rows off the list of skipped samples."""

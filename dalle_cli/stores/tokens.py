@@ -13,10 +13,12 @@ Row i is sample i of the source, in both parts:
   number v - 1 of these;
 - ``key`` (N,) string: written by the part that commits a row first, and checked by the other part.
 
-Arrays have all rows from the beginning. Each part is written by one process, or in shares by several at a time, in
-whole shard files. A share's count of committed rows grows only after its rows are written, so that a killed writer
-resumes at the last committed row and a reader never sees half a row. ``stores/shards.py`` describes the files that hold
-the count; once the part is complete, its ``PartState`` is an attribute of the group.
+Arrays have all rows from the beginning. A shard file holds ROWS_PER_SHARD rows, or in a large store several times as
+many (the group's attribute ``rows_per_shard``), in chunks of ROWS_PER_SHARD rows that are read one by one. Each part is
+written by one process, or in shares by several at a time, in whole shard files. A share's count of committed rows grows
+only after its rows are written, so that a killed writer resumes at the last committed row and a reader never sees half
+a row. ``stores/shards.py`` describes the files that hold the count; once the part is complete, its ``PartState`` is an
+attribute of the group.
 """
 
 from __future__ import annotations
@@ -39,10 +41,15 @@ from dalle_cli.stores.checksums import CHECKSUMS, require_undamaged
 from dalle_cli.stores.shards import COMMANDS, WHOLE, Part, Shard, Shares, join_names
 from dalle_cli.stores.typed import ABSENT, Count, as_type, explain_damage
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Version 1 held one caption per picture, with all its BPE-dropout versions in one array that was read whole. Version 2
-had no checksums, and the source's path in place of its identity."""
+had no checksums, and the source's path in place of its identity. Version 3 has ROWS_PER_SHARD rows in a shard file."""
+OLDEST_VERSION = 3
+"""The version that is still read, and written where it can hold the store."""
 ROWS_PER_SHARD = 4096
+"""Number of rows that are decoded and cached together, and of the smallest shard files."""
+MOST_SHARDS = 2**14
+"""Number of shard files that an array may have; above it, files of a new store have more rows."""
 ROWS_PER_CHUNK = 256
 CACHED_ROWS = 2**20
 USABLE = ("text_length", "image_ok")
@@ -69,6 +76,8 @@ class PartState:
     skipped: dict[str, Count]
     counts: dict[str, Count] = field(default_factory=dict)
     unfinished: tuple[Shard, ...] = ()
+    bytes: dict[str, Count] | None = None
+    """Size of the shard files of each array, with those of ``key``; None if an earlier version wrote some of them."""
 
     @classmethod
     def of_attributes(cls, attributes: Mapping[str, Any], part: Part, store: Path) -> PartState | None:
@@ -78,25 +87,25 @@ class PartState:
         return state if state is not None and state.complete else None
 
     @classmethod
-    def of_shares(cls, shares: Shares) -> PartState | None:
+    def of_shares(cls, shares: Shares, rows_per_shard: int) -> PartState | None:
         """Return the state of a part that is being made; None if none of its shares has been begun."""
         found = shares.all()
         if not found:
             return None
         of, first = next((shard.of, now) for shard, now in found.items())
-        rows, unfinished = 0, shares.unfinished(of, first.samples, ROWS_PER_SHARD)
+        rows, unfinished = 0, shares.unfinished(of, first.samples, rows_per_shard)
         for shard in (Shard(number, of) for number in range(1, of + 1)):
             rows += found[shard].rows if shard in found else 0
             if shard in unfinished:
                 break
         skipped, counts = (sum_counts(getattr(now, name) for now in found.values()) for name in ("skipped", "counts"))
-        return cls(rows, False, first.identity, skipped, counts, tuple(unfinished))
+        sizes = sum_known_counts(now.bytes for now in found.values())
+        return cls(rows, False, first.identity, skipped, counts, tuple(unfinished), sizes)
 
     def attribute(self) -> dict[str, Any]:
         """Return the state of a complete part as the group's attribute."""
-        return {
-            name: value for name, value in asdict(self).items() if name != "unfinished" and (name != "counts" or value)
-        }
+        left_out = {"unfinished", *(["counts"] if not self.counts else []), *(["bytes"] if self.bytes is None else [])}
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
 
 
 def sum_counts(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
@@ -106,6 +115,33 @@ def sum_counts(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
         for name, count in each.items():
             found[name] = found.get(name, 0) + count
     return dict(sorted(found.items()))
+
+
+def sum_known_counts(counts: Iterable[Mapping[str, int] | None]) -> dict[str, int] | None:
+    """Return the sum for each name, sorted by name; None if some of the counts are unknown."""
+    every = list(counts)
+    known = [each for each in every if each is not None]
+    return sum_counts(known) if len(known) == len(every) else None
+
+
+def rows_per_shard(samples: int) -> int:
+    """Return the number of rows of a shard file in a new store: as few as possible for at most MOST_SHARDS files."""
+    rows = ROWS_PER_SHARD
+    while rows * MOST_SHARDS < samples:
+        rows *= 2
+    return rows
+
+
+def rows_per_shard_of(group: Any, path: Path) -> int:
+    """Return the number of rows of a shard file in the store ``path`` with the Zarr ``group``.
+
+    Raises:
+        Damaged: the attribute that says so is not a multiple of ROWS_PER_SHARD.
+    """
+    rows = as_type(Count, group.attrs.get("rows_per_shard", ROWS_PER_SHARD), path)
+    if rows < ROWS_PER_SHARD or rows % ROWS_PER_SHARD:
+        raise Damaged(f"{path}: is damaged: its rows_per_shard is {rows}; {AGAIN}")
+    return rows
 
 
 def open_group(path: Path, mode: Literal["r", "r+"]) -> Any:
@@ -130,7 +166,7 @@ def open_group(path: Path, mode: Literal["r", "r+"]) -> Any:
     version = as_type(Count, group.attrs.get("version"), path)
     if version > FORMAT_VERSION:
         raise UserError(f"{path}: its format is newer than this dalle reads; upgrade dalle")
-    if version < FORMAT_VERSION:
+    if version < OLDEST_VERSION:
         raise UserError(
             f"{path}: was made by an older dalle, in format {version}; delete it and make it again with tokenize-text "
             "and encode-images"
@@ -156,8 +192,10 @@ class TokenReader:
 
     def __init__(self, path: Path, cached_rows: int = CACHED_ROWS) -> None:
         self.path = path
+        self.rows_per_shard = rows_per_shard_of(open_group(path, "r"), path)
+        """Number of rows of a shard file."""
         # Read the progress files before the attributes: a part becomes an attribute before its files are deleted.
-        unfinished = {part: PartState.of_shares(Shares(path, part)) for part in COMMANDS}
+        unfinished = {part: PartState.of_shares(Shares(path, part), self.rows_per_shard) for part in COMMANDS}
         self._group = open_group(path, "r")
         found = {part: PartState.of_attributes(self._group.attrs, part, path) or unfinished[part] for part in COMMANDS}
         self.parts: dict[Part, PartState] = {part: state for part, state in found.items() if state is not None}
@@ -209,7 +247,7 @@ class TokenReader:
             if name not in self._arrays:
                 raise Damaged(f"{self.path / name}: is missing; {AGAIN}")
             folder = self.path / name / "c"
-            shards = -(-self._arrays[name].shape[0] // ROWS_PER_SHARD)
+            shards = -(-self._arrays[name].shape[0] // self.rows_per_shard)
             present = {entry.name for entry in os.scandir(folder)} if folder.is_dir() else set()
             if missing := [str(shard) for shard in range(shards) if str(shard) not in present]:
                 others = f", as are {len(missing) - 1} others" if len(missing) > 1 else ""
@@ -224,29 +262,27 @@ class TokenReader:
             require_undamaged(self.path)
 
     def shards(self) -> Iterator[tuple[Path, Callable[[], np.ndarray]]]:
-        """Yield each file that committed rows are in, with a function that reads it; see ``_read_shard``."""
+        """Yield each file that committed rows are in, with a function that reads it; see ``_read_rows``."""
         for name in self._arrays:
-            for shard in range(-(-len(self) // ROWS_PER_SHARD)):
-                rows = _rows_of(shard)
+            for rows in self._rows_of_files():
                 places: list[tuple[slice | int, ...]] = [(rows,)]
                 if name in OFTEN_EMPTY:
-                    versions = int(np.max(self._read_shard("text_versions", shard, (rows,)), initial=0))
+                    versions = int(np.max(self._read_rows("text_versions", (rows,)), initial=0))
                     places = [(rows, version) for version in range(versions)]
                 elif name in BY_VERSION:
                     places = [(rows, version) for version in range(self._arrays[name].shape[1])]
                 for at in places:
-                    yield self._shard_file(name, shard, at), partial(self._read_shard, name, shard, at)
+                    yield self._shard_file(name, at), partial(self._read_rows, name, at)
 
     def usable_bits(self) -> np.ndarray:
         """Return a bit for each row, (ceil(rows / 8),) uint8, lowest first: whether it has a caption and a picture."""
-        n, found = len(self), [np.empty(0, np.uint8)]
-        shards = range(-(-n // ROWS_PER_SHARD))
-        for some in (shards[first : first + 64] for first in shards[::64]):
+        n, files, found = len(self), self._rows_of_files(), [np.empty(0, np.uint8)]
+        for some in (files[first : first + 64] for first in range(0, len(files), 64)):
             text_length, image_ok = (
-                np.concatenate([self._read_shard(name, shard, (_rows_of(shard),)) for shard in some]) for name in USABLE
+                np.concatenate([self._read_rows(name, (rows,)) for rows in some]) for name in USABLE
             )
             both = (text_length > 0) & (image_ok > 0)
-            found.append(np.packbits(both[: n - some[0] * ROWS_PER_SHARD], bitorder="little"))
+            found.append(np.packbits(both[: n - some[0].start], bitorder="little"))
         return np.concatenate(found)
 
     def captions(self, rows: np.ndarray) -> list[list[str]]:
@@ -300,9 +336,14 @@ class TokenReader:
     def strings(self, name: Literal["key", "caption"], rows: Iterable[int]) -> list[str]:
         return [str(value) for value in self.read(name, np.asarray(list(rows), dtype=np.int64))]
 
-    def _read_shard(self, name: str, shard: int, at: tuple[slice | int, ...]) -> np.ndarray:
-        """Read a shard's file; raise UserError if it is missing or empty, which zarr takes for zeros, or damaged."""
-        array, file = self._arrays[name], self._shard_file(name, shard, at)
+    def _rows_of_files(self) -> list[slice]:
+        """Return the rows of each shard file that holds committed rows."""
+        size = self.rows_per_shard
+        return [slice(start, start + size) for start in range(0, len(self), size)]
+
+    def _read_rows(self, name: str, at: tuple[slice | int, ...]) -> np.ndarray:
+        """Read rows of one file; raise UserError if it is missing or empty, which zarr takes for zeros, or damaged."""
+        array, file = self._arrays[name], self._shard_file(name, at)
         if not file.is_file():
             raise UserError(f"{file}: is missing; {AGAIN}")
         if not file.stat().st_size:
@@ -313,8 +354,10 @@ class TokenReader:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"{file}: is damaged ({reason[:100]}); {AGAIN}") from error
 
-    def _shard_file(self, name: str, shard: int, at: tuple[slice | int, ...]) -> Path:
-        place = [shard, *at[1:], *[0] * (self._arrays[name].ndim - len(at))]
+    def _shard_file(self, name: str, at: tuple[slice | int, ...]) -> Path:
+        rows, *rest = at
+        assert isinstance(rows, slice)
+        place = [rows.start // self.rows_per_shard, *rest, *[0] * (self._arrays[name].ndim - len(at))]
         return self.path / name / "c" / "/".join(map(str, place))
 
     def _shard(self, name: str, shard: int, version: int | None) -> np.ndarray:
@@ -322,14 +365,10 @@ class TokenReader:
         with self._lock:
             found = self._cache.pop(key, None)
             if found is None:
-                at = (_rows_of(shard), *(() if version is None else (version,)))
-                found = self._read_shard(name, shard, at)
+                rows = slice(shard * ROWS_PER_SHARD, (shard + 1) * ROWS_PER_SHARD)
+                found = self._read_rows(name, (rows, *(() if version is None else (version,))))
                 self.cached_bytes += found.nbytes
             self._cache[key] = found  # moved to the end, so that the first is the least recently used
             while self.cached_bytes > self.cache_limit and len(self._cache) > 1:
                 self.cached_bytes -= self._cache.pop(next(iter(self._cache))).nbytes
         return found
-
-
-def _rows_of(shard: int) -> slice:
-    return slice(shard * ROWS_PER_SHARD, (shard + 1) * ROWS_PER_SHARD)

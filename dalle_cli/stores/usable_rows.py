@@ -1,64 +1,65 @@
 """The rows of a token store that training can use, those with both a caption and a picture.
 
-A large store keeps them in a file, a bit for each row, since finding them reads two arrays from end to end. The file is
-made where it is missing, damaged or of other parts, so a store may be copied with or without it.
+A large store keeps them in a file, a bit for each row, since finding them reads two arrays from end to end. The command
+that completes the store makes the file. It is made anew where it is missing, damaged or of other parts, so a store may
+be copied with or without it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import zlib
 from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
 
-import numpy as np
-
-from dalle_cli.errors import UserError
+from dalle_cli.progress import log
 from dalle_cli.stores.checksums import CHECKSUMS
-from dalle_cli.stores.files import write_atomically
-from dalle_cli.stores.row_set import BLOCK, RowSet
+from dalle_cli.stores.row_set import LARGE, RowSet, keep_bits, read_bits
 from dalle_cli.stores.tokens import TokenReader
 
 FILE = "usable-rows.bits"
-"""Name of the file: a line of JSON, then the bits."""
-SMALLEST = 64 * BLOCK
+"""Name of the file."""
+SMALLEST = LARGE
 """Number of rows from which on a store has the file."""
 
 
 def usable_rows(reader: TokenReader, *, keep: bool = True) -> RowSet:
     """Return the rows that hold both a caption and a picture; a large store of both parts keeps them if ``keep``."""
-    if len(reader) < SMALLEST or not all(state.complete for state in reader.parts.values()):
-        return RowSet(reader.usable_bits())
-    file, head = reader.path / FILE, _head(reader)
-    bits = _read(file, head, len(reader))
-    if bits is None:
-        bits = reader.usable_bits()
-        if keep and _read(file, head, len(reader)) is None:  # another rank may have been faster
-            with suppress(OSError, UserError):  # the folder may not be written to
-                write_atomically(file, _line(head, bits) + bits.tobytes())
+    known = known_usable_rows(reader)
+    if known is not None:
+        return known
+    bits = reader.usable_bits()
+    if keep and _is_complete(reader) and known_usable_rows(reader) is None:  # another rank may have been faster
+        keep_bits(reader.path / FILE, _made_of(reader), bits)
     return RowSet(bits)
 
 
-def _head(reader: TokenReader) -> str:
+def known_usable_rows(reader: TokenReader) -> RowSet | None:
+    """Return the usable rows of a small store, or those that a large one keeps; None if it does not keep them yet."""
+    if len(reader) < SMALLEST:
+        return RowSet(reader.usable_bits())
+    bits = read_bits(reader.path / FILE, _made_of(reader), len(reader)) if _is_complete(reader) else None
+    return None if bits is None else RowSet(bits)
+
+
+def keep_usable_rows(reader: TokenReader) -> None:
+    """Have a store that is large and complete keep its usable rows."""
+    if len(reader) >= SMALLEST and _is_complete(reader) and known_usable_rows(reader) is None:
+        log(f"{reader.path}: is complete; counting the rows that training can use")
+        usable_rows(reader)
+
+
+def _is_complete(reader: TokenReader) -> bool:
+    return len(reader.parts) == 2 and all(state.complete for state in reader.parts.values())
+
+
+def _made_of(reader: TokenReader) -> str:
     """Return a hash of what the parts were made of, and of which samples they skipped."""
-    parts = {part: asdict(state) for part, state in sorted(reader.parts.items())}
+    parts = {
+        part: {name: value for name, value in asdict(state).items() if value is not None}
+        for part, state in sorted(reader.parts.items())
+    }
     found = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
     with suppress(OSError):
         found.update((reader.path / CHECKSUMS).read_bytes())
     return found.hexdigest()
-
-
-def _line(head: str, bits: np.ndarray) -> bytes:
-    return json.dumps({"made_of": head, "crc32": zlib.crc32(bits.tobytes())}).encode() + b"\n"
-
-
-def _read(file: Path, head: str, rows: int) -> np.ndarray | None:
-    """Return the bits in ``file``, or None if it is not there or not what was written for these parts."""
-    try:
-        line, _, body = file.read_bytes().partition(b"\n")
-    except OSError:
-        return None
-    bits = np.frombuffer(body, np.uint8)
-    return bits if len(bits) == -(-rows // 8) and line + b"\n" == _line(head, bits) else None

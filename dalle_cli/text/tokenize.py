@@ -25,7 +25,7 @@ from dalle_cli.text.bpe import Tokenizer, train_bpe
 from dalle_cli.text.encode import CaptionEncoder, TextRows
 
 SHARDS_AT_ONCE = 4
-"""Number of shards written and committed together, since each write has a fixed cost."""
+"""Number of the smallest shards written and committed together, since each write has a fixed cost."""
 HASHED_AT_ONCE = 2**22
 LEFT_OUT = "captions_left_out"
 """Name of the count of captions beyond the first MOST_CAPTIONS of their pictures."""
@@ -57,7 +57,7 @@ def train_tokenizer(recipe: Recipe, source: Source, out: Path, most: int | None 
 
         def captions() -> Iterator[str]:
             skipped, first = 0, ""
-            for block in prefetch(_read(source, rows, recipe.data.filters), 1):
+            for block in prefetch(_read(source, rows, recipe.data.filters, SHARDS_AT_ONCE * ROWS_PER_SHARD), 1):
                 yield from chain.from_iterable(block.captions)
                 skipped += len(block.reasons)
                 first = first or next((f"{block.keys[row]}: {why}" for row, why in block.reasons.items()), "")
@@ -112,8 +112,9 @@ def tokenize_source(recipe: Recipe, source: Source, tokenizer: Tokenizer, out: P
             encoder = CaptionEncoder(tokenizer, settings)
             if settings.dropout:
                 writer.add_file(TOKENIZER, tokenizer.json)  # training encodes the captions anew in each epoch
+            size = max(SHARDS_AT_ONCE * ROWS_PER_SHARD, writer.rows_per_shard)
             # While one block is written, the next is encoded and the one after that is read.
-            blocks = prefetch(_encode(encoder, prefetch(_read(source, todo, recipe.data.filters), 1)), 1)
+            blocks = prefetch(_encode(encoder, prefetch(_read(source, todo, recipe.data.filters, size), 1)), 1)
             with progress("tokenize-text", writer.rows + len(todo), "pictures", writer.rows) as bar:
                 for block, text in blocks:
                     counts = {**text.counts, **({LEFT_OUT: block.left_out} if block.left_out else {})}
@@ -137,9 +138,8 @@ class _Block:
     left_out: int = 0
 
 
-def _read(source: Source, rows: Sequence[int], filters: Filters) -> Iterator[_Block]:
+def _read(source: Source, rows: Sequence[int], filters: Filters, size: int) -> Iterator[_Block]:
     active = filters if caption_identity(filters) is not None else None
-    size = SHARDS_AT_ONCE * ROWS_PER_SHARD
     for start in range(0, len(rows), size):
         some = rows[start : start + size]
         block = _Block([source.key(row) for row in some], [], {})

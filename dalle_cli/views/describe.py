@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from dalle_cli.stores.checkpoint import open_checkpoint, steps_in
 from dalle_cli.stores.samples import STORE, read_attributes
 from dalle_cli.stores.tokens import TokenReader
 from dalle_cli.stores.typed import explain_damage
-from dalle_cli.stores.usable_rows import usable_rows
+from dalle_cli.stores.usable_rows import known_usable_rows
 from dalle_cli.training.validation import validation_warnings
 from dalle_cli.views.describe_recipe import RecipeDescription, describe_recipe
 from dalle_cli.views.describe_run import RunDescription, describe_run
@@ -69,7 +69,7 @@ class TokenStoreDescription:
     path: str
     rows: int
     usable_rows: int | None
-    """Number of rows with a caption and an image; None until both parts exist."""
+    """Number of rows with a caption and an image; None until both parts exist, and until a large store is complete."""
     complete: bool
     parts: dict[str, PartDescription]
     source: str | list[str] | None
@@ -191,7 +191,8 @@ def _describe_store(path: Path) -> Description:
 def _describe_tokens(path: Path, group: Any) -> TokenStoreDescription:
     reader = TokenReader(path)
     parts = reader.parts
-    arrays = _arrays(path, group)
+    arrays = _arrays(path, group, _counted_bytes(reader))
+    usable = known_usable_rows(reader) if len(parts) == 2 else None
     captions: list[CaptionExample] = []
     if "text" in parts and parts["text"].rows:
         rows = range(min(CAPTION_EXAMPLES, parts["text"].rows))
@@ -204,7 +205,7 @@ def _describe_tokens(path: Path, group: Any) -> TokenStoreDescription:
     return TokenStoreDescription(
         path=str(path),
         rows=len(reader) if parts else 0,
-        usable_rows=len(usable_rows(reader, keep=False)) if len(parts) == 2 else None,
+        usable_rows=None if usable is None else len(usable),
         complete=len(parts) == 2 and all(state.complete for state in parts.values()),
         parts={part: PartDescription(state.rows, state.complete, state.identity) for part, state in parts.items()},
         source=sources.pop() if len(sources) == 1 else sorted(sources) or None,
@@ -233,11 +234,29 @@ def _describe_samples(path: Path) -> SampleStoreDescription:
             seed=found.request.seed,
             settings=found.request.settings,
             prior=found.request.prior,
-            arrays=_arrays(path, group),
+            arrays=_arrays(path, group, {}),
         )
 
 
-def _arrays(path: Path, group: Any) -> dict[str, ArrayDescription]:
+def _counted_bytes(reader: TokenReader) -> dict[str, int]:
+    """Return the size of each array's shard files as its writers counted it; none for a store of an earlier version."""
+    found: dict[str, int] = {}
+    for state in reader.parts.values():
+        if state.bytes is None:
+            return {}
+        for name, size in state.bytes.items():
+            found[name] = max(size, found.get(name, 0))  # both parts count the keys
+    return found
+
+
+def _arrays(path: Path, group: Any, counted: Mapping[str, int]) -> dict[str, ArrayDescription]:
+    """Describe the arrays; the files of those whose size was not ``counted`` are looked at one by one."""
+
+    def size(name: str) -> int:
+        if name in counted:
+            return counted[name] + (path / name / "zarr.json").stat().st_size
+        return sum(file.stat().st_size for file in (path / name).rglob("*") if file.is_file())
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # zarr warns of the store's skipped-*.jsonl
         arrays = sorted(group.arrays())
@@ -245,7 +264,7 @@ def _arrays(path: Path, group: Any) -> dict[str, ArrayDescription]:
         name: ArrayDescription(
             shape=list(array.shape),
             dtype="string" if array.dtype.kind not in "biuf" else str(array.dtype),
-            bytes=sum(file.stat().st_size for file in (path / name).rglob("*") if file.is_file()),
+            bytes=size(name),
         )
         for name, array in arrays
     }

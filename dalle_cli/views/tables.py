@@ -249,12 +249,14 @@ def _token_store(found: TokenStoreDescription) -> list[Table]:
     skipped = [(part, reason, count) for part, counts in found.skipped.items() for reason, count in counts.items()]
     absent = [part for part in ("text", "image") if part not in found.parts]
     source = found.source
+    counted_when = "training starts" if found.complete else "the store is complete"
+    unknown = f"unknown until there is a part {absent[0]}" if absent else f"not counted until {counted_when}"
     return [
         pairs_table(
             f"Token store {found.path}",
             [
                 ("rows", f"{found.rows:,}"),
-                ("usable rows", f"{usable:,}" if usable is not None else f"unknown until there is a part {absent[0]}"),
+                ("usable rows", f"{usable:,}" if usable is not None else unknown),
                 ("complete", "yes" if found.complete else "no"),
                 *((f"  {part}", f"{s.rows:,} rows{'' if s.complete else ', unfinished'}") for part, s in parts),
                 *((f"  {part}", "not begun") for part in absent),

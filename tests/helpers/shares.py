@@ -27,10 +27,10 @@ IDENTITY = {"source": "shapes", "seed": 0}
 
 
 @contextmanager
-def small_files(rows: int = FILE) -> Iterator[None]:
-    """Make stores in shard files of ``rows`` rows."""
+def small_files(rows: int = FILE, most: int = tokens.MOST_SHARDS) -> Iterator[None]:
+    """Make stores in shard files of ``rows`` rows, or of several times as many if there would be more than ``most``."""
     with (
-        mock.patch.multiple(tokens, ROWS_PER_SHARD=rows, ROWS_PER_CHUNK=rows // 2),
+        mock.patch.multiple(tokens, ROWS_PER_SHARD=rows, ROWS_PER_CHUNK=rows // 2, MOST_SHARDS=most),
         mock.patch.multiple(token_writer, ROWS_PER_SHARD=rows, ROWS_PER_CHUNK=rows // 2),
     ):
         yield
@@ -83,7 +83,7 @@ def make(
 ) -> PartWriter:
     """Write a share of ``part``, or its rows before ``until``; keys begin with ``prefix``."""
     with PartWriter(store, part, identity, samples, shard) as writer:
-        while rows := writer.todo[:FILE]:
+        while rows := writer.todo[: writer.rows_per_shard]:
             if until is not None and rows.start >= until:
                 return writer
             found, skipped, counts = arrays(part, rows)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +24,9 @@ from dalle_cli.errors import UserError
 from dalle_cli.stores import shards, token_writer
 from dalle_cli.stores.shards import WHOLE, Part, Shard, Shares, parse_shard
 from dalle_cli.stores.token_writer import PartWriter
-from dalle_cli.stores.tokens import TokenReader
+from dalle_cli.stores.tokens import MOST_SHARDS, TokenReader, rows_per_shard
+from dalle_cli.stores.verify import verify
+from dalle_cli.views.describe import describe
 
 
 class Killed(BaseException):
@@ -60,15 +64,16 @@ def test_shards_are_counted_from_one() -> None:
     image=st.integers(1, 7),
     order=st.randoms(use_true_random=False),
     kills=st.lists(st.integers(0, 60), max_size=6),
+    most=st.sampled_from([3, 10**6]),
 )
 @settings(max_examples=25)
 def test_shares_in_any_order_killed_anywhere_make_the_store_of_one_process(
-    samples: int, text: int, image: int, order: st.DataObject, kills: list[int]
+    samples: int, text: int, image: int, order: st.DataObject, kills: list[int], most: int
 ) -> None:
     splits: dict[Part, int] = {"text": text, "image": image}
     jobs = [(part, Shard(number, of)) for part, of in splits.items() for number in range(1, of + 1)]
     order.shuffle(jobs)  # type: ignore[attr-defined]
-    with TemporaryDirectory() as folder, small_files():
+    with TemporaryDirectory() as folder, small_files(most=most):
         calm, store = Path(folder) / "calm.zarr", Path(folder) / "tokens.zarr"
         for part in splits:
             make(calm, part, samples)
@@ -79,8 +84,28 @@ def test_shares_in_any_order_killed_anywhere_make_the_store_of_one_process(
         assert files(store) == files(calm)
         reader = TokenReader(store)
         reader.require_complete()
+        assert -(-samples // reader.rows_per_shard) <= most
+        known = [file for file, _ in itertools.takewhile(lambda pair: "text" not in pair[0].parts, reader.shards())]
+        there = (file for name in ("caption", "image", "image_ok", "key") for file in (store / name / "c").rglob("*"))
+        assert sorted(known) == sorted(filter(Path.is_file, there))
         for name, values in arrays("image", range(samples))[0].items():
             np.testing.assert_array_equal(reader.read(name, np.arange(samples)), values)
+        assert reader.strings("key", range(samples)) == [key(row) for row in range(samples)]
+        np.testing.assert_array_equal(reader.usable_bits(), np.packbits(
+            [row % 5 != 2 for row in range(samples)], bitorder="little"
+        ))  # fmt: skip
+        for part, state in reader.parts.items():
+            assert state.bytes == {name: bytes_in(store / name) for name in ("key", *written(store, part))}
+
+
+def written(store: Path, part: Part) -> list[str]:
+    """Return the names of a part's arrays that are there."""
+    return [name for name in token_writer.ARRAYS[part] if (store / name).is_dir()]
+
+
+def bytes_in(array: Path) -> int:
+    """Return the size of all shard files of an array."""
+    return sum(file.stat().st_size for file in (array / "c").rglob("*") if file.is_file())
 
 
 def make_and_die(store: Path, part: Part, samples: int, shard: Shard, when: int) -> None:
@@ -99,10 +124,121 @@ def make_and_die(store: Path, part: Part, samples: int, shard: Shard, when: int)
     with contextlib.ExitStack() as patches:
         for name in steps:
             patches.enter_context(mock.patch.object(PartWriter, name, step(getattr(PartWriter, name))))
-        for owner, name in ((shards, "write_json"), (token_writer, "_create_group"), (Shares, "remove")):
+        for owner, name in ((shards, "write_json"), (token_writer, "create_group"), (Shares, "remove")):
             patches.enter_context(mock.patch.object(owner, name, step(getattr(owner, name))))
         patches.enter_context(contextlib.suppress(Killed))
         make(store, part, samples, shard)
+
+
+@pytest.mark.parametrize("shard", [WHOLE, Shard(1, 3)])
+def test_a_store_begun_with_small_files_is_finished_with_them(tmp_path: Path, shard: Shard) -> None:
+    """Earlier versions made such stores, whatever the number of samples, and did not keep the size of their files."""
+    calm, store = tmp_path / "calm.zarr", tmp_path / "tokens.zarr"
+    with small_files():
+        for part in ("text", "image"):
+            make(calm, part, 45)  # type: ignore[arg-type]
+        make(store, "text", 45, shard, until=8)
+        progress = Shares(store, "text").file(shard, ".json")
+        known = json.loads(progress.read_text())
+        assert known.pop("bytes")["text"] == bytes_in(store / "text")
+        progress.write_text(json.dumps(known))
+    with small_files(most=3):
+        for number in range(1, shard.of + 1):
+            make(store, "text", 45, Shard(number, shard.of))
+        make(store, "image", 45)
+        reader = TokenReader(store)
+        reader.require_complete()
+        assert (reader.rows_per_shard, reader.parts["text"].bytes) == (FILE, None)
+    unlike = {"zarr.json", "checksums.json"}  # which hold the size, and the checksum of that
+    assert {name: data for name, data in files(store).items() if name not in unlike} == {
+        name: data for name, data in files(calm).items() if name not in unlike
+    }
+    known = json.loads((calm / "zarr.json").read_text())
+    known["attributes"]["text"].pop("bytes")
+    assert json.loads((store / "zarr.json").read_text()) == known
+    assert known["attributes"]["version"] == 3
+
+
+def test_a_killed_writer_resumes_inside_a_large_file_to_the_same_bytes(tmp_path: Path) -> None:
+    with small_files(most=3):
+        make(tmp_path / "calm.zarr", "text", 45)
+        make(tmp_path / "tokens.zarr", "text", 45, Shard(1, 2))
+        with PartWriter(tmp_path / "tokens.zarr", "text", IDENTITY, 45, Shard(2, 2)) as writer:
+            assert (writer.rows_per_shard, writer.share) == (16, range(16, 45))
+            found, skipped, counts = arrays("text", range(16, 32))
+            with mock.patch.object(writer, "_commit", side_effect=Killed), pytest.raises(Killed):
+                writer.append([key(row) for row in range(16, 32)], found, skipped, counts)
+            with pytest.raises(ValueError, match="rows 16 to 20 end inside a shard file of 16 rows"):
+                writer.append([key(row) for row in range(16, 20)], arrays("text", range(16, 20))[0], {})
+        for name in ("text/c/1/0.12.partial", "text_length/c/1.12.partial"):  # another killed writer's
+            (tmp_path / "tokens.zarr" / name).write_bytes(b"half")
+        make(tmp_path / "tokens.zarr", "text", 45, Shard(2, 2))
+        assert json.loads((tmp_path / "tokens.zarr" / "zarr.json").read_text())["attributes"]["version"] == 4
+    assert files(tmp_path / "tokens.zarr") == files(tmp_path / "calm.zarr")
+
+
+def test_a_missing_large_file_is_named(tmp_path: Path) -> None:
+    store = tmp_path / "tokens.zarr"
+    with small_files(most=3):
+        for part in ("text", "image"):
+            make(store, part, 45)  # type: ignore[arg-type]
+        assert verify(store).damage == []
+        shutil.rmtree(store / "image" / "c" / "2")
+        (store / "image_ok" / "c" / "1").write_bytes(b"")
+        with pytest.raises(UserError, match="image/c/2: is missing; copy the store again"):
+            TokenReader(store).require_complete()
+        damage = verify(store).damage
+    assert [line.partition(";")[0] for line in damage] == [
+        f"{store / 'image' / 'c' / '2' / '0' / '0'}: is missing", f"{store / 'image_ok' / 'c' / '1'}: is empty"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [3, 6, "four", -4, 4.5, None])
+def test_a_wrong_number_of_rows_per_shard_is_damage(tmp_path: Path, rows: object) -> None:
+    store = tmp_path / "tokens.zarr"
+    with small_files(most=3):
+        make(store, "text", 45)
+        metadata = json.loads((store / "zarr.json").read_text())
+        metadata["attributes"]["rows_per_shard"] = rows
+        (store / "zarr.json").write_text(json.dumps(metadata))
+        for open_it in (lambda: TokenReader(store), lambda: PartWriter(store, "text", IDENTITY, 45)):
+            with pytest.raises(UserError, match=r"tokens\.zarr: is damaged"):
+                open_it()
+
+
+def test_no_array_of_a_store_has_more_files_than_said() -> None:
+    """The paper's store of 250 million rows has fewer than 200,000 files and folders in all."""
+    for samples in (1, 4096, 10**6, 4096 * 2**14, 4096 * 2**14 + 1, 250 * 10**6, 10**9):
+        rows = rows_per_shard(samples)
+        assert rows % 4096 == 0
+        assert -(-samples // rows) <= MOST_SHARDS
+        assert rows == 4096 or -(-samples // (rows // 2)) > MOST_SHARDS
+    assert rows_per_shard(60 * 10**6) == 4096
+    files_and_folders = {"key": 1, "text": 2, "text_length": 1, "caption": 1, "image": 3, "image_ok": 1}
+    assert sum(files_and_folders.values()) * -(-250 * 10**6 // rows_per_shard(250 * 10**6)) < 200_000
+
+
+@pytest.mark.parametrize("most", [3, 10**6])
+def test_no_command_lists_all_files(tmp_path: Path, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening, appending, finishing and describing list as many folders of a large store as of a small one."""
+    listed = []
+    real = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda *path: listed.append(path) or real(*path))
+    counts, identity = [], {**IDENTITY, "source_name": "shapes"}
+    for samples in (40, 200):
+        store = tmp_path / f"{samples}.zarr"
+        with small_files(most=most if samples == 40 else 5 * most):
+            make(store, "text", samples, identity=identity)
+            listed.clear()
+            make(store, "image", samples, Shard(1, 2), identity=identity)
+            make(store, "image", samples, Shard(2, 2), until=samples - 16, identity=identity)
+            appended = len(listed)
+            listed.clear()
+            make(store, "image", samples, Shard(2, 2), identity=identity)
+            describe(store)
+            counts.append(len(listed))
+        assert appended > 0
+    assert counts[0] == counts[1]
 
 
 def test_a_job_killed_as_it_completes_the_store_leaves_nothing_behind(tmp_path: Path) -> None:

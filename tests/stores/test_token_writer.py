@@ -175,12 +175,18 @@ def test_leavings_of_a_killed_writer_are_swept(tmp_path: Path) -> None:
     with small_files(4):
         with PartWriter(tmp_path / "t", "text", IDENTITY, 8) as writer:
             writer.append(*text_rows(0, 4))
-        left = tmp_path / "t" / "text" / "c" / "0" / "0.123.partial"
-        left.write_bytes(b"half")
+        left = [
+            tmp_path / "t" / "text" / "c" / "1" / "0.123.partial",
+            *(tmp_path / "t" / name / "c" / "1.123.partial" for name in ("key", "text_length")),
+            *(tmp_path / "t" / name / "zarr.123.partial" for name in (".", "text")),
+        ]
+        for file in left:
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(b"half")
         with PartWriter(tmp_path / "t", "text", IDENTITY, 8) as writer:
             writer.append(*text_rows(4, 8))
             writer.finish()
-    assert not left.exists()
+    assert not any(file.exists() for file in left)
     assert not (tmp_path / "t" / "progress").exists()
     check(tmp_path / "t", 8)
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +9,7 @@ import pytest
 import zarr
 from helpers.peak_memory import peak_bytes
 from helpers.tiny_chain import HELD_OUT, ROWS, SAMPLES, SEEN, TinyChain, build_chain, write_recipe
+from helpers.token_stores import write_tokens
 from rich.console import Console
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
@@ -16,8 +17,10 @@ from typer.testing import CliRunner
 from dalle_cli.app import app
 from dalle_cli.config.layout import paper_layout
 from dalle_cli.errors import UserError
+from dalle_cli.stores import usable_rows
 from dalle_cli.stores.files import sha256_file
 from dalle_cli.stores.token_writer import PartWriter
+from dalle_cli.stores.tokens import TokenReader
 from dalle_cli.views.describe import Description, describe
 from dalle_cli.views.describe_recipe import format_layers
 from dalle_cli.views.describe_run import RunDescription
@@ -106,6 +109,15 @@ def test_a_token_store(chain: TinyChain) -> None:
     assert found.captions[0].caption in text
 
 
+def test_the_files_of_a_store_of_an_earlier_version_are_counted(tmp_path: Path) -> None:
+    path = write_tokens(tmp_path / "t.zarr", 40, 8, 400, 4, 16)
+    found = describe(path)
+    group = zarr.open_group(str(path), mode="r+")
+    text = {name: value for name, value in group.attrs["text"].items() if name != "bytes"}
+    group.attrs.put({**group.attrs, "text": text})
+    assert describe(path) == found
+
+
 def test_an_unfinished_store_says_so_and_counts_what_was_skipped(tmp_path: Path) -> None:
     path = tmp_path / "t.zarr"
     empty = describe_new(path, rows=0)
@@ -118,6 +130,24 @@ def test_an_unfinished_store_says_so_and_counts_what_was_skipped(tmp_path: Path)
     assert "empty caption" in text
     assert "unfinished" in text
     assert "not begun" in text
+
+
+def test_a_large_store_is_described_by_what_its_writers_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_tokens(tmp_path / "t.zarr", 40, 8, 400, 4, 16)
+    walked = describe(path)
+    sizes = {name: sum(f.stat().st_size for f in (path / name).rglob("*") if f.is_file()) for name in walked.arrays}
+    assert {name: array.bytes for name, array in walked.arrays.items()} == sizes
+    monkeypatch.setattr(usable_rows, "SMALLEST", 40)
+    assert describe(path).usable_rows is None
+    assert "not counted until training starts" in shown(describe(path))
+    usable_rows.usable_rows(TokenReader(path))
+    read: list[object] = []
+    monkeypatch.setattr(TokenReader, "usable_bits", lambda self: read.append(self))
+    monkeypatch.setattr(Path, "rglob", lambda self, pattern: read.append(self))
+    assert describe(path) == replace(walked, usable_rows=40)
+    assert read == []
 
 
 def describe_new(path: Path, rows: int) -> Description:

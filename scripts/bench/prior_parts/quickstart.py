@@ -19,7 +19,7 @@ from dalle_cli.distributed.device import fast_matmul
 from dalle_cli.prior.model import build_prior
 from dalle_cli.prior.train import PriorTask
 from dalle_cli.stores.token_writer import PartWriter
-from dalle_cli.stores.tokens import ROWS_PER_SHARD, TokenReader
+from dalle_cli.stores.tokens import TokenReader
 from dalle_cli.training.loop import Run
 from dalle_cli.training.state import TrainingState
 from prior_parts.timing import SIDE, square_matmul
@@ -79,7 +79,7 @@ def _write_tokens(path: Path, recipe: Recipe) -> TokenReader:
     rng = np.random.default_rng(0)
     length, vocab, codes = recipe.tokenizer.text_length, recipe.tokenizer.vocab_size, recipe.dvae.model.codebook_size
     with PartWriter(path, "text", {"text_length": length, "vocab_size": vocab, "tokenizer": ""}, ROWS) as text:
-        while rows := text.todo[:ROWS_PER_SHARD]:
+        while rows := text.todo[: text.rows_per_shard]:
             keys, n = [f"{row:09d}" for row in rows], len(rows)
             arrays = {
                 "text": rng.integers(vocab, size=(n, length)).astype(np.uint16),
@@ -89,7 +89,7 @@ def _write_tokens(path: Path, recipe: Recipe) -> TokenReader:
             text.append(keys, arrays, {})
         text.finish()
     with PartWriter(path, "image", {"grid": recipe.grid, "codebook_size": codes, "dvae": ""}, ROWS) as image:
-        while rows := image.todo[:ROWS_PER_SHARD]:
+        while rows := image.todo[: image.rows_per_shard]:
             keys, n = [f"{row:09d}" for row in rows], len(rows)
             shape = (n, recipe.grid, recipe.grid)
             arrays = {"image": rng.integers(codes, size=shape).astype(np.uint16), "image_ok": np.ones(n, np.uint8)}
