@@ -6,6 +6,7 @@ pictures, while the model runs if it leaves cores idle.
 
 from __future__ import annotations
 
+import heapq
 import json
 import threading
 from collections.abc import Iterable, Iterator
@@ -68,8 +69,9 @@ def rerank(
 
 def best_of_all(pools: Iterable[list[SampleLine]], top: int | None) -> list[SampleLine]:
     """Return the best lines of all prompts together, with new ranks; all lines if ``top`` is None."""
-    lines = sorted((line for pool in pools for line in pool), key=lambda line: -line["score"])
-    return [{**line, "rank": rank} for rank, line in enumerate(lines[:top], start=1)]
+    lines = (line for pool in pools for line in pool)
+    best = heapq.nsmallest(top, lines, _worst_last) if top is not None else sorted(lines, key=_worst_last)
+    return [{**line, "rank": rank} for rank, line in enumerate(best, start=1)]
 
 
 def score(lines: Iterable[SampleLine], scorer: Scorer, batch: int = BATCH) -> Iterator[SampleLine]:
@@ -154,8 +156,12 @@ def _prepared(lines: Iterable[SampleLine], scorer: Scorer, batch: int) -> Iterat
 
 def _ranked(pool: list[SampleLine], scorer: Scorer) -> list[SampleLine]:
     # Python's sort is stable, so ties keep the order of the samples.
-    ordered = sorted(pool, key=lambda line: -line["score"])
+    ordered = sorted(pool, key=_worst_last)
     return [{**line, "rank": rank, "scorer": scorer.name} for rank, line in enumerate(ordered, start=1)]
+
+
+def _worst_last(line: SampleLine) -> float:
+    return -float(line["score"])
 
 
 def printed(line: SampleLine) -> str:

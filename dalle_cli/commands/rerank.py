@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,7 +67,7 @@ def command(
     prepare_process(device)
     beside = RunFolders(Path(first["run"])).prior if isinstance(first.get("run"), str) else Path(first["png"])
     scorer = load_scorer(clip, pretrained, tokenizer, beside, device, which)
-    scores: dict[Path, dict[int, float]] = {}
+    scores: dict[str, tuple[array[int], array[float]]] = {}
     shown: list[list[dict[str, Any]]] = []
 
     def pools() -> Iterator[list[dict[str, Any]]]:
@@ -74,7 +75,9 @@ def command(
         for pool in rerank(chain([first], lines), scorer, batch=batch_size, gather=several):
             for line in pool if write else []:
                 if isinstance(line.get("store"), str) and isinstance(line.get("row"), int):
-                    scores.setdefault(Path(line["store"]), {})[line["row"]] = line["score"]
+                    rows, values = scores.setdefault(line["store"], (array("q"), array("d")))
+                    rows.append(max(-1, min(line["row"], 2**63 - 1)))  # no store has a row that must be clipped
+                    values.append(line["score"])
             if sheet is not None and len(shown) < SHEET_CAPTIONS:
                 shown.append(pool)
             yield pool
@@ -84,8 +87,8 @@ def command(
             print(printed(line), flush=True)
     if sheet is not None:
         _draw_sheet(shown, sheet)
-    for store, found in scores.items():
-        _write(store, found, scorer.name)
+    for store, (rows, values) in scores.items():
+        _write(Path(store), rows, values, scorer.name)
 
 
 SHEET_CAPTIONS = 24
@@ -124,7 +127,7 @@ def _draw_sheet(shown: list[list[dict[str, Any]]], sheet: Path) -> None:
     write_atomically(sheet, png_bytes(sample_sheet(rows, "Best by CLIP")))
 
 
-def _write(store: Path, scores: dict[int, float], scorer: str) -> None:
+def _write(store: Path, rows: Sequence[int], scores: Sequence[float], scorer: str) -> None:
     """Write scores into a store; only log a failure, since the lines are already printed."""
     from dalle_cli.errors import UserError
     from dalle_cli.progress import log
@@ -132,7 +135,7 @@ def _write(store: Path, scores: dict[int, float], scorer: str) -> None:
     from dalle_cli.stores.scores import write_scores
 
     try:
-        write_scores(store, scores, scorer)
+        write_scores(store, rows, scores, scorer)
         record_command(store.parent)
     except (UserError, OSError) as error:
         log(f"rerank: the scores were not written into the store: {error}")

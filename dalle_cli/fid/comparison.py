@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dalle_cli.errors import UserError
-from dalle_cli.fid.features import Extracted, Features, cached_features
+from dalle_cli.fid.features import CachedFeatures, Features, cached_features
 from dalle_cli.fid.figures import BlurPoint, Curves, Figures, PoolPoint, SystemFigures
 from dalle_cli.fid.metrics import FrechetTo, check_counts, compare, inception_score, warnings_about
 from dalle_cli.fid.pictures import Pictures, PictureSubset, Survey, survey
@@ -69,7 +69,7 @@ class _Extraction:
     cache: Path
     bar: Progress
 
-    def __call__(self, pictures: Pictures, digests: Sequence[str], radius: float) -> Extracted:
+    def __call__(self, pictures: Pictures, digests: Sequence[str], radius: float) -> CachedFeatures:
         return cached_features(pictures, digests, self.features, self.cache, blur=radius, bar=self.bar)
 
 
@@ -105,7 +105,7 @@ def compare_systems(
     looks = len(reference) + sum(len(item.rows) for item in chosen)
     with progress("eval-fid: looking at files", looks, "pictures") as bar:
         real = survey(reference, bar.advance)
-        surveys = [survey(PictureSubset(item.system.pictures, item.rows.tolist()), bar.advance) for item in chosen]
+        surveys = [survey(PictureSubset(item.system.pictures, item.rows), bar.advance) for item in chosen]
     warnings += _enlarged("the reference", real, reference.image_size)
     for item, found in zip(chosen, surveys, strict=True):
         _check_sizes(item, found)
@@ -121,7 +121,7 @@ def compare_systems(
     with progress(f"eval-fid: {features.name.split()[0]} features", steps, "pictures") as bar:
         extract = _Extraction(features, cache, bar)
         for radius in radii:
-            whole = extract(reference, real.digests, radius)
+            whole = extract(reference, real.digests, radius).whole()
             targets = [whole] if left_out is None else [whole, whole.rows(np.flatnonzero(~left_out))]
             frechets = [
                 FrechetTo(target.vectors, features.device) if settings.bootstrap or settings.pool_sizes else None
@@ -131,8 +131,8 @@ def compare_systems(
                 # Only unblurred pictures are reranked.
                 rows = item.rows if radius == 0 else item.own
                 digests = [found.digests[place] for place in item.places(rows)]
-                extracted = extract(PictureSubset(item.system.pictures, rows.tolist()), digests, radius)
-                own = extracted.rows(item.places(item.own)) if radius == 0 else extracted
+                extracted = extract(PictureSubset(item.system.pictures, rows), digests, radius)
+                own = extracted.rows(item.places(item.own)) if radius == 0 else extracted.whole()
                 for place, (target, frechet) in enumerate(zip(targets, frechets, strict=True)):
                     figures[number][place].append(
                         compare(
@@ -210,7 +210,7 @@ def _choose(system: System, settings: Settings) -> _Selection:
     return _Selection(system, starts, np.unique(np.concatenate([starts, subsets.ravel()])), subsets)
 
 
-def _pool_curve(item: _Selection, extracted: Extracted, settings: Settings, frechet: FrechetTo) -> list[PoolPoint]:
+def _pool_curve(item: _Selection, extracted: CachedFeatures, settings: Settings, frechet: FrechetTo) -> list[PoolPoint]:
     """Return FID and score of the best of random subsets, for each pool size."""
     if item.subsets is None:
         return []
@@ -219,14 +219,17 @@ def _pool_curve(item: _Selection, extracted: Extracted, settings: Settings, frec
     for number, size in enumerate(settings.pool_sizes):
         # The only subset of full size is the pool itself.
         draws = item.subsets[:1] if lengths == {size} else item.subsets
-        sets = [extracted.rows(item.places(draw[:, number])) for draw in draws]
-        fids = [frechet(one.vectors) for one in sets]
-        scores = [inception_score(one.logits, seed=settings.seed).mean for one in sets if one.logits is not None]
+        fids, scores = [], []
+        for draw in draws:
+            best = extracted.rows(item.places(draw[:, number]))
+            fids.append(frechet(best.vectors))
+            if best.logits is not None:
+                scores.append(inception_score(best.logits, seed=settings.seed).mean)
         curve.append(
             PoolPoint(
                 size=size,
                 n_generated=len(item.system.pools),
-                repeats=len(sets),
+                repeats=len(draws),
                 fid=float(np.mean(fids)),
                 fid_error=_deviation(fids),
                 score=float(np.mean(scores)) if scores else None,
@@ -252,12 +255,11 @@ def _accuracy(system: System, settings: Settings) -> dict[str, Accuracy]:
 def _check_present(system: System) -> None:
     if system.origin != "lines":
         return
-    paths = [system.pictures.name(row) for row in range(len(system.pictures))]
-    missing = [path for path in paths if not Path(path).is_file()]
+    missing = [row for row in range(len(system.pictures)) if not Path(system.pictures.name(row)).is_file()]
     if missing:
         raise UserError(
-            f"system {system.name}: {missing[0]}: the sample's picture is missing, and so are {len(missing) - 1} "
-            "others; draw them again with dalle sample, or run in the folder where dalle sample ran"
+            f"system {system.name}: {system.pictures.name(missing[0])}: the sample's picture is missing, and so are "
+            f"{len(missing) - 1} others; draw them again with dalle sample, or run in the folder where dalle sample ran"
         )
 
 

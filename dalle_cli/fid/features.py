@@ -17,8 +17,8 @@ from typing import cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load, load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.data import Dataset
 from torch_fidelity import FeatureExtractorBase
@@ -93,6 +93,36 @@ class Extracted:
         """Return the features of some of the pictures."""
         index = torch.as_tensor(rows)
         return Extracted(self.vectors[index], None if self.logits is None else self.logits[index])
+
+
+@dataclass(frozen=True)
+class CachedFeatures:
+    """Features of ``count`` pictures, which stay in the files of the cache until they are asked for."""
+
+    files: list[Path]
+    """Files of CHUNK pictures each."""
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def rows(self, rows: NDArray[np.int64]) -> Extracted:
+        """Read the features of some of the pictures.
+
+        Raises:
+            UserError: another process has removed a file from the cache.
+        """
+        chunks, places = np.divmod(rows, CHUNK)
+        layers: dict[str, Tensor] = {}
+        for number in np.unique(chunks):
+            here = np.flatnonzero(chunks == number)
+            for name, part in _read(self.files[number], places[here]).items():
+                layers.setdefault(name, part.new_empty(len(rows), part.shape[1]))[torch.as_tensor(here)] = part
+        return Extracted(layers["vectors"], layers.get("logits"))
+
+    def whole(self) -> Extracted:
+        """Read the features of all pictures; see ``rows``."""
+        return self.rows(np.arange(self.count))
 
 
 def inception(weights_path: Path | None = None, *, device: str = "cpu") -> Features:
@@ -270,29 +300,27 @@ def cached_features(
     *,
     blur: float = 0,
     bar: Progress | None = None,
-) -> Extracted:
-    """Return the features of all pictures, reading chunks from the folder ``cache`` or adding them to it.
+) -> CachedFeatures:
+    """Return the features of all pictures, which the folder ``cache`` holds in chunks; extract chunks that it lacks.
 
     ``digests`` are the hashes of the pictures' files; ``blur`` is a Gaussian's standard deviation in pixels.
 
     Raises:
         UserError: a picture is broken, or the cache cannot be written.
     """
-    chunks = []
+    files = []
     for start in range(0, len(pictures), CHUNK):
         rows = range(start, min(start + CHUNK, len(pictures)))
         file = cache / f"{_key(features, pictures, blur, digests[rows.start : rows.stop])}.safetensors"
-        chunk = _read(file, len(rows), features)
-        if chunk is None:
+        if not _is_cached(file, len(rows), features):
             chunk = features.extract(
                 BlurredPictures(PictureSubset(pictures, rows), blur), workers=features.device.type == "cuda"
             )
             _write(file, chunk)
-        chunks.append(chunk)
+        files.append(file)
         if bar is not None:
             bar.advance(len(rows))
-    logits = [chunk.logits for chunk in chunks if chunk.logits is not None]
-    return Extracted(torch.cat([chunk.vectors for chunk in chunks]), torch.cat(logits) if logits else None)
+    return CachedFeatures(files, len(pictures))
 
 
 def _key(features: Features, pictures: Pictures, blur: float, digests: Sequence[str]) -> str:
@@ -302,14 +330,23 @@ def _key(features: Features, pictures: Pictures, blur: float, digests: Sequence[
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
-def _read(file: Path, count: int, features: Features) -> Extracted | None:
-    """Return the cached chunk, or None if it is missing or damaged."""
+def _is_cached(file: Path, count: int, features: Features) -> bool:
+    """Return whether the cache holds a chunk of ``count`` pictures, undamaged."""
     try:
-        tensors = load(file.read_bytes())
-        found = Extracted(tensors["vectors"], tensors.get("logits"))
-    except (OSError, SafetensorError, KeyError):
-        return None
-    return found if len(found) == count and (found.logits is None) == (features.logits is None) else None
+        with safe_open(file, "pt") as tensors:
+            names = {"vectors"} if features.logits is None else {"vectors", "logits"}
+            return set(tensors.keys()) == names and tensors.get_slice("vectors").get_shape()[0] == count
+    except (OSError, SafetensorError):
+        return False
+
+
+def _read(file: Path, rows: NDArray[np.int64]) -> dict[str, Tensor]:
+    """Return some rows of the layers of a cached chunk, whose file is mapped into memory and not read whole."""
+    try:
+        with safe_open(file, "pt") as tensors:
+            return {name: tensors.get_tensor(name)[torch.as_tensor(rows)] for name in tensors.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); run the same command again to make it anew") from None
 
 
 def _write(file: Path, chunk: Extracted) -> None:

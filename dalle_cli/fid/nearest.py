@@ -74,7 +74,8 @@ def _read(source: Source, features: Features, cache: Path, max_pixels: int) -> _
             bar.advance()
     pictures = PictureSubset(SourcePictures(source, SIDE), rows)
     with progress(f"overlap: {features.name.split()[0]} features", len(rows), "pictures") as bar:
-        vectors = cached_features(pictures, digests, features, cache, bar=bar).vectors if rows else torch.empty(0, 1)
+        found = cached_features(pictures, digests, features, cache, bar=bar)
+        vectors = found.whole().vectors if rows else torch.empty(0, 1)
     return _Vectors(np.array(rows, np.int64), torch.nn.functional.normalize(vectors, dim=1))
 
 

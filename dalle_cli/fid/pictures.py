@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from dalle_cli.data.images import BadImage, Fit, decode_image, eval_crop, read_header
 from dalle_cli.data.open_source import is_manifest, open_source
 from dalle_cli.data.sample_lines import read_sample_lines
+from dalle_cli.data.sample_table import SampleTable
 from dalle_cli.data.source import IMAGE_EXTENSIONS, BadSample, Source, read_image_file
 from dalle_cli.errors import UserError
 
@@ -83,7 +84,7 @@ class FilePictures(Pictures):
     """Pictures in image files."""
 
     def __init__(self, paths: Sequence[Path], image_size: int, fit: Fit = "crop") -> None:
-        self.paths = list(paths)
+        self.paths = paths
         self.image_size, self.fit = image_size, fit
 
     def __len__(self) -> int:
@@ -143,18 +144,18 @@ def _ends(path: Path) -> Iterator[str]:
 class PictureSubset(Pictures):
     """Some rows of other pictures."""
 
-    def __init__(self, pictures: Pictures, rows: Sequence[int]) -> None:
-        self.pictures, self.rows = pictures, list(rows)
+    def __init__(self, pictures: Pictures, rows: Sequence[int] | NDArray[np.int64]) -> None:
+        self.pictures, self.rows = pictures, np.asarray(rows, np.int64)
         self.image_size, self.fit = pictures.image_size, pictures.fit
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def name(self, index: int) -> str:
-        return self.pictures.name(self.rows[index])
+        return self.pictures.name(int(self.rows[index]))
 
     def content(self, index: int) -> bytes:
-        return self.pictures.content(self.rows[index])
+        return self.pictures.content(int(self.rows[index]))
 
 
 class BlurredPictures(Dataset[Tensor]):
@@ -243,7 +244,8 @@ def open_pictures(spec: str, image_size: int, fit: Fit = "crop") -> FilePictures
     folder = Path(spec)
     if folder.suffix == ".jsonl" and folder.is_file() and not is_manifest(folder):
         with folder.open(encoding="utf-8") as lines:
-            return FilePictures([Path(line["png"]) for line in read_sample_lines(lines, spec)], image_size, fit)
+            table = SampleTable(read_sample_lines(lines, spec))
+        return FilePictures(table.paths(np.arange(len(table))), image_size, fit)
     if folder.is_dir():
         paths = sorted(
             path for path in folder.rglob("*") if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS and path.is_file()

@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 
 from dalle_cli.data.captions import normal_id
 from dalle_cli.data.open_source import is_manifest
-from dalle_cli.data.sample_lines import SampleLine, read_sample_lines
+from dalle_cli.data.sample_lines import read_sample_lines
+from dalle_cli.data.sample_table import SampleTable
 from dalle_cli.data.source import BadSample, read_caption_file
 from dalle_cli.errors import UserError
 from dalle_cli.fid.pictures import FilePictures, Pictures, PictureSubset, SourcePictures, open_pictures
 from dalle_cli.randomness import numpy_generator
-from dalle_cli.shapes.accuracy import Pool, group_by_caption
+from dalle_cli.shapes.accuracy import Pool
 from dalle_cli.stores.scores import sample_stores, store_lines
 
 MAX_SOURCE_CAPTIONS = 50_000
@@ -66,54 +67,46 @@ def open_system(
     path = Path(spec)
     if path.suffix == ".jsonl" and path.is_file() and not is_manifest(path):
         with path.open(encoding="utf-8") as stream:
-            lines = list(read_sample_lines(stream, spec))
+            table = SampleTable(read_sample_lines(stream, spec))
     elif stores := sample_stores(path):
-        lines = [line for store in stores for line in store_lines(store)]
+        table = SampleTable(line for store in stores for line in store_lines(store))
     else:
         found = _folder(name, spec, size, captions)
         return _limited(found, limit, seed)
-    if not lines:
+    if not len(table):
         raise UserError(f"system {name}: {spec} holds no sample; look at what dalle sample said on stderr")
-    # Different ids may share a caption, so each id is ranked separately.
-    groups = [lines] if captions is None else _lines_of_captions(name, spec, lines, captions)
-    lines = [line for group in groups for line in group]
+    if captions is None:
+        groups = list(table.grouped("prompt", str).items())
+    else:  # Different ids may share a caption, so each id is ranked separately.
+        groups = _rows_of_captions(name, spec, table, captions)
     ranked = []
-    if all(isinstance(line.get("score"), float | int) for line in lines):
-        ranked = [pool for group in groups for pool in group_by_caption(_with_ranks(group), spec)]
-        lines = [line for pool in ranked for line in pool.lines]
-    prompts = [str(line["prompt"]).strip() for line in lines]
-    pictures = FilePictures([Path(line["png"]) for line in lines], size)
+    if table.scored(np.concatenate([rows for _, rows in groups])):
+        groups = [(caption, table.best_first(rows)) for caption, rows in groups]
+        ranked = [Pool(caption, table.lines(rows, caption)) for caption, rows in groups]
+    prompts = [prompt for caption, rows in groups for prompt in [caption.strip()] * len(rows)]
+    rows = np.concatenate([rows for _, rows in groups])
+    if captions is None and not ranked:
+        order = np.argsort(rows)  # the order of the lines
+        rows, prompts = rows[order], [prompts[place] for place in order]
+    pictures = FilePictures(table.paths(rows), size)
     return _limited(System(name, spec, pictures, prompts, ranked, "lines"), limit, seed)
 
 
-def _with_ranks(lines: list[SampleLine]) -> list[SampleLine]:
-    """Number the lines that have no rank, so that row order breaks ties between scores."""
-    return [line if isinstance(line.get("rank"), int) else {**line, "rank": place} for place, line in enumerate(lines)]
-
-
-def _lines_of_captions(
-    name: str, spec: str, lines: list[SampleLine], captions: Mapping[str, str]
-) -> list[list[SampleLine]]:
-    """Return the lines of each caption, in the captions' order, with the caption as their prompt."""
-    by_id, by_prompt = (_grouped(lines, key) for key in ("id", "prompt"))
-    groups: list[list[SampleLine]] = []
+def _rows_of_captions(
+    name: str, spec: str, table: SampleTable, captions: Mapping[str, str]
+) -> list[tuple[str, NDArray[np.int64]]]:
+    """Return each of the captions, in their order, with the rows of its samples."""
+    by_id = table.grouped("id", lambda value: normal_id(str(value).strip()))
+    by_prompt = table.grouped("prompt", str.strip)
+    groups = []
     missing = []
     for identity, caption in captions.items():
-        found = by_id.get(identity) or by_prompt.get(caption)
-        if found:
-            groups.append([{**line, "prompt": caption} for line in found])
+        rows = by_id.get(identity, by_prompt.get(caption))
+        if rows is not None:
+            groups.append((caption, rows))
         else:
             missing.append(f"{identity} ({caption!r})")
     _check_all_drawn(name, spec, missing, len(captions))
-    return groups
-
-
-def _grouped(lines: list[SampleLine], key: str) -> dict[str, list[SampleLine]]:
-    groups: dict[str, list[SampleLine]] = {}
-    for line in lines:
-        if key in line:
-            value = str(line[key]).strip()
-            groups.setdefault(normal_id(value) if key == "id" else value, []).append(line)
     return groups
 
 
@@ -181,7 +174,7 @@ def _limited(system: System, limit: int | None, seed: int) -> System:
     if limit is None or limit >= count:
         return system
     chosen = np.sort(numpy_generator(seed, "eval-fid", "limit").permutation(count)[:limit])
-    rows = np.flatnonzero(np.isin(groups, chosen)).tolist()
+    rows = np.flatnonzero(np.isin(groups, chosen))
     captions = None if system.captions is None else [system.captions[row] for row in rows]
     ranked = [system.pools[number] for number in chosen] if system.pools else []
     return System(system.name, system.spec, PictureSubset(system.pictures, rows), captions, ranked, system.origin)

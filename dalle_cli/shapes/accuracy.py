@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from dalle_cli.data.images import read_picture
 from dalle_cli.data.sample_lines import SampleLine
+from dalle_cli.data.sample_table import SampleTable, has_rank, has_score
 from dalle_cli.errors import UserError
 from dalle_cli.shapes.oracle import detect, matches_claim
 from dalle_cli.shapes.scene import HELD_OUT, Claim
@@ -33,7 +34,7 @@ class Pool:
     """The samples of one caption, best first by CLIP."""
 
     prompt: str
-    lines: tuple[SampleLine, ...]
+    lines: Sequence[SampleLine]
 
     @property
     def whole(self) -> bool:
@@ -53,23 +54,18 @@ class JudgedPool:
 def group_by_caption(lines: Iterable[SampleLine], name: str) -> list[Pool]:
     """Group lines of ``dalle rerank`` by caption, in the order of the captions' first lines, samples best first.
 
-    Samples with the same store, seed and index are the same sample of a repeated caption, and count once. ``name`` is
-    the file's name in error messages.
+    A repeated caption's samples count once; see ``SampleTable.best_first``. ``name`` is the file's name in error
+    messages.
 
     Raises:
         UserError: a line has no score and rank.
     """
-    gathered: dict[str, dict[Any, SampleLine]] = {}
+    table = SampleTable()
     for number, line in enumerate(lines, start=1):
-        if not isinstance(line.get("score"), float | int) or not isinstance(line.get("rank"), int):
+        if not has_score(line) or not has_rank(line):
             raise UserError(f"{name}, sample {number}: has no score and rank; give the lines that dalle rerank prints")
-        identity = (line["store"], line["seed"], line["index"]) if {"store", "seed", "index"} <= line.keys() else number
-        gathered.setdefault(line["prompt"], {}).setdefault(identity, line)
-    # Ranks follow unrounded scores, so they break the ties that rounding made.
-    return [
-        Pool(prompt, tuple(sorted(samples.values(), key=lambda line: (-line["score"], line["rank"]))))
-        for prompt, samples in gathered.items()
-    ]
+        table.append(line)
+    return [Pool(prompt, table.lines(table.best_first(rows))) for prompt, rows in table.grouped("prompt", str).items()]
 
 
 def claim_of(caption: str) -> Claim | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from dalle_cli.stores.checksums import write_checksums
 from dalle_cli.stores.files import new_directory
 from dalle_cli.stores.samples import (
     STORE,
+    SampleAttributes,
     manifest_line,
     read_attributes,
     request_rows,
@@ -36,44 +37,60 @@ def sample_stores(path: Path) -> list[Path]:
     return sorted(file.parent for file in path.glob(f"*/{STORE}/zarr.json")) if path.is_dir() else []
 
 
-def store_lines(store: Path) -> list[dict[str, Any]]:
+def store_lines(store: Path) -> Iterator[dict[str, Any]]:
     """Return the committed samples of a store as ``dalle sample`` prints them, with ``score`` and ``scorer`` if known.
+
+    The store is read at once, and each line is made when its turn comes.
 
     Raises:
         UserError: the store cannot be read, or holds no sample yet.
     """
     group = _open(store)
+    with _explained(store):
+        found = read_attributes(group, store)
+        if not found.rows:
+            raise UserError(f"{store}: holds no sample yet; run dalle sample again to resume it")
+        likelihood = group["log_likelihood"][: found.rows]
+        return _lines(store, found, likelihood, _scores(group), run_of_store(store, group.attrs))
+
+
+def _lines(
+    store: Path,
+    found: SampleAttributes,
+    likelihood: np.ndarray,
+    scored: tuple[np.ndarray | None, str],
+    elsewhere: dict[str, str],
+) -> Iterator[dict[str, Any]]:
+    request, (scores, scorer) = found.request, scored
+    with _explained(store):
+        shard = WHOLE if request.shard is None else parse_shard(request.shard)
+        start = request_rows(shard, len(request.prompts), request.n).start
+        for row in range(found.rows):
+            prompt, index = divmod(start + row, request.n)
+            index += request.first
+            line = manifest_line(
+                store, row, request.prompts, prompt, index, request.seed, likelihood[row], found.in_folders
+            )
+            line |= elsewhere
+            if scores is not None and not np.isnan(scores[row]):
+                line |= {"score": float(scores[row]), "scorer": scorer}
+            yield line
+
+
+@contextmanager
+def _explained(store: Path) -> Iterator[None]:
     try:
-        return list(_lines(store, group))
+        yield
     except UserError:
         raise
     except Exception as error:  # zarr and its codecs raise errors of many kinds
         raise UserError(f"{store}: is no store of dalle sample, or damaged ({error!r})") from None
 
 
-def _lines(store: Path, group: Any) -> Iterator[dict[str, Any]]:
-    found = read_attributes(group, store)
-    request, committed = found.request, found.rows
-    if not committed:
-        raise UserError(f"{store}: holds no sample yet; run dalle sample again to resume it")
-    likelihood, (scores, scorer) = group["log_likelihood"][:committed], _scores(group)
-    shard = WHOLE if request.shard is None else parse_shard(request.shard)
-    start = request_rows(shard, len(request.prompts), request.n).start
-    elsewhere = run_of_store(store, group.attrs)
-    for row in range(committed):
-        prompt, index = divmod(start + row, request.n)
-        index += request.first
-        line = manifest_line(
-            store, row, request.prompts, prompt, index, request.seed, likelihood[row], found.in_folders
-        )
-        line |= elsewhere
-        if scores is not None and not np.isnan(scores[row]):
-            line |= {"score": float(scores[row]), "scorer": scorer}
-        yield line
+def write_scores(store: Path, rows: Sequence[int], scores: Sequence[float], scorer: str) -> None:
+    """Add the scores of ``rows`` to a sample store; its scores by the same CLIP are kept, those by another are dropped.
 
-
-def write_scores(store: Path, scores: Mapping[int, float], scorer: str) -> None:
-    """Add scores by row to a sample store; its scores by the same CLIP are kept, those by another one are dropped.
+    Of two scores of one row the last one counts.
 
     The array is written beside the old one and renamed into its place. Processes that score parts of the same store
     wait for one another.
@@ -86,17 +103,17 @@ def write_scores(store: Path, scores: Mapping[int, float], scorer: str) -> None:
 
     with _locked(store):
         group = _open(store)
-        rows = int(group["log_likelihood"].shape[0])
-        if not all(0 <= row < rows for row in scores):
-            raise UserError(f"{store}: has {rows} rows and no row {max(scores)}; give the lines of this store")
+        total = int(group["log_likelihood"].shape[0])
+        if not all(0 <= row < total for row in rows):
+            raise UserError(f"{store}: has {total} rows and no row {max(rows)}; give the lines of this store")
         known, known_scorer = _scores(group)
-        values = known if known is not None and known_scorer == scorer else np.full(rows, np.nan)
-        values[list(scores)] = list(scores.values())
+        values = known if known is not None and known_scorer == scorer else np.full(total, np.nan)
+        values[np.asarray(rows, np.int64)] = np.asarray(scores)
         with new_directory(store / CLIP_SCORE) as folder:
             array = zarr.create_array(
                 str(folder),
                 data=values,
-                chunks=(rows,),
+                chunks=(total,),
                 zarr_format=3,
                 overwrite=True,
                 compressors=ZstdCodec(checksum=True),

@@ -129,8 +129,8 @@ def _samples(folder: Path) -> Artifact:
         begun.extend(store for store in stores if _check_arrays(store))
 
     def pictures() -> list[Check]:
-        lines = [line for store in begun for line in store_lines(store)]
-        return [(line["png"], partial(_check_png, Path(line["png"]))) for line in lines]
+        pngs = [line["png"] for store in begun for line in store_lines(store)]
+        return [(png, partial(_check_png, Path(png))) for png in pngs]
 
     return str(folder), metadata, pictures
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from queue import Queue
@@ -124,6 +125,34 @@ def test_a_prompt_that_comes_again_is_told_of_or_gathered(tmp_path: Path, capsys
     assert capsys.readouterr().err == ""
 
 
+def test_of_equal_scores_the_best_of_all_takes_the_earlier() -> None:
+    pools = [[{"score": score, "index": index} for index, score in enumerate(scores)] for scores in ([2, 3, 2], [3, 2])]
+    best = [(line["score"], line["index"], line["rank"]) for line in best_of_all(pools, 4)]
+    assert best == [(3, 1, 1), (3, 0, 2), (2, 0, 3), (2, 2, 4)]
+    assert best_of_all(pools, None)[:4] == best_of_all(pools, 4)
+    assert len(best_of_all(pools, None)) == len(best_of_all(pools, 9)) == 5
+
+
+def test_a_stream_of_captions_is_not_kept(tmp_path: Path) -> None:
+    class Agreeable(ShadeScorer):
+        def text_features(self, captions: Sequence[str]) -> Tensor:
+            return torch.ones(len(captions), 1)
+
+    (line,) = draw(tmp_path, "bright", [1])
+
+    def peak(captions: int) -> int:
+        stream = ({**line, "prompt": str(place // 20), "index": place % 20} for place in range(20 * captions))
+        tracemalloc.start()
+        try:
+            assert sum(len(pool) for pool in rerank(stream, Agreeable(), batch=8)) == 20 * captions
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(5)  # what is made once
+    assert (peak(100) - peak(20)) / (80 * 20) < 100, "bytes a sample; a dictionary takes 400"
+
+
 def test_the_first_bad_picture_is_named(tmp_path: Path) -> None:
     lines = draw(tmp_path, "dark", [1, 2, 3, 4], store="s")
     Path(lines[2]["png"]).unlink()
@@ -167,21 +196,21 @@ def make_store(folder: Path, prompts: list[str], n: int, **more: Any) -> Path:
 def test_scores_are_kept_in_the_store_by_the_scorers_name(tmp_path: Path) -> None:
     store = make_store(tmp_path / "one", ["bright", "dark"], 2, first=5)
     assert sample_stores(tmp_path) == sample_stores(tmp_path / "one") == sample_stores(store) == [store]
-    lines = store_lines(store)
+    lines = list(store_lines(store))
     assert [(line["prompt"], line["index"], line["row"]) for line in lines] == [
         ("bright", 5, 0), ("bright", 6, 1), ("dark", 5, 2), ("dark", 6, 3),
     ]  # fmt: skip
     assert lines[3]["png"] == str(tmp_path / "one" / "00001-dark-00006.png")
     assert "score" not in lines[0]
-    write_scores(store, {0: 0.25, 3: 1 / 3}, "a")
-    write_scores(store, {1: 0.5}, "a")
+    write_scores(store, [3, 0, 3], [0.0, 0.25, 1 / 3], "a")
+    write_scores(store, [1], [0.5], "a")
     assert [line.get("score") for line in store_lines(store)] == [0.25, 0.5, None, 1 / 3]
     assert zarr.open_group(str(store))["clip_score"].attrs["scorer"] == "a"
-    write_scores(store, {2: 0.125}, "b")
+    write_scores(store, [2], [0.125], "b")
     assert [line.get("score") for line in store_lines(store)] == [None, None, 0.125, None]
     assert sorted(path.name for path in store.iterdir()) == ["clip_score", "log_likelihood", "zarr.json"]
     with pytest.raises(UserError, match="has 4 rows and no row 4"):
-        write_scores(store, {4: 1.0}, "b")
+        write_scores(store, [4], [1.0], "b")
     shard = make_store(tmp_path / "two", ["bright", "dark"], 2, shard="2/2")
     zarr.open_group(str(shard)).attrs["rows"] = 2
     assert [line["prompt"] for line in store_lines(shard)] == ["dark", "dark"]

@@ -119,7 +119,7 @@ def test_features_are_cached_by_content(features: Features, tmp_path: Path, monk
     monkeypatch.setattr(features_module, "CHUNK", 4)
     real = open_pictures(str(write_folder(tmp_path / "real", 10)), 8)
     cache = tmp_path / "cache"
-    first = cached_features(real, survey(real).digests, features, cache)
+    first = cached_features(real, survey(real).digests, features, cache).whole()
     np.testing.assert_array_equal(first.vectors.numpy(), features.extract(real).vectors.numpy())
     assert len(list(cache.iterdir())) == 3
     # The cache knows files by their content, wherever they lie and whatever their names.
@@ -130,22 +130,42 @@ def test_features_are_cached_by_content(features: Features, tmp_path: Path, monk
     digests = survey(moved).digests
     with monkeypatch.context() as patched:
         patched.setattr(Features, "extract", None)
-        again = cached_features(moved, digests, features, cache)
+        again = cached_features(moved, digests, features, cache).whole()
     assert again.logits is not None
     assert first.logits is not None
     np.testing.assert_array_equal(again.logits.numpy(), first.logits.numpy())
-    blurred = cached_features(moved, digests, features, cache, blur=2)
+    blurred = cached_features(moved, digests, features, cache, blur=2).whole()
     assert len(list(cache.iterdir())) == 6
     assert (blurred.vectors != first.vectors).any()
     other = clip_features(ColourScorer(), CLASSES[:2])
-    assert cached_features(moved, digests, other, cache).logits.shape[1] == 2  # type: ignore[union-attr]
+    assert cached_features(moved, digests, other, cache).whole().logits.shape[1] == 2  # type: ignore[union-attr]
     # A damaged file of the cache is made again, and so is the chunk of a picture that has changed.
     for file in cache.iterdir():
         file.write_bytes(file.read_bytes()[:20])
-    np.testing.assert_array_equal(cached_features(moved, digests, features, cache).vectors, first.vectors)
+    np.testing.assert_array_equal(cached_features(moved, digests, features, cache).whole().vectors, first.vectors)
     noise(77).save(tmp_path / "moved" / "x009.png")
-    changed = cached_features(moved, survey(moved).digests, features, cache)
+    changed = cached_features(moved, survey(moved).digests, features, cache).whole()
     assert (changed.vectors != first.vectors).any(dim=1).tolist() == [False] * 9 + [True]
+
+
+def test_some_rows_of_cached_features_are_those_of_the_whole(
+    features: Features, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features_module, "CHUNK", 4)
+    real = open_pictures(str(write_folder(tmp_path / "real", 10)), 8)
+    kept = cached_features(real, survey(real).digests, features, tmp_path / "cache")
+    whole = features.extract(real)
+    rows = np.array([9, 0, 3, 4, 0, 8])
+    some = kept.rows(rows)
+    assert len(kept) == 10
+    assert torch.equal(some.vectors, whole.vectors[rows])
+    assert some.logits is not None
+    assert whole.logits is not None
+    assert torch.equal(some.logits, whole.logits[rows])
+    kept.files[1].unlink()
+    assert len(kept.rows(np.array([0, 9]))) == 2
+    with pytest.raises(UserError, match=r"safetensors: cannot be read .*run the same command again"):
+        kept.whole()
 
 
 class _Blank(FeatureExtractorInceptionV3):  # type: ignore[misc]

@@ -63,7 +63,7 @@ def test_bench_scale() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line][2:]
-    assert [row[1] for row in rows] == ["300", "900"] * 5
+    assert [row[1] for row in rows] == ["300", "900"] * 6
     assert all(float(row[2]) > 0 for row in rows)
     copies = [row[-1] for row in rows if row[0].startswith("near-duplicates")]
     assert all(cell.startswith("copies found 1,") for cell in copies)
