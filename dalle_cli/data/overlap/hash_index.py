@@ -29,14 +29,14 @@ LARGEST_RUN = 2048
 
 It keeps many pictures that are nearly the same, such as placeholders, from taking time that grows with their square.
 """
-INDEX_BYTES = 28
-"""Memory that the index of a band takes for each hash while it is made; then it is 20 bytes at most."""
+INDEX_BYTES = 34
+"""Memory that the index of a band takes for each hash while it is made; then it is 22 bytes at most."""
 _GROUPS = [sum(1 << bit for bit in range(start, 64, 7)) for start in range(7)]
 """Bits of each group, dealt in turn, since neighbouring bits are alike."""
 BANDS = [np.uint64(a | b | c) for a, b, c in combinations(_GROUPS, 3)]
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 _KEY_BITS = 32
-_ROWS_AT_ONCE = 1 << 20
+_ROWS_AT_ONCE = 1 << 16
 _CANDIDATES_AT_ONCE = 1 << 21
 """Number of candidates compared at once, which bounds memory when many hashes share a band."""
 
@@ -68,8 +68,9 @@ def band_parts(hashes: int, memory: int, at_least: int = 1) -> list[BandPart]:
 class BandIndex:
     """An index of those of ``hashes`` (n,) uint64, n < 2^32, that are in a part of a band.
 
-    Distinct keys are sorted, and a table says where those that begin with the same bits, as many as number the keys,
-    start. So a probe takes a look into the table, and most find no key there.
+    Distinct keys are sorted. A filter has a bit for any beginning that a key may have, about ten for each key, that is
+    set if one begins so. Most probes end there. A table of shorter beginnings, one or two for each key, says where to
+    look for the others.
     """
 
     def __init__(self, hashes: NDArray[np.uint64], part: BandPart) -> None:
@@ -78,16 +79,19 @@ class BandIndex:
         keys = (packed >> np.uint64(_KEY_BITS)).astype(np.uint32)
         self._rows = packed.astype(np.uint32)
         del packed
-        new = np.ones(len(keys), bool)
-        new[1:] = keys[1:] != keys[:-1]
+        new = _first_of_equal(keys)
         self._keys = keys[new]
         self._begins = np.full(len(self._keys) + 1, len(keys), np.uint32)
         self._begins[:-1] = np.flatnonzero(new)
         del keys, new
         self._bits = min(max(len(self._keys).bit_length(), 1), _KEY_BITS - part.bits)
+        self._filter_bits = min(self._bits + 3, _KEY_BITS - part.bits)
+        self._filter = self._bits_of(self._bucket(self._keys, self._filter_bits))
         self._table = np.zeros((1 << self._bits) + 1, np.uint32)
         # Of the keys of a bucket the last one's assignment stays; an empty bucket ends where the one before it does.
-        self._table[self._bucket(self._keys) + np.uint32(1)] = np.arange(1, len(self._keys) + 1, dtype=np.uint32)
+        self._table[self._bucket(self._keys, self._bits) + np.uint32(1)] = np.arange(
+            1, len(self._keys) + 1, dtype=np.uint32
+        )
         np.maximum.accumulate(self._table, out=self._table)
 
     def _sorted(self, hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -107,14 +111,27 @@ class BandIndex:
             return np.arange(len(keys))
         return np.flatnonzero(keys >> np.uint32(_KEY_BITS - self.part.bits) == self.part.part)
 
-    def _bucket(self, keys: NDArray[np.uint32]) -> NDArray[np.uint32]:
-        """Return the bits of each key that follow those of the part, as many as the table has."""
-        return (keys << np.uint32(self.part.bits)) >> np.uint32(_KEY_BITS - self._bits)
+    def _bucket(self, keys: NDArray[np.uint32], bits: int) -> NDArray[np.uint32]:
+        """Return the first ``bits`` bits of each key after those of the part."""
+        return (keys << np.uint32(self.part.bits)) >> np.uint32(_KEY_BITS - bits)
+
+    def _bits_of(self, buckets: NDArray[np.uint32]) -> NDArray[np.uint8]:
+        """Return a bit for each bucket, set for those in ``buckets``, which are sorted."""
+        found = np.zeros((1 << self._filter_bits >> 3) + 1, np.uint8)
+        places = buckets >> np.uint32(3)
+        starts = np.flatnonzero(_first_of_equal(places))
+        if len(starts):
+            bits = np.uint8(1) << (buckets & np.uint32(7)).astype(np.uint8)
+            found[places[starts]] = np.bitwise_or.reduceat(bits, starts)
+        return found
 
     def near(self, probes: NDArray[np.uint64]) -> Iterator[NearPairs]:
         """Yield, in chunks, rows that are equal to a probe in the band and within MAX_DISTANCE of it."""
         keys = _keys_of(probes, BANDS[self.part.band])
-        own = self._own(keys)
+        bucket = self._bucket(keys, self._filter_bits)
+        there = self._filter[bucket >> np.uint32(3)] >> (bucket & np.uint32(7)).astype(np.uint8) & np.uint8(1)
+        maybe = np.flatnonzero(there)
+        own = maybe[self._own(keys[maybe])]
         probe, place = self._find(own, keys[own])
         start = self._begins[place].astype(np.int64)
         counts = np.minimum(self._begins[place + 1] - start, LARGEST_RUN)
@@ -136,7 +153,7 @@ class BandIndex:
 
     def _find(self, own: NDArray[np.int64], keys: NDArray[np.uint32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return those of the probes ``own`` whose key, in ``keys``, is in the index, and the place of that key."""
-        bucket = self._bucket(keys)
+        bucket = self._bucket(keys, self._bits)
         place, stop = self._table[bucket], self._table[bucket + np.uint32(1)]
         left = np.flatnonzero(place < stop)
         probes, places = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
@@ -149,6 +166,13 @@ class BandIndex:
             more = ~same & (place < stop)
             left, place, stop, keys = left[more], place[more], stop[more], keys[more]
         return np.concatenate(probes), np.concatenate(places)
+
+
+def _first_of_equal(values: NDArray[np.uint32]) -> NDArray[np.bool_]:
+    """Return (n,), true where a sorted value differs from the one before it."""
+    first = np.ones(len(values), bool)
+    first[1:] = values[1:] != values[:-1]
+    return first
 
 
 def _keys_of(hashes: NDArray[np.uint64], band: np.uint64) -> NDArray[np.uint32]:

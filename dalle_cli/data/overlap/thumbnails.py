@@ -59,7 +59,7 @@ def _read(file: Path, rows: NDArray[np.int64], into: Thumbnails) -> None:
     with explain_os_errors(file), file.open("rb", buffering=0) as opened:
         for start, stop in zip(starts, np.append(starts[1:], len(rows)), strict=True):
             opened.seek(int(rows[start]) * _BYTES)
-            if opened.readinto(into[start:stop]) != (stop - start) * _BYTES:
+            if opened.readinto(into[start:stop].data) != (stop - start) * _BYTES:
                 raise UserError(f"{file}: is shorter than it was; delete it and run again")
 
 

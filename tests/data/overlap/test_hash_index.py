@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -61,6 +63,17 @@ def test_parts_share_the_hashes_out_and_keep_to_the_memory() -> None:
     sizes = [sum(len(near.row) for near in BandIndex(stored, part).near(stored)) for part in parts_of(2)]
     assert np.sum(np.reshape(sizes, (35, 4)), axis=1).tolist() == [5000] * 35
     assert max(sizes) < 1500
+
+
+def test_an_index_takes_no_more_memory_than_reckoned() -> None:
+    stored = np.random.default_rng(0).integers(0, 2**64, 2**18 - 1, dtype=np.uint64)
+    tracemalloc.start()
+    index = BandIndex(stored, BandPart(0))
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept <= 22 * len(stored)
+    assert peak <= INDEX_BYTES * len(stored)
+    assert index.part == BandPart(0)
 
 
 def test_many_equal_hashes_are_compared_in_chunks() -> None:
