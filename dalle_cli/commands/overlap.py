@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dalle_cli.commands.options import SetOption, read_source, recipe_for
+from dalle_cli.commands.options import SetOption, ShardOption, read_source, recipe_for
 from dalle_cli.errors import UserError
 
 
@@ -40,6 +40,7 @@ def command(
         str | None,
         typer.Option("--features", metavar="NAME", help="The same by a timm network: tf_efficientnet_lite0, ..."),
     ] = None,
+    shard: ShardOption = "1/1",
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per core by default.")] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="Recipe whose data.max_pixels and data.exclude apply to TRAIN.")
@@ -58,19 +59,31 @@ def command(
     lines of both into one file. With --cache, a killed run can resume, and a comparison with another EVAL need not read
     TRAIN again.
 
+    Jobs of [bold]--shard[/bold] share the work on large sets, and meet in one [bold]--cache[/bold]. Run all shares
+    twice: the first time each makes its thumbnails, the second time it compares them with all others, and the last one
+    gives the result.
+
     Example: [bold]dalle overlap runs/quickstart/shapes/train runs/quickstart/shapes/seen
     --out runs/quickstart/duplicates.jsonl --sheet runs/quickstart/duplicates.png[/bold]
     """
     import tempfile
 
     from dalle_cli.data.open_source import open_source
-    from dalle_cli.data.overlap.search import SIMILARITY_THRESHOLD, find_overlap
+    from dalle_cli.data.overlap.pairs import SIMILARITY_THRESHOLD
+    from dalle_cli.data.overlap.search import Comparison, find_overlap
+    from dalle_cli.data.overlap.shares import overlap_share
     from dalle_cli.data.workers import available_cores
     from dalle_cli.progress import log
     from dalle_cli.stores.files import write_atomically
+    from dalle_cli.stores.shards import WHOLE, parse_shard
 
     if clip is not None and network is not None:
         raise UserError("--clip and --features exclude each other; choose one of them")
+    share = parse_shard(shard)
+    if share != WHOLE and (clip is not None or network is not None):
+        raise UserError("--shard is for the comparison of hashes; leave out --clip and --features")
+    if share != WHOLE and cache is None:
+        raise UserError("--shard needs --cache, the folder where the shares meet")
     settings = recipe_for(train, recipe, set_)
     source, max_pixels = read_source(settings), settings.data.max_pixels
     other = None if evaluation is None else open_source(evaluation)
@@ -88,14 +101,13 @@ def command(
                 source, other, features, folder, max_pixels=max_pixels, threshold=similarity or THRESHOLD
             )
         else:
-            found = find_overlap(
-                source,
-                other,
-                folder,
-                max_pixels=max_pixels,
-                workers=workers or available_cores(),
-                threshold=similarity or SIMILARITY_THRESHOLD,
-            )
+            how = Comparison(max_pixels, workers or available_cores(), similarity or SIMILARITY_THRESHOLD)
+            if share == WHOLE:
+                found = find_overlap(source, other, folder, how)
+            elif (joined := overlap_share(source, other, folder, share, how)) is not None:
+                found = joined
+            else:
+                return
     log(found.summary())
     if sheet is not None:
         from dalle_cli.views.source_sheets import pairs_sheet

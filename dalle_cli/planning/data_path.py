@@ -20,8 +20,9 @@ from dalle_cli.config.schema import Recipe
 from dalle_cli.data.formats.webdataset import open_indexes
 from dalle_cli.data.images import decode_image
 from dalle_cli.data.open_source import tar_shards
-from dalle_cli.data.overlap.hashes import SIDE, thumbnail
-from dalle_cli.data.overlap.search import UniquePictures, near_duplicates
+from dalle_cli.data.overlap.hashes import SIDE, hashes, thumbnail
+from dalle_cli.data.overlap.pairs import near_duplicates
+from dalle_cli.data.overlap.pictures import UniquePictures
 from dalle_cli.data.workers import available_cores
 from dalle_cli.distributed.device import choose_device, prepare_process, use_settings
 from dalle_cli.dvae.encode import encode_images
@@ -96,8 +97,8 @@ def plan_data_path(recipe: Recipe, pairs: int, tasks: int) -> DataPath:
     steps = [
         step("index", indexing, index_bytes, math.ceil(pairs / 10_000)),
         step("scan", decoding),
-        step("overlap: read", decoding + thumbnails, 3 * SIDE**2, 1, workers=cores),  # which takes no shares
-        step("overlap: compare", compared, workers=cores),
+        step("overlap: read", decoding + thumbnails, 3 * SIDE**2, 2 * tasks),
+        step("overlap: compare", compared, files=tasks),
         step("tokenize-text", _tokenizing(recipe), 2 * text + CAPTION_BYTES + KEY_BYTES + 2, 4 * shards),
         step("encode-images", _encoding(recipe, device), 2 * image + 1, views * shards, workers=tasks),
         step("start of prior", _splitting(recipe), 1 / 8, 1, workers=1),
@@ -143,7 +144,11 @@ def _comparing() -> tuple[float, float]:
     coarse = rng.integers(0, 256, (COMPARED, 4, 4, 3), dtype=np.uint8)
     pictures = coarse.repeat(SIDE // 4, axis=1).repeat(SIDE // 4, axis=2)
     rows = np.arange(COMPARED)
-    return making, _seconds(lambda: near_duplicates(UniquePictures(pictures, rows, rows), None, workers=1)) / COMPARED
+
+    def compare() -> None:
+        near_duplicates(UniquePictures(pictures, rows, rows, hashes(pictures)), None, workers=1)
+
+    return making, _seconds(compare) / COMPARED
 
 
 def _tokenizing(recipe: Recipe) -> float:

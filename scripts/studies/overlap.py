@@ -23,7 +23,7 @@ from rich.console import Console
 
 from dalle_cli.data.images import decode_image
 from dalle_cli.data.open_source import open_source
-from dalle_cli.data.overlap.search import Overlap, find_overlap
+from dalle_cli.data.overlap.search import Comparison, Overlap, find_overlap
 from dalle_cli.fid.features import named_features
 from dalle_cli.fid.nearest import find_nearest
 from dalle_cli.views.tables import grid_table
@@ -107,7 +107,7 @@ def main() -> None:
         for place, (name, alter) in enumerate({**ALTERATIONS, "distractors": None}.items()):
             altered = pictures(range(count, 2 * count)) if alter is None else {k: alter(p) for k, p in chosen.items()}
             copies = open_source(str(write(folder / str(place), altered)))
-            hashed = find_overlap(copies, originals, folder / "cache", max_pixels=MAX_PIXELS, workers=2)
+            hashed = find_overlap(copies, originals, folder / "cache", Comparison(MAX_PIXELS, workers=2))
             near = find_nearest(copies, originals, features, folder / "cache", max_pixels=MAX_PIXELS, threshold=0.0)
             share = any_match if alter is None else own_matches
             shares = [share(hashed, 0.0), *(share(near, threshold) for threshold in THRESHOLDS)]

@@ -40,12 +40,12 @@ def test_shares_that_do_not_belong_together_are_refused(by_hand: Chain, tmp_path
     scan_share(source, SETTINGS, 32, Shard(1, 2), tmp_path, workers=1)
     with pytest.raises(UserError, match="holds shares of another number than 3; delete it"):
         scan_share(source, SETTINGS, 32, Shard(1, 3), tmp_path, workers=1)
-    with pytest.raises(UserError, match=r"0001-of-0002.json: was counted with other filters; scan all"):
+    with pytest.raises(UserError, match=r"0001-of-0002.json: was made with other filters; make all"):
         scan_share(source, DataSettings(filters=Filters(min_words=5)), 32, Shard(2, 2), tmp_path, workers=1)
     file = tmp_path / "0001-of-0002.json"
     for text in ("", "[]", file.read_text().replace('"usable"', '"unusable"'), file.read_text()[:-9]):
         file.write_text(text)
-        with pytest.raises(UserError, match=r"is damaged \(\w+\); delete it and scan share 1/2 again"):
+        with pytest.raises(UserError, match=r"is damaged \(\w+\); delete it and make share 1/2 again"):
             scan_share(source, SETTINGS, 32, Shard(1, 2), tmp_path, workers=1)
 
 

@@ -26,8 +26,8 @@ from dalle_cli.stores.tokens import TokenReader
 FOLDER = ROOT / "scripts" / "slurm"
 FILES = sorted(FOLDER.glob("*.sh"))
 STAGES = {
-    "index", "scan", "train-tokenizer", "tokenize-text", "train-dvae", "encode-images", "train-prior", "train-clip",
-    "sample", "rerank", "eval-fid", "report",
+    "index", "scan", "overlap", "train-tokenizer", "tokenize-text", "train-dvae", "encode-images", "train-prior",
+    "train-clip", "sample", "rerank", "eval-fid", "report",
 }  # fmt: skip
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1")
 RUNS = re.compile(r"^resumable dalle (?P<rest>.*?)(?: > .*)?$", re.MULTILINE)

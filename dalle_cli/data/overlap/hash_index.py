@@ -2,10 +2,13 @@
 
 The bits of a hash are dealt into seven groups. A band is the bits of three groups, of which there are 35. If two hashes
 differ in at most 4 bits, then at least three groups are equal, and so is a band. Only hashes with an equal band are
-compared. Bands have 27 bits or more, so that few pictures share one by chance, even among millions: the time grows with
-n log n. Of 1,800 photographs and drawings that were re-encoded, rescaled, darkened and cropped by up to 5 %, this finds
-all, since the nearest of a picture's views rarely differs in more bits. Of 300 photographs cropped by 10 % it finds
-95 %.
+compared. Bands have 27 bits or more, so that few pictures share one by chance, even among millions. Of 1,800
+photographs and drawings that were re-encoded, rescaled, darkened and cropped by up to 5 %, this finds all, since the
+nearest of a picture's views rarely differs in more bits. Of 300 photographs cropped by 10 % it finds 95 %.
+
+Bands are searched one after another, each with an index of its own. If even one index is too large for the memory, a
+band is searched in parts: a part has the hashes whose key, a number that stands for their bits in the band, begins with
+given bits.
 """
 
 from __future__ import annotations
@@ -20,13 +23,30 @@ from numpy.typing import NDArray
 MAX_DISTANCE = 10
 """Maximum number of bits in which near hashes differ."""
 SURE_DISTANCE = 4
-"""Number of differing bits up to which no pair is missed."""
+"""Number of differing bits up to which no pair is missed, unless more than LARGEST_RUN hashes share each band."""
+LARGEST_RUN = 2048
+"""Number of hashes with an equal band, the first ones, that a probe is compared with.
+
+It keeps many pictures that are nearly the same, such as placeholders, from taking time that grows with their square.
+"""
+INDEX_BYTES = 34
+"""Memory that the index of a band takes for each hash while it is made; then it is 22 bytes at most."""
 _GROUPS = [sum(1 << bit for bit in range(start, 64, 7)) for start in range(7)]
 """Bits of each group, dealt in turn, since neighbouring bits are alike."""
-_BANDS = [np.uint64(a | b | c) for a, b, c in combinations(_GROUPS, 3)]
+BANDS = [np.uint64(a | b | c) for a, b, c in combinations(_GROUPS, 3)]
 _MIX = np.uint64(0x9E3779B97F4A7C15)
+_KEY_BITS = 32
+_ROWS_AT_ONCE = 1 << 16
 _CANDIDATES_AT_ONCE = 1 << 21
 """Number of candidates compared at once, which bounds memory when many hashes share a band."""
+
+
+class BandPart(NamedTuple):
+    """A band, or the part of it with the keys whose first ``bits`` bits are ``part``."""
+
+    band: int
+    part: int = 0
+    bits: int = 0
 
 
 class NearPairs(NamedTuple):
@@ -37,52 +57,124 @@ class NearPairs(NamedTuple):
     distance: NDArray[np.uint8]
 
 
-class HashIndex:
-    """An index of ``hashes`` (n,) uint64, sorted by each of their bands; it takes 280 bytes a hash."""
+def band_parts(hashes: int, memory: int, at_least: int = 1) -> list[BandPart]:
+    """Return the parts that all bands are searched in: the fewest, of at most ``memory`` bytes each."""
+    bits = 0
+    while bits < 16 and (len(BANDS) << bits < at_least or hashes * INDEX_BYTES >> bits > memory):
+        bits += 1
+    return [BandPart(band, part, bits) for band in range(len(BANDS)) for part in range(1 << bits)]
 
-    def __init__(self, hashes: NDArray[np.uint64]) -> None:
-        self.hashes = hashes
-        self._order, self._keys = [], []
-        for band in _BANDS:
-            keys = _keys_of(hashes, band)
-            order = np.argsort(keys, kind="stable").astype(np.int32)
-            self._order.append(order)
-            self._keys.append(keys[order])
+
+class BandIndex:
+    """An index of those of ``hashes`` (n,) uint64, n < 2^32, that are in a part of a band.
+
+    Distinct keys are sorted. A filter has a bit for any beginning that a key may have, about ten for each key, that is
+    set if one begins so. Most probes end there. A table of shorter beginnings, one or two for each key, says where to
+    look for the others.
+    """
+
+    def __init__(self, hashes: NDArray[np.uint64], part: BandPart) -> None:
+        self.hashes, self.part = hashes, part
+        packed = self._sorted(hashes)
+        keys = (packed >> np.uint64(_KEY_BITS)).astype(np.uint32)
+        self._rows = packed.astype(np.uint32)
+        del packed
+        new = _first_of_equal(keys)
+        self._keys = keys[new]
+        self._begins = np.full(len(self._keys) + 1, len(keys), np.uint32)
+        self._begins[:-1] = np.flatnonzero(new)
+        del keys, new
+        self._bits = min(max(len(self._keys).bit_length(), 1), _KEY_BITS - part.bits)
+        self._filter_bits = min(self._bits + 3, _KEY_BITS - part.bits)
+        self._filter = self._bits_of(self._bucket(self._keys, self._filter_bits))
+        self._table = np.zeros((1 << self._bits) + 1, np.uint32)
+        # Of the keys of a bucket the last one's assignment stays; an empty bucket ends where the one before it does.
+        self._table[self._bucket(self._keys, self._bits) + np.uint32(1)] = np.arange(
+            1, len(self._keys) + 1, dtype=np.uint32
+        )
+        np.maximum.accumulate(self._table, out=self._table)
+
+    def _sorted(self, hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """Return key x 2^32 + row of each hash in the part, sorted."""
+        found = [np.empty(0, np.uint64)]
+        for start in range(0, len(hashes), _ROWS_AT_ONCE):
+            keys = _keys_of(hashes[start : start + _ROWS_AT_ONCE], BANDS[self.part.band])
+            rows = self._own(keys)
+            found.append((keys[rows].astype(np.uint64) << np.uint64(_KEY_BITS)) | (rows + start).astype(np.uint64))
+        packed = np.concatenate(found)
+        packed.sort()
+        return packed
+
+    def _own(self, keys: NDArray[np.uint32]) -> NDArray[np.int64]:
+        """Return the places of the keys that are in the part."""
+        if not self.part.bits:
+            return np.arange(len(keys))
+        return np.flatnonzero(keys >> np.uint32(_KEY_BITS - self.part.bits) == self.part.part)
+
+    def _bucket(self, keys: NDArray[np.uint32], bits: int) -> NDArray[np.uint32]:
+        """Return the first ``bits`` bits of each key after those of the part."""
+        return (keys << np.uint32(self.part.bits)) >> np.uint32(_KEY_BITS - bits)
+
+    def _bits_of(self, buckets: NDArray[np.uint32]) -> NDArray[np.uint8]:
+        """Return a bit for each bucket, set for those in ``buckets``, which are sorted."""
+        found = np.zeros((1 << self._filter_bits >> 3) + 1, np.uint8)
+        places = buckets >> np.uint32(3)
+        starts = np.flatnonzero(_first_of_equal(places))
+        if len(starts):
+            bits = np.uint8(1) << (buckets & np.uint32(7)).astype(np.uint8)
+            found[places[starts]] = np.bitwise_or.reduceat(bits, starts)
+        return found
 
     def near(self, probes: NDArray[np.uint64]) -> Iterator[NearPairs]:
-        """Yield, in chunks, rows within MAX_DISTANCE of each probe; none up to SURE_DISTANCE away is missed."""
-        for band, order, keys in zip(_BANDS, self._order, self._keys, strict=True):
-            # Distinct and sorted, since many views of a picture are alike, and neighbours are near in memory.
-            asked, place_of_probe = np.unique(_keys_of(probes, band), return_inverse=True)
-            start = np.searchsorted(keys, asked)
-            found = np.flatnonzero(keys[np.minimum(start, len(keys) - 1)] == asked) if len(keys) else start[:0]
-            stop = start.copy()
-            stop[found] = np.searchsorted(keys, asked[found], side="right")
-            yield from self._compare(probes, order, start[place_of_probe], (stop - start)[place_of_probe])
-
-    def _compare(
-        self, probes: NDArray[np.uint64], order: NDArray[np.int32], start: NDArray[np.int64], counts: NDArray[np.int64]
-    ) -> Iterator[NearPairs]:
-        """Compare each probe with ``counts`` rows, which are in ``order`` from ``start`` on."""
-        some = np.flatnonzero(counts)
-        start, counts = start[some], counts[some]
+        """Yield, in chunks, rows that are equal to a probe in the band and within MAX_DISTANCE of it."""
+        keys = _keys_of(probes, BANDS[self.part.band])
+        bucket = self._bucket(keys, self._filter_bits)
+        there = self._filter[bucket >> np.uint32(3)] >> (bucket & np.uint32(7)).astype(np.uint8) & np.uint8(1)
+        maybe = np.flatnonzero(there)
+        own = maybe[self._own(keys[maybe])]
+        probe, place = self._find(own, keys[own])
+        start = self._begins[place].astype(np.int64)
+        counts = np.minimum(self._begins[place + 1] - start, LARGEST_RUN)
         total = np.cumsum(counts)
         at = 0
-        while at < len(some):
+        while at < len(probe):
             before = total[at - 1] if at else 0
             stop = max(at + 1, int(np.searchsorted(total, before + _CANDIDATES_AT_ONCE, side="right")))
-            probe = np.repeat(some[at:stop], counts[at:stop])
-            place = np.arange(len(probe)) + np.repeat(
-                start[at:stop] - (total[at:stop] - counts[at:stop] - before), counts[at:stop]
-            )
-            row = order[place]
-            distance = np.bitwise_count(probes[probe] ^ self.hashes[row])
+            chunk = slice(at, stop)
+            asked = np.repeat(probe[chunk], counts[chunk])
+            row = self._rows[
+                np.arange(len(asked)) + np.repeat(start[chunk] - (total[chunk] - counts[chunk] - before), counts[chunk])
+            ]
+            distance = np.bitwise_count(probes[asked] ^ self.hashes[row])
             near = distance <= MAX_DISTANCE
             if near.any():
-                yield NearPairs(probe[near], row[near].astype(np.int64), distance[near])
+                yield NearPairs(asked[near], row[near].astype(np.int64), distance[near])
             at = stop
+
+    def _find(self, own: NDArray[np.int64], keys: NDArray[np.uint32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return those of the probes ``own`` whose key, in ``keys``, is in the index, and the place of that key."""
+        bucket = self._bucket(keys, self._bits)
+        place, stop = self._table[bucket], self._table[bucket + np.uint32(1)]
+        left = np.flatnonzero(place < stop)
+        probes, places = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        place, stop, keys = place[left], stop[left], keys[left]
+        while len(left):  # as often as the fullest bucket has keys, which is about ten times
+            same = self._keys[place] == keys
+            probes.append(own[left[same]])
+            places.append(place[same].astype(np.int64))
+            place += np.uint32(1)
+            more = ~same & (place < stop)
+            left, place, stop, keys = left[more], place[more], stop[more], keys[more]
+        return np.concatenate(probes), np.concatenate(places)
+
+
+def _first_of_equal(values: NDArray[np.uint32]) -> NDArray[np.bool_]:
+    """Return (n,), true where a sorted value differs from the one before it."""
+    first = np.ones(len(values), bool)
+    first[1:] = values[1:] != values[:-1]
+    return first
 
 
 def _keys_of(hashes: NDArray[np.uint64], band: np.uint64) -> NDArray[np.uint32]:
     """Return 32 bits that stand for each hash's bits in ``band``; few others have the same."""
-    return (((hashes & band) * _MIX) >> np.uint64(32)).astype(np.uint32)
+    return (((hashes & band) * _MIX) >> np.uint64(_KEY_BITS)).astype(np.uint32)

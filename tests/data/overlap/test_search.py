@@ -15,26 +15,18 @@ from PIL import Image
 
 from dalle_cli.data.open_source import open_source
 from dalle_cli.data.overlap.hash_index import MAX_DISTANCE
-from dalle_cli.data.overlap.hashes import (
-    SIDE,
-)
-from dalle_cli.data.overlap.search import (
-    Overlap,
-    Pairs,
-    UniquePictures,
-    find_overlap,
-    near_duplicates,
-    read_pictures,
-    repeats,
-)
+from dalle_cli.data.overlap.hashes import SIDE, hashes
+from dalle_cli.data.overlap.pairs import Pairs, near_duplicates
+from dalle_cli.data.overlap.pictures import UniquePictures, read_pictures
+from dalle_cli.data.overlap.search import Comparison, Overlap, find_overlap, repeats
 from dalle_cli.data.source import Source
 
 MAX_PIXELS = 10**8
 
 
 def pictures(images: list[Image.Image]) -> UniquePictures:
-    places = np.arange(len(images))
-    return UniquePictures(thumbnails(images), places, places)
+    places, small = np.arange(len(images)), thumbnails(images)
+    return UniquePictures(small, places, places, hashes(small))
 
 
 @pytest.mark.parametrize("name", ALTERATIONS)
@@ -100,7 +92,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def overlap(train: Source, other: Source | None, cache: Path, workers: int = 1) -> Overlap:
-    return find_overlap(train, other, cache, max_pixels=MAX_PIXELS, workers=workers)
+    return find_overlap(train, other, cache, Comparison(MAX_PIXELS, workers))
 
 
 def lines(found: Overlap) -> dict[str, tuple[str, int, float]]:
@@ -143,7 +135,7 @@ def test_excluding_repeats_leaves_no_pair_and_no_orphan(pairs: set[tuple[int, in
     likeness = np.random.default_rng(0).uniform(0.8, 1, len(ordered)).astype(np.float32)
     rows = np.arange(12)
     found = repeats(
-        UniquePictures(np.empty((12, SIDE, SIDE, 3), np.uint8), rows, rows),
+        UniquePictures(np.empty((12, SIDE, SIDE, 3), np.uint8), rows, rows, np.empty(12, np.uint64)),
         Pairs(ordered[:, 0], ordered[:, 1], np.zeros(len(ordered), np.int64), likeness),
     )
     out = {match.row for match in found}

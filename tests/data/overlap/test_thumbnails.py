@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dalle_cli.data.overlap.hashes import SIDE
+from dalle_cli.data.overlap.thumbnails import ThumbnailFiles
+from dalle_cli.errors import UserError
+
+
+def test_files_are_read_as_one_array(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    every = rng.integers(0, 256, (30, SIDE, SIDE, 3), dtype=np.uint8)
+    files, begins = [], [0, 7, 7, 8, 30]
+    for number, (begin, end) in enumerate(pairwise(begins)):
+        files.append((tmp_path / str(number), end - begin))
+        files[-1][0].write_bytes(every[begin:end].tobytes())
+    read = ThumbnailFiles(files)
+    assert len(read) == 30
+    for rows in (slice(0, 30), slice(5, 9), slice(29, 40), slice(3, 3), *(rng.integers(30, size=40) for _ in range(5))):
+        np.testing.assert_array_equal(read[rows], every[rows])
+    assert read[np.empty(0, np.int64)].shape == (0, SIDE, SIDE, 3)
+    files[3][0].write_bytes(every[8:29].tobytes())
+    assert len(read[slice(0, 29)]) == 29
+    with pytest.raises(UserError, match="3: is shorter than it was; delete it"):
+        read[slice(0, 30)]
