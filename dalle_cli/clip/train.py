@@ -28,7 +28,7 @@ from dalle_cli.data.batch_order import Order
 from dalle_cli.data.images import BadImage
 from dalle_cli.data.picture_loader import TrainingPictures, load_eval_picture
 from dalle_cli.data.source import BadSample, Source
-from dalle_cli.distributed.device import choose_device, prepare_process, send
+from dalle_cli.distributed.device import choose_device, prepare_process
 from dalle_cli.distributed.engine import Replicated
 from dalle_cli.distributed.group import ALONE, Group
 from dalle_cli.distributed.launch import read_launch
@@ -41,6 +41,7 @@ from dalle_cli.training.ancestor import carry_rows, open_ancestor, shared_text
 from dalle_cli.training.loop import Run
 from dalle_cli.training.precision_choice import Update, trial_update
 from dalle_cli.training.throughput import SampleWork, training_flops
+from dalle_cli.transfers import send
 
 SHOWN_CAPTIONS, SHOWN_RANKS = 8, 3
 """Numbers of held-out captions shown at a validation, and of pictures that the model ranks highest for each."""

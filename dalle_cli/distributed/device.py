@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
-from torch import Tensor
 
 from dalle_cli.config.schema import Device, Recipe
 from dalle_cli.errors import UserError
@@ -136,13 +135,6 @@ def use_settings(recipe: Recipe) -> None:
     precision = "tf32" if recipe.tf32 else "ieee"
     for products in (torch.backends.cuda.matmul, cast(Any, torch.backends.cudnn).conv):
         products.fp32_precision = precision
-
-
-def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor to ``device``; a copy from the host's memory to a GPU runs while this process goes on."""
-    if device.type != "cuda" or tensor.device.type != "cpu":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def total_memory(device: torch.device) -> int:

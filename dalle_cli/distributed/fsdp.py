@@ -70,11 +70,11 @@ class ShardedBlock:
     shards: list[nn.Parameter]
 
     @property
-    def gradient_scale(self) -> float | None:
+    def gradient_scale(self) -> Tensor | float | None:
         return self.block.gradient_scale
 
     @gradient_scale.setter
-    def gradient_scale(self, scale: float | None) -> None:
+    def gradient_scale(self, scale: Tensor | float | None) -> None:
         self.block.gradient_scale = scale
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -251,7 +251,7 @@ class Sharded(TorchEngine):
 
         Gradients that will be skipped (see ``GradientScaling``) must not reach PowerSGD's error buffers, which keep
         their values (paper, appendix E.2). So the ranks first agree on the scales under which any of them has a
-        non-finite gradient. All gradients under these become NaN on all ranks.
+        non-finite gradient, for which the host waits. All gradients under these become NaN on all ranks.
         """
         gradients, scaling = {name: cast(Tensor, self.parameters[name].grad) for name in self._sharded}, self.scaling
         averaged = {n for n in gradients if scaling is not None and scaling.scales_gradient_of(self.parameters[n])}
@@ -259,9 +259,9 @@ class Sharded(TorchEngine):
             self.between_nodes.sum(gradients, update, averaged)
             return
         index = {name: 0 if scaling is None else scaling.scale_index(p) for name, p in self.parameters.items()}
-        scales = [1.0] if scaling is None else scaling.values()
-        finite = self._finite([index[name] for name in self.parameters], len(scales))
-        used = finite if scaling is None else scaling.used(finite)
+        scales = [1.0] if scaling is None else scaling.values().tolist()
+        all_finite = self._finite([index[name] for name in self.parameters], len(scales))
+        finite, used = all_finite.tolist(), (all_finite if scaling is None else scaling.used(all_finite)).tolist()
         for name, gradient in gradients.items():
             if not finite[index[name]]:
                 gradient.fill_(torch.nan)
@@ -271,15 +271,15 @@ class Sharded(TorchEngine):
         factors = {name: scales[index[name]] * (nodes if name in averaged else 1) for name in summed}
         self.between_nodes.sum(summed, update, averaged, factors)
 
-    def _finite(self, indices: list[int], count: int) -> list[bool]:
-        """Return for each of ``count`` scales whether all gradients under it are finite on all ranks.
+    def _finite(self, indices: list[int], count: int) -> Tensor:
+        """Return for each of ``count`` scales whether all gradients under it are finite on all ranks, (count,) bool.
 
         ``indices`` has the index of each parameter's scale.
         """
         flags = [(~cast(Tensor, p.grad).isfinite().all()).to(self.group.device) for p in self.parameters.values()]
         found = torch.zeros(count, device=self.group.device)
         found.index_add_(0, torch.tensor(indices, device=found.device), torch.stack(flags).float())
-        return [value == 0 for value in self.group.sum(found).tolist()]
+        return self.group.sum(found) == 0
 
 
 def count_traffic(module: FSDPModule, traffic: Traffic) -> None:

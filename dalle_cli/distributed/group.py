@@ -24,10 +24,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dalle_cli.config.schema import Device
-from dalle_cli.distributed.device import choose_device, prepare_process, send
+from dalle_cli.distributed.device import choose_device, prepare_process
 from dalle_cli.distributed.launch import read_launch
 from dalle_cli.distributed.liveness import absent_ranks, describe_absent
 from dalle_cli.errors import Stopped, UserError
+from dalle_cli.transfers import send
 
 TIMEOUT = timedelta(minutes=10)
 """Time that a rank waits for the others, longer than it takes to validate or to save a checkpoint."""

@@ -19,7 +19,7 @@ from dalle_cli.data.images import BadImage
 from dalle_cli.data.joined import sizes_of
 from dalle_cli.data.picture_loader import TrainingPictures, load_eval_picture
 from dalle_cli.data.source import BadSample, Source
-from dalle_cli.distributed.device import explain_out_of_memory, require_precision, send, use_settings
+from dalle_cli.distributed.device import explain_out_of_memory, require_precision, use_settings
 from dalle_cli.distributed.engine import Replicated
 from dalle_cli.distributed.group import ALONE, Group, join_group
 from dalle_cli.dvae.model import CHANNELS, DVAE
@@ -45,6 +45,7 @@ from dalle_cli.training.precision_choice import Update, settle_precision, trial_
 from dalle_cli.training.schedules import ramp
 from dalle_cli.training.throughput import SampleWork, training_flops
 from dalle_cli.training.trial import agrees, prepare_compiler
+from dalle_cli.transfers import send
 
 VALIDATION_BATCH = 64
 EXAMPLES = 8

@@ -4,7 +4,7 @@ Parameters in float16 or bfloat16 have no 32-bit copy: an update is computed in 
 in training most updates are below half the distance between neighbouring 16-bit numbers. Rounding to nearest would lose
 every one of them; stochastic rounding loses none on average. The moments are rounded the same way, so that they can
 follow slow averages too (with beta2 = 0.999 an update moves less than a mantissa's last bit). The noise is a function
-of (seed, the parameter's place among the groups, the update).
+of (seed, the parameter's place among the groups, the number of its updates).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from dalle_cli.config.schema import Adam
 from dalle_cli.precision.formats import MEAN, VARIANCE, round_stochastically
 from dalle_cli.randomness import torch_generator
+from dalle_cli.transfers import OnItsWay
 
 MAX_VARIANCE = 5.0
 """Maximum of the running variance, which is clipped before it is used (paper, appendix B.2)."""
@@ -55,22 +56,54 @@ class Adam16(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "packed": packed})
         self.seed = seed
+        self._unsettled: tuple[list[Tensor], OnItsWay] | None = None
+        """The parameters that the newest step has counted, with their factors, which may turn out to be 0."""
 
     @torch.no_grad()
     def step(  # type: ignore[override]
-        self, closure: Callable[[], float] | None = None, *, factors: Mapping[Tensor, float] | None = None
+        self, closure: Callable[[], float] | None = None, *, factors: Mapping[Tensor, Tensor | float] | None = None
     ) -> float | None:
-        """Update the parameters that have gradients, each gradient times its factor (1 by default) in 32 bit."""
+        """Update the parameters that have gradients, each gradient times its factor (1 by default) in 32 bit.
+
+        A parameter whose factor is 0 stays as it is, and so do its moments, even if its gradient is not finite. A
+        factor that only a GPU knows is a scalar on that GPU, for which the host does not wait. It counts the update in
+        the parameter's ``step``, and ``settle`` takes that back if the factor was 0.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.settle()
+        uncertain: dict[Tensor, Tensor] = {}
         for place, group in enumerate(self.param_groups):
             for index, parameter in enumerate(group["params"]):
-                if parameter.grad is not None:
-                    factor = 1.0 if factors is None else factors.get(parameter, 1.0)
-                    self._update(parameter, parameter.grad, factor, group, (place, index))
+                if parameter.grad is None:
+                    continue
+                factor = 1.0 if factors is None else factors.get(parameter, 1.0)
+                if isinstance(factor, Tensor):
+                    uncertain[parameter] = factor
+                elif factor == 0:
+                    continue
+                self._update(parameter, parameter.grad, factor, group, (place, index))
+        if uncertain:
+            self._unsettled = list(uncertain), OnItsWay.of(torch.stack(list(uncertain.values())))
         return loss
+
+    def settle(self) -> None:
+        """Correct the counts ``step`` after the newest update, for which a GPU may have to be waited for.
+
+        Each step settles the one before it, whose factors have arrived by then. Call this before reading ``state``.
+        """
+        if self._unsettled is not None:
+            (parameters, factors), self._unsettled = self._unsettled, None
+            for parameter, factor in zip(parameters, factors.read(), strict=True):
+                if factor == 0:
+                    self.state[parameter]["step"] -= 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the settled state."""
+        self.settle()
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state, with the moments in their saved types; the base class would cast them to the parameters'."""
@@ -82,7 +115,12 @@ class Adam16(torch.optim.Optimizer):
                     self.state[parameter] = {name: value.to(parameter.device) for name, value in state.items()}
 
     def _update(
-        self, parameter: Tensor, gradient: Tensor, factor: float, group: dict[str, Any], place: tuple[int, int]
+        self,
+        parameter: Tensor,
+        gradient: Tensor,
+        factor: Tensor | float,
+        group: dict[str, Any],
+        place: tuple[int, int],
     ) -> None:
         state, kind = self.state[parameter], torch.uint16 if group["packed"] else torch.float32
         if not state:
@@ -103,27 +141,34 @@ def _advance(
     mean: Tensor,
     variance: Tensor,
     group: dict[str, Any],
-    factor: float,
+    factor: Tensor | float,
     step: int,
     generator: torch.Generator,
 ) -> None:
-    """Update flat tensors in place."""
+    """Update flat tensors in place, unless ``factor`` is 0."""
     (beta1, beta2), rate = group["betas"], group["lr"]
+    used = factor != 0 if isinstance(factor, Tensor) else None
 
     def noise() -> Tensor:
         return torch.empty(len(parameter), dtype=torch.int32, device=parameter.device).random_(generator=generator)
 
+    def replace(old: Tensor, new: Tensor) -> None:
+        if old.dtype == torch.uint16:  # for which torch has few operations
+            old, new = old.view(torch.int16), new.view(torch.int16)
+        if used is None:
+            old.copy_(new)
+        else:
+            torch.where(used, new, old, out=old)
+
     g = gradient.float() * factor
-    m = MEAN.decode(mean) if group["packed"] else mean
-    v = VARIANCE.decode(variance) if group["packed"] else variance
+    m = MEAN.decode(mean) if group["packed"] else mean.clone()
+    v = VARIANCE.decode(variance) if group["packed"] else variance.clone()
     m.lerp_(g, 1 - beta1)
     v.mul_(beta2).addcmul_(g, g, value=1 - beta2).clamp_(max=MAX_VARIANCE)
-    if group["packed"]:
-        mean.copy_(MEAN.encode(m, noise()))
-        variance.copy_(VARIANCE.encode(v, noise()))
-    w = parameter.float()
+    replace(mean, MEAN.encode(m, noise()) if group["packed"] else m)
+    replace(variance, VARIANCE.encode(v, noise()) if group["packed"] else v)
+    w = parameter.to(torch.float32, copy=True)
     w.mul_(1 - rate * group["weight_decay"])
     root = v.sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
     w.addcdiv_(m, root, value=-rate / (1 - beta1**step))
-    if parameter.dtype != torch.float32:
-        parameter.copy_(round_stochastically(w, parameter.dtype, noise()))
+    replace(parameter, w if parameter.dtype == torch.float32 else round_stochastically(w, parameter.dtype, noise()))

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dalle_cli.config.layout import AttentionKind
-from dalle_cli.distributed.device import send
 from dalle_cli.precision.formats import DTYPES
 from dalle_cli.prior.attention import attend, raster_offsets
 from dalle_cli.prior.cpu_kernels import PackedLinear, Precision, skinny_bmm
 from dalle_cli.prior.model import AttentionResblock, MlpResblock, Prior
+from dalle_cli.transfers import send
 
 POSITIONS_PER_PASS = 2**13
 """Number of positions over all captions that ``prefill`` runs together; enough to use the processor fully."""

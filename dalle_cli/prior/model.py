@@ -19,11 +19,11 @@ from torch.utils.checkpoint import checkpoint
 
 from dalle_cli.config.layout import AttentionKind
 from dalle_cli.config.schema import PriorModel, Recipe
-from dalle_cli.distributed.device import send
 from dalle_cli.precision.gradient_scaling import scaled_residual
 from dalle_cli.prior.attention import attend
 from dalle_cli.prior.head_loss import head_loss
 from dalle_cli.stores.checkpoint import Checkpoint
+from dalle_cli.transfers import send
 
 if TYPE_CHECKING:
     from dalle_cli.prior.flex_attention import FlexAttention
@@ -78,7 +78,7 @@ class Resblock(nn.Module):
     def __init__(self, d_model: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(d_model)
-        self.gradient_scale: float | None = None
+        self.gradient_scale: Tensor | float | None = None
         self.compiled_branch: Callable[[Tensor], Tensor] | None = None
 
     def branch(self, x: Tensor) -> Tensor:

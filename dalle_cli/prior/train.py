@@ -15,7 +15,7 @@ from torch import Tensor
 from dalle_cli.config.schema import PriorSettings, Recipe
 from dalle_cli.data.batch_order import WINDOW, BatchOrder, Order
 from dalle_cli.data.prefetch import prefetch
-from dalle_cli.distributed.device import explain_out_of_memory, fast_matmul, require_precision, send, use_settings
+from dalle_cli.distributed.device import explain_out_of_memory, fast_matmul, require_precision, use_settings
 from dalle_cli.distributed.engine import Engine, Replicated
 from dalle_cli.distributed.group import ALONE, Group, join_group
 from dalle_cli.errors import UserError
@@ -40,6 +40,7 @@ from dalle_cli.text.training_captions import TrainingCaptions
 from dalle_cli.training.loop import Run
 from dalle_cli.training.precision_choice import Update, settle_precision, trial_update
 from dalle_cli.training.throughput import SampleWork
+from dalle_cli.transfers import send
 
 if TYPE_CHECKING:
     from dalle_cli.distributed.deepspeed_engine import DeepSpeedEngine

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
@@ -14,6 +13,7 @@ from dalle_cli.distributed.engine import TorchEngine
 from dalle_cli.errors import UserError
 from dalle_cli.precision.adam import Adam16, adam_groups
 from dalle_cli.precision.formats import MOMENTS
+from dalle_cli.transfers import OnItsWay
 
 SMALLEST_SCALE = 2.0**-24
 """Scale of a loss below which no float16 number is left that another halving could help."""
@@ -23,7 +23,8 @@ class AdamUpdates:
     """The ``Optimizer`` of an engine that brings none of its own.
 
     If the engine scales gradients, parameters train in 16 bit with ``precision.adam``, else in 32 bit with torch's
-    AdamW; an engine that scales its loss skips updates with a gradient that is not finite.
+    AdamW; an engine that scales its loss skips updates with a gradient that is not finite. The host never waits for a
+    GPU to say whether gradients are.
 
     Args:
         engine: the parameters, whole or sharded.
@@ -35,8 +36,10 @@ class AdamUpdates:
     def __init__(self, engine: TorchEngine, decayed: set[str], adam: Adam, seed: int = 0) -> None:
         self.engine, self.clip_norm = engine, adam.clip_norm
         self.adam = _build_adam(engine.parameters, decayed, adam, None if engine.scaling is None else seed)
-        self.skipped_updates = 0
-        """Number of updates that skipped a parameter because of a non-finite gradient."""
+        self.skipped_updates: Tensor | int = 0
+        """Number of updates that skipped a parameter because of a non-finite gradient, a scalar on their device."""
+        self._loss_scale: OnItsWay | None = None
+        """The scale of the loss after the newest update."""
 
     def zero_grad(self) -> None:
         self.adam.zero_grad(set_to_none=True)
@@ -50,10 +53,12 @@ class AdamUpdates:
                 engine.scaling.squares(engine.scaling.gradients(engine.owned_parameters()))
             )
             logged = engine.scaling.step(cast(Adam16, self.adam), self.clip_norm, squares)
-            self.skipped_updates += logged["skipped"] > 0
-            logged["skipped_updates"] = self.skipped_updates
-            return {name: torch.tensor(value) for name, value in logged.items()}
+            return self._with_count({name: value.float() for name, value in logged.items()})
         if engine.loss_scaler is not None:
+            if self._loss_scale is not None and self._loss_scale.read()[0] < SMALLEST_SCALE:
+                raise UserError(
+                    "dvae.precision: gradients are not finite in float16 however the loss is scaled; set bf16 or fp32"
+                )
             engine.loss_scaler.unscale_(self.adam)  # and note if a gradient is not finite, which skips the update
         norm = nn.utils.get_total_norm([p.grad for p in engine.owned_parameters() if p.grad is not None])
         if engine.sharded:
@@ -63,24 +68,24 @@ class AdamUpdates:
         if engine.loss_scaler is None:
             self.adam.step()
             return {"grad_norm": norm}
-        scale = engine.loss_scaler.get_scale()
+        one = torch.ones_like(norm)
+        scale = engine.loss_scaler.scale(one)  # get_scale() would wait for it
         engine.loss_scaler.step(self.adam)
         engine.loss_scaler.update()
-        if scale < SMALLEST_SCALE:
-            raise UserError(
-                "dvae.precision: gradients are not finite in float16 however the loss is scaled; set bf16 or fp32"
-            )
-        skipped = engine.loss_scaler.get_scale() < scale
-        self.skipped_updates += skipped
-        logged = {
-            "grad_norm": 0.0 if skipped else float(norm),
-            "skipped": float(skipped),
-            "log2_scale": math.log2(scale),
-            "skipped_updates": self.skipped_updates,
-        }
-        return {name: torch.tensor(value) for name, value in logged.items()}
+        next_scale = engine.loss_scaler.scale(one)
+        self._loss_scale = OnItsWay.of(next_scale)
+        skipped = next_scale < scale
+        norm = torch.where(skipped, 0.0, norm)
+        return self._with_count({"grad_norm": norm, "skipped": skipped.float(), "log2_scale": scale.log2()})
+
+    def _with_count(self, logged: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Count the update if it skipped a parameter, and return ``logged`` with the count."""
+        self.skipped_updates = self.skipped_updates + (logged["skipped"] > 0)
+        return {**logged, "skipped_updates": self.skipped_updates}
 
     def moments(self, name: str) -> dict[str, Tensor]:
+        if isinstance(self.adam, Adam16):
+            self.adam.settle()
         return dict(self.adam.state.get(self.engine.parameters[name], {}))
 
     def load_moments(self, moments: Iterable[tuple[str, Mapping[str, Tensor]]]) -> None:
@@ -94,10 +99,10 @@ class AdamUpdates:
 
     def trainer_state(self) -> dict[str, Any]:
         if self.engine.loss_scaler is not None:
-            return {"loss_scale": self.engine.loss_scaler.state_dict(), "skipped_updates": self.skipped_updates}
+            return {"loss_scale": self.engine.loss_scaler.state_dict(), "skipped_updates": int(self.skipped_updates)}
         if self.engine.scaling is None:
             return {}
-        return {"scales": self.engine.scaling.scales.state_dict(), "skipped_updates": self.skipped_updates}
+        return {"scales": self.engine.scaling.scales.state_dict(), "skipped_updates": int(self.skipped_updates)}
 
     def load_trainer_state(self, state: Mapping[str, Any]) -> None:
         if self.engine.scaling is None and self.engine.loss_scaler is None:

@@ -185,9 +185,9 @@ def _train(
             loss = _backward(prior, batch(step), scaling)
             squares = scaling.squares(scaling.gradients(prior.parameters())) * study.replicas**2
             decision = scaling.decide(squares, adam.clip_norm)
-            summed = [factor and factor * study.replicas for factor in decision.factors]
-            skipped = scaling.apply(optimizer, replace(decision, factors=summed))
-            lines.append({"loss": loss, "grad_norm": decision.norm, "skipped": skipped})
+            summed = replace(decision, factors=decision.factors * study.replicas)
+            skipped = scaling.apply(optimizer, summed)
+            lines.append({"loss": loss, "grad_norm": float(decision.norm), "skipped": float(skipped)})
             bar.advance(1, f"loss {loss:.4f}")
     return lines, {key: value.float() for key, value in prior.state_dict().items()}
 
@@ -241,7 +241,7 @@ class _Whole:
     """A whole prior as one block of gradient scaling, whose scale multiplies the loss."""
 
     prior: Prior
-    gradient_scale: float | None = None
+    gradient_scale: Tensor | float | None = None
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return self.prior.parameters()
@@ -261,7 +261,7 @@ def _scaling(prior: Prior, name: str, replicas: int) -> GradientScaling:
 def _settle(prior: Prior, scaling: GradientScaling, tokens: Tokens) -> None:
     """Lower each scale from its largest value until nothing overflows."""
     scales = scaling.scales
-    scales.exponents = [HIGHEST] * len(scales)
+    scales.exponents.fill_(HIGHEST)
     while True:
         scaling.assign_scales()
         _backward(prior, tokens, scaling)
@@ -295,7 +295,7 @@ def _observe(prior: Prior, tokens: Tokens, scaling: GradientScaling) -> list[Obs
         hook.remove()
     loss_scale, observed = _loss_scale(scaling), []
     for block in _blocks(prior):
-        scale = block.gradient_scale or loss_scale
+        scale = float(block.gradient_scale or loss_scale)
         matrices = [p.grad.flatten().float() for p in block.parameters() if p.dim() == 2 and p.grad is not None]
         observed.append(Observed(entering[block] / loss_scale, torch.cat(matrices) / scale, scale))
     return observed
@@ -307,7 +307,7 @@ def _blocks(prior: Prior) -> list[Resblock]:
 
 def _loss_scale(scaling: GradientScaling) -> float:
     whole = [block.gradient_scale or 1.0 for block in scaling.blocks if isinstance(block, _Whole)]
-    return whole[0] if whole else 1.0
+    return float(whole[0]) if whole else 1.0
 
 
 def _backward(prior: Prior, tokens: Tokens, scaling: GradientScaling) -> float:

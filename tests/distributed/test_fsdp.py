@@ -161,7 +161,7 @@ def changed(one, other):
 update(0, False)
 before = state()
 skipped, after = update(1, True)["skipped"], state()
-exponents = list(engine.scaling.scales.exponents)
+exponents = engine.scaling.scales.exponents.tolist()
 update(2, False)
 later = state()
 print(json.dumps({"skipped": skipped, "changed": changed(before, after), "later": changed(after, later),
@@ -203,10 +203,10 @@ else:
     gradients = []  # which are summed already
 for gradient in gradients:
     gradient.fill_(40_000)
-engine.scaling.scales.exponents = [HIGHEST] * len(engine.scaling.scales)
+engine.scaling.scales.exponents.fill_(HIGHEST)
 engine.collect_gradients(0)
 found = {name: [float(v) for v in parameter.grad.aminmax()] for name, parameter in engine.parameters.items()}
-scales = engine.scaling.values()
+scales = engine.scaling.values().tolist()
 factors = {name: scales[engine.scaling.scale_index(p)] for name, p in engine.parameters.items()}
 print(json.dumps({"found": found, "factors": factors}))
 """

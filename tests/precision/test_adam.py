@@ -101,6 +101,41 @@ def test_factors_undo_scales() -> None:
     assert torch.equal(scaled, plain)
 
 
+def test_factors_that_only_a_device_knows_make_the_same_updates() -> None:
+    """A factor of 0 changes nothing, even with a gradient that is not finite, and later updates draw the same noise."""
+    skips = [(1, 0), (0, 1), (1, 1), (0, 0), (0, 0), (1, 1)]  # whether each of two scales' gradients are used
+
+    def train(on_device: bool) -> list[dict[str, Tensor]]:
+        parameters = [nn.Parameter(drawn(30).half()), nn.Parameter(drawn(40).bfloat16()), nn.Parameter(drawn(6))]
+        groups = [{"params": parameters[:2], "packed": True, "weight_decay": 0.1}, {"params": parameters[2:]}]
+        optimizer, seen = Adam16(groups, lr=1e-2, seed=5), []
+        for step, used in enumerate(skips):
+            factors: dict[Tensor, Tensor | float] = {}
+            for i, parameter in enumerate(parameters):
+                scale, use = 2.0**i, used[i % 2]
+                parameter.grad = (drawn(*parameter.shape, seed=10 * step + i) * scale).to(parameter.dtype)
+                parameter.grad[0] = parameter.grad[0] if use else math.nan
+                factor = use / scale
+                factors[parameter] = torch.tensor(factor, dtype=torch.float64) if on_device else factor
+            optimizer.step(factors=factors)
+            states = optimizer.state_dict()["state"]
+            for i, parameter in enumerate(parameters):
+                state = {"weights": parameter, **states.get(i, {"step": torch.tensor(0.0)})}
+                seen.append({name: value.detach().clone() for name, value in state.items()})
+        return seen
+
+    known, found = train(on_device=False), train(on_device=True)
+    for step, used in enumerate(skips):
+        for i in range(3):
+            ours, theirs = found[3 * step + i], known[3 * step + i]
+            assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+            if step > 0:
+                before = found[3 * (step - 1) + i]
+                same = [torch.equal(ours[name], value) for name, value in before.items()]
+                assert not any(same) if used[i % 2] else all(same)
+    assert [int(each["step"]) for each in found[-3:]] == [3, 3, 3]
+
+
 def test_a_restored_state_dict_continues_with_the_same_bytes() -> None:
     def gradients(step: int) -> list[Tensor]:
         return [drawn(30, seed=step).half(), drawn(6, seed=100 + step)]

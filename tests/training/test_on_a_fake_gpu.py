@@ -4,6 +4,7 @@ FakeTensorMode runs every operation on shapes, types and devices alone. It fails
 the code asks for a value of a tensor on the GPU, for which it would have to wait. PyTorch runs no backward pass on a
 fake GPU, so gradients are made up there, and ``test_on_meta.py`` runs the backward pass. Everything runs a second
 time on a fake GPU that refuses 64-bit numbers, as Apple's GPUs do; torch has fake ones of Apple's on a Mac alone.
+Updates in 16 bit, which Apple's GPUs do not make here, run once.
 """
 
 from __future__ import annotations
@@ -34,19 +35,37 @@ from dalle_cli.dvae.train import DvaeTask
 from dalle_cli.prior import attention
 from dalle_cli.prior.decode import Decoder
 from dalle_cli.prior.model import build_prior
-from dalle_cli.prior.train import PriorTask, TokenBatch
+from dalle_cli.prior.train import PriorTask, TokenBatch, set_precision
 from dalle_cli.sampling.draw import sample_images
 from dalle_cli.training.loop import Run, Task
 from dalle_cli.training.state import TrainingState
 
 GPU = torch.device("cuda", 0)
 BATCH, TEXT, SIDE, GRID, COUNTED = 4, 48, 32, 4, 7
+IN_16_BIT = pytest.mark.parametrize("doubles", [True], ids=[""], indirect=True)
 
 
 class GpuGenerator(torch.Generator):
     """A generator that says that it is on the GPU; its numbers are never drawn."""
 
     device = GPU
+
+
+class Late:
+    """Values on their way from the GPU, which arrive in the next update; they are ones."""
+
+    newest = 0
+    """Number of the newest update."""
+
+    def __init__(self, values: Tensor) -> None:
+        assert values.device == GPU
+        self.count, self.sent = values.numel(), Late.newest
+
+    of = classmethod(lambda cls, values: cls(values))
+
+    def read(self) -> list[float]:
+        assert self.sent < Late.newest
+        return [1.0] * self.count
 
 
 class NoDoubles(TorchDispatchMode):
@@ -68,6 +87,8 @@ def counted(values: Tensor) -> Tensor:
 
 def make_up_gradients(engine: Replicated, loss: Tensor) -> None:
     assert loss.requires_grad
+    if engine.loss_scaler is not None:
+        assert engine.loss_scaler.scale(loss).device == GPU
     for parameter in engine.parameters.values():
         parameter.grad = torch.empty_like(parameter)
 
@@ -82,9 +103,13 @@ def doubles(request: pytest.FixtureRequest) -> bool:
 def gpu(doubles: bool, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
     monkeypatch.setattr(Tensor, "nonzero", counted)
-    monkeypatch.setattr(Tensor, "uniform_", lambda self, *_, generator: self)
+    for drawing in ("uniform_", "random_"):
+        monkeypatch.setattr(Tensor, drawing, lambda self, *_, generator: self)
     monkeypatch.setattr(Replicated, "backward", make_up_gradients)
-    monkeypatch.setattr("dalle_cli.dvae.train.torch_generator", lambda *_, **__: GpuGenerator())
+    for module in ("dvae.train", "precision.adam"):
+        monkeypatch.setattr(f"dalle_cli.{module}.torch_generator", lambda *_, **__: GpuGenerator())
+    for module in ("precision.adam", "training.updates"):
+        monkeypatch.setattr(f"dalle_cli.{module}.OnItsWay", Late)
     caches = (attention.window_bias, attention.causal_bias)
     for cached in caches:
         cached.cache_clear()
@@ -104,19 +129,25 @@ def recipe_of(folder: Path, *changes: str) -> Recipe:
     return load_recipe(write_recipe(folder, smallest_recipe(folder, None)), changes)
 
 
-def update(task: Task, recipe: Recipe, out: Path, batch: Any) -> None:
-    """Make two updates, so that the second one finds moments; check that all that they leave is on the GPU."""
-    engine = Replicated(task.model, task.group)
+def update(task: Task, recipe: Recipe, out: Path, batch: Any, engine: Replicated | None = None) -> dict[str, Tensor]:
+    """Make two updates, so that the second one finds moments; check that all that they leave is on the GPU.
+
+    Return what the second one logs.
+    """
+    engine = engine or Replicated(task.model, task.group)
     run = Run(task, recipe, out, engine)
     state = TrainingState(engine, run.settings, task.decayed(), recipe.seed)
     for step in range(2):
+        Late.newest += 1
         values = run.update(state, batch, step, 1e-3)
         state.update_ema(step)
+    Late.newest += 1  # a checkpoint waits for what the last update decided
     assert values["loss"].device == values["grad_norm"].device == GPU
     for name in engine.names:
         assert engine.read(name).device == state.ema[name].device == GPU
         moments = state.optimizer.moments(name)
         assert {value.device for key, value in moments.items() if key != "step"} == {GPU}
+    return values
 
 
 def partly_built(task_type: type, **values: Any) -> Any:
@@ -127,19 +158,47 @@ def partly_built(task_type: type, **values: Any) -> Any:
     return task
 
 
+def update_prior(recipe: Recipe, out: Path) -> tuple[dict[str, Tensor], Replicated]:
+    """Make two updates of the prior; return what the second one logs, and the engine."""
+    model = on_gpu(lambda: build_prior(recipe))
+    task = partly_built(PriorTask, recipe=recipe, model=model, group=Group(device=GPU), kind="prior", forward=None)
+    text, length, image = (torch.zeros(BATCH, *more, dtype=torch.long) for more in ((TEXT,), (), (GRID**2,)))
+    engine = Replicated(model, task.group, set_precision(model, recipe.prior, replicas=1))
+    return update(task, recipe, out, TokenBatch(text, length, image), engine), engine
+
+
 @pytest.mark.parametrize("changes", [(), ("prior.training.micro_batch=2",), ("prior.model.checkpoint_resblocks=true",)])
 def test_an_update_of_the_prior(changes: tuple[str, ...], tmp_path: Path, gpu: None) -> None:
-    recipe = recipe_of(tmp_path, *changes)
+    update_prior(recipe_of(tmp_path, *changes), tmp_path)
+
+
+@IN_16_BIT
+@pytest.mark.parametrize("skip", ["update", "resblock"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_an_update_of_the_prior_in_16_bit(precision: str, skip: str, tmp_path: Path, gpu: None) -> None:
+    """The GPU decides what is skipped and how the scales change."""
+    recipe = recipe_of(tmp_path, f"prior.precision={precision}", f"prior.skip={skip}")
+    logged, engine = update_prior(recipe, tmp_path)
+    assert {logged[name].device for name in ("grad_norm", "skipped", "skipped_updates")} == {GPU}
+    if precision == "fp16":
+        blocks = list(engine.model.get_submodule("resblocks"))
+        assert len(blocks) > 1
+        assert {block.gradient_scale.device for block in blocks} == {logged["log2_scale_max"].device} == {GPU}
+
+
+@IN_16_BIT
+@pytest.mark.filterwarnings("ignore:CUDA is not available:UserWarning")
+def test_an_update_of_the_dvae_with_a_scaled_loss(tmp_path: Path, gpu: None) -> None:
+    recipe = recipe_of(tmp_path, "dvae.precision=fp16")
+    model = on_gpu(lambda: DVAE(recipe.dvae.model))
     task = partly_built(
-        PriorTask,
-        recipe=recipe,
-        model=on_gpu(lambda: build_prior(recipe)),
-        group=Group(device=GPU),
-        kind="prior",
-        forward=None,
+        DvaeTask, recipe=recipe, model=model, group=Group(device=GPU), kind="dvae", perceptual=None, _replaced=0.0
     )
-    text, length, image = (torch.zeros(BATCH, *more, dtype=torch.long) for more in ((TEXT,), (), (GRID**2,)))
-    update(task, recipe, tmp_path, TokenBatch(text, length, image))
+    # A scaler of a GPU that is not there would do nothing; this one follows the gradients' device.
+    engine = Replicated(model, task.group, loss_scaler=torch.amp.GradScaler("cpu"))
+    logged = update(task, recipe, tmp_path, torch.zeros(BATCH, SIDE, SIDE, 3, dtype=torch.uint8), engine)
+    names = ("grad_norm", "skipped", "log2_scale", "skipped_updates")
+    assert {logged[name].device for name in names} == {GPU}
 
 
 @pytest.mark.parametrize(

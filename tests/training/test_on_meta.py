@@ -21,7 +21,7 @@ from dalle_cli.dvae.objective import encoder_input
 from dalle_cli.dvae.train import DvaeTask
 from dalle_cli.prior.decode import Decoder
 from dalle_cli.prior.model import build_prior
-from dalle_cli.prior.train import PriorTask, TokenBatch
+from dalle_cli.prior.train import PriorTask, TokenBatch, set_precision
 from dalle_cli.randomness import torch_generator
 from dalle_cli.sampling.draw import sample_images
 
@@ -56,13 +56,21 @@ def check_gradients(model: nn.Module, loss: Tensor) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [(), ("prior.model.checkpoint_resblocks=true",), ("prior.precision=bf16",), ("prior.model.layout=conv, ...",)],
+    [
+        (),
+        ("prior.model.checkpoint_resblocks=true",),
+        ("prior.precision=bf16",),
+        ("prior.precision=fp16", "prior.model.checkpoint_resblocks=true"),
+        ("prior.model.layout=conv, ...",),
+    ],
 )
 def test_the_prior(changes: tuple[str, ...], tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, *changes)
     model = build_prior(recipe)
-    if recipe.prior.precision == "bf16":
-        model.cast_resblocks(torch.bfloat16)
+    scaling = set_precision(model, recipe.prior, replicas=1)
+    if scaling is not None:
+        scaling.scales.update(torch.ones(len(scaling.scales), dtype=torch.bool, device=META))
+        scaling.assign_scales()
     task = PriorTask.__new__(PriorTask)
     task.recipe, task.model, task.group, task.forward = recipe, on_meta(model), Group(device=META), None
     text, length, image = (torch.zeros(BATCH, *more, dtype=torch.long) for more in ((TEXT,), (), (GRID**2,)))

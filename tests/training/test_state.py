@@ -182,7 +182,7 @@ def test_scales_and_skipped_updates_are_counted_and_saved(tmp_path: Path) -> Non
     first = state()
     scaling = cast(Replicated, first.engine).scaling
     assert scaling is not None
-    scaling.scales.exponents[2:4] = [HIGHEST, HIGHEST - 1]
+    scaling.scales.exponents[2:4] = torch.tensor([HIGHEST, HIGHEST - 1])
     lines = [update(first, broken) for broken in (None, 0, None, 5)]
     assert [line["skipped_updates"] for line in lines] == [0, 1, 1, 2]
     assert [line["skipped"] > 0 for line in lines] == [False, True, False, True]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dalle_cli.config.layout import AttentionKind
 from dalle_cli.config.schema import DvaeModel, PriorSettings, Recipe, SamplingSettings
-from dalle_cli.distributed.device import send, use_settings
+from dalle_cli.distributed.device import use_settings
 from dalle_cli.distributed.engine import Replicated
 from dalle_cli.dvae.model import DVAE
 from dalle_cli.dvae.objective import LossSettings, dvae_loss
@@ -28,6 +28,7 @@ from dalle_cli.prior.on_gpu import speed_up
 from dalle_cli.prior.train import set_precision
 from dalle_cli.sampling.draw import sample_images
 from dalle_cli.training.state import TrainingState
+from dalle_cli.transfers import send
 from gpu_parts.row import Row
 
 KINDS: tuple[AttentionKind, ...] = ("row", "column", "conv", "full")
