@@ -15,29 +15,28 @@ from numpy.typing import NDArray
 from dalle_cli.data.sample_lines import SampleLine
 
 T = TypeVar("T")
-SHARED = ("prompt", "id", "store", "seed", "index", "scorer")
-"""Keys whose values many samples share."""
-MISSING = -1
-"""Number of a value that a sample lacks."""
-NO_RANK = -(2**63)
+SHARED = ("prompt", "id", "store", "seed", "scorer")
+"""Keys whose values the samples of a caption share."""
+NO_RANK = -(2**31)
 
 
 class SampleTable:
-    """Samples in columns, which take about 50 bytes a sample and the name of its file; a dict takes 2,000.
+    """Samples in columns, which take about 30 bytes a sample and the name of its file; a dict takes 2,000.
 
-    Only the keys in SHARED, ``png``, ``score`` and ``rank`` are kept.
+    Only the keys in SHARED, ``png``, ``index``, ``score`` and ``rank`` are kept.
     """
 
     def __init__(self, lines: Iterable[SampleLine] = ()) -> None:
-        self._shared = {key: _Column() for key in SHARED}
-        self._folders = _Column()
+        self._shared = _Column()
+        """Values of the keys in SHARED, and the folder of the picture, as a tuple."""
+        self._indices = _Column()
         self._names = bytearray()
         """File names of all pictures, joined, in UTF-8."""
         self._ends = array("q", [0])
         """End of each file name, after the beginning of the first (n + 1,)."""
         self._scores = array("d")
         """Scores (n,); NaN for a sample without one."""
-        self._ranks = array("q")
+        self._ranks = array("i")
         for line in lines:
             self.append(line)
 
@@ -46,11 +45,9 @@ class SampleTable:
 
     def append(self, line: SampleLine) -> None:
         """Add a sample; a value of a type that ``dalle`` does not write counts as missing."""
-        for key, column in self._shared.items():
-            value = line.get(key)
-            column.append(value if isinstance(value, str | int | float) else None)
         folder, slash, name = line["png"].rpartition("/")
-        self._folders.append(folder + slash)
+        self._shared.append((*(_plain(line.get(key)) for key in SHARED), folder + slash))
+        self._indices.append(_plain(line.get("index")))
         self._names += name.encode("utf-8", "surrogatepass")
         self._ends.append(len(self._names))
         self._scores.append(line["score"] if has_score(line) else nan)
@@ -58,7 +55,7 @@ class SampleTable:
 
     def line(self, row: int, prompt: str | None = None) -> SampleLine:
         """Return the sample of a row; ``prompt`` replaces its own."""
-        values = ((key, column[row]) for key, column in self._shared.items())
+        values = zip((*SHARED, "index"), (*self._shared[row][:-1], self._indices[row]), strict=True)
         line: SampleLine = {key: value for key, value in values if value is not None}
         line["png"] = self._png(row)
         if not np.isnan(self._scores[row]):
@@ -82,14 +79,13 @@ class SampleTable:
     def grouped(self, key: str, name: Callable[[Any], str]) -> dict[str, NDArray[np.int64]]:
         """Return the rows of the samples whose values of ``key`` have the same ``name``, in the order of first rows.
 
-        Samples without the key are left out.
+        Samples without the key, which is one of SHARED, are left out.
         """
-        column = self._shared[key]
-        names = [name(value) for value in column.values]
-        groups = {found: group for group, found in enumerate(dict.fromkeys(names))}
-        # MISSING, which is -1, takes the last place.
-        numbers = np.array([*(groups[found] for found in names), len(groups)], np.int32)
-        of_row = numbers[np.asarray(column.numbers)]
+        values = [shared[SHARED.index(key)] for shared in self._shared.values]
+        names = [None if value is None else name(value) for value in values]
+        groups = {found: group for group, found in enumerate(dict.fromkeys(n for n in names if n is not None))}
+        numbers = np.array([len(groups) if n is None else groups[n] for n in names], np.int32)
+        of_row = numbers[np.asarray(self._shared.numbers)]
         ends = np.cumsum(np.bincount(of_row, minlength=len(groups))[: len(groups)])
         return dict(zip(groups, np.split(np.argsort(of_row, kind="stable"), ends)[:-1], strict=True))
 
@@ -98,10 +94,11 @@ class SampleTable:
 
         Samples with the same store, seed and index are the same sample of a repeated caption, and count once.
         """
-        numbers = (np.asarray(self._shared[key].numbers)[rows].tolist() for key in ("store", "seed", "index"))
-        distinct: dict[tuple[int, ...] | int, int] = {}
-        for row, *identity in zip(rows.tolist(), *numbers, strict=True):
-            distinct.setdefault(row if MISSING in identity else tuple(identity), row)
+        distinct: dict[Any, int] = {}
+        for row in rows.tolist():
+            _, _, store, seed, *_ = self._shared[row]
+            identity = store, seed, self._indices[row]
+            distinct.setdefault(row if None in identity else identity, row)
         kept = np.fromiter(distinct.values(), np.int64, len(distinct))
         ranks = np.asarray(self._ranks)[kept]
         # Ranks follow unrounded scores, so they break the ties that rounding made; without ranks the rows do.
@@ -109,7 +106,7 @@ class SampleTable:
 
     def _png(self, row: int) -> str:
         name = self._names[self._ends[row] : self._ends[row + 1]]
-        return str(self._folders[row]) + name.decode("utf-8", "surrogatepass")
+        return str(self._shared[row][-1]) + name.decode("utf-8", "surrogatepass")
 
     def _path(self, row: int) -> Path:
         return Path(self._png(row))
@@ -122,9 +119,13 @@ def has_score(line: SampleLine) -> bool:
 
 
 def has_rank(line: SampleLine) -> bool:
-    """Return whether the sample has a rank, which fits in 64 bits."""
+    """Return whether the sample has a rank, which fits in 32 bits."""
     rank = line.get("rank")
-    return isinstance(rank, int) and abs(rank) < 2**63
+    return isinstance(rank, int) and abs(rank) < 2**31
+
+
+def _plain(value: Any) -> str | float | None:
+    return value if isinstance(value, str | int | float) else None
 
 
 class _Column:
@@ -133,8 +134,8 @@ class _Column:
     def __init__(self) -> None:
         self.values: list[Any] = []
         self.numbers = array("i")
-        """Number of each row's value in ``values`` (n,), or MISSING."""
-        self._number_of: dict[Any, int] = {None: MISSING}
+        """Number of each row's value in ``values`` (n,)."""
+        self._number_of: dict[Any, int] = {}
 
     def append(self, value: Any) -> None:
         number = self._number_of.setdefault(value, len(self.values))
@@ -143,8 +144,7 @@ class _Column:
         self.numbers.append(number)
 
     def __getitem__(self, row: int) -> Any:
-        number = self.numbers[row]
-        return None if number == MISSING else self.values[number]
+        return self.values[self.numbers[row]]
 
 
 class _OnDemand(Sequence[T], Generic[T]):

@@ -28,6 +28,9 @@ from dalle_cli.stores.shards import WHOLE, parse_shard
 CLIP_SCORE = "clip_score"
 """Name of the array (rows,) float64, NaN for a sample without a score; its attribute ``scorer`` names the CLIP."""
 
+ROWS_AT_ONCE = 4096
+"""Number of rows whose likelihoods are read together; zarr takes about 3,000 bytes for each chunk that it reads."""
+
 
 def sample_stores(path: Path) -> list[Path]:
     """Return the sample stores at ``path``, which may be a store, its folder, or the folder of a request's shares."""
@@ -40,7 +43,7 @@ def sample_stores(path: Path) -> list[Path]:
 def store_lines(store: Path) -> Iterator[dict[str, Any]]:
     """Return the committed samples of a store as ``dalle sample`` prints them, with ``score`` and ``scorer`` if known.
 
-    The store is read at once, and each line is made when its turn comes.
+    Attributes and scores are read at once, and each line is made when its turn comes.
 
     Raises:
         UserError: the store cannot be read, or holds no sample yet.
@@ -50,27 +53,24 @@ def store_lines(store: Path) -> Iterator[dict[str, Any]]:
         found = read_attributes(group, store)
         if not found.rows:
             raise UserError(f"{store}: holds no sample yet; run dalle sample again to resume it")
-        likelihood = group["log_likelihood"][: found.rows]
-        return _lines(store, found, likelihood, _scores(group), run_of_store(store, group.attrs))
+        return _lines(store, group, found, *_scores(group))
 
 
 def _lines(
-    store: Path,
-    found: SampleAttributes,
-    likelihood: np.ndarray,
-    scored: tuple[np.ndarray | None, str],
-    elsewhere: dict[str, str],
+    store: Path, group: Any, found: SampleAttributes, scores: np.ndarray | None, scorer: str
 ) -> Iterator[dict[str, Any]]:
-    request, (scores, scorer) = found.request, scored
+    request = found.request
     with _explained(store):
+        elsewhere = run_of_store(store, group.attrs)
         shard = WHOLE if request.shard is None else parse_shard(request.shard)
         start = request_rows(shard, len(request.prompts), request.n).start
         for row in range(found.rows):
+            if row % ROWS_AT_ONCE == 0:
+                likelihood = group["log_likelihood"][row : min(row + ROWS_AT_ONCE, found.rows)]
             prompt, index = divmod(start + row, request.n)
             index += request.first
-            line = manifest_line(
-                store, row, request.prompts, prompt, index, request.seed, likelihood[row], found.in_folders
-            )
+            of_row = likelihood[row % ROWS_AT_ONCE]
+            line = manifest_line(store, row, request.prompts, prompt, index, request.seed, of_row, found.in_folders)
             line |= elsewhere
             if scores is not None and not np.isnan(scores[row]):
                 line |= {"score": float(scores[row]), "scorer": scorer}
