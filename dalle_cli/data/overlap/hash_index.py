@@ -29,8 +29,8 @@ LARGEST_RUN = 2048
 
 It keeps many pictures that are nearly the same, such as placeholders, from taking time that grows with their square.
 """
-INDEX_BYTES = 34
-"""Memory that the index of a band takes for each hash while it is made; then it is 22 bytes at most."""
+INDEX_BYTES = 36
+"""Memory that the index of a band takes for each hash while it is made; then it is 18 bytes at most."""
 _GROUPS = [sum(1 << bit for bit in range(start, 64, 7)) for start in range(7)]
 """Bits of each group, dealt in turn, since neighbouring bits are alike."""
 BANDS = [np.uint64(a | b | c) for a, b, c in combinations(_GROUPS, 3)]
@@ -68,33 +68,25 @@ def band_parts(hashes: int, memory: int, at_least: int = 1) -> list[BandPart]:
 class BandIndex:
     """An index of those of ``hashes`` (n,) uint64, n < 2^32, that are in a part of a band.
 
-    Distinct keys are sorted. A filter has a bit for any beginning that a key may have, about ten for each key, that is
-    set if one begins so. Most probes end there. A table of shorter beginnings, one or two for each key, says where to
-    look for the others.
+    Keys are sorted, with their rows. A filter has a bit for any beginning that a key may have, about ten for each key,
+    that is set if one begins so. Most probes end there. A table of shorter beginnings, one or two for each key, says
+    where to look for the others.
     """
 
     def __init__(self, hashes: NDArray[np.uint64], part: BandPart) -> None:
         self.hashes, self.part = hashes, part
-        packed = self._sorted(hashes)
-        keys = (packed >> np.uint64(_KEY_BITS)).astype(np.uint32)
-        self._rows = packed.astype(np.uint32)
-        del packed
-        new = _first_of_equal(keys)
-        self._keys = keys[new]
-        self._begins = np.full(len(self._keys) + 1, len(keys), np.uint32)
-        self._begins[:-1] = np.flatnonzero(new)
-        del keys, new
-        self._bits = min(max(len(self._keys).bit_length(), 1), _KEY_BITS - part.bits)
+        self._sorted = self._sort(hashes)
+        keys = (self._sorted >> np.uint64(_KEY_BITS)).astype(np.uint32)
+        self._bits = min(max(len(keys).bit_length(), 1), _KEY_BITS - part.bits)
         self._filter_bits = min(self._bits + 3, _KEY_BITS - part.bits)
-        self._filter = self._bits_of(self._bucket(self._keys, self._filter_bits))
+        self._filter = self._bits_of(self._bucket(keys, self._filter_bits))
         self._table = np.zeros((1 << self._bits) + 1, np.uint32)
         # Of the keys of a bucket the last one's assignment stays; an empty bucket ends where the one before it does.
-        self._table[self._bucket(self._keys, self._bits) + np.uint32(1)] = np.arange(
-            1, len(self._keys) + 1, dtype=np.uint32
-        )
+        ends = self._bucket(keys, self._bits) + np.uint32(1)
+        self._table[ends] = np.arange(1, len(keys) + 1, dtype=np.uint32)
         np.maximum.accumulate(self._table, out=self._table)
 
-    def _sorted(self, hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    def _sort(self, hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
         """Return key x 2^32 + row of each hash in the part, sorted."""
         found = [np.empty(0, np.uint64)]
         for start in range(0, len(hashes), _ROWS_AT_ONCE):
@@ -119,7 +111,9 @@ class BandIndex:
         """Return a bit for each bucket, set for those in ``buckets``, which are sorted."""
         found = np.zeros((1 << self._filter_bits >> 3) + 1, np.uint8)
         places = buckets >> np.uint32(3)
-        starts = np.flatnonzero(_first_of_equal(places))
+        first = np.ones(len(places), bool)
+        first[1:] = places[1:] != places[:-1]
+        starts = np.flatnonzero(first)
         if len(starts):
             bits = np.uint8(1) << (buckets & np.uint32(7)).astype(np.uint8)
             found[places[starts]] = np.bitwise_or.reduceat(bits, starts)
@@ -131,48 +125,37 @@ class BandIndex:
         bucket = self._bucket(keys, self._filter_bits)
         there = self._filter[bucket >> np.uint32(3)] >> (bucket & np.uint32(7)).astype(np.uint8) & np.uint8(1)
         maybe = np.flatnonzero(there)
-        own = maybe[self._own(keys[maybe])]
-        probe, place = self._find(own, keys[own])
-        start = self._begins[place].astype(np.int64)
-        counts = np.minimum(self._begins[place + 1] - start, LARGEST_RUN)
+        asked = maybe[self._own(keys[maybe])]
+        start, counts = self._find(keys[asked])
         total = np.cumsum(counts)
         at = 0
-        while at < len(probe):
+        while at < len(asked):
             before = total[at - 1] if at else 0
             stop = max(at + 1, int(np.searchsorted(total, before + _CANDIDATES_AT_ONCE, side="right")))
             chunk = slice(at, stop)
-            asked = np.repeat(probe[chunk], counts[chunk])
-            row = self._rows[
-                np.arange(len(asked)) + np.repeat(start[chunk] - (total[chunk] - counts[chunk] - before), counts[chunk])
-            ]
-            distance = np.bitwise_count(probes[asked] ^ self.hashes[row])
+            probe = np.repeat(asked[chunk], counts[chunk])
+            shift = start[chunk] - (total[chunk] - counts[chunk] - before)
+            found = self._sorted[np.arange(len(probe)) + np.repeat(shift, counts[chunk])]
+            same = (found >> np.uint64(_KEY_BITS)).astype(np.uint32) == keys[probe]
+            probe, row = probe[same], found[same].astype(np.uint32).astype(np.int64)
+            distance = np.bitwise_count(probes[probe] ^ self.hashes[row])
             near = distance <= MAX_DISTANCE
             if near.any():
-                yield NearPairs(asked[near], row[near].astype(np.int64), distance[near])
+                yield NearPairs(probe[near], row[near], distance[near])
             at = stop
 
-    def _find(self, own: NDArray[np.int64], keys: NDArray[np.uint32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return those of the probes ``own`` whose key, in ``keys``, is in the index, and the place of that key."""
+    def _find(self, keys: NDArray[np.uint32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return where to look for each key among the sorted ones, and how many of them to look at."""
         bucket = self._bucket(keys, self._bits)
-        place, stop = self._table[bucket], self._table[bucket + np.uint32(1)]
-        left = np.flatnonzero(place < stop)
-        probes, places = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-        place, stop, keys = place[left], stop[left], keys[left]
-        while len(left):  # as often as the fullest bucket has keys, which is about ten times
-            same = self._keys[place] == keys
-            probes.append(own[left[same]])
-            places.append(place[same].astype(np.int64))
-            place += np.uint32(1)
-            more = ~same & (place < stop)
-            left, place, stop, keys = left[more], place[more], stop[more], keys[more]
-        return np.concatenate(probes), np.concatenate(places)
-
-
-def _first_of_equal(values: NDArray[np.uint32]) -> NDArray[np.bool_]:
-    """Return (n,), true where a sorted value differs from the one before it."""
-    first = np.ones(len(values), bool)
-    first[1:] = values[1:] != values[:-1]
-    return first
+        start = self._table[bucket].astype(np.int64)
+        counts = self._table[bucket + np.uint32(1)] - start
+        large = np.flatnonzero(counts > LARGEST_RUN)
+        if len(large):  # look at the first ones of the very key, not of all that are in the same bucket
+            least = keys[large].astype(np.uint64) << np.uint64(_KEY_BITS)
+            start[large] = np.searchsorted(self._sorted, least)
+            stop = np.searchsorted(self._sorted, least | np.uint64((1 << _KEY_BITS) - 1), side="right")
+            counts[large] = np.minimum(stop - start[large], LARGEST_RUN)
+        return start, counts
 
 
 def _keys_of(hashes: NDArray[np.uint64], band: np.uint64) -> NDArray[np.uint32]:

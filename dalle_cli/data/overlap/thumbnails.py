@@ -41,7 +41,7 @@ class ThumbnailFiles:
         """Return the thumbnails of some rows, in their order; the files are read in ascending order.
 
         Raises:
-            UserError: a file was shortened.
+            UserError: a file was shortened or is gone.
         """
         wanted = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else rows
         distinct, place = np.unique(wanted, return_inverse=True)
@@ -56,6 +56,8 @@ class ThumbnailFiles:
 def _read(file: Path, rows: NDArray[np.int64], into: Thumbnails) -> None:
     """Read ascending rows of a file, those that follow one another at once."""
     starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
+    if not file.is_file():
+        raise UserError(f"{file}: is gone; run the command that made it again")
     with explain_os_errors(file), file.open("rb", buffering=0) as opened:
         for start, stop in zip(starts, np.append(starts[1:], len(rows)), strict=True):
             opened.seek(int(rows[start]) * _BYTES)

@@ -71,7 +71,7 @@ def test_an_index_takes_no_more_memory_than_reckoned() -> None:
     index = BandIndex(stored, BandPart(0))
     kept, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert kept <= 22 * len(stored)
+    assert kept <= 19 * len(stored)
     assert peak <= INDEX_BYTES * len(stored)
     assert index.part == BandPart(0)
 

@@ -27,3 +27,6 @@ def test_files_are_read_as_one_array(tmp_path: Path) -> None:
     assert len(read[slice(0, 29)]) == 29
     with pytest.raises(UserError, match="3: is shorter than it was; delete it"):
         read[slice(0, 30)]
+    files[0][0].unlink()
+    with pytest.raises(UserError, match="0: is gone; run the command that made it again"):
+        read[slice(0, 30)]
