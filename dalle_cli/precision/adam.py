@@ -152,23 +152,28 @@ def _advance(
     def noise() -> Tensor:
         return torch.empty(len(parameter), dtype=torch.int32, device=parameter.device).random_(generator=generator)
 
-    def replace(old: Tensor, new: Tensor) -> None:
-        if old.dtype == torch.uint16:  # for which torch has few operations
-            old, new = old.view(torch.int16), new.view(torch.int16)
-        if used is None:
-            old.copy_(new)
-        else:
-            torch.where(used, new, old, out=old)
-
     g = gradient.float() * factor
-    m = MEAN.decode(mean) if group["packed"] else mean.clone()
-    v = VARIANCE.decode(variance) if group["packed"] else variance.clone()
+    if group["packed"]:
+        m, v = MEAN.decode(mean), VARIANCE.decode(variance)
+    else:
+        m, v = (mean, variance) if used is None else (mean.clone(), variance.clone())
     m.lerp_(g, 1 - beta1)
     v.mul_(beta2).addcmul_(g, g, value=1 - beta2).clamp_(max=MAX_VARIANCE)
-    replace(mean, MEAN.encode(m, noise()) if group["packed"] else m)
-    replace(variance, VARIANCE.encode(v, noise()) if group["packed"] else v)
-    w = parameter.to(torch.float32, copy=True)
+    _replace(mean, MEAN.encode(m, noise()) if group["packed"] else m, used)
+    _replace(variance, VARIANCE.encode(v, noise()) if group["packed"] else v, used)
+    w = parameter.to(torch.float32, copy=used is not None)
     w.mul_(1 - rate * group["weight_decay"])
     root = v.sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
     w.addcdiv_(m, root, value=-rate / (1 - beta1**step))
-    replace(parameter, w if parameter.dtype == torch.float32 else round_stochastically(w, parameter.dtype, noise()))
+    rounded = w if parameter.dtype == torch.float32 else round_stochastically(w, parameter.dtype, noise())
+    _replace(parameter, rounded, used)
+
+
+def _replace(old: Tensor, new: Tensor, used: Tensor | None) -> None:
+    """Write ``new`` into ``old``, if ``used`` says so or is None."""
+    if used is None:
+        old.copy_(new)
+    elif old.dtype == torch.uint16:  # for which torch has few operations
+        _replace(old.view(torch.int16), new.view(torch.int16), used)
+    else:
+        torch.where(used, new, old, out=old)

@@ -234,8 +234,9 @@ class GradientScaling:
         terms = torch.where(used, squares / scales.square(), 0.0)
         norm = terms.cumsum(0)[-1].sqrt()  # adds in order, which a sum may not
         clip = torch.ones_like(norm) if clip_norm is None else (clip_norm / (norm + 1e-6)).clamp(max=1.0)
-        self.scales.update(finite[:-1])
-        self.assign_scales()
+        if len(self.scales):
+            self.scales.update(finite[:-1])
+            self.assign_scales()
         return Decision(norm, torch.where(used, clip / scales, 0.0))
 
     def apply(self, optimizer: Adam16, decision: Decision) -> Tensor:
