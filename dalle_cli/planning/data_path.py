@@ -35,7 +35,7 @@ from dalle_cli.text.encode import CaptionEncoder
 
 INDEXED, DECODED, COMPARED, TOKENIZED, ENCODED, SPLIT = 2000, 16, 4000, 2000, 2, 2**20
 """Numbers of samples that each measurement works on."""
-GROWTH = 1.18
+GROWTH = 1.1
 """Exponent of the number of pairs with which the comparisons of ``overlap`` grow (benchmarks/scale.md)."""
 CAPTION_WORDS, WORDS = 12, 3000
 """Words of a measured caption, and different words."""
