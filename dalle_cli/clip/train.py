@@ -210,8 +210,8 @@ def clip_update(recipe: Recipe, device: torch.device) -> Update:
     negatives = recipe.clip.objective.caption_negatives
     engine = Replicated(model, Group(device=device))
 
-    def loss() -> Tensor:
-        return contrastive_loss(model, pixels(pictures), text, negatives)
+    def loss(samples: int) -> Tensor:
+        return contrastive_loss(model, pixels(pictures[:samples]), text[:samples], negatives)
 
     return trial_update(recipe, "clip", engine, decayed_parameters(model), loss)
 

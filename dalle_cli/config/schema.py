@@ -318,7 +318,8 @@ class DvaeSettings(Settings):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "fp32",
         description="type of the convolutions in training; weights, likelihood and KL stay in 32 bit. fp16 scales the "
-        "loss, as in the paper, and is for GPUs. auto: bf16 where the device has it and updates are faster, else fp32",
+        "loss, as in the paper, and is for GPUs. auto: on a GPU bf16 if it has it, in one process on a CPU the faster "
+        "of fp32 and bf16, as measured, else fp32",
     )
 
     @model_validator(mode="after")
@@ -441,7 +442,8 @@ class PriorSettings(Settings):
     training: Training = Training(updates=430_000, batch_size=1024, save_every=2000, validate_every=2000)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "fp32",
-        description="type of the resblocks. auto: bf16 where the device has it and updates are faster, else fp32",
+        description="type of the resblocks. auto: on a GPU bf16 if it has it, in one process on a CPU the faster of "
+        "fp32 and bf16, as measured, else fp32",
     )
     skip: Literal["update", "resblock"] = Field(
         "update",
@@ -606,7 +608,7 @@ class Recipe(Settings):
     device: Device = Field(
         "auto",
         description="device of training and encoding. auto: a GPU by CUDA, else Apple's GPU (mps), else the CPU. "
-        "DALLE_DEVICE names that of commands without a recipe",
+        "The environment variable DALLE_DEVICE names it for commands without a recipe, and where this is auto",
     )
     compile: Annotated[Compile, BeforeValidator(_off)] = Field(
         "auto",

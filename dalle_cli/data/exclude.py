@@ -22,7 +22,7 @@ from dalle_cli.data.source import BadSample, Source
 from dalle_cli.data.workers import available_cores, map_blocks, split_blocks
 from dalle_cli.errors import UserError
 from dalle_cli.progress import progress
-from dalle_cli.stores.files import sha256_file, split_lines, user_cache
+from dalle_cli.stores.files import locked, sha256_file, split_lines, user_cache
 from dalle_cli.stores.row_set import BLOCK, LARGE, RowSet, keep_bits, read_bits
 
 _AT_ONCE = 16 * BLOCK
@@ -128,12 +128,15 @@ def _excluded_bits(source: Source, file: Path) -> tuple[NDArray[np.uint8], str]:
         sha256 = sha256_file(file)
     made_of = _made_of(source, sha256)
     kept = _kept_file(made_of)
-    if kept is not None and (bits := read_bits(kept, made_of, len(source))) is not None:
-        return bits, sha256
-    bits, sha256 = _find_excluded(source, file)
-    made_of = _made_of(source, sha256)  # the file may have been replaced meanwhile
-    if (kept := _kept_file(made_of)) is not None:
-        keep_bits(kept, made_of, bits)
+    if kept is None:
+        return _find_excluded(source, file)
+    # One process of a machine searches, and the others, such as the ranks of a training, take what it found.
+    with locked(kept.with_suffix(".lock")):
+        if (bits := read_bits(kept, made_of, len(source))) is None:
+            bits, found = _find_excluded(source, file)
+            if found != sha256:  # the file was replaced meanwhile
+                return bits, found
+            keep_bits(kept, made_of, bits)
     return bits, sha256
 
 
@@ -144,7 +147,9 @@ def _find_excluded(source: Source, file: Path) -> tuple[NDArray[np.uint8], str]:
     blocks, found = split_blocks(range(len(source)), _AT_ONCE), [np.empty(0, np.uint8)]
     large = len(source) >= LARGE
     with progress("exclude", len(source), "keys") if large else nullcontext() as bar:
-        matches = map_blocks(partial(_match, source, keys), blocks, available_cores() if large else 1, "start it again")
+        matches = map_blocks(
+            partial(_match, source, keys), blocks, available_cores() if large else 1, "run the same command again"
+        )
         for block, bits in zip(blocks, matches, strict=True):
             found.append(bits)
             if bar is not None:

@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -53,10 +54,7 @@ def choose_device(wanted: Device = "auto", local_rank: int = 0) -> torch.device:
                 f"{platform.node()}; install a torch for CUDA, load the driver's module, or ask for no GPU"
             )
         if _NVIDIA_DRIVER.exists() and "CUDA_VISIBLE_DEVICES" not in os.environ:
-            log(
-                f"no GPU is used: this machine has an NVIDIA driver, and torch {torch.__version__} finds none; "
-                "install a torch for the driver's version of CUDA (nvidia-smi names it), or a newer driver"
-            )
+            _warn_of_driver()
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if local_rank >= count:
@@ -65,6 +63,15 @@ def choose_device(wanted: Device = "auto", local_rank: int = 0) -> torch.device:
             f"start at most {count} processes here: torchrun --nproc-per-node {count}"
         )
     return torch.device("cuda", local_rank)
+
+
+@cache
+def _warn_of_driver() -> None:
+    """Say once that torch cannot use the GPU whose driver is there."""
+    log(
+        f"no GPU is used: this machine has an NVIDIA driver, and torch {torch.__version__} finds none; install a torch "
+        "for the driver's version of CUDA (nvidia-smi names it), or a newer driver"
+    )
 
 
 def _variable() -> Device:
@@ -90,7 +97,7 @@ def device_for_doubles(device: torch.device) -> torch.device:
 def require_precision(key: str, precision: str, device: torch.device) -> None:
     """Raise UserError if the recipe's ``key`` asks for a precision that the GPU lacks, or only imitates, slowly."""
     if precision in ("bf16", "fp16") and device.type == "mps":
-        raise UserError(f"{key}: {precision} is not for Apple's GPUs yet; set fp32 or auto, or device to cpu")
+        raise UserError(f"{key}: {precision} is not for Apple's GPUs yet; set fp32, or {DEVICE_VARIABLE}=cpu")
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         name = torch.cuda.get_device_name(device)
         raise UserError(f"{key}: {name} cannot compute in bf16, which came with Ampere; set fp16 or fp32")

@@ -210,8 +210,8 @@ def train_dvae(recipe: Recipe, source: Source, out: Path, extend: int | None = N
     _refuse_unreadable(source, recipe)
     ancestor = open_ancestor(recipe, "dvae", out, SAME)
     with join_group(recipe.device) as group:
-        require_precision("dvae.precision", recipe.dvae.precision, group.device)
         recipe = settle_precision(recipe, "dvae", out, group, lambda tried: dvae_update(tried, source, group.device))
+        require_precision("dvae.precision", recipe.dvae.precision, group.device)
         task = _build_task(recipe, source, group)
         model = task.model
         if ancestor is not None:
@@ -227,11 +227,10 @@ def train_dvae(recipe: Recipe, source: Source, out: Path, extend: int | None = N
 
 def dvae_update(recipe: Recipe, source: Source, device: torch.device) -> Update:
     """Return a function that makes an update of a fresh dVAE on random pictures, for timing."""
-    task, training = _build_task(recipe, source, Group(device=device)), recipe.dvae.training
-    size = min(training.batch_size, training.micro_batch or training.batch_size)
-    pictures = torch.randint(256, (size, recipe.image_size, recipe.image_size, 3), dtype=torch.uint8)
+    task, side = _build_task(recipe, source, Group(device=device)), recipe.image_size
+    pictures = torch.randint(256, (recipe.dvae.training.batch_size, side, side, 3), dtype=torch.uint8)
     engine = Replicated(task.model, task.group)
-    return trial_update(recipe, "dvae", engine, task.decayed(), lambda: task.loss((0, pictures), 0)["loss"])
+    return trial_update(recipe, "dvae", engine, task.decayed(), lambda size: task.loss((0, pictures[:size]), 0)["loss"])
 
 
 def _build_task(recipe: Recipe, source: Source, group: Group) -> DvaeTask:

@@ -44,8 +44,7 @@ def seconds_per_update(recipe: Recipe, source: Source) -> dict[Kind, float]:
     def prior(tried: Recipe) -> Update:
         return prior_update(tried, device)
 
-    found = seconds_of(dvae(settle_precision(recipe, "dvae", None, group, dvae)))
+    found: dict[Kind, float] = {"dvae": seconds_of(dvae(settle_precision(recipe, "dvae", None, group, dvae)))}
     with fast_matmul():
-        found += seconds_of(prior(settle_precision(recipe, "prior", None, group, prior)))
-    found += seconds_of(clip_update(recipe, device))
-    return dict(zip(("dvae", "prior", "clip"), found, strict=True))
+        found["prior"] = seconds_of(prior(settle_precision(recipe, "prior", None, group, prior)))
+    return found | {"clip": seconds_of(clip_update(recipe, device))}

@@ -154,7 +154,7 @@ def suggest_machine(recipe: Recipe, counts: Counts, memory: int) -> Suggestion |
 
     A node that needs no offloading is preferred to a smaller one that does.
     """
-    offloading = None
+    offloading, recipe = None, with_planned_precision(recipe, Machines(1, 1, memory))
     gpus = recipe.prior.sharding.node_size or 1
     while gpus <= min(MOST_GPUS, recipe.prior.training.batch_size):
         machines = Machines(gpus, 1, memory)

@@ -44,7 +44,7 @@ def refuse_too_large(recipe: Recipe) -> None:
         UserError: training does not fit; the message suggests settings or a machine that would.
     """
     machines = this_machine(recipe, read_launch())
-    recipe = with_planned_precision(recipe, machines)
+    given, recipe = recipe, with_planned_precision(recipe, machines)
     counts = count_parameters(recipe)
     fit = check_fit(recipe, counts, machines)
     if fit.peak <= machines.memory:
@@ -57,7 +57,7 @@ def refuse_too_large(recipe: Recipe) -> None:
     suggestion = suggest_settings(recipe, counts, machines)
     if suggestion.fit.fits and suggestion.machines == machines:
         lines.append(f"it fits here in {_gb(suggestion.fit.peak)} with: {' '.join(suggestion.options())}")
-    elif larger := suggest_machine(recipe, counts, GPU_MEMORY):
+    elif larger := suggest_machine(given, counts, GPU_MEMORY):
         gpus, options = larger.machines.gpus, " ".join(larger.options())
         lines.append(
             f"it fits a machine with {gpus} GPU{'s' if gpus > 1 else ''} of {_gb(GPU_MEMORY)}, taking "

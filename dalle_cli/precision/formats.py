@@ -1,4 +1,4 @@
-"""16-bit floating-point formats, encoded and decoded exactly by integer operations on 32-bit floats.
+"""16-bit floating-point formats, encoded and decoded through the bits of 32-bit floats.
 
 From the highest bit down, a code has a sign if the format has one, an exponent field e and a mantissa m of M bits. It
 stands for 2^(e - bias) (1 + m / 2^M), or for the subnormal 2^(1 - bias) m / 2^M if e = 0; code 0 is zero. The formats
@@ -49,7 +49,7 @@ class Format:
                 2^-13 for subnormal ones, so that the expected result is the value itself. Without noise, ties go to
                 the even code.
         """
-        size = values.abs() if self.signed else values.clamp(min=0)
+        size = values.abs() if self.signed else values.clamp(min=0).abs_()  # a NaN loses its sign
         bits = (size * 2.0 ** (self.bias - _FLOAT_BIAS)).contiguous().view(torch.int32)
         bits.clamp_(max=_INFINITY)  # NaN counts as infinity
         if noise is None:
@@ -57,9 +57,8 @@ class Format:
         else:
             bits += noise & ((1 << self._dropped) - 1)
         code = (bits >> self._dropped).clamp_(max=self.largest)
-        if (
-            noise is None
-        ):  # the float of a subnormal number was already rounded, and to round twice may miss the nearest
+        if noise is None:
+            # The float of a subnormal number was already rounded, and to round twice may miss the nearest.
             units = size.mul_(2.0 ** (self.bias - 1 + self.mantissa)).round_()
             code = torch.where(units < 2**self.mantissa, units.to(torch.int32), code)
         if self.signed:

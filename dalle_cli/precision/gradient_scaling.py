@@ -5,8 +5,7 @@ and cast to the branch's type. The gradient that leaves the branch at x is filte
 the gradient of the identity path in 32 bit. The gradients of the block's own parameters therefore come out multiplied
 by the scale. They stay so, since many would underflow in 16 bit; the update divides them in 32 bit.
 
-Which gradients are finite, and with that the scales and what an update skips, stays on the gradients' device: the host
-does not wait to know.
+The scales, and what an update skips, are decided on the gradients' device; the host does not wait.
 """
 
 from __future__ import annotations
@@ -232,7 +231,7 @@ class GradientScaling:
         finite = squares.isfinite()
         used, scales = self.used(finite), send(self.values(), squares.device)
         terms = torch.where(used, squares / scales.square(), 0.0)
-        norm = terms.cumsum(0)[-1].sqrt()  # adds in order, which a sum may not
+        norm = terms.sum().sqrt()
         clip = torch.ones_like(norm) if clip_norm is None else (clip_norm / (norm + 1e-6)).clamp(max=1.0)
         if len(self.scales):
             self.scales.update(finite[:-1])

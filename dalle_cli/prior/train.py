@@ -75,9 +75,9 @@ def train_prior(
     belongs = require_same_sizes(recipe, reader)
     initial = initial_values(recipe, belongs, out, store, dvae)
     with join_group(recipe.device) as group, fast_matmul():
+        refuse_unsupported(recipe.prior, group)
         recipe = settle_precision(recipe, "prior", out, group, lambda tried: prior_update(tried, group.device))
         stage = recipe.prior
-        refuse_unsupported(stage, group)
         require_precision("prior.precision", stage.precision, group.device)
         engine: Engine
         if stage.sharding.engine == "deepspeed":
@@ -107,13 +107,13 @@ def prior_update(recipe: Recipe, device: torch.device) -> Update:
     stage, tokenizer = recipe.prior, recipe.tokenizer
     prior = build_prior(recipe)
     engine = Replicated(prior.to(device), Group(device=device), set_precision(prior, stage, 1))
-    size = min(stage.training.batch_size, stage.training.micro_batch or stage.training.batch_size)
+    size = stage.training.batch_size
     text = torch.randint(tokenizer.vocab_size, (size, tokenizer.text_length), device=device)
     length = torch.full((size,), tokenizer.text_length)
     image = torch.randint(recipe.dvae.model.codebook_size, (size, recipe.grid**2), device=device)
 
-    def loss() -> Tensor:
-        found = prior.loss(text, length, image)
+    def loss(samples: int) -> Tensor:
+        found = prior.loss(text[:samples], length[:samples], image[:samples])
         return found.text + found.image
 
     return trial_update(recipe, "prior", engine, set(prior.decayed_parameters()), loss)

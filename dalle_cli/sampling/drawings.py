@@ -11,6 +11,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from dalle_cli.config.schema import Recipe
+from dalle_cli.distributed.device import device_for_doubles
 from dalle_cli.dvae.encode import decode_tokens
 from dalle_cli.dvae.model import DVAE
 from dalle_cli.dvae.train import find_dvae, load_dvae
@@ -51,7 +52,8 @@ class Drawings:
             settings = settings.model_copy(update={"guidance": 1.0})
         self.dvae.to(device)
         decoder = Decoder(prior, settings.precision)
-        drawn, _ = sample_images(decoder, ids, torch.from_numpy(np.stack(uniforms)).to(device), settings, empty=empty)
+        numbers = torch.from_numpy(np.stack(uniforms)).to(device_for_doubles(device))
+        drawn, _ = sample_images(decoder, ids, numbers, settings, empty=empty)
         grids = torch.cat([image, drawn[:, 0]]).unflatten(1, (decoder.grid, decoder.grid))
         pictures = decode_tokens(self.dvae, grids, self.eps).cpu()
         self.dvae.to("cpu")

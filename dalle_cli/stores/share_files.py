@@ -31,7 +31,7 @@ class ShareFiles(Generic[T]):
             folder.mkdir(parents=True, exist_ok=True)
         names = (re.fullmatch(r"\d+-of-(\d+)\.json", file.name) for file in folder.iterdir())
         if {int(name[1]) for name in names if name is not None} - {of}:
-            raise UserError(f"{folder}: holds shares of another number than {of}; delete it, or name another folder")
+            raise UserError(f"{folder}: holds shares of another number than {of}; delete it, or keep to that number")
 
     def read(self) -> dict[Shard, T | None]:
         """Return the result of each share, None if it is not there.
@@ -45,7 +45,7 @@ class ShareFiles(Generic[T]):
         """Write the result of a share; equal results make equal files."""
         dumped = self.kind.dump_python(result, mode="json")
         write_atomically(
-            self._file(shard), json.dumps({"made_of": self.made_of, "sha256": _sha256(dumped), "result": dumped})
+            self._file(shard), json.dumps({"made_of": self.made_of, "sha256": hash_of(dumped), "result": dumped})
         )
 
     def _file(self, shard: Shard) -> Path:
@@ -59,7 +59,7 @@ class ShareFiles(Generic[T]):
             with explain_os_errors(file):
                 found = json.loads(file.read_bytes())
             there, result = dict(found["made_of"]), self.kind.validate_python(found["result"])
-            if found["sha256"] != _sha256(found["result"]):
+            if found["sha256"] != hash_of(found["result"]):
                 raise ValueError("its content is not what was written")
         except (ValueError, KeyError, TypeError, ValidationError) as error:
             reason = type(error).__name__
@@ -71,5 +71,6 @@ class ShareFiles(Generic[T]):
         return result
 
 
-def _sha256(result: Any) -> str:
-    return hashlib.sha256(json.dumps(result).encode()).hexdigest()
+def hash_of(value: Any) -> str:
+    """Return the SHA-256 of a JSON value in hexadecimal."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

@@ -17,7 +17,7 @@ import numpy as np
 from dalle_cli.errors import UserError
 from dalle_cli.progress import log
 from dalle_cli.stores.checksums import write_checksums
-from dalle_cli.stores.files import explain_os_errors, locked, rename_synced, sync
+from dalle_cli.stores.files import delete_unfinished, explain_os_errors, locked, rename_synced, sync
 from dalle_cli.stores.shards import COMMANDS, WHOLE, Part, Shard, ShareProgress, Shares, join_names
 from dalle_cli.stores.tokens import (
     BY_VERSION,
@@ -183,7 +183,7 @@ class PartWriter:
             with self._common_lock():
                 self._write_checksums()
             self._shares.remove(keep=self._shares.file(self.shard, ".lock"))
-            keep_usable_rows(TokenReader(self.path))
+            self._keep_usable_rows()
             return
         if self.todo:
             raise ValueError(f"rows {self.todo.start} to {self.todo.stop} of {self.path} are still to be appended")
@@ -192,9 +192,14 @@ class PartWriter:
             if not left:
                 self._complete()
         if not left:
-            keep_usable_rows(TokenReader(self.path))
+            self._keep_usable_rows()
         else:
             log(f"{self.path}: share {self.shard} of its {self.part} part is complete; unfinished: {join_names(left)}")
+
+    def _keep_usable_rows(self) -> None:
+        """Have a complete store keep its usable rows, and delete what was left by a process killed while it did so."""
+        delete_unfinished(self.path)
+        keep_usable_rows(TokenReader(self.path))
 
     def _refuse_other_folders(self) -> None:
         """Refuse a folder that holds anything but a store or the files of a writer that was killed at its start."""

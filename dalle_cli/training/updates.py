@@ -23,8 +23,8 @@ class AdamUpdates:
     """The ``Optimizer`` of an engine that brings none of its own.
 
     If the engine scales gradients, parameters train in 16 bit with ``precision.adam``, else in 32 bit with torch's
-    AdamW; an engine that scales its loss skips updates with a gradient that is not finite. The host never waits for a
-    GPU to say whether gradients are.
+    AdamW; an engine that scales its loss skips updates with a gradient that is not finite. That is decided on the
+    gradients' device, for which the host does not wait.
 
     Args:
         engine: the parameters, whole or sharded.

@@ -241,11 +241,14 @@ def _describe_samples(path: Path) -> SampleStoreDescription:
 def _counted_bytes(reader: TokenReader) -> dict[str, int]:
     """Return the size of each array's shard files as its writers counted it; none for a store of an earlier version."""
     found: dict[str, int] = {}
-    for state in reader.parts.values():
+    states = list(reader.parts.values())
+    for state in states:
         if state.bytes is None:
             return {}
         for name, size in state.bytes.items():
             found[name] = max(size, found.get(name, 0))  # both parts count the keys
+    if not any(state.complete for state in states):
+        found.pop("key", None)  # unfinished shares of the parts may hold different rows
     return found
 
 

@@ -8,7 +8,8 @@
 #
 # Find the near-duplicates of a source by job arrays. Arguments are those of `dalle overlap`, with --cache and --out. In a
 # first array each job makes the thumbnails of its share, and in a second one it compares them with all others; the last
-# job writes the result. A comparison that a signal ends begins anew. See README.md.
+# job writes the result. A comparison that a signal ends begins anew, so give it the time that it takes, or use more shares.
+# See README.md.
 #
 #     first=$(sbatch --parsable --array 1-64 --cpus-per-task 16 scripts/slurm/overlap.sh "shards/{00000..24999}.tar" \
 #         --cache thumbnails --out duplicates.jsonl)

@@ -71,7 +71,7 @@ def train(options: argparse.Namespace) -> dict[str, dict[str, Path]]:
     earlier = {**given, **updates, **every, "run": options.out / "earlier", "data.train": options.earlier}
     tuned = {**earlier, "run": options.out / "tuned", "data.train": options.later}
     ends = {
-        f"dvae.objective.{name}.start": getattr(recipe.dvae.objective, name).end
+        f"dvae.objective.{name}": getattr(recipe.dvae.objective, name).end
         for name in ("kl_weight", "marginal_kl_weight", "temperature")
     }
     for settings in (earlier, tuned):

@@ -25,6 +25,7 @@ from dalle_cli.config.schema import Recipe
 from dalle_cli.errors import UserError
 from dalle_cli.prior.train import sample_work, train_prior
 from dalle_cli.stores.files import write_atomically, write_json
+from dalle_cli.training.precision_choice import with_precision
 from dalle_cli.views.plots import BLUE, GREEN, ORANGE, STYLE, VIOLET, figure_png
 
 LOSSES = ("text", "image", "loss")
@@ -55,7 +56,7 @@ def study_recipe(options: argparse.Namespace, width: int, rate: float) -> Recipe
         raise UserError(f"--widths {width}: is no multiple of the recipe's d_head {d_head}; choose other widths")
     sizes = [f"prior.model.heads={width // d_head}", f"prior.model.d_model={width}"]
     recipe = load_recipe(options.recipe, [*options.set, *sizes])
-    flops = sample_work(recipe).flops * recipe.prior.training.batch_size
+    flops = sample_work(with_precision(recipe, "prior", "fp32")).flops * recipe.prior.training.batch_size
     updates = max(VALIDATIONS, round(options.petaflops * 1e15 / flops))
     changes = {
         "training.updates": updates,

@@ -93,10 +93,11 @@ def test_a_driver_that_torch_cannot_use_is_named(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
     monkeypatch.setattr(device, "_NVIDIA_DRIVER", tmp_path / "version")
+    device._warn_of_driver.cache_clear()
     device.choose_device()
     assert capsys.readouterr().err == ""
     (tmp_path / "version").touch()
-    assert device.choose_device() == torch.device("cpu")
+    assert device.choose_device() == device.choose_device() == torch.device("cpu")
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("no GPU is used: this machine has an NVIDIA driver")
     assert "install a torch for the driver's version of CUDA" in line

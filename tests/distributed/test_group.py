@@ -253,7 +253,8 @@ def assert_same_run(found: Path, expected: Path, tolerance: float) -> None:
 def test_two_ranks_equal_one_process(case: str, by_hand: Chain, together: Path, tmp_path: Path, call: Call) -> None:
     stage, changes = CASES[case]
     assert call(*command(by_hand, stage, tmp_path / case, changes)).code == 0
-    assert_same_run(together / case, tmp_path / case, 1e-6)
+    # Adam magnifies the rounding of a gradient that is nearly zero, which a bias of the score function's estimate has.
+    assert_same_run(together / case, tmp_path / case, 4e-6 if case == "reinforce" else 1e-6)
     if case == "reinforce":
         rates = {json.loads(line).get("lr") for line in (together / case / "metrics.jsonl").read_text().splitlines()}
         assert len(rates - {None}) > 2

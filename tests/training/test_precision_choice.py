@@ -17,14 +17,14 @@ from dalle_cli.clip.train import clip_update
 from dalle_cli.config.load import load_recipe
 from dalle_cli.config.schema import Recipe
 from dalle_cli.distributed.engine import Replicated
-from dalle_cli.distributed.group import ALONE
+from dalle_cli.distributed.group import ALONE, Group
+from dalle_cli.errors import UserError
 from dalle_cli.planning.fit import with_planned_precision
 from dalle_cli.planning.memory import Machines
 from dalle_cli.prior.model import build_prior
 from dalle_cli.prior.train import prior_update, set_precision, train_prior
 from dalle_cli.stores.checkpoint import open_checkpoint
 from dalle_cli.training.precision_choice import (
-    ROUNDS,
     Update,
     seconds_of,
     settle_precision,
@@ -67,8 +67,13 @@ def test_the_faster_one_is_taken_and_kept_for_these_sizes(
 ) -> None:
     recipe = tiny_prior(**AUTO)
     assert settled(recipe, None, taking(**seconds)) == wanted
-    assert f"prior.precision auto is {wanted}: an update takes 0.0" in capsys.readouterr().err
+    measured = capsys.readouterr().err
+    assert f"prior.precision: auto is {wanted}: an update takes 0.0" in measured
+    assert measured.rstrip().endswith("measured now")
     assert settled(recipe, None, never) == wanted
+    assert capsys.readouterr().err.rstrip().endswith("measured on this kind of processor before")
+    longer = tiny_prior(**AUTO, prior__training__updates=500, prior__learning_rate__peak=1e-2)
+    assert settled(longer, None, never) == wanted  # an update takes as long
     with pytest.raises(AssertionError, match="nothing was to be measured"):
         settled(tiny_prior(**AUTO, prior__training__batch_size=8), None, never)
     (kept,) = own_cache.iterdir()
@@ -80,24 +85,50 @@ def test_a_stated_precision_is_not_measured() -> None:
     assert settled(tiny_prior(prior__precision="bf16"), None, never) == "bf16"
 
 
-def test_updates_take_turns() -> None:
-    calls: list[str] = []
-    seconds_of(lambda: calls.append("a"), lambda: calls.append("b"))
-    assert calls == ["a", "b"] * (1 + ROUNDS)
+def test_where_nothing_can_be_kept_it_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise UserError("No space left on device")
+
+    monkeypatch.setattr("dalle_cli.training.precision_choice.write_json", full)
+    for _ in range(2):
+        assert settled(tiny_prior(**AUTO), None, taking(fp32=0.01, bf16=0.0)) == "bf16"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert settled(tiny_prior(**AUTO), None, taking(fp32=0.0, bf16=0.01)) == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("kind", "lacking", "wanted"), [("cuda", False, "bf16"), ("cuda", True, "fp32"), ("mps", True, "fp32")]
+)
+def test_gpus_are_not_measured(
+    kind: str, lacking: bool, wanted: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not lacking)
+    group = Group(device=torch.device(kind))
+    assert settle_precision(tiny_prior(**AUTO), "prior", None, group, never).prior.precision == wanted
+    assert f"prior.precision: auto is {wanted}: " in capsys.readouterr().err
+
+
+def test_the_least_of_a_few_updates_counts() -> None:
+    seconds = iter([0.05, 0.03, 0.001, 0.02, 0.03, 0.03])
+    assert 0.001 <= seconds_of(lambda: time.sleep(next(seconds))) < 0.02
+    assert next(seconds, None) is None
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_trial_reaches_every_parameter_and_changes_none(precision: str) -> None:
-    recipe = tiny_prior(prior__precision=precision)
+    recipe, micro_batches = tiny_prior(prior__precision=precision, prior__training__micro_batch=6), []
     prior = build_prior(recipe)
     engine = Replicated(prior, scaling=set_precision(prior, recipe.prior, 1))
     before = {name: p.detach().clone() for name, p in prior.named_parameters()}
-    text, image = torch.randint(400, (4, 8)), torch.randint(64, (4, 16))
+    text, image = torch.randint(400, (6, 8)), torch.randint(64, (6, 16))
 
-    def loss() -> torch.Tensor:
-        return sum(prior.loss(text, torch.full((4,), 8), image), torch.zeros(()))
+    def loss(samples: int) -> torch.Tensor:
+        micro_batches.append(samples)
+        return sum(prior.loss(text[:samples], torch.full((samples,), 8), image[:samples]), torch.zeros(()))
 
     trial_update(recipe, "prior", engine, set(prior.decayed_parameters()), loss)()
+    assert micro_batches == [6, 6, 4]
     for name, parameter in prior.named_parameters():
         assert parameter.grad is not None, name
         assert torch.equal(parameter, before[name]), name

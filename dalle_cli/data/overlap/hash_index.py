@@ -122,10 +122,10 @@ class BandIndex:
     def near(self, probes: NDArray[np.uint64]) -> Iterator[NearPairs]:
         """Yield, in chunks, rows that are equal to a probe in the band and within MAX_DISTANCE of it."""
         keys = _keys_of(probes, BANDS[self.part.band])
-        bucket = self._bucket(keys, self._filter_bits)
+        own = self._own(keys)
+        bucket = self._bucket(keys[own], self._filter_bits)
         there = self._filter[bucket >> np.uint32(3)] >> (bucket & np.uint32(7)).astype(np.uint8) & np.uint8(1)
-        maybe = np.flatnonzero(there)
-        asked = maybe[self._own(keys[maybe])]
+        asked = own[np.flatnonzero(there)]
         start, counts = self._find(keys[asked])
         total = np.cumsum(counts)
         at = 0

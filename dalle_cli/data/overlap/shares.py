@@ -7,7 +7,9 @@ last one joins them.
 
 from __future__ import annotations
 
+import hashlib
 import io
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +25,9 @@ from dalle_cli.errors import UserError
 from dalle_cli.progress import log
 from dalle_cli.stores.files import explain_os_errors, write_atomically
 from dalle_cli.stores.shards import Shard, join_names
-from dalle_cli.stores.share_files import ShareFiles
+from dalle_cli.stores.share_files import ShareFiles, hash_of
+
+_DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 class _PairLists(NamedTuple):
@@ -52,25 +56,31 @@ def overlap_share(train: Source, other: Source | None, cache: Path, shard: Shard
             "shares again, to compare them"
         )
         return None
-    made_of = {"similarity": how.threshold}
+    marks = [mark for source in sources for mark in source.digests()]
+    made_of = {"similarity": how.threshold, "max_pixels": how.max_pixels, "marks": hash_of(marks)}
     folder = cache / f"{'-'.join(source.name for source in sources)}.pairs"
     files = ShareFiles(folder, shard.of, made_of, TypeAdapter(_PairLists))
-    found = files.read()
-    a, *others = (source.pictures() for source in sources)
-    b = others[0] if others else None
+    found, sets = files.read(), None
     if found[shard] is None:
+        a, b = sets = _pictures(sources)
         own = near_duplicates(a, b, workers=how.workers, threshold=how.threshold, folder=cache, shard=shard)
         files.write(shard, _PairLists(*(field.tolist() for field in own)))
         found = files.read()  # others may have been compared meanwhile
     if missing := [each for each, there in found.items() if there is None]:
         log(f"overlap: share {shard} is compared; still to be compared: {join_names(missing)}")
         return None
+    a, b = sets or _pictures(sources)
     every = [
         Pairs(np.array(p.a, np.int64), np.array(p.b, np.int64), np.array(p.distance, np.int64),
               np.array(p.similarity, np.float32))
         for p in found.values() if p is not None
     ]  # fmt: skip
     return overlap_of(train, other, a, b, join_pairs(every, b is None))
+
+
+def _pictures(sources: list[_SourceShares]) -> tuple[UniquePictures, UniquePictures | None]:
+    first, *others = (source.pictures() for source in sources)
+    return first, others[0] if others else None
 
 
 class _SourceShares:
@@ -86,7 +96,9 @@ class _SourceShares:
         self._shards = [Shard(number, of) for number in range(1, of + 1)]
         for file in sorted(folder.glob(f"{self.name}-*-of-*.thumbnails")):
             if not file.stem.endswith(f"-of-{of:04d}"):
-                raise UserError(f"{file}: is of another number of shares than {of}; delete such files, or keep to it")
+                raise UserError(
+                    f"{file}: is of another number of shares than {of}; delete such files, or keep to that number"
+                )
 
     def make(self, shard: Shard, how: Comparison) -> None:
         """Make what a share lacks; its marks are written last."""
@@ -96,11 +108,21 @@ class _SourceShares:
             made = mark_rows(ThumbnailFiles([(thumbnails, len(rows))]), range(len(rows)), how.workers)
             written = io.BytesIO()
             np.save(written, made)
-            write_atomically(marks, written.getvalue())
+            data = written.getvalue()
+            write_atomically(marks, data + hashlib.sha256(data).digest())
 
     def missing(self) -> list[Shard]:
         """Return the shares that have not been made."""
         return [shard for shard in self._shards if not self._file(shard, ".marks").is_file()]
+
+    def digests(self) -> list[str]:
+        """Return the hash of the marks of each share, which end their files."""
+        found = []
+        for shard in self._shards:
+            with self._file(shard, ".marks").open("rb") as file:
+                file.seek(-min(_DIGEST_BYTES, file.seek(0, os.SEEK_END)), os.SEEK_END)
+                found.append(file.read().hex())
+        return found
 
     def pictures(self) -> UniquePictures:
         """Return the distinct pictures of all shares.
@@ -121,7 +143,11 @@ class _SourceShares:
         file = self._file(shard, ".marks")
         try:
             with explain_os_errors(file):
-                marks: Marks = np.load(io.BytesIO(file.read_bytes()), allow_pickle=False)
+                written = file.read_bytes()
+            data, digest = written[:-_DIGEST_BYTES], written[-_DIGEST_BYTES:]
+            if hashlib.sha256(data).digest() != digest:
+                raise ValueError("its content is not what was written")
+            marks: Marks = np.load(io.BytesIO(data), allow_pickle=False)
             if marks.dtype != MARKS or marks.shape != (len(self._rows(shard)),):
                 raise ValueError("it has another shape")
         except (ValueError, EOFError) as error:

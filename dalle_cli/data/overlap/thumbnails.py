@@ -58,7 +58,7 @@ def _read(file: Path, rows: NDArray[np.int64], into: Thumbnails) -> None:
     starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
     if not file.is_file():
         raise UserError(f"{file}: is gone; run the command that made it again")
-    with explain_os_errors(file), file.open("rb", buffering=0) as opened:
+    with explain_os_errors(file), file.open("rb") as opened:
         for start, stop in zip(starts, np.append(starts[1:], len(rows)), strict=True):
             opened.seek(int(rows[start]) * _BYTES)
             if opened.readinto(into[start:stop].data) != (stop - start) * _BYTES:

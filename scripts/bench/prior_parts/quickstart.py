@@ -35,7 +35,7 @@ WAIT_GOAL = 0.01
 
 def measure(log: Log, updates: int = UPDATES) -> dict[str, Any]:
     """Return medians over ``updates`` updates of the training loop, on a store of random tokens."""
-    recipe = load_recipe(RECIPE)
+    recipe = load_recipe(RECIPE, ["prior.precision=fp32"])
     stage = recipe.prior
     matmul = square_matmul(torch.float32, "cpu")
     waits, taken, matmuls = [], [], []

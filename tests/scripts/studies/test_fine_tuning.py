@@ -16,7 +16,10 @@ SCRIPT = Path(__file__).parents[3] / "scripts" / "studies" / "fine_tuning.py"
 
 
 def test_a_study_prints_what_the_journals_recorded(tmp_path: Path) -> None:
-    recipe, out = write_recipe(tmp_path, smallest_recipe(tmp_path / "unused", None)), tmp_path / "out"
+    settings = smallest_recipe(tmp_path / "unused", None)
+    # A number is a weight without a schedule.
+    settings["dvae"]["objective"] = {"kl_weight": 0.3, "temperature": {"start": 1.0, "end": 0.5, "updates": 4}}
+    recipe, out = write_recipe(tmp_path, settings), tmp_path / "out"
     sources = [tmp_path / "earlier-pictures", tmp_path / "later-pictures"]
     for first, folder in zip((0, 100), sources, strict=True):
         for i in range(first, first + 40):
