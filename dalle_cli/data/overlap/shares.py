@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -116,13 +115,12 @@ class _SourceShares:
         return [shard for shard in self._shards if not self._file(shard, ".marks").is_file()]
 
     def digests(self) -> list[str]:
-        """Return the hash of the marks of each share, which end their files."""
-        found = []
-        for shard in self._shards:
-            with self._file(shard, ".marks").open("rb") as file:
-                file.seek(-min(_DIGEST_BYTES, file.seek(0, os.SEEK_END)), os.SEEK_END)
-                found.append(file.read().hex())
-        return found
+        """Return the hash of the marks of each share.
+
+        Raises:
+            UserError: a file is damaged.
+        """
+        return [hashlib.sha256(self._content(shard)).hexdigest() for shard in self._shards]
 
     def pictures(self) -> UniquePictures:
         """Return the distinct pictures of all shares.
@@ -140,17 +138,24 @@ class _SourceShares:
         return self.folder / f"{self.name}-{shard.number:04d}-of-{shard.of:04d}{suffix}"
 
     def _marks(self, shard: Shard) -> Marks:
-        file = self._file(shard, ".marks")
         try:
-            with explain_os_errors(file):
-                written = file.read_bytes()
-            data, digest = written[:-_DIGEST_BYTES], written[-_DIGEST_BYTES:]
-            if hashlib.sha256(data).digest() != digest:
-                raise ValueError("its content is not what was written")
-            marks: Marks = np.load(io.BytesIO(data), allow_pickle=False)
+            marks: Marks = np.load(io.BytesIO(self._content(shard)), allow_pickle=False)
             if marks.dtype != MARKS or marks.shape != (len(self._rows(shard)),):
                 raise ValueError("it has another shape")
         except (ValueError, EOFError) as error:
-            reason = type(error).__name__
-            raise UserError(f"{file}: is damaged ({reason}); delete it and make share {shard} again") from None
+            raise self._damage(shard, error) from None
         return marks
+
+    def _content(self, shard: Shard) -> bytes:
+        """Return what was written into a share's file of marks, without the hash at its end."""
+        file = self._file(shard, ".marks")
+        with explain_os_errors(file):
+            written = file.read_bytes()
+        data, digest = written[:-_DIGEST_BYTES], written[-_DIGEST_BYTES:]
+        if hashlib.sha256(data).digest() != digest:
+            raise self._damage(shard, ValueError())
+        return data
+
+    def _damage(self, shard: Shard, error: Exception) -> UserError:
+        file, reason = self._file(shard, ".marks"), type(error).__name__
+        return UserError(f"{file}: is damaged ({reason}); delete it and make share {shard} again")

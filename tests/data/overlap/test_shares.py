@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,10 @@ def test_shares_that_do_not_belong_together_are_refused(folders: tuple[Path, Pat
     with pytest.raises(UserError, match=r"0001-of-0002.json: was made with other similarity; make all shares alike"):
         overlap_share(train, None, tmp_path, Shard(2, 2), Comparison(HOW.max_pixels, 1, 0.9))
     (marks,) = tmp_path.glob("*-0002-of-0002.marks")
-    for content in (b"", marks.read_bytes()[:-1], marks.read_bytes()[:-25].replace(b"(8,)", b"(7,)")):
+    whole = marks.read_bytes()
+    flipped = bytearray(whole)
+    flipped[-40] ^= 1
+    for content in (b"", whole[:-1], bytes(flipped), whole.replace(b"(8,)", b"(7,)")):
         marks.write_bytes(content)
         with pytest.raises(UserError, match=r"marks: is damaged \(\w+\); delete it and make share 2/2 again"):
             overlap_share(train, None, tmp_path, Shard(1, 2), HOW)
@@ -93,3 +97,18 @@ def test_the_command(call: Call, folders: tuple[Path, Path], tmp_path: Path) -> 
     assert "thumbnails of share 1/2 are made; still to be made: 2/2; then run all shares again" in done[0].err
     assert "share 2/2 is compared; still to be compared: 1/2" in done[1].err
     assert done[2].out == call(*arguments).out != ""
+
+
+def test_pairs_of_other_marks_are_not_joined(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """Numbers of pictures mean other pictures once thumbnails are made anew with other limits."""
+    train = open_source(str(folders[0]))
+    for i in (1, 2, 1):
+        overlap_share(train, None, tmp_path, Shard(i, 2), HOW)
+    with pytest.raises(UserError, match=r"0001-of-0002.json: was made with other max_pixels; make all shares alike"):
+        overlap_share(train, None, tmp_path, Shard(2, 2), Comparison(2 * HOW.max_pixels, 1, HOW.threshold))
+    (marks,) = tmp_path.glob("*-0002-of-0002.marks")
+    made_anew = bytearray(marks.read_bytes()[:-32])
+    made_anew[-1] ^= 1
+    marks.write_bytes(made_anew + hashlib.sha256(made_anew).digest())
+    with pytest.raises(UserError, match=r"0001-of-0002.json: was made with other marks; make all shares alike"):
+        overlap_share(train, None, tmp_path, Shard(2, 2), HOW)
