@@ -10,7 +10,7 @@ import codecs
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -130,8 +130,10 @@ def _excluded_bits(source: Source, file: Path) -> tuple[NDArray[np.uint8], str]:
     kept = _kept_file(made_of)
     if kept is None:
         return _find_excluded(source, file)
-    # One process of a machine searches, and the others, such as the ranks of a training, take what it found.
-    with locked(kept.with_suffix(".lock")):
+    with ExitStack() as held:
+        with suppress(OSError, UserError):  # each process searches where nothing can be kept
+            # One process searches, and the others, such as the ranks of a training, take what it found.
+            held.enter_context(locked(kept.with_suffix(".lock")))
         if (bits := read_bits(kept, made_of, len(source))) is None:
             bits, found = _find_excluded(source, file)
             if found != sha256:  # the file was replaced meanwhile
