@@ -241,7 +241,7 @@ def assert_same_run(found: Path, expected: Path, tolerance: float) -> None:
         for name, value in one.tensors(kind).items():
             assert float((value - weights[name]).abs().max()) < tolerance, name
             moved = max(moved, float((value - began[name]).abs().max()))
-    assert moved > 1000 * tolerance
+    assert moved > 400 * tolerance
     lines = [(run / "metrics.jsonl").read_text().splitlines() for run in (expected, found)]
     for ours, theirs in zip(*(map(json.loads, own) for own in lines), strict=True):
         assert ours.keys() == theirs.keys()
@@ -254,7 +254,7 @@ def test_two_ranks_equal_one_process(case: str, by_hand: Chain, together: Path, 
     stage, changes = CASES[case]
     assert call(*command(by_hand, stage, tmp_path / case, changes)).code == 0
     # Adam magnifies the rounding of a gradient that is nearly zero, which a bias of the score function's estimate has.
-    assert_same_run(together / case, tmp_path / case, 4e-6 if case == "reinforce" else 1e-6)
+    assert_same_run(together / case, tmp_path / case, 3e-6 if case == "reinforce" else 1e-6)
     if case == "reinforce":
         rates = {json.loads(line).get("lr") for line in (together / case / "metrics.jsonl").read_text().splitlines()}
         assert len(rates - {None}) > 2

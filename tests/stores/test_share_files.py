@@ -24,7 +24,7 @@ def test_results_come_back(tmp_path: Path) -> None:
 def test_other_and_damaged_shares_are_refused(tmp_path: Path) -> None:
     files = ShareFiles(tmp_path, 2, {"source": "s"}, KIND)
     files.write(Shard(1, 2), {"x": [0.5]})
-    with pytest.raises(UserError, match="holds shares of another number than 3; delete it, or name another folder"):
+    with pytest.raises(UserError, match="holds shares of another number than 3; delete it, or keep to that number"):
         ShareFiles(tmp_path, 3, {"source": "s"}, KIND)
     with pytest.raises(UserError, match="was made with other source; make all shares alike"):
         ShareFiles(tmp_path, 2, {"source": "t"}, KIND).read()
