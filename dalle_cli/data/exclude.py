@@ -174,7 +174,7 @@ def _made_of(source: Source, sha256: str) -> str:
 
 def _kept_file(made_of: str) -> Path | None:
     """Return the place of the bits that are kept; None for a user without a home."""
-    with suppress(RuntimeError):
+    with suppress(UserError):
         return user_cache("exclude") / f"{made_of}.bits"
     return None
 

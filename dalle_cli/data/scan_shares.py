@@ -40,11 +40,9 @@ def scan_share(
         "languages": detector is not None,
     }
     files = ShareFiles(folder, shard.of, made_of, TypeAdapter(Counts))
-    found = files.read()
-    if found[shard] is None:
-        # Counts are kept in the order of the samples, for equal files.
-        files.write(shard, count_samples(source, shard.rows(len(source), BLOCK), data, image_size, workers, detector))
-        found = files.read()  # others may have been counted meanwhile
+    rows = shard.rows(len(source), BLOCK)
+    # Counts are kept in the order of the samples, for equal files.
+    found = files.read_with(shard, lambda: count_samples(source, rows, data, image_size, workers, detector))
     if missing := [each for each, there in found.items() if there is None]:
         log(f"scan: share {shard} is counted; still to be counted: {join_names(missing)}")
         return None

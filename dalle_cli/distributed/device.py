@@ -37,15 +37,15 @@ def choose_device(wanted: Device = "auto", local_rank: int = 0) -> torch.device:
         named, wanted = DEVICE_VARIABLE, _variable()
     if wanted == "cpu":
         return torch.device("cpu")
-    if wanted == "mps" and not torch.backends.mps.is_available():
+    with_cuda, with_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if wanted == "mps" and not with_mps:
         raise UserError(f"{named}: torch {torch.__version__} finds no GPU of Apple's here; set it to auto")
-    if wanted == "cuda" and not torch.cuda.is_available():
+    if wanted == "cuda" and not with_cuda:
         raise UserError(
             f"{named}: torch {torch.__version__} finds no GPU by CUDA on {platform.node()}; set it to auto, or install "
             "a torch for the driver's version of CUDA"
         )
-    with_cuda = torch.cuda.is_available()
-    if wanted == "mps" or (wanted == "auto" and not with_cuda and torch.backends.mps.is_available()):
+    if wanted == "mps" or (wanted == "auto" and with_mps and not with_cuda):
         return torch.device("mps")
     if not with_cuda:
         if (given := os.environ.get("SLURM_GPUS_ON_NODE", "0")) != "0":

@@ -115,8 +115,15 @@ def _plain_cell(cell: object) -> object:
 
 
 def user_cache(name: str) -> Path:
-    """Return the folder ``name`` of dalle's in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dalle" / name
+    """Return the folder ``name`` of dalle's in the user's cache folder.
+
+    Raises:
+        UserError: the user has no home.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dalle" / name
+    except RuntimeError as error:
+        raise UserError(f"XDG_CACHE_HOME: is not set, and there is no home ({error}); set it to a folder") from None
 
 
 def plain_name(text: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -40,6 +41,18 @@ class ShareFiles(Generic[T]):
             UserError: a share was made of something else, or is damaged.
         """
         return {shard: self._read(shard) for shard in self.shards}
+
+    def read_with(self, shard: Shard, make: Callable[[], T]) -> dict[Shard, T | None]:
+        """Return what ``read`` does, once the result of ``shard`` is there, which ``make`` makes if it is not.
+
+        Raises:
+            UserError: see ``read``.
+        """
+        found = self.read()
+        if found[shard] is None:
+            self.write(shard, make())
+            found = self.read()  # others may have been made meanwhile
+        return found
 
     def write(self, shard: Shard, result: T) -> None:
         """Write the result of a share; equal results make equal files."""

@@ -46,7 +46,7 @@ def keep_usable_rows(reader: TokenReader) -> None:
     """Have a store that is large and complete keep its usable rows."""
     if len(reader) >= SMALLEST and _is_complete(reader) and known_usable_rows(reader) is None:
         log(f"{reader.path}: is complete; counting the rows that training can use")
-        usable_rows(reader)
+        keep_bits(reader.path / FILE, _made_of(reader), reader.usable_bits())
 
 
 def _is_complete(reader: TokenReader) -> bool:

@@ -128,23 +128,18 @@ class _Choice:
 def _measure(recipe: Recipe, kind: Kind, trial: Callable[[Recipe], Update]) -> tuple[str, str]:
     """Return the precision that is faster in this process, or that was when it was measured, and the reason."""
     use_settings(recipe)
-    kept: Path | None = None
-    with suppress(RuntimeError):  # a user without a home
-        kept = user_cache("precision") / f"{_sizes_hash(recipe, kind)}.json"
-    when = "measured on this kind of processor before"
-    choice: _Choice | None = None
-    if kept is not None:
-        with suppress(UserError, OSError):
-            choice = read_typed(_Choice, kept)
-    if choice is None:
+    name, when = f"{_sizes_hash(recipe, kind)}.json", "measured on this kind of processor before"
+    try:
+        choice = read_typed(_Choice, user_cache("precision") / name)
+    except (UserError, OSError):
         log(f"{kind}.precision: auto times updates in fp32 and in bf16")
         # One after the other, since a model that just fits leaves no room for a second one.
         fp32, bf16 = (seconds_of(trial(with_precision(recipe, kind, each))) for each in ("fp32", "bf16"))
         choice, when = _Choice("bf16" if bf16 * GAIN < fp32 else "fp32", fp32, bf16), "measured now"
-        if kept is not None:
-            with suppress(UserError, OSError):  # it is measured again where nothing can be kept
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                write_json(kept, asdict(choice))
+        with suppress(UserError, OSError):  # it is measured again where nothing can be kept
+            folder = user_cache("precision")
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / name, asdict(choice))
     return choice.precision, f"an update takes {choice.fp32:.3g} s in fp32, {choice.bf16:.3g} s in bf16, {when}"
 
 

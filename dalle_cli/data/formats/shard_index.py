@@ -123,7 +123,7 @@ def index_folder() -> Path | None:
         return Path(named)
     try:
         return user_cache("index")
-    except RuntimeError:
+    except UserError:
         return None
 
 

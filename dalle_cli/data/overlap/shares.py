@@ -7,6 +7,7 @@ last one joins them.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 from pathlib import Path
@@ -59,16 +60,17 @@ def overlap_share(train: Source, other: Source | None, cache: Path, shard: Shard
     made_of = {"similarity": how.threshold, "max_pixels": how.max_pixels, "marks": hash_of(marks)}
     folder = cache / f"{'-'.join(source.name for source in sources)}.pairs"
     files = ShareFiles(folder, shard.of, made_of, TypeAdapter(_PairLists))
-    found, sets = files.read(), None
-    if found[shard] is None:
-        a, b = sets = _pictures(sources)
-        own = near_duplicates(a, b, workers=how.workers, threshold=how.threshold, folder=cache, shard=shard)
-        files.write(shard, _PairLists(*(field.tolist() for field in own)))
-        found = files.read()  # others may have been compared meanwhile
+    pictures = functools.cache(lambda: _pictures(sources))
+
+    def compare() -> _PairLists:
+        own = near_duplicates(*pictures(), workers=how.workers, threshold=how.threshold, folder=cache, shard=shard)
+        return _PairLists(*(field.tolist() for field in own))
+
+    found = files.read_with(shard, compare)
     if missing := [each for each, there in found.items() if there is None]:
         log(f"overlap: share {shard} is compared; still to be compared: {join_names(missing)}")
         return None
-    a, b = sets or _pictures(sources)
+    a, b = pictures()
     every = [
         Pairs(np.array(p.a, np.int64), np.array(p.b, np.int64), np.array(p.distance, np.int64),
               np.array(p.similarity, np.float32))

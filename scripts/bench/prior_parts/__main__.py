@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from dalle_cli.config.load import load_recipe
-from dalle_cli.config.schema import Recipe
 from dalle_cli.distributed.device import keep_freed_memory
-from dalle_cli.training.precision_choice import with_precision
+from dalle_cli.planning.fit import with_planned_precision
+from dalle_cli.planning.memory import Machines
 from prior_parts import attention, quickstart, recipe, sampling, sampling_memory, step, step_memory
 from prior_parts.peer import load_peer
 from prior_parts.quickstart import UPDATES
@@ -30,13 +30,6 @@ GPU_PARTS = ("recipe",)
 def log(line: str) -> None:
     """Print a line of progress on stderr."""
     print(line, file=sys.stderr, flush=True)
-
-
-def _in_stated_precision(recipe: Recipe, device: str) -> Recipe:
-    """Return the recipe with bf16 on a GPU and fp32 on a CPU in place of auto."""
-    if recipe.prior.precision != "auto":
-        return recipe
-    return with_precision(recipe, "prior", "bf16" if device == "cuda" else "fp32")
 
 
 def parts(
@@ -67,7 +60,9 @@ def parts(
         "quickstart": lambda: quickstart.measure(log, updates),
         "sampling": lambda: sampling.measure(sampling_sizes, peer, log),
         "sampling-memory": lambda: sampling_memory.measure(sampling_sizes, log),
-        "recipe": lambda: recipe.measure(_in_stated_precision(load_recipe(path, changes), device), device, log),
+        "recipe": lambda: recipe.measure(
+            with_planned_precision(load_recipe(path, changes), Machines(1, 1, 0, device == "cpu")), device, log
+        ),
     }
 
 

@@ -289,7 +289,7 @@ def test_a_cache_that_cannot_be_written_is_said_once(
     assert said.count("index: not kept (") == 1
     assert "set DALLE_INDEX to a folder that may be written" in said
     monkeypatch.delenv(INDEX)
-    monkeypatch.setattr(shard_index, "user_cache", mock.Mock(side_effect=RuntimeError("no home directory")))
+    monkeypatch.setattr(shard_index, "user_cache", mock.Mock(side_effect=UserError("no home directory")))
     assert open_source(folder).identity == plain.identity
 
 
