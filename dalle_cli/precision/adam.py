@@ -90,7 +90,7 @@ class Adam16(torch.optim.Optimizer):
         return loss
 
     def settle(self) -> None:
-        """Correct the counts ``step`` after the newest update, for which a GPU may have to be waited for.
+        """Correct the counts ``step`` after the newest update; this may wait for a GPU.
 
         Each step settles the one before it, whose factors have arrived by then. Call this before reading ``state``.
         """

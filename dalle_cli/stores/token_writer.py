@@ -346,7 +346,7 @@ class PartWriter:
         return sizes
 
     def _commit(self, rows: int, reasons: Iterable[str], counts: Mapping[str, int], sizes: Mapping[str, int]) -> None:
-        """Commit ``rows`` more, whose arrays and keys have been written in files of ``sizes`` bytes by array."""
+        """Commit ``rows`` more, whose arrays and keys are written; ``sizes`` are the bytes of their files by array."""
         now = self.progress
         self.progress = replace(
             now,
