@@ -91,11 +91,16 @@ def judge(ranked: Sequence[Pool], advance: Callable[[], None] | None = None) -> 
     for pool in ranked:
         claim = claim_of(pool.prompt)
         if claim is not None:
-            right = tuple(matches_claim(claim, detect(load_picture(line))) for line in pool.lines)
+            right = tuple(shows(claim, load_picture(line)) for line in pool.lines)
             judged.append(JudgedPool(pool, group_of(claim), right))
         if advance is not None:
             advance()
     return judged
+
+
+def shows(claim: Claim, picture: NDArray[np.uint8]) -> bool:
+    """Return whether the oracle finds exactly the claim in a picture (H, W, 3)."""
+    return matches_claim(claim, detect(picture))
 
 
 def load_picture(line: SampleLine) -> NDArray[np.uint8]:
