@@ -49,7 +49,8 @@ def render(found: Description, console: Console) -> None:
 
 def _run(found: RunDescription) -> list[Table]:
     rows = [(stage.command, stage.state, stage.detail) for stage in found.stages]
-    next_lines = [("next", "nothing: all stages are done" if found.next is None else f"dalle {found.next}")]
+    command = found.line or f"dalle {found.next}"
+    next_lines = [("next", "nothing: all stages are done" if found.next is None else command)]
     return [grid_table(f"Run {found.path}", ["stage", "state", ""], rows), pairs_table("", next_lines)]
 
 
