@@ -26,7 +26,7 @@ def render_plan(plan: Plan, console: Console, start: Start | None = None, measur
 
 def render_compression(rows: Sequence[CompressionRow], console: Console) -> None:
     """Print how much PowerSGD saves, recipe by recipe."""
-    columns = ["recipe", "effective parameters", "d_model", "rank", "paper, 1 - 5r/(8d)", "shards here", "all bytes"]
+    columns = ["recipe", "parameters", "d_model", "rank", "paper", "shards here", "all bytes"]
     cells = [
         [
             row.recipe,
@@ -38,7 +38,8 @@ def render_compression(rows: Sequence[CompressionRow], console: Console) -> None
         for row in rows
     ]
     notes = [
-        ("paper", "the closed form of section 2.5: matrices split along their longer side among 8 GPUs"),
+        ("parameters", "effective ones, in the resblocks' matrices"),
+        ("paper", "the closed form of section 2.5, 1 - 5r/(8d): matrices split along their longer side among 8 GPUs"),
         ("shards here", "values of the resblocks' matrices, split likewise; query, key and value are one matrix"),
         (
             "all bytes",

@@ -140,7 +140,7 @@ def pairs_table(title: str, rows: Iterable[tuple[str, Any]]) -> Table:
 
 def grid_table(title: str, columns: list[str], rows: Iterable[Iterable[Any]], right: Iterable[int] = ()) -> Table:
     """Return a table with a header row; columns whose index is in ``right`` are right-aligned."""
-    table = Table(title=title, header_style="dim", box=None, padding=(0, 2))
+    table = Table(title=title, header_style="dim", box=None, padding=(0, 2), collapse_padding=True)
     for place, name in enumerate(columns):
         table.add_column(name, justify="right" if place in set(right) else "left", overflow="fold")
     for row in rows:
