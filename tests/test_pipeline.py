@@ -69,7 +69,7 @@ def test_settings_begin_from_the_recipe(chain: TinyChain) -> None:
 
 
 def test_a_run_without_a_prior_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="prior: holds no checkpoint"):
+    with pytest.raises(UserError, match="this run has no prior yet; train it with dalle train-prior"):
         Pipeline.open(tmp_path)
 
 

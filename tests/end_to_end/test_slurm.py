@@ -259,7 +259,7 @@ def test_the_chain_runs_from_the_captions_to_the_report(slurm: Cluster, tmp_path
     )  # fmt: skip
     assert submitted.returncode == 0, submitted.stderr
     jobs = dict(line.split() for line in submitted.stdout.splitlines())
-    assert set(jobs) == STAGES
+    assert set(jobs) == STAGES - {"index", "scan", "overlap"}  # which a small set does not need
     facts = slurm.finish(*jobs.values())
     said = slurm.said()
     assert {each["JobState"] for each in facts} == {"COMPLETED"}, said
