@@ -27,7 +27,7 @@ from dalle_cli.errors import UserError, explain_system_error
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """Beginnings of formulas in spreadsheets (OWASP, "CSV injection")."""
 SECONDS_FOR_WORKERS = 5.0
-"""How long the workers of a process that was killed may hold its lock before another process is refused."""
+"""Seconds that workers of a killed process may hold its lock before another process is refused."""
 
 
 def sha256_file(path: Path) -> str:
