@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, BinaryIO, Literal, get_args
@@ -39,6 +40,8 @@ StageName = Literal[
     "report",
 ]
 STAGE_NAMES: tuple[StageName, ...] = get_args(StageName)
+WITH_RECIPE = STAGE_NAMES[: STAGE_NAMES.index("sample")]
+"""Stages whose first argument is the recipe, and which record their command in the run."""
 HELD_OUT_CAPTIONS = 50
 """Number of held-out captions that the chain draws by default."""
 IN_CHAIN = "DALLE_IN_CHAIN"
@@ -101,6 +104,26 @@ def log_next(done: StageName, file: Path, recipe: Recipe, changes: Sequence[str]
         if found is not None and found.next is not None and states[done] == "done" and not nothing_to_draw:
             stages = stages_of(file, recipe, changes, HELD_OUT_CAPTIONS, None)
             log(f"next: {next(stage.line for stage in stages if stage.name == found.next)}")
+
+
+def next_line(run: Path, stage: str) -> str:
+    """Return the command of a run's next stage, with the recipe and the changes of the last command recorded in it.
+
+    If none is recorded, RECIPE stands in its place.
+    """
+    from dalle_cli.config.schema import Recipe
+    from dalle_cli.stores.provenance import read_commands
+
+    file, changes = "RECIPE", list[str]()
+    for line in reversed(read_commands(run)):
+        words = shlex.split(line["command"])
+        if len(words) > 2 and words[1] in WITH_RECIPE and not words[2].startswith("-"):
+            given = list(pairwise(words))
+            changes = [value for option, value in given if option == "--set"]
+            file, changes = words[2], changes + [f"data.train={value}" for option, value in given if option == "--data"]
+            break
+    stages = stages_of(Path(file), Recipe(run=str(run)), changes, HELD_OUT_CAPTIONS, None)
+    return next(each.line for each in stages if each.name == stage)
 
 
 def run_stages(stages: Sequence[Stage]) -> None:

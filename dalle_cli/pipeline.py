@@ -18,7 +18,7 @@ from dalle_cli.data.sample_lines import SampleLine
 from dalle_cli.distributed.device import choose_device
 from dalle_cli.sampling.request import SampleRequest, default_folder
 from dalle_cli.sampling.sampler import Sampler
-from dalle_cli.stores.checkpoint import Which, open_checkpoint
+from dalle_cli.stores.checkpoint import Which, open_stage
 from dalle_cli.text.bpe import Tokenizer
 
 
@@ -92,10 +92,8 @@ class Pipeline:
 
     def __init__(self, places: RunFolders, which: Which = "best") -> None:
         self.places, self.which = places, which
-        self._prior = open_checkpoint(places.prior, "prior", which)
-        self._sampler = Sampler(
-            self._prior, open_checkpoint(places.dvae, "dvae", which), Tokenizer.load(places.tokenizer)
-        )
+        self._prior = open_stage(places.prior, "prior", which)
+        self._sampler = Sampler(self._prior, open_stage(places.dvae, "dvae", which), Tokenizer.load(places.tokenizer))
 
     @classmethod
     def open(cls, run: str | Path, checkpoint: Which = "best") -> Pipeline:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import statistics
 import sys
 import time
 from collections import deque
@@ -109,7 +108,7 @@ class Progress:
         if len(self._steps) < RECENT:
             return
         # A median, because validations and checkpoints lengthen single steps.
-        step, self._steps = statistics.median(self._steps), []
+        step, self._steps = sorted(self._steps)[RECENT // 2], []
         self._fastest = min(self._fastest, step)
         if step > SLOWER * self._fastest:
             self.steady = False

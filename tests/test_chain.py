@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import time
@@ -61,6 +62,8 @@ def test_part_of_a_chain(tmp_path: Path) -> None:
     assert "next: " not in done.err
     alone = run("tokenize-text", file, "--set", "description=a b")
     assert alone.err.splitlines()[-1] == f"next: dalle train-dvae {file} --set 'description=a b'"
+    shown = run("show", tmp_path / "run", "--json")
+    assert json.loads(shown.out)["line"] == f"dalle train-dvae {file} --set 'description=a b'"
     other = run("train-tokenizer", file, "--out", tmp_path / "elsewhere", "--set", f"run={tmp_path / 'other'}")
     assert (other.code, "next: " in other.err) == (0, False)
     assert (
@@ -114,7 +117,7 @@ def test_a_killed_chain_ends_with_the_bytes_of_its_stages(tmp_path: Path) -> Non
         if stage.output is not None:
             stage.output.write_text(printed)
     wanted = {name: value for name, value in files(alone.parent / "run").items() if name.endswith(("tensors", ".png"))}
-    command = ["run", chained, "--captions", 2]
+    command = ["run", chained, "--limit", 2]
     run_folder = chained.parent / "run"
     for made in ("dvae/step-00000004", "prior/step-00000008"):
         assert kill(command, (run_folder / made).exists, 0.01)

@@ -25,7 +25,7 @@ from dalle_cli.config.run_folders import run_of
 from dalle_cli.distributed.device import use_settings
 from dalle_cli.errors import UserError
 from dalle_cli.pretrained import first_line, no_waiting_for_a_network, quiet, weights_hash
-from dalle_cli.stores.checkpoint import Which, check_belongs, open_checkpoint
+from dalle_cli.stores.checkpoint import Which, check_belongs, open_stage
 from dalle_cli.stores.files import sha256_file
 from dalle_cli.text.bpe import Tokenizer
 from dalle_cli.text.encode import CaptionEncoder
@@ -222,21 +222,20 @@ def load_scorer(
     Raises:
         UserError: there is no such CLIP, or the tokenizer is not the one it was trained with.
     """
-    if pretrained is not None or (clip is not None and clip.startswith(_SCHEMAS)):
-        if clip is None:
-            raise UserError("--pretrained needs --clip with the open_clip model's name, such as ViT-B-32")
+    if clip is not None and (pretrained is not None or clip.startswith(_SCHEMAS)):
         return OpenClipScorer(clip, pretrained or "", device=str(device))
     folder = Path(clip) if clip is not None else run_of(beside).clip
     if not folder.exists():
         raise UserError(
             f"{folder}: no CLIP there; train one with dalle train-clip, or give --clip MODEL --pretrained TAG|FILE"
         )
-    checkpoint = open_checkpoint(folder, "clip", which)
+    checkpoint = open_stage(folder, "clip", which)
     bpe = Tokenizer.load(tokenizer or run_of(checkpoint.path).tokenizer)
     check_belongs(checkpoint, "tokenizer", bpe.identity, bpe.name)
     recipe = checkpoint.recipe()
     use_settings(recipe)
-    name = f"{checkpoint.path} sha256:{checkpoint.identity[:12]}"
+    # The end of the path, such as quickstart/clip/step-00001050, is the same from every folder and on every machine.
+    name = f"{Path(*checkpoint.path.resolve().parts[-3:])} sha256:{checkpoint.identity[:12]}"
     encoder = CaptionEncoder(bpe, recipe.tokenizer)
     return OwnScorer(load_clip(checkpoint).to(device), encoder, recipe.image_size, name=name)
 

@@ -49,12 +49,12 @@ def command(
 
     from dalle_cli.dvae.encode import encode_source
     from dalle_cli.progress import log
-    from dalle_cli.stores.checkpoint import open_checkpoint
+    from dalle_cli.stores.checkpoint import open_stage
     from dalle_cli.stores.provenance import record_command
     from dalle_cli.stores.shards import parse_shard
 
     share = parse_shard(shard)
-    checkpoint = open_checkpoint(dvae or places.dvae, "dvae", which)
+    checkpoint = open_stage(dvae or places.dvae, "dvae", which)
     found = encode_source(settings, read_source(settings), checkpoint, out, share)
     log(f"{out}: {found.rows} pictures, {found.skipped} skipped")
     record_command(out)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from dalle_cli.commands.options import named_systems
+from dalle_cli.commands.options import named_systems, require_clip
 from dalle_cli.errors import UserError
 
 
@@ -79,7 +79,7 @@ def command(
     cache: Annotated[
         Path | None, typer.Option(help="Folder of cached features. \\[the user's cache]", show_default=False)
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Also write the figures to this JSON file.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the figures; stdout by default.")] = None,
     page: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Write index.html, JSON, CSV and plots into this folder.")
     ] = None,
@@ -107,6 +107,7 @@ def command(
 
     if sum(option is not None for option in (inception_weights, clip, network)) > 1:
         raise UserError("--inception-weights, --clip and --features exclude each other; choose one of them")
+    require_clip(clip, pretrained)
     if classes is not None and clip is None:
         raise UserError("--classes needs --clip, since Inception has its own classes; give --clip, or drop --classes")
     if preset is not None and captions is not None:
@@ -172,9 +173,11 @@ def command(
 
         grid = choose_grid(systems, true_pictures_of(published, real), rows, seed)
         write_evaluation(evaluation, grid, page)
-    if out is not None:
+    if out is None:
+        typer.echo(json.dumps(evaluation_json(evaluation), indent=2))
+    else:
         write_json(out, evaluation_json(evaluation))
-    typer.echo(json.dumps(evaluation_json(evaluation), indent=2))
+        typer.echo(out)
 
 
 def parse_pool_sizes(text: str) -> list[int]:

@@ -100,7 +100,7 @@ def serve(
 @app.command(no_args_is_help=True)
 def report(
     out: StudyArgument,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Report the votes: majority shares with 95% intervals, Fleiss' kappa, attention checks, plot and page.
 

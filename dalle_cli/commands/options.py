@@ -186,6 +186,12 @@ def folders(recipe: Recipe) -> RunFolders:
     return RunFolders(Path(recipe.run))
 
 
+def require_clip(clip: str | None, pretrained: str | None) -> None:
+    """Raise UserError if ``--pretrained`` is given without the ``--clip`` that it belongs to."""
+    if pretrained is not None and clip is None:
+        raise UserError("--pretrained needs --clip with the open_clip model's name, such as ViT-B-32")
+
+
 def named_systems(given: list[str], metavar: str, example: str) -> dict[str, str]:
     """Parse values of ``--system``, such as ``ours=ranked.jsonl``, into a path for each system's name.
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dalle_cli.commands.options import SetOption, ShardOption, read_source, recipe_for
+from dalle_cli.commands.options import SetOption, ShardOption, read_source, recipe_for, require_clip
 from dalle_cli.errors import UserError
 
 
@@ -79,6 +79,7 @@ def command(
 
     if clip is not None and network is not None:
         raise UserError("--clip and --features exclude each other; choose one of them")
+    require_clip(clip, pretrained)
     share = parse_shard(shard)
     if share != WHOLE and (clip is not None or network is not None):
         raise UserError("--shard is for the comparison of hashes; leave out --clip and --features")

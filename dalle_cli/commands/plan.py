@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dalle_cli.commands.options import SetOption, read_recipe
+
+if TYPE_CHECKING:
+    from dalle_cli.planning.budget import StageTime
 
 
 def command(
@@ -35,13 +38,16 @@ def command(
     disk: Annotated[
         str, typer.Option(metavar="SIZE", help="Bytes of a checkpoint that a node writes per second.")
     ] = "1GB",
-    data: Annotated[
+    pairs: Annotated[
         str | None,
-        typer.Option(metavar="PAIRS", help="Reckon the data path of so many pairs, such as 250M.", show_default=False),
+        typer.Option(metavar="COUNT", help="Reckon the data path of so many pairs, such as 250M.", show_default=False),
     ] = None,
-    tasks: Annotated[int, typer.Option(min=1, help="With --data: number of jobs, each on such a machine.")] = 64,
+    tasks: Annotated[int, typer.Option(min=1, help="With --pairs: number of jobs, each on such a machine.")] = 64,
     table: Annotated[
-        bool, typer.Option("--table", help="Print PowerSGD's compression for RECIPE, or for all in recipes/.")
+        bool, typer.Option("--table", help="Print PowerSGD's compression for RECIPE, or for all shipped recipes.")
+    ] = False,
+    here: Annotated[
+        bool, typer.Option("--here", help="Plan for this machine, and time the updates of all stages on it.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     set_: SetOption = None,
@@ -50,13 +56,18 @@ def command(
 
     The plan is computed from the model's shapes; nothing is allocated or run. If the recipe does not fit, the plan
     names settings with which it does. All assumptions are printed.
-    With --data, the plan is of the steps before the training, from tars to a token store: their time on machines like
+    With --here, the plan is for this machine, a laptop for example, and has the time of each stage's training, from
+    updates that are timed in some seconds.
+
+    With --pairs, the plan is of the steps before the training, from tars to a token store: their time on machines like
     this one, measured in about half a minute, and the files and bytes that they leave.
 
     Example: [bold]dalle plan recipes/12b.yaml --gpus-per-node 8 --nodes 128 --gpu-memory 16GB --interconnect
     100Gbit[/bold]
 
-    Example: [bold]dalle plan recipes/12b.yaml --data 250M --tasks 64[/bold]
+    Example: [bold]dalle plan recipes/quickstart.yaml --here[/bold]
+
+    Example: [bold]dalle plan recipes/12b.yaml --pairs 250M --tasks 64[/bold]
     """
     import json
     from dataclasses import asdict
@@ -88,12 +99,12 @@ def command(
     if recipe is None:
         raise UserError("dalle plan: name a recipe, such as recipes/12b.yaml, or give --table")
     settings = read_recipe(recipe, set_)
-    if data is not None:
-        pairs = parse_count(data, "--data")
+    if pairs is not None:
+        count = parse_count(pairs, "--pairs")
         from dalle_cli.planning.data_path import plan_data_path
         from dalle_cli.views.plan_tables import render_data_path
 
-        path = plan_data_path(settings, pairs, tasks)
+        path = plan_data_path(settings, count, tasks)
         if as_json:
             typer.echo(json.dumps(asdict(path), indent=2))
             return
@@ -103,10 +114,20 @@ def command(
         return
     written = float(parse_bytes(disk, "--disk"))
     assumed = assume(settings, peak_tflops, share=share, interconnect=rate, price=price, disk=written)
-    found = plan(settings, Machines(gpus_per_node, nodes, memory), assumed)
+    times: list[StageTime] = []
+    if here:
+        from dalle_cli.distributed.launch import read_launch
+        from dalle_cli.planning.budget import stage_times
+        from dalle_cli.planning.this_machine import this_machine
+
+        found = plan(settings, this_machine(settings, read_launch()), assumed, reckon_time=False)
+        times = stage_times(settings, prior_fits=found.memory.fits)
+    else:
+        found = plan(settings, Machines(gpus_per_node, nodes, memory), assumed)
     if as_json:
-        typer.echo(json.dumps(asdict(found), indent=2))
+        measured = {"here": [asdict(each) for each in times]} if here else {}
+        typer.echo(json.dumps(asdict(found) | measured, indent=2))
         return
     from rich.console import Console
 
-    render_plan(found, Console())
+    render_plan(found, Console(), measured=times)

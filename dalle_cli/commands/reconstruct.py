@@ -43,10 +43,10 @@ def command(
 
     from dalle_cli.dvae.reconstruct import list_images, mean_metrics, reconstruct_images
     from dalle_cli.progress import log
-    from dalle_cli.stores.checkpoint import open_checkpoint
+    from dalle_cli.stores.checkpoint import open_stage
     from dalle_cli.stores.provenance import record_command
 
-    checkpoint = open_checkpoint(dvae, "dvae", which)
+    checkpoint = open_stage(dvae, "dvae", which)
     terminal = sys.stdout.isatty()
     done = []
     for reconstruction in reconstruct_images(checkpoint, list_images(images), out, size, alone=alone):

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dalle_cli.commands.options import CheckpointOption
+from dalle_cli.commands.options import CheckpointOption, require_clip
 
 
 def command(
@@ -50,6 +50,7 @@ def command(
 
     from dalle_cli.errors import UserError
 
+    require_clip(clip, pretrained)
     if not manifests and (sys.stdin is None or sys.stdin.isatty()):
         raise UserError("nothing to rerank; pipe dalle sample into this command, or name a file of its output")
     named = ", ".join(map(str, manifests)) if manifests else "stdin"

@@ -16,8 +16,8 @@ def command(
     data: DataOption = None,
     first: Annotated[StageName, typer.Option("--from", help="First stage to run.")] = "train-tokenizer",
     last: Annotated[StageName, typer.Option("--until", help="Last stage to run.")] = "report",
-    captions: Annotated[
-        int, typer.Option("--captions", metavar="N", min=1, help="Number of held-out captions to draw.")
+    limit: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Number of held-out captions to draw.")
     ] = HELD_OUT_CAPTIONS,
     set_: SetOption = None,
     gpus: GpusOption = None,
@@ -39,4 +39,4 @@ def command(
             "data.holdout is 0, so there are no held-out captions to draw; set it to 0.02, or stop with "
             "--until train-clip"
         )
-    run_stages(stages_of(recipe, settings, changes_of(set_, data), captions, gpus)[begin : end + 1])
+    run_stages(stages_of(recipe, settings, changes_of(set_, data), limit, gpus)[begin : end + 1])

@@ -14,14 +14,13 @@ from dalle_cli.commands.options import CheckpointOption
 def command(
     prior: Annotated[Path, typer.Argument(metavar="PRIOR", help="Prior checkpoint, or its run.")],
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Captions to draw.")] = None,
-    prompts_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--prompts", help="Captions one a line, JSON lines (.jsonl) or COCO's captions_*.json; - is stdin."
-        ),
-    ] = None,
     captions: Annotated[
-        list[str] | None, typer.Option(metavar="SOURCE", help="Draw the first captions of this source; repeatable.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Captions: text, one a line; .jsonl; or COCO's .json; - is stdin."),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SOURCE", help="Draw the first captions of these captioned pictures; repeatable."),
     ] = None,
     held_out: Annotated[bool, typer.Option(help="Draw the first held-out captions of the run's token store.")] = False,
     limit: Annotated[int, typer.Option(min=1, help="Number of captions per source, and of held-out captions.")] = 50,
@@ -76,23 +75,23 @@ def command(
     from dalle_cli.config.run_folders import run_of
     from dalle_cli.data.captions import Caption, first_captions, read_captions
     from dalle_cli.errors import UserError
-    from dalle_cli.stores.checkpoint import open_checkpoint
+    from dalle_cli.stores.checkpoint import open_stage
     from dalle_cli.stores.shards import parse_shard
 
-    checkpoint = open_checkpoint(prior, "prior", which)
+    checkpoint = open_stage(prior, "prior", which)
     recipe, places = checkpoint.recipe(), run_of(checkpoint.path)
     share = parse_shard(shard)
     wanted = [Caption(text) for text in prompts or []]
-    if prompts_file is not None:
-        wanted += read_captions(prompts_file)
-    for source in captions or []:
+    if captions is not None:
+        wanted += read_captions(captions)
+    for source in data or []:
         wanted += map(Caption, first_captions(source, recipe.data.filters, limit))
     if held_out:
         from dalle_cli.stores.held_out import held_out_captions
 
         wanted += map(Caption, held_out_captions(places.tokens, recipe, limit))
     if not wanted:
-        raise UserError("no captions to draw; give them as arguments, or --prompts FILE with one a line")
+        raise UserError("no captions to draw; give them as arguments, or --captions FILE with one a line")
     if top_p == 0:
         raise UserError("--top-p 0 leaves no token to draw; give a share above 0, or --temperature 0 for the likeliest")
     given = {
@@ -100,7 +99,7 @@ def command(
         "guidance": guidance, "batch_size": batch_size, "precision": precision,
     }  # fmt: skip
     settings = recipe.sampling.model_copy(update={key: value for key, value in given.items() if value is not None})
-    dvae_checkpoint = open_checkpoint(dvae or places.dvae, "dvae")
+    dvae_checkpoint = open_stage(dvae or places.dvae, "dvae")
 
     from dalle_cli.sampling.request import SampleRequest, choose_prime, default_folder, shard_folder
     from dalle_cli.sampling.sampler import Sampler

@@ -68,6 +68,6 @@ def command(
 
     from dalle_cli.views.tables import render_scan
 
-    render_scan(found, Console(stderr=True))
+    render_scan(found, Console(stderr=out is not None))
     if out is not None:
         typer.echo(out)

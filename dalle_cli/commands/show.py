@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from dalle_cli.chain import next_line
 from dalle_cli.commands.options import SetOption
 from dalle_cli.errors import UserError
 
@@ -28,12 +29,12 @@ def command(
     Example: [bold]dalle show recipes/12b.yaml[/bold]
     """
     import json
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     if schema:
-        from dalle_cli.config.schema import Recipe
+        from dalle_cli.config.json_schema import schema_text
 
-        typer.echo(json.dumps(Recipe.model_json_schema(), indent=2, ensure_ascii=False))
+        typer.echo(schema_text(), nl=False)
         return
     if path is None:
         raise UserError("show: name a recipe, run, store, checkpoint or tokenizer, or give --schema")
@@ -44,8 +45,11 @@ def command(
         return
 
     from dalle_cli.views.describe import describe
+    from dalle_cli.views.describe_run import RunDescription
 
     found = describe(path, set_ or ())
+    if isinstance(found, RunDescription) and found.next is not None:
+        found = replace(found, line=next_line(path, found.next))
     if as_json:
         typer.echo(json.dumps(asdict(found), indent=2, ensure_ascii=False))
         return

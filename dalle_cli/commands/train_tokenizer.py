@@ -23,7 +23,7 @@ def command(
     recipe: RecipeArgument,
     data: DataOption = None,
     out: Annotated[Path | None, typer.Option(help="Folder for tokenizer.json. [RUN/tokenizer]")] = None,
-    captions: Annotated[
+    limit: Annotated[
         int | None,
         typer.Option(
             min=1,
@@ -44,7 +44,7 @@ def command(
     from dalle_cli.text.tokenize import train_tokenizer
 
     settings = read_recipe(recipe, set_, data)
-    tokenizer = train_tokenizer(settings, read_source(settings), out or folders(settings).tokenizer, captions)
+    tokenizer = train_tokenizer(settings, read_source(settings), out or folders(settings).tokenizer, limit)
     log(f"{tokenizer.name}: {tokenizer.vocab_size} tokens, sha256 {tokenizer.identity[:12]}")
     if tokenizer.vocab_size < (wanted := settings.tokenizer.vocab_size):
         log(

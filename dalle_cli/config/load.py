@@ -11,7 +11,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from dalle_cli.config.faults import explain_type, explain_yaml
+from dalle_cli.config.faults import explain_type, explain_yaml, mend_of_block, shown_value
 from dalle_cli.config.schema import Recipe
 from dalle_cli.config.shipped import shipped_recipe, shipped_recipes
 from dalle_cli.errors import UserError
@@ -86,17 +86,19 @@ def _read(path: Path, seen: tuple[Path, ...]) -> _Tree:
         raise UserError(f"{path}: no such recipe{_near_recipes(path)}") from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder; name a recipe, which is a YAML file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a recipe: {error}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not text in UTF-8, so no recipe; save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read as a recipe: {error.strerror}") from None
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
-        line, problem = explain_yaml(error)
+        line, problem = explain_yaml(error, text)
         raise UserError(f"{path}{'' if line is None else f':{line}'}: {problem}") from None
     own = _Tree()
     if node is not None:
         if not isinstance(node, yaml.MappingNode):
-            raise UserError(f"{path}:1: not a recipe: it must be a mapping of keys to settings")
+            raise UserError(f"{path}:1: not a recipe; write keys and settings, such as name: mine")
         own.values = _plain(node, (), path, own.places)
     base = own.values.pop("extends", None)
     if base is None:
@@ -115,8 +117,10 @@ def _read(path: Path, seen: tuple[Path, ...]) -> _Tree:
 def _plain(node: yaml.MappingNode, prefix: Key, path: Path, places: dict[Key, str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key_node, value_node in node.value:
-        name = str(key_node.value)
         place = f"{path}:{key_node.start_mark.line + 1}"
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise UserError(f"{place}: a key must be a word; put text that begins with a bracket in quotes")
+        name = str(key_node.value)
         key = (*prefix, name)
         if len(places) >= MOST_SETTINGS:
             raise UserError(f"{place}: more than {MOST_SETTINGS} settings, counted with those of aliases")
@@ -172,12 +176,13 @@ def _explain(item: Any, tree: _Tree, path: Path) -> str:
             return f"{place}: {name}: a space is missing after the colon; write {': '.join(key_and_value[::2])}"
         return f"{place}: {name}: unknown key{_suggest(tuple(item['loc']))}"
     given = item.get("input")
-    shown = f", not {given!r}" if not isinstance(given, dict | list | BaseModel) else ""
+    shown = "" if isinstance(given, BaseModel) else shown_value(given)
     if item["type"] == "value_error":  # raised for a block; its message begins with the key it is about
         message = str(item["msg"]).removeprefix("Value error, ")
         about = (*map(str, item["loc"]), *message.split()[0].split("."))
         return f"{tree.places.get(about, place)}: {name}: {message}"
-    return f"{place}: {name}: {explain_type(item)}{shown}"
+    mend = mend_of_block(given) if item["type"] == "model_type" else ""
+    return f"{place}: {name}: {explain_type(item)}{shown}{mend}"
 
 
 def _place_within(tree: _Tree, key: Key) -> str | None:
@@ -194,11 +199,25 @@ def _suggest(location: tuple[Any, ...]) -> str:
         model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
         if model is None:
             return ""
-    known = list(model.model_fields)
-    near = difflib.get_close_matches(str(location[-1]), known, n=1)
-    return f"; did you mean '{near[0]}'?" if near else f"; known here: {', '.join(known)}"
+    known, name = list(model.model_fields), str(location[-1])
+    if near := difflib.get_close_matches(name, known, n=1):
+        return f"; did you mean '{near[0]}'?"
+    if elsewhere := [place for place in _places_of(Recipe(), name, "") if place.count(".") <= len(location) + 1]:
+        return f"; it belongs in a block: {' or '.join(elsewhere)}"
+    return f"; known here: {', '.join(known)}"
+
+
+def _places_of(block: BaseModel, name: str, prefix: str) -> list[str]:
+    """Return the dotted keys that end in ``name``, of a block and of those below it."""
+    found = [f"{prefix}{name}"] if prefix and name in type(block).model_fields else []
+    for key, value in block:
+        if isinstance(value, BaseModel):
+            found += _places_of(value, name, f"{prefix}{key}.")
+    return found
 
 
 def _near_recipes(path: Path) -> str:
-    names = sorted(str(p) for p in path.parent.glob("*.yaml"))
-    return f"; there are {', '.join([*names, *shipped_recipes()])}"
+    names = sorted(str(p) for p in path.parent.glob("*") if p.suffix in (".yaml", ".yml"))
+    names += shipped_recipes()
+    near = difflib.get_close_matches(str(path), names, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(names)}"

@@ -571,7 +571,9 @@ class Monitoring(Settings):
     """Monitoring of training, beside metrics.jsonl and TensorBoard."""
 
     peak_tflops: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="peak of one device in the precision of training, for the MFU; null: measured once"
+        None,
+        description="peak of one device in the precision of training, of which the journal's mfu is the share that the "
+        "model uses; null: measured once",
     )
     wandb: Annotated[str, Field(min_length=1)] | None = Field(
         None, description="Weights & Biases project to log to; null: none"
@@ -647,14 +649,18 @@ class Recipe(Settings):
     def _stages_agree(self) -> Recipe:
         side = self.dvae.model.downsampling
         if self.image_size % side:
-            raise ValueError(f"image_size {self.image_size} is no multiple of dvae.model.downsampling, {side}")
+            raise ValueError(
+                f"image_size {self.image_size} is no multiple of dvae.model.downsampling, {side}; set it to "
+                f"{-(-self.image_size // side) * side}"
+            )
         if self.prior.model.grid != self.grid:
             raise ValueError(
                 f"prior.model.grid {self.prior.model.grid} is not image_size / dvae.model.downsampling = {self.grid}; "
                 f"set prior.model.grid: {self.grid}"
             )
-        if self.image_size % self.clip.model.patch_size:
+        if self.clip.model.vision is None and self.image_size % self.clip.model.patch_size:
             raise ValueError(
-                f"clip.model.patch_size {self.clip.model.patch_size} does not divide image_size {self.image_size}"
+                f"clip.model.patch_size {self.clip.model.patch_size} does not divide image_size {self.image_size}; "
+                "choose a divisor"
             )
         return self

@@ -1,4 +1,4 @@
-"""The recipes that come with the package, and copies of them with settings filled in."""
+"""Recipes and batch files that come with the package, and copies of recipes with settings filled in."""
 
 from __future__ import annotations
 
@@ -10,13 +10,24 @@ from typing import Any
 import yaml
 
 PACKAGE = Path(__file__).parents[1]
+SCHEMA = "recipe.schema.json"
+"""File beside the recipes that their first lines name for editors: what ``dalle show --schema`` prints."""
 
 
 def shipped_recipes() -> dict[str, Path]:
     """Return the recipes that come with the package, by name."""
-    # A wheel has them inside the package, a working copy of the sources beside it.
-    folder = next((place for place in (PACKAGE / "recipes", PACKAGE.parent / "recipes") if place.is_dir()), None)
-    return {} if folder is None else {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    return {file.stem: file for file in _files("recipes", "recipes") if file.suffix == ".yaml"}
+
+
+def slurm_files() -> list[Path]:
+    """Return the batch files for Slurm that come with the package, and their README."""
+    return _files("slurm", "scripts/slurm")
+
+
+def _files(packaged: str, copied: str) -> list[Path]:
+    """Return the files of a folder that a wheel has inside the package, and a working copy of the sources beside it."""
+    folders = (PACKAGE / packaged, PACKAGE.parent / copied)
+    return next((sorted(folder.iterdir()) for folder in folders if folder.is_dir()), [])
 
 
 def shipped_recipe(name: str) -> Path | None:

@@ -124,6 +124,10 @@ def _entries(file: Path) -> Iterator[_Entry]:
     name = "stdin" if file == STDIN else str(file)
     if file == STDIN and sys.stdin is None:
         raise UserError("stdin: is closed; name a file of captions")
+    if file.is_dir():
+        raise UserError(
+            f"{name}: is a folder, and no file of captions; dalle sample takes captioned pictures by --data"
+        )
     try:
         text = sys.stdin.read() if file == STDIN else file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

@@ -65,7 +65,8 @@ def open_source(spec: str | Path) -> Source:
     except BadSample as error:  # the manifest itself, not a picture in it
         raise UserError(f"{name}: {error}") from None
     if not path.exists():
-        raise UserError(f"{name}: no such file or folder (looked for {_known()})")
+        where = "" if path.is_absolute() else f"; paths are relative to the folder where dalle runs, now {Path.cwd()}"
+        raise UserError(f"{name}: no such file or folder{where}")
     raise UserError(f"{name}: not a known kind of source (looked for {_known()})")
 
 

@@ -10,7 +10,7 @@ from dalle_cli.data.source import is_unicode
 from dalle_cli.errors import UserError
 
 SampleLine = dict[str, Any]
-"""A sample: always ``prompt`` and ``png``, and the other keys of ``stores.samples.manifest_line``.
+"""A sample: always ``prompt`` and ``png``, and the other keys of ``stores.samples.ManifestLines``.
 
 ``run`` is there if its folder lies outside its prior's run, and ``score``, ``rank`` and ``scorer`` once it is ranked.
 Any other keys, which ``jq`` may add, are passed on."""

@@ -27,6 +27,7 @@ from dalle_cli.randomness import numpy_generator
 from dalle_cli.stores.files import csv_text, write_atomically, write_json
 from dalle_cli.views.contact_sheet import png_bytes
 from dalle_cli.views.html import render
+from dalle_cli.views.plots import Plot
 
 THUMBNAIL_SIDE = 192
 """Largest side of a picture on the page, in pixels."""
@@ -82,12 +83,12 @@ def true_pictures_of(preset: Preset | None, reference: Pictures) -> dict[str, tu
 def write_evaluation(evaluation: Evaluation, grid: Sequence[GridRow], out: Path) -> Path:
     """Write figures.json, figures.csv, plots as PNG and SVG, and index.html into ``out``; return the page's path."""
     plots = draw_plots(evaluation)
-    for name, (png, svg) in plots.items():
-        write_atomically(out / f"{name}.png", png)
-        write_atomically(out / f"{name}.svg", svg)
+    for name, plot in plots.items():
+        write_atomically(out / f"{name}.png", plot.png)
+        write_atomically(out / f"{name}.svg", plot.svg)
     write_json(out / "figures.json", evaluation_json(evaluation))
     write_atomically(out / "figures.csv", figures_csv(evaluation))
-    write_atomically(out / "index.html", page(evaluation, {name: png for name, (png, _) in plots.items()}, grid))
+    write_atomically(out / "index.html", page(evaluation, plots, grid))
     return out / "index.html"
 
 
@@ -118,7 +119,7 @@ def _figure_rows(evaluation: Evaluation) -> Iterator[Sequence[object]]:
                 yield system.name, "accuracy", size, name, share["value"], share["error"], prompts, "", ""
 
 
-def page(evaluation: Evaluation, pngs: Mapping[str, bytes], grid: Sequence[GridRow]) -> str:
+def page(evaluation: Evaluation, drawn: Mapping[str, Plot], grid: Sequence[GridRow]) -> str:
     """Return the page as HTML."""
     columns, rows = _shown(evaluation, grid)
     return render(
@@ -128,7 +129,7 @@ def page(evaluation: Evaluation, pngs: Mapping[str, bytes], grid: Sequence[GridR
         warnings=_warnings(evaluation),
         score_title=SCORE_TITLES[evaluation.score_name] if evaluation.systems[0].score is not None else None,
         method=_method(evaluation),
-        pngs=pngs,
+        drawn=drawn,
         titles=TITLES,
         curve_notes=_curve_notes(evaluation.systems),
         columns=columns,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -10,9 +9,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from dalle_cli.fid.figures import Curves, Evaluation, Figures, PoolPoint, SystemFigures
-from dalle_cli.views.plots import BLUE, GREEN, GREY, ORANGE, STYLE, VIOLET, label_of
+from dalle_cli.views.plots import SERIES, STYLE, Plot, figure_plot, label_of
 
-COLOURS = (BLUE, ORANGE, GREEN, VIOLET, GREY, "#b03060", "#8a6d1d")
 MARKERS = "osD^v<>"
 TITLES = {
     "blur_fid": "FID against blur, both sides blurred",
@@ -23,15 +21,13 @@ TITLES = {
 }
 """Titles of the plots, in their order on the page."""
 AXES = {"blur": "radius of the blur, pixels", "pool": "samples that CLIP chooses among"}
-Files = dict[str, tuple[bytes, bytes]]
-"""PNG and SVG of each plot."""
 
 
-def draw_plots(evaluation: Evaluation) -> Files:
+def draw_plots(evaluation: Evaluation) -> dict[str, Plot]:
     """Draw the plots for which the evaluation has points."""
     systems = evaluation.systems
     features = "Inception" if evaluation.features.startswith("inception") else "CLIP features"
-    found: Files = {}
+    found: dict[str, Plot] = {}
     curves: dict[Literal["blur", "pool"], bool] = {
         "blur": any(system.blur for system in systems),
         "pool": any(system.pool for system in systems),
@@ -48,13 +44,13 @@ def draw_plots(evaluation: Evaluation) -> Files:
 
 def _curves(
     systems: Sequence[SystemFigures], curve: Literal["blur", "pool"], metric: Literal["fid", "score"], label: str
-) -> tuple[bytes, bytes]:
-    with rc_context({**STYLE, "svg.hashsalt": "dalle"}):
+) -> Plot:
+    with rc_context(STYLE):
         figure = Figure()
         axes = figure.subplots()
         shown: set[float] = set()
         for number, system in enumerate(systems):
-            style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "label": label_of(system.name)}
+            style: dict[str, Any] = {"color": SERIES[number % len(SERIES)], "label": label_of(system.name)}
             points = _points(system, curve, metric)
             if points:
                 shown.update(x for x, _, _ in points)
@@ -72,7 +68,7 @@ def _curves(
         axes.set_ylabel(label)
         axes.margins(y=0.1)
         axes.legend()
-        return _files(figure)
+        return figure_plot(figure)
 
 
 def _points(curves: Curves, curve: Literal["blur", "pool"], metric: str) -> list[tuple[float, float, float]]:
@@ -89,8 +85,8 @@ def _points(curves: Curves, curve: Literal["blur", "pool"], metric: str) -> list
     ]
 
 
-def _accuracies(systems: Sequence[SystemFigures]) -> tuple[bytes, bytes]:
-    with rc_context({**STYLE, "svg.hashsalt": "dalle"}):
+def _accuracies(systems: Sequence[SystemFigures]) -> Plot:
+    with rc_context(STYLE):
         figure = Figure()
         axes = figure.subplots()
         shown: set[float] = set()
@@ -105,13 +101,13 @@ def _accuracies(systems: Sequence[SystemFigures]) -> tuple[bytes, bytes]:
             y = [100 * share.value for share in by_size.values()]
             errors = [100 * share.error for share in by_size.values()]
             axes.errorbar(list(by_size), y, yerr=errors, capsize=2, elinewidth=1, marker=MARKERS[number % len(MARKERS)],
-                          markersize=3.5, color=COLOURS[number % len(COLOURS)], label=label_of(name))  # fmt: skip
+                          markersize=3.5, color=SERIES[number % len(SERIES)], label=label_of(name))  # fmt: skip
         _scale(axes, "pool", sorted(shown))
         axes.set_ylim(0, 102)
         axes.set_xlabel(AXES["pool"])
         axes.set_ylabel("captions drawn right, %")
         axes.legend()
-        return _files(figure)
+        return figure_plot(figure)
 
 
 def _scale(axes: Any, curve: str, shown: Sequence[float]) -> None:
@@ -121,13 +117,3 @@ def _scale(axes: Any, curve: str, shown: Sequence[float]) -> None:
         axes.set_xscale("symlog", base=2, linthresh=1)
     axes.set_xticks(shown, [f"{value:g}" for value in shown])
     axes.minorticks_off()
-
-
-def _files(figure: Figure) -> tuple[bytes, bytes]:
-    """Return the figure as PNG and SVG, without timestamps."""
-    found = []
-    for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=kind, metadata=metadata)
-        found.append(buffer.getvalue())
-    return found[0], found[1]

@@ -93,16 +93,16 @@ class CheckpointCost:
     seconds: float
     """Seconds that training waits for a checkpoint."""
     every_updates: int
-    share: float
-    """Share of the training time that is spent on checkpoints."""
+    share: float | None
+    """Share of the training time that is spent on checkpoints; None if that time is unknown."""
 
 
 def checkpoint_cost(
-    stage: PriorSettings, counts: Counts, machines: Machines, disk: float, step_seconds: float
+    stage: PriorSettings, counts: Counts, machines: Machines, disk: float, step_seconds: float | None
 ) -> CheckpointCost:
     """Return the cost of a checkpoint. All nodes write at once, at ``disk`` bytes per second; training waits for all.
 
-    ``step_seconds`` is the time of an update.
+    ``step_seconds`` is the time of an update, None if it is unknown.
     """
     parts = training_state(stage, counts, machines)
     model = sum(parts[name].whole for name in ("weights", "EMA weights", "moments"))
@@ -119,5 +119,5 @@ def checkpoint_cost(
         first_machine=first,
         seconds=seconds,
         every_updates=every,
-        share=seconds / (seconds + every * step_seconds),
+        share=None if step_seconds is None else seconds / (seconds + every * step_seconds),
     )

@@ -53,6 +53,8 @@ def fill_in(template: Path, source: str, minutes: float | None) -> dict[str, Any
         for kind, count in updates.items():
             log(f"init: {count} updates of the {kind} within {minutes:g} minutes on this machine")
         values |= updates_settings(updates, chosen)
+    shown = {key: value for key, value in values.items() if not key.endswith((".updates", "_every", "data.train"))}
+    log(f"init: {', '.join(f'{key} {json.dumps(value)}' for key, value in shown.items())}")
     return values
 
 

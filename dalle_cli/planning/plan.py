@@ -98,12 +98,15 @@ class Plan:
     between_machines: Traffic | None
     """None for a single node."""
     checkpoint: CheckpointCost
-    time: TrainingTime
+    time: TrainingTime | None
+    """None where it can only be measured."""
     assumptions: list[str]
 
 
-def plan(recipe: Recipe, machines: Machines, assumed: Assumptions) -> Plan:
+def plan(recipe: Recipe, machines: Machines, assumed: Assumptions, *, reckon_time: bool = True) -> Plan:
     """Plan the training of a recipe's prior.
+
+    The time is not reckoned for machines without GPUs, of which ``assumed`` knows nothing, nor unless ``reckon_time``.
 
     Raises:
         UserError: the batch or the model cannot be split among that many ranks.
@@ -112,7 +115,9 @@ def plan(recipe: Recipe, machines: Machines, assumed: Assumptions) -> Plan:
     stage, counts = recipe.prior, count_parameters(recipe)
     fit = check_fit(recipe, counts, machines)
     traffic = between_machines(stage, counts, machines, assumed.interconnect)
-    time = training_time(recipe, counts, machines, assumed, traffic.seconds.sent or 0.0)
+    time = None
+    if reckon_time and not machines.on_cpu:
+        time = training_time(recipe, counts, machines, assumed, traffic.seconds.sent or 0.0)
     return Plan(
         recipe=recipe.name,
         machines=machines,
@@ -137,9 +142,9 @@ def plan(recipe: Recipe, machines: Machines, assumed: Assumptions) -> Plan:
         memory=_memory(fit, machines),
         change=None if fit.fits else _change(suggest_settings(recipe, counts, machines)),
         between_machines=None if machines.nodes == 1 else traffic,
-        checkpoint=checkpoint_cost(stage, counts, machines, assumed.disk, time.step_seconds),
+        checkpoint=checkpoint_cost(stage, counts, machines, assumed.disk, None if time is None else time.step_seconds),
         time=time,
-        assumptions=_assumptions(machines, assumed),
+        assumptions=_assumptions(machines, assumed, timed=time is not None),
     )
 
 
@@ -163,21 +168,25 @@ def _change(suggestion: Suggestion) -> Change:
     return Change(fit.fits, suggestion.options(), gpus, fit.peak, fit.peak_phase, gpus * fit.on_host)
 
 
-def _assumptions(machines: Machines, assumed: Assumptions) -> list[str]:
+def _assumptions(machines: Machines, assumed: Assumptions, *, timed: bool) -> list[str]:
     """Return the plan's assumptions as sentences."""
+    device = "processes" if machines.on_cpu else "GPUs"
     link = (
         f"each machine's link carries {assumed.interconnect / 1e9:g} Gbit/s each way (--interconnect), and gradients "
         "cross it after the backward pass, in a ring all-reduce"
         if assumed.interconnect is not None
         else "traffic between machines takes no time here; --interconnect adds it"
     )
-    return [
+    rate = [
         f"a GPU does {assumed.peak_flops / 1e12:g} TFLOP/s at its peak (--peak-tflops), and training reaches "
         f"{assumed.share:.0%} of that (--share)",
         "this share covers traffic inside a machine and to its host, reading data, and validation",
-        *([link] if machines.nodes > 1 else []),
+    ]
+    return [
+        *(rate if timed else []),
+        *([link] if timed and machines.nodes > 1 else []),
         f"each machine writes its part of a checkpoint at {assumed.disk / 1e9:g} GB/s (--disk), and training waits",
         f"{RESERVE:.0%} of memory is reserved for what is not counted: GPU contexts, library buffers, fragmentation",
-        "captions fill all text positions, and all GPUs get equally many samples",
-        *([f"a GPU costs {assumed.price:g} an hour (--price)"] if assumed.price is not None else []),
+        f"captions fill all text positions, and all {device} get equally many samples",
+        *([f"a GPU costs {assumed.price:g} an hour (--price)"] if timed and assumed.price is not None else []),
     ]

@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 
 from dalle_cli.config.load import load_recipe
 from dalle_cli.config.schema import PriorSettings, Recipe
+from dalle_cli.config.shipped import shipped_recipes
 from dalle_cli.distributed.compression import (
     GPUS_PER_NODE,
     compression_rate,
@@ -118,15 +119,15 @@ def compression_row(recipe: Recipe, counts: Counts) -> CompressionRow:
 
 
 def compression_table(files: Sequence[Path] | None, overrides: Sequence[str] = ()) -> list[CompressionRow]:
-    """Return the rows of the recipes that use PowerSGD, smallest first; ``files`` None means all in recipes/.
+    """Return the rows of the recipes that use PowerSGD, smallest first; ``files`` None means all shipped ones.
 
     Raises:
         UserError: none of the recipes uses PowerSGD.
     """
-    found = sorted(Path("recipes").glob("*.yaml")) if files is None else files
+    found = list(shipped_recipes().values()) if files is None else files
     recipes = [recipe for file in found if (recipe := load_recipe(file, overrides)).prior.powersgd.rank]
     if not recipes:
-        named = "recipes/: no recipe there has" if files is None else f"{files[0]}: the recipe does not have"
+        named = "no shipped recipe has" if files is None else f"{files[0]}: the recipe does not have"
         raise UserError(f"{named} prior.powersgd.rank above 0; name a recipe that has, or raise it with --set")
     rows = [compression_row(recipe, count_parameters(recipe)) for recipe in recipes]
     return sorted(rows, key=lambda row: row.effective_parameters)

@@ -117,7 +117,8 @@ class Run:
     def commands(self) -> list[dict[str, Any]]:
         """Return the journal lines of the commands that made the training pictures and the run's artifacts.
 
-        They are in the order in which the commands finished, with only the last of equal artifacts and commands.
+        They are in the order in which the commands finished, with only the last of equal artifacts and commands, and
+        without the folder of this machine that they ran in.
         """
         found: dict[tuple[str, str], dict[str, Any]] = {}
         # make-shapes records the folder of all its splits, other commands the source itself.
@@ -125,7 +126,7 @@ class Run:
         lines = [line for made in pictures for line in commands_of(made)]
         for line in [*lines, *read_commands(self.folders.root)]:
             found.pop((line["artifact"], line["command"]), None)
-            found[line["artifact"], line["command"]] = line
+            found[line["artifact"], line["command"]] = {key: line[key] for key in line if key != "folder"}
         return list(found.values())
 
     def relative(self, path: Path) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from dalle_cli.errors import UserError
 from dalle_cli.fid.figures import FORMAT, VERSION, Evaluation, SystemFigures, evaluation_json, read_evaluation
 from dalle_cli.fid.plots import draw_plots
+from dalle_cli.views.plots import Plot
 
 CURVES = ("blur", "pool", "accuracy")
 """Keys of a system's figures that the report draws instead of listing."""
@@ -89,17 +90,17 @@ def evaluation_rows(evaluations: Sequence[EvaluationFile]) -> list[EvaluationRow
     ]
 
 
-def draw_curves(evaluations: Sequence[EvaluationFile]) -> tuple[list[CurveFigures], dict[str, bytes]]:
-    """Draw the curves of the evaluations, as PNG by name."""
+def draw_curves(evaluations: Sequence[EvaluationFile]) -> tuple[list[CurveFigures], dict[str, Plot]]:
+    """Draw the curves of the evaluations, by name."""
     curves: list[CurveFigures] = []
-    pngs: dict[str, bytes] = {}
+    plots: dict[str, Plot] = {}
     for number, found in enumerate(evaluations):
         drawn = draw_plots(found.evaluation)
         names = {name: f"{name}_{number}" for name in drawn}
-        pngs |= {names[name]: png for name, (png, _) in drawn.items()}
+        plots |= {names[name]: plot for name, plot in drawn.items()}
         if drawn:
             curves.append(CurveFigures(found.file, found.evaluation.reference, names))
-    return curves, pngs
+    return curves, plots
 
 
 def _read(file: Path) -> EvaluationFile:

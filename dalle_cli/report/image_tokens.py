@@ -20,7 +20,7 @@ from dalle_cli.randomness import torch_generator
 from dalle_cli.stores.checkpoint import Checkpoint
 from dalle_cli.stores.held_out import split_rows
 from dalle_cli.stores.row_set import RowSet
-from dalle_cli.stores.tokens import ROWS_PER_SHARD, TokenReader
+from dalle_cli.stores.tokens import ROWS_PER_BLOCK, TokenReader
 from dalle_cli.views.contact_sheet import side_by_side
 
 PICTURES = 16
@@ -96,8 +96,8 @@ def count_codes(store: TokenReader) -> tuple[CodebookFigures, NDArray[np.int64]]
     rows = min(state.rows, MAX_ROWS)
     counts = np.zeros(int(state.identity["codebook_size"]), dtype=np.int64)
     counted = 0
-    for start in range(0, rows, ROWS_PER_SHARD):
-        block = np.arange(start, min(start + ROWS_PER_SHARD, rows))
+    for start in range(0, rows, ROWS_PER_BLOCK):
+        block = np.arange(start, min(start + ROWS_PER_BLOCK, rows))
         usable = block[store.read("image_ok", block) > 0]
         counts += np.bincount(store.read("image", usable).ravel(), minlength=len(counts))
         counted += len(usable)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from dalle_cli.fid.plots import TITLES
 from dalle_cli.report.evaluations import features_badge
 from dalle_cli.report.figures import ReportFigures
 from dalle_cli.views.html import Pngs, render
+from dalle_cli.views.plots import Plot
 
 MAX_REASONS = 20
 """Number of reasons for skipped rows shown for each part of a store; report.json has all."""
@@ -19,8 +22,8 @@ TRAINING_PLOTS = {
 }
 
 
-def page(figures: ReportFigures, pngs: Pngs, recipe_yaml: str) -> str:
-    """Return the page as HTML; plots that are not in ``pngs`` are left out."""
+def page(figures: ReportFigures, pngs: Pngs, drawn: Mapping[str, Plot], recipe_yaml: str) -> str:
+    """Return the page as HTML with the pictures ``pngs``; plots that are not in ``drawn`` are left out."""
     badges = [features_badge(fid.evaluation.features) for fid in figures.fid]
     lines = [(c["artifact"], c["command"], c.get("sha256"), c.get("finished")) for c in figures.commands]
     lines += [(fid.file, fid.evaluation.command, None, None) for fid in figures.fid if fid.evaluation.command]
@@ -28,6 +31,7 @@ def page(figures: ReportFigures, pngs: Pngs, recipe_yaml: str) -> str:
         "report.html",
         figures=figures,
         pngs=pngs,
+        drawn=drawn,
         recipe_yaml=recipe_yaml,
         training_plots=TRAINING_PLOTS,
         curve_titles=TITLES,

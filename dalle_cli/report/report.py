@@ -22,6 +22,7 @@ from dalle_cli.stores.tokens import TokenReader
 from dalle_cli.stores.usable_rows import usable_rows
 from dalle_cli.views import plots
 from dalle_cli.views.contact_sheet import png_bytes
+from dalle_cli.views.plots import Plot
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,12 @@ def write_report(recipe: Recipe, ranked: Path | None, fids: Sequence[Path], out:
     requests = store_requests(sorted(stores.values()))
 
     pngs: dict[str, bytes] = {}
+    drawn: dict[str, Plot] = {}
     oracle = judge_samples(samples)
     if oracle is not None:
-        pngs["bars"] = plots.accuracy_bars(oracle.groups)
+        drawn["bars"] = plots.accuracy_bars(oracle.groups)
         if (by_pool_size := plots.accuracy_by_pool_size(oracle.groups)) is not None:
-            pngs["pool_size"] = by_pool_size
+            drawn["pool_size"] = by_pool_size
     sheet = draw_sheet(run, samples, judged=oracle is not None) if samples else None
     if sheet is not None:
         pngs["contact_sheet"] = png_bytes(sheet[1])
@@ -65,16 +67,16 @@ def write_report(recipe: Recipe, ranked: Path | None, fids: Sequence[Path], out:
         pngs["reconstructions"] = png_bytes(reconstructions[1])
     codebook = count_codes(run.tokens) if run.tokens is not None else None
     if codebook is not None:
-        pngs["codebook"] = plots.codebook_histogram(codebook[1], codebook[0].perplexity)
-    pngs |= training_curves(run)
+        drawn["codebook"] = plots.codebook_histogram(codebook[1], codebook[0].perplexity)
+    drawn |= training_curves(run)
     drawings = prior_drawings(run)
     if drawings is not None:
         pngs["drawings"] = png_bytes(drawings[1])
     retrieval = clip_retrieval(run)
     if retrieval is not None:
         pngs["retrieval"] = png_bytes(retrieval[1])
-    curves, curve_pngs = draw_curves(evaluations)
-    pngs |= curve_pngs
+    curves, curve_plots = draw_curves(evaluations)
+    drawn |= curve_plots
 
     figures = ReportFigures(
         name=recipe.name,
@@ -97,7 +99,7 @@ def write_report(recipe: Recipe, ranked: Path | None, fids: Sequence[Path], out:
     if sheet is not None:
         write_atomically(out / "contact-sheet.png", pngs["contact_sheet"])
     write_json(out / "report.json", figures.as_json())
-    write_atomically(out / "report.html", page(figures, pngs, dump_recipe(recipe)))
+    write_atomically(out / "report.html", page(figures, pngs, drawn, dump_recipe(recipe)))
     return Report(out / "report.html", figures)
 
 

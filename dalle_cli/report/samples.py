@@ -25,7 +25,7 @@ from dalle_cli.shapes.accuracy import (
     group_of,
     judge,
 )
-from dalle_cli.stores.tokens import ROWS_PER_SHARD, TokenReader
+from dalle_cli.stores.tokens import ROWS_PER_BLOCK, TokenReader
 from dalle_cli.views.contact_sheet import Picture
 from dalle_cli.views.sample_sheet import sample_sheet
 
@@ -68,6 +68,8 @@ def read_ranked(file: Path) -> list[Pool]:
 
 def judge_samples(ranked: Sequence[Pool]) -> OracleFigures | None:
     """Measure the samples' accuracy on captions of the shapes world; None if there are no such captions."""
+    if not any(claim_of(pool.prompt) for pool in ranked):
+        return None
     with progress("report", len(ranked), "captions judged") as bar:
         judged = judge(ranked, bar.advance)
     return OracleFigures(accuracies(judged), _warnings(ranked, judged)) if judged else None
@@ -123,8 +125,8 @@ def true_pictures(
     wanted = {_normalized(prompt): prompt for prompt in prompts}
     found: dict[str, Picture] = {}
     rows = min(len(tokens), len(source))
-    for start in range(0, rows, ROWS_PER_SHARD):
-        block = range(start, min(start + ROWS_PER_SHARD, rows))
+    for start in range(0, rows, ROWS_PER_BLOCK):
+        block = range(start, min(start + ROWS_PER_BLOCK, rows))
         for row, caption in zip(block, tokens.strings("caption", block), strict=True):
             prompt = wanted.get(_normalized(caption))
             if prompt is None or prompt in found or tokens.strings("key", [row]) != [source.key(row)]:

@@ -110,14 +110,14 @@ def stage_figures(run: Run) -> dict[str, StageFigures]:
     }
 
 
-def training_curves(run: Run) -> dict[str, bytes]:
-    """Draw the plots for which the run has metrics, as PNG."""
+def training_curves(run: Run) -> dict[str, plots.Plot]:
+    """Draw the plots for which the run has metrics."""
     drawn = {
         name: plots.loss_curves(run.metrics(plot.stage), plot.curves, plot.unit)
         for name, plot in _PLOTS.items()
         if plot.stage in run.checkpoints
     }
-    return {name: png for name, png in drawn.items() if png is not None}
+    return {name: plot for name, plot in drawn.items() if plot is not None}
 
 
 def prior_drawings(run: Run) -> tuple[DrawingFigures, Image.Image] | None:

@@ -76,7 +76,7 @@ def choose_prime(pictures: Sequence[Path | None], rows: str | None, grid: int, m
         return None
     if not named:
         raise UserError(
-            "--prime-rows: no picture is given; name it with --prime, or as prime in the JSON lines of --prompts"
+            "--prime-rows: no picture is given; name it with --prime, or as prime in the JSON lines of --captions"
         )
     if rows is None:
         raise UserError("--prime: the number of given rows is missing; set it with --prime-rows, such as 0.5")

@@ -43,7 +43,7 @@ from dalle_cli.sampling.draw import sample_images
 from dalle_cli.sampling.request import SampleRequest, shard_folder
 from dalle_cli.stores.checkpoint import Checkpoint, check_belongs
 from dalle_cli.stores.files import owned
-from dalle_cli.stores.samples import STORE, SampleStore, manifest_line, png_name
+from dalle_cli.stores.samples import STORE, ManifestLines, SampleStore, png_name
 from dalle_cli.stores.shards import WHOLE
 from dalle_cli.text.bpe import Tokenizer
 from dalle_cli.text.encode import CaptionEncoder
@@ -257,19 +257,10 @@ def samples_at_once(request: SampleRequest, decoder: Decoder, dvae: DVAE, proces
 
 def _lines(request: SampleRequest, store: SampleStore, first_row: int, scores: np.ndarray) -> Iterator[dict[str, Any]]:
     elsewhere = store.elsewhere
+    lines = ManifestLines(store.out / STORE, request.prompts, request.seed, store.in_folders)
     for row, score in enumerate(scores, start=first_row):
         prompt, index = request.place(row)
-        line = manifest_line(
-            store.out / STORE,
-            row - request.rows.start,
-            request.prompts,
-            prompt,
-            index,
-            request.seed,
-            score,
-            store.in_folders,
-        )
-        line |= elsewhere
+        line = lines.line(row - request.rows.start, prompt, index, score) | elsewhere
         if request.ids is not None:
             line |= request.ids[prompt]
         if request.prime is not None:

@@ -109,8 +109,13 @@ def _right(ranked: Sequence[Pool], block: range) -> list[tuple[bool, ...]]:
     for pool in (ranked[i] for i in block):
         claim = claim_of(pool.prompt)
         lines = () if claim is None else pool.lines
-        found.append(tuple(claim is not None and matches_claim(claim, detect(load_picture(line))) for line in lines))
+        found.append(tuple(claim is not None and shows(claim, load_picture(line)) for line in lines))
     return found
+
+
+def shows(claim: Claim, picture: NDArray[np.uint8]) -> bool:
+    """Return whether the oracle finds exactly the claim in a picture (H, W, 3)."""
+    return matches_claim(claim, detect(picture))
 
 
 def load_picture(line: SampleLine) -> NDArray[np.uint8]:

@@ -21,6 +21,7 @@ from dalle_cli.config.load import dump_recipe, load_recipe
 from dalle_cli.config.run_folders import RunFolders
 from dalle_cli.config.schema import Recipe
 from dalle_cli.errors import Damaged, UserError
+from dalle_cli.progress import log
 from dalle_cli.stores.files import explain_os_errors, json_text, new_directory, rename_synced, sha256_file, write_json
 from dalle_cli.stores.tensor_files import Part, TensorFiles, index_entries, join_entries, part_file, save_tensors
 from dalle_cli.stores.typed import Count, as_type, read_typed
@@ -360,10 +361,12 @@ def open_checkpoint(path: Path, kind: Kind | None = None, which: Which = "best")
     folder = path
     if not (path / "manifest.json").is_file():
         steps = steps_in(path) if path.is_dir() else []
-        if not steps and kind is not None and RunFolders(path).begun:
-            if not (path / kind).is_dir():
-                raise UserError(f"{path}: this run has no {kind} yet; train it with dalle train-{kind}")
-            return open_checkpoint(path / kind, kind, which)
+        if not steps and kind is not None:
+            if path.name != kind and (path / kind).is_dir():
+                return open_checkpoint(path / kind, kind, which)
+            run = path.parent if path.name == kind else path
+            if path.name == kind or RunFolders(run).begun:
+                raise UserError(f"{run}: this run has no {kind} yet; train it with dalle train-{kind}")
         if not steps:
             what = f"a {kind} checkpoint" if kind else "a checkpoint"
             raise UserError(f"{path}: holds no checkpoint; name {what}: a folder with manifest.json, or its run")
@@ -374,6 +377,24 @@ def open_checkpoint(path: Path, kind: Kind | None = None, which: Which = "best")
         if folder not in steps:
             return newest
     return _read_manifest(folder, kind)
+
+
+def open_stage(path: Path, kind: Kind, which: Which = "best") -> Checkpoint:
+    """Open the checkpoint of a stage that another stage uses; log at which update it stands if it is not finished.
+
+    Raises:
+        UserError: see ``open_checkpoint``.
+    """
+    found = open_checkpoint(path, kind, which)
+    run = found.path.parent
+    if found.path in steps_in(run):
+        newest = open_checkpoint(run, kind, "last")
+        if newest.step < newest.updates() and not newest.ended_early:
+            log(
+                f"{run}: its training is not finished; it stands at update {newest.step:,} of {newest.updates():,}, "
+                f"and {found.path.name} is used"
+            )
+    return found
 
 
 def _read_manifest(folder: Path, kind: Kind | None) -> Checkpoint:

@@ -56,27 +56,28 @@ def request_rows(shard: Shard, prompts: int, n: int) -> range:
     return shard.rows(prompts * n, n if prompts >= shard.of else 1)
 
 
-def manifest_line(
-    store: Path,
-    row: int,
-    prompts: Sequence[str],
-    prompt: int,
-    index: int,
-    seed: int,
-    log_likelihood: float,
-    in_folders: bool,
-) -> dict[str, Any]:
-    """Return the line that ``dalle sample`` prints for a sample; see ``png_name``."""
-    return {
-        "prompt": prompts[prompt],
-        "prompt_index": prompt,
-        "index": index,
-        "png": str(store.parent / png_name(prompt, index, prompts[prompt], in_folders)),
-        "store": str(store),
-        "row": row,
-        "seed": seed,
-        "log_likelihood": round(float(log_likelihood), 4),
-    }
+@dataclass(frozen=True)
+class ManifestLines:
+    """The lines that ``dalle sample`` prints for the samples of a store; for ``in_folders`` see ``png_name``."""
+
+    store: Path
+    prompts: Sequence[str]
+    seed: int
+    in_folders: bool
+
+    def line(self, row: int, prompt: int, index: int, log_likelihood: float) -> dict[str, Any]:
+        """Return the line of the store's ``row``, which is sample ``index`` of a prompt."""
+        caption = self.prompts[prompt]
+        return {
+            "prompt": caption,
+            "prompt_index": prompt,
+            "index": index,
+            "png": str(self.store.parent / png_name(prompt, index, caption, self.in_folders)),
+            "store": str(self.store),
+            "row": row,
+            "seed": self.seed,
+            "log_likelihood": round(float(log_likelihood), 4),
+        }
 
 
 def run_of_store(store: Path, attributes: Mapping[str, Any]) -> dict[str, str]:

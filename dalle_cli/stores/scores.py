@@ -16,8 +16,8 @@ from dalle_cli.stores.checksums import write_checksums
 from dalle_cli.stores.files import new_directory
 from dalle_cli.stores.samples import (
     STORE,
+    ManifestLines,
     SampleAttributes,
-    manifest_line,
     read_attributes,
     request_rows,
     require_version,
@@ -64,14 +64,13 @@ def _lines(
         elsewhere = run_of_store(store, group.attrs)
         shard = WHOLE if request.shard is None else parse_shard(request.shard)
         start = request_rows(shard, len(request.prompts), request.n).start
+        lines = ManifestLines(store, request.prompts, request.seed, found.in_folders)
         for row in range(found.rows):
             if row % ROWS_AT_ONCE == 0:
                 likelihood = group["log_likelihood"][row : min(row + ROWS_AT_ONCE, found.rows)]
             prompt, index = divmod(start + row, request.n)
             index += request.first
-            of_row = likelihood[row % ROWS_AT_ONCE]
-            line = manifest_line(store, row, request.prompts, prompt, index, request.seed, of_row, found.in_folders)
-            line |= elsewhere
+            line = lines.line(row, prompt, index, likelihood[row % ROWS_AT_ONCE]) | elsewhere
             if scores is not None and not np.isnan(scores[row]):
                 line |= {"score": float(scores[row]), "scorer": scorer}
             yield line

@@ -24,8 +24,8 @@ from dalle_cli.stores.tokens import (
     FORMAT_VERSION,
     OFTEN_EMPTY,
     OLDEST_VERSION,
+    ROWS_PER_BLOCK,
     ROWS_PER_CHUNK,
-    ROWS_PER_SHARD,
     TOKENIZER,
     PartState,
     TokenReader,
@@ -52,11 +52,11 @@ ARRAYS: dict[Part, tuple[str, ...]] = {
 
 
 def create_group(path: Path, shard_rows: int) -> None:
-    """Make the Zarr group of a store whose shard files hold ``shard_rows`` rows, a multiple of ROWS_PER_SHARD."""
+    """Make the Zarr group of a store whose shard files hold ``shard_rows`` rows, a multiple of ROWS_PER_BLOCK."""
     import zarr
 
     version: dict[str, int] = {"version": OLDEST_VERSION}
-    if shard_rows != ROWS_PER_SHARD:
+    if shard_rows != ROWS_PER_BLOCK:
         version = {"version": FORMAT_VERSION, "rows_per_shard": shard_rows}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -293,7 +293,7 @@ class PartWriter:
                     array.resize(wide)
                 return array
             # As many rows as are read together, since each chunk adds a fixed cost.
-            chunk, shard = (ROWS_PER_SHARD, *shape[1:]), (self.rows_per_shard, *shape[1:])
+            chunk, shard = (ROWS_PER_BLOCK, *shape[1:]), (self.rows_per_shard, *shape[1:])
             if name in BY_VERSION:
                 chunk, shard = (ROWS_PER_CHUNK, 1, *shape[2:]), (self.rows_per_shard, 1, *shape[2:])
             return self.group.create_array(

@@ -13,8 +13,8 @@ Row i is sample i of the source, in both parts:
   number v - 1 of these;
 - ``key`` (N,) string: written by the part that commits a row first, and checked by the other part.
 
-Arrays have all rows from the beginning. A shard file holds ROWS_PER_SHARD rows, or in a large store several times as
-many (the group's attribute ``rows_per_shard``), in chunks of ROWS_PER_SHARD rows that are read one by one. Each part is
+Arrays have all rows from the beginning. A shard file holds ROWS_PER_BLOCK rows, or in a large store several times as
+many (the group's attribute ``rows_per_shard``), in blocks of ROWS_PER_BLOCK rows that are read one by one. Each part is
 written by one process, or in shares by several at a time, in whole shard files. A share's count of committed rows grows
 only after its rows are written, so that a killed writer resumes at the last committed row and a reader never sees half
 a row. ``stores/shards.py`` describes the files that hold the count; once the part is complete, its ``PartState`` is an
@@ -43,10 +43,10 @@ from dalle_cli.stores.typed import ABSENT, Count, as_type, explain_damage
 
 FORMAT_VERSION = 4
 """Version 1 held one caption per picture, with all its BPE-dropout versions in one array that was read whole. Version 2
-had no checksums, and the source's path in place of its identity. Version 3 has ROWS_PER_SHARD rows in a shard file."""
+had no checksums, and the source's path in place of its identity. Version 3 has ROWS_PER_BLOCK rows in a shard file."""
 OLDEST_VERSION = 3
 """The version that is still read, and written where it can hold the store."""
-ROWS_PER_SHARD = 4096
+ROWS_PER_BLOCK = 4096
 """Number of rows that are decoded and cached together, and of the smallest shard files."""
 MOST_SHARDS = 2**14
 """Number of shard files that an array may have; above it, files of a new store have more rows."""
@@ -126,7 +126,7 @@ def sum_known_counts(counts: Iterable[Mapping[str, int] | None]) -> dict[str, in
 
 def rows_per_shard(samples: int) -> int:
     """Return the number of rows of a shard file in a new store: as few as possible for at most MOST_SHARDS files."""
-    rows = ROWS_PER_SHARD
+    rows = ROWS_PER_BLOCK
     while rows * MOST_SHARDS < samples:
         rows *= 2
     return rows
@@ -136,10 +136,10 @@ def rows_per_shard_of(group: Any, path: Path) -> int:
     """Return the number of rows of a shard file in the store ``path`` with the Zarr ``group``.
 
     Raises:
-        Damaged: the attribute that says so is not a multiple of ROWS_PER_SHARD.
+        Damaged: the attribute that says so is not a multiple of ROWS_PER_BLOCK.
     """
-    rows = as_type(Count, group.attrs.get("rows_per_shard", ROWS_PER_SHARD), path)
-    if rows < ROWS_PER_SHARD or rows % ROWS_PER_SHARD:
+    rows = as_type(Count, group.attrs.get("rows_per_shard", ROWS_PER_BLOCK), path)
+    if rows < ROWS_PER_BLOCK or rows % ROWS_PER_BLOCK:
         raise Damaged(f"{path}: is damaged: its rows_per_shard is {rows}; {AGAIN}")
     return rows
 
@@ -207,8 +207,8 @@ class TokenReader:
                 if state.rows and self._arrays[name].shape[:1] < (state.rows,):
                     raise Damaged(f"{path / name}: has fewer rows than the {state.rows} of the {part} part; {AGAIN}")
         sizes = [math.prod(array.shape[1:]) * array.dtype.itemsize for array in self._arrays.values()]
-        self.cache_limit = sum(sizes) * max(cached_rows, ROWS_PER_SHARD)
-        """Maximum number of bytes of decoded shards in the cache."""
+        self.cache_limit = sum(sizes) * max(cached_rows, ROWS_PER_BLOCK)
+        """Maximum number of bytes of decoded blocks in the cache."""
         self._cache: dict[tuple[str, int, int | None], np.ndarray] = {}
         self.cached_bytes = 0
         self._lock = threading.Lock()
@@ -324,13 +324,13 @@ class TokenReader:
         """Return the values (len(rows), ...) of an array at ``rows``, in any order; ``version`` is for BY_VERSION."""
         array = self._arrays[name]
         out = np.empty((len(rows), *array.shape[1 if version is None else 2 :]), array.dtype)
-        shards, places = np.divmod(rows, ROWS_PER_SHARD)
-        order = np.argsort(shards, kind="stable")
-        borders = np.flatnonzero(np.diff(shards[order])) + 1
+        blocks, places = np.divmod(rows, ROWS_PER_BLOCK)
+        order = np.argsort(blocks, kind="stable")
+        borders = np.flatnonzero(np.diff(blocks[order])) + 1
         groups = [order[i:j] for i, j in pairwise([0, *borders.tolist(), len(order)]) if i < j]
-        # Cached shards come first, before a new one takes their place.
-        for at in sorted(groups, key=lambda at: (name, int(shards[at[0]]), version) not in self._cache):
-            out[at] = self._shard(name, int(shards[at[0]]), version)[places[at]]
+        # Cached blocks come first, before a new one takes their place.
+        for at in sorted(groups, key=lambda at: (name, int(blocks[at[0]]), version) not in self._cache):
+            out[at] = self._block(name, int(blocks[at[0]]), version)[places[at]]
         return out
 
     def strings(self, name: Literal["key", "caption"], rows: Iterable[int]) -> list[str]:
@@ -360,12 +360,12 @@ class TokenReader:
         place = [rows.start // self.rows_per_shard, *rest, *[0] * (self._arrays[name].ndim - len(at))]
         return self.path / name / "c" / "/".join(map(str, place))
 
-    def _shard(self, name: str, shard: int, version: int | None) -> np.ndarray:
-        key = (name, shard, version)
+    def _block(self, name: str, block: int, version: int | None) -> np.ndarray:
+        key = (name, block, version)
         with self._lock:
             found = self._cache.pop(key, None)
             if found is None:
-                rows = slice(shard * ROWS_PER_SHARD, (shard + 1) * ROWS_PER_SHARD)
+                rows = slice(block * ROWS_PER_BLOCK, (block + 1) * ROWS_PER_BLOCK)
                 found = self._read_rows(name, (rows, *(() if version is None else (version,))))
                 self.cached_bytes += found.nbytes
             self._cache[key] = found  # moved to the end, so that the first is the least recently used

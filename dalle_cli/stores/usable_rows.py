@@ -19,8 +19,6 @@ from dalle_cli.stores.tokens import TokenReader
 
 FILE = "usable-rows.bits"
 """Name of the file."""
-SMALLEST = LARGE
-"""Number of rows from which on a store has the file."""
 
 
 def usable_rows(reader: TokenReader, *, keep: bool = True) -> RowSet:
@@ -36,7 +34,7 @@ def usable_rows(reader: TokenReader, *, keep: bool = True) -> RowSet:
 
 def known_usable_rows(reader: TokenReader) -> RowSet | None:
     """Return the usable rows of a small store, or those that a large one keeps; None if it does not keep them yet."""
-    if len(reader) < SMALLEST:
+    if len(reader) < LARGE:
         return RowSet(reader.usable_bits())
     bits = read_bits(reader.path / FILE, _made_of(reader), len(reader)) if _is_complete(reader) else None
     return None if bits is None else RowSet(bits)
@@ -44,7 +42,7 @@ def known_usable_rows(reader: TokenReader) -> RowSet | None:
 
 def keep_usable_rows(reader: TokenReader) -> None:
     """Have a store that is large and complete keep its usable rows."""
-    if len(reader) >= SMALLEST and _is_complete(reader) and known_usable_rows(reader) is None:
+    if len(reader) >= LARGE and _is_complete(reader) and known_usable_rows(reader) is None:
         log(f"{reader.path}: is complete; counting the rows that training can use")
         keep_bits(reader.path / FILE, _made_of(reader), reader.usable_bits())
 

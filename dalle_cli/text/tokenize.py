@@ -20,12 +20,12 @@ from dalle_cli.progress import progress
 from dalle_cli.randomness import SPLITMIX_STEP, splitmix64, stream_seed
 from dalle_cli.stores.shards import WHOLE, Shard
 from dalle_cli.stores.token_writer import PartWriter
-from dalle_cli.stores.tokens import ROWS_PER_SHARD, TOKENIZER
+from dalle_cli.stores.tokens import ROWS_PER_BLOCK, TOKENIZER
 from dalle_cli.text.bpe import Tokenizer, train_bpe
 from dalle_cli.text.encode import CaptionEncoder, TextRows
 
-SHARDS_AT_ONCE = 4
-"""Number of the smallest shards written and committed together, since each write has a fixed cost."""
+BLOCKS_AT_ONCE = 4
+"""Number of blocks written and committed together, since each write has a fixed cost."""
 HASHED_AT_ONCE = 2**22
 LEFT_OUT = "captions_left_out"
 """Name of the count of captions beyond the first MOST_CAPTIONS of their pictures."""
@@ -57,7 +57,7 @@ def train_tokenizer(recipe: Recipe, source: Source, out: Path, most: int | None 
 
         def captions() -> Iterator[str]:
             skipped, first = 0, ""
-            for block in prefetch(_read(source, rows, recipe.data.filters, SHARDS_AT_ONCE * ROWS_PER_SHARD), 1):
+            for block in prefetch(_read(source, rows, recipe.data.filters, BLOCKS_AT_ONCE * ROWS_PER_BLOCK), 1):
                 yield from chain.from_iterable(block.captions)
                 skipped += len(block.reasons)
                 first = first or next((f"{block.keys[row]}: {why}" for row, why in block.reasons.items()), "")
@@ -112,7 +112,7 @@ def tokenize_source(recipe: Recipe, source: Source, tokenizer: Tokenizer, out: P
             encoder = CaptionEncoder(tokenizer, settings)
             if settings.dropout:
                 writer.add_file(TOKENIZER, tokenizer.json)  # training encodes the captions anew in each epoch
-            size = max(SHARDS_AT_ONCE * ROWS_PER_SHARD, writer.rows_per_shard)
+            size = max(BLOCKS_AT_ONCE * ROWS_PER_BLOCK, writer.rows_per_shard)
             # While one block is written, the next is encoded and the one after that is read.
             blocks = prefetch(_encode(encoder, prefetch(_read(source, todo, recipe.data.filters, size), 1)), 1)
             with progress("tokenize-text", writer.rows + len(todo), "pictures", writer.rows) as bar:

@@ -18,7 +18,7 @@ from dalle_cli.config.run_folders import RunFolders, run_of
 from dalle_cli.config.schema import Recipe
 from dalle_cli.errors import UserError
 from dalle_cli.progress import log
-from dalle_cli.stores.checkpoint import Checkpoint, Kind, open_checkpoint, steps_in
+from dalle_cli.stores.checkpoint import Checkpoint, Kind, open_stage, steps_in
 
 
 def open_ancestor(recipe: Recipe, kind: Kind, out: Path, same: tuple[str, ...]) -> Checkpoint | None:
@@ -32,7 +32,7 @@ def open_ancestor(recipe: Recipe, kind: Kind, out: Path, same: tuple[str, ...]) 
     init: str | None = getattr(recipe, kind).init
     if init is None or steps_in(out):
         return None
-    ancestor = open_checkpoint(Path(init), kind)
+    ancestor = open_stage(Path(init), kind)
     then = ancestor.recipe()
     for key in same:
         old, new = attrgetter(key)(then), attrgetter(key)(recipe)

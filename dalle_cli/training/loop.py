@@ -212,7 +212,9 @@ class Run:
                     scalars = {name: float(value) for name, value in values.items()}
                     sent = {name: total - sent_before[name] for name, total in self.engine.traffic().items()}
                     journal.log_training(done, rate, {**scalars, **sent, **throughput.measure()})
-                    note = f"loss {float(values['loss']):.4f}"
+                if group.leads and (logs or group.device.type == "cpu"):  # a GPU would be waited for
+                    when = "" if group.device.type == "cpu" else f" at update {done:,}"
+                    note = f"loss {float(values['loss']):.4f}{when}"
                 with throughput.paused():
                     if state.due(training.validate_every, done):
                         validated = self._validate(state, done, journal, bar) or validated
@@ -391,10 +393,11 @@ class Run:
         if warning := precision_warning(f"{self.task.kind}.precision", work.dtype, self.group.device):
             log(f"{self.name}: warning: {warning}")
         peak, source = peak_tflops(self.recipe.monitoring.peak_tflops, work.dtype, self.group.device)
-        log(
-            f"{self.name}: {work.flops / 1e9:.3g} GFLOP a sample; mfu is the share of {peak:.3g} TFLOP/s a device, "
-            f"{source}"
-        )
+        if self.recipe.monitoring.peak_tflops is not None:  # whoever sets it asks for the MFU
+            log(
+                f"{self.name}: {work.flops / 1e9:.3g} GFLOP a sample; mfu is the share of {peak:.3g} TFLOP/s a device, "
+                f"{source}"
+            )
         return Throughput(work, batch_size, self.group.size, peak)
 
     def _more_loggers(self) -> list[Callable[[], MetricLogger]]:

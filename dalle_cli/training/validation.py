@@ -46,7 +46,8 @@ def validation_warnings(newest: Checkpoint) -> list[str]:
     if image > unigram:
         found.append(
             f"the held-out image loss {image:.4g} is above {unigram:.4g}, the loss of guessing image tokens by their "
-            "frequencies, so the prior is of no use for new captions: train a smaller one, or use more data"
+            "frequencies, so the prior is of no use for new captions: train it for longer, or if the loss rises, a "
+            "smaller one, or use more data"
         )
     others = metrics.get("image_other_captions", math.inf)
     if newest.step and image >= others:

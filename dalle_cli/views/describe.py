@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from dalle_cli.config.load import load_recipe
+from dalle_cli.config.run_folders import RunFolders
 from dalle_cli.config.shipped import shipped_recipe
 from dalle_cli.errors import UserError
 from dalle_cli.stores.checkpoint import open_checkpoint, steps_in
@@ -170,6 +171,8 @@ def describe(path: Path, overrides: Sequence[str] = ()) -> Description:
         return _describe_tokenizer(path)
     if path.is_dir() and (run := describe_run(path)) is not None:
         return run
+    if path.is_dir() and (runs := sorted(str(p) for p in path.iterdir() if p.is_dir() and RunFolders(p).begun)):
+        raise UserError(f"{path}: is a folder of runs; name one of {', '.join(runs)}")
     raise UserError(f"{path}: is not an artifact of dalle; {UNDERSTOOD}")
 
 

@@ -24,12 +24,16 @@ class StageStatus:
 
 @dataclass(frozen=True)
 class RunDescription:
-    """The stages of a run in order; ``next`` is the command of the first one that is not done, None if all are."""
+    """The stages of a run in order; ``next`` is the command of the first one that is not done, None if all are.
+
+    ``line`` is that command with its arguments, where they are known.
+    """
 
     what: str = field(default="run", init=False)
     path: str
     stages: list[StageStatus]
     next: str | None
+    line: str | None = None
 
 
 def describe_run(path: Path) -> RunDescription | None:

@@ -27,6 +27,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["png_uri"] = png_uri
+    environment.filters["svg_uri"] = svg_uri
     # No-break spaces keep numbers and their signs on one line.
     environment.filters["unbroken"] = lambda text: text.replace(" %", "\u00a0%").replace(" ± ", "\u00a0±\u00a0")
     return environment
@@ -35,3 +36,8 @@ def _environment() -> Environment:
 def png_uri(png: bytes) -> str:
     """Return a PNG as a data URI."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def svg_uri(svg: bytes) -> str:
+    """Return an SVG as a data URI."""
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"

@@ -11,21 +11,22 @@ from rich.table import Table
 from dalle_cli.views.tables import grid_table, number, pairs_table, print_tables, sharding_text, size
 
 if TYPE_CHECKING:
+    from dalle_cli.planning.budget import StageTime
     from dalle_cli.planning.data_path import DataPath
     from dalle_cli.planning.plan import Plan
     from dalle_cli.planning.this_machine import Start
     from dalle_cli.planning.traffic import CompressionRow
 
 
-def render_plan(plan: Plan, console: Console, start: Start | None = None) -> None:
-    """Print a plan and, for a dry run, the point from which training would start."""
-    tables = [_overview(plan), _parts(plan), _peaks(plan), *_traffic(plan), _time(plan), _assumptions(plan)]
-    print_tables(console, tables if start is None else [*tables, _start(start)])
+def render_plan(plan: Plan, console: Console, start: Start | None = None, measured: Sequence[StageTime] = ()) -> None:
+    """Print a plan and, for a dry run, the point from which training would start; ``measured`` are times of stages."""
+    tables = [_overview(plan), _parts(plan), _peaks(plan), *_traffic(plan), *_measured(measured), _time(plan)]
+    print_tables(console, [*tables, _assumptions(plan), *([] if start is None else [_start(start)])])
 
 
 def render_compression(rows: Sequence[CompressionRow], console: Console) -> None:
     """Print how much PowerSGD saves, recipe by recipe."""
-    columns = ["recipe", "effective parameters", "d_model", "rank", "paper, 1 - 5r/(8d)", "shards here", "all bytes"]
+    columns = ["recipe", "parameters", "d_model", "rank", "paper", "shards here", "all bytes"]
     cells = [
         [
             row.recipe,
@@ -37,7 +38,8 @@ def render_compression(rows: Sequence[CompressionRow], console: Console) -> None
         for row in rows
     ]
     notes = [
-        ("paper", "the closed form of section 2.5: matrices split along their longer side among 8 GPUs"),
+        ("parameters", "effective ones, in the resblocks' matrices"),
+        ("paper", "the closed form of section 2.5, 1 - 5r/(8d): matrices split along their longer side among 8 GPUs"),
         ("shards here", "values of the resblocks' matrices, split likewise; query, key and value are one matrix"),
         (
             "all bytes",
@@ -168,27 +170,47 @@ def _traffic(plan: Plan) -> list[Table]:
     return [grid_table(title, columns, rows, right=range(1, 4))]
 
 
+def _measured(times: Sequence[StageTime]) -> list[Table]:
+    """Return a table of the stages' training on this machine; none if nothing was measured."""
+    if not times:
+        return []
+    rows = [
+        (time.kind, f"{time.updates:,}", f"{time.seconds:.3g} s", _duration(time.hours)) if time.seconds is not None
+        else (time.kind, f"{time.updates:,}", "", "too large to be timed here")
+        for time in times
+    ]  # fmt: skip
+    known = [time.hours for time in times if time.seconds is not None]
+    whole = [("all", "", "", _duration(sum(known)))] if len(known) == len(times) else []
+    columns = ["training of", "updates", "an update", "in all"]
+    return [grid_table("Time on this machine, by updates timed just now", columns, [*rows, *whole], right=range(1, 4))]
+
+
+def _duration(hours: float) -> str:
+    """Format a time, such as ``"11 min"``, ``"3.2 h"`` or ``"45 days"``."""
+    if hours < 1.5:
+        return f"{60 * hours:.2g} min"
+    return f"{hours:.2g} h" if hours < 48 else f"{hours / 24:,.0f} days"
+
+
 def _time(plan: Plan) -> Table:
     time, checkpoint = plan.time, plan.checkpoint
-    days = time.hours / 24
-    own = f", and {size(checkpoint.each_process)} of each process" if checkpoint.each_process else ""
-    return pairs_table(
-        "Time",
-        [
+    rows: list[tuple[str, Any]] = []
+    if time is not None:
+        rows = [
             ("model FLOPs", f"{time.model_flops:.4g} per update, and {time.recomputed_flops:.4g} recomputed"),
             ("update", f"{time.step_seconds:.3g} s, of which {time.compute_seconds:.3g} s are computation"),
             ("tokens", f"{time.tokens_per_second:,.0f} per second"),
             ("MFU", f"{time.mfu:.1%}"),
-            ("training", f"{time.updates:,} updates: {days:,.1f} days, {time.gpu_hours:,.0f} GPU hours"),
+            ("training", f"{time.updates:,} updates: {time.hours / 24:,.1f} days, {time.gpu_hours:,.0f} GPU hours"),
             ("cost", f"{time.cost:,.0f}" if time.cost is not None else None),
-            ("checkpoint", f"{size(checkpoint.bytes)}: {size(checkpoint.model)} of the model{own}"),
-            (
-                "  saving it",
-                f"{checkpoint.seconds:,.3g} s every {checkpoint.every_updates:,} updates: {checkpoint.share:.2%} of "
-                "the time",
-            ),
-        ],
-    )
+        ]
+    own = f", and {size(checkpoint.each_process)} of each process" if checkpoint.each_process else ""
+    share = "" if checkpoint.share is None else f": {checkpoint.share:.2%} of the time"
+    rows += [
+        ("checkpoint", f"{size(checkpoint.bytes)}: {size(checkpoint.model)} of the model{own}"),
+        ("  saving it", f"{checkpoint.seconds:,.3g} s every {checkpoint.every_updates:,} updates{share}"),
+    ]
+    return pairs_table("Checkpoints" if time is None else "Time", rows)
 
 
 def _start(start: Start) -> Table:

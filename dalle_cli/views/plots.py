@@ -1,11 +1,11 @@
-"""Plots of the report as PNG, small and with large letters, to be readable on a phone."""
+"""Plots of pages as PNG and SVG, small and with large letters, to be readable on a phone."""
 
 from __future__ import annotations
 
 import io
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from matplotlib import rc_context
@@ -14,11 +14,17 @@ from numpy.typing import NDArray
 
 from dalle_cli.shapes.accuracy import Accuracy, Share
 
-BLUE, GREEN, ORANGE, VIOLET, GREY = "#2563a8", "#0e8a68", "#c45410", "#7a4ea3", "#6b7280"
+BLUE, ORANGE, GREEN, PINK, SKY, YELLOW, BLACK = (
+    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#222222",
+)  # fmt: skip
+SERIES = (BLUE, ORANGE, GREEN, PINK, SKY, YELLOW, BLACK)
+"""Colours that differ for colour-blind readers too (Okabe and Ito 2008), in the order in which plots take them."""
+GREY = "#6b7280"
 STYLE: Any = {
     "figure.figsize": (4.8, 3.0),
     "figure.dpi": 200,
     "figure.constrained_layout.use": True,
+    "svg.hashsalt": "dalle",  # without it, ids in the file are random
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -37,12 +43,19 @@ Curve = tuple[str, str, str]
 """Name of a metric in metrics.jsonl, its label and its colour. A name that begins with ``val_`` is drawn dashed."""
 
 
+class Plot(NamedTuple):
+    """A plot, once as a picture for the page and once to print or to edit."""
+
+    png: bytes
+    svg: bytes
+
+
 def label_of(name: str) -> str:
     """Return a user's name as a label for Matplotlib, without formulas and not hidden by an underscore at its start."""
     return f" {name}".replace("$", r"\$") if name.startswith("_") else name.replace("$", r"\$")
 
 
-def loss_curves(metrics: Sequence[Mapping[str, Any]], curves: Sequence[Curve], unit: str) -> bytes | None:
+def loss_curves(metrics: Sequence[Mapping[str, Any]], curves: Sequence[Curve], unit: str) -> Plot | None:
     """Plot metrics over updates; return None if the run has none of them."""
     with rc_context(STYLE):
         figure = Figure()
@@ -60,10 +73,10 @@ def loss_curves(metrics: Sequence[Mapping[str, Any]], curves: Sequence[Curve], u
         axes.set_xlabel("updates")
         axes.set_ylabel(unit)
         axes.legend()
-        return figure_png(figure)
+        return figure_plot(figure)
 
 
-def codebook_histogram(counts: NDArray[np.int64], perplexity: float) -> bytes:
+def codebook_histogram(counts: NDArray[np.int64], perplexity: float) -> Plot:
     """Plot the share of each code among all tokens, the most used first, on a log scale; ``counts`` is (K,)."""
     used = np.sort(counts[counts > 0])[::-1]
     with rc_context(STYLE):
@@ -82,10 +95,10 @@ def codebook_histogram(counts: NDArray[np.int64], perplexity: float) -> bytes:
         axes.set_xlabel("codes, most used first")
         axes.set_ylabel("share of tokens")
         axes.legend()
-        return figure_png(figure)
+        return figure_plot(figure)
 
 
-def accuracy_bars(groups: Mapping[str, Accuracy]) -> bytes:
+def accuracy_bars(groups: Mapping[str, Accuracy]) -> Plot:
     """Plot for each group the accuracy of a single sample, the best by CLIP and any sample, with standard errors."""
     with rc_context(STYLE):
         figure = Figure()
@@ -117,16 +130,16 @@ def accuracy_bars(groups: Mapping[str, Accuracy]) -> bytes:
         axes.set_ylabel("captions drawn right, %")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, columnspacing=1,
                       handlelength=1)  # fmt: skip
-        return figure_png(figure)
+        return figure_plot(figure)
 
 
-def accuracy_by_pool_size(groups: Mapping[str, Accuracy]) -> bytes | None:
+def accuracy_by_pool_size(groups: Mapping[str, Accuracy]) -> Plot | None:
     """Plot the accuracy of the best by CLIP against the pool size; return None if pools were cut by ``--top``."""
     with rc_context(STYLE):
         figure = Figure()
         axes = figure.subplots()
         sizes: set[int] = set()
-        for (name, group), colour in zip(groups.items(), (BLUE, ORANGE, VIOLET), strict=False):
+        for (name, group), colour in zip(groups.items(), SERIES, strict=False):
             if not group.by_pool_size:
                 continue
             x = list(group.by_pool_size)
@@ -144,11 +157,21 @@ def accuracy_by_pool_size(groups: Mapping[str, Accuracy]) -> bytes | None:
         axes.set_xlabel("samples that CLIP chooses among")
         axes.set_ylabel("captions drawn right, %")
         axes.legend(loc="lower right")
-        return figure_png(figure)
+        return figure_plot(figure)
+
+
+def figure_plot(figure: Figure) -> Plot:
+    """Return the figure in both formats."""
+    return Plot(figure_png(figure), _saved(figure, "svg", ("Date", "Creator")))
 
 
 def figure_png(figure: Figure) -> bytes:
-    """Return the figure as PNG without the name of the matplotlib version."""
+    """Return the figure as PNG."""
+    return _saved(figure, "png", ("Software",))
+
+
+def _saved(figure: Figure, kind: Literal["png", "svg"], left_out: Sequence[str]) -> bytes:
+    """Return the figure's file without the metadata that would differ between two runs."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
+    figure.savefig(buffer, format=kind, metadata=dict.fromkeys(left_out))
     return buffer.getvalue()

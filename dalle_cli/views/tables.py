@@ -49,7 +49,8 @@ def render(found: Description, console: Console) -> None:
 
 def _run(found: RunDescription) -> list[Table]:
     rows = [(stage.command, stage.state, stage.detail) for stage in found.stages]
-    next_lines = [("next", "nothing: all stages are done" if found.next is None else f"dalle {found.next}")]
+    command = found.line or f"dalle {found.next}"
+    next_lines = [("next", "nothing: all stages are done" if found.next is None else command)]
     return [grid_table(f"Run {found.path}", ["stage", "state", ""], rows), pairs_table("", next_lines)]
 
 
@@ -139,7 +140,7 @@ def pairs_table(title: str, rows: Iterable[tuple[str, Any]]) -> Table:
 
 def grid_table(title: str, columns: list[str], rows: Iterable[Iterable[Any]], right: Iterable[int] = ()) -> Table:
     """Return a table with a header row; columns whose index is in ``right`` are right-aligned."""
-    table = Table(title=title, header_style="dim", box=None, padding=(0, 2))
+    table = Table(title=title, header_style="dim", box=None, padding=(0, 2), collapse_padding=True)
     for place, name in enumerate(columns):
         table.add_column(name, justify="right" if place in set(right) else "left", overflow="fold")
     for row in rows:

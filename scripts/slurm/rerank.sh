@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=dalle-rerank
 #SBATCH --ntasks=1
+#SBATCH --cpus-per-task=4
+#SBATCH --mem=32G
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.out

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=dalle-sample
 #SBATCH --ntasks=1
+#SBATCH --cpus-per-task=4
+#SBATCH --mem=32G
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%A_%a.out
@@ -12,7 +14,7 @@
 #
 #     export LINES_IN=runs/12b/samples/coco-lines
 #     jobs=$(sbatch --parsable --array 1-64 --gpus 1 scripts/slurm/sample.sh runs/12b/prior \
-#         --prompts captions_val2014.json --n 512 --out runs/12b/samples/coco)
+#         --captions captions_val2014.json --n 512 --out runs/12b/samples/coco)
 #     sbatch --dependency afterok:$jobs --gpus 1 scripts/slurm/rerank.sh --top 1
 set -euo pipefail
 source "${DALLE_ROOT:-$SLURM_SUBMIT_DIR}/scripts/slurm/job.sh"

@@ -2,6 +2,8 @@
 #SBATCH --job-name=dalle-train-dvae
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=4
+#SBATCH --mem=32G
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.out
@@ -12,7 +14,7 @@
 # is queued again and resumes with the same result. See README.md.
 #
 #     sbatch scripts/slurm/train-dvae.sh recipes/quickstart.yaml
-#     sbatch --ntasks-per-node 8 --gpus-per-node 8 --cpus-per-task 16 --time 1-0 scripts/slurm/train-dvae.sh \
+#     sbatch --ntasks-per-node 8 --gpus-per-node 8 --cpus-per-task 16 --mem 0 --time 1-0 scripts/slurm/train-dvae.sh \
 #         recipes/dvae.yaml --data cc3m.tsv
 set -euo pipefail
 source "${DALLE_ROOT:-$SLURM_SUBMIT_DIR}/scripts/slurm/job.sh"

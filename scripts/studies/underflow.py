@@ -28,9 +28,9 @@ from underflow_probe import VARIANTS, Found, Line, Study, run_study, stored_toke
 from dalle_cli.errors import UserError
 from dalle_cli.stores.files import write_atomically, write_json
 from dalle_cli.stores.tokens import TokenReader
-from dalle_cli.views.plots import BLUE, GREEN, GREY, ORANGE, VIOLET, figure_png
+from dalle_cli.views.plots import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, figure_png
 
-COLOURS = dict(zip(VARIANTS, (GREY, ORANGE, VIOLET, BLUE, GREEN), strict=True))
+COLOURS = dict(zip(VARIANTS, (BLACK, ORANGE, PINK, BLUE, GREEN), strict=True))
 
 
 def write_study(study: Study, found: Found, out: Path) -> str:

@@ -26,7 +26,7 @@ from dalle_cli.errors import UserError
 from dalle_cli.prior.train import sample_work, train_prior
 from dalle_cli.stores.files import write_atomically, write_json
 from dalle_cli.training.precision_choice import with_precision
-from dalle_cli.views.plots import BLUE, GREEN, ORANGE, STYLE, VIOLET, figure_png
+from dalle_cli.views.plots import SERIES, STYLE, figure_png
 
 LOSSES = ("text", "image", "loss")
 VALIDATIONS = 4
@@ -93,7 +93,7 @@ def figure(rows: list[dict[str, Any]]) -> bytes:
         for axes, loss in zip(panels, LOSSES, strict=True):
             for at, width in enumerate(widths):
                 own = sorted((row for row in rows if row["width"] == width), key=lambda row: row["rate"])
-                look: dict[str, Any] = {"color": (BLUE, GREEN, ORANGE, VIOLET)[at % 4], "marker": "o", "markersize": 3}
+                look: dict[str, Any] = {"color": SERIES[at % len(SERIES)], "marker": "o", "markersize": 3}
                 rates = [row["rate"] for row in own]
                 axes.plot(rates, [row[loss] for row in own], label=f"width {width}", **look)
                 axes.plot(rates, [row[f"raw_{loss}"] for row in own], linestyle="--", **look)

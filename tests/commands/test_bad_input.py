@@ -210,7 +210,10 @@ def test_the_folder_of_a_run_stands_for_its_stages(call: Call, by_hand: Chain, t
         ("name: *\n", 1, "put it in quotes"),
         ("name: *star\n", 1, "a value that begins with * is taken for an alias"),
         ('run: "a\\q"\n', 1, "in double quotes a backslash must be doubled"),
-        ("- a\n- b\n", 1, "it must be a mapping of keys to settings"),
+        ("- a\n- b\n", 1, "not a recipe; write keys and settings, such as name: mine"),
+        ("data\n  train: x\n", 1, "a colon is missing at the end of the line"),
+        ("seed: 1\ndvae: {training: {updates: 5}}}\n", 2, "there is a closing bracket too many"),
+        ("{{ name }}: x\n", 1, "a key must be a word"),
         ("name: a\nseed: !!python/object/apply:os.getcwd []\n", 2, "seed: not a plain value"),
         ("name: a\nseed: !!int three\n", 2, "seed: not a plain value"),
         ("seed: 1\nseed: 2\n", 2, "written twice"),
@@ -236,7 +239,7 @@ def test_recipes_that_extend_in_a_circle_or_nothing(call: Call, tmp_path: Path) 
     assert "c.yaml: no such recipe" in call("train-prior", tmp_path / "a.yaml").mistake()
     assert "is a folder" in call("train-prior", tmp_path).mistake()
     (tmp_path / "c.yaml").write_bytes(b"name: \xff\n")
-    assert "c.yaml: cannot be read" in call("train-prior", tmp_path / "c.yaml").mistake()
+    assert "c.yaml: is not text in UTF-8" in call("train-prior", tmp_path / "c.yaml").mistake()
 
 
 # Checkpoints
@@ -577,7 +580,7 @@ def test_nothing_left_to_train_on(by_hand: Chain, call: Call, tmp_path: Path) ->
         (("a red star", "  "), "prompt 2: the caption is empty"),
         (("a red star", "--top-p", 0), "--top-p 0"),
         (("a \udcff star",), "prompt 1: the caption is not valid Unicode"),
-        (("--prompts", "missing.txt"), "missing.txt"),
+        (("--captions", "missing.txt"), "missing.txt"),
         (("a red star", "--dvae", "missing"), "missing"),
         (("a red star", "--tokenizer", "missing"), "missing"),
     ],
@@ -683,7 +686,7 @@ def test_a_disk_that_fills_while_encoding(by_hand: Chain, small_disk: Callable[[
     shapes = tmp_path / "shapes"
     run("make-shapes", shapes, "--n", 640, "--test-n", 1, "--size", 32)
     program = (
-        "from dalle_cli.stores import tokens; tokens.ROWS_PER_SHARD = tokens.ROWS_PER_CHUNK = 64; "
+        "from dalle_cli.stores import tokens; tokens.ROWS_PER_BLOCK = tokens.ROWS_PER_CHUNK = 64; "
         "from dalle_cli.app import main; main()"
     )
 

@@ -34,8 +34,11 @@ def test_the_command_on_one_system_and_on_several(by_hand: Chain, call: Call, tm
     measure = ("--clip", by_hand.clip, "--size", 32, "--cache", tmp_path / "cache")
     plain = call("eval-fid", manifest, tmp_path / "coco" / "val2014", *measure, "--out", tmp_path / "fid.json")
     assert plain.code == 0, plain.err
-    figures = json.loads(plain.out)
-    assert figures == json.loads((tmp_path / "fid.json").read_text())
+    assert plain.out == f"{tmp_path / 'fid.json'}\n"
+    figures = json.loads((tmp_path / "fid.json").read_text())
+    assert figures == json.loads(call("eval-fid", manifest, tmp_path / "coco" / "val2014", *measure).out) | {
+        "command": figures["command"]
+    }
     assert (figures["score_name"], figures["features"].split()[0]) == ("clip_is", "clip-image")
     (only,) = figures["systems"]
     assert (only["name"], only["generated"]) == ("generated", str(manifest))
@@ -75,6 +78,7 @@ def test_the_command_on_one_system_and_on_several(by_hand: Chain, call: Call, tm
         (gan, gan, "--features", "tf_efficientnet_lite2", "--clip", by_hand.clip): "exclude each other",
         (gan, gan, "--clip", by_hand.clip, "--without", seen): "none of its 2 keys is in",
         (gan, gan, "--clip", by_hand.clip, "--without", gan / "absent.txt"): "--without: ",
+        (gan, gan, "--pretrained", "openai"): "--pretrained needs --clip",
         (gan, gan, "--features", "no_such_network"): "is neither a folder nor a network of timm",
     }.items():
         assert words in call("eval-fid", *arguments).mistake()

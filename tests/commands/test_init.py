@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from dalle_cli.config.schema import Recipe
 from dalle_cli.planning.budget import SHARES, updates_within
 
 RECIPES = Path(__file__).parents[2] / "recipes"
+SLURM = Path(__file__).parents[2] / "scripts" / "slurm"
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +44,7 @@ def test_settings_follow_from_the_data(photographs: Path, tmp_path: Path) -> Non
     file = tmp_path / "mine.yaml"
     done = run("init", file, "--data", photographs)
     assert done.code == 0, done.err
+    assert "init: data.holdout 0.05, data.crop true, data.views 8, tokenizer.vocab_size" in done.err
     recipe = load_recipe(file)
     assert recipe.data.train == str(photographs)
     assert recipe.data.crop
@@ -85,7 +88,8 @@ def test_each_stage_gets_its_share_of_the_time(monkeypatch: pytest.MonkeyPatch) 
     [
         (["none", "a.yaml"], "there is no recipe none; there are 12b"),
         (["a.txt"], "a.txt: a recipe is a YAML file; name it a.txt.yaml"),
-        (["a", "b", "c"], "3 names given; write dalle init [NAME] FILE"),
+        (["a", "b", "c"], "3 names are given; write dalle init [NAME] FILE"),
+        (["--data", "DATA"], "the new file is not named; write dalle init [NAME] FILE"),
         (["a.yaml", "--minutes", "5"], "--minutes: the updates depend on the data; give --data SOURCE too"),
         (["dvae", "a.yaml", "--data", "DATA"], "the recipe dvae does not say"),
         (["a.yaml", "--data", "nowhere"], "nowhere: no such file or folder"),
@@ -104,3 +108,20 @@ def test_an_existing_file_is_kept(tmp_path: Path) -> None:
     file.write_text("mine")
     assert "exists already; choose another name" in run("init", file).mistake()
     assert file.read_text() == "mine"
+
+
+def test_the_batch_files_for_slurm_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run("init", "--slurm", "dvae", "mine.yaml")
+    assert (done.code, done.out) == (0, "scripts/slurm\nmine.yaml\n"), done.err
+    copied, shipped = ({file.name: file for file in folder.iterdir()} for folder in (tmp_path / "scripts/slurm", SLURM))
+    assert copied.keys() == shipped.keys()
+    for name, file in shipped.items():
+        assert copied[name].read_bytes() == file.read_bytes()
+        assert copied[name].stat().st_mode == file.stat().st_mode
+    assert "exists already" in run("init", "--slurm").mistake()
+
+
+def test_a_wheel_has_the_recipes_and_the_batch_files() -> None:
+    wheel = tomllib.loads((RECIPES.parent / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert wheel["force-include"] == {"recipes": "dalle_cli/recipes", "scripts/slurm": "dalle_cli/slurm"}

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import click
 import pytest
 from conftest import Call
+from typer.main import get_command
+
+from dalle_cli.app import app
 
 
 @pytest.mark.parametrize(
@@ -21,3 +29,33 @@ from conftest import Call
 def test_the_usage_line_is_as_is_customary(call: Call, command: str, usage: str) -> None:
     (line,) = [line for line in call(command, "--help").out.splitlines() if "Usage:" in line]
     assert line.split("Usage:")[1].strip() == f"dalle {command} [OPTIONS] {usage}"
+
+
+def options(command: click.Command) -> Iterator[tuple[click.Parameter, Any]]:
+    """Yield each parameter of a command and of those below it, with its type."""
+    types = get_type_hints(command.callback) if command.callback else {}
+    for parameter in command.params:
+        yield parameter, types.get(str(parameter.name))
+    for below in getattr(command, "commands", {}).values():
+        yield from options(below)
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds", "shown"),
+    [
+        ("--captions", {Path}, "FILE"),
+        ("--data", {str, list[str]}, "SOURCE"),
+        ("--out", {Path}, None),
+        ("--limit", {int}, None),
+        ("--shard", {str}, "I/N"),
+        ("--json", {bool}, None),
+    ],
+)
+def test_an_option_means_one_thing_in_all_commands(name: str, kinds: set[Any], shown: str | None) -> None:
+    found = [(option, kind) for option, kind in options(get_command(app)) if name in option.opts]
+    assert len(found) > 1
+    assert {kind if kind in kinds else get_args(kind)[0] for _, kind in found} == kinds
+    if shown is not None:
+        assert {getattr(option, "metavar", None) for option, _ in found} == {shown}
+    if name == "--json":
+        assert {getattr(option, "help", None) for option, _ in found} == {"Print JSON."}

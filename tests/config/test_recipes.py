@@ -165,7 +165,24 @@ def test_misplaced_dots(layout: str) -> None:
             "dvae:\n  training:\n    updates: 0\n    batch_size: 1\n",
             "{file}:3: dvae.training.updates: must be above 0, not 0",
         ),
-        ("data: here\n", "{file}:1: data: must be a block of settings, not 'here'"),
+        (
+            "data: here\n",
+            "{file}:1: data: must be a block of settings, not 'here'; write its settings in the lines below",
+        ),
+        (
+            "data:\n  train x\n",
+            "{file}:1: data: must be a block of settings, not 'train x'; a colon is missing: write train: x",
+        ),
+        ("data:\n  train:x\n", "a space is missing after the colon: write train: x"),
+        ("data:\n  - train: x\n", "{file}:1: data: must be a block of settings, not a list; leave out the dashes"),
+        (
+            "data:\n",
+            "{file}:1: data: must be a block of settings, and nothing is given; write its settings in the lines",
+        ),
+        ("train: x\n", "{file}:1: train: unknown key; it belongs in a block: data.train"),
+        ("training: {}\n", "unknown key; it belongs in a block: dvae.training or prior.training or clip.training"),
+        ("name: yes\n", "{file}:1: name: must be text; put it in quotes, not true"),
+        ("data: {filters: {language: english}}\n", "language: must be two small letters, such as en, not 'english'"),
         (
             "dvae:\n  objective:\n    estimator: guess\n",
             "{file}:3: dvae.objective.estimator: must be 'gumbel' or 'reinforce', not 'guess'",
@@ -188,7 +205,7 @@ def test_misplaced_dots(layout: str) -> None:
             "dvae:\n  model: {downsampling: 4}\nprior: {model: {grid: 32}}\n",
             "image_size / dvae.model.downsampling = 64; set prior.model.grid: 64",
         ),
-        ("image_size: 100\n", "image_size 100 is no multiple of dvae.model.downsampling, 8"),
+        ("image_size: 100\n", "image_size 100 is no multiple of dvae.model.downsampling, 8; set it to 104"),
         (
             "prior:\n  powersgd:\n    rank: 4000\n",
             "{file}:3: prior: powersgd.rank 4000 is above the matrices' smaller side, d_model 3968",

@@ -38,6 +38,9 @@ def test_every_shipped_recipe_loads_by_its_name_from_any_folder(
     assert shipped_recipe("none") is None
     with pytest.raises(UserError, match=r"none.yaml: no such recipe; there are 12b, .*quickstart"):
         load_recipe(Path("none.yaml"))
+    Path("mine.yml").write_text("seed: 1\n")
+    with pytest.raises(UserError, match=r"mine.yaml: no such recipe; did you mean mine.yml\?"):
+        load_recipe(Path("mine.yaml"))
 
 
 def test_a_recipe_may_extend_a_shipped_one_and_a_file_beside_it_comes_first(tmp_path: Path) -> None:

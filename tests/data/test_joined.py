@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import Call
 from helpers.pictures import noise, write_sample
 from helpers.tiny_chain import write_recipe
 
@@ -124,3 +126,17 @@ def test_only_training_rows_are_weighted() -> None:
 def test_settings_that_disagree_are_refused(data: dict[str, object], mistake: str) -> None:
     with pytest.raises(ValueError, match=mistake):
         Recipe.model_validate({"data": data})
+
+
+def test_the_commands_take_a_list_of_sources(folders: dict[str, Path], tmp_path: Path, call: Call) -> None:
+    recipe = write_recipe(tmp_path)
+    changes = {
+        "data.train": f"[{folders['photographs']}, {folders['drawings']}]", "data.weights": "[1, 3]",
+        "data.validation": folders["others"], "data.holdout": 0,
+    }  # fmt: skip
+    words = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
+    for command in ("train-tokenizer", "tokenize-text", "train-dvae"):
+        assert call(command, recipe, *words).code == 0, command
+    assert json.loads(call("show", tmp_path / "run" / "tokens.zarr", "--json").out)["rows"] == sum(SIZES.values())
+    mistake = call("train-dvae", recipe, *words, "--set", "data.weights=[1]").mistake()
+    assert "--set data.weights=[1]: data: weights has 1 numbers for 2 sources" in mistake

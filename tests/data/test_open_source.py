@@ -44,8 +44,12 @@ def test_the_shapes_world_is_a_source(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_refusals_name_the_path_and_what_was_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nowhere: no such file or folder \(looked for"):
+    with pytest.raises(UserError, match=r"nowhere: no such file or folder$"):
         open_source(tmp_path / "nowhere")
+    with pytest.raises(
+        UserError, match=rf"^nowhere: no such file or folder; paths are relative to .*, now {Path.cwd()}$"
+    ):
+        open_source("nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty: no images found \(looked for avif, bmp"):
         open_source(tmp_path / "empty")

@@ -111,12 +111,15 @@ def test_stdout_has_only_the_json(call: Call, mixed: Path, tmp_path: Path) -> No
         assert sheet.height > 5 * 176
 
 
-def test_tables_are_printed_on_stderr(call: Call, mixed: Path, tmp_path: Path) -> None:
+def test_tables_are_the_result_unless_a_folder_is(call: Call, mixed: Path, tmp_path: Path) -> None:
     settings = smallest_recipe(tmp_path, None)
     settings["data"]["filters"] = {"min_words": 4}
-    done = call("scan", mixed, "--recipe", write_recipe(tmp_path, settings), "--workers", 1)
+    arguments = ("scan", mixed, "--recipe", write_recipe(tmp_path, settings), "--workers", 1)
+    done = call(*arguments)
     assert done.code == 0
-    assert done.out == ""
+    assert "min_words" not in done.err
+    into = call(*arguments, "--out", tmp_path / "scan")
+    assert (into.out, "min_words" in into.err) == (f"{tmp_path / 'scan'}\n", True)
     for text in (
         "76",
         "damaged image",
@@ -126,8 +129,8 @@ def test_tables_are_printed_on_stderr(call: Call, mixed: Path, tmp_path: Path) -
         "width / height",
         "share cropped away",
     ):
-        assert text in done.err
-    (line,) = [line for line in done.err.splitlines() if line.strip().startswith("min_words")]
+        assert text in done.out
+    (line,) = [line for line in done.out.splitlines() if line.strip().startswith("min_words")]
     assert line.split()[:5] == ["min_words", "4", "on", "1", "1.3%"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,7 +31,19 @@ from dalle_cli.text.bpe import Tokenizer
 
 COMMANDS = [name for commands in PANELS.values() for name in commands]
 CAPTION = "a small red star above a large blue square"
-HEAVY = ("torch", "numpy", "zarr", "PIL", "open_clip", "tokenizers", "matplotlib", "scipy")
+HEAVY = (
+    "torch",
+    "numpy",
+    "zarr",
+    "PIL",
+    "open_clip",
+    "tokenizers",
+    "matplotlib",
+    "scipy",
+    "yaml",
+    "jinja2",
+    "dalle_cli.config.schema",
+)
 
 
 def shell(line: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -156,9 +169,9 @@ def test_the_same_request_again_is_the_same_samples(by_hand: Chain, call: Call) 
 def test_prompts_of_a_file_of_a_source_and_left_out(by_hand: Chain, call: Call, tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("a red star\n\n  a blue circle \n")
-    done = call("sample", by_hand.prior, "--prompts", file, "--n", 1, "--out", tmp_path / "a")
+    done = call("sample", by_hand.prior, "--captions", file, "--n", 1, "--out", tmp_path / "a")
     assert [line["prompt"] for line in done.lines] == ["a red star", "a blue circle"]
-    done = call("sample", by_hand.prior, "--captions", by_hand.train, "--limit", 2, "--n", 1, "--out", tmp_path / "b")
+    done = call("sample", by_hand.prior, "--data", by_hand.train, "--limit", 2, "--n", 1, "--out", tmp_path / "b")
     source = open_source(str(by_hand.train))
     assert [line["prompt"] for line in done.lines] == [source.captions(0)[0], source.captions(1)[0]]
     done = call("sample", by_hand.prior, "--held-out", "--limit", 2, "--n", 1, "--out", tmp_path / "c")
@@ -188,6 +201,57 @@ def test_artifacts_that_do_not_belong_together_are_refused(by_hand: Chain, call:
     refused = call("rerank", lines, "--clip", by_hand.clip, "--tokenizer", other_words).mistake()
     for part in (str(clip.path), str(other_words), clip.belongs["tokenizer"][:12], words[:12]):
         assert part in refused
+
+
+def test_a_stage_that_is_not_finished_can_be_used_and_says_where_it_stands(
+    by_hand: Chain, call: Call, tmp_path: Path
+) -> None:
+    shutil.copytree(by_hand.dvae, tmp_path / "dvae")
+    shutil.rmtree(tmp_path / "dvae" / "step-00000012")  # as if it had been killed after update 8
+    arguments = ("encode-images", by_hand.recipe, "--data", by_hand.train, "--tokens", tmp_path / "tokens.zarr")
+    done = call(*arguments, "--dvae", tmp_path / "dvae")
+    assert done.code == 0, done.err
+    said = f"{tmp_path}/dvae: its training is not finished; it stands at update 8 of 12, and step-0000000"
+    assert said in done.err
+    assert "is not finished" not in by_hand.stages["encode-images"].err
+
+
+def test_a_report_has_no_absolute_path_of_the_machine(
+    by_hand: Chain, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(by_hand.train, tmp_path / "pictures")
+    monkeypatch.chdir(tmp_path)
+    recipe = write_recipe(Path(), smallest_recipe(Path("run"), Path("pictures")))
+    for command in ("train-tokenizer", "tokenize-text", "train-dvae", "encode-images", "train-prior", "train-clip"):
+        assert call(command, recipe).code == 0, command
+    Path("run/samples.jsonl").write_text(call("sample", "run", CAPTION, "a red circle", "--n", 2).out)
+    Path("run/ranked.jsonl").write_text(call("rerank", "run/samples.jsonl").out)
+    measure = ("--size", 32, "--clip", "run", "--page", "run/evaluation", "--cache", "cache")
+    assert call("eval-fid", "run/ranked.jsonl", "pictures", *measure).code == 0
+    assert call("report", recipe, "--ranked", "run/ranked.jsonl").code == 0
+    for page in ("run/report.html", "run/report.json", "run/evaluation/index.html", "run/evaluation/figures.json"):
+        assert str(tmp_path) not in Path(page).read_text(), page
+
+
+def test_a_run_that_lacks_a_stage_names_it(by_hand: Chain, call: Call, tmp_path: Path) -> None:
+    drawn = tmp_path / "lines.jsonl"
+    drawn.write_text(call("sample", by_hand.prior, CAPTION, "--n", 1, "--out", tmp_path / "run" / "samples").out)
+    for stage, command, mistake in (
+        ("prior", ("sample", tmp_path / "run", CAPTION), "this run has no prior yet; train it with dalle train-prior"),
+        ("dvae", ("sample", tmp_path / "run", CAPTION), "this run has no dvae yet; train it with dalle train-dvae"),
+        ("tokenizer", ("sample", tmp_path / "run", CAPTION), "make one with dalle train-tokenizer"),
+        (
+            "clip",
+            ("rerank", drawn, "--clip", tmp_path / "run"),
+            "this run has no clip yet; train it with dalle train-clip",
+        ),
+    ):
+        run_folder = tmp_path / "run"
+        shutil.rmtree(run_folder, ignore_errors=True)
+        run_folder.mkdir()
+        for name in {"tokenizer", "dvae", "prior", "clip"} - {stage}:
+            shutil.copytree(by_hand.root / "made" / name, run_folder / name)
+        assert mistake in call(*command).mistake(), stage
 
 
 def test_set_changes_a_setting_and_is_saved_with_the_artifact(by_hand: Chain, call: Call, tmp_path: Path) -> None:

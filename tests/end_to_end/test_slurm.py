@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -12,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from conftest import Call
 from helpers.killed_runs import files, journal_lines
-from helpers.running import smallest_recipe, write_recipe
+from helpers.running import Chain, smallest_recipe, write_recipe
 from helpers.slurm_cluster import ROOT, Cluster, missing
 from helpers.tiny_chain import HELD_OUT, SEEN, build_chain
 from helpers.token_stores import write_tokens
@@ -68,7 +72,8 @@ def test_every_stage_has_a_file_with_existing_options() -> None:
         assert command == stage
         assert '"$@"' in RUNS.findall(file.read_text())[0]
         assert {word for word in words if word.startswith("--")} <= options_of(command), stage
-        assert re.search(r"^#SBATCH --requeue$", file.read_text(), re.MULTILINE), stage
+        for option in ("requeue", r"cpus-per-task=\d+", r"mem=\d+G"):
+            assert re.search(rf"^#SBATCH --{option}$", file.read_text(), re.MULTILINE), (stage, option)
         assert file.stat().st_mode & 0o111
         assert f"`{file.name}`" in (FOLDER / "README.md").read_text()
 
@@ -82,6 +87,64 @@ def test_examples_name_existing_files_and_options() -> None:
             given = {word for word in words if word.startswith("--")}
             assert given <= options_of(name.removesuffix(".sh")), (name, given)
     assert seen == {f"{stage}.sh" for stage in STAGES}
+
+
+STUBS = {
+    "srun": 'while [[ "$1" == --* ]]; do shift; done; exec "$@"',
+    "scontrol": 'echo "$@" >> "$REQUEUED"',
+    "dalle": 'if [ -n "${MAKES:-}" ]; then echo more >> "$MAKES"; fi; touch "$STARTED"; exec sleep 60',
+}
+"""Programs in place of Slurm's and of dalle, which makes a file or nothing until a signal ends it."""
+
+
+@pytest.mark.parametrize("batch_file", ["scan.sh", "overlap.sh"])
+@pytest.mark.parametrize(
+    ("which", "makes", "code"), [(signal.SIGUSR1, False, 1), (signal.SIGUSR1, True, 75), (signal.SIGTERM, False, 75)]
+)
+def test_a_share_that_does_not_fit_its_time_limit_is_not_queued_for_ever(
+    tmp_path: Path, batch_file: str, which: signal.Signals, makes: bool, code: int
+) -> None:
+    for name, script in STUBS.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "setup").write_text(f"export PATH={tmp_path}:$PATH\n")
+    out, started, requeued = tmp_path / "out", tmp_path / "started", tmp_path / "requeued"
+    (out / "shares").mkdir(parents=True)
+    (out / "shares" / "0002-of-0002.json").write_text("of another job")
+    array = {"JOB_ID": "7", "ARRAY_TASK_ID": "1", "ARRAY_TASK_COUNT": "2", "ARRAY_TASK_MIN": "1", "ARRAY_TASK_MAX": "2"}
+    environment = {
+        **os.environ, **{f"SLURM_{name}": value for name, value in array.items()}, "DALLE_ROOT": str(ROOT),
+        "DALLE_SETUP": str(tmp_path / "setup"), "STARTED": str(started), "REQUEUED": str(requeued),
+        "MAKES": str(out / "shares" / "0001-of-0002.json") if makes else "",
+    }  # fmt: skip
+    option = "--cache" if batch_file == "overlap.sh" else "--out"
+    job = subprocess.Popen([FOLDER / batch_file, "source", option, out], env=environment, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not started.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    (out / "shares" / "0002-of-0002.json").write_text("of another job, which goes on")
+    job.send_signal(which)
+    said = job.communicate(timeout=60)[1].decode()
+    assert job.returncode == code, said
+    assert requeued.exists() == (code == 75)
+    assert ("it is not queued again; give it more time (--time)" in said) == (code == 1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch finds the GPU that Slurm gave")
+@pytest.mark.parametrize("stage", ["train-dvae", "encode-images", "train-prior", "train-clip", "sample"])
+def test_a_job_that_was_given_gpus_stops_where_torch_finds_none(
+    stage: str, by_hand: Chain, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "1")
+    out, data = ("--out", tmp_path / "out"), ("--data", by_hand.train)
+    arguments: dict[str, tuple[object, ...]] = {
+        "train-dvae": (by_hand.recipe, *data, *out),
+        "encode-images": (by_hand.recipe, *data, "--dvae", by_hand.dvae, "--tokens", tmp_path / "tokens.zarr"),
+        "train-prior": (by_hand.recipe, "--tokens", by_hand.tokens, *out),
+        "train-clip": (by_hand.recipe, *data, "--tokens", by_hand.tokens, *out),
+        "sample": (by_hand.prior, SEEN, *out),
+    }
+    assert "SLURM_GPUS_ON_NODE 1: Slurm gave this job GPUs, but torch" in call(stage, *arguments[stage]).mistake()
 
 
 # With Slurm
@@ -159,7 +222,7 @@ def test_arrays_fill_one_store_and_feed_rerank(slurm: Cluster, tmp_path: Path) -
     lines_in, prompts = tmp_path / "lines", tmp_path / "prompts.txt"
     prompts.write_text(f"{SEEN}\n{HELD_OUT}\n")
     drawn = slurm.submit(
-        "--array=1-2", "sample.sh", places.prior, "--prompts", prompts, "--out", tmp_path / "drawn", LINES_IN=lines_in
+        "--array=1-2", "sample.sh", places.prior, "--captions", prompts, "--out", tmp_path / "drawn", LINES_IN=lines_in
     )
     ranked = slurm.submit(f"--dependency=afterok:{drawn}", "rerank.sh", "--clip", places.clip, LINES_IN=lines_in)
 
@@ -189,7 +252,7 @@ def test_the_chain_runs_from_the_captions_to_the_report(slurm: Cluster, tmp_path
     recipe = write_recipe(tmp_path, smallest_recipe(tmp_path / "run", tmp_path / "shapes" / "train"))
     setup = tmp_path / "setup"
     setup.write_text("echo the setup was read\n")
-    options = {"ARRAY": "1-2", "CAPTIONS": "4", "EVAL": str(tmp_path / "shapes" / "seen"), "DALLE_SETUP": str(setup)}
+    options = {"ARRAY": "1-2%1", "CAPTIONS": "4", "EVAL": str(tmp_path / "shapes" / "seen"), "DALLE_SETUP": str(setup)}
     submitted = subprocess.run(
         [FOLDER / "chain.sh", recipe, "--set", "sampling.n=2"],
         env={**slurm.environment, **options}, cwd=slurm.folder / "jobs", capture_output=True, text=True, timeout=300,

@@ -65,9 +65,9 @@ def recipe_with(**changes: Any) -> Recipe:
 @contextmanager
 def shards_of(rows: int) -> Iterator[None]:
     with (
-        mock.patch.multiple(tokens, ROWS_PER_SHARD=rows, ROWS_PER_CHUNK=rows // 2),
-        mock.patch.multiple(token_writer, ROWS_PER_SHARD=rows, ROWS_PER_CHUNK=rows // 2),
-        mock.patch.multiple(tokenize, ROWS_PER_SHARD=rows, SHARDS_AT_ONCE=2),
+        mock.patch.multiple(tokens, ROWS_PER_BLOCK=rows, ROWS_PER_CHUNK=rows // 2),
+        mock.patch.multiple(token_writer, ROWS_PER_BLOCK=rows, ROWS_PER_CHUNK=rows // 2),
+        mock.patch.multiple(tokenize, ROWS_PER_BLOCK=rows, BLOCKS_AT_ONCE=2),
     ):
         yield
 

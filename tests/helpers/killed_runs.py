@@ -24,7 +24,7 @@ SHARD = 64
 # A shard has 4096 rows. Smaller ones give a small store many, by the same code.
 SMALL_SHARDS = (
     "from dalle_cli.stores import tokens; "
-    f"tokens.ROWS_PER_SHARD = tokens.ROWS_PER_CHUNK = {SHARD}; "
+    f"tokens.ROWS_PER_BLOCK = tokens.ROWS_PER_CHUNK = {SHARD}; "
     "from dalle_cli.text import tokenize; tokenize.SHARDS_AT_ONCE = 1; "
     "from dalle_cli.app import main; main()"
 )

@@ -30,8 +30,8 @@ IDENTITY = {"source": "shapes", "seed": 0}
 def small_files(rows: int = FILE, most: int = tokens.MOST_SHARDS) -> Iterator[None]:
     """Make stores in shard files of ``rows`` rows, or of several times as many if there would be more than ``most``."""
     with (
-        mock.patch.multiple(tokens, ROWS_PER_SHARD=rows, ROWS_PER_CHUNK=rows // 2, MOST_SHARDS=most),
-        mock.patch.multiple(token_writer, ROWS_PER_SHARD=rows, ROWS_PER_CHUNK=rows // 2),
+        mock.patch.multiple(tokens, ROWS_PER_BLOCK=rows, ROWS_PER_CHUNK=rows // 2, MOST_SHARDS=most),
+        mock.patch.multiple(token_writer, ROWS_PER_BLOCK=rows, ROWS_PER_CHUNK=rows // 2),
     ):
         yield
 

@@ -35,6 +35,8 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
+# The nodes claim the cores and the memory that the batch files ask for, whatever this machine has.
+SlurmdParameters=config_overrides
 MpiDefault=none
 SlurmctldPort={controller}
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -48,8 +50,8 @@ KillWait=120
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SchedulerParameters=sched_interval=5,bf_interval=5
-NodeName=left NodeHostname={host} NodeAddr=127.0.0.1 Port={left} CPUs=1
-NodeName=right NodeHostname={host} NodeAddr=127.0.0.1 Port={right} CPUs=1
+NodeName=left NodeHostname={host} NodeAddr=127.0.0.1 Port={left} CPUs=4 RealMemory=65536
+NodeName=right NodeHostname={host} NodeAddr=127.0.0.1 Port={right} CPUs=4 RealMemory=65536
 PartitionName=low Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=120
 PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF
 """
@@ -63,7 +65,7 @@ def missing() -> str | None:
 
 @dataclass
 class Cluster:
-    """Two nodes of one CPU each; partition ``high`` preempts ``low``, the default."""
+    """Two nodes that each have room for one job at a time; partition ``high`` preempts ``low``, the default."""
 
     folder: Path
     _daemons: list[subprocess.Popen[bytes]] = field(default_factory=list)

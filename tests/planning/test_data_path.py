@@ -57,7 +57,7 @@ def test_the_table_fits_a_terminal_of_80_columns() -> None:
 
 
 def test_counts_as_people_write_them() -> None:
-    assert [parse_count(text, "--data") for text in ("250M", "4000", "1.5k", "2G")] == [
+    assert [parse_count(text, "--pairs") for text in ("250M", "4000", "1.5k", "2G")] == [
         250 * 10**6,
         4000,
         1500,
@@ -67,9 +67,11 @@ def test_counts_as_people_write_them() -> None:
 
 def test_the_command(tmp_path: Path) -> None:
     recipe = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
-    done = run("plan", recipe, "--data", "3M", "--tasks", 4, "--json")
+    done = run("plan", recipe, "--pairs", "3M", "--tasks", 4, "--json")
     assert done.code == 0, done.err
     found = json.loads(done.out)
     assert (found["pairs"], found["tasks"]) == (3_000_000, 4)
     for wrong in ("many", "0", "0.5"):
-        assert f"--data {wrong}: write a count, such as 4000 or 250M" in run("plan", recipe, "--data", wrong).mistake()
+        assert (
+            f"--pairs {wrong}: write a count, such as 4000 or 250M" in run("plan", recipe, "--pairs", wrong).mistake()
+        )

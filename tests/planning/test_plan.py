@@ -59,6 +59,25 @@ def test_tables_say_what_the_plan_says() -> None:
     assert row["effective_parameters"] == 12_092_178_432
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (RECIPES / "12b.yaml", "--gpus-per-node", 8, "--nodes", 128, "--interconnect", "100Gbit"),
+        (RECIPES / "1b-one-gpu.yaml", "--gpus-per-node", 1),
+        ("--table",),
+    ],
+)
+def test_rows_of_tables_are_unbroken_at_80_columns(arguments: tuple[object, ...]) -> None:
+    def rows(columns: int) -> list[list[str]]:
+        shown = CliRunner().invoke(app, ["plan", *map(str, arguments)], env={"COLUMNS": str(columns)}).stdout
+        assert max(len(line) for line in shown.splitlines()) <= columns
+        tables = [part for part in shown.split("\n\n") if part.startswith(("Memory that", "Traffic", "Share of"))]
+        return [line.split() for table in tables for line in table.splitlines()]
+
+    assert rows(80) == rows(200)
+    assert len(rows(80)) > 4
+
+
 def test_suggested_settings_are_in_the_plan_and_make_it_fit() -> None:
     found = plan(load_recipe(RECIPES / "1b.yaml"), Machines(8, 1, 16 * GB), Assumptions())
     assert not found.memory.fits

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers.prior_recipes import tiny_prior
+from helpers.running import run, smallest_recipe, write_recipe
 from helpers.token_stores import write_tokens
 from typer.testing import CliRunner
 
 from dalle_cli.app import app
 from dalle_cli.errors import UserError
-from dalle_cli.planning import this_machine
+from dalle_cli.planning import budget, this_machine
 from dalle_cli.planning.this_machine import refuse_too_large
 from dalle_cli.prior.train import train_prior
 from dalle_cli.stores.held_out import split_holdout
@@ -87,6 +90,7 @@ def test_a_dry_run_checks_everything_and_writes_nothing(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "Plan for the prior of 1b" in done.stdout
     assert f"{80 - held_out} for training, {held_out} held out" in done.stdout
+    assert not re.search("GPU hours|TFLOP/s|MFU", done.stdout)  # nothing is known of a processor's rate
     done = invoke(*start, *fitting, "--tokens", tmp_path / "nowhere.zarr")
     assert done.exit_code == 0
     assert "not there yet" in done.stdout
@@ -99,3 +103,43 @@ def test_a_dry_run_checks_everything_and_writes_nothing(tmp_path: Path) -> None:
     assert isinstance(done.exception, UserError)
     assert "codebook_size = 64, the recipe says 8192" in str(done.exception)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+# The time on this machine
+
+
+def test_a_plan_for_this_machine_times_every_stage(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, smallest_recipe(tmp_path / "run", None))
+    found = json.loads(run("plan", recipe, "--here", "--json").out)
+    assert found["time"] is None
+    assert [stage["kind"] for stage in found["here"]] == ["dvae", "prior", "clip"]
+    assert all(stage["seconds"] > 0 and stage["updates"] == 12 for stage in found["here"])
+    shown = run("plan", recipe, "--here").out
+    assert "Time on this machine" in shown
+    assert not re.search("GPU hours|TFLOP/s|MFU", shown)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_long_update_is_reckoned_from_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The update takes a second, and a tenth of a second for each sample."""
+    recipe = tiny_prior(prior__training__batch_size=100)
+
+    def trial(tried: Any) -> Any:
+        return 1 + 0.1 * tried.prior.training.batch_size
+
+    monkeypatch.setattr(budget, "_once", lambda seconds: seconds)
+    assert budget._reckoned(recipe, "prior", trial) == pytest.approx(11)
+    monkeypatch.setattr(budget, "_seconds_of_settled", lambda *_: "measured")
+    monkeypatch.setattr(budget, "LONG_UPDATE", 200)
+    assert budget._reckoned(recipe, "prior", trial) == "measured"
+
+
+@pytest.mark.usefixtures("small_machine")
+def test_a_prior_that_is_too_large_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = []
+    monkeypatch.setattr(budget, "_reckoned", lambda _recipe, kind, _trial: timed.append(kind) or 1.0)
+    for name in ("1b", "12b"):
+        done = invoke("plan", RECIPES / f"{name}.yaml", "--here")
+        assert done.exit_code == 0, done.output
+        assert "too large to be timed here" in done.stdout
+    assert timed == ["dvae", "clip"] * 2

@@ -62,7 +62,11 @@ def test_compression_of_the_recipes_is_the_paper_s(monkeypatch: pytest.MonkeyPat
         assert row.bytes == pytest.approx(row.shards * low / (low + whole), rel=1e-3)
 
 
-def test_a_table_without_recipes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_of_all_recipes_is_the_same_in_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"no recipe there has prior\.powersgd\.rank"):
-        compression_table(None)
+    assert [row.recipe for row in compression_table(None)] == ["2.8b", "5.6b", "12b"]
+
+
+def test_a_table_of_recipes_without_powersgd_is_refused() -> None:
+    with pytest.raises(UserError, match=r"no shipped recipe has prior\.powersgd\.rank"):
+        compression_table(None, ["prior.powersgd.rank=0"])

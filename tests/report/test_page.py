@@ -15,6 +15,7 @@ from dalle_cli.report.page import page
 from dalle_cli.report.samples import OracleFigures, SheetFigures
 from dalle_cli.report.training import DrawingFigures, RetrievalFigures, StageFigures
 from dalle_cli.shapes.accuracy import Accuracy, Share
+from dalle_cli.views.plots import Plot
 
 
 def hostile(name: str) -> str:
@@ -82,10 +83,14 @@ def test_script_in_any_value_is_shown_as_text() -> None:
         commands=[{name: hostile(name) for name in ("artifact", "command", "finished")}],
         missing=[hostile("missing")],
     )
-    names = ("bars", "pool_size", "contact_sheet", "loss_dvae", "drawings", "retrieval", "blur_fid_0")
-    found = Page(page(figures, dict.fromkeys(names, png()), hostile("recipe")))
+    pictures, plots = ("contact_sheet", "drawings", "retrieval"), ("bars", "pool_size", "loss_dvae", "blur_fid_0")
+    drawn = dict.fromkeys(plots, Plot(png(), b"<svg/>"))
+    text = page(figures, dict.fromkeys(pictures, png()), drawn, hostile("recipe"))
+    found = Page(text)
     assert "script" not in found.tags
-    assert len(found.images) == len(names)
+    assert len(found.images) == len(pictures) + len(plots)
+    for name in plots:
+        assert f'download="{name}.svg" href="data:image/svg+xml;base64,PHN2Zy8+"' in text
     shown = (
         *("name", "description", "group", "oracle", "scorer", "source", "part", "reason", "stage", "metric", "file"),
         *("fid command", "features", "score", "generated", "reference", "warning", "curves", "of", "store", "seed"),

@@ -6,9 +6,11 @@ import json
 import re
 import shutil
 import sys
+from base64 import b64decode
 from pathlib import Path
 from typing import Any
 from unittest import mock
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -67,6 +69,10 @@ def test_the_report_of_a_whole_chain(chain: TinyChain, tmp_path: Path) -> None:
     assert page.text.count("✓") == 9
     assert "✗" not in page.text
     assert len(page.images) == 2 + 2 + 1 + 7
+    drawings = re.findall(r'download="(\w+)\.svg" href="data:image/svg\+xml;base64,([^"]+)"', text)
+    assert {"bars", "pool_size", "codebook", "elbo_dvae", "loss_prior", "loss_clip"} <= dict(drawings).keys()
+    for _, svg in drawings:
+        assert ElementTree.fromstring(b64decode(svg)).tag.endswith("svg")
 
     figures = json.loads((tmp_path / "out" / "report.json").read_text())
     assert figures == json.loads(json.dumps(report.figures.as_json()))

@@ -211,14 +211,14 @@ def test_ids_of_prompts_are_kept(places: RunFolders, call: Call, tmp_path: Path)
     file = tmp_path / "prompts.jsonl"
     rows = [{"caption": "a red star", "id": 17, "image_id": "x"}, {"prompt": "a circle"}]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = call("sample", places.prior, "--prompts", file, "--n", 2, "--out", tmp_path / "a")
+    done = call("sample", places.prior, "--captions", file, "--n", 2, "--out", tmp_path / "a")
     assert [(line["prompt"], line.get("id"), line.get("image_id")) for line in done.lines] == [
         *[("a red star", 17, "x")] * 2,
         *[("a circle", None, None)] * 2,
     ]
     coco = tmp_path / "captions_val.json"
     coco.write_text(json.dumps({"annotations": [{"id": 3, "image_id": 4, "caption": "a circle"}]}))
-    (line,) = call("sample", places.prior, "--prompts", coco, "--n", 1, "--out", tmp_path / "b").lines
+    (line,) = call("sample", places.prior, "--captions", coco, "--n", 1, "--out", tmp_path / "b").lines
     assert (line["prompt"], line["id"], line["image_id"]) == ("a circle", 3, 4)
 
 
@@ -296,7 +296,7 @@ def test_a_picture_for_each_prompt(places: RunFolders, given: Path, call: Call, 
     Image.new("RGB", (32, 32), (200, 30, 30)).save(other)
     file = tmp_path / "prompts.jsonl"
     file.write_text(json.dumps({"prompt": "a", "prime": str(other)}) + "\n" + json.dumps({"prompt": "b"}) + "\n")
-    command = ("sample", places.prior, "--prompts", file, "--n", 1, "--prime-rows")
+    command = ("sample", places.prior, "--captions", file, "--n", 1, "--prime-rows")
     both = call(*command, "0.5", "--prime", given)
     assert [(line["prime"], line["prime_rows"]) for line in both.lines] == [(str(other), 2), (str(given), 2)]
     again = call(*command, 2, "--prime", given)

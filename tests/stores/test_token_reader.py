@@ -126,7 +126,7 @@ def test_what_is_at_hand_is_used_before_it_is_let_go(store: tuple[Path, dict[str
 
 
 def test_the_sizes_in_the_documentation_are_true() -> None:
-    assert BLOCK == tokens.ROWS_PER_SHARD
+    assert BLOCK == tokens.ROWS_PER_BLOCK
     assert WINDOW == 64 * BLOCK
     assert CACHED_ROWS >= 10**6
     row = 2 * 1024 + 2 * 256

@@ -29,7 +29,7 @@ ROWS = 100
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     with small_files(16):
         path = write_tokens(tmp_path / "tokens.zarr", ROWS, 8, 400, 4, 16)
-        monkeypatch.setattr(module, "SMALLEST", ROWS)
+        monkeypatch.setattr(module, "LARGE", ROWS)
         arrays = zarr.open_group(str(path), mode="r+")
         some = np.random.default_rng(0).random((2, ROWS)) < 0.7
         arrays["text_length"][:], arrays["image_ok"][:] = 8 * some[0], some[1]
@@ -66,7 +66,7 @@ def test_the_command_that_completes_a_store_keeps_them(
     parts: tuple[Part, Part], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "made.zarr"
-    monkeypatch.setattr(module, "SMALLEST", ROWS // 4)
+    monkeypatch.setattr(module, "LARGE", ROWS // 4)
     with small_files():
         make(path, parts[0], ROWS)
         make(path, parts[1], ROWS, Shard(1, 2))
@@ -128,7 +128,7 @@ def test_a_copy_takes_the_file_along_and_a_small_store_has_none(store: Path, mon
     rows, _ = reading(store, monkeypatch)
     shutil.copytree(store, store.with_name("copy.zarr"))
     assert reading(store.with_name("copy.zarr"), monkeypatch) == (rows, 0)
-    monkeypatch.setattr(module, "SMALLEST", ROWS + 1)
+    monkeypatch.setattr(module, "LARGE", ROWS + 1)
     (store / FILE).unlink()
     assert reading(store, monkeypatch)[0] == rows
     assert not (store / FILE).exists()

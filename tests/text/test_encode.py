@@ -159,6 +159,6 @@ def test_held_out_captions_and_those_of_a_source_are_drawn_as_training_has_them(
     assert LONG.strip() in prompts
     assert "a star" not in prompts
     assert len(cut_lines(held_out.err)) == 1
-    first = call("sample", places.prior, "--captions", data, "--limit", 9, "--n", 1)
+    first = call("sample", places.prior, "--data", data, "--limit", 9, "--n", 1)
     assert [line["prompt"] for line in first.lines] == [LONG.strip(), "a red star", "a blue star"]
     assert len(cut_lines(first.err)) == 1

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import Call
 from helpers.tiny_chain import TinyChain, build_chain
 
 from dalle_cli.clip.train import train_clip
@@ -155,3 +157,15 @@ def test_the_prior_of_an_ancestor_predicts_as_its_ancestor_does(chain: TinyChain
     before = open_checkpoint(chain.places.prior)
     assert before.metrics["image"] == pytest.approx(begun.metrics["image"], abs=1e-6)
     assert np.isfinite(begun.metrics["image"])
+
+
+@pytest.mark.parametrize("kind", ["dvae", "prior", "clip"])
+def test_the_command_takes_a_run_and_records_it(chain: TinyChain, tmp_path: Path, call: Call, kind: str) -> None:
+    begin = ("--set", f"{kind}.init={chain.places.root}", "--set", f"{kind}.training.updates=1")
+    done = call(f"train-{kind}", chain.recipe_file, *begin, "--out", tmp_path / "run")
+    assert done.code == 0, done.err
+    ancestor = open_checkpoint(getattr(chain.places, kind))
+    assert f"begins from {ancestor.path}, which made 2 updates" in done.err
+    assert json.loads(call("show", tmp_path / "run", "--json").out)["belongs"]["init"] == ancestor.identity
+    nowhere = call(f"train-{kind}", chain.recipe_file, "--set", f"{kind}.init=nowhere", "--out", tmp_path / "other")
+    assert "nowhere: holds no checkpoint" in nowhere.mistake()

@@ -108,5 +108,7 @@ def test_show_and_the_command_say_how_far_an_extended_run_goes(chain: TinyChain,
     done = run(*command, "--extend", MORE)
     assert done.code == 0, done.err
     assert f"extended by {MORE} updates" in done.err
+    more = run(*command, "--set", f"prior.training.updates={UPDATES + 1}").mistake()
+    assert "or give --extend N to train a finished run further" in more
     shown = json.loads(run("show", out / f"step-{UPDATES + MORE:08d}", "--json").out)
     assert (shown["step"], shown["updates"]) == (UPDATES + MORE, UPDATES + MORE)

@@ -153,6 +153,15 @@ def test_the_journal_of_a_run(store: Path, tmp_path: Path, capsys: pytest.Captur
     assert trained[0]["text"] == pytest.approx(found.text.item(), rel=1e-5)
 
 
+def test_the_log_speaks_of_the_peak_only_where_the_recipe_does(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = load_recipe(recipe_of(tmp_path, peak=0.25, updates=2), ["monitoring.peak_tflops="])
+    train_prior(recipe, store, tmp_path / "run")
+    assert "FLOP" not in capsys.readouterr().err
+    assert journal_lines(tmp_path / "run")[0]["mfu"] > 0
+
+
 def test_float16_on_a_cpu_is_warned_of() -> None:
     cpu, key = torch.device("cpu"), "prior.precision"
     for dtype in (torch.float32, torch.bfloat16):

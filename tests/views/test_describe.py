@@ -139,7 +139,7 @@ def test_a_large_store_is_described_by_what_its_writers_counted(
     walked = describe(path)
     sizes = {name: sum(f.stat().st_size for f in (path / name).rglob("*") if f.is_file()) for name in walked.arrays}
     assert {name: array.bytes for name, array in walked.arrays.items()} == sizes
-    monkeypatch.setattr(usable_rows, "SMALLEST", 40)
+    monkeypatch.setattr(usable_rows, "LARGE", 40)
     assert describe(path).usable_rows is None
     assert "not counted until training starts" in shown(describe(path))
     usable_rows.usable_rows(TokenReader(path))
@@ -259,9 +259,14 @@ def test_a_run_s_folder_names_the_stages_and_the_next_one(chain: TinyChain, tmp_
     table = shown(found)
     assert "update 2 of 2" in table
     assert "dalle sample" in table
+    command = CliRunner().invoke(app, ["show", str(chain.places.root)], env={"COLUMNS": "300"})
+    root = chain.places.root
+    assert f"dalle sample {root / 'prior'} --held-out --limit 50 > {root / 'samples.jsonl'}" in command.stdout
     (tmp_path / "prior").symlink_to(chain.places.prior)
     part = describe(tmp_path)
     assert isinstance(part, RunDescription)
     assert part.next == "train-tokenizer"
     with pytest.raises(UserError, match="is not an artifact of dalle"):
         describe(chain.places.samples)
+    with pytest.raises(UserError, match=rf"is a folder of runs; name one of {chain.places.root}"):
+        describe(chain.places.root.parent)

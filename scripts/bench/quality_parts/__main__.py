@@ -11,14 +11,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from dalle_cli.config.load import load_recipe
-from dalle_cli.data.images import decode_image, eval_crop
-from dalle_cli.shapes.accuracy import Pool, claim_of, group_of
-from dalle_cli.shapes.oracle import detect, matches_claim
-from dalle_cli.shapes.scene import Claim
+from dalle_cli.data.images import decode_image, eval_crop, read_picture
+from dalle_cli.shapes.accuracy import Pool, claim_of, group_of, load_picture, shows
 from dalle_cli.stores.files import write_json
 from dalle_cli.views.sample_sheet import sample_sheet
 from quality_parts.chain import Chain, run_dalle
@@ -121,7 +118,7 @@ def draw_pictures(chain: Chain, data: DataSet, captions: list[dict[str, Any]], n
     run_dalle(
         "reconstruct", "--dvae", str(run / "dvae"), "--out", str(run / "rebuilt"), "--alone", *images, stdout=rebuilt
     )
-    run_dalle("sample", str(run / "prior"), "--prompts", str(run / "captions.jsonl"), "--n", str(n), stdout=samples)
+    run_dalle("sample", str(run / "prior"), "--captions", str(run / "captions.jsonl"), "--n", str(n), stdout=samples)
     run_dalle("rerank", str(samples), stdout=ranked)
     lines = [json.loads(line) for line in rebuilt.read_text().splitlines()]
     by_caption: dict[str, list[dict[str, Any]]] = {}
@@ -191,20 +188,16 @@ def score_shapes(captions: list[dict[str, Any]], pictures: dict[str, Any]) -> di
     for i, claim in enumerate(claims):
         if claim is not None:
             group = hits.setdefault(f"scene, {group_of(claim)}", {})
-            ranked = [Path(line["png"]) for line in pictures["ranked"][i]]
-            right = [shows(claim, path) for path in ranked]
-            first = next(k for k, line in enumerate(pictures["ranked"][i]) if line["index"] == 0)
-            one = {"real": shows(claim, pictures["real"][i]), "rebuilt": shows(claim, pictures["rebuilt"][i])}
+            ranked = pictures["ranked"][i]
+            right = [shows(claim, load_picture(line)) for line in ranked]
+            first = next(k for k, line in enumerate(ranked) if line["index"] == 0)
+            files = {name: pictures[name][i] for name in ("real", "rebuilt")}
+            one = {name: shows(claim, read_picture(file, "draw it again")) for name, file in files.items()}
             one |= {"single": right[first], "best": right[0], "any": any(right)}
             for name, hit in one.items():
                 group.setdefault(name, []).append(hit)
             group.setdefault("mean", []).extend(right)
     return {group: {name: asdict(Right.of(values)) for name, values in found.items()} for group, found in hits.items()}
-
-
-def shows(claim: Claim, file: Path) -> bool:
-    """Return whether the oracle of the shapes world finds exactly the claim in a picture."""
-    return matches_claim(claim, detect(np.asarray(decode_image(file.read_bytes()))))
 
 
 def find_captions(

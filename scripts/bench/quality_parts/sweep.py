@@ -45,7 +45,7 @@ def sweep(run: Path, data: DataSet, judge: Judge, heads: dict[str, Head], limit:
         out.parent.mkdir(exist_ok=True)
         options = {"--temperature": temperature, "--top-p": top_p, "--guidance": guidance, "--n": SAMPLES}
         words = [str(word) for option in options.items() for word in option]
-        run_dalle("sample", str(run / "prior"), "--prompts", str(prompts), *words, stdout=out)
+        run_dalle("sample", str(run / "prior"), "--captions", str(prompts), *words, stdout=out)
         samples = [json.loads(line) for line in out.read_text().splitlines()]
         drawn = judge.features([Path(sample["png"]) for sample in samples])
         right = {

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import io
+import json
 import pickle
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import Call
+from helpers.pictures import noise
+from helpers.running import smallest_recipe, write_recipe
 
 from dalle_cli.data.formats import embedded
 from dalle_cli.data.open_source import open_source
 from dalle_cli.data.source import Source
 from dalle_cli.errors import UserError
+
+
+def jpeg_bytes(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    noise(40, 36, seed).save(buffer, "JPEG")
+    return buffer.getvalue()
 
 
 def contents(source: Source) -> dict[str, tuple[bytes, list[str]]]:
@@ -138,3 +149,25 @@ def test_a_folder_of_paths_is_no_folder_of_pictures(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"A")
     pq.write_table(pa.table({"file_name": ["a.jpg"], "text": ["an a"]}), tmp_path / "metadata.parquet")
     assert contents(open_source(tmp_path)) == {"a": (b"A", ["an a"])}
+
+
+def test_the_commands_take_a_folder_of_parquet_with_pictures(call: Call, tmp_path: Path) -> None:
+    """The layout of the Hub goes through scan, overlap and the stages, with a split of its own for validation."""
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    for split, seeds in {"train": range(12), "validation": range(12, 16)}.items():
+        images = [{"bytes": jpeg_bytes(seed), "path": f"{split}-{seed}.jpg"} for seed in seeds]
+        captions = [[f"picture {seed}", f"number {seed}"] for seed in seeds]
+        file = tmp_path / "set" / "data" / f"{split}-00000-of-00001.parquet"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({"image": pa.array(images, kind), "captions": captions}), file)
+    folder = tmp_path / "set"
+    scanned = json.loads(call("scan", folder, "--json", "--workers", 1).out)
+    assert (scanned["samples"], scanned["captions"], scanned["kept"]) == (12, 24, 12)
+    assert call("overlap", folder, f"{folder}:validation", "--workers", 1).out == ""
+    recipe = write_recipe(tmp_path, smallest_recipe(tmp_path / "run", folder))
+    split = ("--set", f"data.validation={folder}:validation", "--set", "data.holdout=0")
+    for command in ("train-tokenizer", "tokenize-text", "train-dvae", "encode-images", "train-prior", "train-clip"):
+        done = call(command, recipe, *split)
+        assert done.code == 0, (command, done.err)
+    drawn = call("sample", tmp_path / "run", "--held-out", "--limit", 2, "--n", 1)
+    assert [line["prompt"] for line in drawn.lines] == ["picture 12", "picture 13"]

@@ -207,6 +207,7 @@ def test_the_command_and_then_the_exclusion(call: Call, folders: tuple[Path, Pat
         assert image.format == "PNG"
     printed = call("overlap", train, evaluation, "--workers", 1)
     assert printed.out == out.read_text()
+    assert "--pretrained needs --clip" in call("overlap", train, "--pretrained", "openai").mistake()
     settings = smallest_recipe(tmp_path / "run", train)
     settings["data"]["exclude"] = str(out)
     recipe = write_recipe(tmp_path, settings)
