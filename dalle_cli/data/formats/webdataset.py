@@ -30,7 +30,7 @@ from dalle_cli.data.formats.shard_index import (
     keys_and_sizes,
     save_index,
 )
-from dalle_cli.data.formats.tar_members import TarFile
+from dalle_cli.data.formats.tar_members import LocalFile, TarFile
 from dalle_cli.data.index import argsort_strings, hash_members
 from dalle_cli.data.remote import RemoteFile
 from dalle_cli.data.source import (
@@ -116,6 +116,21 @@ class WebDatasetSource:
     def image_bytes(self, i: int) -> bytes:
         return self._read(i, IMAGE, "image", MAX_IMAGE_BYTES)
 
+    @property
+    def on_server(self) -> bool:
+        """Samples may be read from a server: shards are there, or are copies that may be deleted."""
+        return any(not isinstance(shard, LocalFile) or shard.origin is not None for shard in self._shards)
+
+    def ranges(self, i: int, roles: Sequence[int]) -> list[tuple[RemoteFile, int, int]]:
+        """Return the file, the offset and the size of those members of a sample that are read from a server."""
+        shard, place = self._place(i)
+        file = self._shards[shard]
+        if not isinstance(file, RemoteFile):
+            return []
+        members = self._indexes[shard].samples().members[place].tolist()
+        sizes = {IMAGE: MAX_IMAGE_BYTES, TEXT: MAX_CAPTION_BYTES, JSON: MAX_CAPTION_BYTES}
+        return [(file, *members[role]) for role in roles if 0 < members[role][1] <= sizes[role]]
+
     def _captions_of(self, i: int, role: int) -> list[str]:
         data = self._read(i, role, "caption", MAX_CAPTION_BYTES)
         return json_captions(data) if role == JSON else text_captions(data)
@@ -196,7 +211,8 @@ def open_indexes(shards: Sequence[TarFile], where: Where | None = None) -> list[
     with progress("index", len(missing), "shards") if many else nullcontext() as bar:
         blocks = split_blocks(range(len(missing)), 4)
         workers = available_cores() if many else 1
-        for each in map_blocks(partial(_make, missing, where), blocks, workers, "start it again"):
+        make = partial(_make, missing, where)
+        for each in map_blocks(make, blocks, workers, "start it again", afresh=remote):
             made += each
             if bar is not None:
                 bar.advance(len(each))
