@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 from dalle_cli.data.exclude import SourceWithExclusions
@@ -16,6 +17,8 @@ from dalle_cli.data.source import Source
 
 What = Literal["captions", "images", "both"]
 _ROLES: dict[What, tuple[int, ...]] = {"captions": (TEXT, JSON), "images": (IMAGE,), "both": (IMAGE, TEXT, JSON)}
+_AT_ONCE = 16
+"""Number of shards that are read at once where samples are not in order."""
 PIECE = 8 << 20
 """Bytes that are fetched together, if no single sample has more."""
 
@@ -48,12 +51,13 @@ def rows_ahead(source: Source, rows: Iterable[int], what: What) -> Iterator[int]
 def _fetched(
     source: Source, rows: Iterable[int], what: What
 ) -> Iterator[tuple[list[int], dict[tuple[str, int], bytes]]]:
-    for piece, wanted in _pieces(source, rows, what):
-        held = {}
-        for file, ranges in wanted.items():
-            found = file.read_many(ranges)
-            held.update({(file.url, offset): data for (offset, _), data in zip(ranges, found, strict=True)})
-        yield piece, held
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for piece, wanted in _pieces(source, rows, what):
+            held = {}
+            read = pool.map(RemoteFile.read_many, wanted, wanted.values())
+            for (file, ranges), found in zip(wanted.items(), read, strict=True):
+                held.update({(file.url, offset): data for (offset, _), data in zip(ranges, found, strict=True)})
+            yield piece, held
 
 
 def _pieces(

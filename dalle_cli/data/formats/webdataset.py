@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from itertools import chain, pairwise
@@ -54,6 +55,8 @@ is that folder or an error; ``beside`` is the folder of each shard."""
 _IDENTITY = re.compile(rb"[0-9a-f]{64}")
 KEPT_FROM = 256 << 20
 """Number of bytes of shards from which their indexes are kept, in the folder of indexes."""
+_ASKED_AT_ONCE = 32
+"""Number of shards on servers whose versions are asked for at once."""
 _MANY_SHARDS = 32
 """Number of shards without an index from which progress of indexing is shown."""
 
@@ -194,7 +197,7 @@ def open_indexes(shards: Sequence[TarFile], where: Where | None = None) -> list[
         OSError: a shard is missing or cannot be read.
         UserError: a shard at an address cannot be reached, or an index cannot be written.
     """
-    found = [find_index(shard) for shard in shards]
+    found = _find_indexes(shards)
     if where is not None:
         found = [None if index is None else _saved(index, where) for index in found]
     missing = [shard for shard, index in zip(shards, found, strict=True) if index is None]
@@ -218,6 +221,14 @@ def open_indexes(shards: Sequence[TarFile], where: Where | None = None) -> list[
                 bar.advance(len(each))
     new = iter(made)
     return [next(new) if index is None else index for index in found]
+
+
+def _find_indexes(shards: Sequence[TarFile]) -> list[ShardIndex | None]:
+    """Open the index files that are there; servers are asked for the versions of many shards at once."""
+    if not any(isinstance(shard, RemoteFile) for shard in shards):
+        return [find_index(shard) for shard in shards]
+    with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
+        return list(pool.map(find_index, shards))
 
 
 def _make(shards: Sequence[TarFile], where: Where, block: range) -> list[ShardIndex]:
