@@ -52,7 +52,10 @@ def test_the_quick_walk_finds_what_tarfile_finds(
             except ValueError:  # ustar has no room for the name
                 continue
     quick, library = tar_members._plain_members(LocalFile(path)), list(tar_members._any_members(LocalFile(path)))
-    assert quick == library
+    assert quick is not None
+    # Folders are passed over; of a long name that ends in several slashes tarfile leaves all but one.
+    stripped = [[each._replace(name=each.name.rstrip("/")) for each in found] for found in (quick, library)]  # type: ignore[union-attr]
+    assert stripped[0] == stripped[1]
 
 
 def test_odd_archives_are_left_to_tarfile(tmp_path: Path) -> None:
