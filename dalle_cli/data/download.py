@@ -77,7 +77,7 @@ def _make_room(folder: Path, wanted: Sequence[Path], missing: dict[Path, int]) -
     own = sum(copy.stat().st_size for copy in set(wanted) - missing.keys())
     if own + needed > most:
         raise NoRoom(
-            f"{folder}: has room for {most / 1e9:.1f} GB of copies, and these {len(wanted)} files take "
+            f"{folder}: has room for {max(0.0, most) / 1e9:.1f} GB of copies, and these {len(wanted)} files take "
             f"{(own + needed) / 1e9:.1f}; name another folder by {CACHE}, or raise {CACHE_GB}"
         )
     for copy in sorted(there.keys() - set(wanted), key=lambda copy: there[copy].st_atime_ns):

@@ -42,6 +42,8 @@ _PASSING = (408, 429)
 """HTTP's refusals that are worth another try."""
 _LASTING = ("PermissionDeniedError", "UnauthenticatedError", "NotSupportedError")
 """Errors of obstore that another try does not change."""
+_PREFIX = re.compile(r"^(Generic \w+ error: )?(.*Error performing .* in \S+ - )?(HTTP error: )?")
+"""Beginning of obstore's errors, which repeats the address."""
 _STATUS = re.compile(r"status code: (([45]\d\d)[\w -]*)")
 _MESSAGE = re.compile(r"<Message>([^<]*)</Message>")
 """Reason that an object store gives in the body of its answer."""
@@ -199,8 +201,10 @@ def fault_of(error: Exception) -> Fault:
         )
     if "Content-Length" in text:
         return Fault("its server does not say how large it is", "download it", lasting=True)
+    if "TimedOut" in details:
+        return Fault("its server fell silent")
     why = _MESSAGE.search(text) if found else _CAUSE.search(details)
-    first = re.sub(r"^.*Error performing .* in \S+ - ", "", text.partition("\n")[0]) or type(error).__name__
+    first = _PREFIX.sub("", text.partition("\n")[0]) or type(error).__name__
     reason = found[1].strip() if found else first[:200]
     return Fault(f"{reason}: {why[1]}" if why else reason, missing=missing, lasting=lasting)
 

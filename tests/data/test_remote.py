@@ -6,6 +6,7 @@ import io
 import random
 import sys
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +121,7 @@ def test_what_is_not_there_is_named(server: FileServer, call: Call) -> None:
     assert "holds neither .tar shards nor Parquet" in call("scan", f"{server.url}/nowhere").mistake()
     away = FileServer(server.folder)
     away.stop()
-    assert (
-        "(HTTP error: error sending request: Connection refused); look" in call("scan", f"{away.url}/a.tar").mistake()
-    )
+    assert "(error sending request: Connection refused); look" in call("scan", f"{away.url}/a.tar").mistake()
     with pytest.raises(
         UserError, match=r"no addresses of the kind nosuch://; name a path, or one of https://, http://, s3"
     ):
@@ -141,6 +140,15 @@ def test_a_server_that_is_no_good_for_ranges_is_named(server: FileServer) -> Non
         UserError, match=r"0\.tar: cannot be read \(its server does not say how large it is\); download it"
     ):
         file.size()
+
+
+def test_a_server_that_falls_silent_is_given_up(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servers, "_SILENCE", timedelta(seconds=0.2))
+    server.silent = True
+    with pytest.raises(
+        UserError, match=r"train-00000\.tar: cannot be read \(its server fell silent\); look at the network"
+    ):
+        RemoteFile(f"{server.url}/train-00000.tar").read(0, 1000)
 
 
 def test_versions_are_told_apart(shards: Path, server: FileServer) -> None:

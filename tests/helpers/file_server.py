@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -36,6 +37,8 @@ class FileServer:
     lengths: bool = True
     heads: bool = True
     """HEAD is answered, and not refused as no method of this server."""
+    silent: bool = False
+    """Nothing comes after the first half of each content, and the connection stays open."""
     etag: str | None = None
 
     def __post_init__(self) -> None:
@@ -142,7 +145,9 @@ class _Handler(SimpleHTTPRequestHandler):
             self.send_header("Connection", "close")
         self.end_headers()
         with suppress(ConnectionError):  # the client has heard enough
-            self.wfile.write(body[: len(body) // 2] if broken else body)
+            self.wfile.write(body[: len(body) // 2] if broken or asked.silent else body)
+        if asked.silent:
+            time.sleep(5)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing."""
