@@ -68,7 +68,8 @@ def train(options: argparse.Namespace) -> dict[str, dict[str, Path]]:
         for key in ("validate_every", "save_every")
     }
     given = dict(change.split("=", 1) for change in options.set)
-    earlier = {**given, **updates, **every, "run": options.out / "earlier", "data.train": options.earlier}
+    undrawn = {"prior.drawings": 0}  # pictures at so many validations would take longer than the training
+    earlier = {**undrawn, **given, **updates, **every, "run": options.out / "earlier", "data.train": options.earlier}
     tuned = {**earlier, "run": options.out / "tuned", "data.train": options.later}
     ends = {
         f"dvae.objective.{name}": getattr(recipe.dvae.objective, name).end
