@@ -21,6 +21,8 @@ _AT_ONCE = 16
 """Number of shards that are read at once where samples are not in order."""
 PIECE = 8 << 20
 """Bytes that are fetched together, if no single sample has more."""
+_MOST_ROWS = 4096
+"""Number of samples that are fetched together, however small they are."""
 
 
 def on_server(source: Source) -> bool:
@@ -75,7 +77,7 @@ def _pieces(
             before = wanted[file][-1] if file in wanted else None
             gap = offset - sum(before) if before is not None else 0
             more += gap if 0 < gap <= GAP else 0
-        if piece and size + more > PIECE:
+        if piece and (size + more > PIECE or len(piece) == _MOST_ROWS):
             yield piece, wanted
             piece, wanted, size = [], defaultdict(list), 0
         piece.append(row)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import random
 import sys
 from collections.abc import Iterator, Sequence
@@ -216,6 +217,15 @@ def test_samples_in_order_take_few_requests(
     joined = SourceWithExclusions(open_sources([server.url, str(shards)]), tmp_path / "left-out.txt")
     rows = [row for row in range(2 * SAMPLES) if row != 3]
     assert read(joined, rows) == read(open_sources([str(shards), str(shards)]), rows)
+
+
+def test_rows_without_bytes_to_fetch_are_not_waited_for(
+    server: FileServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(CACHE, str(tmp_path / "cache"))
+    copied = open_source(server.url)
+    endless = itertools.cycle(range(SAMPLES))
+    assert list(itertools.islice(rows_ahead(copied, endless, "images"), 20)) == [*range(SAMPLES), *range(8)]
 
 
 def test_worker_processes_read_from_servers(shards: Path, server: FileServer) -> None:
