@@ -97,7 +97,7 @@ def test_killed_and_resumed(tmp_path: Path, server: FileServer, pairs: int, caps
         took[f"{part}, local"] = finish(part, tmp_path / "served", local)
         before, began = len(server.requests), time.perf_counter()
         command = [*stages[part], "--data", server.url, "--tokens", killed]
-        assert kill(command, lambda part=part: rows(killed, part) > pairs // 5, 0.05, program)  # type: ignore[misc]
+        assert kill(command, lambda part=part: rows(killed, part) > pairs // 5, 0.05, program, 600)  # type: ignore[misc]
         at = rows(killed, part)
         assert 0 < at < pairs
         finish(part, server.url, killed)
