@@ -562,8 +562,11 @@ class SamplingSettings(Settings):
     batch_size: Positive | None = Field(
         None, description="maximum number of samples drawn at once; null: as many as fit in memory and speed it up"
     )
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="type of the resblocks, keys and values; bf16 is faster and draws other samples"
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "fp32",
+        description="type of the resblocks, keys and values; bf16 draws other samples. auto: on a CPU the faster of "
+        "fp32 and bf16, as measured once, on a GPU bf16 if it has it; a folder of samples keeps it. Shares (--shard), "
+        "whose machines may differ, and prior.drawings take fp32",
     )
 
 
