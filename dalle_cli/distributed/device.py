@@ -96,6 +96,8 @@ def device_for_doubles(device: torch.device) -> torch.device:
 
 def require_precision(key: str, precision: str, device: torch.device) -> None:
     """Raise UserError if the recipe's ``key`` asks for a precision that the GPU lacks, or only imitates, slowly."""
+    if precision == "int8" and device.type != "cpu":
+        raise UserError(f"{key}: int8 is for CPUs; set bf16 or fp32, or {DEVICE_VARIABLE}=cpu")
     if precision in ("bf16", "fp16") and device.type == "mps":
         raise UserError(f"{key}: {precision} is not for Apple's GPUs yet; set fp32, or {DEVICE_VARIABLE}=cpu")
     if precision == "bf16" and lacks_bf16(device):

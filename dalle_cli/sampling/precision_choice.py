@@ -17,6 +17,7 @@ import torch
 from dalle_cli.config.schema import SamplingSettings
 from dalle_cli.distributed.device import choose_device, gpu_precision, lacks_bf16, prepare_process, use_settings
 from dalle_cli.precision.choice import Choosable, faster_precision
+from dalle_cli.prior.cpu_kernels import Precision
 from dalle_cli.prior.decode import Decoder
 from dalle_cli.prior.model import Prior, load_prior
 from dalle_cli.progress import log
@@ -38,6 +39,7 @@ def settle_precision(request: SampleRequest, prior: Checkpoint, folder: Path) ->
     if request.settings.precision != "auto":
         return request
     device = choose_device()
+    chosen: Precision
     if begun := _begun_in(folder):
         chosen, reason = begun, "as the samples have begun"
     elif request.shard != WHOLE:
@@ -50,10 +52,10 @@ def settle_precision(request: SampleRequest, prior: Checkpoint, folder: Path) ->
     return replace(request, settings=request.settings.model_copy(update={"precision": chosen}))
 
 
-def _begun_in(folder: Path) -> Choosable | None:
+def _begun_in(folder: Path) -> Precision | None:
     """Return the precision of the samples in ``folder``, or None if it has none."""
     found = settings_in(folder).get("precision")
-    return next((precision for precision in get_args(Choosable) if precision == found), None)
+    return next((precision for precision in get_args(Precision) if precision == found), None)
 
 
 def _measured(prior: Checkpoint, device: torch.device) -> tuple[Choosable, str]:
