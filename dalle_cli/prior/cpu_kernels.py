@@ -79,7 +79,8 @@ class Int8Linear:
     def _weighted_sums(self, rows: Tensor) -> Tensor:
         """Return the products (blocks, n, width) of ``rows`` (n, in) with all blocks."""
         indices, offsets = _bag_indices(self.blocks, len(rows), self.inputs, self.inputs)
-        factors = rows.flatten().repeat(self.blocks)
+        # A view that repeats a number would be read beyond its end.
+        factors = rows.expand(self.blocks, -1, -1).reshape(-1).contiguous()
         sums: Tensor = torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
             self.weight, indices, offsets, per_sample_weights=factors
         )
