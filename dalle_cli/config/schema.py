@@ -562,8 +562,12 @@ class SamplingSettings(Settings):
     batch_size: Positive | None = Field(
         None, description="maximum number of samples drawn at once; null: as many as fit in memory and speed it up"
     )
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="type of the resblocks, keys and values; bf16 is faster and draws other samples"
+    precision: Literal["auto", "fp32", "bf16", "int8"] = Field(
+        "fp32",
+        description="type of the resblocks, keys and values; each draws other samples. int8: the matrices of the "
+        "resblocks and of the logits in 8 bits and all else in 32, for one or a few samples at once on a CPU. auto: on "
+        "a CPU the faster of fp32 and bf16, as measured once, on a GPU bf16 if it has it; a folder of samples keeps "
+        "it, and shares (--shard), whose machines may differ, take fp32. prior.drawings take fp32 unless this is bf16",
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from dalle_cli.config.schema import Filters
 from dalle_cli.data.filters import filter_captions
 from dalle_cli.data.open_source import open_source
+from dalle_cli.data.read_ahead import rows_ahead
 from dalle_cli.data.source import BadSample, Source, clean_caption
 from dalle_cli.errors import UserError
 from dalle_cli.stores.files import split_lines
@@ -93,7 +94,7 @@ def normal_id(identity: str) -> str:
 
 def source_captions(source: Source, filters: Filters | None = None) -> Iterator[str]:
     """Yield the captions of a source that can be read and pass the recipe's caption filters, in order."""
-    for row in range(len(source)):
+    for row in rows_ahead(source, range(len(source)), "captions"):
         yield from filtered_captions(source, row, filters)[0][:MOST_CAPTIONS]
 
 

@@ -35,18 +35,19 @@ class JoinedSource:
         return self._ends[-1]
 
     def key(self, i: int) -> str:
-        number, row = self._place(i)
+        number, row = self.place(i)
         return f"{number}/{self.sources[number].key(row)}"
 
     def captions(self, i: int) -> list[str]:
-        number, row = self._place(i)
+        number, row = self.place(i)
         return self.sources[number].captions(row)
 
     def image_bytes(self, i: int) -> bytes:
-        number, row = self._place(i)
+        number, row = self.place(i)
         return self.sources[number].image_bytes(row)
 
-    def _place(self, i: int) -> tuple[int, int]:
+    def place(self, i: int) -> tuple[int, int]:
+        """Return the number of a sample's source, and its row there."""
         i = range(len(self))[i]
         number = bisect_right(self._ends, i)
         return number, i - (self._ends[number - 1] if number else 0)

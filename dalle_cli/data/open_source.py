@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from dalle_cli.data.download import CACHE, NoRoom, local_copies
 from dalle_cli.data.formats.folder import FolderSource
 from dalle_cli.data.formats.manifest import ManifestSource
 from dalle_cli.data.formats.published import (
@@ -24,9 +25,10 @@ from dalle_cli.data.formats.tar_members import LocalFile, TarFile
 from dalle_cli.data.formats.web_tables import open_wit, open_yfcc
 from dalle_cli.data.formats.webdataset import WebDatasetSource
 from dalle_cli.data.joined import JoinedSource
-from dalle_cli.data.remote import CACHE, RemoteFile, files_at, is_remote, local_copy
+from dalle_cli.data.remote import RemoteFile, files_at, is_remote
 from dalle_cli.data.source import IMAGE_EXTENSIONS, BadSample, Source
 from dalle_cli.errors import UserError
+from dalle_cli.progress import log
 
 MANIFEST_ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
@@ -82,7 +84,7 @@ def _open_remote(name: str) -> Source:
         from dalle_cli.data.formats.embedded import choose_split, open_embedded  # pyarrow is slow to import
 
         _, chosen = choose_split(name, [table.path for table in tables], wanted)
-        source = open_embedded(name, [local_copy(tables[i]) for i in chosen], wanted)
+        source = open_embedded(name, local_copies([tables[i] for i in chosen]), wanted)
         if source is not None:
             return source
     raise UserError(
@@ -108,8 +110,12 @@ def tar_shards(spec: str) -> list[TarFile]:
 def _remote_shards(name: str) -> list[TarFile]:
     pattern = _BRACES.search(name) is not None
     shards = [RemoteFile(url) for url in expand_braces(name)] if pattern else files_at(name, (".tar",))
-    cached = bool(os.environ.get(CACHE))
-    return [LocalFile(local_copy(shard)) if cached else shard for shard in shards]
+    if shards and os.environ.get(CACHE):
+        try:
+            return [LocalFile(copy, shard) for copy, shard in zip(local_copies(shards), shards, strict=True)]
+        except NoRoom as error:
+            log(f"{name}: is read by ranges of bytes, since {error}")
+    return list(shards)
 
 
 def _open_webdataset(name: str, path: Path) -> Source | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -20,8 +21,9 @@ from dalle_cli.config.schema import DataSettings
 from dalle_cli.data.batch_order import BatchOrder, Order, Reorder
 from dalle_cli.data.filters import picture_rejection
 from dalle_cli.data.images import BadImage, decode_image, eval_crop, squared, train_crop
+from dalle_cli.data.read_ahead import on_server, rows_ahead
 from dalle_cli.data.source import BadSample, Source
-from dalle_cli.data.workers import explain_lost_workers, ignore_stop_signals, lost_worker, split_blocks
+from dalle_cli.data.workers import AFRESH, explain_lost_workers, ignore_stop_signals, lost_worker
 from dalle_cli.errors import UserError
 from dalle_cli.randomness import numpy_generator
 from dalle_cli.stores.row_set import RowSet
@@ -111,6 +113,7 @@ class TrainingPictures:
             _AugmentedPictures(self),
             batch_sampler=_BatchSampler(batch_order, start, stop),
             num_workers=self.workers,
+            multiprocessing_context=_start_of_workers(self.source, self.workers),
             prefetch_factor=PREFETCH if self.workers else None,
             collate_fn=_collate,
             worker_init_fn=_start_training_worker,
@@ -152,6 +155,11 @@ class _AugmentedPictures(Dataset[tuple[np.ndarray, int, int, bool]]):
         picture, used = self.pictures.picture(row, epoch)
         return picture, used, epoch, used != row
 
+    def __getitems__(self, items: list[tuple[int, int]]) -> list[tuple[np.ndarray, int, int, bool]]:
+        """Return the items of a batch, which torch asks for by this name."""
+        upcoming = rows_ahead(self.pictures.source, [row for row, _ in items], "images")
+        return [self[item] for item, _ in zip(items, upcoming, strict=True)]
+
 
 @dataclass
 class _BatchSampler:
@@ -191,18 +199,19 @@ class PictureBlock:
 class _BlockDecoder(Dataset[tuple[list[str], dict[str, str]]]):
     """Decodes block i into slot i mod slots of ``buffer`` (slots, block, views, S, S, 3) in shared memory."""
 
-    def __init__(self, source: Source, blocks: list[range], buffer: Tensor, data: DataSettings, seed: int) -> None:
-        self.source, self.blocks, self.buffer, self.data, self.seed = source, blocks, buffer, data, seed
+    def __init__(self, source: Source, rows: range, buffer: Tensor, data: DataSettings, seed: int) -> None:
+        self.source, self.rows, self.buffer, self.data, self.seed = source, rows, buffer, data, seed
 
     def __len__(self) -> int:
-        return len(self.blocks)
+        return math.ceil(len(self.rows) / self.buffer.shape[1])
 
     def __getitem__(self, index: int) -> tuple[list[str], dict[str, str]]:
-        rows = self.blocks[index]
+        block = self.buffer.shape[1]
+        rows = self.rows[index * block : (index + 1) * block]
         keys = [self.source.key(row) for row in rows]
         pictures = self.buffer[index % len(self.buffer)].numpy()
         reasons: dict[str, str] = {}
-        for i, row in enumerate(rows):
+        for i, row in enumerate(rows_ahead(self.source, rows, "images")):
             try:
                 pictures[i] = load_views(self.source, row, pictures.shape[2], self.data, self.seed)
             except (BadSample, BadImage) as error:
@@ -228,17 +237,17 @@ def consecutive_pictures(
     ``workers``, this process decodes. ``pinned`` puts pictures into page-locked memory, from which a copy to a GPU is
     asynchronous.
     """
-    blocks = split_blocks(rows, block)
     # One slot for each prefetched block, the block being yielded, and the two before it that the caller may still use.
-    slots = min(PREFETCH * workers + 3, len(blocks))
+    slots = min(PREFETCH * workers + 3, math.ceil(len(rows) / block))
     if workers:
         _require_shared_memory(slots * block * data.views * 3 * image_size**2)
     buffer = torch.empty(slots, block, data.views, image_size, image_size, 3, dtype=torch.uint8)
     if workers:
         buffer.share_memory_()
     loader = DataLoader(
-        _BlockDecoder(source, blocks, buffer, data, seed),
+        _BlockDecoder(source, rows, buffer, data, seed),
         batch_size=None,
+        multiprocessing_context=_start_of_workers(source, workers),
         num_workers=workers,
         prefetch_factor=PREFETCH if workers else None,
         collate_fn=tuple,
@@ -249,6 +258,11 @@ def consecutive_pictures(
         for number, (keys, reasons) in enumerate(decoded):
             pictures = buffer[number % slots, : len(keys)]
             yield PictureBlock(keys, pictures.pin_memory() if pinned else pictures, reasons)
+
+
+def _start_of_workers(source: Source, workers: int) -> str | None:
+    """Return the way to start worker processes; None is Python's own, and for this process alone."""
+    return AFRESH if workers and on_server(source) else None
 
 
 def _require_shared_memory(wanted: int) -> None:

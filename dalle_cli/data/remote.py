@@ -1,7 +1,6 @@
-"""Files of a source on another machine, by fsspec: ``https://``, ``s3://``, ``gs://``, ``hf://`` and its other kinds.
+"""Files of a source on another machine, at ``https://``, ``s3://``, ``gs://``, ``az://`` or ``hf://``.
 
-A file is read by ranges of bytes, each tried again after a pause if the connection fails. With DALLE_CACHE, the name of
-a folder, files are downloaded there whole and read from there.
+A file is read by ranges of bytes, each tried again after a pause if the connection fails.
 """
 
 from __future__ import annotations
@@ -9,40 +8,29 @@ from __future__ import annotations
 import io
 import os
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any, BinaryIO, TypeVar
 
+from dalle_cli.data.servers import State, credentials_of, fault_of, server_of
 from dalle_cli.errors import UserError
 from dalle_cli.progress import log
-from dalle_cli.stores.files import explain_os_errors, locked, rename_synced, user_cache
 
-CACHE = "DALLE_CACHE"
-"""Environment variable that names the folder of downloaded files."""
 PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds before each further try of a read that failed."""
-GONE, PASSING = (404, 410), (408, 429)
-"""HTTP's answers that a file is not there, and refusals that are worth another try."""
-_MARKS = (
-    "ETag",
-    "etag",
-    "md5Hash",
-    "blob_id",
-    "xet_hash",
-    "LastModified",
-    "Last-Modified",
-    "last_modified",
-    "mtime",
-    "created",
-)
-"""Keys by which filesystems tell a version of a file."""
 READ_AHEAD = 4 << 20
 """Bytes that are read at once while a file is read from its start."""
+GAP = 256 << 10
+"""Bytes between two ranges up to which they are read as one, about as many as come while a server begins to answer."""
 
 Result = TypeVar("Result")
+_reached: set[str] = set()
+"""Servers that have answered this process."""
+_held: dict[tuple[str, int], bytes] = {}
+"""Bytes that were fetched before they are read, by address and offset; see ``holding``."""
 
 
 def is_remote(spec: str) -> bool:
@@ -59,6 +47,8 @@ class RemoteFile:
     """A file at an address."""
 
     url: str
+    listed: State | None = field(default=None, compare=False)
+    """The file's state if the server told it with its name, which saves a request for each file."""
 
     def __str__(self) -> str:
         return self.url
@@ -70,18 +60,18 @@ class RemoteFile:
 
     def size(self) -> int:
         """Return the number of bytes; see ``state``."""
-        return self.state()[0]
+        return self.state().size
 
-    def state(self) -> tuple[int, str]:
+    def state(self) -> State:
         """Return the number of bytes, and the server's mark of this version, "" if it has none.
 
         Raises:
             UserError: the file is missing or cannot be reached.
         """
-        found = _again(self.url, lambda: _filesystem(self.url).info(self.url))
-        if found["size"] is None:
-            raise UserError(f"{self.url}: its server does not say how large it is; download it, or set {CACHE}")
-        return int(found["size"]), next((str(found[mark]) for mark in _MARKS if found.get(mark)), "")
+        if self.listed is not None:
+            return self.listed
+        server, path = server_of(self.url)
+        return _again(self.url, lambda: server.state(path))
 
     def read(self, offset: int, size: int) -> bytes:
         """Return ``size`` bytes from ``offset`` on.
@@ -89,18 +79,73 @@ class RemoteFile:
         Raises:
             UserError: the file cannot be reached, or is shorter.
         """
+        held = _held.get((self.url, offset))
+        return held if held is not None and len(held) == size else self.read_many([(offset, size)])[0]
 
-        def read() -> bytes:
-            data: bytes = _filesystem(self.url).cat_file(self.url, start=offset, end=offset + size)
-            if len(data) != size:
-                raise OSError(f"{len(data)} of {size} bytes came")
-            return data
+    def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Return the bytes of each of ``ranges``, (offset, size), in few requests; see GAP and ``read``."""
+        spans, (server, path) = merged(ranges), server_of(self.url)
 
-        return _again(self.url, read) if size else b""
+        def read() -> list[memoryview]:
+            pieces = [memoryview(piece) for piece in server.read(path, spans)]
+            for piece, (start, end) in zip(pieces, spans, strict=True):
+                if len(piece) != end - start:
+                    raise OSError(f"{len(piece)} of {end - start} bytes came")
+            return pieces
+
+        pieces = _again(self.url, read) if spans else []
+        starts = [start for start, _ in spans]
+        found = []
+        for offset, size in ranges:
+            number = bisect_right(starts, offset) - 1
+            at = offset - starts[number] if size else 0
+            found.append(bytes(pieces[number][at : at + size]) if size else b"")
+        return found
+
+    def download(self, into: BinaryIO, size: int) -> None:
+        """Append the file to ``into``, which holds its beginning, until it has ``size`` bytes; see ``read``."""
+        server, path = server_of(self.url)
+
+        def some() -> None:
+            began = into.tell()
+            try:
+                for data in server.stream(path, began):
+                    into.write(data[: size - into.tell()])
+            except Exception:
+                if into.tell() == began:
+                    raise  # else the next try goes on from here, without a pause
+            else:
+                if into.tell() < size:
+                    raise OSError(f"{into.tell()} of {size} bytes came")
+
+        while into.tell() < size:
+            _again(self.url, some)
 
     def open(self) -> io.RawIOBase:
         """Return the file for reading from its start; see READ_AHEAD."""
         return _Ranges(self)
+
+
+@contextmanager
+def holding(pieces: Mapping[tuple[str, int], bytes]) -> Iterator[None]:
+    """Let this process read ``pieces``, by address and offset, without a request inside the block."""
+    _held.update(pieces)
+    try:
+        yield
+    finally:
+        for place in pieces:
+            _held.pop(place, None)
+
+
+def merged(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the start and the end of each span to read for ``ranges``, (offset, size), in order; see GAP."""
+    spans: list[tuple[int, int]] = []
+    for offset, size in sorted(each for each in ranges if each[1]):
+        if spans and offset - spans[-1][1] <= GAP:
+            spans[-1] = spans[-1][0], max(spans[-1][1], offset + size)
+        else:
+            spans.append((offset, offset + size))
+    return spans
 
 
 class _Ranges(io.RawIOBase):
@@ -136,47 +181,19 @@ def files_at(url: str, endings: tuple[str, ...]) -> list[RemoteFile]:
     if url.lower().endswith(endings):
         return [RemoteFile(url)]
     for folder in (url.rstrip("/"), f"{url.rstrip('/')}/data"):
-        found = sorted(name for name in _listed(folder) if name.lower().endswith(endings))
+        found = [file for file in _listed(folder) if file.url.lower().endswith(endings)]
         if found:
-            return [RemoteFile(name) for name in found]
+            return sorted(found, key=lambda file: file.url)
     return []
 
 
-def _listed(folder: str) -> list[str]:
-    """Return the addresses of a folder's files; none if there is no such folder."""
-    filesystem = _filesystem(folder)
+def _listed(folder: str) -> list[RemoteFile]:
+    """Return the files of a folder; none if there is no such folder."""
+    server, path = server_of(folder)
     try:
-        names = _again(folder, lambda: filesystem.ls(folder, detail=False))
+        return [RemoteFile(*file) for file in _again(folder, lambda: server.files(path))]
     except _Missing:
         return []
-    return [filesystem.unstrip_protocol(name) for name in names]
-
-
-def local_copy(file: RemoteFile) -> Path:
-    """Return the file's copy in the cache, by default ``~/.cache/dalle/remote``; download it if it is not there.
-
-    Raises:
-        UserError: the file cannot be reached.
-    """
-    base = os.environ.get(CACHE) or user_cache("remote")
-    if ".." in file.path.parts:
-        raise UserError(f"{file}: leads out of its folder; write the address without ..")
-    # The folders are those of the address, since they are part of the samples' keys.
-    copy = Path(base) / file.url.partition("://")[0] / str(file.path).lstrip("/")
-    folder = copy.parent
-    with explain_os_errors(copy), ExitStack() as held:
-        folder.mkdir(parents=True, exist_ok=True)
-        held.enter_context(locked(folder / f"{copy.name}.lock"))
-        if not copy.is_file():
-            size = file.size()
-            partial = folder / f"{copy.name}.{size}.partial"
-            log(f"{file}: {size:,} bytes, into {copy}")
-            with partial.open("ab") as out:  # goes on with what an earlier process downloaded
-                out.truncate(min(out.tell(), size))
-                for start in range(out.seek(0, os.SEEK_END), size, READ_AHEAD):
-                    out.write(file.read(start, min(READ_AHEAD, size - start)))
-            rename_synced(partial, copy)
-    return copy
 
 
 def _again(url: str, call: Callable[[], Result]) -> Result:
@@ -185,40 +202,20 @@ def _again(url: str, call: Callable[[], Result]) -> Result:
     Raises:
         UserError: every try failed; _Missing if there is no such file.
     """
+    host = url.partition("://")[2].partition("/")[0]
     for pause in (*PAUSES, None):
         try:
-            return call()
-        except UserError:
-            raise
-        except Exception as error:  # each filesystem has errors of its own
-            # The one of HTTP calls any failure a missing file, and keeps the true one as its cause.
-            cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
-            status = getattr(cause, "status", None)
-            if isinstance(cause, FileNotFoundError) or status in GONE:
+            found = call()
+            _reached.add(host)
+            return found
+        except Exception as error:  # each kind of server has errors of its own
+            fault = fault_of(error)
+            if fault.missing:
                 raise _Missing(f"{url}: no such file") from None
-            reason = str(cause).partition("\n")[0] or type(cause).__name__
-            refused = isinstance(cause, PermissionError) or (status in range(400, 500) and status not in PASSING)
-            if pause is None or refused:
-                raise UserError(f"{url}: cannot be read ({reason}); look at the network and your credentials") from None
-            log(f"{url}: {reason}; trying again in {pause:g} s")
+            # A server that answered before has credentials, so that it is worth asking for them again.
+            if pause is None or fault.lasting or (fault.credentials and host not in _reached):
+                mend = fault.mend or f"look at the network and {credentials_of(url)}"
+                raise UserError(f"{url}: cannot be read ({fault.reason}); {mend}") from None
+            log(f"{url}: {fault.reason}; trying again in {pause:g} s")
             time.sleep(pause)
     raise AssertionError
-
-
-def _filesystem(url: str) -> Any:
-    """Return fsspec's filesystem of an address; every process has its own, since connections do not survive a fork."""
-    protocol, _, rest = url.partition("://")
-    return _filesystem_of(protocol, rest.partition("/")[0], os.getpid())
-
-
-@lru_cache
-def _filesystem_of(protocol: str, host: str, _: int) -> Any:
-    from fsspec.core import url_to_fs
-
-    url = f"{protocol}://{host}"
-    try:
-        return url_to_fs(url, skip_instance_cache=True)[0]
-    except ImportError as error:
-        raise UserError(f"{url}: {error}; pip install 'dalle-toolchain[remote]'") from None
-    except ValueError as error:
-        raise UserError(f"{url}: {error}; name a path, or an address such as https:// or s3://") from None

@@ -19,6 +19,7 @@ from dalle_cli.data.filters import (
 )
 from dalle_cli.data.images import BadImage, decode_image, read_header
 from dalle_cli.data.language import LanguageDetector
+from dalle_cli.data.read_ahead import on_server, rows_ahead
 from dalle_cli.data.source import BadSample, Source
 from dalle_cli.data.workers import map_blocks, split_blocks
 from dalle_cli.progress import progress
@@ -139,7 +140,7 @@ class _BlockScan:
 
     def __call__(self, rows: range) -> Counts:
         counts = Counts()
-        for row in rows:
+        for row in rows_ahead(self.source, rows, "both"):
             self._scan_sample(counts, row)
         return counts
 
@@ -219,7 +220,7 @@ def count_samples(
     tried, counts = with_typical_limits(data.filters, image_size), Counts()
     blocks = split_blocks(rows, BLOCK)
     with progress("scan", len(rows), "samples") as bar:
-        scans = map_blocks(_BlockScan(source, data, tried, detector), blocks, workers)
+        scans = map_blocks(_BlockScan(source, data, tried, detector), blocks, workers, afresh=on_server(source))
         for block, found in zip(blocks, scans, strict=True):
             counts.add(found)
             bar.advance(len(block))

@@ -20,6 +20,8 @@ from dalle_cli.errors import STOP_SIGNALS, UserError
 
 T = TypeVar("T")
 
+AFRESH = "spawn"
+"""Way to start processes that read from servers, since the threads of obstore do not survive a fork."""
 _BLOCKS_IN_FLIGHT = 4
 """Number of blocks per process that are submitted before their results are taken; it bounds memory."""
 _function: Callable[[Any], Any]
@@ -31,13 +33,20 @@ def available_cores() -> int:
 
 
 def map_blocks(
-    function: Callable[[range], T], blocks: Sequence[range], workers: int, mend: str = "give fewer --workers"
+    function: Callable[[range], T],
+    blocks: Sequence[range],
+    workers: int,
+    mend: str = "give fewer --workers",
+    *,
+    afresh: bool = False,
 ) -> Iterator[T]:
     """Yield ``function(block)`` for each block in order, computed by ``workers`` processes.
 
     With one worker, this process computes. ``function`` is sent to each process once, at its start, so it may hold a
     large index. It computes with a single BLAS thread: on small matrices several are far slower, since they wait for
     one another and take cores from the other processes.
+
+    Processes start ``afresh``, which takes seconds, or as forks of this one.
 
     Raises:
         UserError: a worker process was killed, perhaps for lack of memory; the message ends with ``mend``.
@@ -50,7 +59,7 @@ def map_blocks(
                 result = function(block)
             yield result
         return
-    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+    method = AFRESH if afresh else "fork" if "fork" in multiprocessing.get_all_start_methods() else None
     with ProcessPoolExecutor(
         workers, multiprocessing.get_context(method), initializer=_start, initargs=(function, os.getpid())
     ) as pool:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 
@@ -96,11 +96,25 @@ def device_for_doubles(device: torch.device) -> torch.device:
 
 def require_precision(key: str, precision: str, device: torch.device) -> None:
     """Raise UserError if the recipe's ``key`` asks for a precision that the GPU lacks, or only imitates, slowly."""
+    if precision == "int8" and device.type != "cpu":
+        raise UserError(f"{key}: int8 is for CPUs; set bf16 or fp32, or {DEVICE_VARIABLE}=cpu")
     if precision in ("bf16", "fp16") and device.type == "mps":
         raise UserError(f"{key}: {precision} is not for Apple's GPUs yet; set fp32, or {DEVICE_VARIABLE}=cpu")
-    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if precision == "bf16" and lacks_bf16(device):
         name = torch.cuda.get_device_name(device)
         raise UserError(f"{key}: {name} cannot compute in bf16, which came with Ampere; set fp16 or fp32")
+
+
+def lacks_bf16(device: torch.device) -> bool:
+    """Return whether ``device`` is a GPU by CUDA that lacks bf16, or only imitates it, slowly."""
+    return device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def gpu_precision(device: torch.device, lacking: bool) -> tuple[Literal["fp32", "bf16"], str]:
+    """Return the precision that auto takes on a GPU, and the reason; ``lacking``: one of the GPUs has no bf16."""
+    if device.type != "cuda":
+        return "fp32", f"{device.type} computes in 32 bit"
+    return ("fp32", "a GPU lacks bf16") if lacking else ("bf16", "the GPU computes in bf16")
 
 
 def prepare_process(device: torch.device) -> None:

@@ -212,7 +212,7 @@ def train_dvae(recipe: Recipe, source: Source, out: Path, extend: int | None = N
     with join_group(recipe.device) as group:
         recipe = settle_precision(recipe, "dvae", out, group, lambda tried: dvae_update(tried, source, group.device))
         require_precision("dvae.precision", recipe.dvae.precision, group.device)
-        task = _build_task(recipe, source, group)
+        task = build_task(recipe, source, group)
         model = task.model
         if ancestor is not None:
             task.belongs["init"] = ancestor.identity
@@ -227,13 +227,14 @@ def train_dvae(recipe: Recipe, source: Source, out: Path, extend: int | None = N
 
 def dvae_update(recipe: Recipe, source: Source, device: torch.device) -> Update:
     """Return a function that makes an update of a fresh dVAE on random pictures, for timing."""
-    task, side = _build_task(recipe, source, Group(device=device)), recipe.image_size
+    task, side = build_task(recipe, source, Group(device=device)), recipe.image_size
     pictures = torch.randint(256, (recipe.dvae.training.batch_size, side, side, 3), dtype=torch.uint8)
     engine = Replicated(task.model, task.group)
     return trial_update(recipe, "dvae", engine, task.decayed(), lambda size: task.loss((0, pictures[:size]), 0)["loss"])
 
 
-def _build_task(recipe: Recipe, source: Source, group: Group) -> DvaeTask:
+def build_task(recipe: Recipe, source: Source, group: Group = ALONE) -> DvaeTask:
+    """Return the training of the recipe's dVAE on ``source``, with its initial weights on the group's device."""
     model = DVAE(recipe.dvae.model, seed=recipe.seed).to(memory_format=torch.channels_last).to(group.device)
     settings, distance, belongs = recipe.dvae.objective.perceptual, None, {"source": source.identity}
     if settings.weight:

@@ -17,10 +17,11 @@ from dalle_cli.data.source import Source
 from dalle_cli.distributed.device import choose_device, fast_matmul, prepare_process, use_settings
 from dalle_cli.distributed.group import Group
 from dalle_cli.dvae.train import dvae_update
+from dalle_cli.precision.choice import seconds_of
 from dalle_cli.prior.counts import count_flops, count_parameters
 from dalle_cli.prior.train import prior_update
 from dalle_cli.stores.checkpoint import Kind
-from dalle_cli.training.precision_choice import Update, seconds_of, settle_precision, with_precision
+from dalle_cli.training.precision_choice import Update, settle_precision, with_precision
 
 SHARES: dict[Kind, float] = {"dvae": 0.55, "prior": 0.39, "clip": 0.06}
 """Share of a budget that each stage gets, found with scripts/bench/quality."""

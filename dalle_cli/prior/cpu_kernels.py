@@ -3,6 +3,8 @@
 oneDNN can store a matrix in the order in which its kernels read it. PyTorch offers that layout through the private
 operators with which ``torch.compile`` freezes weights. If a trial product shows that a build lacks or has changed them,
 matrices keep their layout.
+
+FBGEMM's ``embedding_bag`` sums rows of a table, weighted by factors of 32 bit. The rows may be of 8 bits a value.
 """
 
 from __future__ import annotations
@@ -15,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dalle_cli.precision.formats import DTYPES
 from dalle_cli.prior.model import Linear
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "int8"]
 
 
 class PackedLinear:
@@ -37,6 +40,56 @@ class PackedLinear:
             return _multiply(x, self.weight, self.bias, "gelu" if self.gelu else "none")
         y = F.linear(x, self.weight, self.bias)
         return F.gelu(y) if self.gelu else y
+
+
+INT8_BLOCK = 256
+"""Most outputs of a block of an 8-bit matrix: as many sums as fit into the registers of AVX-512 beside what is read."""
+INT8_ROWS = 16
+"""Most rows for a product with the 8-bit matrix itself, which is read once for each row."""
+
+
+class Int8Linear:
+    """A copy of a ``Linear`` in 8 bits a weight, for products of few rows; all else is in 32 bit.
+
+    The outputs are cut into blocks. In a block, the weights of each input are numbers from 0 to 255 with a scale and a
+    least value of their own, and a product is the sum of these rows, weighted by the inputs.
+    """
+
+    def __init__(self, linear: Linear, gelu: bool = False) -> None:
+        weight, self.bias, self.gelu = linear.weight.detach().float(), linear.bias.detach(), gelu
+        self.outputs, self.inputs = weight.shape
+        self.blocks = -(-self.outputs // INT8_BLOCK)
+        width = -(-self.outputs // self.blocks)
+        rows = F.pad(weight.T, (0, self.blocks * width - self.outputs)).unflatten(1, (self.blocks, width))
+        self.weight = torch.ops.quantized.embedding_bag_byte_prepack(rows.transpose(0, 1).flatten(0, 1).contiguous())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map (..., in) of any type to (..., out) in 32 bit."""
+        rows = x.float().reshape(-1, self.inputs)
+        many = len(rows) > INT8_ROWS or not has_embedding_bag(rows.device)
+        blocks = rows @ self.restored() if many else self._weighted_sums(rows)
+        y = blocks.transpose(0, 1).flatten(1)[:, : self.outputs] + self.bias
+        return (F.gelu(y) if self.gelu else y).view(*x.shape[:-1], self.outputs)
+
+    def restored(self) -> Tensor:
+        """Return the matrix of each block in 32 bit, (blocks, in, width); the last outputs may be padding of zeros."""
+        restored: Tensor = torch.ops.quantized.embedding_bag_byte_unpack(self.weight)
+        return restored.view(self.blocks, self.inputs, -1)
+
+    def _weighted_sums(self, rows: Tensor) -> Tensor:
+        """Return the products (blocks, n, width) of ``rows`` (n, in) with all blocks."""
+        indices, offsets = _bag_indices(self.blocks, len(rows), self.inputs, self.inputs)
+        # A view that repeats a number would be read beyond its end.
+        factors = rows.expand(self.blocks, -1, -1).reshape(-1).contiguous()
+        sums: Tensor = torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
+            self.weight, indices, offsets, per_sample_weights=factors
+        )
+        return sums.view(self.blocks, len(rows), -1)
+
+
+def packed(linear: Linear, precision: Precision, gelu: bool = False) -> PackedLinear | Int8Linear:
+    """Return a copy of a ``Linear`` for inference in ``precision``."""
+    return Int8Linear(linear, gelu) if precision == "int8" else PackedLinear(linear, DTYPES[precision], gelu)
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -99,7 +152,7 @@ def has_embedding_bag(device: torch.device) -> bool:
     return device.type == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines
 
 
-@lru_cache(maxsize=8)  # enough for the shapes of all kinds of attention
+@lru_cache(maxsize=64)  # enough for the shapes of all kinds of attention and of 8-bit matrices
 def _bag_indices(streams: int, n: int, inner: int, pitch: int) -> tuple[Tensor, Tensor]:
     """Return ``embedding_bag``'s indices and offsets for S matrices whose first rows are ``pitch`` rows apart.
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from dalle_cli.config.layout import AttentionKind
 from dalle_cli.precision.formats import DTYPES
 from dalle_cli.prior.attention import attend, raster_offsets
-from dalle_cli.prior.cpu_kernels import PackedLinear, Precision, skinny_bmm
+from dalle_cli.prior.cpu_kernels import Precision, packed, skinny_bmm
 from dalle_cli.prior.model import AttentionResblock, MlpResblock, Prior
 from dalle_cli.transfers import send
 
@@ -120,14 +120,14 @@ class Prefix:
 class Layer:
     """One layer of the prior with packed matrices: attention of one kind, then the MLP."""
 
-    def __init__(self, attention: AttentionResblock, mlp: MlpResblock, dtype: torch.dtype) -> None:
+    def __init__(self, attention: AttentionResblock, mlp: MlpResblock, precision: Precision) -> None:
         self.slots = Slots(attention.kind, attention.grid, attention.conv_kernel)
         bias = self.slots.bias()
-        self.bias = None if bias is None else bias.to(attention.qkv.weight.device, dtype)
+        self.bias = None if bias is None else bias.to(attention.qkv.weight.device, cache_type(precision))
         self.heads = attention.heads
         self.attention_norm, self.mlp_norm = attention.norm, mlp.norm
-        self.qkv, self.out = PackedLinear(attention.qkv, dtype), PackedLinear(attention.out, dtype)
-        self.up, self.down = PackedLinear(mlp.up, dtype, gelu=True), PackedLinear(mlp.out, dtype)
+        self.qkv, self.out = packed(attention.qkv, precision), packed(attention.out, precision)
+        self.up, self.down = packed(mlp.up, precision, gelu=True), packed(mlp.out, precision)
 
     def heads_of(self, x: Tensor) -> Tensor:
         """Return queries, keys and values (C, A, 3, H, D) of the residual stream (C, A, d)."""
@@ -143,7 +143,8 @@ class Decoder:
     """A prior with its weights laid out for decoding.
 
     It copies the prior's matrices and shares its other parameters. The resblocks' matrices and the caches are in
-    ``precision``; the residual stream, norms, softmax sums and logits are always in 32 bit.
+    ``precision``; the residual stream, norms, softmax sums and logits are always in 32 bit. int8 is the precision of
+    the resblocks' matrices and the head's alone, and for CPUs.
     """
 
     def __init__(self, prior: Prior, precision: Precision = "fp32") -> None:
@@ -156,9 +157,9 @@ class Decoder:
         for attention, mlp in zip(blocks[::2], blocks[1::2], strict=True):
             if not isinstance(attention, AttentionResblock) or not isinstance(mlp, MlpResblock):
                 raise TypeError("resblocks must alternate between attention and MLP")
-            self.layers.append(Layer(attention, mlp, DTYPES[precision]))
-        self.norm, self.head = prior.norm, PackedLinear(prior.image_head, torch.float32)
-        self.dtype, self.device = DTYPES[precision], self.image_embedding.device
+            self.layers.append(Layer(attention, mlp, precision))
+        self.norm, self.head = prior.norm, packed(prior.image_head, "int8" if precision == "int8" else "fp32")
+        self.dtype, self.device = cache_type(precision), self.image_embedding.device
 
     @torch.inference_mode()
     def prefill(self, text_ids: Tensor, given: Tensor | None = None) -> Prefix:
@@ -231,6 +232,11 @@ class Decoder:
             bias = None if layer.bias is None else layer.bias[position, readable]
             x = layer.finish(x, attend_slots(q, text, image[..., readable, :], bias))
         return self.head(self.norm(x))
+
+
+def cache_type(precision: Precision) -> torch.dtype:
+    """Return the type of keys and values."""
+    return DTYPES["fp32" if precision == "int8" else precision]
 
 
 def attend_slots(q: Tensor, text: TextCache, image: Tensor, bias: Tensor | None) -> Tensor:

@@ -51,7 +51,7 @@ class Drawings:
         if not self.recipe.prior.caption_dropout:
             settings = settings.model_copy(update={"guidance": 1.0})
         self.dvae.to(device)
-        decoder = Decoder(prior, settings.precision)
+        decoder = Decoder(prior, "bf16" if settings.precision == "bf16" else "fp32")
         numbers = torch.from_numpy(np.stack(uniforms)).to(device_for_doubles(device))
         drawn, _ = sample_images(decoder, ids, numbers, settings, empty=empty)
         grids = torch.cat([image, drawn[:, 0]]).unflatten(1, (decoder.grid, decoder.grid))

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -35,11 +35,13 @@ from dalle_cli.dvae.encode import decode_tokens
 from dalle_cli.dvae.model import DVAE
 from dalle_cli.dvae.train import load_dvae
 from dalle_cli.errors import UserError
+from dalle_cli.prior.cpu_kernels import Precision
 from dalle_cli.prior.decode import Decoder
 from dalle_cli.prior.model import load_prior
 from dalle_cli.progress import Progress, log, progress
 from dalle_cli.sampling.batch_size import DECODED_AT_ONCE, MAX_SAMPLES, free_memory, sampling_need
 from dalle_cli.sampling.draw import sample_images
+from dalle_cli.sampling.precision_choice import settle_precision
 from dalle_cli.sampling.request import SampleRequest, shard_folder
 from dalle_cli.stores.checkpoint import Checkpoint, check_belongs
 from dalle_cli.stores.files import owned
@@ -135,7 +137,9 @@ class Sampler:
         """
         text = self._encode(request.prompts)
         self._require_dropout(request.settings)
-        identity, folder = request.identity(self.prior_checkpoint), shard_folder(out, request.shard)
+        folder = shard_folder(out, request.shard)
+        request = settle_precision(request, self.prior_checkpoint, folder)
+        identity = request.identity(self.prior_checkpoint)
         if request.shard != WHOLE:
             identity["shard"] = str(request.shard)
         if request.rows:
@@ -190,12 +194,13 @@ class Sampler:
     def _load(self, request: SampleRequest, text: tuple[np.ndarray, np.ndarray]) -> _LoadedModels:
         dvae_recipe, device = self.dvae_checkpoint.recipe(), choose_device()
         prepare_process(device)
-        require_precision("sampling.precision", request.settings.precision, device)
+        precision = cast(Precision, request.settings.precision)  # auto is settled by now
+        require_precision("sampling.precision", precision, device)
         prior, dvae = load_prior(self.prior_checkpoint).to(device), load_dvae(self.dvae_checkpoint).to(device)
         text_ids = prior.with_padding(*(torch.from_numpy(part).to(device) for part in text))
         empty = prior.with_padding(torch.zeros_like(text_ids[:1]), torch.zeros(1, device=device))[0]
         return _LoadedModels(
-            Decoder(prior, request.settings.precision),  # copies the matrices
+            Decoder(prior, precision),  # copies the matrices
             dvae,
             dvae_recipe.dvae.objective.logit_laplace_eps,
             text_ids,

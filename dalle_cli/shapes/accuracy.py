@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from dalle_cli.data.images import read_picture
 from dalle_cli.data.sample_lines import SampleLine
 from dalle_cli.data.sample_table import SampleTable, has_rank, has_score
+from dalle_cli.data.workers import available_cores, map_blocks, split_blocks
 from dalle_cli.errors import UserError
 from dalle_cli.shapes.oracle import detect, matches_claim
 from dalle_cli.shapes.scene import HELD_OUT, Claim
@@ -27,6 +29,8 @@ from dalle_cli.shapes.world import parse_caption
 
 Group = Literal["seen pairs", "held-out pairs"]
 GROUPS: tuple[Group, ...] = ("seen pairs", "held-out pairs")
+BLOCK_POOLS = 4
+"""Number of captions that a process judges at a time."""
 
 
 @dataclass(frozen=True)
@@ -82,20 +86,31 @@ def group_of(claim: Claim) -> Group:
 
 
 def judge(ranked: Sequence[Pool], advance: Callable[[], None] | None = None) -> list[JudgedPool]:
-    """Judge every picture of the pools whose captions are of the shapes world; other pools are left out.
+    """Judge every picture of the pools whose captions are of the shapes world, on all cores; leave other pools out.
 
     Raises:
         UserError: a picture is missing or broken.
     """
     judged = []
-    for pool in ranked:
-        claim = claim_of(pool.prompt)
-        if claim is not None:
-            right = tuple(shows(claim, load_picture(line)) for line in pool.lines)
-            judged.append(JudgedPool(pool, group_of(claim), right))
-        if advance is not None:
-            advance()
+    blocks = split_blocks(range(len(ranked)), BLOCK_POOLS)
+    for block, found in zip(blocks, map_blocks(partial(_right, ranked), blocks, available_cores()), strict=True):
+        for pool, right in zip((ranked[i] for i in block), found, strict=True):
+            claim = claim_of(pool.prompt)
+            if claim is not None:
+                judged.append(JudgedPool(pool, group_of(claim), right))
+            if advance is not None:
+                advance()
     return judged
+
+
+def _right(ranked: Sequence[Pool], block: range) -> list[tuple[bool, ...]]:
+    """Return whether each sample of each pool in ``block`` is right; nothing of a pool without a claim."""
+    found = []
+    for pool in (ranked[i] for i in block):
+        claim = claim_of(pool.prompt)
+        lines = () if claim is None else pool.lines
+        found.append(tuple(claim is not None and shows(claim, load_picture(line)) for line in lines))
+    return found
 
 
 def shows(claim: Claim, picture: NDArray[np.uint8]) -> bool:

@@ -6,8 +6,9 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dalle_cli.data.workers import available_cores, map_blocks, split_blocks
 from dalle_cli.errors import UserError
 from dalle_cli.progress import progress
 from dalle_cli.stores.files import explain_os_errors, owned
@@ -87,9 +89,9 @@ def _write_world(world: World, out: Path, n: int, test_n: int, seed: int, size: 
     total = n + 2 * test_n
     existing = total - sum(len(shard.indices) for shard in missing)
     with progress("make-shapes", total, "pictures", existing) as bar:
-        for shard in missing:
-            _write_shard(world, shard, seed, size)
-            bar.advance(len(shard.indices))
+        write = partial(_write_shards, world, missing, seed, size)
+        for written in map_blocks(write, split_blocks(range(len(missing)), 1), available_cores(), "start it again"):
+            bar.advance(written)
     return WrittenWorld(written=total - existing, existing=existing)
 
 
@@ -135,6 +137,13 @@ def _write_then_rename(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
+
+
+def _write_shards(world: World, shards: Sequence[_Shard], seed: int, size: int, block: range) -> int:
+    """Write those of ``shards`` that are in ``block``; return the number of their pictures."""
+    for i in block:
+        _write_shard(world, shards[i], seed, size)
+    return sum(len(shards[i].indices) for i in block)
 
 
 def _write_shard(world: World, shard: _Shard, seed: int, size: int) -> None:

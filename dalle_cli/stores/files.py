@@ -16,6 +16,7 @@ import re
 import secrets
 import shutil
 import socket
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -25,6 +26,8 @@ from dalle_cli.errors import UserError, explain_system_error
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """Beginnings of formulas in spreadsheets (OWASP, "CSV injection")."""
+SECONDS_FOR_WORKERS = 5.0
+"""Seconds that workers of a killed process may hold its lock before another process is refused."""
 
 
 def sha256_file(path: Path) -> str:
@@ -180,18 +183,45 @@ def new_directory(path: Path) -> Iterator[Path]:
 def owned(path: Path) -> Iterator[None]:
     """Keep other processes from writing ``path``, a file or folder, by a lock beside it that names this process.
 
+    Workers that were forked meanwhile hold the lock too. Those of a process that was killed are waited for, since they
+    notice it within a second.
+
     Raises:
         UserError: another process is writing it.
     """
     place = path.resolve()
     lock = place.with_name(f".{place.name}.lock")
+    until = time.monotonic() + SECONDS_FOR_WORKERS
     with ExitStack() as held:
-        try:
-            held.enter_context(locked(lock, wait=False))
-        except BlockingIOError:
-            raise UserError(f"{path}: is being written by {_owner(lock)}; wait for it, or end it") from None
-        lock.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        while True:
+            try:
+                held.enter_context(locked(lock, wait=False))
+                break
+            except BlockingIOError:
+                owner = _owner(lock)
+                if time.monotonic() > until or not _is_gone(owner):
+                    raise UserError(f"{path}: is being written by {owner}; wait for it, or end it") from None
+                time.sleep(0.05)
+        lock.write_text(_name_of(os.getpid()), encoding="utf-8")
         yield
+
+
+def _name_of(process: int) -> str:
+    return f"process {process} on {socket.gethostname()}"
+
+
+def _is_gone(owner: str) -> bool:
+    """Return whether ``owner`` names a process of this machine that has ended."""
+    number = owner.removeprefix("process ").partition(" ")[0]
+    if not number.isdecimal() or owner != _name_of(int(number)):
+        return False
+    try:
+        os.kill(int(number), 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _owner(lock: Path) -> str:

@@ -139,6 +139,17 @@ def read_attributes(group: Any, store: Path) -> SampleAttributes:
     return as_type(SampleAttributes, attributes, store)
 
 
+def settings_in(out: Path) -> dict[str, Any]:
+    """Return the ``sampling`` block of the samples in the folder ``out``, empty if there are none.
+
+    Raises:
+        UserError: they are of another format, or damaged.
+    """
+    if not (out / STORE / "zarr.json").is_file():
+        return {}
+    return read_attributes(_open(out), out / STORE).request.settings
+
+
 def has_folders(version: int, prompts: Sequence[str]) -> bool:
     """Return whether the pictures of a store of this version lie in folders; see ``png_name``."""
     return version > 2 and len(prompts) > PROMPTS_A_FOLDER

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from dalle_cli.data.captions import MOST_CAPTIONS, filtered_captions
 from dalle_cli.data.filters import caption_identity
 from dalle_cli.data.joined import sizes_of
 from dalle_cli.data.prefetch import prefetch
+from dalle_cli.data.read_ahead import rows_ahead
 from dalle_cli.data.source import Source
 from dalle_cli.errors import UserError
 from dalle_cli.progress import progress
@@ -140,10 +141,11 @@ class _Block:
 
 def _read(source: Source, rows: Sequence[int], filters: Filters, size: int) -> Iterator[_Block]:
     active = filters if caption_identity(filters) is not None else None
+    upcoming = rows_ahead(source, rows, "captions")
     for start in range(0, len(rows), size):
         some = rows[start : start + size]
         block = _Block([source.key(row) for row in some], [], {})
-        for index, row in enumerate(some):
+        for index, row in enumerate(islice(upcoming, len(some))):
             captions, reason = filtered_captions(source, row, active)
             block.captions.append(captions[:MOST_CAPTIONS])
             block.left_out += max(0, len(captions) - MOST_CAPTIONS)

@@ -1,39 +1,25 @@
-"""``precision: auto``: on a CPU the faster of fp32 and bf16, measured on updates of a run's own sizes.
-
-bf16 products are twice as fast on processors that have them, and slower than fp32 on others. The share of products in
-an update depends on its sizes, so a run measures both.
-"""
+"""``precision: auto`` of a stage that trains: on a CPU the faster of fp32 and bf16, measured on its updates."""
 
 from __future__ import annotations
 
-import hashlib
-import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from dalle_cli.config.schema import Recipe
-from dalle_cli.distributed.device import synchronize, use_settings
+from dalle_cli.distributed.device import gpu_precision, lacks_bf16, synchronize, use_settings
 from dalle_cli.distributed.engine import Replicated
 from dalle_cli.distributed.group import Group
-from dalle_cli.errors import Damaged, UserError
+from dalle_cli.errors import Damaged
+from dalle_cli.precision.choice import faster_precision
 from dalle_cli.progress import log
 from dalle_cli.stores.checkpoint import Kind, open_checkpoint, steps_in
-from dalle_cli.stores.files import json_text, user_cache, write_json
-from dalle_cli.stores.typed import read_typed
 from dalle_cli.training.updates import AdamUpdates
 
 PRECISIONS = ("fp32", "bf16", "fp16")
-ROUNDS = 5
-"""Number of updates that are timed in each precision, after one that warms it up."""
-GAIN = 1.05
-"""Factor by which bf16 must be faster to be chosen over the more exact fp32."""
-
 Update = Callable[[], None]
 """Makes an update of a fresh model on made-up samples."""
 
@@ -62,24 +48,13 @@ def trial_update(
     return update
 
 
-def seconds_of(update: Update) -> float:
-    """Return the seconds that an update takes, the least of a few."""
-    times = []
-    for _ in range(1 + ROUNDS):
-        began = time.perf_counter()
-        update()
-        times.append(time.perf_counter() - began)
-    return min(times[1:])
-
-
 def settle_precision(
     recipe: Recipe, kind: Kind, out: Path | None, group: Group, trial: Callable[[Recipe], Update]
 ) -> Recipe:
     """Return the recipe with a precision in place of a stage's ``precision: auto``, the same on all ranks; log it.
 
     A run in ``out`` that has begun, if any, keeps its precision. GPUs get bf16 if all of them compute in it. One
-    process on a CPU times updates of ``trial``, given the recipe in either precision. The choice is kept in the user's
-    cache, so that a recipe of the same sizes trains to the same bytes whenever it is run on the same kind of processor.
+    process on a CPU times updates of ``trial``, given the recipe in either precision.
     """
     if getattr(recipe, kind).precision != "auto":
         return recipe
@@ -87,16 +62,18 @@ def settle_precision(
     known = group.broadcast(-1.0 if begun is None else float(PRECISIONS.index(begun)))
     if known >= 0:
         chosen, reason = PRECISIONS[int(known)], "as the run has begun"
-    elif group.device.type == "cuda":
-        lacks_it = group.any(not torch.cuda.is_bf16_supported(including_emulation=False))
-        chosen = "fp32" if lacks_it else "bf16"
-        reason = "a GPU lacks bf16" if lacks_it else "the GPU computes in bf16"
     elif group.device.type != "cpu":
-        chosen, reason = "fp32", f"{group.device.type} trains in 32 bit"
+        chosen, reason = gpu_precision(group.device, group.any(lacks_bf16(group.device)))
     elif group.size > 1:
         chosen, reason = "fp32", "bf16 is tried in a single process alone"
     else:
-        chosen, reason = _measure(recipe, kind, trial)
+        use_settings(recipe)
+        chosen, reason = faster_precision(
+            f"{kind}.precision",
+            "an update",
+            _sizes(recipe, kind),
+            lambda tried: trial(with_precision(recipe, kind, tried)),
+        )
     if group.leads:
         log(f"{kind}.precision: auto is {chosen}: {reason}")
     return with_precision(recipe, kind, chosen)
@@ -116,42 +93,11 @@ def _begun_in(out: Path, kind: Kind) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """A choice in the user's cache, with the seconds that an update took."""
-
-    precision: Literal["fp32", "bf16"]
-    fp32: float
-    bf16: float
-
-
-def _measure(recipe: Recipe, kind: Kind, trial: Callable[[Recipe], Update]) -> tuple[str, str]:
-    """Return the precision that is faster in this process, or that was when it was measured, and the reason."""
-    use_settings(recipe)
-    name, when = f"{_sizes_hash(recipe, kind)}.json", "measured on this kind of processor before"
-    try:
-        choice = read_typed(_Choice, user_cache("precision") / name)
-    except (UserError, OSError):
-        log(f"{kind}.precision: auto times updates in fp32 and in bf16")
-        # One after the other, since a model that just fits leaves no room for a second one.
-        fp32, bf16 = (seconds_of(trial(with_precision(recipe, kind, each))) for each in ("fp32", "bf16"))
-        choice, when = _Choice("bf16" if bf16 * GAIN < fp32 else "fp32", fp32, bf16), "measured now"
-        with suppress(UserError, OSError):  # it is measured again where nothing can be kept
-            folder = user_cache("precision")
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / name, asdict(choice))
-    return choice.precision, f"an update takes {choice.fp32:.3g} s in fp32, {choice.bf16:.3g} s in bf16, {when}"
-
-
-def _sizes_hash(recipe: Recipe, kind: Kind) -> str:
-    """Return a hash of all that the time of an update depends on."""
+def _sizes(recipe: Recipe, kind: Kind) -> dict[str, Any]:
+    """Return the settings that the time of an update depends on."""
     stage = getattr(recipe, kind)
-    processor = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     objective = stage.objective.model_dump()
-    sizes = {
-        "processor": {name: str(value) for name, value in processor.items()},
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
+    return {
         "kind": kind,
         "model": stage.model.model_dump(),
         # Schedules change values, and no time.
@@ -159,7 +105,6 @@ def _sizes_hash(recipe: Recipe, kind: Kind) -> str:
         "samples": [stage.training.batch_size, stage.training.micro_batch],
         "data": [recipe.image_size, recipe.dvae.model.codebook_size, recipe.tokenizer.model_dump()],
     }
-    return hashlib.sha256(json_text(sizes).encode()).hexdigest()[:32]
 
 
 def _is_schedule(value: object) -> bool:

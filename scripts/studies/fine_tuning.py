@@ -3,11 +3,12 @@
 
     .venv/bin/python scripts/studies/fine_tuning.py TWEMOJI.tar FLUENT-EMOJI-3D --out runs/fine-tuning
 
-A chain is first trained on the earlier source. On the later one, a dVAE and a prior are then trained twice, once from
-that chain's and once from nothing, with the same settings and numbers of updates. Both priors train on the same tokens,
-those of the fine-tuned dVAE, so that their losses compare. The script prints the first validated update at which each
-fine-tuned model is as good as the best validation of the one from nothing, and writes study.json and study.png into
---out. A killed study resumes when it is run again.
+A chain is first trained on the earlier source, for several times as many updates. On the later one, a dVAE and a prior
+are then trained twice for as many updates: from nothing, and from that chain's, at a share of the learning rate and
+without the schedules of the dVAE's beginning. Both priors train on the same tokens, those of the fine-tuned dVAE, so
+that their losses compare. The script prints the first validated update at which each fine-tuned model is as good as the
+best validation of the one from nothing, and writes study.json and study.png into --out. A killed study resumes when it
+is run again.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import matplotlib.pyplot as plt
 
 from dalle_cli.config.load import load_recipe
 from dalle_cli.planning.new_recipe import updates_settings
+from dalle_cli.stores.checkpoint import Kind
 from dalle_cli.stores.files import write_atomically, write_json
 from dalle_cli.views.plots import BLUE, ORANGE, STYLE, figure_png
 
@@ -61,18 +63,27 @@ def run_dalle(command: str, recipe: str, settings: dict[str, Any], *options: str
 def train(options: argparse.Namespace) -> dict[str, dict[str, Path]]:
     """Train all models and return the folders of their runs, by stage and beginning."""
     recipe = load_recipe(Path(options.recipe), options.set)
-    updates = updates_settings({"dvae": options.dvae_updates, "prior": options.prior_updates}, recipe)
-    every = {
-        f"{stage}.training.{key}": max(1, count // VALIDATIONS)
-        for stage, count in (("dvae", options.dvae_updates), ("prior", options.prior_updates))
-        for key in ("validate_every", "save_every")
-    }
+
+    def updates(times: int) -> dict[str, Any]:
+        counts: dict[Kind, int] = {"dvae": times * options.dvae_updates, "prior": times * options.prior_updates}
+        every = {
+            f"{stage}.training.{key}": max(1, count // VALIDATIONS)
+            for stage, count in counts.items()
+            for key in ("validate_every", "save_every")
+        }
+        return updates_settings(counts, recipe) | every
+
     given = dict(change.split("=", 1) for change in options.set)
-    earlier = {**given, **updates, **every, "run": options.out / "earlier", "data.train": options.earlier}
-    tuned = {**earlier, "run": options.out / "tuned", "data.train": options.later}
+    undrawn = {"prior.drawings": 0}  # pictures at so many validations would take longer than the training
+    common = {**undrawn, **given}
+    earlier = {**common, **updates(options.times), "run": options.out / "earlier", "data.train": options.earlier}
+    tuned = {**common, **updates(1), "run": options.out / "tuned", "data.train": options.later}
     ends = {
         f"dvae.objective.{name}": getattr(recipe.dvae.objective, name).end
         for name in ("kl_weight", "marginal_kl_weight", "temperature")
+    }
+    rates = {
+        f"{stage}.learning_rate.peak": options.rate * getattr(recipe, stage).learning_rate.peak for stage in LOSSES
     }
     for settings in (earlier, tuned):
         for command in ("train-tokenizer", "tokenize-text"):
@@ -81,10 +92,10 @@ def train(options: argparse.Namespace) -> dict[str, dict[str, Path]]:
         run_dalle(command, options.recipe, earlier)
     dvae, prior = options.out / "dvae-from-nothing", options.out / "prior-from-nothing"
     run_dalle("train-dvae", options.recipe, tuned, "--out", str(dvae))
-    run_dalle("train-dvae", options.recipe, {**tuned, **ends, "dvae.init": earlier["run"]})
+    run_dalle("train-dvae", options.recipe, {**tuned, **rates, **ends, "dvae.init": earlier["run"]})
     run_dalle("encode-images", options.recipe, tuned)
     run_dalle("train-prior", options.recipe, tuned, "--out", str(prior))
-    run_dalle("train-prior", options.recipe, {**tuned, "prior.init": earlier["run"]})
+    run_dalle("train-prior", options.recipe, {**tuned, **rates, "prior.init": earlier["run"]})
     return {
         "dvae": {"nothing": dvae, "earlier": tuned["run"] / "dvae"},
         "prior": {"nothing": prior, "earlier": tuned["run"] / "prior"},
@@ -116,6 +127,8 @@ def main() -> None:
     parser.add_argument("--recipe", default="own-data", help="recipe of all trainings [own-data]")
     parser.add_argument("--dvae-updates", type=int, default=1500, help="updates of each dVAE [1500]")
     parser.add_argument("--prior-updates", type=int, default=1000, help="updates of each prior [1000]")
+    parser.add_argument("--times", type=int, default=3, help="times as many updates of the earlier chain [3]")
+    parser.add_argument("--rate", type=float, default=0.25, help="share of the learning rate to fine-tune with [0.25]")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting; repeatable")
     parser.add_argument("--out", type=Path, default=Path("runs/fine-tuning"), help="folder [runs/fine-tuning]")
     options = parser.parse_args()

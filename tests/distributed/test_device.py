@@ -160,6 +160,13 @@ def test_a_card_without_bf16_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
         device.require_precision("prior.precision", "fp16", gpu)
 
 
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_int8_is_for_cpus(kind: str) -> None:
+    with pytest.raises(UserError, match=r"sampling\.precision: int8 is for CPUs; set bf16 or fp32"):
+        device.require_precision("sampling.precision", "int8", torch.device(kind))
+    device.require_precision("sampling.precision", "int8", torch.device("cpu"))
+
+
 @pytest.mark.usefixtures("_settings_restored")
 def test_tf32_is_a_setting() -> None:
     for wanted in (True, False):

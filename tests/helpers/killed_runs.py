@@ -40,12 +40,18 @@ def finish(command: Command, program: Sequence[str] = (DALLE,)) -> str:
     return done.stdout
 
 
-def kill(command: Command, ready: Callable[[], bool], delay: float, program: Sequence[str] = (DALLE,)) -> bool:
+def kill(
+    command: Command,
+    ready: Callable[[], bool],
+    delay: float,
+    program: Sequence[str] = (DALLE,),
+    patience: float = 60,
+) -> bool:
     """Run ``command`` and kill it ``delay`` seconds after ``ready``; return False if it ended before."""
     process = subprocess.Popen(
         [*program, *map(str, command)], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + patience
     while process.poll() is None and not ready():
         assert time.monotonic() < deadline, "the command makes no progress"
         time.sleep(0.001)

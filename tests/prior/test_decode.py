@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from dalle_cli.config.layout import KINDS, AttentionKind
 from dalle_cli.prior import cpu_kernels, decode
 from dalle_cli.prior.attention import raster_offsets
-from dalle_cli.prior.cpu_kernels import PackedLinear
+from dalle_cli.prior.cpu_kernels import PackedLinear, Precision
 from dalle_cli.prior.decode import Decoder, Slots
 from dalle_cli.prior.model import Linear
 
@@ -105,12 +105,13 @@ def test_caches_hold_what_can_still_be_read(kind: AttentionKind) -> None:
 
 
 @pytest.mark.usefixtures("_small_products")
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_16_bit_is_close(layout: str) -> None:
+def test_fewer_bits_are_close(layout: str, precision: Precision) -> None:
     prior = build(layout, 5, 4, 3)
     text_ids, images = inputs(prior, captions=2, n=2, given=7)
     wanted = recomputed(prior, text_ids, images)[:, :, 7:]
-    decoder = Decoder(prior, "bf16")
+    decoder = Decoder(prior, precision)
     found = decoded(decoder, decoder.prefill(text_ids, images[:, 0, :7]), images)
     assert found.dtype == torch.float32
     assert 0 < (found - wanted).abs().mean() < 0.03 * wanted.std()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from conftest import Call
 from helpers.decoding import recomputed
@@ -29,8 +30,11 @@ def cells(sheet: Tensor, size: int) -> list[list[np.ndarray]]:
     return [[sheet[:, y : y + size, x : x + size].permute(1, 2, 0).numpy() for x in columns] for y in rows]
 
 
-def test_drawings_are_the_pictures_of_the_captions_tokens(by_hand: Chain) -> None:
-    recipe = load_recipe(by_hand.recipe, ["prior.drawings=3", "sampling.temperature=0", "sampling.guidance=3"])
+@pytest.mark.parametrize("precision", ["auto", "int8"])
+def test_drawings_are_the_pictures_of_the_captions_tokens(precision: str, by_hand: Chain) -> None:
+    """Training draws in 32 bit, whether or not it runs on a CPU, and measures nothing."""
+    settings = ["temperature=0", "guidance=3", f"precision={precision}"]
+    recipe = load_recipe(by_hand.recipe, ["prior.drawings=3", *(f"sampling.{setting}" for setting in settings)])
     drawing = held_out_drawing(recipe, by_hand.tokens, by_hand.dvae)
     assert isinstance(drawing, Drawings)
     prior, dvae = load_prior(open_checkpoint(by_hand.prior, "prior")), load_dvae(open_checkpoint(by_hand.dvae, "dvae"))

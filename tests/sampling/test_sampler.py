@@ -24,6 +24,7 @@ from dalle_cli.data.workers import map_blocks
 from dalle_cli.dvae.encode import encode_images
 from dalle_cli.dvae.train import load_dvae
 from dalle_cli.errors import UserError
+from dalle_cli.prior import cpu_kernels
 from dalle_cli.prior.model import load_prior
 from dalle_cli.sampling import sampler as pipeline
 from dalle_cli.sampling.request import Prime, SampleRequest, shard_folder
@@ -379,15 +380,34 @@ def test_a_disk_that_fills_up_loses_nothing(
     assert pictures(list(sampler.run(request(), tmp_path / "s"))) == pictures(whole)
 
 
-def test_16_bit_samples_are_others(places: RunFolders, call: Call, tmp_path: Path) -> None:
-    full, half = tmp_path / "fp32", tmp_path / "bf16"
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_samples_of_fewer_bits_are_others(precision: str, places: RunFolders, call: Call, tmp_path: Path) -> None:
+    full, less = tmp_path / "fp32", tmp_path / precision
     assert call("sample", places.prior, *PROMPTS, "--out", full).code == 0
-    assert call("sample", places.prior, *PROMPTS, "--out", half, "--precision", "bf16").code == 0
-    a, b = drawn(full), drawn(half)
+    assert call("sample", places.prior, *PROMPTS, "--out", less, "--precision", precision).code == 0
+    a, b = drawn(full), drawn(less)
     assert not np.array_equal(a[1], b[1])
     assert abs(a[1].mean() / b[1].mean() - 1) < 0.1
-    refused = call("sample", places.prior, *PROMPTS, "--out", full, "--precision", "bf16").mistake()
+    refused = call("sample", places.prior, *PROMPTS, "--out", full, "--precision", precision).mistake()
     assert str(full) in refused
+
+
+def test_8_bit_samples_resume_in_batches_of_any_size(
+    sampler: Sampler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch of more rows than INT8_ROWS is multiplied in another way, and draws the same."""
+    monkeypatch.setattr(cpu_kernels, "INT8_ROWS", 4)
+
+    def request_in(batch_size: int) -> SampleRequest:
+        return SampleRequest(PROMPTS, SamplingSettings(n=N, batch_size=batch_size, precision="int8"), seed=7)
+
+    alone = list(sampler.run(request_in(1), tmp_path / "alone"))
+    run = sampler.run(request_in(2), tmp_path / "resumed")
+    stopped = [next(run) for _ in range(3)]
+    run.close()  # type: ignore[attr-defined]
+    resumed = list(sampler.run(request_in(64), tmp_path / "resumed"))
+    assert resumed[:3] == stopped
+    assert pictures(resumed) == pictures(alone)
 
 
 def test_processes_draw_what_one_thread_draws(

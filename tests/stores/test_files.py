@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import os
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
@@ -17,6 +20,7 @@ from dalle_cli.stores.files import (
     csv_text,
     locked,
     new_directory,
+    owned,
     read_json_lines,
     split_lines,
     write_atomically,
@@ -103,6 +107,36 @@ def test_one_process_at_a_time_holds_a_lock(tmp_path: Path) -> None:
         with locked(lock, wait=False), pytest.raises(BlockingIOError), locked(lock, wait=False):
             pass
         assert not lock.exists()
+
+
+OWNER = """
+import os, sys, time
+from pathlib import Path
+from dalle_cli.stores.files import owned
+with owned(Path(sys.argv[1])):
+    if os.fork():
+        print("owned", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("alive", [False, True])
+def test_workers_of_a_killed_owner_are_waited_for(tmp_path: Path, alive: bool) -> None:
+    """The owner's forked worker keeps the lock for two seconds."""
+    with subprocess.Popen([sys.executable, "-c", OWNER, tmp_path / "run", "2"], stdout=subprocess.PIPE) as owner:
+        assert owner.stdout is not None
+        owner.stdout.readline()
+        if not alive:
+            owner.kill()
+            owner.wait()
+        began = time.monotonic()
+        if alive:
+            with pytest.raises(UserError, match=f"is being written by process {owner.pid} on"), owned(tmp_path / "run"):
+                pass
+            assert time.monotonic() - began < 1
+        else:
+            with owned(tmp_path / "run"):
+                assert time.monotonic() - began > 0.5
 
 
 def test_a_process_that_waited_for_a_deleted_lock_takes_the_next(tmp_path: Path) -> None:

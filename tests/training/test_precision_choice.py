@@ -18,19 +18,12 @@ from dalle_cli.config.load import load_recipe
 from dalle_cli.config.schema import Recipe
 from dalle_cli.distributed.engine import Replicated
 from dalle_cli.distributed.group import ALONE, Group
-from dalle_cli.errors import UserError
 from dalle_cli.planning.fit import with_planned_precision
 from dalle_cli.planning.memory import Machines
 from dalle_cli.prior.model import build_prior
 from dalle_cli.prior.train import prior_update, set_precision, train_prior
 from dalle_cli.stores.checkpoint import open_checkpoint
-from dalle_cli.training.precision_choice import (
-    Update,
-    seconds_of,
-    settle_precision,
-    trial_update,
-    with_precision,
-)
+from dalle_cli.training.precision_choice import Update, settle_precision, trial_update, with_precision
 
 AUTO = {"prior__precision": "auto"}
 
@@ -85,18 +78,6 @@ def test_a_stated_precision_is_not_measured() -> None:
     assert settled(tiny_prior(prior__precision="bf16"), None, never) == "bf16"
 
 
-def test_where_nothing_can_be_kept_it_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise UserError("No space left on device")
-
-    monkeypatch.setattr("dalle_cli.training.precision_choice.write_json", full)
-    for _ in range(2):
-        assert settled(tiny_prior(**AUTO), None, taking(fp32=0.01, bf16=0.0)) == "bf16"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
-    assert settled(tiny_prior(**AUTO), None, taking(fp32=0.0, bf16=0.01)) == "fp32"
-
-
 @pytest.mark.parametrize(
     ("kind", "lacking", "wanted"), [("cuda", False, "bf16"), ("cuda", True, "fp32"), ("mps", True, "fp32")]
 )
@@ -107,12 +88,6 @@ def test_gpus_are_not_measured(
     group = Group(device=torch.device(kind))
     assert settle_precision(tiny_prior(**AUTO), "prior", None, group, never).prior.precision == wanted
     assert f"prior.precision: auto is {wanted}: " in capsys.readouterr().err
-
-
-def test_the_least_of_a_few_updates_counts() -> None:
-    seconds = iter([0.05, 0.03, 0.001, 0.02, 0.03, 0.03])
-    assert 0.001 <= seconds_of(lambda: time.sleep(next(seconds))) < 0.02
-    assert next(seconds, None) is None
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -7,7 +7,7 @@ import os
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +28,8 @@ class LocalFile:
     """A shard on this machine."""
 
     path: Path
+    origin: RemoteFile | None = field(default=None, compare=False)
+    """The file that this is a copy of, which is read in its place once the copy is deleted to make room."""
 
     def __str__(self) -> str:
         return str(self.path)
@@ -49,7 +51,12 @@ class LocalFile:
 
         def read() -> bytes:
             # Opened for each read, so that threads, forks and pickled copies share no handle.
-            file = os.open(self.path, os.O_RDONLY)
+            try:
+                file = os.open(self.path, os.O_RDONLY)
+            except FileNotFoundError:
+                if self.origin is None:
+                    raise
+                return self.origin.read(offset, size)
             try:
                 return os.pread(file, size, offset)
             finally:

@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from itertools import chain, pairwise
@@ -30,7 +31,7 @@ from dalle_cli.data.formats.shard_index import (
     keys_and_sizes,
     save_index,
 )
-from dalle_cli.data.formats.tar_members import TarFile
+from dalle_cli.data.formats.tar_members import LocalFile, TarFile
 from dalle_cli.data.index import argsort_strings, hash_members
 from dalle_cli.data.remote import RemoteFile
 from dalle_cli.data.source import (
@@ -54,6 +55,8 @@ is that folder or an error; ``beside`` is the folder of each shard."""
 _IDENTITY = re.compile(rb"[0-9a-f]{64}")
 KEPT_FROM = 256 << 20
 """Number of bytes of shards from which their indexes are kept, in the folder of indexes."""
+_ASKED_AT_ONCE = 32
+"""Number of shards on servers whose versions are asked for at once."""
 _MANY_SHARDS = 32
 """Number of shards without an index from which progress of indexing is shown."""
 
@@ -115,6 +118,21 @@ class WebDatasetSource:
 
     def image_bytes(self, i: int) -> bytes:
         return self._read(i, IMAGE, "image", MAX_IMAGE_BYTES)
+
+    @property
+    def on_server(self) -> bool:
+        """Samples may be read from a server: shards are there, or are copies that may be deleted."""
+        return any(not isinstance(shard, LocalFile) or shard.origin is not None for shard in self._shards)
+
+    def ranges(self, i: int, roles: Sequence[int]) -> list[tuple[RemoteFile, int, int]]:
+        """Return the file, the offset and the size of those members of a sample that are read from a server."""
+        shard, place = self._place(i)
+        file = self._shards[shard]
+        if not isinstance(file, RemoteFile):
+            return []
+        members = self._indexes[shard].samples().members[place].tolist()
+        sizes = {IMAGE: MAX_IMAGE_BYTES, TEXT: MAX_CAPTION_BYTES, JSON: MAX_CAPTION_BYTES}
+        return [(file, *members[role]) for role in roles if 0 < members[role][1] <= sizes[role]]
 
     def _captions_of(self, i: int, role: int) -> list[str]:
         data = self._read(i, role, "caption", MAX_CAPTION_BYTES)
@@ -179,7 +197,7 @@ def open_indexes(shards: Sequence[TarFile], where: Where | None = None) -> list[
         OSError: a shard is missing or cannot be read.
         UserError: a shard at an address cannot be reached, or an index cannot be written.
     """
-    found = [find_index(shard) for shard in shards]
+    found = _find_indexes(shards)
     if where is not None:
         found = [None if index is None else _saved(index, where) for index in found]
     missing = [shard for shard, index in zip(shards, found, strict=True) if index is None]
@@ -196,12 +214,21 @@ def open_indexes(shards: Sequence[TarFile], where: Where | None = None) -> list[
     with progress("index", len(missing), "shards") if many else nullcontext() as bar:
         blocks = split_blocks(range(len(missing)), 4)
         workers = available_cores() if many else 1
-        for each in map_blocks(partial(_make, missing, where), blocks, workers, "start it again"):
+        make = partial(_make, missing, where)
+        for each in map_blocks(make, blocks, workers, "start it again", afresh=remote):
             made += each
             if bar is not None:
                 bar.advance(len(each))
     new = iter(made)
     return [next(new) if index is None else index for index in found]
+
+
+def _find_indexes(shards: Sequence[TarFile]) -> list[ShardIndex | None]:
+    """Open the index files that are there; servers are asked for the versions of many shards at once."""
+    if not any(isinstance(shard, RemoteFile) for shard in shards):
+        return [find_index(shard) for shard in shards]
+    with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
+        return list(pool.map(find_index, shards))
 
 
 def _make(shards: Sequence[TarFile], where: Where, block: range) -> list[ShardIndex]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from dalle_cli.data.images import BadImage, decode_image
 from dalle_cli.data.overlap.hashes import SIDE, Thumbnails, thumbnail
+from dalle_cli.data.read_ahead import on_server, rows_ahead
 from dalle_cli.data.source import BadSample, Source
 from dalle_cli.data.workers import map_blocks, split_blocks
 from dalle_cli.errors import UserError
@@ -74,7 +75,7 @@ class _ThumbnailReader:
 
     def __call__(self, rows: range) -> bytes:
         thumbnails = np.zeros((len(rows), SIDE, SIDE, 3), np.uint8)
-        for place, row in enumerate(rows):
+        for place, row in enumerate(rows_ahead(self.source, rows, "images")):
             try:
                 thumbnails[place] = thumbnail(decode_image(self.source.image_bytes(row), self.max_pixels))
             except (BadSample, BadImage):
@@ -104,7 +105,7 @@ def make_thumbnails(source: Source, rows: range, file: Path, *, max_pixels: int,
             out.truncate(done * _BYTES)
             with progress("thumbnails", len(rows), "pictures", done) as bar:
                 blocks = split_blocks(rows[done:], _BLOCK)
-                made = map_blocks(_ThumbnailReader(source, max_pixels), blocks, workers)
+                made = map_blocks(_ThumbnailReader(source, max_pixels), blocks, workers, afresh=on_server(source))
                 for block, thumbnails in zip(blocks, made, strict=True):
                     out.write(thumbnails)
                     bar.advance(len(block))

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -79,7 +79,8 @@ def measure(sizes: Sizes, peer: Any | None, log: Log) -> dict[str, Any]:
     """Return the rows of the table. ``peer`` is the module ``dalle_pytorch``, or None to leave it out."""
     rows: list[dict[str, Any]] = []
     priors: dict[Precision, Decoder] = {
-        precision: Decoder(build_prior(sizes).eval().requires_grad_(False), precision) for precision in ("fp32", "bf16")
+        precision: Decoder(build_prior(sizes).eval().requires_grad_(False), precision)
+        for precision in get_args(Precision)
     }
     peers = (
         {} if peer is None else {name: build_sampling_peer(sizes, peer, name == CACHED) for name in (CACHED, AS_CALLED)}
@@ -273,7 +274,8 @@ def speed_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 continue
             ratio = {"batch": ours["batch"], "ours": ours["name"], "peer": theirs["name"]}
             ratio["ratio"] = ours["tokens_per_second"] / theirs["tokens_per_second"]
-            if ours["batch"] == GOAL_BATCH:
-                ratio["goal"] = GOALS[ours["name"].split()[1].rstrip(","), theirs["name"]]
+            goal = GOALS.get((ours["name"].split()[1].rstrip(","), theirs["name"]))
+            if ours["batch"] == GOAL_BATCH and goal is not None:
+                ratio["goal"] = goal
             ratios.append(ratio)
     return ratios

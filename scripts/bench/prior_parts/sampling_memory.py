@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 from dataclasses import asdict
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -30,7 +30,7 @@ def measure(sizes: Sizes, log: Log) -> dict[str, Any]:
     """Return rows with the MB that sampling adds to a process that has its model."""
     rows: list[dict[str, Any]] = []
     for batch in sizes.batches:
-        for precision in ("fp32", "bf16", None):
+        for precision in (*get_args(Precision), None):
             if precision is None and batch > MAX_UNCACHED_BATCH:
                 continue
             with multiprocessing.get_context("spawn").Pool(1) as pool:

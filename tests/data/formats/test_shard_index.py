@@ -9,16 +9,14 @@ import json
 import os
 import pickle
 import tarfile
-import threading
 from dataclasses import replace
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
 from conftest import Call
+from helpers.file_server import FileServer
 from helpers.sources import contents, write_tar
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -54,7 +52,10 @@ def test_the_quick_walk_finds_what_tarfile_finds(
             except ValueError:  # ustar has no room for the name
                 continue
     quick, library = tar_members._plain_members(LocalFile(path)), list(tar_members._any_members(LocalFile(path)))
-    assert quick == library
+    assert quick is not None
+    # Folders are passed over; of a long name that ends in several slashes tarfile leaves all but one.
+    stripped = [[each._replace(name=each.name.rstrip("/")) for each in found] for found in (quick, library)]  # type: ignore[union-attr]
+    assert stripped[0] == stripped[1]
 
 
 def test_odd_archives_are_left_to_tarfile(tmp_path: Path) -> None:
@@ -238,14 +239,13 @@ def test_large_shards_are_indexed_on_the_way_and_small_ones_are_not(
 def test_shards_on_a_server_are_indexed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = shards(tmp_path / "data", 1, 2)
     monkeypatch.setenv(INDEX, str(tmp_path / "indexes"))
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(folder)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    pattern = f"http://127.0.0.1:{server.server_port}/s{{1..2}}.tar"
+    server = FileServer(folder)
+    pattern = f"{server.url}/s{{1..2}}.tar"
     first = open_source(pattern)
     assert first.identity == open_source(folder).identity
     with mock.patch.object(webdataset, "index_shard", side_effect=AssertionError("a header was read")):
         assert open_source(pattern).identity == first.identity
-    server.shutdown()
+    server.stop()
 
 
 def test_sources_without_shards_are_refused(tmp_path: Path, call: Call) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Call
-from helpers.running import ENVIRONMENT, smallest_recipe, write_recipe
+from helpers.running import ENVIRONMENT, Chain, smallest_recipe, write_recipe
 
 SCRIPTS = Path(__file__).parents[3] / "scripts" / "bench"
 
@@ -67,3 +67,19 @@ def test_bench_scale() -> None:
     assert all(float(row[2]) > 0 for row in rows)
     copies = [row[-1] for row in rows if row[0].startswith("near-duplicates")]
     assert all(cell.startswith("copies found 1,") for cell in copies)
+
+
+@pytest.mark.parametrize("stage", ["dvae bf16", "encode fp32", "prior fp32", "clip fp32"])
+def test_bench_chain(by_hand: Chain, stage: str) -> None:
+    """Stages are measured on the run of a chain; a product and an operator take part in each."""
+    settings = ("--set", f"data.train={by_hand.train}", "--set", f"run={by_hand.tokens.parent}")
+    done = subprocess.run(
+        [sys.executable, SCRIPTS / "chain", by_hand.recipe, *settings, "--updates", "5", "--stage", stage],
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["stage"] == stage
+    assert min(found["ms"], found["gflop"], found["memory_mb"], *found["products"].values()) > 0
+    assert len(found["operators"]) == 10
+    assert 0.1 < sum(found["operators"].values()) <= 1

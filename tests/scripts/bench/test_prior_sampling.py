@@ -47,14 +47,18 @@ def test_a_small_run() -> None:
     assert [(row["batch"], row["name"]) for row in found["rows"]] == [
         (1, "dalle fp32, 1 caption"),
         (1, "dalle bf16, 1 caption"),
+        (1, "dalle int8, 1 caption"),
         (8, "dalle fp32, 1 caption"),
         (8, "dalle fp32, 8 captions"),
         (8, "dalle bf16, 1 caption"),
         (8, "dalle bf16, 8 captions"),
+        (8, "dalle int8, 1 caption"),
+        (8, "dalle int8, 8 captions"),
         (64, "dalle fp32, 1 caption"),
         (64, "dalle bf16, 1 caption"),
+        (64, "dalle int8, 1 caption"),
     ]
-    assert len(lines) == 8
+    assert len(lines) == 12
     assert not found["ratios"]
     for row in found["rows"]:
         assert row["tokens_per_second"] == pytest.approx(16 * row["images_per_second"])
@@ -76,20 +80,23 @@ def test_a_timed_step_is_one_of_sample_images(start: int, captions: int, n: int)
 
 
 def test_ratios_have_their_goals() -> None:
-    speeds = {"dalle fp32, 1 caption": 50.0, "dalle bf16, 8 captions": 80.0, CACHED: 10.0, AS_CALLED: 0.5}
+    speeds = {"dalle fp32, 1 caption": 50.0, "dalle bf16, 8 captions": 80.0, "dalle int8, 1 caption": 90.0}
+    speeds |= {CACHED: 10.0, AS_CALLED: 0.5}
     rows = [{"batch": batch, "name": name, "tokens_per_second": speeds[name]} for batch in (1, 8) for name in speeds]
-    found = {(r["ours"], r["peer"]): (r["ratio"], r["goal"]) for r in speed_ratios(rows) if r["batch"] == 8}
+    found = {(r["ours"], r["peer"]): (r["ratio"], r.get("goal")) for r in speed_ratios(rows) if r["batch"] == 8}
     assert found == {
         ("dalle fp32, 1 caption", CACHED): (5, 5),
         ("dalle fp32, 1 caption", AS_CALLED): (100, 100),
         ("dalle bf16, 8 captions", CACHED): (8, 8),
         ("dalle bf16, 8 captions", AS_CALLED): (160, 100),
+        ("dalle int8, 1 caption", CACHED): (9, None),
+        ("dalle int8, 1 caption", AS_CALLED): (180, None),
     }
     assert not any("goal" in ratio for ratio in speed_ratios(rows) if ratio["batch"] == 1)
 
 
 def test_peak_memory_with_and_without_a_cache() -> None:
     """The system's figures are read in this process."""
-    for precision in ("fp32", None):
+    for precision in ("fp32", "int8", None):
         start, peak = sampling_memory.peak_memory(SMALL, precision, 2)
         assert 0 < start <= peak
