@@ -6,6 +6,7 @@ a folder, files are downloaded there whole and read from there.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import time
@@ -168,8 +169,9 @@ def local_copy(file: RemoteFile) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         held.enter_context(locked(folder / f"{copy.name}.lock"))
         if not copy.is_file():
-            size = file.size()
-            partial = folder / f"{copy.name}.{size}.partial"
+            size, version = file.state()
+            # The rest of another version would be joined to the beginning of this one.
+            partial = folder / f"{copy.name}.{size}{hashlib.sha256(version.encode()).hexdigest()[:8]}.partial"
             log(f"{file}: {size:,} bytes, into {copy}")
             with partial.open("ab") as out:  # goes on with what an earlier process downloaded
                 out.truncate(min(out.tell(), size))
