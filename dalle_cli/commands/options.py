@@ -81,6 +81,7 @@ ExtendOption = Annotated[
         "--extend",
         metavar="N",
         min=1,
+        max=10**12,
         show_default=False,
         help="Train a finished run for N more updates; the learning rate runs through its schedule once more.",
     ),

@@ -281,7 +281,7 @@ class Adam(Settings):
 class Training(Settings):
     """The training loop of a stage."""
 
-    updates: Positive = Field(description="number of updates of the whole run")
+    updates: Annotated[int, Field(gt=0, le=10**12)] = Field(description="number of updates of the whole run")
     batch_size: Positive = Field(description="number of samples per update, over all ranks")
     micro_batch: Positive | None = Field(None, description="number of samples per forward pass; null: all at once")
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="decay of the EMA weights per update")

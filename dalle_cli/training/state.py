@@ -210,16 +210,17 @@ class TrainingState:
             raise Damaged(f"{file}: is damaged: the moments of {name} are {found}; use an older checkpoint")
 
     def _part(self, name: str, slab: Tensor, files: TensorFiles) -> Tensor:
-        """Cut this rank's part out of a slab; raise Damaged unless it has the shape of the parameter's part."""
+        """Cut this rank's part out of a slab; raise Damaged unless it has the shape and kind of a parameter's part."""
         wanted = self.ema[name].shape
         try:
             part = self.engine.cut(name, slab)
         except (RuntimeError, IndexError):
             part = slab
-        if part.shape != wanted:
+        is_number = part.is_floating_point() or part.dtype == torch.uint16  # which 16-bit formats are held in
+        if part.shape != wanted or not is_number:
             raise Damaged(
-                f"{files.whole}: is damaged: {name} has the shape {tuple(part.shape)} in place of {tuple(wanted)}; use "
-                "an older checkpoint"
+                f"{files.whole}: is damaged: {name} is {part.dtype} {tuple(part.shape)} in place of {tuple(wanted)}; "
+                "use an older checkpoint"
             )
         return part
 
