@@ -47,7 +47,9 @@ def command(
 
     found = describe(path, set_ or ())
     if as_json:
-        typer.echo(json.dumps(asdict(found), indent=2, ensure_ascii=False))
+        from dalle_cli.progress import printable_json
+
+        typer.echo(printable_json(asdict(found), indent=2))
         return
     from rich.console import Console
 
