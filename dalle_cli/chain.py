@@ -24,6 +24,7 @@ from dalle_cli.config.run_folders import RunFolders
 from dalle_cli.distributed.spawn import describe_exit, end_with_parent
 from dalle_cli.errors import RESUMABLE, STOP_SIGNALS, UserError
 from dalle_cli.progress import log
+from dalle_cli.stores.files import owned, rename_synced
 
 if TYPE_CHECKING:
     from dalle_cli.config.schema import Recipe
@@ -184,8 +185,19 @@ def _forwarded_stops() -> Iterator[_Stops]:
 
 def _run(stage: Stage, stops: _Stops, *, last: bool) -> int:
     """Run a stage and return its exit code; its output takes its place only if it succeeds."""
-    unfinished = None if stage.output is None else stage.output.with_name(f"{stage.output.name}.tmp")
-    with _stdout_of(unfinished, last) as stdout:
+    if stage.output is None:
+        return _run_into(None, stage, stops, last=last)
+    unfinished = stage.output.with_name(f"{stage.output.name}.tmp")
+    with owned(stage.output):
+        code = _run_into(unfinished, stage, stops, last=last)
+        if code == 0:
+            rename_synced(unfinished, stage.output)
+    return code
+
+
+def _run_into(file: Path | None, stage: Stage, stops: _Stops, *, last: bool) -> int:
+    """Run a stage, whose stdout goes to ``file`` if it has one, and return its exit code."""
+    with _stdout_of(file, last) as stdout:
         program = [sys.executable, "-m", "dalle_cli", stage.name, *stage.arguments]
         environment = os.environ | {IN_CHAIN: "1"}
         process = subprocess.Popen(program, stdout=stdout, env=environment, preexec_fn=end_with_parent)
@@ -199,8 +211,6 @@ def _run(stage: Stage, stops: _Stops, *, last: bool) -> int:
             raise
         finally:
             stops.process = None
-    if unfinished is not None and stage.output is not None and code == 0:
-        os.replace(unfinished, stage.output)
     return code
 
 

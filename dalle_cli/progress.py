@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import sys
@@ -9,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -36,6 +37,12 @@ def printable(text: str) -> str:
     Names and captions come from other people's data, and must not move the cursor or hide a line.
     """
     return _STEERING.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
+
+
+def printable_json(value: Any, indent: int | None = None) -> str:
+    """Return ``value`` as JSON in which each character that could steer a terminal, see ``printable``, is an escape."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    return _STEERING.sub(lambda found: f"\\u{ord(found.group()):04x}", text)
 
 
 def silence() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import time
@@ -16,9 +17,10 @@ from helpers.running import DALLE, ENVIRONMENT, run, smallest_recipe
 
 from dalle_cli.chain import STAGE_NAMES, Stage, run_stages, stages_of
 from dalle_cli.config.load import load_recipe
-from dalle_cli.errors import RESUMABLE, STOP_SIGNALS
+from dalle_cli.errors import RESUMABLE, STOP_SIGNALS, UserError
 from dalle_cli.progress import log
 from dalle_cli.shapes.world import make_shapes
+from dalle_cli.stores.files import owned
 
 
 def write_recipe(folder: Path) -> Path:
@@ -37,6 +39,18 @@ def test_a_stage_s_output_takes_its_place_and_a_failure_ends_the_chain(tmp_path:
     assert ended.value.code == 2
     assert "Draw pictures for captions" in out.read_text()
     assert never.read_text() == "old"
+
+
+def test_a_second_chain_leaves_the_output_of_the_first_alone(tmp_path: Path) -> None:
+    out = tmp_path / "samples.jsonl"
+    with owned(out):
+        half = out.with_name("samples.jsonl.tmp")
+        half.write_text("what the first has drawn so far")
+        with pytest.raises(UserError, match=f"{out}: is being written by process {os.getpid()} on "):
+            run_stages([Stage("sample", ("--help",), output=out)])
+        assert half.read_text() == "what the first has drawn so far"
+    run_stages([Stage("sample", ("--help",), output=out)])
+    assert [path.name for path in tmp_path.iterdir()] == ["samples.jsonl"]
 
 
 def test_a_stage_whose_file_is_made_is_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from dalle_cli import progress as module
-from dalle_cli.progress import RECENT, WINDOW, log, printable, progress
+from dalle_cli.progress import RECENT, WINDOW, log, printable, printable_json, progress
 
 
 class Clock:
@@ -68,3 +70,12 @@ def test_no_line_steers_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     assert shown.err.startswith(r"\x1b]0;title\x07 \x1b[2K\rgone \x9b1A \u202egnp.exe" "\n\tsecond line\n")
     kept = "größe ♥ 猫　犬 👩‍🔬 עברית é"
     assert printable(kept) == kept
+
+
+def test_json_on_a_terminal_steers_nothing_and_stays_the_same() -> None:
+    value = {"key": "\x9b2J\x7f\u202e\u2028 größe 👩‍👩‍👧 \x1b[2J\ud800", "n": [1, 2.5, None]}
+    for indent in (None, 2):
+        text = printable_json(value, indent)
+        assert json.loads(text) == value
+        assert printable(text) == text
+        assert "größe 👩‍👩‍👧" in text

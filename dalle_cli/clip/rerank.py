@@ -7,7 +7,6 @@ pictures, while the model runs if it leaves cores idle.
 from __future__ import annotations
 
 import heapq
-import json
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +22,7 @@ from dalle_cli.data.images import read_picture
 from dalle_cli.data.sample_lines import SampleLine
 from dalle_cli.data.workers import available_cores
 from dalle_cli.errors import UserError
-from dalle_cli.progress import log
+from dalle_cli.progress import log, printable_json
 
 BATCH = 64
 BATCHES_AHEAD = 3
@@ -166,7 +165,7 @@ def _worst_last(line: SampleLine) -> float:
 
 def printed(line: SampleLine) -> str:
     """Return the line as JSON, with its score rounded to six digits."""
-    return json.dumps({**line, "score": round(line["score"], 6)}, ensure_ascii=False)
+    return printable_json({**line, "score": round(line["score"], 6)})
 
 
 def _check_size(line: SampleLine, size: tuple[int, ...], sizes: dict[str, tuple[int, ...]]) -> None:

@@ -35,6 +35,7 @@ from dalle_cli.distributed.launch import read_launch
 from dalle_cli.errors import UserError
 from dalle_cli.stores.checkpoint import Checkpoint, Kind, open_checkpoint, steps_in
 from dalle_cli.stores.held_out import split_store
+from dalle_cli.stores.tensor_files import require_like
 from dalle_cli.stores.tokens import TokenReader
 from dalle_cli.text.training_captions import TrainingCaptions
 from dalle_cli.training.ancestor import carry_rows, open_ancestor, shared_text
@@ -260,6 +261,7 @@ def load_clip(checkpoint: Checkpoint) -> CLIP:
     """
     recipe, weights = checkpoint.recipe(), checkpoint.tensors("ema")
     model = build_recipe_clip(recipe, pretrained=False)
+    require_like(weights, model.state_dict(), checkpoint.files_of("ema").whole)
     # Not compared bit for bit, since the last bit of a sine depends on the processor.
     if recipe.clip.model.vision is None and not torch.allclose(
         weights["visual.positional_embedding"], model.visual.positional_embedding, atol=1e-3

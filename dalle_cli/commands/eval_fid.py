@@ -43,7 +43,8 @@ def command(
         ),
     ] = None,
     write_captions: Annotated[
-        Path | None, typer.Option(metavar="JSONL", help="Only write the preset's captions, for dalle sample.")
+        Path | None,
+        typer.Option(metavar="JSONL", dir_okay=False, help="Only write the preset's captions, for dalle sample."),
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=2, help="Largest number of captions (or pictures) per system, drawn by the seed.")
@@ -79,9 +80,12 @@ def command(
     cache: Annotated[
         Path | None, typer.Option(help="Folder of cached features. \\[the user's cache]", show_default=False)
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="JSON file for the figures; stdout by default.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="JSON file for the figures; stdout by default.")
+    ] = None,
     page: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Write index.html, JSON, CSV and plots into this folder.")
+        Path | None,
+        typer.Option(metavar="FOLDER", file_okay=False, help="Write index.html, JSON, CSV and plots into this folder."),
     ] = None,
     rows: Annotated[int, typer.Option(min=0, help="Number of captions whose pictures the page shows.")] = 16,
 ) -> None:
@@ -114,6 +118,10 @@ def command(
         raise UserError("--preset and --captions exclude each other: a preset draws its own captions")
     if write_captions is not None and preset is None:
         raise UserError("--write-captions writes the captions that a preset draws; give --preset coco or cub")
+    if page is not None:
+        from dalle_cli.fid.page import require_own_page
+
+        require_own_page(page)
     named = _named(pictures, system or [], write_captions is not None)
     reference = pictures[-1]
     radii, sizes = parse_radii(blur), parse_pool_sizes(pool) if pool is not None else []

@@ -19,6 +19,8 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
+MOST = 10_000
+"""Largest number of annotators, and of attention checks."""
 StudyArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The study's folder, written by make.")]
 
 
@@ -30,13 +32,15 @@ def make(
         typer.Option(metavar="NAME=PICTURES", help="Folder named by caption ids, or lines of dalle rerank; give two."),
     ],
     captions: Annotated[Path, typer.Option(metavar="FILE", help="Text, one a line; .jsonl; or COCO's .json.")],
-    annotators: Annotated[int, typer.Option(min=1, help="Votes on each question of each pair.")] = 5,
+    annotators: Annotated[int, typer.Option(min=1, max=MOST, help="Votes on each question of each pair.")] = 5,
     pairs: Annotated[
         int | None, typer.Option(min=1, help="Captions drawn by the seed, all if left out.", show_default=False)
     ] = None,
     checks: Annotated[
         int | None,
-        typer.Option(min=0, help="Attention checks; by default one per ten pairs, at least 4.", show_default=False),
+        typer.Option(
+            min=0, max=MOST, help="Attention checks; by default one per ten pairs, at least 4.", show_default=False
+        ),
     ] = None,
     size: Annotated[int, typer.Option(min=8, help="Side of the cropped and resized pictures, in pixels.")] = 256,
     seed: Annotated[int, typer.Option(min=0, help="Decides sides, checks and names.")] = 0,
@@ -66,7 +70,9 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     links: Annotated[
         int | None,
-        typer.Option(min=1, help="Number of annotators, as many as votes wanted if left out.", show_default=False),
+        typer.Option(
+            min=1, max=MOST, help="Number of annotators, as many as votes wanted if left out.", show_default=False
+        ),
     ] = None,
     name: Annotated[
         list[str] | None,
@@ -109,14 +115,14 @@ def report(
 
     Example: [bold]dalle human-study report runs/quickstart/study[/bold]
     """
-    import json
     from dataclasses import asdict
 
     from dalle_cli.human_study.report import write_report
+    from dalle_cli.progress import printable_json
 
     figures, page = write_report(out)
     if as_json:
-        typer.echo(json.dumps(asdict(figures), indent=2, ensure_ascii=False))
+        typer.echo(printable_json(asdict(figures), indent=2))
         return
     _print(figures)
     typer.echo(page)

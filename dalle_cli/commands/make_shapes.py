@@ -10,8 +10,10 @@ import typer
 
 def command(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the splits train, seen and heldout.")],
-    n: Annotated[int, typer.Option("--n", min=1, help="Number of training pictures.")] = 20_000,
-    test_n: Annotated[int, typer.Option("--test-n", min=1, help="Number of pictures in each test split.")] = 500,
+    n: Annotated[int, typer.Option("--n", min=1, max=10**9, help="Number of training pictures.")] = 20_000,
+    test_n: Annotated[
+        int, typer.Option("--test-n", min=1, max=10**9, help="Number of pictures in each test split.")
+    ] = 500,
     size: Annotated[int, typer.Option(help="Side in pixels, a multiple of 8; of 16 with --panels.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Seed of every picture.")] = 0,
     world: Annotated[

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 from typer.core import TyperCommand
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     from dalle_cli.config.run_folders import RunFolders
     from dalle_cli.config.schema import Recipe
     from dalle_cli.data.source import Source
+
+
+LARGEST = 2**53
+"""Largest number that is taken for an option; all numbers up to it are exact in JSON and in 64-bit floats."""
 
 
 class Command(TyperCommand):
@@ -29,6 +34,19 @@ class Command(TyperCommand):
                     name = (name if argument.required else f"[{name}]") + ("..." if argument.nargs != 1 else "")
                 pieces.append(name)
         return pieces
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        """Parse the arguments, and refuse numbers that no option means: bounds let NaN pass, and often infinity."""
+        rest = super().parse_args(ctx, args)
+        for parameter in self.params:
+            value, mistake = ctx.params.get(parameter.name or ""), ""
+            if isinstance(value, float) and not math.isfinite(value):
+                mistake = f"{value} is no finite number."
+            elif isinstance(value, int) and abs(value) > LARGEST:
+                mistake = f"{value} is above {LARGEST}."
+            if mistake:
+                raise typer.BadParameter(mistake, ctx=ctx, param=cast(Any, parameter))
+        return rest
 
 
 RecipeArgument = Annotated[
@@ -52,6 +70,7 @@ GpusOption = Annotated[
         "--gpus",
         metavar="N",
         min=1,
+        max=1024,
         show_default=False,
         help="Start N processes on this machine, one per GPU, or sharing its cores if it has none. \\[one process]",
     ),
@@ -62,6 +81,7 @@ ExtendOption = Annotated[
         "--extend",
         metavar="N",
         min=1,
+        max=10**12,
         show_default=False,
         help="Train a finished run for N more updates; the learning rate runs through its schedule once more.",
     ),

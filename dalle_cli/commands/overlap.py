@@ -17,9 +17,12 @@ def command(
         str | None, typer.Argument(metavar="EVAL", help="Pictures to compare with; TRAIN itself by default.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="File for the result, such as duplicates.jsonl; stdout by default.")
+        Path | None,
+        typer.Option(dir_okay=False, help="File for the result, such as duplicates.jsonl; stdout by default."),
     ] = None,
-    sheet: Annotated[Path | None, typer.Option(help="PNG file of example pairs, the least similar first.")] = None,
+    sheet: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="PNG file of example pairs, the least similar first.")
+    ] = None,
     cache: Annotated[
         Path | None, typer.Option(help="Folder for thumbnails (3 kB per picture), to resume and for later runs.")
     ] = None,

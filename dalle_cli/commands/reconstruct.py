@@ -21,7 +21,7 @@ def command(
         typer.Argument(metavar="IMAGE...", help="Image files, folders, tars, tars by braces, or a mix of them."),
     ],
     dvae: Annotated[Path, typer.Option(help="dVAE checkpoint, or its run.")],
-    out: Annotated[Path, typer.Option(help="Folder of the PNG files.")],
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder of the PNG files.")],
     size: Annotated[
         int | None, typer.Option(min=8, help="Side that images are cropped to; by default the dVAE's image_size.")
     ] = None,
@@ -38,11 +38,10 @@ def command(
     Example: [bold]dalle reconstruct --dvae runs/quickstart/dvae runs/quickstart/shapes/seen
     --out runs/quickstart/reconstructions[/bold]
     """
-    import json
     from dataclasses import asdict
 
     from dalle_cli.dvae.reconstruct import list_images, mean_metrics, reconstruct_images
-    from dalle_cli.progress import log
+    from dalle_cli.progress import log, printable_json
     from dalle_cli.stores.checkpoint import open_stage
     from dalle_cli.stores.provenance import record_command
 
@@ -52,7 +51,7 @@ def command(
     for reconstruction in reconstruct_images(checkpoint, list_images(images), out, size, alone=alone):
         done.append(reconstruction)
         if not terminal:
-            print(json.dumps(asdict(reconstruction), ensure_ascii=False), flush=True)
+            print(printable_json(asdict(reconstruction)), flush=True)
     means = mean_metrics(done)
     record_command(out)
     if terminal:

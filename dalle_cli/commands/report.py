@@ -19,7 +19,7 @@ def command(
     data: DataOption = None,
     ranked: Annotated[Path | None, typer.Option(help="Output of dalle rerank, all samples of each caption.")] = None,
     fid: Annotated[list[Path] | None, typer.Option(help="JSON file of dalle eval-fid --out; repeatable.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the report. [RUN]")] = None,
+    out: Annotated[Path | None, typer.Option(file_okay=False, help="Folder of the report. [RUN]")] = None,
     set_: SetOption = None,
 ) -> None:
     """Write a run's report: one HTML file that opens from disk, its figures as JSON, and a contact sheet.

@@ -34,7 +34,7 @@ def command(
     ] = True,
     batch_size: Annotated[int, typer.Option(min=1, help="Number of pictures scored at once.")] = 64,
     sheet: Annotated[
-        Path | None, typer.Option(metavar="PNG", help="Draw a contact sheet of the first captions.")
+        Path | None, typer.Option(metavar="PNG", dir_okay=False, help="Draw a contact sheet of the first captions.")
     ] = None,
     which: CheckpointOption = "best",
     write: Annotated[bool, typer.Option("--write/--no-write", help="Write the scores into the samples' store.")] = True,
@@ -83,13 +83,15 @@ def command(
                 shown.append(pool)
             yield pool
 
-    for pool in pools() if per_prompt else [best_of_all(pools(), top)]:
-        for line in pool[:top]:
-            print(printed(line), flush=True)
-    if sheet is not None:
-        _draw_sheet(shown, sheet)
-    for store, (rows, values) in scores.items():
-        _write(Path(store), rows, values, scorer.name)
+    try:
+        for pool in pools() if per_prompt else [best_of_all(pools(), top)]:
+            for line in pool[:top]:
+                print(printed(line), flush=True)
+        if sheet is not None:
+            _draw_sheet(shown, sheet)
+    finally:  # so that ctrl-C, or a reader that wants no more lines, loses no score
+        for store, (rows, values) in scores.items():
+            _write(Path(store), rows, values, scorer.name)
 
 
 SHEET_CAPTIONS = 24

@@ -24,7 +24,9 @@ def command(
     ] = None,
     held_out: Annotated[bool, typer.Option(help="Draw the first held-out captions of the run's token store.")] = False,
     limit: Annotated[int, typer.Option(min=1, help="Number of captions per source, and of held-out captions.")] = 50,
-    n: Annotated[int | None, typer.Option("--n", min=1, help="Samples of each caption. \\[sampling.n]")] = None,
+    n: Annotated[
+        int | None, typer.Option("--n", min=1, max=10**6, help="Samples of each caption. \\[sampling.n]")
+    ] = None,
     index: Annotated[
         int | None, typer.Option(min=0, help="Draw only this sample of each caption, or N samples from it on.")
     ] = None,
@@ -73,11 +75,10 @@ def command(
     Example: [bold]dalle sample runs/quickstart/prior "a small red star above a large blue square" --n 32 |
     dalle rerank --top 1[/bold]
     """
-    import json
-
     from dalle_cli.config.run_folders import run_of
     from dalle_cli.data.captions import Caption, first_captions, read_captions
     from dalle_cli.errors import UserError
+    from dalle_cli.progress import printable_json
     from dalle_cli.stores.checkpoint import open_stage
     from dalle_cli.stores.shards import parse_shard
 
@@ -92,6 +93,8 @@ def command(
     if held_out:
         from dalle_cli.stores.held_out import held_out_captions
 
+        if not recipe.data.holds_out:
+            raise UserError("--held-out: data.holdout was 0, so no caption was held out; give captions, or --captions")
         wanted += map(Caption, held_out_captions(places.tokens, recipe, limit))
     if not wanted:
         raise UserError("no captions to draw; give them as arguments, or --captions FILE with one a line")
@@ -126,7 +129,7 @@ def command(
     for line in sampler.run(request, folder):
         count += 1
         if not terminal:
-            print(json.dumps(line, ensure_ascii=False), flush=True)
+            print(printable_json(line), flush=True)
     if request.rows:
         record_command(shard_folder(folder, share))
     if terminal:

@@ -15,7 +15,9 @@ def command(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="Captioned pictures: folder, tars, manifest ...")],
     recipe: Annotated[Path | None, typer.Option(help="Recipe whose data.filters are tried.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Folder for scan.json and a sheet of 25 examples.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Folder for scan.json and a sheet of 25 examples.")
+    ] = None,
     languages: Annotated[bool, typer.Option("--languages", help="Guess each caption's language.")] = False,
     shard: ShardOption = "1/1",
     workers: Annotated[int | None, typer.Option(min=1, help="Processes that read; one per core by default.")] = None,
@@ -30,12 +32,12 @@ def command(
     Example: [bold]dalle scan runs/quickstart/shapes/train --recipe recipes/own-data.yaml
     --out runs/quickstart/scan[/bold]
     """
-    import json
     from dataclasses import asdict
 
     from dalle_cli.data.language import LanguageDetector
     from dalle_cli.data.scan import scan
     from dalle_cli.data.workers import available_cores
+    from dalle_cli.progress import printable_json
     from dalle_cli.stores.shards import WHOLE, parse_shard
 
     share = parse_shard(shard)
@@ -62,7 +64,7 @@ def command(
         if sheet is not None:
             write_atomically(out / "examples.png", sheet)
     if as_json:
-        typer.echo(json.dumps(asdict(found), indent=2, ensure_ascii=False))
+        typer.echo(printable_json(asdict(found), indent=2))
         return
     from rich.console import Console
 

@@ -28,7 +28,6 @@ def command(
 
     Example: [bold]dalle show recipes/12b.yaml[/bold]
     """
-    import json
     from dataclasses import asdict, replace
 
     if schema:
@@ -51,7 +50,9 @@ def command(
     if isinstance(found, RunDescription) and found.next is not None:
         found = replace(found, line=next_line(path, found.next))
     if as_json:
-        typer.echo(json.dumps(asdict(found), indent=2, ensure_ascii=False))
+        from dalle_cli.progress import printable_json
+
+        typer.echo(printable_json(asdict(found), indent=2))
         return
     from rich.console import Console
 

@@ -20,11 +20,12 @@ def command(
     Example: [bold]dalle verify runs/quickstart/prior[/bold]
     """
     from dalle_cli.errors import UserError
+    from dalle_cli.progress import printable
     from dalle_cli.stores.verify import verify
 
     found = verify(path)
     for message in found.damage:
-        typer.echo(message)
+        typer.echo(printable(message))
     if found.damage:
         total = len(found.checked)
         raise UserError(f"{path}: {len(found.damage)} of {total} files and checkpoints are damaged or missing")

@@ -10,6 +10,7 @@ import yaml
 _EXPECTED = {
     "int": "a whole number",
     "float": "a number",
+    "finite": "a finite number",
     "bool": "true or false",
     "string": "text; put it in quotes",
     "list": "a list, such as [a, b]",

@@ -71,7 +71,10 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> _Tree:
-    resolved = path.resolve()
+    try:
+        resolved = path.resolve()
+    except (ValueError, RuntimeError) as error:  # half of a letter in the name, or links that lead in a circle
+        raise UserError(f"{str(path)!r}: cannot be read as a recipe: {error}") from None
     if len(seen) > MOST_EXTENDS:
         raise UserError(f"{seen[0]}: 'extends' leads through more than {MOST_EXTENDS} recipes; join some of them")
     if resolved in seen:
@@ -95,6 +98,8 @@ def _read(path: Path, seen: tuple[Path, ...]) -> _Tree:
     except yaml.YAMLError as error:
         line, problem = explain_yaml(error, text)
         raise UserError(f"{path}{'' if line is None else f':{line}'}: {problem}") from None
+    except RecursionError:
+        raise UserError(f"{path}: its settings are nested too deeply; write fewer brackets") from None
     own = _Tree()
     if node is not None:
         if not isinstance(node, yaml.MappingNode):
@@ -103,7 +108,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> _Tree:
     base = own.values.pop("extends", None)
     if base is None:
         return own
-    if not isinstance(base, str):
+    if not isinstance(base, str) or "\0" in base:
         raise UserError(f"{own.places[('extends',)]}: extends: name one recipe by its path, relative to this file")
     place = path.parent / base
     if not place.exists() and (shipped := shipped_recipe(base)) is not None:
@@ -132,8 +137,8 @@ def _plain(node: yaml.MappingNode, prefix: Key, path: Path, places: dict[Key, st
         else:
             try:
                 values[name] = yaml.SafeLoader("").construct_object(value_node, deep=True)
-            except (yaml.YAMLError, ValueError) as error:
-                problem = getattr(error, "problem", None) or str(error)
+            except Exception as error:  # tags such as !!int on other text raise errors of many kinds
+                problem = getattr(error, "problem", None) or str(error) or type(error).__name__
                 raise UserError(f"{place}: {'.'.join(key)}: not a plain value: {problem}") from None
     return values
 
@@ -151,9 +156,11 @@ def _override(tree: _Tree, override: str) -> None:
     key = tuple(dotted.strip().split("."))
     if not equals or not all(key):
         raise UserError(f"--set {override}: write it as key.key=value, such as --set prior.training.updates=100")
+    if not override.isascii() and override != override.encode("utf-8", "replace").decode():
+        raise UserError(f"--set {override}: is not UTF-8; rename the file or folder")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except Exception:  # see _plain
         raise UserError(f"--set {override}: the value is not valid YAML") from None
     at = tree.values
     for name in key[:-1]:

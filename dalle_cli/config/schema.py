@@ -15,14 +15,29 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from dalle_cli.config.layout import AttentionKind, parse_layout
 
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, lt=2**53)]
+MOST_SAMPLES = 1_000_000
+"""Largest number of samples of a caption."""
+Size = Annotated[int, Field(gt=0, le=2**20)]
+"""A width, a side or a length, so bounded that shapes of models do not overflow."""
+Depth = Annotated[int, Field(gt=0, le=10_000)]
+"""A number of layers, each of which takes memory of its own before any weight does."""
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Settings(BaseModel):
     """Base of every block of settings. It refuses unknown keys; values do not change once loaded."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_null_characters(cls, given: Any) -> Any:
+        """Refuse a character that no name of a file can have, and that every use of such a name would stumble over."""
+        for name, value in given.items() if isinstance(given, dict) else ():
+            if any(isinstance(text, str) and "\0" in text for text in (value if isinstance(value, list) else [value])):
+                raise ValueError(f"{name} holds a NUL character; leave it out")
+        return given
 
 
 class Filters(Settings):
@@ -139,7 +154,7 @@ class TokenizerSettings(Settings):
     """BPE over lower-cased captions (paper, section 2.2)."""
 
     vocab_size: Annotated[int, Field(ge=256, le=65535)] = Field(16384, description="number of BPE tokens")
-    text_length: Positive = Field(256, description="number of text positions; shorter captions are padded")
+    text_length: Size = Field(256, description="number of text positions; shorter captions are padded")
     dropout: Share = Field(
         0.1, description="BPE dropout: probability of skipping a merge, drawn anew each time training sees a caption"
     )
@@ -160,9 +175,9 @@ class TokenizerSettings(Settings):
 class DvaeModel(Settings):
     """Sizes of the dVAE (paper, appendix A.1)."""
 
-    n_hid: Positive = Field(256, description="width of the first encoder group; the four groups are x1, x2, x4, x8")
-    n_init: Positive = Field(128, description="width of the codebook vectors, the decoder's input")
-    blocks_per_group: Positive = Field(2, description="number of resblocks in each group")
+    n_hid: Size = Field(256, description="width of the first encoder group; the four groups are x1, x2, x4, x8")
+    n_init: Size = Field(128, description="width of the codebook vectors, the decoder's input")
+    blocks_per_group: Depth = Field(2, description="number of resblocks in each group")
     downsampling: Literal[4, 8, 16] = Field(8, description="pixels along a side per image token")
     codebook_size: Annotated[int, Field(gt=1, le=65535)] = Field(8192, description="number of image tokens")
     codebook_std: Annotated[float, Field(gt=0)] | None = Field(
@@ -266,7 +281,7 @@ class Adam(Settings):
 class Training(Settings):
     """The training loop of a stage."""
 
-    updates: Positive = Field(description="number of updates of the whole run")
+    updates: Annotated[int, Field(gt=0, le=10**12)] = Field(description="number of updates of the whole run")
     batch_size: Positive = Field(description="number of samples per update, over all ranks")
     micro_batch: Positive | None = Field(None, description="number of samples per forward pass; null: all at once")
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="decay of the EMA weights per update")
@@ -341,11 +356,11 @@ class DvaeSettings(Settings):
 class PriorModel(Settings):
     """Sizes and attention layout of the sparse transformer (paper, section 2.2 and appendix B.1)."""
 
-    layers: Positive = Field(64, description="number of layers, each an attention and an MLP resblock")
-    heads: Positive = Field(62, description="number of attention heads")
-    d_head: Positive = Field(64, description="width of a head")
-    d_model: Positive = Field(3968, description="heads x d_head, which it is if left out")
-    grid: Positive = Field(
+    layers: Depth = Field(64, description="number of layers, each an attention and an MLP resblock")
+    heads: Size = Field(62, description="number of attention heads")
+    d_head: Size = Field(64, description="width of a head")
+    d_model: Size = Field(3968, description="heads x d_head, which it is if left out")
+    grid: Size = Field(
         32, description="number of image tokens along a side: image_size / dvae.model.downsampling, if left out"
     )
     layout: str | list[str] = Field(
@@ -353,7 +368,7 @@ class PriorModel(Settings):
         description="attention of each layer: 'paper', or kinds such as 'row, column, row, row, ... conv', where "
         "'...' repeats the kinds before it",
     )
-    conv_kernel: Annotated[int, Field(ge=1)] = Field(11, description="side of the window of convolutional attention")
+    conv_kernel: Size = Field(11, description="side of the window of convolutional attention")
     checkpoint_resblocks: bool = Field(False, description="recompute activations in the backward pass, block by block")
 
     @classmethod
@@ -487,19 +502,19 @@ class PriorSettings(Settings):
 class ClipModel(Settings):
     """Sizes of a small CLIP, a vision and a text transformer built from open_clip's classes."""
 
-    embed_dim: Positive = Field(256, description="width of the features that are compared")
+    embed_dim: Size = Field(256, description="width of the features that are compared")
     vision: str | None = Field(
         None,
         description="pretrained network in place of the vision transformer, of which only a projection is trained: "
         "timm's name, or a folder in timm's format; the extra 'pretrained' brings tf_efficientnet_lite0",
     )
-    vision_size: Positive = Field(128, description="side to which pictures are resized for the pretrained network")
-    patch_size: Positive = Field(16, description="side, in pixels, of the vision transformer's patches")
-    vision_width: Positive = Field(256, description="width of the vision transformer")
-    vision_layers: Positive = Field(6, description="number of its layers")
-    text_width: Positive = Field(256, description="width of the text transformer")
-    text_layers: Positive = Field(4, description="number of its layers")
-    head_width: Positive = Field(64, description="width of an attention head in both transformers")
+    vision_size: Size = Field(128, description="side to which pictures are resized for the pretrained network")
+    patch_size: Size = Field(16, description="side, in pixels, of the vision transformer's patches")
+    vision_width: Size = Field(256, description="width of the vision transformer")
+    vision_layers: Depth = Field(6, description="number of its layers")
+    text_width: Size = Field(256, description="width of the text transformer")
+    text_layers: Depth = Field(4, description="number of its layers")
+    head_width: Size = Field(64, description="width of an attention head in both transformers")
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ClipModel:
@@ -550,7 +565,7 @@ class ClipSettings(Settings):
 class SamplingSettings(Settings):
     """Sampling from the prior (paper, section 2.6)."""
 
-    n: Positive = Field(512, description="number of samples per caption")
+    n: Annotated[int, Field(gt=0, le=MOST_SAMPLES)] = Field(512, description="number of samples per caption")
     temperature: Annotated[float, Field(ge=0)] = Field(1.0, description="temperature; 0 takes the likeliest token")
     top_k: Positive | None = Field(None, description="sample among the k likeliest tokens; null: among all")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="total probability of the tokens sampled from")
@@ -624,7 +639,7 @@ class Recipe(Settings):
     tf32: bool = Field(
         True, description="let a GPU round the operands of 32-bit products to TF32, which is up to eight times as fast"
     )
-    image_size: Positive = Field(256, description="side, in pixels, of the pictures that the dVAE sees")
+    image_size: Size = Field(256, description="side, in pixels, of the pictures that the dVAE sees")
     data: DataSettings = DataSettings()
     tokenizer: TokenizerSettings = TokenizerSettings()
     dvae: DvaeSettings = DvaeSettings()

@@ -46,7 +46,10 @@ def with_values(text: str, values: Mapping[str, Any]) -> str:
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     spans = sorted(((_scalar(root, key), value) for key, value in values.items()), key=lambda span: -span[0].start)
     for span, value in spans:
-        written = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6).split("\n")[0]
+        several = isinstance(value, str) and len(value.splitlines()) > 1  # in double quotes they are one line
+        style = '"' if several else None
+        dumped = yaml.safe_dump(value, default_style=style, default_flow_style=True, allow_unicode=True, width=10**6)
+        written = dumped.split("\n")[0]
         rest, newline, following = text[span.stop :].partition("\n")
         text = text[: span.start] + written + _realigned(rest, len(written) - len(span)) + newline + following
     return text

@@ -89,7 +89,7 @@ def read_captions_by_id(file: Path) -> dict[str, str]:
 
 def normal_id(identity: str) -> str:
     """Return the id without leading zeros, which some tools add to numbers in file names."""
-    return str(int(identity)) if identity.isascii() and identity.isdigit() else identity
+    return (identity.lstrip("0") or "0") if identity.isascii() and identity.isdigit() else identity
 
 
 def source_captions(source: Source, filters: Filters | None = None) -> Iterator[str]:

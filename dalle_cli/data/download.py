@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import os
 import shutil
 import time
@@ -10,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from dalle_cli.data.remote import RemoteFile
+from dalle_cli.data.servers import State
 from dalle_cli.errors import UserError
 from dalle_cli.progress import log
 from dalle_cli.stores.files import (
@@ -47,12 +50,12 @@ def local_copies(files: Sequence[RemoteFile]) -> list[Path]:
     copies = [_place(folder, file) for file in files]
     with explain_os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        missing = {copy: file.size() for copy, file in zip(copies, files, strict=True) if not copy.is_file()}
+        missing = {copy: file.state() for copy, file in zip(copies, files, strict=True) if not copy.is_file()}
         with locked(folder / f"{_JOURNAL}.lock"):
-            _make_room(folder, copies, missing)
+            _make_room(folder, copies, {copy: state.size for copy, state in missing.items()})
         for copy, file in zip(copies, files, strict=True):
             if not copy.is_file():
-                _download(folder, file, copy, missing.get(copy) or file.size())
+                _download(folder, file, copy, missing.get(copy) or file.state())
     return copies
 
 
@@ -102,21 +105,25 @@ def _most(folder: Path, size: int) -> float:
     return most
 
 
-def _download(folder: Path, file: RemoteFile, copy: Path, size: int) -> None:
+def _download(folder: Path, file: RemoteFile, copy: Path, state: State) -> None:
     with ExitStack() as held:
         copy.parent.mkdir(parents=True, exist_ok=True)
         held.enter_context(locked(copy.with_name(f"{copy.name}.lock")))
         if copy.is_file():  # another process was faster
             return
-        partial = copy.with_name(f"{copy.name}.{size}.partial")
-        log(f"{file}: {size:,} bytes, into {copy}")
+        # Named after the version too, or the rest of one would be joined to the beginning of another.
+        version = hashlib.sha256(state.mark.encode()).hexdigest()[:8]
+        partial = copy.with_name(f"{copy.name}.{state.size}.{version}.partial")
+        log(f"{file}: {state.size:,} bytes, into {copy}")
         with partial.open("ab") as out:  # goes on with what an earlier process downloaded
-            out.truncate(min(out.tell(), size))
+            out.truncate(min(out.tell(), state.size))
             out.seek(0, os.SEEK_END)
-            file.download(out, size)
+            file.download(out, state.size)
         with locked(folder / f"{_JOURNAL}.lock"):
             _list(folder, copy)
         rename_synced(partial, copy)
+        for left in copy.parent.glob(f"{glob.escape(copy.name)}.*.partial"):  # of other versions
+            left.unlink(missing_ok=True)
 
 
 def _list(folder: Path, copy: Path) -> Path:

@@ -122,6 +122,8 @@ def _excluded_bits(source: Source, file: Path) -> tuple[NDArray[np.uint8], str]:
     Returns:
         (ceil(rows / 8),) uint8, and the SHA-256 of the file.
     """
+    if file.exists() and not file.is_file():  # a pipe would be empty for the command that comes next
+        raise UserError(f"data.exclude: {file}: is no ordinary file; write the keys into one")
     if len(source) < LARGE:
         return _find_excluded(source, file)
     with _explain("data.exclude", file):
@@ -198,7 +200,7 @@ def _explain(option: str, file: Path) -> Iterator[None]:
 def _key(line: str, file: Path, number: int) -> str:
     try:
         key = json.loads(line)["key"]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         key = None
     if not isinstance(key, str):
         raise UserError(

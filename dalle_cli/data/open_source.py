@@ -156,7 +156,8 @@ def _is_compressed_tar(path: Path) -> bool:
 def _open_coco(name: str, path: Path) -> Source | None:
     if path.is_file():
         return open_coco(name, path) if path.suffix.lower() == ".json" else None
-    found = sorted((path / "annotations").glob(COCO_CAPTIONS)) if path.is_dir() else []
+    files = (path / "annotations").glob(COCO_CAPTIONS) if path.is_dir() else []
+    found = sorted(file for file in files if file.is_file())
     if len(found) > 1:
         raise UserError(f"{name}: holds {len(found)} sets of captions: name one of {', '.join(map(str, found))}")
     return open_coco(name, found[0]) if found else None
@@ -177,7 +178,8 @@ def _open_embedded(name: str, path: Path) -> Source | None:
         start, _, wanted = name.rpartition(":")
         folder = Path(start)
     places = [folder, folder / "data"] if folder.is_dir() else []
-    files = next((found for place in places if (found := sorted(place.glob("*.parquet")))), [])
+    found = (sorted(filter(Path.is_file, place.glob("*.parquet"))) for place in places)
+    files = next((files for files in found if files), [])
     if folder.is_file() and folder.suffix.lower() == ".parquet":
         files = [folder]
     if not files:
@@ -212,9 +214,11 @@ def _metadata_in(folder: Path) -> list[Path]:
 
 def is_manifest(path: Path) -> bool:
     """Return whether the file is a manifest that names columns of pictures and captions."""
+    if not path.is_file():  # a pipe would block
+        return False
     try:
         _table(path, path.suffix.lower())
-    except (UserError, OSError):
+    except (UserError, OSError, BadSample):
         return False
     return True
 
@@ -292,7 +296,8 @@ def _alternatives(inside: str, pattern: str) -> list[str]:
     first, dots, last = inside.partition("..")
     if not dots:
         return inside.split(",")
-    if not (re.fullmatch("[0-9]+", first) and re.fullmatch("[0-9]+", last)) or int(first) > int(last):
+    digits = re.compile("[0-9]{1,18}")
+    if not (digits.fullmatch(first) and digits.fullmatch(last)) or int(first) > int(last):
         raise UserError(f"{pattern}: {{{inside}}} is not a range such as {{00000..00099}}")
     if int(last) - int(first) >= _MAX_SHARDS:
         raise UserError(f"{pattern}: {{{inside}}} stands for more than {_MAX_SHARDS} shards")

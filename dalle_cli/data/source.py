@@ -203,6 +203,11 @@ def read_again(what: str, read: Callable[[], T], may_return: Callable[[], bool] 
     raise AssertionError
 
 
+def size_of(path: Path) -> int:
+    """Return the size of a file that is part of a source's identity; see ``read_again`` for what is raised."""
+    return read_again(str(path), lambda: os.stat(path).st_size, lambda: False)
+
+
 def read_caption_file(path: Path, may_return: Callable[[], bool] = lambda: False) -> list[str]:
     """Return the captions of a .txt, .caption or .json; see ``read_again`` for what is raised."""
     captions_of = json_captions if path.suffix.lower() == ".json" else text_captions

@@ -36,7 +36,7 @@ from dalle_cli.stores.checkpoint import (
     open_checkpoint,
     save_checkpoint,
 )
-from dalle_cli.stores.files import sha256_file
+from dalle_cli.stores.files import owned, sha256_file
 
 DOWNSAMPLING = 8
 """Downsampling of the released dVAE."""
@@ -76,18 +76,19 @@ def import_dvae(encoder: Path, decoder: Path, out: Path, image_size: int) -> Che
     ``image_size`` is the side to which users of the checkpoint crop images; the network itself takes any size.
 
     Raises:
-        UserError: ``out`` is not empty, a file is refused, the two do not belong together, or the size is not a
-            multiple of 8.
+        UserError: ``out`` is not empty, another process is writing it, a file is refused, the two do not belong
+            together, or the size is not a multiple of 8.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: already exists; name a new folder")
     if image_size % DOWNSAMPLING:
         raise UserError(f"--image-size {image_size} is not a multiple of {DOWNSAMPLING}; choose one, such as 256")
-    released = read_released(encoder, decoder)
-    imported = {file.name: sha256_file(file) for file in (encoder, decoder)}
-    content = CheckpointContent({"raw": released.weights, "ema": released.weights}, {}, {"imported": imported})
-    save_checkpoint(out, CheckpointFacts("dvae", 0, _recipe(released.settings, image_size), {}, {}), content)
-    return open_checkpoint(out, "dvae")
+    with owned(out):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"{out}: already exists; name a new folder")
+        released = read_released(encoder, decoder)
+        imported = {file.name: sha256_file(file) for file in (encoder, decoder)}
+        content = CheckpointContent({"raw": released.weights, "ema": released.weights}, {}, {"imported": imported})
+        save_checkpoint(out, CheckpointFacts("dvae", 0, _recipe(released.settings, image_size), {}, {}), content)
+        return open_checkpoint(out, "dvae")
 
 
 def read_released(encoder: Path, decoder: Path) -> ReleasedDvae:

@@ -216,7 +216,7 @@ def train_dvae(recipe: Recipe, source: Source, out: Path, extend: int | None = N
         model = task.model
         if ancestor is not None:
             task.belongs["init"] = ancestor.identity
-            model.load_state_dict(ancestor.tensors("ema"))
+            ancestor.load_into(model)
         if group.device.type == "cuda" and recipe.compile == "auto":
             use_settings(recipe)  # which compiled code depends on
             with explain_out_of_memory(out, task.less_memory):
@@ -277,7 +277,7 @@ def compile_networks(
 def load_dvae(checkpoint: Checkpoint) -> DVAE:
     """Load the dVAE of a checkpoint with its EMA weights, ready for encoding and decoding."""
     model = DVAE(checkpoint.recipe().dvae.model)
-    model.load_state_dict(checkpoint.tensors("ema"))
+    checkpoint.load_into(model)
     model.to(memory_format=torch.channels_last)
     return model.eval().requires_grad_(False)
 

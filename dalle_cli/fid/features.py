@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -331,13 +331,15 @@ def _key(features: Features, pictures: Pictures, blur: float, digests: Sequence[
 
 
 def _is_cached(file: Path, count: int, features: Features) -> bool:
-    """Return whether the cache holds a chunk of ``count`` pictures, undamaged."""
+    """Return whether the cache holds a chunk of ``count`` pictures, undamaged; earlier versions kept no checksum."""
     try:
         with safe_open(file, "pt") as tensors:
             names = {"vectors"} if features.logits is None else {"vectors", "logits"}
-            return set(tensors.keys()) == names and tensors.get_slice("vectors").get_shape()[0] == count
+            layers = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+            known = (tensors.metadata() or {}).get("sha256")
     except (OSError, SafetensorError):
         return False
+    return layers.keys() == names and all(len(part) == count for part in layers.values()) and known == _hash_of(layers)
 
 
 def _read(file: Path, rows: NDArray[np.int64]) -> dict[str, Tensor]:
@@ -350,5 +352,13 @@ def _read(file: Path, rows: NDArray[np.int64]) -> dict[str, Tensor]:
 
 
 def _write(file: Path, chunk: Extracted) -> None:
-    tensors = {"vectors": chunk.vectors} | ({} if chunk.logits is None else {"logits": chunk.logits})
-    write_atomically(file, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+    layers = {"vectors": chunk.vectors} | ({} if chunk.logits is None else {"logits": chunk.logits})
+    layers = {name: layer.contiguous() for name, layer in layers.items()}
+    write_atomically(file, save(layers, {"sha256": _hash_of(layers)}))
+
+
+def _hash_of(layers: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, layer in sorted(layers.items()):
+        digest.update(f"{name} {layer.dtype} {tuple(layer.shape)}".encode() + layer.numpy().tobytes())
+    return digest.hexdigest()

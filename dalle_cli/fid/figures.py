@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from dalle_cli.shapes.accuracy import Accuracy, Share, accuracy_figures
+from dalle_cli.shapes.accuracy import Accuracy, accuracy_figures
 
 FORMAT, VERSION = "dalle-eval-fid", 2
 ScoreName = Literal["inception_score", "clip_is"]
@@ -144,6 +144,8 @@ def read_evaluation(found: Any) -> Evaluation:
         raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     except KeyError as error:
         raise ValueError(f"{error.args[0]}: missing") from None
+    except (TypeError, AttributeError, OverflowError, RecursionError):
+        raise ValueError("a value has another type than eval-fid writes") from None
 
 
 def accuracy_json(accuracies: Mapping[str, Accuracy]) -> dict[str, Any]:
@@ -161,14 +163,13 @@ def _renamed(value: Any, old: str, new: str) -> Any:
     return [_renamed(item, old, new) for item in value] if isinstance(value, list) else value
 
 
-def _read_accuracy(found: Mapping[str, Any]) -> Accuracy:
-    prompts = found["prompts"]
+def _read_accuracy(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of an ``Accuracy``, not yet checked."""
 
-    def share(name: str) -> Share | None:
-        return None if found[name] is None else Share(found[name]["value"], prompts)
+    def share(value: Any) -> dict[str, Any] | None:
+        return None if value is None else {"value": value["value"], "prompts": found["prompts"]}
 
-    best = Share(found["best"]["value"], prompts)
-    by_pool_size = {int(size): Share(share["value"], prompts) for size, share in found["by_pool_size"].items()}
-    return Accuracy(
-        prompts, found["samples"], found["pool_size"], best, share("single"), share("any_right"), by_pool_size
-    )
+    shares = {name: share(found[name]) for name in ("best", "single", "any_right")}
+    by_pool_size = {int(size): share(value) for size, value in found["by_pool_size"].items()}
+    counts = {name: found[name] for name in ("prompts", "samples", "pool_size")}
+    return {**counts, **shares, "by_pool_size": by_pool_size}

@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dalle_cli.errors import UserError
 from dalle_cli.fid.figures import (
+    FORMAT,
     Evaluation,
     Figures,
     PoolPoint,
@@ -78,6 +80,13 @@ def true_pictures_of(preset: Preset | None, reference: Pictures) -> dict[str, tu
         captions = captions_of_source(reference)
     # The first of several pictures with one caption wins.
     return {caption: (reference, row) for row, caption in reversed([*enumerate(captions or [])])}
+
+
+def require_own_page(out: Path) -> None:
+    """Raise UserError if ``out`` has a page that ``write_evaluation`` did not write."""
+    page, figures = out / "index.html", out / "figures.json"
+    if page.exists() and not (figures.is_file() and f'"format": "{FORMAT}"' in figures.read_text("utf-8", "replace")):
+        raise UserError(f"{page}: is no page of dalle eval-fid and would be lost; choose another --page")
 
 
 def write_evaluation(evaluation: Evaluation, grid: Sequence[GridRow], out: Path) -> Path:

@@ -17,7 +17,7 @@ from dalle_cli.human_study.study import KEY, PICTURES, SIDES, STUDY, Item, Key, 
 from dalle_cli.human_study.systems import System, check_same_captions, read_system
 from dalle_cli.progress import log, progress
 from dalle_cli.randomness import numpy_generator, stream_seed
-from dalle_cli.stores.files import new_directory, write_atomically
+from dalle_cli.stores.files import new_directory, owned, write_atomically
 from dalle_cli.stores.png import encode_png
 
 PAIRS_PER_CHECK, MIN_CHECKS = 10, 4
@@ -46,9 +46,14 @@ def make_study(request: StudyRequest, out: Path) -> Study:
     the left. A check shows one of the study's pictures beside uniform noise.
 
     Raises:
-        UserError: there are not two systems, only one of them drew some caption, a picture is broken, or ``out`` is not
-            empty.
+        UserError: there are not two systems, only one of them drew some caption, a picture is broken, ``out`` is not
+            empty, or another process is writing it.
     """
+    with owned(out):
+        return _make_study(request, out)
+
+
+def _make_study(request: StudyRequest, out: Path) -> Study:
     if len(request.systems) != 2:
         raise UserError(f"a study compares two systems, not {len(request.systems)}; give --system NAME=PICTURES twice")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

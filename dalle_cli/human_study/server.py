@@ -175,10 +175,18 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "/api/next":
             self._answer(self._next)
         elif path in self.server.pictures:
-            picture = self.server.pictures[path].read_bytes()
-            self._send(HTTPStatus.OK, picture, "image/png", cache="private, max-age=86400, immutable")
+            self._send_picture(self.server.pictures[path])
         else:
             self._json(HTTPStatus.NOT_FOUND, {"error": "there is no such page"})
+
+    def _send_picture(self, file: Path) -> None:
+        try:
+            picture = file.read_bytes()
+        except OSError as error:
+            log(f"{file}: cannot be read ({error.strerror}); copy it from where the study was made")
+            self._json(HTTPStatus.SERVICE_UNAVAILABLE, {"error": "the picture cannot be read now; try again"})
+        else:
+            self._send(HTTPStatus.OK, picture, "image/png", cache="private, max-age=86400, immutable")
 
     def do_POST(self) -> None:
         if not self._is_for_us():

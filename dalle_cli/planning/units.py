@@ -42,7 +42,7 @@ def parse_rate(text: str, option: str) -> float:
 
 
 def _parse(text: str, unit: str, prefixes: dict[str, int], message: str) -> float:
-    found = re.fullmatch(rf"([0-9]+(?:\.[0-9]+)?) *([A-Za-z]*?){unit}", text.strip())
+    found = re.fullmatch(rf"([0-9]{{1,15}}(?:\.[0-9]{{1,15}})?) *([A-Za-z]*?){unit}", text.strip())
     if found is None or found[2] not in prefixes or not float(found[1]):
         raise UserError(message)
     return float(found[1]) * prefixes[found[2]]

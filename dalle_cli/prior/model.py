@@ -331,5 +331,5 @@ def load_prior(checkpoint: Checkpoint) -> Prior:
     """Load the prior of a checkpoint for sampling, with its EMA weights."""
     with torch.device("meta"):
         model = build_prior(checkpoint.recipe())
-    model.load_state_dict(checkpoint.tensors("ema"), assign=True)
+    checkpoint.load_into(model, assign=True)
     return model.eval().requires_grad_(False)

@@ -106,7 +106,7 @@ def draw_curves(evaluations: Sequence[EvaluationFile]) -> tuple[list[CurveFigure
 def _read(file: Path) -> EvaluationFile:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read as JSON ({error}); name a file of dalle eval-fid --out") from None
     try:
         return EvaluationFile(str(file), read_evaluation(found))
@@ -115,10 +115,12 @@ def _read(file: Path) -> EvaluationFile:
 
 
 def _has_format(file: Path) -> bool:
+    if not file.is_file():  # such as a link to nothing, or a pipe, which would block
+        return False
     text = file.read_text(encoding="utf-8", errors="replace")
     try:
         found = json.loads(text) if f'"{FORMAT}"' in text else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     # An earlier report.json contains rows of this format, but is not an evaluation.
     return isinstance(found, dict) and (found.get("format"), found.get("version")) == (FORMAT, VERSION)

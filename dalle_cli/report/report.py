@@ -47,7 +47,7 @@ def write_report(recipe: Recipe, ranked: Path | None, fids: Sequence[Path], out:
     if run.empty and ranked is None and not evaluations:
         raise UserError(f"{run.folders.root}: no stage has run yet; start with dalle train-dvae, or give --ranked FILE")
     samples = read_ranked(ranked) if ranked is not None else []
-    named = {line["store"] for pool in samples for line in pool.lines if "store" in line}
+    named = {line["store"] for pool in samples for line in pool.lines if isinstance(line.get("store"), str)}
     stores = {path.resolve(): path for path in [*run.folders.samples.glob(f"**/{STORE}"), *map(Path, named)]}
     requests = store_requests(sorted(stores.values()))
 

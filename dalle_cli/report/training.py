@@ -12,7 +12,7 @@ from dalle_cli.data.images import read_picture
 from dalle_cli.report.artifacts import NAMES, Run
 from dalle_cli.stores.checkpoint import Kind, open_checkpoint
 from dalle_cli.stores.held_out import split_store
-from dalle_cli.training.journal import PICTURES
+from dalle_cli.training.journal import pictures_of
 from dalle_cli.training.validation import validation_warnings
 from dalle_cli.views import plots
 
@@ -126,9 +126,9 @@ def prior_drawings(run: Run) -> tuple[DrawingFigures, Image.Image] | None:
     Returns:
         The validations with the captions, and the pictures; None if nothing was drawn.
     """
-    files = sorted((run.folders.prior / PICTURES).glob("drawings-*.png"))
-    some = np.linspace(0, len(files) - 1, min(MOST_DRAWINGS, len(files))).round().astype(int)
-    drawn = {int(files[i].stem.rpartition("-")[2]): read_picture(files[i], "delete it") for i in some}
+    files = pictures_of(run.folders.prior, "drawings")
+    some = [files[i] for i in np.linspace(0, len(files) - 1, min(MOST_DRAWINGS, len(files))).round().astype(int)]
+    drawn = {update: read_picture(file, "delete it") for update, file in some}
     # prior.drawings may have changed within the run.
     drawn = {update: picture for update, picture in drawn.items() if picture.shape == [*drawn.values()][-1].shape}
     if not drawn:
@@ -142,12 +142,13 @@ def prior_drawings(run: Run) -> tuple[DrawingFigures, Image.Image] | None:
 
 def clip_retrieval(run: Run) -> tuple[RetrievalFigures, Image.Image] | None:
     """Return what CLIP ranked highest for held-out captions at its last validation; None if it had none."""
-    files = sorted((run.folders.clip / PICTURES).glob("retrieval-*.png"))
+    files = pictures_of(run.folders.clip, "retrieval")
     if not files:
         return None
-    sheet = read_picture(files[-1], "delete it")
+    update, file = files[-1]
+    sheet = read_picture(file, "delete it")
     captions = _held_out_captions(run, (sheet.shape[1] - PADDING) // (run.recipe.image_size + PADDING))
-    return RetrievalFigures(int(files[-1].stem.rpartition("-")[2]), captions), Image.fromarray(sheet)
+    return RetrievalFigures(update, captions), Image.fromarray(sheet)
 
 
 def _held_out_captions(run: Run, count: int) -> list[str]:

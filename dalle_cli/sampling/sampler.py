@@ -44,12 +44,15 @@ from dalle_cli.sampling.draw import sample_images
 from dalle_cli.sampling.precision_choice import settle_precision
 from dalle_cli.sampling.request import SampleRequest, shard_folder
 from dalle_cli.stores.checkpoint import Checkpoint, check_belongs
-from dalle_cli.stores.files import owned
+from dalle_cli.stores.files import explain_os_errors, owned
+from dalle_cli.stores.png import has_end
 from dalle_cli.stores.samples import STORE, ManifestLines, SampleStore, png_name
 from dalle_cli.stores.shards import WHOLE
 from dalle_cli.text.bpe import Tokenizer
 from dalle_cli.text.encode import CaptionEncoder
 
+LOWEST_TEMPERATURE = 1e-3
+"""Lowest temperature above 0."""
 Drawn = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Tokens (B, grid, grid) uint16, log-likelihoods (B,) in nats, and pictures (B, S, S, 3) uint8 of a batch."""
 
@@ -137,6 +140,11 @@ class Sampler:
         """
         text = self._encode(request.prompts)
         self._require_dropout(request.settings)
+        if 0 < request.settings.temperature < LOWEST_TEMPERATURE:  # logits divided by it might overflow
+            raise UserError(
+                f"temperature {request.settings.temperature:g}: is above 0 and below {LOWEST_TEMPERATURE:g}; give 0, "
+                "which takes the likeliest token"
+            )
         folder = shard_folder(out, request.shard)
         request = settle_precision(request, self.prior_checkpoint, folder)
         identity = request.identity(self.prior_checkpoint)
@@ -153,6 +161,7 @@ class Sampler:
         recipe = self.prior_checkpoint.recipe()
         run = run_of(self.prior_checkpoint.path).root
         store = SampleStore(folder, identity, len(request.rows), recipe.grid, run)
+        self._draw_lost(request, store)
         lines = partial(_lines, request, store)
         row = request.rows.start + store.committed
         yield from lines(request.rows.start, store.log_likelihood())
@@ -178,8 +187,7 @@ class Sampler:
             )
             held.callback(batches.close)  # so that no process draws on after a fault
             for tokens, scores, pictures in batches:
-                places = [request.place(r) for r in range(row, row + len(pictures))]
-                names = [png_name(prompt, index, request.prompts[prompt], store.in_folders) for prompt, index in places]
+                names = [_name(request, store, r) for r in range(row, row + len(pictures))]
                 pending.append((row, scores, store.add(row - request.rows.start, tokens, scores, pictures, names)))
                 row += len(pictures)
                 bar.advance(len(pictures))
@@ -190,6 +198,25 @@ class Sampler:
             for first_row, scores, written in pending:
                 written.result()
                 yield from lines(first_row, scores)
+
+    def _draw_lost(self, request: SampleRequest, store: SampleStore) -> None:
+        """Draw the pictures of committed samples anew, from their tokens, where files are missing or were cut short."""
+        first = request.rows.start
+        names = [_name(request, store, row) for row in range(first, first + store.committed)]
+        lost = [row for row, name in enumerate(names) if not has_end(store.out / name)]
+        if not lost:
+            return
+        log(f"{store.out}: {len(lost)} pictures are missing or were cut short; they are drawn again from their tokens")
+        recipe, device = self.dvae_checkpoint.recipe(), choose_device()
+        use_settings(self.prior_checkpoint.recipe())
+        prepare_process(device)
+        dvae, eps = load_dvae(self.dvae_checkpoint).to(device), recipe.dvae.objective.logit_laplace_eps
+        with explain_os_errors(store.out):
+            for begin in range(0, len(lost), DECODED_AT_ONCE):
+                rows = lost[begin : begin + DECODED_AT_ONCE]
+                tokens = torch.from_numpy(store.tokens(rows).astype(np.int64)).to(device)
+                for row, picture in zip(rows, decode_tokens(dvae, tokens, eps).cpu().numpy(), strict=True):
+                    store.save(picture, names[row])
 
     def _load(self, request: SampleRequest, text: tuple[np.ndarray, np.ndarray]) -> _LoadedModels:
         dvae_recipe, device = self.dvae_checkpoint.recipe(), choose_device()
@@ -258,6 +285,12 @@ def samples_at_once(request: SampleRequest, decoder: Decoder, dvae: DVAE, proces
     shared = None if free is None else free // processes
     fits = need.fitting_samples(shared, settings.n, MAX_SAMPLES[device.type])
     return min(fits, settings.batch_size or fits)
+
+
+def _name(request: SampleRequest, store: SampleStore, row: int) -> str:
+    """Return the file of the picture of a row of the request."""
+    prompt, index = request.place(row)
+    return png_name(prompt, index, request.prompts[prompt], store.in_folders)
 
 
 def _lines(request: SampleRequest, store: SampleStore, first_row: int, scores: np.ndarray) -> Iterator[dict[str, Any]]:

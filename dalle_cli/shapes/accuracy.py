@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from dalle_cli.data.images import read_picture
 from dalle_cli.data.sample_lines import SampleLine
@@ -43,7 +44,8 @@ class Pool:
     @property
     def whole(self) -> bool:
         """True if no drawn sample is missing; ``rerank --top`` leaves gaps among the indices."""
-        return max(int(line.get("index", 0)) for line in self.lines) < len(self.lines)
+        indices = (line["index"] for line in self.lines if isinstance(line.get("index"), int))
+        return max(indices, default=0) < len(self.lines)
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,8 @@ def load_picture(line: SampleLine) -> NDArray[np.uint8]:
 class Share:
     """A mean share over captions, with its binomial standard error."""
 
-    value: float
-    prompts: int
+    value: Annotated[float, Field(ge=0, le=1)]
+    prompts: Annotated[int, Field(ge=1)]
 
     @property
     def error(self) -> float:

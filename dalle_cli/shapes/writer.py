@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from PIL import Image
 from dalle_cli.data.workers import available_cores, map_blocks, split_blocks
 from dalle_cli.errors import UserError
 from dalle_cli.progress import progress
-from dalle_cli.stores.files import explain_os_errors, owned
+from dalle_cli.stores.files import explain_os_errors, owned, rename_synced
 
 ROWS_PER_SHARD = 1000
 """Number of pictures in a tar."""
@@ -132,11 +131,8 @@ def _claim_folder(out: Path, settings: dict[str, object]) -> None:
 
 def _write_then_rename(path: Path, data: bytes) -> None:
     beside = path.with_name(f".{path.name}.partial")
-    with beside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    beside.write_bytes(data)
+    rename_synced(beside, path)
 
 
 def _write_shards(world: World, shards: Sequence[_Shard], seed: int, size: int, block: range) -> int:

@@ -23,11 +23,20 @@ from dalle_cli.config.schema import Recipe
 from dalle_cli.errors import Damaged, UserError
 from dalle_cli.progress import log
 from dalle_cli.stores.files import explain_os_errors, json_text, new_directory, rename_synced, sha256_file, write_json
-from dalle_cli.stores.tensor_files import Part, TensorFiles, index_entries, join_entries, part_file, save_tensors
+from dalle_cli.stores.tensor_files import (
+    Part,
+    TensorFiles,
+    index_entries,
+    join_entries,
+    part_file,
+    require_like,
+    save_tensors,
+)
 from dalle_cli.stores.typed import Count, as_type, read_typed
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 FORMAT_VERSION = 2
 """Version 1 had no checksum of the manifest itself."""
@@ -91,6 +100,12 @@ class Checkpoint:
     def tensors(self, weights: Weights = "ema") -> dict[str, torch.Tensor]:
         """Return weights by name, on the CPU."""
         return self.checked_files_of(weights).all()
+
+    def load_into(self, model: nn.Module, *, assign: bool = False) -> None:
+        """Give a model its EMA weights; with ``assign``, the model's tensors become those that were read."""
+        found = self.tensors("ema")
+        require_like(found, model.state_dict(), self.files_of("ema").whole)
+        model.load_state_dict(found, assign=assign)
 
     def files_of(self, weights: Weights) -> TensorFiles:
         """Return the files of weights, not yet checked against the manifest; see ``check``."""
@@ -334,7 +349,7 @@ def steps_in(run: Path) -> list[Path]:
 
 def step_folders(run: Path) -> list[Path]:
     """Return the folders with names that training gives them, oldest first; others are the user's."""
-    return sorted(p for p in run.glob("step-*") if _STEP.fullmatch(p.name))
+    return sorted(p for p in run.glob("step-*") if _STEP.fullmatch(p.name) and p.is_dir())
 
 
 def step_folder(run: Path, step: int) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dalle_cli.errors import UserError
 from dalle_cli.stores.checkpoint import Checkpoint, CheckpointFacts, open_checkpoint, write_manifest
-from dalle_cli.stores.files import new_directory, sha256_file, write_json
+from dalle_cli.stores.files import new_directory, owned, sha256_file, write_json
 from dalle_cli.stores.tensor_files import (
     Part,
     TensorFiles,
@@ -25,8 +25,13 @@ def export_checkpoint(found: Checkpoint, out: Path, largest: int | None = None) 
     writes one file.
 
     Raises:
-        UserError: ``out`` exists, the disk is full, or the EMA weights are damaged.
+        UserError: ``out`` exists, another process is writing it, the disk is full, or the EMA weights are damaged.
     """
+    with owned(out):
+        return _export(found, out, largest)
+
+
+def _export(found: Checkpoint, out: Path, largest: int | None) -> Checkpoint:
     if out.exists():
         raise UserError(f"{out}: exists already; choose another place, or delete it")
     source = found.checked_files_of("ema")

@@ -74,16 +74,34 @@ def rename_synced(beside: Path, path: Path) -> None:
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
-    """Write ``data`` beside ``path`` and rename it into place."""
+    """Write ``data`` beside ``path`` and rename it into place; text goes through ``encoded``.
+
+    A link stays one: its target is replaced. A pipe or a device, such as /dev/null, is written to and stays too.
+
+    Raises:
+        UserError: ``path`` is a folder, or may not be written; the disk is full.
+    """
+    content = encoded(data) if isinstance(data, str) else data
     with explain_os_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder; name a file")
+        if path.exists() and not path.is_file():
+            path.write_bytes(content)
+            return
+        place = Path(os.path.realpath(path))
+        place.parent.mkdir(parents=True, exist_ok=True)
         # Processes of two containers that share a folder may have the same number.
-        beside = path.with_name(f".{path.name}.{os.getpid()}{secrets.randbelow(10**6):06d}")
+        beside = place.with_name(f".{place.name}.{os.getpid()}{secrets.randbelow(10**6):06d}")
         try:
-            beside.write_bytes(data.encode() if isinstance(data, str) else data)
-            rename_synced(beside, path)
+            beside.write_bytes(content)
+            rename_synced(beside, place)
         finally:
             beside.unlink(missing_ok=True)
+
+
+def encoded(text: str) -> bytes:
+    r"""Return ``text`` in UTF-8, with escapes, such as ``\udce9``, for bytes of names that are not."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def delete_unfinished(folder: Path) -> None:
@@ -95,7 +113,7 @@ def delete_unfinished(folder: Path) -> None:
 
 def json_text(value: Any) -> str:
     """Return ``value`` as indented JSON with sorted keys, as ``write_json`` writes it."""
-    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    return encoded(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").decode()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -147,7 +165,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     for line in split_lines(path.read_text(encoding="utf-8", errors="replace")):
         try:
             value = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(value, dict):
             found.append(value)
@@ -160,7 +178,7 @@ def append_json_line(path: Path, value: Any) -> None:
         end = file.seek(0, os.SEEK_END)
         file.seek(max(end - 1, 0))
         torn = file.read(1) not in (b"", b"\n")
-        file.write(b"\n" * torn + json.dumps(value, ensure_ascii=False).encode() + b"\n")
+        file.write(b"\n" * torn + encoded(json.dumps(value, ensure_ascii=False)) + b"\n")
 
 
 @contextmanager

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import zlib
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,3 +37,13 @@ def png_damage(data: bytes) -> str | None:
             return f"wrong checksum of a PNG's {kind.decode('latin-1')!r} chunk"
         start = end + 4
     return None
+
+
+def has_end(file: Path) -> bool:
+    """Return whether a PNG file is there and was written to its end; its checksums are not looked at."""
+    try:
+        with file.open("rb") as opened:
+            opened.seek(-len(END), os.SEEK_END)
+            return opened.read() == END
+    except OSError:
+        return False

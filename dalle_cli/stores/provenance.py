@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dalle_cli import __version__
+from dalle_cli.progress import log
 from dalle_cli.stores.files import append_json_line, read_json_lines
 
 JOURNAL = "commands.jsonl"
@@ -31,21 +32,21 @@ def record_command(made: Path, sha256: str | None = None) -> None:
     If the journal cannot be written, a message says so and the command continues.
     """
     folder = journal_folder(made)
-    line = {
-        "artifact": _name(made, folder),
-        "sha256": sha256,
-        "command": command_line(),
-        "folder": os.getcwd(),
-        "version": __version__,
-    }
     try:
+        line = {
+            "artifact": _name(made, folder),
+            "sha256": sha256,
+            "command": command_line(),
+            "folder": os.getcwd(),
+            "version": __version__,
+        }
         earlier = commands_of(made)
         if earlier and all(earlier[-1].get(key) == value for key, value in line.items()):
             return
         finished = datetime.now(UTC).isoformat(timespec="seconds")
         append_json_line(folder / JOURNAL, {**line, "finished": finished})
     except OSError as error:
-        print(f"{folder / JOURNAL}: cannot be written ({error.strerror}); {made} is complete", file=sys.stderr)
+        log(f"{folder / JOURNAL}: cannot be written ({error.strerror}); {made} is complete")
 
 
 def commands_of(made: Path) -> list[dict[str, Any]]:

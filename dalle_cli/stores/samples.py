@@ -210,6 +210,12 @@ class SampleStore:
         """See ``run_of_store``."""
         return run_of_store(self.out / STORE, self._group.attrs)
 
+    def tokens(self, rows: Sequence[int]) -> np.ndarray:
+        """Return the tokens of some committed rows, (len(rows), grid, grid) uint16."""
+        with explain_damage(self.out / STORE):
+            found: np.ndarray = self._group["tokens"].oindex[np.asarray(rows)]
+        return found
+
     def log_likelihood(self) -> np.ndarray:
         """Return the log-likelihood of each committed row, float64."""
         found: np.ndarray = self._group["log_likelihood"][: self.committed]
@@ -240,7 +246,7 @@ class SampleStore:
         if row != self.committed:  # an earlier batch failed
             return
         with explain_os_errors(self.out):
-            list(self._encoders.map(self._save, pictures, names))
+            list(self._encoders.map(self.save, pictures, names))
             rows = slice(row, row + len(tokens))
             self._group["tokens"][rows] = tokens
             self._group["log_likelihood"][rows] = log_likelihood
@@ -252,7 +258,8 @@ class SampleStore:
         if self.committed == self._group["tokens"].shape[0]:
             write_checksums(self.out, [name for name in METADATA if (self.out / name).is_file()])
 
-    def _save(self, picture: np.ndarray, name: str) -> None:
+    def save(self, picture: np.ndarray, name: str) -> None:
+        """Write a picture (H, W, 3) uint8 of the store."""
         (self.out / name).parent.mkdir(exist_ok=True)
         Image.fromarray(picture).save(self.out / name)
 

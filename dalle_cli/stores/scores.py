@@ -102,10 +102,13 @@ def write_scores(store: Path, rows: Sequence[int], scores: Sequence[float], scor
 
     with _locked(store):
         group = _open(store)
-        total = int(group["log_likelihood"].shape[0])
+        with _explained(store):
+            total = int(group["log_likelihood"].shape[0])
+            known, known_scorer = _scores(group)
+            if known is not None and known.shape != (total,):
+                raise ValueError(f"its {CLIP_SCORE} has another number of rows")
         if not all(0 <= row < total for row in rows):
             raise UserError(f"{store}: has {total} rows and no row {max(rows)}; give the lines of this store")
-        known, known_scorer = _scores(group)
         values = known if known is not None and known_scorer == scorer else np.full(total, np.nan)
         values[np.asarray(rows, np.int64)] = np.asarray(scores)
         with new_directory(store / CLIP_SCORE) as folder:
@@ -143,7 +146,7 @@ def _open(store: Path) -> Any:
 @contextmanager
 def _locked(store: Path) -> Iterator[None]:
     try:
-        folder = os.open(store, os.O_RDONLY)
+        folder = os.open(store, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
         raise UserError(f"{store}: cannot be opened ({error.strerror})") from None
     try:

@@ -109,8 +109,12 @@ class Shares:
 
     def begun(self) -> list[Shard]:
         """Return the shares that have been begun, in order."""
-        names = (re.fullmatch(rf"{self.part}-(\d+)-of-(\d+)\.json", path.name) for path in self.folder.glob("*.json"))
-        return sorted(Shard(int(name[1]), int(name[2])) for name in names if name is not None)
+        names = (
+            re.fullmatch(rf"{self.part}-([0-9]{{4,9}})-of-([0-9]{{4,9}})\.json", path.name)
+            for path in self.folder.glob("*.json")
+        )
+        numbers = ((int(name[1]), int(name[2])) for name in names if name is not None)
+        return sorted(Shard(number, of) for number, of in numbers if 1 <= number <= of)
 
     def read(self, shard: Shard) -> ShareProgress | None:
         """Return the progress of a share, None if it has not been begun."""

@@ -74,7 +74,7 @@ class ShareFiles(Generic[T]):
             there, result = dict(found["made_of"]), self.kind.validate_python(found["result"])
             if found["sha256"] != hash_of(found["result"]):
                 raise ValueError("its content is not what was written")
-        except (ValueError, KeyError, TypeError, ValidationError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError, ValidationError) as error:
             reason = type(error).__name__
             raise UserError(f"{file}: is damaged ({reason}); delete it and make share {shard} again") from None
         if different := [name for name, value in self.made_of.items() if there.get(name) != value]:

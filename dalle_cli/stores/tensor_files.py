@@ -7,6 +7,8 @@ that it needs, however many ranks wrote it.
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from pydantic import Field
 
-from dalle_cli.errors import UserError
+from dalle_cli.errors import Damaged, UserError
 from dalle_cli.stores.typed import Count, read_typed
 
 if TYPE_CHECKING:
@@ -64,9 +66,26 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
     except OSError:
         raise
     except Exception as error:  # safetensors reports a failed write as its own error, with the number inside
-        if "space" in str(error).lower() or "os error 28" in str(error).lower():
-            raise OSError(28, str(error)) from error
-        raise
+        if (found := re.search(r"(?:os error|code:) ([0-9]{1,4})", str(error))) is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(file)) from error
+
+
+def require_like(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor], where: Path) -> None:
+    """Raise Damaged unless the tensors that were read ``where`` have the names, shapes and kinds of numbers wanted."""
+    for name in wanted:
+        if name not in found:
+            raise Damaged(f"{where}: is damaged: lacks {name}; restore it or use an older checkpoint")
+    for name, tensor in found.items():
+        if name not in wanted:
+            raise Damaged(f"{where}: is damaged: holds {name}, which is no weight of it; use an older checkpoint")
+        is_like = tensor.shape == wanted[name].shape, tensor.is_floating_point() == wanted[name].is_floating_point()
+        if not all(is_like):
+            raise Damaged(
+                f"{where}: is damaged: {name} is {tensor.dtype} {tuple(tensor.shape)} in place of {wanted[name].dtype} "
+                f"{tuple(wanted[name].shape)}; restore it or use an older checkpoint"
+            )
 
 
 def part_file(name: str, index: int, count: int) -> str:

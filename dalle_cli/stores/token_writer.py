@@ -160,6 +160,7 @@ class PartWriter:
             if skipped:
                 with self._shares.report(self.shard).open("a", encoding="utf-8") as report:
                     report.writelines(json.dumps({"key": key, "reason": skipped[key]}) + "\n" for key in skipped)
+                sync(self._shares.report(self.shard))
             with self._common_lock():
                 self._write_keys(keys, rows)
                 sizes = self._sync(["key", *arrays], rows)
@@ -198,7 +199,8 @@ class PartWriter:
 
     def _keep_usable_rows(self) -> None:
         """Have a complete store keep its usable rows, and delete what was left by a process killed while it did so."""
-        delete_unfinished(self.path)
+        with self._common_lock():  # since another writer may be replacing one of the store's files
+            delete_unfinished(self.path)
         keep_usable_rows(TokenReader(self.path))
 
     def _refuse_other_folders(self) -> None:
@@ -436,6 +438,9 @@ def _add_reasons(counts: Mapping[str, int], reasons: Iterable[str]) -> dict[str,
 
 
 def _reasons(report: Path) -> Iterator[str]:
+    """Yield the reasons in a list of skipped samples; damaged lines are left out."""
     if report.is_file():
-        with report.open(encoding="utf-8") as lines:
-            yield from (json.loads(line)["reason"] for line in lines)
+        with report.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                with suppress(ValueError, KeyError, TypeError, RecursionError):
+                    yield str(json.loads(line)["reason"])

@@ -172,4 +172,4 @@ def _check_png(file: Path) -> None:
         raise Damaged(f"{file}: cannot be read ({error.strerror}); draw it again") from None
     whole = data.startswith(SIGNATURE) and data.endswith(END)
     if (damage := png_damage(data) if whole else "not a whole PNG file") is not None:
-        raise Damaged(f"{file}: is damaged: {damage}; draw it again")
+        raise Damaged(f"{file}: is damaged: {damage}; delete it and draw it again")

@@ -53,7 +53,7 @@ class Tokenizer:
         if not file.is_file():
             raise UserError(f"{file}: no such tokenizer; make one with dalle train-tokenizer")
         try:
-            backend = HFTokenizer.from_file(str(file))
+            backend = HFTokenizer.from_str(file.read_text(encoding="utf-8"))
             kind = json.loads(backend.to_str())["model"]["type"]
         except Exception as error:  # the library raises bare Exceptions
             raise UserError(f"{file}: not a tokenizer file: {error}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,8 @@ from dalle_cli.stores.png import encode_png
 
 PICTURES = "validation"
 """Folder, in a run of a stage, of pictures named after the update of their validation."""
+_UPDATE = re.compile(r".+-([0-9]{8,15})")
+"""Name of a picture, without its extension, that ends with its update."""
 _NOT_LOGGED = ("step", "seconds")
 """Keys of a JSON line that are not passed to the loggers."""
 
@@ -48,8 +51,8 @@ class Journal:
             write_atomically(self.lines, _lines_until(self.lines, start))
             for folder in (out, self.pictures):
                 delete_unfinished(folder)
-            for picture in self.pictures.glob("*.png"):
-                if int(picture.stem.rpartition("-")[2]) > start:
+            for update, picture in pictures_of(out):
+                if update > start:
                     picture.unlink()
             self.loggers += [TensorBoardLogger(out, start), *(open_logger() for open_logger in more)]
 
@@ -91,6 +94,12 @@ class Journal:
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         for logger in self.loggers:
             logger.close()
+
+
+def pictures_of(run: Path, name: str = "*") -> list[tuple[int, Path]]:
+    """Return the pictures ``name`` of a run's validations, each with its update, ascending; others are the user's."""
+    found = ((_UPDATE.fullmatch(picture.stem), picture) for picture in (run / PICTURES).glob(f"{name}-*.png"))
+    return sorted((int(update[1]), picture) for update, picture in found if update is not None)
 
 
 def _lines_until(path: Path, step: int) -> str:

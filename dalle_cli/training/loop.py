@@ -20,6 +20,7 @@ from dalle_cli.config.load import dump_recipe
 from dalle_cli.config.odd_settings import odd_settings
 from dalle_cli.config.schema import Recipe
 from dalle_cli.data.batch_order import Order
+from dalle_cli.data.source import is_unicode
 from dalle_cli.data.workers import explain_lost_workers
 from dalle_cli.distributed.device import explain_out_of_memory, use_settings
 from dalle_cli.distributed.engine import Engine, Replicated
@@ -126,6 +127,8 @@ class Run:
         """
         require_wandb(self.recipe.monitoring.wandb)
         self._check_batch_size()
+        if not is_unicode(str(self.out)):
+            raise UserError(f"{self.out}: its name is not UTF-8, which TensorBoard cannot write; choose another --out")
         with explain_os_errors(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
         for line in odd_settings(self.recipe, self.task.kind):
@@ -302,7 +305,11 @@ class Run:
     @property
     def _mend(self) -> str:
         """Advice against numbers that are not finite."""
-        return f"lower {self.task.kind}.learning_rate.peak and begin again, with another --out or without this folder"
+        kind = self.task.kind
+        mend = f"lower {kind}.learning_rate.peak and begin again, with another --out or without this folder"
+        if not steps_in(self.out):
+            return mend
+        return f"{mend}; with another --out, --set {kind}.init={self.out} keeps the weights of its last checkpoint"
 
     def _save(self, state: TrainingState, step: int, metrics: dict[str, float]) -> None:
         """Save a checkpoint; raise UserError, and save none, if a loss or a weight is not finite."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,8 +15,10 @@ from torch import Tensor
 from dalle_cli.config.schema import ClipSettings, DvaeSettings, PriorSettings
 from dalle_cli.data.batch_order import Order
 from dalle_cli.distributed.engine import Engine, Optimizer, TorchEngine
+from dalle_cli.errors import Damaged
+from dalle_cli.precision.formats import MOMENTS
 from dalle_cli.stores.checkpoint import STATE, Checkpoint, CheckpointContent, CheckpointShards
-from dalle_cli.stores.tensor_files import Part, TensorFiles
+from dalle_cli.stores.tensor_files import Part, TensorFiles, require_like
 from dalle_cli.stores.typed import Count, as_type
 from dalle_cli.training.schedules import Plateau, learning_rate
 from dalle_cli.training.updates import AdamUpdates
@@ -159,11 +162,17 @@ class TrainingState:
     def load(self, checkpoint: Checkpoint) -> None:
         """Restore the tensors of ``checkpoint``, which was checked, however many ranks saved it."""
         engine = self.engine
+        raw, ema = checkpoint.files_of("raw"), checkpoint.files_of("ema")
+        for files in (raw, ema):
+            if lacking := set(self.names) - set(files.names()):
+                raise Damaged(f"{files.whole}: is damaged: lacks {min(lacking)}; use an older checkpoint")
         if engine.sharded:
-            engine.write(self._read(checkpoint.files_of("raw")))
+            engine.write(self._read(raw))
         else:
-            engine.model.load_state_dict(checkpoint.files_of("raw").all())
-        for name, value in self._read(checkpoint.files_of("ema")):
+            tensors = raw.all()
+            require_like(tensors, engine.model.state_dict(), raw.whole)
+            engine.model.load_state_dict(tensors)
+        for name, value in self._read(ema):
             self.ema[name].copy_(value)
         self.optimizer.load_moments(self._saved_moments(checkpoint.moments()))
         self.optimizer.load_trainer_state(checkpoint.trainer_state())
@@ -188,7 +197,32 @@ class TrainingState:
                 label.partition(".")[0]: files.read(label, self.engine.slab(name)) for label in labels.get(name, [])
             }
             if values:
-                yield name, {key: self.engine.cut(name, v) if v.dim() else v for key, v in values.items()}
+                self._require_moments(name, values, files.whole)
+                parts = {key: self._part(name, v, files) if v.dim() else v for key, v in values.items()}
+                yield name, parts
+
+    def _require_moments(self, name: str, values: Mapping[str, Tensor], file: Path) -> None:
+        """Raise Damaged unless ``values`` are those of Adam, whose fused form would write beyond others."""
+        moments = [values[key] for key in MOMENTS if key in values]
+        right = values.keys() == {"step", *MOMENTS} and not values["step"].dim()
+        if not right or any(value.dtype not in (torch.float32, torch.uint16) for value in moments):
+            found = {key: f"{value.dtype} {tuple(value.shape)}" for key, value in values.items()}
+            raise Damaged(f"{file}: is damaged: the moments of {name} are {found}; use an older checkpoint")
+
+    def _part(self, name: str, slab: Tensor, files: TensorFiles) -> Tensor:
+        """Cut this rank's part out of a slab; raise Damaged unless it has the shape and kind of a parameter's part."""
+        wanted = self.ema[name].shape
+        try:
+            part = self.engine.cut(name, slab)
+        except (RuntimeError, IndexError):
+            part = slab
+        is_number = part.is_floating_point() or part.dtype == torch.uint16  # which 16-bit formats are held in
+        if part.shape != wanted or not is_number:
+            raise Damaged(
+                f"{files.whole}: is damaged: {name} is {part.dtype} {tuple(part.shape)} in place of {tuple(wanted)}; "
+                "use an older checkpoint"
+            )
+        return part
 
     def _trainer_state(self, step: int) -> dict[str, Any]:
         rounds = {"rounds": self.rounds} if self.rounds else {}
@@ -214,4 +248,4 @@ class TrainingState:
         """Read this rank's parts of what ``files`` hold of the parameters, one after another."""
         held = set(files.names())
         for name in [name for name in self.names if name in held]:
-            yield name, self.engine.cut(name, files.read(name, self.engine.slab(name)))
+            yield name, self._part(name, files.read(name, self.engine.slab(name)), files)

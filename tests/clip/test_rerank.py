@@ -219,6 +219,37 @@ def test_scores_are_kept_in_the_store_by_the_scorers_name(tmp_path: Path) -> Non
         store_lines(shard)
 
 
+def test_a_damaged_array_of_scores_is_one_line(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "one", ["bright", "dark"], 2)
+    write_scores(store, [0], [0.5], "a")
+    chunk = store / "clip_score" / "c" / "0"
+    chunk.write_bytes(chunk.read_bytes()[:-3])
+    with pytest.raises(UserError, match=r"one/samples\.zarr: is no store of dalle sample, or damaged"):
+        write_scores(store, [1], [0.25], "a")
+    for other in (tmp_path / "one" / "00000-bright-00000.png", tmp_path / "nothing"):
+        with pytest.raises(UserError, match="cannot be opened"):
+            write_scores(other, [0], [0.5], "a")
+
+
+def test_scores_are_kept_when_the_reader_wants_no_more_lines(by_hand: Chain, call: Call, tmp_path: Path) -> None:
+    prompts = [f"a small red star number {number}" for number in range(3)]
+    drawn = call("sample", by_hand.prior, *prompts, "--n", 2, "--out", tmp_path / "drawn")
+    Path(drawn.lines[4]["png"]).write_text("no picture")
+    stopped = call("rerank", tmp_path / "drawn", "--clip", by_hand.clip, "--batch-size", 2)
+    assert "cannot be read as a picture" in stopped.mistake()
+    kept = [line["row"] for line in store_lines(tmp_path / "drawn" / "samples.zarr") if "score" in line]
+    assert kept == [line["row"] for line in sorted(stopped.lines, key=lambda line: line["row"])] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("png", "a\0b"), ("png", "\ud800"), ("store", 7), ("store", "\0"), ("run", ["x"])]
+)
+def test_values_that_are_no_paths_are_refused(tmp_path: Path, call: Call, key: str, value: object) -> None:
+    file = tmp_path / "lines.jsonl"
+    file.write_text(json.dumps({"prompt": "bright", "png": "a.png", key: value}) + "\n")
+    assert f"{file}, line 1: its '{key}' is no path; give the lines of dalle sample" in call("rerank", file).mistake()
+
+
 def test_the_command_reads_several_files_keeps_scores_and_draws_a_sheet(
     by_hand: Chain, call: Call, tmp_path: Path
 ) -> None:

@@ -19,10 +19,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import Call
 from helpers.manifests import change_manifest
 from helpers.running import DALLE, ENVIRONMENT, Chain, Done, run, smallest_recipe, write_recipe
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from dalle_cli.config.schema import Recipe
 from dalle_cli.data.open_source import open_source
@@ -295,6 +297,45 @@ def test_a_run_whose_newest_checkpoint_is_damaged(by_hand: Chain, spoiled: Path,
     for step in run_folder.glob("step-*"):
         truncate(step / name)
     assert "older checkpoint" in call(*arguments, "--set", "prior.training.updates=14").mistake()
+
+
+OF_ANOTHER_SHAPE: dict[str, Callable[[torch.Tensor], torch.Tensor | None]] = {
+    "longer": lambda tensor: torch.cat([tensor, tensor[:1]]),
+    "flat": lambda tensor: tensor.flatten(),
+    "one number": lambda tensor: tensor.flatten()[:1],
+    "whole numbers": lambda tensor: tensor.to(torch.int64),
+    "missing": lambda _: None,
+}
+
+
+@pytest.mark.parametrize("change", OF_ANOTHER_SHAPE)
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("model.safetensors", "image_embedding"),
+        ("ema.safetensors", "image_embedding"),
+        ("trainer/optimizer.safetensors", "exp_avg_sq.image_embedding"),
+        ("trainer/optimizer.safetensors", "step.image_embedding"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_before_they_are_used(
+    by_hand: Chain, spoiled: Path, call: Call, file: str, name: str, change: str
+) -> None:
+    """Give them the right checksums, as another program would; Adam's fused form crashed on such moments."""
+    newest = open_checkpoint(spoiled / "prior", which="last").path
+    tensors = load_file(newest / file)
+    if not tensors[name].dim():
+        tensors[name] = tensors[name][None].clone()
+    if (changed := OF_ANOTHER_SHAPE[change](tensors.pop(name))) is not None:
+        tensors[name] = changed.contiguous()
+    save_file(tensors, newest / file)
+    files = "others" if "/" in file else "files"
+    change_manifest(newest, lambda manifest: manifest[files].update({file: sha256_file(newest / file)}))
+    arguments = ("train-prior", by_hand.recipe, "--tokens", by_hand.tokens, "--out", spoiled / "prior", "--extend", 2)
+    assert f"{newest / file}: is damaged: " in call(*arguments).mistake()
+    if file == "ema.safetensors":
+        drawn = ("sample", newest, "a red star", "--dvae", by_hand.dvae, "--tokenizer", by_hand.tokenizer)
+        assert f"{newest / file}: is damaged: " in call(*drawn, "--out", spoiled / "s").mistake()
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"kind": "prior"}', '{"version": 1, "kind', "\x00\x01", '{"version": 99}'])
@@ -589,6 +630,36 @@ def test_requests_that_cannot_be_drawn(by_hand: Chain, call: Call, arguments: tu
     before = sorted((by_hand.root / "made").rglob("*"))
     assert why in call("sample", by_hand.prior, *arguments).mistake()
     assert sorted((by_hand.root / "made").rglob("*")) == before
+
+
+def test_captions_of_a_run_that_held_none_out(by_hand: Chain, call: Call, tmp_path: Path) -> None:
+    out = tmp_path / "prior"
+    trained = call("train-prior", by_hand.recipe, "--tokens", by_hand.tokens, "--out", out, "--set", "data.holdout=0",
+                   "--set", "prior.training.updates=1")  # fmt: skip
+    assert trained.code == 0, trained.err
+    refused = call("sample", out, "--held-out", "--dvae", by_hand.dvae, "--tokenizer", by_hand.tokenizer).mistake()
+    assert "--held-out: data.holdout was 0, so no caption was held out; give captions, or --captions" in refused
+
+
+def test_a_page_of_the_user_s_is_not_overwritten(by_hand: Chain, call: Call, tmp_path: Path) -> None:
+    for folder in ("drawn", "real"):
+        (tmp_path / folder).mkdir()
+        for i in range(12):
+            (tmp_path / folder / f"{i:02d}.png").write_bytes(picture(i))
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "index.html").write_text("my home page")
+    command = ("eval-fid", tmp_path / "drawn", tmp_path / "real", "--clip", by_hand.clip, "--size", 32,
+               "--bootstrap", 0, "--cache", tmp_path / "cache", "--page", site)  # fmt: skip
+    refused = call(*command).mistake()
+    assert f"{site / 'index.html'}: is no page of dalle eval-fid and would be lost; choose another --page" in refused
+    assert (site / "index.html").read_text() == "my home page"
+    assert not (tmp_path / "cache").exists()
+    (site / "index.html").unlink()
+    for _ in range(2):  # its own page it replaces
+        done = call(*command)
+        assert done.code == 0, done.err
+    assert "my home page" not in (site / "index.html").read_text()
 
 
 def test_lines_that_cannot_be_ranked(by_hand: Chain, call: Call, tmp_path: Path) -> None:

@@ -85,6 +85,8 @@ def test_captions_by_id(tmp_path: Path) -> None:
     file = tmp_path / "captions.jsonl"
     file.write_text('{"id": "bird", "caption": "a bird"}\n\n{"id": 7, "caption": " a fish "}\n{"caption": "a cat"}\n')
     assert read_captions_by_id(file) == {"bird": "a bird", "7": "a fish", "4": "a cat"}
+    file.write_text(f'{{"id": "00{"12" * 3000}", "caption": "a bird"}}\n{{"id": "000", "caption": "a fish"}}\n')
+    assert read_captions_by_id(file) == {"12" * 3000: "a bird", "0": "a fish"}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -48,12 +49,17 @@ def test_a_wrong_file_of_keys_is_refused(tmp_path: Path) -> None:
         ("half.jsonl", '{"key": "a"}\r\n\r\n{"ke', "half.jsonl:3: is not an object"),
         ("old.jsonl", '{"key": "a"}\r{"key": "b"}\r\n\n{"key"}\n', "old.jsonl:4: is not an object"),
         ("number.jsonl", '{"key": 3}\n', "number.jsonl:1: is not an object"),
+        ("deep.jsonl", "[" * 100_000 + "\n", "deep.jsonl:1: is not an object"),
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises(UserError, match=message):
             SourceWithExclusions(source, tmp_path / name)
     with pytest.raises(UserError, match="cannot be read"):
         SourceWithExclusions(source, tmp_path / "missing.txt")
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(UserError, match="is no ordinary file; write the keys into one"):
+            SourceWithExclusions(source, place)
     (tmp_path / "empty.jsonl").write_text("")  # no duplicates were found, so none are left out
     assert SourceWithExclusions(source, tmp_path / "empty.jsonl").count == 0
 

@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+from helpers.pictures import noise, write_sample
 from helpers.sources import contents, write_tar
 
+from dalle_cli.data.formats.folder import FolderSource
 from dalle_cli.data.open_source import expand_braces, open_source
+from dalle_cli.data.source import BadSample
 from dalle_cli.errors import UserError
 from dalle_cli.shapes.scene import random_scene
 from dalle_cli.shapes.world import make_shapes, parse_caption
@@ -71,3 +77,55 @@ def test_brace_patterns() -> None:
     for wrong in ("{3..1}", "{a..c}", "{0..99999999}", "{000..999}{000..999}{0..9}"):
         with pytest.raises(UserError):
             expand_braces(wrong)
+
+
+def test_pipes_among_the_files_of_a_folder_hold_up_nothing(tmp_path: Path) -> None:
+    write_sample(tmp_path / "pictures", "a", noise(40, 40))
+    (tmp_path / "pictures" / "a.txt").unlink()
+    for name in ("metadata.csv", "list.jsonl", "list.csv", "table.parquet", "b.png", "a.txt", "yfcc100m_dataset"):
+        os.mkfifo(tmp_path / "pictures" / name)
+    (tmp_path / "pictures" / "annotations").mkdir()
+    os.mkfifo(tmp_path / "pictures" / "annotations" / "captions_x.json")
+    source = open_source(tmp_path / "pictures")
+    assert [source.key(i) for i in range(len(source))] == ["a"]
+    with pytest.raises(BadSample, match="no caption"):
+        source.captions(0)
+    for name in ("list.jsonl", "list.csv", "table.parquet", "b.png"):
+        with pytest.raises(UserError, match=f"{name}: not a known kind of source"):
+            open_source(tmp_path / "pictures" / name)
+
+
+def test_absolute_and_relative_shards_together_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        write_tar(tmp_path / name / "s.tar", ("0.png", b"1"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="some paths begin with a / and others do not; write all alike"):
+        open_source(f"{{{tmp_path}/a,b}}/s.tar")
+    with pytest.raises(UserError, match="is not a range"):
+        expand_braces(f"a-{{0..{'9' * 5000}}}")
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_a_folder_that_cannot_be_listed_now_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    for folder in ("a", "b"):
+        write_sample(tmp_path / folder, "1", noise(40, 40), "a caption")
+    whole, real, left = FolderSource(tmp_path), os.scandir, 2
+    monkeypatch.setattr("dalle_cli.data.source.PAUSES", (0.0, 0.0))
+
+    def scandir(path: Path) -> Any:
+        nonlocal left
+        if Path(path).name == "b" and left:
+            left -= 1
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    again = FolderSource(tmp_path)
+    assert (len(again), again.identity, again.skipped) == (2, whole.identity, [])
+    left = 9
+    with pytest.raises(UserError, match=r"b: cannot be read any more .*; see to its disk"):
+        FolderSource(tmp_path)
+    left, number = 9, errno.EACCES
+    assert FolderSource(tmp_path).skipped == [("b/", "the folder cannot be read: Permission denied")]

@@ -143,6 +143,18 @@ def test_features_are_cached_by_content(features: Features, tmp_path: Path, monk
     for file in cache.iterdir():
         file.write_bytes(file.read_bytes()[:20])
     np.testing.assert_array_equal(cached_features(moved, digests, features, cache).whole().vectors, first.vectors)
+    rng = np.random.default_rng(0)
+    for flip in range(30):
+        file = sorted(cache.iterdir())[flip % 6]
+        flipped = bytearray(file.read_bytes())
+        flipped[-1 - int(rng.integers(min(len(flipped), 60)))] ^= 1 << int(rng.integers(8))
+        file.write_bytes(flipped)
+        for blur, wanted in ((0, first), (2, blurred)):
+            found = cached_features(moved, digests, features, cache, blur=blur).whole()
+            assert torch.equal(found.vectors, wanted.vectors)
+            assert wanted.logits is not None
+            assert found.logits is not None
+            assert torch.equal(found.logits, wanted.logits)
     noise(77).save(tmp_path / "moved" / "x009.png")
     changed = cached_features(moved, survey(moved).digests, features, cache).whole()
     assert (changed.vectors != first.vectors).any(dim=1).tolist() == [False] * 9 + [True]

@@ -275,6 +275,15 @@ def test_only_the_pages_and_the_pictures_are_served(tmp_path: Path) -> None:
         assert urlsplit(served.url).hostname == "127.0.0.1"
 
 
+def test_a_picture_that_is_gone_ends_nothing(tmp_path: Path) -> None:
+    folder, study = small_study(tmp_path, pairs=2)
+    with serving(folder) as served:
+        (folder / "pictures" / study.items[0].left).unlink()
+        status, answer, _ = served.get(f"pictures/{study.items[0].left}")
+        assert (status, json.loads(answer)["error"]) == (503, "the picture cannot be read now; try again")
+        assert served.get(f"pictures/{study.items[0].right}")[0] == 200
+
+
 def test_every_acknowledged_vote_outlives_kill_9(tmp_path: Path) -> None:
     folder, study = small_study(tmp_path, pairs=60, checks=0)
     acknowledged: Stored = {}

@@ -363,21 +363,51 @@ def test_a_full_gpu_halves_the_batch(
 def test_a_disk_that_fills_up_loses_nothing(
     sampler: Sampler, whole: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = store.SampleStore._save
+    original = store.SampleStore.save
 
     def save(self: store.SampleStore, picture: np.ndarray, name: str) -> None:
         if name.startswith("00001-") and name.endswith("-00001.png"):
             raise OSError(errno.ENOSPC, "No space left on device")
         original(self, picture, name)
 
-    monkeypatch.setattr(store.SampleStore, "_save", save)
+    monkeypatch.setattr(store.SampleStore, "save", save)
     lines: list[dict[str, Any]] = []
     with pytest.raises(UserError, match="No space left"):
         lines.extend(sampler.run(request(1), tmp_path / "s"))
     assert [(line["prompt_index"], line["index"]) for line in lines] == [(0, 0), (0, 1), (0, 2), (1, 0)]
     assert zarr.open_group(str(tmp_path / "s" / STORE), mode="r").attrs["rows"] == 4
-    monkeypatch.setattr(store.SampleStore, "_save", original)
+    monkeypatch.setattr(store.SampleStore, "save", original)
     assert pictures(list(sampler.run(request(), tmp_path / "s"))) == pictures(whole)
+
+
+def test_a_temperature_that_would_overflow_is_refused(places: RunFolders, call: Call, tmp_path: Path) -> None:
+    draw = ("sample", places.prior, "a star", "--n", 1)
+    for temperature in ("1e-320", "0.0009"):
+        refused = call(*draw, "--temperature", temperature, "--out", tmp_path / "s").mistake()
+        assert "is above 0 and below 0.001; give 0, which takes the likeliest token" in refused
+    assert not (tmp_path / "s").exists()
+    for temperature in ("0", "0.001", "1e308"):
+        assert call(*draw, "--temperature", temperature, "--out", tmp_path / temperature).code == 0
+
+
+def test_pictures_that_are_gone_or_cut_short_are_drawn_again(
+    places: RunFolders, whole: list[dict[str, Any]], call: Call, tmp_path: Path
+) -> None:
+    draw = ("sample", places.prior, *PROMPTS, "--n", N, "--seed", 7, "--out", tmp_path / "s")
+    lines = call(*draw).lines
+    gone, cut, zeros, empty = (Path(lines[row]["png"]) for row in (0, 4, 5, 11))
+    gone.unlink()
+    cut.write_bytes(cut.read_bytes()[:-20])
+    zeros.write_bytes(bytes(zeros.stat().st_size))
+    empty.write_bytes(b"")
+    damaged = call("verify", tmp_path / "s")
+    assert sum(f"{file}: " in damaged.out and "draw it again" in damaged.out for file in (gone, cut, zeros, empty)) == 4
+    again = call(*draw)
+    assert "4 pictures are missing or were cut short; they are drawn again" in again.err
+    assert again.lines == lines
+    assert pictures(lines) == pictures(whole)
+    assert call("verify", tmp_path / "s").code == 0
+    assert "drawn again" not in call(*draw).err
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8"])

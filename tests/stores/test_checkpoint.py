@@ -102,6 +102,22 @@ def test_the_newest_steps_are_found_and_kept(steps: list[int], keep: int) -> Non
         assert sorted(p.name for p in run.iterdir()) == [f"step-{s:08d}" for s in sorted(steps)[-keep:]]
 
 
+def test_what_a_user_puts_beside_checkpoints_is_left_alone(tmp_path: Path) -> None:
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    for step in (1, 2, 3):
+        save(run, step)
+    run.joinpath("step-00000001").rename(elsewhere)
+    step_folder(run, 1).symlink_to(elsewhere)
+    (run / "step-00000002-best").mkdir()
+    (run / "step-00000009").write_text("a list of my runs")
+    prune(run, keep=1)
+    assert open_checkpoint(run).step == 3
+    assert (elsewhere / "manifest.json").is_file()
+    assert sorted(path.name for path in run.iterdir()) == [
+        "step-00000001", "step-00000002-best", "step-00000003", "step-00000009",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("fault", ["weights", "optimizer", "recipe", "killed"])
 def test_what_goes_wrong_while_saving_leaves_nothing(tmp_path: Path, fault: str) -> None:
     save(tmp_path / "run", 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import threading
@@ -14,6 +15,7 @@ from conftest import Call
 from helpers.running import smallest_recipe, write_recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from dalle_cli.config.load import load_recipe
 from dalle_cli.config.schema import Recipe
@@ -177,6 +179,22 @@ def test_one_that_cannot_write_keeps_all_from_it(
         assert "No space left on device" in str(raised)
     assert open_checkpoint(tmp_path).files == before
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+
+
+@pytest.mark.parametrize("text", ["I/O error: as it is (os error {0})", "IoError(Os {{ code: {0}, kind: Other }})"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
+def test_a_fault_of_the_disk_while_weights_are_written_keeps_its_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, number: int
+) -> None:
+    """Safetensors reports each as an error of its own, which would end the command in a traceback."""
+
+    def failing(*_: object) -> None:
+        raise SafetensorError(text.format(number))
+
+    monkeypatch.setattr("safetensors.torch.save_file", failing)
+    with pytest.raises(OSError, match=r"model\.safetensors") as found:
+        save_tensors({"x": torch.zeros(2)}, tmp_path / "model.safetensors")
+    assert found.value.errno == number
 
 
 def test_a_checkpoint_half_written_is_none(recipe: Recipe, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import subprocess
 import sys
@@ -15,15 +16,18 @@ from unittest import mock
 import pytest
 
 from dalle_cli.errors import UserError
+from dalle_cli.shapes.world import make_shapes
 from dalle_cli.stores.files import (
     append_json_line,
     csv_text,
+    json_text,
     locked,
     new_directory,
     owned,
     read_json_lines,
     split_lines,
     write_atomically,
+    write_json,
 )
 
 
@@ -45,10 +49,38 @@ def test_a_file_never_takes_the_place_of_a_folder(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "kept").write_text("1")
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(UserError, match="folder: is a folder; name a file"):
         write_atomically(folder, "text")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
     assert (folder / "kept").read_text() == "1"
+
+
+def test_a_link_stays_one_and_a_pipe_takes_what_is_written(tmp_path: Path) -> None:
+    target, link, pipe = tmp_path / "deep" / "target", tmp_path / "link", tmp_path / "pipe"
+    link.symlink_to(target)
+    for text in ("first", "second"):  # before the target is there, and in its place
+        write_atomically(link, text)
+        assert link.is_symlink()
+        assert target.read_text() == text
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit(pipe.read_bytes)
+        write_atomically(pipe, "through")
+        assert read.result(timeout=30) == b"through"
+    assert pipe.is_fifo()
+    write_atomically(Path(os.devnull), "nothing")
+    assert Path(os.devnull).is_char_device()
+
+
+def test_names_that_are_not_utf_8_come_back(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    write_json(tmp_path / "value.json", {name: name})
+    assert json.loads((tmp_path / "value.json").read_bytes()) == {name: name}
+    assert (tmp_path / "value.json").read_text() == json_text({name: name})
+    append_json_line(tmp_path / "lines.jsonl", {"name": name})
+    assert read_json_lines(tmp_path / "lines.jsonl") == [{"name": name}]
+    write_atomically(tmp_path / "page.html", f"<p>{name}</p>")
+    assert (tmp_path / "page.html").read_text() == "<p>caf\\udce9</p>"
 
 
 def test_everything_is_on_the_disk_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,9 +105,10 @@ def test_everything_is_on_the_disk_before_it_is_renamed(tmp_path: Path, monkeypa
         (folder / "deep").mkdir()
         (folder / "deep" / "a").write_text("1")
         (folder / "b").write_text("2")
+    make_shapes(tmp_path / "world", n=1, test_n=0, seed=0, size=32)
     renames = [at for at, (kind, _) in enumerate(events) if kind == "rename"]
-    assert [events[at][1].name for at in renames] == ["file", "folder"]
-    assert all(events[at + 1] == ("sync", tmp_path) for at in renames)
+    assert [events[at][1].name for at in renames] == ["file", "folder", "world.json", "shapes-00000.tar"]
+    assert all(events[at + 1] == ("sync", events[at][1].parent) for at in renames)
 
 
 def test_a_file_is_the_old_or_the_new(tmp_path: Path) -> None:
@@ -175,9 +208,11 @@ def test_a_torn_line_swallows_no_later_one(tmp_path: Path) -> None:
     with file.open("ab") as torn:
         torn.write(b'{"name": "ha')
     append_json_line(file, {"name": "b"})
+    with file.open("a") as deep:
+        deep.write("[" * 100_000 + "\n")
     append_json_line(file, {"name": "c"})
     assert [line["name"] for line in read_json_lines(file)] == ["größe\u2028", "b", "c"]
-    assert file.read_bytes().count(b"\n") == 4
+    assert file.read_bytes().count(b"\n") == 5
 
 
 def test_no_text_of_a_csv_file_is_a_formula() -> None:

@@ -20,11 +20,14 @@ from dalle_cli.clip.scoring import load_scorer
 from dalle_cli.config.load import load_recipe
 from dalle_cli.dvae.train import load_dvae
 from dalle_cli.errors import UserError
+from dalle_cli.fid.figures import FORMAT, VERSION
 from dalle_cli.prior.model import load_prior
 from dalle_cli.prior.train import train_prior
+from dalle_cli.report.report import write_report
 from dalle_cli.stores.checkpoint import manifest_checksum, open_checkpoint
 from dalle_cli.stores.checksums import CHECKSUMS
-from dalle_cli.stores.files import json_text, sha256_file
+from dalle_cli.stores.files import encoded, json_text, sha256_file
+from dalle_cli.stores.provenance import record_command
 from dalle_cli.stores.scores import sample_stores, store_lines
 from dalle_cli.stores.tokens import TokenReader
 from dalle_cli.stores.usable_rows import usable_rows
@@ -34,22 +37,37 @@ from dalle_cli.views.describe import describe
 DEEP = "\ud7ff deep"
 """Stands for 100,000 nested lists, which no JSON library writes."""
 HOSTILE = (
-    *(None, True, "", "x", "\x1b[2J", "a" * 64, DEEP, -1, 0, 7, 2**70, 1e308, math.nan, math.inf),
+    *(None, True, "", "x", "\x1b[2J", "a" * 64, "a\0b", "\ud800", DEEP),
+    *(-1, 0, 7, 2**70, 1e308, math.nan, math.inf),
     *([], [[]], ["x"], [1, 2, 3], {}, {"x": 1}),
 )
-EXAMPLES = 120
+EXAMPLES, REPORTS = 120, 30
 
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> TinyChain:
     chain = build_chain(tmp_path_factory.mktemp("chain"))
     assert run("rerank", "--clip", chain.places.clip, stdin=chain.ranked.read_text()).code == 0
+    record_command(chain.places.tokens)
+    share = {"value": 0.5, "prompts": 2}
+    accuracy = {"prompts": 2, "samples": 4, "pool_size": 2, "best": share, "single": None, "any_right": share}
+    figures = {"fid": 1.0, "kid_mean": 0.1, "kid_subset_size": 3, "kid_subsets": 4, "n_generated": 5, "n_reference": 6}
+    system = {"name": "s", "generated": "g", "feature_dimensions": 3, **figures, "blur": [], "pool": []}
+    system["accuracy"] = {"seen pairs": {**accuracy, "by_pool_size": {"1": share, "2": share}}}
+    head = {"format": FORMAT, "version": VERSION, "command": "c", "reference": "r", "size": 32, "features": "clip f"}
+    fid = {**head, "score_name": "clip_is", "systems": [system]}
+    (chain.places.root / "fid.json").write_text(json_text(fid))
     return chain
 
 
 def json_files(root: Path) -> list[Path]:
-    found = [path for path in root.rglob("*.json") if path.name != CHECKSUMS]
+    """Return the files of a run that hold JSON, or objects of JSON in lines."""
+    found = [path for ending in ("json", "jsonl") for path in root.rglob(f"*.{ending}") if path.name != CHECKSUMS]
     return sorted(path for path in found if not path.name.startswith("."))
+
+
+def content_of(file: Path) -> Any:
+    return json.loads(file.read_text()) if file.suffix == ".json" else list(map(json.loads, file.open()))
 
 
 def replaced(value: Any, draw: Callable[[Any], Any]) -> Any:
@@ -67,7 +85,11 @@ def replaced(value: Any, draw: Callable[[Any], Any]) -> Any:
 
 
 def write(file: Path, value: Any) -> None:
-    file.write_text(json_text(value).replace(json.dumps(DEEP, ensure_ascii=False), "[" * 100_000 + "]" * 100_000))
+    if file.suffix == ".jsonl" and isinstance(value, list):
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in value)
+    else:
+        text = json_text(value)
+    file.write_bytes(encoded(text.replace(json.dumps(DEEP, ensure_ascii=False), "[" * 100_000 + "]" * 100_000)))
 
 
 def sign_again(root: Path, changed: Path) -> None:
@@ -111,23 +133,42 @@ def read_everything(chain: TinyChain) -> None:
             read()
 
 
-@settings(max_examples=EXAMPLES, derandomize=True)
-@given(data=st.data())
-def test_no_json_of_a_run_ends_in_a_traceback(chain: TinyChain, data: st.DataObject) -> None:
+def report_everything(chain: TinyChain) -> None:
+    root = chain.places.root
+    with suppress(UserError):
+        write_report(chain.recipe, chain.ranked, [root / "fid.json"], root.parent / "report")
+
+
+def read_with_something_hostile(
+    chain: TinyChain, draw: Callable[[Any], Any], read: Callable[[TinyChain], None]
+) -> None:
+    """Put something hostile into one of the run's files, read the run, and put the file back."""
     root = chain.places.root
     signed = [*root.rglob("manifest.json"), *root.rglob(CHECKSUMS)]
-    file = data.draw(st.sampled_from(json_files(root)).map(lambda path: path.relative_to(root)))
+    file = draw(st.sampled_from(json_files(root)).map(lambda path: path.relative_to(root)))
     whole = {path: path.read_bytes() for path in {*signed, root / file}}
-    value = replaced(json.loads(whole[root / file]), data.draw)
+    value = replaced(content_of(root / file), draw)
     try:
         if file.name == "manifest.json" and isinstance(value, dict):
             value["checksum"] = manifest_checksum(value)
         write(root / file, value)
         sign_again(root, root / file)
-        read_everything(chain)
+        read(chain)
     finally:
         for path, content in whole.items():
             path.write_bytes(content)
+
+
+@settings(max_examples=EXAMPLES, derandomize=True)
+@given(data=st.data())
+def test_no_json_of_a_run_ends_in_a_traceback(chain: TinyChain, data: st.DataObject) -> None:
+    read_with_something_hostile(chain, data.draw, read_everything)
+
+
+@settings(max_examples=REPORTS, derandomize=True)
+@given(data=st.data())
+def test_no_json_of_a_run_ends_its_report_in_a_traceback(chain: TinyChain, data: st.DataObject) -> None:
+    read_with_something_hostile(chain, data.draw, report_everything)
 
 
 def test_an_unchanged_run_is_read(chain: TinyChain) -> None:
@@ -137,4 +178,6 @@ def test_an_unchanged_run_is_read(chain: TinyChain) -> None:
     sign_again(chain.places.root, chain.places.root)
     assert {path: path.read_bytes() for path in signed} == signed
     read_everything(chain)
+    report = write_report(chain.recipe, chain.ranked, [chain.places.root / "fid.json"], chain.places.root.parent / "r")
+    assert report.figures.fid[0].system.accuracy["seen pairs"].by_pool_size[2].value == 0.5
     assert load_recipe(chain.recipe_file) == chain.recipe

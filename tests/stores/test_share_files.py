@@ -30,7 +30,7 @@ def test_other_and_damaged_shares_are_refused(tmp_path: Path) -> None:
         ShareFiles(tmp_path, 2, {"source": "t"}, KIND).read()
     file = tmp_path / "0001-of-0002.json"
     text = file.read_text()
-    for damaged in ("", "[]", text.replace("0.5", "0.25"), text.replace("[0.5]", "0.5"), text[:-9]):
+    for damaged in ("", "[]", text.replace("0.5", "0.25"), text.replace("[0.5]", "0.5"), text[:-9], "[" * 10**5):
         file.write_text(damaged)
         with pytest.raises(UserError, match=r"is damaged \(\w+\); delete it and make share 1/2 again"):
             files.read()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,6 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dalle_cli.errors import UserError
+from dalle_cli.stores import files
+from dalle_cli.stores.shards import WHOLE, Shares
 from dalle_cli.stores.token_writer import PartWriter
 from dalle_cli.stores.tokens import TokenReader
 from dalle_cli.stores.usable_rows import usable_rows
@@ -201,3 +205,54 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path: Path, in
     with pytest.raises(UserError, match="is no token store; choose another --tokens"):
         PartWriter(tmp_path / "t", "text", IDENTITY, 8)
     assert [path.name for path in (tmp_path / "t").iterdir()] == [inside]
+
+
+@pytest.mark.parametrize("damage", ["nothing", '{"key": "a"}', "[" * 10**5, "[1]", "7", "\0" * 40])
+def test_a_damaged_list_of_skipped_samples_is_one_line(tmp_path: Path, damage: str) -> None:
+    """A power cut may leave zeros in a file that grew."""
+    path = tmp_path / "tokens"
+    keys, arrays, skipped = text_rows(0, 20)
+    with PartWriter(path, "text", IDENTITY, 20) as writer:
+        writer.append(keys, arrays, skipped)
+        report = path / "skipped-text.jsonl"
+        lines = report.read_text().splitlines()
+        report.write_text("\n".join([damage, *lines[1:]]) + "\n")
+        with pytest.raises(UserError, match=f"skipped-text.jsonl: lists {len(skipped) - 1} of {len(skipped)} skipped"):
+            writer.finish()
+
+
+def test_what_lies_among_the_files_of_progress_is_no_share(tmp_path: Path) -> None:
+    path = tmp_path / "tokens"
+    with PartWriter(path, "text", IDENTITY, 20):
+        for name in ("text-0000-of-0000.json", "text-0005-of-0003.json", "text-1-of-2.json"):
+            (path / "progress" / name).write_text("{}")
+        assert Shares(path, "text").begun() == [WHOLE]
+
+
+def test_one_writer_sweeps_nothing_that_another_is_writing(tmp_path: Path) -> None:
+    """Completing the text must not delete the file that the writer of the images is about to rename."""
+    path = tmp_path / "tokens"
+    keys, arrays, skipped = text_rows(0, 20)
+    real, swept = files.rename_synced, []
+
+    def wait_for_the_sweep(beside: Path, place: Path) -> None:
+        sweep = pool.submit(writer._keep_usable_rows)
+        time.sleep(0.2)
+        swept.append((sweep, beside.exists()))
+        real(beside, place)
+
+    with PartWriter(path, "text", IDENTITY, 20) as writer, ThreadPoolExecutor(1) as pool:
+        writer.append(keys, arrays, skipped)
+        writer.finish()
+        with PartWriter(path, "image", IDENTITY, 20) as images:
+            ok = {"image": np.zeros((20, 2, 2), np.uint16), "image_ok": np.ones(20, np.uint8)}
+            images.append(keys, ok, {})
+            checksums = path / "checksums.json"
+            with mock.patch("dalle_cli.stores.token_writer.write_checksums") as write, images._common_lock():
+                write.side_effect = lambda *_: wait_for_the_sweep(beside, checksums)
+                beside = path / ".checksums.json.4711"
+                beside.write_text(checksums.read_text())
+                images._write_checksums()
+            ((sweep, there),) = swept
+            assert there
+            sweep.result(timeout=30)

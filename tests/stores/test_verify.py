@@ -87,7 +87,7 @@ def test_the_damaged_file_is_named(chain: TinyChain) -> None:
     done = run("verify", chain.places.root)
     picture.write_bytes(whole)
     assert done.code == 2
-    assert f"{picture}: is damaged: wrong checksum of a PNG's 'IDAT' chunk; draw it again" in done.out
+    assert f"{picture}: is damaged: wrong checksum of a PNG's 'IDAT' chunk; delete it and draw it again" in done.out
     assert run("verify", chain.places.samples).code == 0
     assert run("verify", picture.parent).code == 0
 

@@ -17,7 +17,7 @@ from helpers.token_stores import write_tokens
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
-from dalle_cli.training.journal import Journal
+from dalle_cli.training.journal import Journal, pictures_of
 from dalle_cli.training.throughput import THROUGHPUT_KEYS
 
 FAKE_WANDB = """
@@ -120,6 +120,19 @@ def test_what_a_killed_process_left_half_written_is_deleted(tmp_path: Path) -> N
     hidden = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob(".*"))
     assert hidden == [".notes", "validation/.DS_Store"]
     assert (tmp_path / "validation" / "grid-00000001.png").is_file()
+
+
+def test_a_user_s_picture_among_those_of_validations_is_left_alone(tmp_path: Path) -> None:
+    with Journal(tmp_path, 0) as journal:
+        for step in (1, 2):
+            journal.log_validation(step, {"loss": 1.0}, {"grid": torch.zeros(3, 2, 2, dtype=torch.uint8)})
+    for name in ("notes.png", "my-curve.png", "grid-2.png", "grid-00000002.jpg"):
+        (tmp_path / "validation" / name).write_text("mine")
+    with Journal(tmp_path, 1):
+        pass
+    left = sorted(path.name for path in (tmp_path / "validation").iterdir())
+    assert left == ["grid-00000001.png", "grid-00000002.jpg", "grid-2.png", "my-curve.png", "notes.png"]
+    assert pictures_of(tmp_path, "grid") == [(1, tmp_path / "validation" / "grid-00000001.png")]
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:

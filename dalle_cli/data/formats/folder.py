@@ -21,8 +21,10 @@ from dalle_cli.data.source import (
     describe,
     first_captions_of,
     is_unicode,
+    read_again,
     read_caption_file,
     read_image_file,
+    size_of,
     split_extension,
     unread_format,
 )
@@ -90,8 +92,8 @@ class FolderSource:
         files = [image.extension, *image.captions]
         for file in [*(f"{key}.{extension}" for extension in files), *([image.elsewhere] if image.elsewhere else [])]:
             yield file
-            with suppress(OSError):  # told when the sample is read
-                yield os.stat(self._root / file).st_size
+            with suppress(BadSample):  # told when the sample is read
+                yield size_of(self._root / file)
 
     def describe(self) -> str:
         without = len(self) - self.captioned
@@ -175,25 +177,31 @@ class FolderSource:
         """Return the images and captions directly in a folder; append its subfolders to `folders`."""
         found: list[str] = []
         try:
-            with os.scandir(self._root / below) as entries:
-                for entry in entries:
-                    if entry.name.startswith("."):
-                        continue
-                    if entry.is_dir(follow_symlinks=False):
-                        folders.append(f"{below}{entry.name}/")
-                    elif split_extension(entry.name)[1] in _WANTED:
-                        if not is_unicode(below + entry.name):
-                            self._skip(printable(below + entry.name), "the file's name is not UTF-8")
-                        elif not entry.is_file():
-                            self._skip(below + entry.name, "not a file, or a broken link")
-                        else:
-                            found.append(entry.name)
-        except OSError as error:
-            self._skip(printable(below) or ".", f"the folder cannot be read: {error.strerror}")
+            entries = read_again("the folder", partial(_entries, self._root / below))
+        except BadSample as error:
+            self._skip(printable(below) or ".", str(error))
+            return found
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(f"{below}{entry.name}/")
+            elif split_extension(entry.name)[1] in _WANTED:
+                if not is_unicode(below + entry.name):
+                    self._skip(printable(below + entry.name), "the file's name is not UTF-8")
+                elif not entry.is_file():
+                    self._skip(below + entry.name, "not a file, or a broken link")
+                else:
+                    found.append(entry.name)
         return found
 
     def _skip(self, what: str, reason: str) -> None:
         self.skipped.append((what, reason))
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return list(entries)
 
 
 def _normal(name: str) -> str:

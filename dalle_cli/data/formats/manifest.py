@@ -20,6 +20,7 @@ from dalle_cli.data.source import (
     describe,
     is_unicode,
     read_image_file,
+    size_of,
     split_extension,
 )
 from dalle_cli.errors import UserError
@@ -80,8 +81,8 @@ class ManifestSource:
         """Yield the sizes of some pictures, spread over all, since there may be too many on a slow file system."""
         for i in np.linspace(0, len(self) - 1, min(len(self), _SIZED), dtype=int).tolist():
             image = normal_path(self._table.image(self._rows(i)[0]))
-            with suppress(OSError):
-                yield image, os.stat(self._root / image).st_size
+            with suppress(BadSample):  # it is not there, which is told when it is read
+                yield image, size_of(self._root / image)
 
     def describe(self) -> str:
         return describe(self)

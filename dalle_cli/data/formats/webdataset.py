@@ -266,5 +266,10 @@ _refused = False
 
 def _labels(shards: Sequence[TarFile]) -> list[str]:
     """Return each shard's prefix of keys: its path without extension below the common folder of all shards."""
-    common = os.path.commonpath([shard.path.parent for shard in shards])
+    try:
+        common = os.path.commonpath([shard.path.parent for shard in shards])
+    except ValueError:
+        raise UserError(
+            f"{shards[0].path} and others: some paths begin with a / and others do not; write all alike"
+        ) from None
     return [shard.path.relative_to(common).with_suffix("").as_posix() for shard in shards]

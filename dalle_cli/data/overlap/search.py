@@ -6,7 +6,6 @@ by more than about 5 % at a side or drawn over are not found, nor are pictures o
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +15,7 @@ import numpy as np
 from dalle_cli.data.overlap.pairs import SIMILARITY_THRESHOLD, Pairs, near_duplicates
 from dalle_cli.data.overlap.pictures import UniquePictures, read_pictures
 from dalle_cli.data.source import Source
+from dalle_cli.progress import printable_json
 
 
 class Match(NamedTuple):
@@ -48,7 +48,7 @@ class Overlap:
             key, other = self.source.key(match.row), self.other.key(match.other)
             distance = {} if match.distance is None else {"distance": match.distance}
             found = {"key": key, "match": other, **distance, "similarity": round(match.similarity, 3)}
-            lines.append(json.dumps(found, ensure_ascii=False) + "\n")
+            lines.append(printable_json(found) + "\n")
         return "".join(lines)
 
     def summary(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +19,11 @@ from dalle_cli.errors import UserError
 from dalle_cli.progress import progress
 from dalle_cli.stores.files import explain_os_errors, owned
 
-_BYTES = SIDE * SIDE * 3
+_RECORD = np.dtype([("picture", "u1", (SIDE, SIDE, 3)), ("crc32", "<u4")])
+"""A thumbnail in a file, with its checksum."""
 _BLOCK = 64
-_VERSION = "thumbnails 1"
-"""Version of the thumbnails; a file made by another version is not used."""
+_VERSION = "thumbnails 2"
+"""Version of the files; one made by another version is not used. Version 1 had no checksums."""
 
 
 class ThumbnailFiles:
@@ -42,7 +44,7 @@ class ThumbnailFiles:
         """Return the thumbnails of some rows, in their order; the files are read in ascending order.
 
         Raises:
-            UserError: a file was shortened or is gone.
+            UserError: a file was shortened, is damaged or is gone.
         """
         wanted = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else rows
         distinct, place = np.unique(wanted, return_inverse=True)
@@ -61,14 +63,30 @@ def _read(file: Path, rows: NDArray[np.int64], into: Thumbnails) -> None:
         raise UserError(f"{file}: is gone; run the command that made it again")
     with explain_os_errors(file), file.open("rb") as opened:
         for start, stop in zip(starts, np.append(starts[1:], len(rows)), strict=True):
-            opened.seek(int(rows[start]) * _BYTES)
-            if opened.readinto(into[start:stop].data) != (stop - start) * _BYTES:
+            opened.seek(int(rows[start]) * _RECORD.itemsize)
+            content = opened.read(int(stop - start) * _RECORD.itemsize)
+            if len(content) != (stop - start) * _RECORD.itemsize:
                 raise UserError(f"{file}: is shorter than it was; delete it and run again")
+            records = np.frombuffer(content, _RECORD)
+            into[start:stop] = records["picture"]
+            if _checksums(into[start:stop]) != records["crc32"].tolist():
+                raise UserError(f"{file}: is damaged; delete it and run again")
+
+
+def _checksums(thumbnails: Thumbnails) -> list[int]:
+    return [zlib.crc32(picture) for picture in thumbnails]
+
+
+def records_of(thumbnails: Thumbnails) -> bytes:
+    """Return thumbnails (n, SIDE, SIDE, 3) uint8 as a file holds them."""
+    records = np.empty(len(thumbnails), _RECORD)
+    records["picture"], records["crc32"] = thumbnails, _checksums(thumbnails)
+    return records.tobytes()
 
 
 @dataclass(frozen=True)
 class _ThumbnailReader:
-    """Makes the thumbnails of rows, as bytes; a picture that cannot be read is black."""
+    """Makes the thumbnails of rows, as a file holds them; a picture that cannot be read is black."""
 
     source: Source
     max_pixels: int
@@ -80,7 +98,7 @@ class _ThumbnailReader:
                 thumbnails[place] = thumbnail(decode_image(self.source.image_bytes(row), self.max_pixels))
             except (BadSample, BadImage):
                 continue
-        return thumbnails.tobytes()
+        return records_of(thumbnails)
 
 
 def read_thumbnails(source: Source, folder: Path, *, max_pixels: int, workers: int) -> ThumbnailFiles:
@@ -101,8 +119,8 @@ def make_thumbnails(source: Source, rows: range, file: Path, *, max_pixels: int,
     with explain_os_errors(file.parent):
         file.parent.mkdir(parents=True, exist_ok=True)
         with owned(file), file.open("ab") as out:
-            done = out.tell() // _BYTES  # thumbnails are appended in order, so all whole ones are valid
-            out.truncate(done * _BYTES)
+            done = out.tell() // _RECORD.itemsize  # they are appended in order, and checked when they are read
+            out.truncate(done * _RECORD.itemsize)
             with progress("thumbnails", len(rows), "pictures", done) as bar:
                 blocks = split_blocks(rows[done:], _BLOCK)
                 made = map_blocks(_ThumbnailReader(source, max_pixels), blocks, workers, afresh=on_server(source))
