@@ -38,6 +38,8 @@ from dalle_cli.stores.tensor_files import Part, Slab
 
 SWAPPED_NUMBERS = 10**8
 """Number of parameters whose weights and moments travel to and from NVMe together."""
+STATE_BUFFERS = 4
+"""Buffers of SWAPPED_NUMBERS in host memory: for weights, gradients and two moments on their way."""
 BUCKET_NUMBERS = 5 * 10**7
 """Most gradients that are reduced together."""
 LIVE_NUMBERS = 3 * 10**8
@@ -375,7 +377,8 @@ def deepspeed_config(sharding: Sharding, adam: Adam, work: Work, device: torch.d
     if sharding.offload == "cpu":
         zero["offload_optimizer"] = {"device": "cpu", **pin}
     elif sharding.offload == "nvme":
-        zero["offload_optimizer"] = {"device": "nvme", "nvme_path": sharding.nvme_path, **pin}
+        disk = {"device": "nvme", "nvme_path": sharding.nvme_path, "buffer_count": STATE_BUFFERS}
+        zero["offload_optimizer"] = {**disk, **pin}
         zero["sub_group_size"] = SWAPPED_NUMBERS
     if sharding.offload != "none" and sharding.zero == 3:
         # The weights to compute with stay in host memory: swapping them too fails in DeepSpeed 0.19.8.
@@ -388,6 +391,18 @@ def deepspeed_config(sharding: Sharding, adam: Adam, work: Work, device: torch.d
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
+
+
+def refuse_few_stages(sharding: Sharding, nodes: int) -> None:
+    """Raise UserError if gradients are to be summed between ``nodes`` under a ZeRO stage that does not shard weights.
+
+    Only stage 3 lets a rank read and write its part of a gradient between the backward pass and the update.
+    """
+    if sharding.engine == "deepspeed" and nodes > 1 and sharding.zero < 3:
+        raise UserError(
+            f"prior.sharding.zero: several nodes under DeepSpeed need stage 3, not {sharding.zero}; set 3, or "
+            "prior.sharding.engine to fsdp"
+        )
 
 
 @contextmanager

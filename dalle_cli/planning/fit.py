@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pydantic import ValidationError
 
 from dalle_cli.config.schema import Recipe
+from dalle_cli.distributed.deepspeed_engine import refuse_few_stages
 from dalle_cli.errors import UserError
 from dalle_cli.planning.memory import Machines, StatePart, shards_of, training_state, uses_powersgd
 from dalle_cli.planning.peaks import Peaks, phase_peaks
@@ -75,7 +76,7 @@ def check_fit(recipe: Recipe, counts: Counts, machines: Machines) -> Fit:
     """Compute the memory that a recipe's training takes.
 
     Raises:
-        UserError: the batch or the model cannot be split among that many ranks.
+        UserError: the batch or the model cannot be split among that many ranks, or the engine does not train so.
     """
     training, shards = recipe.prior.training, shards_of(recipe.prior, machines)
     if machines.processes > training.batch_size:
@@ -93,6 +94,7 @@ def check_fit(recipe: Recipe, counts: Counts, machines: Machines) -> Fit:
             f"prior.sharding.node_size: {machines.processes} processes are no multiple of {shards}; set a divisor, or "
             "start more"
         )
+    refuse_few_stages(recipe.prior.sharding, machines.processes // shards)
     samples = -(-training.batch_size // machines.processes)
     micro_batch = min(training.micro_batch or samples, samples)
     at_once = min(training.micro_batch or VALIDATION_BATCH, samples, training.validation_samples)

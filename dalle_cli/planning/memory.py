@@ -17,7 +17,7 @@ from dalle_cli.distributed.compression import (
     shard_rank,
     shard_shape,
 )
-from dalle_cli.distributed.deepspeed_engine import BUCKET_NUMBERS
+from dalle_cli.distributed.deepspeed_engine import BUCKET_NUMBERS, STATE_BUFFERS, SWAPPED_NUMBERS
 from dalle_cli.prior.counts import Counts
 
 BYTES_16, BYTES_32 = 2, 4
@@ -70,7 +70,7 @@ def training_state(stage: PriorSettings, counts: Counts, machines: Machines) -> 
     """Return the parts of the training state by name."""
     shards = shards_of(stage, machines)
     if stage.sharding.engine == "deepspeed":
-        return _deepspeed_state(stage, counts, shards) | _powersgd_state(stage, counts, machines)
+        return _deepspeed_state(stage, counts, machines) | _powersgd_state(stage, counts, machines)
     offloads = stage.sharding.zero > 0 and machines.processes > 1 and not machines.on_cpu
     place = stage.sharding.offload if offloads and stage.sharding.offload != "none" else "device"
     ema_place = place if stage.training.ema_every == 1 or machines.on_cpu else "cpu"
@@ -87,25 +87,47 @@ def training_state(stage: PriorSettings, counts: Counts, machines: Machines) -> 
     return parts | _powersgd_state(stage, counts, machines)
 
 
-def _deepspeed_state(stage: PriorSettings, counts: Counts, shards: int) -> dict[str, StatePart]:
+def _deepspeed_state(stage: PriorSettings, counts: Counts, machines: Machines) -> dict[str, StatePart]:
     """Return the parts of the state under DeepSpeed, where all of it is in 32 bit.
 
     With ZeRO 1 and 2, or offloaded, the model computes with a copy of the weights. With ZeRO 1 and 2 every rank holds
-    that copy whole, and with ZeRO 1 the gradients too.
+    that copy whole, and with ZeRO 1 the gradients too. Offloaded gradients are summed in host memory, and then copied
+    to where the optimizer updates, unless ZeRO 2 has a single micro-batch to sum.
     """
     zero, offload, whole = stage.sharding.zero, stage.sharding.offload, BYTES_32 * counts.total
-    held = "device" if offload == "none" else offload
+    shards, held = shards_of(stage, machines), "device" if offload == "none" else offload
     parts = {"weights": StatePart(0, whole, 0, shards, held)}
     if zero < 3:
         parts["weights to compute with"] = StatePart(0, whole, whole, shards)
     elif held != "device":
         parts["weights to compute with"] = StatePart(0, whole, 0, shards, "cpu")
-    parts["gradients"] = StatePart(0, whole, whole, shards) if zero == 1 else StatePart(0, whole, 0, shards, held)
+    host = "device" if held == "device" else "cpu"
+    parts["gradients"] = StatePart(0, whole, whole, shards) if zero == 1 else StatePart(0, whole, 0, shards, host)
+    if held != "device" and (zero != 2 or _accumulates(stage, machines)):
+        parts["gradients to update with"] = StatePart(0, whole, 0, shards, held)
     parts["moments"] = StatePart(0, 2 * whole, 0, shards, held)
-    ema = "cpu" if held != "device" or stage.training.ema_every > 1 else "device"
+    ema = "device" if held == "device" and stage.training.ema_every == 1 else "cpu"
     parts["EMA weights"] = StatePart(0, whole, 0, shards, ema)
     bucket = BYTES_32 * min(BUCKET_NUMBERS, counts.total)
-    return {**parts, "bucket of gradients": StatePart(0, bucket, bucket)}
+    parts["bucket of gradients"] = StatePart(0, bucket, bucket)
+    if offload == "nvme":
+        buffers = _nvme_buffers(counts, shards)
+        parts["buffers of the disk"] = StatePart(0, buffers, buffers, place="cpu")
+    return parts
+
+
+def _nvme_buffers(counts: Counts, shards: int) -> int:
+    """Return the bytes of a rank's buffers for what travels to and from the disk."""
+    largest = max(max(rows * columns for rows, columns in counts.matrices), *counts.others)
+    # A group of parameters ends with the one that makes it large enough.
+    group = min(SWAPPED_NUMBERS + largest // shards, max(counts.effective, counts.other) // shards)
+    return BYTES_32 * STATE_BUFFERS * group
+
+
+def _accumulates(stage: PriorSettings, machines: Machines) -> bool:
+    """Return whether an update has several micro-batches."""
+    samples = -(-stage.training.batch_size // machines.processes)
+    return samples > (stage.training.micro_batch or samples)
 
 
 def _powersgd_state(stage: PriorSettings, counts: Counts, machines: Machines) -> dict[str, StatePart]:

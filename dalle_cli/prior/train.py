@@ -143,11 +143,9 @@ def refuse_unsupported(stage: PriorSettings, group: Group) -> None:
     """Raise UserError for settings that the ranks of ``group`` do not support, before anything is allocated."""
     sharding, powersgd = stage.sharding, stage.powersgd
     if sharding.engine == "deepspeed":
-        if group.size > (sharding.node_size or group.local_size or group.size) and sharding.zero < 3:
-            raise UserError(
-                f"prior.sharding.zero: several nodes under DeepSpeed need stage 3, not {sharding.zero}; set 3, or "
-                "prior.sharding.engine to fsdp"
-            )
+        from dalle_cli.distributed.deepspeed_engine import refuse_few_stages
+
+        refuse_few_stages(sharding, group.size // (sharding.node_size or group.local_size or group.size))
     elif sharding.offload == "cpu" and group.device.type != "cpu" and (group.size == 1 or not sharding.zero):
         raise UserError(
             "prior.sharding.offload: cpu is for several processes with prior.sharding.zero of 1 to 3; start more "

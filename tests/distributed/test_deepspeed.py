@@ -1,4 +1,7 @@
-"""DeepSpeed's engine on several gloo ranks against one process and against FSDP, and runs that change engines."""
+"""DeepSpeed's engine on several gloo ranks: offloading, runs that change engines, PowerSGD, launchers and lost ranks.
+
+``test_sharded_engines.py`` compares its stages with FSDP's.
+"""
 
 from __future__ import annotations
 
@@ -16,33 +19,36 @@ import pytest
 import torch
 from conftest import Call
 from helpers.processes import free_ports, start
-from helpers.running import ENVIRONMENT
+from helpers.running import ENVIRONMENT, Chain
 from helpers.sharded_runs import (
     HALF,
+    assert_same_bytes,
     assert_same_run,
     command,
-    farthest,
     losses,
     make_inputs,
-    run_on_two_ranks,
+    run_all,
+    run_on_ranks,
     run_together,
     train_alone,
 )
 
 from dalle_cli.config.load import load_recipe
-from dalle_cli.config.schema import Adam, Sharding
+from dalle_cli.config.schema import Adam, PriorSettings, Sharding
 from dalle_cli.distributed.deepspeed_engine import Work, deepspeed_config
+from dalle_cli.distributed.group import Group
+from dalle_cli.errors import UserError
+from dalle_cli.planning.memory import Machines
+from dalle_cli.planning.traffic import between_machines
+from dalle_cli.prior.counts import count_parameters
 from dalle_cli.prior.model import build_prior, load_prior
+from dalle_cli.prior.train import refuse_unsupported
 from dalle_cli.stores.checkpoint import open_checkpoint
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="DeepSpeed is for Linux"),
     pytest.mark.timeout(900),  # the runs are made before the first test
 ]
-RUNS_A_PROCESS = 5
-"""Number of runs one after another in a process. After about ten DeepSpeed hangs in a collective; a run of hundreds of
-updates does not."""
-
 CLIP = {"adam.clip_norm": 0.5}
 """The gradients' norm is between 1.4 and 3.2, so every update is clipped."""
 
@@ -54,21 +60,10 @@ def by_deepspeed(zero: int, **more: Any) -> dict[str, Any]:
 MICRO = {"training.micro_batch": 2}
 BEGUN = {"training.updates": HALF}
 LOW_RANK = {"powersgd.rank": 2, "powersgd.min_compression": 0, "sharding.node_size": 1}
-CLIPPED = {
-    "zero 1": by_deepspeed(1, **MICRO),
-    "zero 2": by_deepspeed(2, **MICRO),
-    "zero 3": by_deepspeed(3, **MICRO),
-    "zero 2, offloaded": by_deepspeed(2, **{"sharding.offload": "cpu"}),
-    "two nodes": by_deepspeed(3, **{"sharding.node_size": 1}),
-}
-MORE_CLIPPED = {
-    "recomputed": by_deepspeed(3, **{"model.checkpoint_resblocks": True}),
+OFFLOADED = {
+    "zero 2, offloaded": by_deepspeed(2, **{"sharding.offload": "cpu"}, **MICRO),
     "zero 3, offloaded": by_deepspeed(3, **{"sharding.offload": "cpu"}, **MICRO),
-    "two nodes, full rank": by_deepspeed(
-        3, **{"sharding.node_size": 1, "powersgd.rank": 15, "powersgd.min_compression": 0}
-    ),
 }
-"""Settings of runs on two ranks, all of them with CLIP."""
 
 
 @pytest.fixture(scope="module")
@@ -77,44 +72,25 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def alone(made: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Runs of one process without DeepSpeed."""
-    root = tmp_path_factory.mktemp("alone")
-    return {
-        "clipped": train_alone(made, root / "clipped", **CLIP),
-        "fp32": train_alone(made, root / "fp32"),
-    }
-
-
-def run_all(made: tuple[Path, Path], root: Path, runs: list[tuple[str, dict[str, Any]]]) -> str:
-    """Make runs on two ranks, each in its folder in ``root``, and return what the first rank said."""
-    said = ""
-    for first in range(0, len(runs), RUNS_A_PROCESS):
-        some = runs[first : first + RUNS_A_PROCESS]
-        said += run_together([command(made, root / name, changes) for name, changes in some], 2)[0]
-    return said
+def alone(made: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process without DeepSpeed."""
+    return train_alone(made, tmp_path_factory.mktemp("alone") / "run", **CLIP)
 
 
 @pytest.fixture(scope="module")
 def together(made: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The runs on two ranks, those that one engine began and the other ends, and one in two parts."""
+    """The runs on two ranks, and those that one engine began and the other ends."""
     root, fsdp = tmp_path_factory.mktemp("together"), {"sharding.zero": 2}
-    said = run_all(
-        made,
-        root,
-        [
-            *((name, {**changes, **CLIP}) for name, changes in CLIPPED.items()),
-            ("zero 3 in parts", {**CLIPPED["zero 3"], **CLIP, **BEGUN}),
-            ("zero 3 in parts", {**CLIPPED["zero 3"], **CLIP}),
-            ("low rank", by_deepspeed(3, **LOW_RANK)),
-            ("low rank by fsdp", {"sharding.zero": 3, **LOW_RANK}),
-            ("fsdp, then deepspeed", {**fsdp, **BEGUN}),
-            ("fsdp, then deepspeed", by_deepspeed(3)),
-            ("deepspeed, then fsdp", by_deepspeed(1, **BEGUN)),
-            ("deepspeed, then fsdp", fsdp),
-            ("deepspeed, then one", by_deepspeed(2, **BEGUN)),
-        ],
-    )
+    runs: list[tuple[str, dict[str, Any]]] = [
+        *OFFLOADED.items(),
+        ("fsdp, then deepspeed", {**fsdp, **BEGUN}),
+        ("fsdp, then deepspeed", by_deepspeed(3)),
+        ("low rank by fsdp", {"sharding.zero": 3, **LOW_RANK}),
+        ("low rank", by_deepspeed(3, **LOW_RANK)),
+        ("deepspeed, then fsdp", by_deepspeed(1, **BEGUN)),
+        ("deepspeed, then fsdp", fsdp),
+    ]
+    said = run_all(made, root, [(name, {**CLIP, **changes}) for name, changes in runs])
     assert "resumes with prior.sharding.engine = 'deepspeed', was 'fsdp'" in said
     return root
 
@@ -123,52 +99,34 @@ def together(made: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) 
 def more(made: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Further runs on two ranks, in bf16 and in two parts."""
     root, fsdp, bf16 = tmp_path_factory.mktemp("more"), {"sharding.zero": 2}, {"precision": "bf16"}
-    offloaded = {**CLIPPED["zero 2, offloaded"], **CLIP}
-    run_all(
-        made,
-        root,
-        [
-            *((name, {**changes, **CLIP}) for name, changes in MORE_CLIPPED.items()),
-            ("offloaded", offloaded),
-            ("offloaded in parts", {**offloaded, **BEGUN}),
-            ("offloaded in parts", offloaded),
-            ("low rank", by_deepspeed(3, **LOW_RANK)),
-            ("low rank in parts", by_deepspeed(3, **LOW_RANK, **BEGUN)),
-            ("low rank in parts", by_deepspeed(3, **LOW_RANK)),
-            ("bf16", by_deepspeed(2, **bf16)),
-            ("bf16 by fsdp, then deepspeed", {**fsdp, **bf16, **BEGUN}),
-            ("bf16 by fsdp, then deepspeed", by_deepspeed(3, **bf16)),
-            ("bf16 by deepspeed, then fsdp", by_deepspeed(3, **bf16, **BEGUN)),
-            ("bf16 by deepspeed, then fsdp", {**fsdp, **bf16}),
-        ],
-    )
+    offloaded = OFFLOADED["zero 2, offloaded"]
+    full_rank = {**LOW_RANK, "powersgd.rank": 15}
+    runs: list[tuple[str, dict[str, Any]]] = [
+        ("two nodes, full rank", by_deepspeed(3, **full_rank)),
+        ("offloaded", offloaded),
+        ("offloaded in parts", {**offloaded, **BEGUN}),
+        ("offloaded in parts", offloaded),
+        ("low rank", by_deepspeed(3, **LOW_RANK)),
+        ("low rank in parts", by_deepspeed(3, **LOW_RANK, **BEGUN)),
+        ("low rank in parts", by_deepspeed(3, **LOW_RANK)),
+        ("bf16", by_deepspeed(2, **bf16)),
+        ("bf16 by fsdp, then deepspeed", {**fsdp, **bf16, **BEGUN}),
+        ("bf16 by fsdp, then deepspeed", by_deepspeed(3, **bf16)),
+        ("bf16 by deepspeed, then fsdp", by_deepspeed(3, **bf16, **BEGUN)),
+        ("bf16 by deepspeed, then fsdp", {**fsdp, **bf16}),
+    ]
+    run_all(made, root, [(name, {**CLIP, **changes}) for name, changes in runs])
     return root
 
 
-@pytest.mark.parametrize("case", CLIPPED)
-def test_two_ranks_equal_one_process(case: str, alone: dict[str, Path], together: Path) -> None:
-    assert_same_run(together / case, alone["clipped"])
+@pytest.mark.parametrize("case", OFFLOADED)
+def test_offloading_to_host_memory_changes_nothing(case: str, alone: Path, together: Path) -> None:
+    assert_same_run(together / case, alone)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", MORE_CLIPPED)
-def test_two_ranks_equal_one_process_in_more_ways(case: str, alone: dict[str, Path], more: Path) -> None:
-    assert_same_run(more / case, alone["clipped"])
-
-
-def test_clipping_was_triggered(together: Path) -> None:
-    lines = [json.loads(line) for line in (together / "zero 2" / "metrics.jsonl").read_text().splitlines()]
-    assert all(line["grad_norm"] > CLIP["adam.clip_norm"] for line in lines if "grad_norm" in line)
-    assert {line["skipped_updates"] for line in lines if "skipped_updates" in line} == {0.0}
-
-
-def assert_same_bytes(parts: Path, whole: Path) -> None:
-    assert open_checkpoint(parts).files == open_checkpoint(whole).files
-    assert losses(parts) == losses(whole)
-
-
-def test_a_resumed_run_ends_with_the_same_bytes(together: Path) -> None:
-    assert_same_bytes(together / "zero 3 in parts", together / "zero 3")
+def test_powersgd_of_full_rank_changes_nothing(alone: Path, more: Path) -> None:
+    assert_same_run(more / "two nodes, full rank", alone)
 
 
 @pytest.mark.slow
@@ -178,26 +136,38 @@ def test_a_run_with_more_state_resumes_to_the_same_bytes(case: str, more: Path) 
 
 
 @pytest.mark.parametrize("case", ["fsdp, then deepspeed", "deepspeed, then fsdp"])
-def test_a_run_resumes_under_the_other_engine(case: str, alone: dict[str, Path], together: Path) -> None:
-    assert_same_run(together / case, alone["fp32"])
+def test_a_run_resumes_under_the_other_engine(case: str, alone: Path, together: Path) -> None:
+    assert_same_run(together / case, alone)
 
 
-def test_a_run_of_deepspeed_ends_in_one_process(
-    made: tuple[Path, Path], alone: dict[str, Path], together: Path, call: Call, tmp_path: Path
-) -> None:
-    shutil.copytree(together / "deepspeed, then one", tmp_path / "run")
-    done = call(*command(made, tmp_path / "run", {}))
-    assert done.code == 0, done.err
-    assert "resumes with prior.sharding.engine = 'fsdp', was 'deepspeed'" in done.err
-    assert_same_run(tmp_path / "run", alone["fp32"])
-    ours, theirs = load_prior(open_checkpoint(together / "zero 1")), load_prior(open_checkpoint(alone["clipped"]))
-    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+def test_what_deepspeed_trained_is_exported_and_sampled(by_hand: Chain, call: Call, tmp_path: Path) -> None:
+    """A finished prior trains on under DeepSpeed, and its export draws the samples that the run draws."""
+    run = shutil.copytree(by_hand.prior, tmp_path / "prior")
+    sets = ["--set", "prior.sharding.engine=deepspeed", "--set", "prior.sharding.zero=2"]
+    words = ["train-prior", by_hand.recipe, "--tokens", by_hand.tokens, "--out", run, "--extend", 8, *sets]
+    done = subprocess.run([sys.executable, "-m", "dalle_cli", *map(str, words)], env=ENVIRONMENT, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert call("export", run, tmp_path / "exported", "--checkpoint", "last").code == 0
+    trained, exported = open_checkpoint(run, which="last"), open_checkpoint(tmp_path / "exported", "prior")
+    assert trained.recipe().prior.sharding.engine == "deepspeed"
+    averaged = dict(load_prior(exported).named_parameters())
+    assert {name: p.shape for name, p in averaged.items()} == {n: v.shape for n, v in trained.tensors("ema").items()}
+    assert all(torch.equal(averaged[name], value) for name, value in trained.tensors("ema").items())
+    beside = ("--dvae", by_hand.dvae, "--tokenizer", by_hand.tokenizer)
+    drawn = [
+        call("sample", prior, "a red circle", "--n", 2, *beside, "--out", tmp_path / name, *options)
+        for name, prior, options in (("a", run, ["--checkpoint", "last"]), ("b", tmp_path / "exported", []))
+    ]
+    assert [each.code for each in drawn] == [0, 0], drawn[0].err + drawn[1].err
+    pictures = [[Path(line["png"]).read_bytes() for line in each.lines] for each in drawn]
+    assert len(pictures[0]) == 2
+    assert pictures[0] == pictures[1]
 
 
 @pytest.mark.slow
-def test_in_bf16_all_engines_stay_close_to_one_another(alone: dict[str, Path], more: Path) -> None:
+def test_in_bf16_all_engines_stay_close_to_one_another(alone: Path, more: Path) -> None:
     """DeepSpeed keeps 32-bit weights, and FSDP rounds them stochastically."""
-    whole = losses(alone["fp32"])
+    whole = losses(alone)
     for case in ("bf16", "bf16 by fsdp, then deepspeed", "bf16 by deepspeed, then fsdp"):
         found = losses(more / case)
         assert max(abs(a - b) for a, b in zip(found, whole, strict=True)) < 2e-2
@@ -208,25 +178,22 @@ def test_in_bf16_all_engines_stay_close_to_one_another(alone: dict[str, Path], m
     assert float(moments.read("step.resblocks.0.qkv.weight")) == 2 * HALF
 
 
+def sent_between_nodes(run: Path) -> list[int]:
+    """Return the bytes of each update."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["bytes_between_nodes"] for line in lines if "bytes_between_nodes" in line]
+
+
 def test_low_rank_equals_that_of_fsdp(together: Path, made: tuple[Path, Path]) -> None:
     """Nodes of one rank have whole matrices as shards, so both engines compress the same ones."""
     ours, theirs = together / "low rank", together / "low rank by fsdp"
-    assert max(abs(a - b) for a, b in zip(losses(ours), losses(theirs), strict=True)) < 1e-5
-    assert farthest(open_checkpoint(ours), open_checkpoint(theirs)) < 1e-4
-    sent = [
-        [json.loads(line).get("bytes_between_nodes") for line in (run / "metrics.jsonl").read_text().splitlines()]
-        for run in (ours, theirs)
-    ]
+    assert_same_run(ours, theirs)
     # FSDP holds gains and biases of resblocks whole on all ranks, and counts their sum apart.
     prior = build_prior(load_recipe(made[0]))
     small = sum(p.numel() for name, p in prior.named_parameters() if name.startswith("resblocks.") and p.dim() == 1)
-    assert [a - 4 * small for a in sent[0] if a] == [b for b in sent[1] if b]
-
-
-def test_each_rank_writes_about_half(together: Path) -> None:
-    found = open_checkpoint(together / "zero 2").path
-    sizes = [(found / f"model-0000{i}-of-00002.safetensors").stat().st_size for i in (1, 2)]
-    assert max(sizes) < 0.7 * sum(sizes)
+    sent = sent_between_nodes(ours)
+    assert sent
+    assert [count - 4 * small for count in sent] == sent_between_nodes(theirs)
 
 
 BROKEN = """
@@ -255,26 +222,55 @@ lines.append(update(2, False))
 later = state()
 same = before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
 moved = any(not torch.equal(after[key], later[key]) for key in after)
-rates = [group["lr"] for group in engine.engine.optimizer.param_groups]
-decays = [(group["weight_decay"], group["betas"]) for group in engine.engine.optimizer.param_groups]
+groups = engine.engine.optimizer.param_groups
+
+def decay(name):
+    flat = engine._places[name].flat
+    return groups[engine._zero.sub_group_to_group_id[flat] if recipe.prior.sharding.zero == 3 else flat]["weight_decay"]
+
 print(json.dumps({"lines": lines, "same": same, "moved": moved, "errors": [k for k in before if "error" in k],
-                  "rates": rates, "decays": decays, "clip": engine.engine.gradient_clipping()}))
+                  "rates": [group["lr"] for group in groups], "betas": [group["betas"] for group in groups],
+                  "decays": {name: decay(name) for name in engine.names if engine._places[name].numel},
+                  "clip": engine.engine.gradient_clipping()}))
 """
 
 
-@pytest.mark.parametrize("more", [{}, LOW_RANK], ids=["one node", "two nodes with PowerSGD"])
-def test_a_nan_on_one_rank_changes_nothing_on_any(more: dict[str, Any], made: tuple[Path, Path]) -> None:
-    changes = {**by_deepspeed(3), **more, "adam.clip_norm": 0.25, "adam.weight_decay": 0.125}
-    for found in run_on_two_ranks(BROKEN, made, {f"prior.{key}": value for key, value in changes.items()}):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param(by_deepspeed(1), id="zero 1", marks=pytest.mark.slow),
+        pytest.param(OFFLOADED["zero 2, offloaded"], id="zero 2, offloaded"),
+        pytest.param(by_deepspeed(3), id="zero 3", marks=pytest.mark.slow),
+        pytest.param(by_deepspeed(3, **LOW_RANK), id="two nodes with PowerSGD"),
+    ],
+)
+def test_a_nan_on_one_rank_changes_nothing_on_any(changes: dict[str, Any], made: tuple[Path, Path]) -> None:
+    """Learning rate, weight decay and clipping are read back from DeepSpeed too."""
+    sets = {**changes, "adam.clip_norm": 0.25, "adam.weight_decay": 0.125}
+    ranks = run_on_ranks(BROKEN, made, {f"prior.{key}": value for key, value in sets.items()})
+    for found in ranks:
         assert [line["skipped"] for line in found["lines"]] == [0, 1, 0]
         assert found["lines"][2]["skipped_updates"] == 1
         assert found["same"]
         assert found["moved"]
-        assert bool(found["errors"]) == bool(more)
-        # Learning rate, weight decay and clipping, read back from DeepSpeed.
+        assert bool(found["errors"]) == ("powersgd.rank" in changes)
         assert found["rates"] == [1e-3, 1e-3]
-        assert found["decays"] == [[0.125, [0.9, 0.96]], [0.0, [0.9, 0.96]]]
+        assert found["betas"] == [[0.9, 0.96]] * 2
         assert found["clip"] == 0.25
+    prior = build_prior(load_recipe(made[0]))
+    expected = {name: 0.125 if name in prior.decayed_parameters() else 0.0 for name, _ in prior.named_parameters()}
+    assert ranks[0]["decays"] | ranks[1]["decays"] == expected
+
+
+def test_nodes_that_start_apart_are_refused(made: tuple[Path, Path], tmp_path: Path) -> None:
+    changes = by_deepspeed(3, **{"sharding.node_size": 1})
+    processes = start([[*command(made, tmp_path / "run", changes), "--set", "seed=RANK"]])
+    for process in processes:
+        errors = process.communicate(timeout=200)[1]
+        assert process.returncode == 2, errors
+        assert "Traceback" not in errors
+        assert "dalle: rank 1 of 2: not the weights of rank 0; start all ranks with the same command" in errors
+    assert not list(tmp_path.rglob("step-*"))
 
 
 @pytest.mark.parametrize(
@@ -282,13 +278,14 @@ def test_a_nan_on_one_rank_changes_nothing_on_any(more: dict[str, Any], made: tu
     [pytest.param(signal.SIGKILL, id="killed"), pytest.param(signal.SIGSTOP, id="hanging", marks=pytest.mark.slow)],
 )
 def test_a_lost_rank_ends_the_others(sent: signal.Signals, made: tuple[Path, Path], tmp_path: Path) -> None:
+    """The run then resumes, and ends with the bytes of one that nothing disturbed."""
     out = tmp_path / "run"
     processes = start([command(made, out, {**by_deepspeed(2), "training.updates": 10_000})], timeout=40)
     waited = time.monotonic() + 200
     while not (out / f"step-{HALF:08d}").exists():
         assert processes[0].poll() is None
         assert time.monotonic() < waited
-        time.sleep(0.2)
+        time.sleep(0.05)
     os.kill(processes[1].pid, sent)
     errors = processes[0].communicate(timeout=200)[1]
     processes[1].kill()
@@ -296,65 +293,162 @@ def test_a_lost_rank_ends_the_others(sent: signal.Signals, made: tuple[Path, Pat
     assert processes[0].returncode == 2
     line = errors.splitlines()[-1]
     assert line.startswith("dalle: rank 0 of 2: lost the other ranks")
+    assert "rank 1 does not answer: it ended or hangs" in line
     assert "training resumes from the last checkpoint" in line
+    saved = open_checkpoint(out, which="last").step
+    whole = {**by_deepspeed(2), "training.updates": saved + HALF}
+    said = run_together([command(made, folder, whole) for folder in (out, tmp_path / "whole")], 2)[0]
+    assert f"resumes from step-{saved:08d}" in said
+    assert_same_bytes(out, tmp_path / "whole")
 
 
-def test_the_launcher_of_deepspeed_starts_ranks(
-    made: tuple[Path, Path], alone: dict[str, Path], tmp_path: Path
-) -> None:
-    """The launcher adds --local_rank before the command."""
+def launched_as(launcher: str, port: int) -> list[str]:
+    """Return the words before those of the command with which ``launcher`` starts two ranks."""
+    deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(port)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    module = ["--module", "dalle_cli"]
+    return {
+        "deepspeed": [*deepspeed, *module],
+        "deepspeed --no_local_rank": [*deepspeed, "--no_local_rank", *module],
+        "torchrun": [*torchrun, *module],
+        "--gpus": [sys.executable, "-m", "dalle_cli"],
+    }[launcher]
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        "deepspeed",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("deepspeed --no_local_rank", "torchrun", "--gpus")),
+    ],
+)
+def test_launchers_start_ranks(launcher: str, made: tuple[Path, Path], alone: Path, tmp_path: Path) -> None:
+    """DeepSpeed's own adds --local_rank before the command."""
     (port,) = free_ports(1)
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(port)]
-    words = [*launcher, "--module", "dalle_cli", *map(str, command(made, tmp_path / "run", by_deepspeed(2)))]
+    words = [*launched_as(launcher, port), *map(str, command(made, tmp_path / "run", {**by_deepspeed(2), **CLIP}))]
     environment = {**ENVIRONMENT, "DS_ACCELERATOR": "cpu", "LOCAL_SIZE": "2"}
+    if launcher in ("torchrun", "--gpus"):
+        words += ["--gpus", "2"] if launcher == "--gpus" else []
+        environment = ENVIRONMENT
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "on 1 x 2 ranks" in done.stderr
-    assert_same_run(tmp_path / "run", alone["fp32"])
+    assert_same_run(tmp_path / "run", alone)
+
+
+@pytest.mark.slow
+def test_two_tasks_of_srun_are_ranks(made: tuple[Path, Path], alone: Path, tmp_path: Path) -> None:
+    """Slurm's variables alone tell each process its rank."""
+    (port,) = free_ports(1)
+    words = [sys.executable, "-m", "dalle_cli", *map(str, command(made, tmp_path / "run", {**by_deepspeed(2), **CLIP}))]
+    tasks = []
+    for rank in range(2):
+        variables = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_NTASKS": 2, "SLURM_NODEID": 0}
+        variables |= {"SLURM_STEP_ID": 0, "SLURM_STEP_TASKS_PER_NODE": 2, "MASTER_PORT": port}
+        environment = {**ENVIRONMENT, **{name: str(value) for name, value in variables.items()}}
+        environment["MASTER_ADDR"] = "127.0.0.1"
+        tasks.append(
+            subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+    errors = [task.communicate(timeout=280)[1] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], errors
+    assert "on 1 x 2 ranks" in errors[0]
+    assert_same_run(tmp_path / "run", alone)
+
+
+EVEN = {"model.heads": 4, "model.d_head": 4, "model.d_model": 16}
+"""Sizes of a model that two ranks share evenly."""
+TWO_BY_TWO = {**EVEN, "sharding.node_size": 2}
 
 
 @pytest.mark.slow
 def test_four_ranks_as_two_nodes(made: tuple[Path, Path], tmp_path: Path) -> None:
-    """Uncompressed, two nodes of two equal one process; low ranks train as those of FSDP do.
+    """Uncompressed or of full rank, two nodes of two equal one process; low ranks train as those of FSDP do.
 
-    The second MLP matrix is in flat pieces here and along its columns under FSDP, so that factors differ.
+    The second MLP matrix is in flat pieces here and along its columns under FSDP, so that its factors differ.
     """
-    even = {"model.heads": 4, "model.d_head": 4, "model.d_model": 16}
-    nodes = {**even, "sharding.node_size": 2}
-    low = {**nodes, "powersgd.rank": 2, "powersgd.min_compression": 0}
+    low = {**TWO_BY_TWO, "powersgd.rank": 2, "powersgd.min_compression": 0}
     runs: dict[str, dict[str, Any]] = {
-        "whole": by_deepspeed(3, **nodes),
+        "whole": by_deepspeed(3, **TWO_BY_TWO),
+        "whole by fsdp": {"sharding.zero": 3, **TWO_BY_TWO},
+        "full rank": by_deepspeed(3, **{**low, "powersgd.rank": 32}),
         "low rank": by_deepspeed(3, **low),
         "low rank by fsdp": {"sharding.zero": 3, **low},
     }
     run_together([command(made, tmp_path / name, changes) for name, changes in runs.items()], 4)
-    alone = train_alone(made, tmp_path / "alone", **even)
-    assert_same_run(tmp_path / "whole", alone)
+    alone = train_alone(made, tmp_path / "alone", **EVEN)
+    for name in ("whole", "whole by fsdp", "full rank"):
+        assert_same_run(tmp_path / name, alone)
     ours, theirs = losses(tmp_path / "low rank"), losses(tmp_path / "low rank by fsdp")
     assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 0.01 * ours[0]
     assert ours[-1] < ours[0]
     assert max(abs(a - b) for a, b in zip(ours, losses(alone), strict=True)) > 1e-4
+    for name in ("whole", "low rank"):
+        recipe = open_checkpoint(tmp_path / name).recipe()
+        planned = between_machines(recipe.prior, count_parameters(recipe), Machines(2, 2, 0)).a_process
+        small = 4 * count_parameters(recipe).small
+        assert sent_between_nodes(tmp_path / name)[0] == planned.sent + small // 2
+    assert sent_between_nodes(tmp_path / "whole by fsdp") == [
+        sent - small // 2 for sent in sent_between_nodes(tmp_path / "whole")
+    ]
+
+
+GRADIENTS = """
+from dalle_cli.prior.train import deepspeed_prior, shard_prior
+
+theirs, _ = shard_prior(recipe, group)
+theirs.begin_micro_batch(last=True)
+theirs.backward(loss_of(theirs.loss))
+theirs.collect_gradients(0)
+expected = {name: p.grad.flatten().clone() for name, p in theirs.parameters.items()}
+ours, prior = deepspeed_prior(recipe, group)
+from deepspeed.utils import safe_get_local_grad
+ours.begin_micro_batch(last=True)
+ours.backward(loss_of(ours.engine))
+ours.collect_gradients(0)
+differences = {}
+for name in prior.decayed_parameters():
+    found = safe_get_local_grad(prior.get_parameter(name))[: ours._places[name].numel].flatten()
+    assert found.shape == expected[name].shape
+    differences[name] = float((found - expected[name]).abs().max())
+sizes = {name: float(value.abs().max()) for name, value in expected.items()}
+print(json.dumps({"differences": differences, "sizes": sizes}))
+"""
 
 
 @pytest.mark.slow
-def test_offloading_to_nvme_equals_host_memory(made: tuple[Path, Path], tmp_path: Path) -> None:
+def test_low_rank_gradients_of_four_ranks_equal_those_of_fsdp(made: tuple[Path, Path]) -> None:
+    """Matrices that both engines split along their rows have the same factors; the second MLP matrix has others."""
+    low = by_deepspeed(3, **TWO_BY_TWO, **{"powersgd.rank": 2, "powersgd.min_compression": 0})
+    for found in run_on_ranks(GRADIENTS, made, {f"prior.{key}": value for key, value in low.items()}, count=4):
+        second = {name for name in found["differences"] if name.endswith("out.weight") and int(name.split(".")[1]) % 2}
+        assert len(second) == 3
+        for name, difference in found["differences"].items():
+            assert found["sizes"][name] > 1e-3
+            assert (difference < 1e-6) == (name not in second), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
+def test_offloading_to_nvme_changes_nothing(count: int, made: tuple[Path, Path], tmp_path: Path) -> None:
     """The matrices are large enough to be swapped; a run in two parts ends with the same bytes."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible():
         pytest.skip("libaio is not installed")
     (tmp_path / "disk").mkdir()
-    large = {"model.layers": 2, "model.heads": 8, "model.d_head": 48, "model.d_model": 384}
-    host = by_deepspeed(3, **large, **{"sharding.offload": "cpu"})
+    large = {"model.layers": 2, "model.heads": 8, "model.d_head": 48, "model.d_model": 384, **CLIP, **MICRO}
+    none = by_deepspeed(3, **large)
+    host = {**none, "sharding.offload": "cpu"}
     disk = {**host, "sharding.offload": "nvme", "sharding.nvme_path": tmp_path / "disk"}
-    half = {**disk, "training.updates": HALF}
-    for name, changes in (("host", host), ("disk", disk), ("parts", half), ("parts", disk)):
-        words = [sys.executable, "-m", "dalle_cli", *map(str, command(made, tmp_path / name, changes))]
-        done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    runs = {"none": none, "host": host, "disk": disk}
+    commands = [command(made, tmp_path / name, changes) for name, changes in runs.items()]
+    commands += [command(made, tmp_path / "parts", changes) for changes in ({**disk, **BEGUN}, disk)]
+    run_together(commands, count)
     assert list((tmp_path / "disk").rglob("exp_avg*.swp"))
-    files = [open_checkpoint(tmp_path / name).files for name in ("host", "disk", "parts")]
-    assert files[0] == files[1] == files[2]
+    assert_same_run(tmp_path / "disk", tmp_path / "none")
+    for name in ("host", "parts"):
+        assert_same_bytes(tmp_path / name, tmp_path / "disk")
 
 
 def test_stdout_has_the_checkpoint_alone(made: tuple[Path, Path], tmp_path: Path) -> None:
@@ -383,6 +477,27 @@ def test_what_an_engine_cannot_do_is_refused(
     assert not (tmp_path / "run").exists()
 
 
+def test_few_stages_on_several_nodes_are_refused() -> None:
+    stage = PriorSettings(sharding=Sharding(engine="deepspeed", zero=2))
+    refuse_unsupported(stage, Group(0, 4, local_size=4))
+    with pytest.raises(UserError, match=r"prior.sharding.zero: several nodes under DeepSpeed need stage 3, not 2; set"):
+        refuse_unsupported(stage, Group(0, 4, local_size=2))
+
+
+def test_what_nvme_needs_is_named(
+    made: tuple[Path, Path], tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import deepspeed
+
+    changes = by_deepspeed(3, **{"sharding.offload": "nvme", "sharding.nvme_path": tmp_path / "disk"})
+    assert f"{tmp_path / 'disk'}: there is no such folder" in call(*command(made, tmp_path / "run", changes)).mistake()
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setitem(deepspeed.ops.__compatible_ops__, "async_io", False)
+    assert (
+        "nvme needs libaio, which DeepSpeed does not find" in call(*command(made, tmp_path / "run", changes)).mistake()
+    )
+
+
 def test_a_missing_deepspeed_is_named(
     made: tuple[Path, Path], tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -396,7 +511,8 @@ def test_what_deepspeed_is_told() -> None:
     found = deepspeed_config(sharding, Adam(clip_norm=4.0), Work(2, 8), torch.device("cpu"), 1000)
     zero = found["zero_optimization"]
     assert zero["stage"] == 3
-    assert zero["offload_optimizer"] == {"device": "nvme", "pin_memory": False, "nvme_path": "/disk"}
+    on_disk = {"device": "nvme", "pin_memory": False, "nvme_path": "/disk"}
+    assert zero["offload_optimizer"] == {**on_disk, "buffer_count": 4}
     assert zero["offload_param"] == {"device": "cpu", "pin_memory": False}
     assert (found["train_micro_batch_size_per_gpu"], found["gradient_accumulation_steps"]) == (2, 8)
     assert found["gradient_clipping"] == 4.0

@@ -1,4 +1,4 @@
-"""ZeRO on several gloo ranks against one process on the same batches, and runs that resume on other ranks."""
+"""FSDP's engine in 16 bit, its memory, and PowerSGD between its nodes, on several gloo ranks."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Call
 from helpers.sharded_runs import (
     HALF,
+    assert_same_bytes,
     assert_same_run,
     command,
     losses,
     make_inputs,
-    run_on_two_ranks,
+    run_all,
+    run_on_ranks,
     run_together,
     train_alone,
 )
@@ -24,18 +25,12 @@ from dalle_cli.config.load import load_recipe
 from dalle_cli.precision.gradient_scaling import BACKOFF, START
 from dalle_cli.prior.model import build_prior
 from dalle_cli.stores.checkpoint import open_checkpoint
-from dalle_cli.stores.tensor_files import TensorFiles
 
-TWO = {
-    "zero 1": {"sharding.zero": 1, "training.micro_batch": 2},
-    "zero 2": {"sharding.zero": 2, "training.micro_batch": 2},
-    "zero 3": {"sharding.zero": 3, "training.micro_batch": 2},
-    "recomputed": {"sharding.zero": 3, "model.checkpoint_resblocks": True},
-    "two nodes": {"sharding.zero": 3, "sharding.node_size": 1},
+IN_TWO = {
     "fp16": {"sharding.zero": 3, "precision": "fp16"},
     "bf16": {"sharding.zero": 2, "precision": "bf16", "training.micro_batch": 2},
 }
-"""Settings of runs on two ranks. In 32 bit, losses and weights equal those of one process to 1e-5."""
+"""Settings of runs on two ranks in 16 bit; ``test_sharded_engines.py`` has those in 32 bit."""
 IN_16_BIT = 1e-2
 """Tolerance in 16 bit, where stochastic rounding has other noise for other shards."""
 
@@ -49,32 +44,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def alone(made: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The runs of one process, in each precision."""
     root = tmp_path_factory.mktemp("alone")
-    return {kind: train_alone(made, root / kind, precision=kind) for kind in ("fp32", "fp16", "bf16")}
+    return {kind: train_alone(made, root / kind, precision=kind) for kind in IN_TWO}
 
 
 @pytest.fixture(scope="module")
-def together(made: tuple[Path, Path], alone: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The runs on two ranks, and those that one of the two began."""
+def together(made: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs on two ranks, one of them in two parts too."""
     root = tmp_path_factory.mktemp("together")
-    commands = [command(made, root / name, changes) for name, changes in TWO.items()]
-    begun = {"training.updates": HALF}
-    commands.append(command(made, root / "one then two", {"sharding.zero": 2}))
-    commands.append(command(made, root / "three then one", {"sharding.zero": 3, **begun}))
-    commands.append(command(made, root / "three then one", {"sharding.zero": 1}))
-    commands.append(command(made, root / "two then one", {"sharding.zero": 3, **begun}))
-    commands.append(command(made, root / "fp16 in parts", {"sharding.zero": 3, "precision": "fp16", **begun}))
-    commands.append(command(made, root / "fp16 in parts", {"sharding.zero": 3, "precision": "fp16"}))
-    first = open_checkpoint(alone["fp32"] / f"step-{HALF:08d}").path
-    (root / "one then two").mkdir()
-    (root / "one then two" / first.name).symlink_to(first)
-    errors = run_together(commands, 2)
-    assert "resumes with prior.sharding.zero = 1, was 3" in errors[0]
+    begun = {**IN_TWO["fp16"], "training.updates": HALF}
+    run_all(made, root, [*IN_TWO.items(), ("fp16 in parts", begun), ("fp16 in parts", IN_TWO["fp16"])])
     return root
-
-
-@pytest.mark.parametrize("case", [case for case in TWO if "16" not in case])
-def test_two_ranks_equal_one_process(case: str, alone: dict[str, Path], together: Path) -> None:
-    assert_same_run(together / case, alone["fp32"])
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
@@ -93,41 +72,8 @@ def test_two_ranks_in_16_bit_stay_close_to_one_process(precision: str, alone: di
     assert found.moments().read("exp_avg_sq.resblocks.0.qkv.weight").dtype == torch.uint16
 
 
-def test_each_rank_writes_its_own_file(together: Path) -> None:
-    found = open_checkpoint(together / "zero 3")
-    names = sorted(path.name for path in found.path.iterdir() if path.is_file())
-    assert names == [
-        "ema-00001-of-00002.safetensors", "ema-00002-of-00002.safetensors", "ema.index.json", "manifest.json",
-        "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.index.json", "recipe.yaml",
-    ]  # fmt: skip
-    whole = sum(tensor.nbytes for tensor in found.tensors("raw").values())
-    sizes = [file.stat().st_size for file in TensorFiles(found.path, "model").files()]
-    assert max(sizes) < 0.6 * whole
-    assert found.identity
-
-
-def test_only_the_first_node_writes(together: Path) -> None:
-    assert [file.name for file in TensorFiles(open_checkpoint(together / "two nodes").path, "model").files()] == [
-        "model-00001-of-00001.safetensors"
-    ]
-
-
-def test_a_run_resumes_on_other_ranks_and_stages(
-    made: tuple[Path, Path], alone: dict[str, Path], together: Path, call: Call
-) -> None:
-    assert_same_run(together / "three then one", alone["fp32"])
-    begun = sum(json.loads(line)["step"] <= HALF for line in (alone["fp32"] / "metrics.jsonl").read_text().splitlines())
-    assert_same_run(together / "one then two", alone["fp32"], first=begun)
-    done = call(*command(made, together / "two then one", {}))
-    assert done.code == 0
-    assert "resumes with prior.sharding.zero = 0, was 3" in done.err
-    assert_same_run(together / "two then one", alone["fp32"])
-
-
 def test_in_16_bit_a_run_resumed_on_as_many_ranks_ends_with_the_same_bytes(together: Path) -> None:
-    whole, parts = (open_checkpoint(together / name) for name in ("fp16", "fp16 in parts"))
-    assert whole.files == parts.files
-    assert losses(whole.path.parent) == losses(parts.path.parent)
+    assert_same_bytes(together / "fp16 in parts", together / "fp16")
 
 
 TWO_NODES = {"prior.sharding.zero": 3, "prior.sharding.node_size": 1}
@@ -173,7 +119,7 @@ print(json.dumps({"skipped": skipped, "changed": changed(before, after), "later"
 def test_an_infinity_on_one_node_leaves_error_buffers_alone(skip: str, made: tuple[Path, Path]) -> None:
     """The paper skips the whole update, and clears no error buffer that is finite (appendix E.2, step 12)."""
     changes = {**TWO_NODES, **LOW_RANK, "prior.precision": "fp16", "prior.skip": skip}
-    for found in run_on_two_ranks(OVERFLOW, made, changes):
+    for found in run_on_ranks(OVERFLOW, made, changes):
         own = {key for key in found["all"] if ".1." in key}
         assert {"resblocks.1.out.weight", "error.resblocks.1.out.weight", "factor.resblocks.1.out.weight"} <= own
         assert set(found["changed"]) == (set() if skip == "update" else set(found["all"]) - own)
@@ -224,7 +170,7 @@ print(json.dumps({"found": found, "factors": factors}))
 def test_gradients_in_16_bit_are_averaged_since_their_sum_overflows(
     changes: dict[str, Any], made: tuple[Path, Path]
 ) -> None:
-    for printed in run_on_two_ranks(LARGE, made, {"prior.precision": "fp16", **changes}):
+    for printed in run_on_ranks(LARGE, made, {"prior.precision": "fp16", **changes}):
         found, factors = printed["found"], printed["factors"]
         assert any(name.startswith("resblocks.") for name in found)
         for name, extremes in found.items():
@@ -255,7 +201,7 @@ def test_no_rank_ever_holds_the_whole_model(made: tuple[Path, Path]) -> None:
     model = {"layers": 12, "heads": 16, "d_head": 64, "d_model": 1024}
     changes = {f"prior.model.{key}": value for key, value in model.items()}
     changes |= {"prior.sharding.zero": 3, "tokenizer.vocab_size": 2000}
-    found = run_on_two_ranks(INITIALISE, made, changes)
+    found = run_on_ranks(INITIALISE, made, changes)
     recipe = load_recipe(made[0], [f"{key}={value}" for key, value in changes.items()])
     with torch.device("meta"):
         prior = build_prior(recipe)
@@ -269,7 +215,7 @@ def test_no_rank_ever_holds_the_whole_model(made: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.slow
-def test_four_ranks_as_two_nodes(made: tuple[Path, Path], alone: dict[str, Path], tmp_path: Path) -> None:
+def test_four_ranks_as_two_nodes(made: tuple[Path, Path], tmp_path: Path) -> None:
     """Uncompressed, two nodes equal one process. With PowerSGD the loss falls, and a resumed run has the same bytes."""
     nodes = {"sharding.zero": 3, "sharding.node_size": 2}
     low = {**nodes, "powersgd.rank": 2, "powersgd.min_compression": 0}
@@ -286,7 +232,7 @@ def test_four_ranks_as_two_nodes(made: tuple[Path, Path], alone: dict[str, Path]
         command(made, tmp_path / "more nodes", {**low, "sharding.node_size": 1}),
     ]
     run_together(commands, 4)
-    assert_same_run(tmp_path / "whole", alone["fp32"])
+    assert_same_run(tmp_path / "whole", train_alone(made, tmp_path / "alone"))
     for parts, whole in (("in parts", "low rank"), ("fp16 in parts", "fp16")):
         assert open_checkpoint(tmp_path / parts).files == open_checkpoint(tmp_path / whole).files
     saved = open_checkpoint(tmp_path / "fp16")

@@ -49,13 +49,19 @@ def test_bytes_under_deepspeed() -> None:
     """All is in 32 bit: 4 * 22,305 = 89,220 bytes for the weights; see above for the number of parameters."""
     whole, quarter = 89_220, 22_305
 
-    def by_deepspeed(zero: int, offload: str, gpus: int) -> dict[str, tuple[int, str]]:
+    def by_deepspeed(zero: int, offload: str, gpus: int, **more: int) -> dict[str, tuple[int, str]]:
         sharding = {"engine": "deepspeed", "zero": zero, "offload": offload, "nvme_path": "/disk"}
         settings = {f"prior__sharding__{key}": value for key, value in sharding.items()}
+        settings |= {f"prior__{key}": value for key, value in more.items()}
         found = sizes(tiny_prior(**settings, prior__precision="bf16"), gpus)
         assert found.pop("bucket of gradients") == (whole, "device")
         return found
 
+    summed = {"training__micro_batch": 4}
+    assert by_deepspeed(2, "cpu", 1, **summed) == {
+        **by_deepspeed(2, "cpu", gpus=1),
+        "gradients to update with": (whole, "cpu"),
+    }
     assert by_deepspeed(2, "cpu", gpus=1) == {
         "weights": (whole, "cpu"),
         "weights to compute with": (whole, "device"),
@@ -76,8 +82,13 @@ def test_bytes_under_deepspeed() -> None:
         "moments": (2 * quarter, "device"),
         "EMA weights": (quarter, "device"),
     }
+    on_host = by_deepspeed(3, "cpu", gpus=4)
+    assert {place for _, place in on_host.values()} == {"cpu"}
+    assert sum(size for size, _ in on_host.values()) == 7 * quarter
     on_disk = by_deepspeed(3, "nvme", gpus=4)
-    for name in ("EMA weights", "weights to compute with"):
+    # Four of the larger group's parts.
+    assert on_disk.pop("buffers of the disk") == (4 * 4 * ((15_745 + 416) // 4), "cpu")
+    for name in ("EMA weights", "gradients", "weights to compute with"):
         assert on_disk.pop(name) == (quarter, "cpu")
     assert {place for _, place in on_disk.values()} == {"nvme"}
     assert sum(size for size, _ in on_disk.values()) == 4 * quarter

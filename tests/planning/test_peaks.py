@@ -118,6 +118,41 @@ def test_two_machines_with_powersgd(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             assert planned.peak == pytest.approx(of_rank[i], rel=0.1)
 
 
+DEEPSPEED: dict[str, tuple[int, str, dict[str, int]]] = {
+    "zero 2, offloaded": (2, "cpu", {}),
+    "zero 2, offloaded, micro-batches": (2, "cpu", {"prior__training__micro_batch": 1}),
+    "zero 3, offloaded": (3, "cpu", {}),
+}
+"""ZeRO stage, place to offload to and other settings."""
+
+
+@pytest.fixture(scope="module")
+def by_deepspeed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, int]]:
+    """The measured and planned peaks of one process: of its own memory, and of what it offloads to host memory."""
+    if sys.platform != "linux":
+        pytest.skip("DeepSpeed is for Linux")
+    folder, recipes = tmp_path_factory.mktemp("deepspeed"), {}
+    for name, (zero, offload, more) in DEEPSPEED.items():
+        sharding = {"engine": "deepspeed", "zero": zero, "offload": offload}
+        settings = {f"prior__sharding__{key}": value for key, value in sharding.items()}
+        recipes[name] = sized_prior(4, 8, 32, 4, 8, 2, **settings, **more)
+    store = write_tokens(folder / "t.zarr", 80, 8, 400, 4, 64)
+    argument = json.dumps([recipe.model_dump(mode="json") for recipe in recipes.values()])
+    command = [sys.executable, "-m", "helpers.planned_peaks", argument, str(store), str(folder / "run")]
+    environment = {**ENVIRONMENT, "MASTER_PORT": "1"}  # one process needs no port
+    done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    planned = [check_fit(recipe, count_parameters(recipe), ALONE) for recipe in recipes.values()]
+    measured = json.loads(done.stdout.splitlines()[-1])
+    return {name: (peak, fit.peak + fit.on_host) for name, peak, fit in zip(recipes, measured, planned, strict=True)}
+
+
+@pytest.mark.parametrize("case", DEEPSPEED)
+def test_planned_peak_under_deepspeed(case: str, by_deepspeed: dict[str, tuple[int, int]]) -> None:
+    measured, planned = by_deepspeed[case]
+    assert planned == pytest.approx(measured, rel=0.1)
+
+
 def test_gathered_weights_and_gradients_by_stage_of_zero() -> None:
     """Stage 3 holds fewer whole weights than 1 and 2; stage 1 holds whole gradients over several micro-batches."""
     recipes = {zero: sized_prior(8, 4, 32, 4, 8, 16, prior__sharding__zero=zero) for zero in (1, 2, 3)}

@@ -89,6 +89,28 @@ def test_suggested_settings_are_in_the_plan_and_make_it_fit() -> None:
     assert again.memory.peak == found.change.peak
 
 
+@pytest.mark.parametrize(("memory", "offloads"), [("24GB", False), ("8GB", True)])
+def test_one_gpu_is_told_how_to_train_a_billion_parameters(memory: str, offloads: bool) -> None:
+    machine = ("--gpus-per-node", 1, "--gpu-memory", memory)
+    found = json.loads(invoke("plan", RECIPES / "1b.yaml", *machine, "--json").stdout)
+    assert not found["memory"]["fits"]
+    assert found["change"]["fits"]
+    assert any("engine=deepspeed" in option for option in found["change"]["set"]) == offloads
+    words = [word for option in found["change"]["set"] for word in option.split(" ")]
+    for option in found["change"]["set"]:
+        assert option in invoke("plan", RECIPES / "1b.yaml", *machine).stdout
+    then = json.loads(invoke("plan", RECIPES / "1b.yaml", *machine, *words, "--json").stdout)
+    assert then["memory"]["fits"]
+    assert (then["memory"]["host_a_machine"] > 20 * GB) == offloads
+
+
+def test_what_training_refuses_is_refused() -> None:
+    few = ("--set", "prior.sharding.engine=deepspeed", "--set", "prior.sharding.zero=2", "--nodes", 2)
+    done = invoke("plan", RECIPES / "1b.yaml", *few)
+    assert isinstance(done.exception, UserError)
+    assert "several nodes under DeepSpeed need stage 3, not 2; set 3" in str(done.exception)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
