@@ -4,11 +4,11 @@
     .venv/bin/python scripts/studies/fine_tuning.py TWEMOJI.tar FLUENT-EMOJI-3D --out runs/fine-tuning
 
 A chain is first trained on the earlier source, for several times as many updates. On the later one, a dVAE and a prior
-are then trained twice for as many updates: from nothing, and from that chain's, at a share of the learning rate and
-without the schedules of the dVAE's beginning. Both priors train on the same tokens, those of the fine-tuned dVAE, so
-that their losses compare. The script prints the first validated update at which each fine-tuned model is as good as the
-best validation of the one from nothing, and writes study.json and study.png into --out. A killed study resumes when it
-is run again.
+are then trained twice: from nothing, and from that chain's, at a share of the learning rate and without the schedules
+of the dVAE's beginning. The dVAE is fine-tuned briefly, so that its codes keep their meaning. Both priors train on the
+same tokens, those of the fine-tuned dVAE, so that their losses compare. The script prints the first validated update at
+which each fine-tuned model is as good as the best validation of the one from nothing, and writes study.json and
+study.png into --out. A killed study resumes when it is run again.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def train(options: argparse.Namespace) -> dict[str, dict[str, Path]]:
     """Train all models and return the folders of their runs, by stage and beginning."""
     recipe = load_recipe(Path(options.recipe), options.set)
 
-    def updates(times: int) -> dict[str, Any]:
-        counts: dict[Kind, int] = {"dvae": times * options.dvae_updates, "prior": times * options.prior_updates}
+    def updates(dvae: int, prior: int) -> dict[str, Any]:
+        counts: dict[Kind, int] = {"dvae": dvae, "prior": prior}
         every = {
             f"{stage}.training.{key}": max(1, count // VALIDATIONS)
             for stage, count in counts.items()
@@ -76,8 +76,10 @@ def train(options: argparse.Namespace) -> dict[str, dict[str, Path]]:
     given = dict(change.split("=", 1) for change in options.set)
     undrawn = {"prior.drawings": 0}  # pictures at so many validations would take longer than the training
     common = {**undrawn, **given}
-    earlier = {**common, **updates(options.times), "run": options.out / "earlier", "data.train": options.earlier}
-    tuned = {**common, **updates(1), "run": options.out / "tuned", "data.train": options.later}
+    longer = updates(options.times * options.dvae_updates, options.times * options.prior_updates)
+    earlier = {**common, **longer, "run": options.out / "earlier", "data.train": options.earlier}
+    whole, brief = (updates(count, options.prior_updates) for count in (options.dvae_updates, options.tuned_updates))
+    tuned = {**common, **whole, "run": options.out / "tuned", "data.train": options.later}
     ends = {
         f"dvae.objective.{name}": getattr(recipe.dvae.objective, name).end
         for name in ("kl_weight", "marginal_kl_weight", "temperature")
@@ -92,7 +94,7 @@ def train(options: argparse.Namespace) -> dict[str, dict[str, Path]]:
         run_dalle(command, options.recipe, earlier)
     dvae, prior = options.out / "dvae-from-nothing", options.out / "prior-from-nothing"
     run_dalle("train-dvae", options.recipe, tuned, "--out", str(dvae))
-    run_dalle("train-dvae", options.recipe, {**tuned, **rates, **ends, "dvae.init": earlier["run"]})
+    run_dalle("train-dvae", options.recipe, {**tuned, **brief, **rates, **ends, "dvae.init": earlier["run"]})
     run_dalle("encode-images", options.recipe, tuned)
     run_dalle("train-prior", options.recipe, tuned, "--out", str(prior))
     run_dalle("train-prior", options.recipe, {**tuned, **rates, "prior.init": earlier["run"]})
@@ -128,6 +130,7 @@ def main() -> None:
     parser.add_argument("--dvae-updates", type=int, default=1500, help="updates of each dVAE [1500]")
     parser.add_argument("--prior-updates", type=int, default=1000, help="updates of each prior [1000]")
     parser.add_argument("--times", type=int, default=3, help="times as many updates of the earlier chain [3]")
+    parser.add_argument("--tuned-updates", type=int, default=100, help="updates of the fine-tuned dVAE [100]")
     parser.add_argument("--rate", type=float, default=0.25, help="share of the learning rate to fine-tune with [0.25]")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting; repeatable")
     parser.add_argument("--out", type=Path, default=Path("runs/fine-tuning"), help="folder [runs/fine-tuning]")

@@ -25,7 +25,7 @@ def test_a_study_prints_what_the_journals_recorded(tmp_path: Path) -> None:
         for i in range(first, first + 40):
             write_sample(folder, f"{i:03d}", noise(40, 40, i), f"a picture of the number {i % 9}")
     command = [sys.executable, SCRIPT, *sources, "--recipe", recipe, "--out", out]
-    command += ["--dvae-updates", "4", "--prior-updates", "4"]
+    command += ["--dvae-updates", "4", "--prior-updates", "4", "--tuned-updates", "2"]
     done = subprocess.run(list(map(str, command)), env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     found = json.loads((out / "study.json").read_text())
