@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from helpers.sharded_runs import make_inputs, run_on_two_ranks
+from helpers.sharded_runs import make_inputs, run_on_ranks
 
 REDUCE = """
 import copy
@@ -67,7 +67,7 @@ def test_replicas_sum_or_average_their_gradients(name: str, precision: str, tmp_
     The last parameters, whose gradients come first, are sent first, after a pass of zeros that settles the buckets.
     """
     changes = {"prior.precision": precision, "name": name}
-    for found in run_on_two_ranks(REDUCE, make_inputs(tmp_path), changes):
+    for found in run_on_ranks(REDUCE, make_inputs(tmp_path), changes):
         assert found["scaled"] == (precision == "fp16")
         assert found["error"] < (1e-6 if precision == "fp32" and name == "plain" else 2e-3)
         assert found["same"]

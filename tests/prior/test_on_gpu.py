@@ -11,7 +11,7 @@ import pytest
 import torch
 from functorch.compile import make_boxed_func
 from helpers.flex import allow_backward_on_cpu
-from helpers.sharded_runs import make_inputs, run_on_two_ranks
+from helpers.sharded_runs import make_inputs, run_on_ranks
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
@@ -182,6 +182,6 @@ def test_shards_compute_the_same(changes: dict[str, Any], tmp_path: Path) -> Non
         "prior.sharding.zero": changes["zero"],
         "prior.model.checkpoint_resblocks": str(changes.get("checkpointed", False)).lower(),
     }
-    for found in run_on_two_ranks(COMPARE, make_inputs(tmp_path), settings):
+    for found in run_on_ranks(COMPARE, make_inputs(tmp_path), settings):
         assert found["compared"] > 20
         assert found["largest"] < 1e-5

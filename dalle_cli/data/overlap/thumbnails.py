@@ -74,7 +74,7 @@ def _read(file: Path, rows: NDArray[np.int64], into: Thumbnails) -> None:
 
 
 def _checksums(thumbnails: Thumbnails) -> list[int]:
-    return [zlib.crc32(picture) for picture in thumbnails]
+    return [zlib.crc32(picture) for picture in np.ascontiguousarray(thumbnails)]
 
 
 def records_of(thumbnails: Thumbnails) -> bytes:

@@ -171,9 +171,10 @@ def test_thumbnails_are_kept_and_a_killed_run_is_resumed(folders: tuple[Path, Pa
     whole = overlap(source, None, tmp_path).to_json_lines()
     (file,) = tmp_path.iterdir()
     kept = file.read_bytes()
-    assert len(kept) == len(source) * SIDE * SIDE * 3
+    record = SIDE * SIDE * 3 + 4  # with its checksum
+    assert len(kept) == len(source) * record
     assert overlap(_Unread(source), None, tmp_path).to_json_lines() == whole
-    file.write_bytes(kept[: 10 * SIDE * SIDE * 3 + 17])  # killed while writing the eleventh
+    file.write_bytes(kept[: 10 * record + 17])  # killed while writing the eleventh
     with pytest.raises(AssertionError):
         overlap(_Unread(source), None, tmp_path)
     assert overlap(source, None, tmp_path).to_json_lines() == whole
