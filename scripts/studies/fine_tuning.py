@@ -31,8 +31,12 @@ from dalle_cli.views.plots import BLUE, ORANGE, STYLE, figure_png
 
 VALIDATIONS = 30
 """Number of validations of a training."""
-LOSSES = {"dvae": "val_loss", "prior": "val_image"}
-"""The held-out loss that chooses a stage's best checkpoint, as the journal names it."""
+LOSSES: dict[str, tuple[Kind, str]] = {
+    "dVAE": ("dvae", "val_loss"),
+    "prior": ("prior", "val_loss"),
+    "prior, images alone": ("prior", "val_image"),
+}
+"""Held-out losses to compare, each with its stage and its name in the journal."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ def run_dalle(command: str, recipe: str, settings: dict[str, Any], *options: str
     subprocess.run([sys.executable, "-m", "dalle_cli", command, recipe, *words, *options], check=True)
 
 
-def train(options: argparse.Namespace) -> dict[str, dict[str, Path]]:
+def train(options: argparse.Namespace) -> dict[Kind, dict[str, Path]]:
     """Train all models and return the folders of their runs, by stage and beginning."""
     recipe = load_recipe(Path(options.recipe), options.set)
 
@@ -85,7 +89,8 @@ def train(options: argparse.Namespace) -> dict[str, dict[str, Path]]:
         for name in ("kl_weight", "marginal_kl_weight", "temperature")
     }
     rates = {
-        f"{stage}.learning_rate.peak": options.rate * getattr(recipe, stage).learning_rate.peak for stage in LOSSES
+        f"{stage}.learning_rate.peak": options.rate * getattr(recipe, stage).learning_rate.peak
+        for stage, _ in LOSSES.values()
     }
     for settings in (earlier, tuned):
         for command in ("train-tokenizer", "tokenize-text"):
@@ -105,16 +110,16 @@ def train(options: argparse.Namespace) -> dict[str, dict[str, Path]]:
 
 
 def figure(curves: dict[str, dict[str, Curve]]) -> bytes:
-    """Return a PNG with a panel for each stage."""
-    with plt.rc_context({**STYLE, "figure.figsize": (9.6, 3.2)}):
+    """Return a PNG with a panel for each loss."""
+    with plt.rc_context({**STYLE, "figure.figsize": (12.8, 3.2)}):
         drawn, panels = plt.subplots(1, len(curves))
-        for axes, (stage, both) in zip(panels, curves.items(), strict=True):
+        for axes, (name, both) in zip(panels, curves.items(), strict=True):
             for (beginning, curve), colour in zip(both.items(), (ORANGE, BLUE), strict=True):
                 axes.plot(curve.updates, curve.losses, color=colour, label=f"from {beginning}")
             best = min(both["nothing"].losses)
             axes.axhline(best, color=ORANGE, linestyle=":", linewidth=1)
             last = both["nothing"].losses
-            axes.set(xlabel="updates", ylabel="held-out loss, nats", title={"dvae": "dVAE", "prior": "prior"}[stage])
+            axes.set(xlabel="updates", ylabel="held-out loss, nats", title=name)
             low = min(min(curve.losses) for curve in both.values())
             axes.set_ylim(low - 0.05 * (last[0] - low), last[min(2, len(last) - 1)])
         panels[0].legend()
@@ -137,20 +142,20 @@ def main() -> None:
     options = parser.parse_args()
     folders = train(options)
     curves = {
-        stage: {beginning: Curve.read(out, LOSSES[stage]) for beginning, out in both.items()}
-        for stage, both in folders.items()
+        name: {beginning: Curve.read(out, loss) for beginning, out in folders[stage].items()}
+        for name, (stage, loss) in LOSSES.items()
     }
     rows = []
-    print("| stage | updates | best loss from nothing | as good, from the earlier one, after | share | its best |")
+    print("| loss | updates | best loss from nothing | as good, from the earlier one, after | share | its best |")
     print("|---|---|---|---|---|---|")
-    for stage, both in curves.items():
+    for name, both in curves.items():
         best = min(both["nothing"].losses)
         first, total = both["earlier"].first_at_most(best), both["nothing"].updates[-1]
-        row = {"stage": stage, "updates": total, "best": best, "first": first, "tuned": min(both["earlier"].losses)}
+        row = {"loss": name, "updates": total, "best": best, "first": first, "tuned": min(both["earlier"].losses)}
         rows.append(row)
         share = "never" if first is None else f"{first / total:.2f}"
-        print(f"| {stage} | {total} | {best:.4f} | {first} | {share} | {row['tuned']:.4f} |")
-    points = {stage: {name: vars(curve) for name, curve in both.items()} for stage, both in curves.items()}
+        print(f"| {name} | {total} | {best:.4f} | {first} | {share} | {row['tuned']:.4f} |")
+    points = {name: {beginning: vars(curve) for beginning, curve in both.items()} for name, both in curves.items()}
     write_json(options.out / "study.json", {"rows": rows, "curves": points})
     write_atomically(options.out / "study.png", figure(curves))
 

@@ -31,14 +31,16 @@ def test_a_study_prints_what_the_journals_recorded(tmp_path: Path) -> None:
     found = json.loads((out / "study.json").read_text())
     runs = {"dvae": (out / "dvae-from-nothing", out / "tuned" / "dvae"),
             "prior": (out / "prior-from-nothing", out / "tuned" / "prior")}  # fmt: skip
-    for row, (stage, (nothing, tuned)) in zip(found["rows"], runs.items(), strict=True):
-        name = {"dvae": "val_loss", "prior": "val_image"}[stage]
+    compared = {"dVAE": ("dvae", "val_loss"), "prior": ("prior", "val_loss"),
+                "prior, images alone": ("prior", "val_image")}  # fmt: skip
+    for row, (shown, (stage, name)) in zip(found["rows"], compared.items(), strict=True):
+        nothing, tuned = runs[stage]
         losses = [json.loads(line) for line in (nothing / "metrics.jsonl").read_text().splitlines()]
         own = [line[name] for line in losses if name in line]
-        assert found["curves"][stage]["nothing"]["losses"] == own
+        assert found["curves"][shown]["nothing"]["losses"] == own
         assert len(own) == 4
         assert row["best"] == min(own)
-        assert f"| {stage} | 4 | {row['best']:.4f} |" in done.stdout
+        assert f"| {shown} | 4 | {row['best']:.4f} |" in done.stdout
         earlier = open_checkpoint(out / "earlier" / stage, stage)  # type: ignore[arg-type]
         assert open_checkpoint(tuned, stage).belongs["init"] == earlier.identity  # type: ignore[arg-type]
         assert "init" not in open_checkpoint(nothing, stage).belongs  # type: ignore[arg-type]
