@@ -396,7 +396,7 @@ def test_four_ranks_as_two_nodes(made: tuple[Path, Path], tmp_path: Path) -> Non
 GRADIENTS = """
 from dalle_cli.prior.train import deepspeed_prior, shard_prior
 
-theirs, _ = shard_prior(recipe, group)
+theirs, whole = shard_prior(recipe, group)
 theirs.begin_micro_batch(last=True)
 theirs.backward(loss_of(theirs.loss))
 theirs.collect_gradients(0)
@@ -407,7 +407,7 @@ ours.begin_micro_batch(last=True)
 ours.backward(loss_of(ours.engine))
 ours.collect_gradients(0)
 differences = {}
-for name in prior.decayed_parameters():
+for name in whole.decayed_parameters():  # DeepSpeed has flattened its own
     found = safe_get_local_grad(prior.get_parameter(name))[: ours._places[name].numel].flatten()
     assert found.shape == expected[name].shape
     differences[name] = float((found - expected[name]).abs().max())
@@ -424,8 +424,8 @@ def test_low_rank_gradients_of_four_ranks_equal_those_of_fsdp(made: tuple[Path, 
         second = {name for name in found["differences"] if name.endswith("out.weight") and int(name.split(".")[1]) % 2}
         assert len(second) == 3
         for name, difference in found["differences"].items():
-            assert found["sizes"][name] > 1e-3
-            assert (difference < 1e-6) == (name not in second), name
+            assert found["sizes"][name] > 1e-5
+            assert (difference < 1e-9) == (name not in second), name
 
 
 @pytest.mark.slow
