@@ -95,23 +95,22 @@ def judge(ranked: Sequence[Pool], advance: Callable[[], None] | None = None) -> 
     """
     judged = []
     blocks = split_blocks(range(len(ranked)), BLOCK_POOLS)
-    for block, found in zip(blocks, map_blocks(partial(_right, ranked), blocks, available_cores()), strict=True):
-        for pool, right in zip((ranked[i] for i in block), found, strict=True):
-            claim = claim_of(pool.prompt)
-            if claim is not None:
-                judged.append(JudgedPool(pool, group_of(claim), right))
+    for block, found in zip(blocks, map_blocks(partial(_judgements, ranked), blocks, available_cores()), strict=True):
+        for i, judgement in zip(block, found, strict=True):
+            if judgement is not None:
+                judged.append(JudgedPool(ranked[i], *judgement))
             if advance is not None:
                 advance()
     return judged
 
 
-def _right(ranked: Sequence[Pool], block: range) -> list[tuple[bool, ...]]:
-    """Return whether each sample of each pool in ``block`` is right; nothing of a pool without a claim."""
-    found = []
+def _judgements(ranked: Sequence[Pool], block: range) -> list[tuple[Group, tuple[bool, ...]] | None]:
+    """Return the group of each pool in ``block``, and which samples are right; None for a pool without a claim."""
+    found: list[tuple[Group, tuple[bool, ...]] | None] = []
     for pool in (ranked[i] for i in block):
         claim = claim_of(pool.prompt)
-        lines = () if claim is None else pool.lines
-        found.append(tuple(claim is not None and shows(claim, load_picture(line)) for line in lines))
+        right = () if claim is None else tuple(shows(claim, load_picture(line)) for line in pool.lines)
+        found.append(None if claim is None else (group_of(claim), right))
     return found
 
 
