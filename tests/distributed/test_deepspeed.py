@@ -21,12 +21,12 @@ from conftest import Call
 from helpers.processes import free_ports, start
 from helpers.running import ENVIRONMENT, Chain
 from helpers.sharded_runs import (
+    CLIP,
     HALF,
     assert_same_bytes,
     assert_same_run,
     command,
     losses,
-    make_inputs,
     run_all,
     run_on_ranks,
     run_together,
@@ -49,8 +49,6 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="DeepSpeed is for Linux"),
     pytest.mark.timeout(900),  # the runs are made before the first test
 ]
-CLIP = {"adam.clip_norm": 0.5}
-"""The gradients' norm is between 1.4 and 3.2, so every update is clipped."""
 
 
 def by_deepspeed(zero: int, **more: Any) -> dict[str, Any]:
@@ -64,17 +62,6 @@ OFFLOADED = {
     "zero 2, offloaded": by_deepspeed(2, **{"sharding.offload": "cpu"}, **MICRO),
     "zero 3, offloaded": by_deepspeed(3, **{"sharding.offload": "cpu"}, **MICRO),
 }
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return make_inputs(tmp_path_factory.mktemp("deepspeed"))
-
-
-@pytest.fixture(scope="module")
-def alone(made: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one process without DeepSpeed."""
-    return train_alone(made, tmp_path_factory.mktemp("alone") / "run", **CLIP)
 
 
 @pytest.fixture(scope="module")

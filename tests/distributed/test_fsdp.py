@@ -14,7 +14,6 @@ from helpers.sharded_runs import (
     assert_same_run,
     command,
     losses,
-    make_inputs,
     run_all,
     run_on_ranks,
     run_together,
@@ -33,11 +32,6 @@ IN_TWO = {
 """Settings of runs on two ranks in 16 bit; ``test_sharded_engines.py`` has those in 32 bit."""
 IN_16_BIT = 1e-2
 """Tolerance in 16 bit, where stochastic rounding has other noise for other shards."""
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return make_inputs(tmp_path_factory.mktemp("engine"))
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 from conftest import Call
 from helpers.sharded_runs import (
+    CLIP,
     HALF,
     assert_same_bytes,
     assert_same_run,
     command,
-    make_inputs,
     run_all,
-    train_alone,
 )
 
 from dalle_cli.stores.checkpoint import open_checkpoint
@@ -24,8 +23,6 @@ from dalle_cli.stores.tensor_files import TensorFiles
 
 pytestmark = pytest.mark.timeout(900)  # the runs are made before the first test
 ENGINES = ["fsdp", "deepspeed"] if sys.platform == "linux" else ["fsdp"]
-CLIP = {"adam.clip_norm": 0.5}
-"""The gradients' norm is between 1.4 and 3.2, so every update is clipped."""
 MICRO, BEGUN = {"training.micro_batch": 2}, {"training.updates": HALF}
 CASES: dict[str, dict[str, Any]] = {
     "zero 1": {"sharding.zero": 1, **MICRO},
@@ -35,17 +32,6 @@ CASES: dict[str, dict[str, Any]] = {
     "two nodes": {"sharding.zero": 3, "sharding.node_size": 1},
 }
 """Settings of runs on two ranks, each of two micro-batches of 2 or one of 4."""
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return make_inputs(tmp_path_factory.mktemp("engines"))
-
-
-@pytest.fixture(scope="module")
-def alone(made: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one process that shards nothing."""
-    return train_alone(made, tmp_path_factory.mktemp("alone") / "run", **CLIP)
 
 
 @pytest.fixture(scope="module")
