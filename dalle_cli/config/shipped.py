@@ -25,7 +25,7 @@ def slurm_files() -> list[Path]:
 
 
 def _files(packaged: str, copied: str) -> list[Path]:
-    """Return the files of a folder that a wheel has inside the package, and a working copy of the sources beside it."""
+    """Return the files of a folder: it lies inside the package in a wheel, and beside it in a copy of the sources."""
     folders = (PACKAGE / packaged, PACKAGE.parent / copied)
     return next((sorted(folder.iterdir()) for folder in folders if folder.is_dir()), [])
 
