@@ -150,6 +150,15 @@ def settings_in(out: Path) -> dict[str, Any]:
     return read_attributes(_open(out), out / STORE).request.settings
 
 
+def prior_of(store: Path) -> str | None:
+    """Return the hash of the prior that drew the samples of a store, or None if the store is not there any more.
+
+    Raises:
+        UserError: it is of another format, or damaged.
+    """
+    return read_attributes(_open(store.parent), store).request.prior if (store / "zarr.json").is_file() else None
+
+
 def has_folders(version: int, prompts: Sequence[str]) -> bool:
     """Return whether the pictures of a store of this version lie in folders; see ``png_name``."""
     return version > 2 and len(prompts) > PROMPTS_A_FOLDER

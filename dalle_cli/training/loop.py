@@ -399,12 +399,13 @@ class Run:
             return Throughput(work, batch_size, self.group.size, math.inf)
         if warning := precision_warning(f"{self.task.kind}.precision", work.dtype, self.group.device):
             log(f"{self.name}: warning: {warning}")
-        peak, source = peak_tflops(self.recipe.monitoring.peak_tflops, work.dtype, self.group.device)
-        if self.recipe.monitoring.peak_tflops is not None:  # whoever sets it asks for the MFU
+        given = self.recipe.monitoring.peak_tflops
+        if given is not None:  # whoever sets it asks for the MFU
             log(
-                f"{self.name}: {work.flops / 1e9:.3g} GFLOP a sample; mfu is the share of {peak:.3g} TFLOP/s a device, "
-                f"{source}"
+                f"{self.name}: {work.flops / 1e9:.3g} GFLOP a sample; mfu is the share of {given:.3g} TFLOP/s a "
+                "device, as monitoring.peak_tflops says"
             )
+        peak = peak_tflops(work.dtype, self.group.device) if given is None else given
         return Throughput(work, batch_size, self.group.size, peak)
 
     def _more_loggers(self) -> list[Callable[[], MetricLogger]]:

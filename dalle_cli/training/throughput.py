@@ -39,25 +39,17 @@ def training_flops(forward: Callable[[], object]) -> float:
     return 3.0 * float(counter.get_total_flops())
 
 
-def peak_tflops(given: float | None, dtype: torch.dtype, device: torch.device) -> tuple[float, str]:
-    """Return the device's peak in TFLOP/s for products of ``dtype``, and a phrase that names its source.
-
-    It is ``given``, the recipe's ``monitoring.peak_tflops``; if that is None, it is measured once per process.
-    """
-    if given is not None:
-        return given, "as monitoring.peak_tflops says"
+def peak_tflops(dtype: torch.dtype, device: torch.device) -> float:
+    """Return the device's peak in TFLOP/s for products of ``dtype``, measured once per process and thread count."""
     side = CPU_SIDE if device.type == "cpu" else GPU_SIDE
-    threads = "" if device.type != "cpu" else f", {torch.get_num_threads()} threads"
-    found = _measure_peak(side, dtype, device, torch.get_num_threads())
-    kind = str(dtype).removeprefix("torch.")
-    return found, f"measured by a {kind} product of {side} x {side}{threads}; monitoring.peak_tflops sets it"
+    return _measure_peak(side, dtype, device, torch.get_num_threads())
 
 
 def precision_warning(key: str, dtype: torch.dtype, device: torch.device) -> str | None:
     """Return a warning with its slowness if ``key``, the recipe's setting of ``dtype``, is float16 on a CPU."""
     if dtype != torch.float16 or device.type != "cpu":
         return None
-    factor = peak_tflops(None, torch.float32, device)[0] / peak_tflops(None, dtype, device)[0]
+    factor = peak_tflops(torch.float32, device) / peak_tflops(dtype, device)
     return f"{key}: fp16 is for GPUs; a product takes {factor:.1f} times as long as in fp32 on this CPU"
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from dalle_cli.config.run_folders import RunFolders
-from dalle_cli.stores.checkpoint import open_checkpoint, steps_in
+from dalle_cli.data.sample_lines import read_sample_lines
+from dalle_cli.stores.checkpoint import Which, open_checkpoint, steps_in
+from dalle_cli.stores.samples import prior_of
 from dalle_cli.stores.shards import Part
 from dalle_cli.stores.tokens import TokenReader
 
@@ -55,9 +57,17 @@ def _stages(places: RunFolders) -> Iterator[StageStatus]:
     yield _part("encode-images", places.tokens, "image")
     yield _trained("train-prior", places.prior)
     yield _trained("train-clip", places.clip)
-    yield _file("sample", places.sample_lines)
-    yield _file("rerank", places.ranked_lines)
-    yield _file("report", places.root / "report.html")
+    drawn = [
+        _file("sample", places.sample_lines),
+        _file("rerank", places.ranked_lines),
+        _file("report", places.root / "report.html"),
+    ]
+    if _drawn_by_another_prior(places):
+        drawn = [
+            stage if stage.state == "not run" else StageStatus(stage.command, "unfinished", "of an earlier prior")
+            for stage in drawn
+        ]
+    yield from drawn
 
 
 def _file(command: str, file: Path) -> StageStatus:
@@ -69,6 +79,19 @@ def _part(command: str, store: Path, part: Part) -> StageStatus:
     if state is None:
         return StageStatus(command, "not run")
     return StageStatus(command, "done" if state.complete else "unfinished", f"{state.rows:,} rows")
+
+
+def _drawn_by_another_prior(places: RunFolders) -> bool:
+    """Return whether the run's prior has been trained further since its samples were drawn."""
+    if not places.sample_lines.is_file() or not steps_in(places.prior):
+        return False
+    with places.sample_lines.open(encoding="utf-8") as lines:
+        first = next(read_sample_lines(lines, str(places.sample_lines)), {})
+    drawn_by = prior_of(Path(first["store"])) if "store" in first else None
+    current: tuple[Which, ...] = ("best", "last")
+    return drawn_by is not None and all(
+        drawn_by != open_checkpoint(places.prior, which=each).identity for each in current
+    )
 
 
 def _trained(command: str, run: Path) -> StageStatus:

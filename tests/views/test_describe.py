@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from typer.testing import CliRunner
 
 from dalle_cli.app import app
 from dalle_cli.config.layout import paper_layout
+from dalle_cli.config.run_folders import RunFolders
 from dalle_cli.errors import UserError
+from dalle_cli.prior.train import train_prior
 from dalle_cli.stores import usable_rows
 from dalle_cli.stores.files import sha256_file
 from dalle_cli.stores.token_writer import PartWriter
@@ -245,6 +248,24 @@ def test_the_command_prints_json_or_tables(tmp_path: Path) -> None:
     assert plain.exit_code == 0
     assert "Recipe tiny" in plain.stdout
     assert "Prior" in plain.stdout
+
+
+def test_samples_of_a_prior_that_was_trained_further_are_to_be_drawn_again(chain: TinyChain, tmp_path: Path) -> None:
+    run = RunFolders(tmp_path / "run")
+    shutil.copytree(chain.places.root, run.root)
+    shutil.copy(run.ranked_lines, run.sample_lines)
+
+    def drawn() -> dict[str, tuple[str, str]]:
+        found = describe(run.root)
+        assert isinstance(found, RunDescription)
+        return {stage.command: (stage.state, stage.detail) for stage in found.stages[-3:]}
+
+    done = {"sample": ("done", str(run.sample_lines)), "rerank": ("done", str(run.ranked_lines))}
+    assert drawn() == {**done, "report": ("not run", "")}
+    recipe = chain.recipe.model_copy(update={"run": str(run.root)})
+    train_prior(recipe, run.tokens, run.prior, extend=1)
+    earlier = ("unfinished", "of an earlier prior")
+    assert drawn() == {"sample": earlier, "rerank": earlier, "report": ("not run", "")}
 
 
 def test_a_run_s_folder_names_the_stages_and_the_next_one(chain: TinyChain, tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def measure_dvae(device: str, tiny: bool) -> Iterator[Row]:
             model.encoder(x).argmax(1)
 
     seconds = median_seconds({"update": Contender(update), "encode": Contender(encode)}, 3, device)
-    peak, _ = peak_tflops(None, torch.bfloat16, torch.device(device))
+    peak = peak_tflops(torch.bfloat16, torch.device(device))
     whole = training_flops(lambda: model.decoder(model.encoder(x).softmax(1)))
     encoder = training_flops(lambda: model.encoder(x)) / 3
     for name, key, flops in (("training", "update", whole), ("encoding", "encode", encoder)):

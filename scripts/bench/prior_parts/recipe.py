@@ -57,7 +57,7 @@ def measure_step(recipe: Recipe, device: str, micro_batch: int = MICRO_BATCH) ->
 
     seconds = median_seconds({"update": Contender(update)}, ROUNDS, device)["update"]
     work = sample_work(recipe)
-    peak, _ = peak_tflops(None, work.dtype, torch.device(device))
+    peak = peak_tflops(work.dtype, torch.device(device))
     tflops = micro_batch * work.flops / seconds / 1e12
     return {
         "name": f"update, {stage.precision}",

@@ -25,7 +25,7 @@ def describe_machine() -> dict[str, Any]:
     """Return the processor's cores, its rate of 32-bit matrix products in GFLOP/s, and the versions in use."""
     return {
         "cores": os.cpu_count(),
-        "gflops": round(1000 * peak_tflops(None, torch.float32, torch.device("cpu"))[0]),
+        "gflops": round(1000 * peak_tflops(torch.float32, torch.device("cpu"))),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
