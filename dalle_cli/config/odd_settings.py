@@ -43,6 +43,12 @@ def _odd(recipe: Recipe, kind: Literal["dvae", "prior", "clip"]) -> Iterator[str
                     f"dvae.objective.{name} takes {ramp.updates:,} updates and {run}, so it never comes to its end of "
                     f"{ramp.end:g}; set dvae.objective.{name}.updates to {updates} or fewer"
                 )
+        since = stage.objective.perceptual.enlarged_from
+        if since is not None and since >= updates:
+            yield (
+                f"dvae.objective.perceptual.enlarged_from is {since:,} and {run}, so no picture is enlarged; set it to "
+                f"about {updates * 17 // 20}, or leave it out"
+            )
     if kind == "prior" and recipe.sampling.guidance != 1 and not recipe.prior.caption_dropout:
         yield (
             f"sampling.guidance is {recipe.sampling.guidance:g} and prior.caption_dropout 0, so that dalle sample will "

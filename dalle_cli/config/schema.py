@@ -218,6 +218,11 @@ class Perceptual(Settings):
         description="timm's name of the pretrained network, or a folder in timm's format; the extra 'pretrained' has "
         "the weights of tf_efficientnet_lite0",
     )
+    enlarged_from: Annotated[int, Field(ge=0)] | None = Field(
+        None,
+        description="update from which the distance of the pictures at twice their size is added, which brings out "
+        "textures and makes updates slower; null: never",
+    )
 
 
 class DvaeObjective(Settings):

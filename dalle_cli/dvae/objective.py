@@ -177,6 +177,8 @@ class LossSettings:
     """Hard samples per image; unused by ``gumbel``."""
     perceptual_weight: float = 0.0
     """Weight of the perceptual distance of the median picture; 0 is the paper's ELBO."""
+    enlarged: bool = False
+    """The perceptual distance sees the pictures at twice their size too."""
 
 
 @dataclass(frozen=True)
@@ -227,9 +229,8 @@ def dvae_loss(
         recon_nll = -log_likelihood(x, mu, ln_b, settings.ln_b_floor).mean()
         loss = recon_nll + penalty
         if perceptual is not None:
-            distance = perceptual(
-                phi_inverse(torch.sigmoid(mu), settings.eps) / 255, images.permute(0, 3, 1, 2) / 255
-            ).mean()
+            rebuilt, original = phi_inverse(torch.sigmoid(mu), settings.eps) / 255, images.permute(0, 3, 1, 2) / 255
+            distance = perceptual(rebuilt, original, enlarged=settings.enlarged).mean()
             loss = loss + settings.perceptual_weight * distance
     else:
         samples = settings.reinforce_samples
@@ -303,8 +304,12 @@ def validation_metrics(
     ln_b_floor: float,
     generator: Generators,
     perceptual: PerceptualDistance | None = None,
+    enlarged: bool = False,
 ) -> ValidationMetrics:
-    """Return the metrics of uint8 images (B, H, W, 3); ``generator`` draws the ELBO's codes."""
+    """Return the metrics of uint8 images (B, H, W, 3); ``generator`` draws the ELBO's codes.
+
+    ``enlarged`` is that of ``PerceptualDistance``.
+    """
     chw = images.permute(0, 3, 1, 2).contiguous()  # which fixes the order of the sums below
     x = phi(chw, eps)
     logits: Tensor = model.encoder(x)
@@ -314,13 +319,14 @@ def validation_metrics(
     tokens = logits.argmax(dim=1)
     mu, ln_b = model.decode_tokens(tokens)
     rebuilt, original = reconstruct(mu, eps) / 255, chw.float() / 255
+    distance = torch.zeros(len(images)) if perceptual is None else perceptual(rebuilt, original, enlarged=enlarged)
     return ValidationMetrics(
         elbo=elbo,
         recon_nll=-log_likelihood(x, mu, ln_b, ln_b_floor),
         mse=(rebuilt - original).square().mean(dim=(1, 2, 3)),
         ssim=ssim(rebuilt, original),
         kl_per_position=kl_per_position,
-        perceptual=perceptual(rebuilt, original) if perceptual is not None else torch.zeros(len(images)),
+        perceptual=distance,
         counts=torch.bincount(tokens.flatten(), minlength=logits.shape[1]),
     )
 

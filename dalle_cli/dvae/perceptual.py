@@ -19,8 +19,18 @@ class PerceptualDistance(nn.Module):
         super().__init__()
         self.features = PretrainedFeatures(network)
 
-    def forward(self, rebuilt: Tensor, originals: Tensor) -> Tensor:
-        """Return the distance (B,) of pictures (B, 3, H, W) in 0..1: a mean over stages, of a mean over positions."""
+    def forward(self, rebuilt: Tensor, originals: Tensor, *, enlarged: bool = False) -> Tensor:
+        """Return the distance (B,) of pictures (B, 3, H, W) in 0..1: a mean over stages, of a mean over positions.
+
+        ``enlarged`` adds the distance of the pictures at twice their size. There the network sees the textures that are
+        finer than the smallest patterns it knows in small pictures.
+        """
+        distance = self._at_their_size(rebuilt, originals)
+        if enlarged:
+            distance = distance + self._at_their_size(_twice(rebuilt), _twice(originals))
+        return distance
+
+    def _at_their_size(self, rebuilt: Tensor, originals: Tensor) -> Tensor:
         with torch.no_grad():
             wanted = self.features.stages(originals)
         found = self.features.stages(rebuilt)
@@ -28,6 +38,10 @@ class PerceptualDistance(nn.Module):
             (_unit(a) - _unit(b)).square().sum(dim=1).mean(dim=(1, 2)) for a, b in zip(found, wanted, strict=True)
         ]
         return torch.stack(distances).mean(dim=0)
+
+
+def _twice(pictures: Tensor) -> Tensor:
+    return nn.functional.interpolate(pictures, scale_factor=2, mode="bicubic")
 
 
 def _unit(features: Tensor) -> Tensor:

@@ -111,6 +111,7 @@ class DvaeTask:
     def loss(self, batch: tuple[int, Tensor], step: int) -> dict[str, Tensor]:
         first, images = batch
         objective, device = self.recipe.dvae.objective, self.group.device
+        enlarged_from = objective.perceptual.enlarged_from
         kl_weight, temperature = ramp(objective.kl_weight, step), ramp(objective.temperature, step)
         rows = range(first, first + len(images))
         dtype = DTYPES[self.recipe.dvae.precision]
@@ -128,6 +129,7 @@ class DvaeTask:
                     estimator=objective.estimator,
                     reinforce_samples=objective.reinforce_samples,
                     perceptual_weight=objective.perceptual.weight,
+                    enlarged=enlarged_from is not None and step >= enlarged_from,
                 ),
                 [torch_generator(self.recipe.seed, "dvae", step, row, device=device) for row in rows],
                 self._batch_mean if self.group.size > 1 else None,
@@ -157,7 +159,14 @@ class DvaeTask:
             noise = [torch_generator(seed, "dvae validation", row, device=device) for row in rows]
             metrics.append(
                 validation_metrics(
-                    self.model, part, objective.logit_laplace_eps, objective.ln_b_floor, noise, self.perceptual
+                    self.model,
+                    part,
+                    objective.logit_laplace_eps,
+                    objective.ln_b_floor,
+                    noise,
+                    self.perceptual,
+                    # From the first update on, so that all validations are comparable.
+                    enlarged=objective.perceptual.enlarged_from is not None,
                 )
             )
         summary = merge_metrics(metrics).summary()

@@ -101,6 +101,8 @@ def updates_settings(updates: dict[Kind, int], recipe: Recipe) -> dict[str, Any]
             for name, ramp in recipe.dvae.objective:
                 if getattr(ramp, "updates", 0):
                     values[f"dvae.objective.{name}.updates"] = round(ramp.updates * count / training.updates)
+            if (since := recipe.dvae.objective.perceptual.enlarged_from) is not None:
+                values["dvae.objective.perceptual.enlarged_from"] = round(since * count / training.updates)
     return values
 
 

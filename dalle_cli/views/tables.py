@@ -214,7 +214,11 @@ def _recipe(found: RecipeDescription) -> list[Table]:
 
 
 def _perceptual(settings: Mapping[str, Any]) -> str | None:
-    return f"{settings['network']}, weight {settings['weight']:g}" if settings["weight"] else None
+    if not settings["weight"]:
+        return None
+    since = settings["enlarged_from"]
+    enlarged = "" if since is None else f", at twice the size too from update {since:,} on"
+    return f"{settings['network']}, weight {settings['weight']:g}{enlarged}"
 
 
 def _picture_tower(clip: ClipSizes) -> str:

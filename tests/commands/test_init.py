@@ -70,6 +70,9 @@ def test_updates_follow_from_the_time(photographs: Path, tmp_path: Path) -> None
         assert training.save_every == training.validate_every == max(25, training.updates // 8)
     ramp, share = recipe.dvae.objective.temperature.updates, 3500 / 5200
     assert ramp / recipe.dvae.training.updates == pytest.approx(share, rel=0.02)
+    since = recipe.dvae.objective.perceptual.enlarged_from
+    assert since is not None
+    assert since / recipe.dvae.training.updates == pytest.approx(4400 / 5200, abs=0.01)
     assert before.dvae.objective.temperature.updates / before.dvae.training.updates == pytest.approx(share)
 
 

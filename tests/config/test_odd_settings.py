@@ -29,6 +29,7 @@ def test_shipped_recipes_have_no_odd_settings(name: str) -> None:
         ("dvae.learning_rate.warmup_updates=9000", "dvae.learning_rate.warmup_updates is 9,000", "never comes to its"),
         ("clip.learning_rate.decay_updates=9000", "clip.learning_rate.decay_updates is 9,000", "cut short"),
         ("dvae.objective.temperature.updates=9000", "dvae.objective.temperature takes 9,000", "updates to 4500"),
+        ("dvae.objective.perceptual.enlarged_from=4500", "dvae.objective.perceptual.enlarged_from", "about 3825"),
         ("sampling.guidance=3", "sampling.guidance is 3", "prior.caption_dropout: 0.1"),
     ],
 )

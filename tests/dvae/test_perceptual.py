@@ -4,10 +4,12 @@ import pytest
 import torch
 from helpers.tiny_network import write_tiny_network
 
-from dalle_cli.config.schema import DvaeModel, DvaeObjective
+from dalle_cli.config.schema import DvaeModel, DvaeObjective, DvaeSettings, Perceptual, Recipe
+from dalle_cli.distributed.group import ALONE
 from dalle_cli.dvae.model import DVAE
 from dalle_cli.dvae.objective import LossSettings, dvae_loss, validation_metrics
 from dalle_cli.dvae.perceptual import PerceptualDistance
+from dalle_cli.dvae.train import DvaeTask
 
 SIZES = DvaeModel(n_hid=8, n_init=8, blocks_per_group=1, codebook_size=16)
 
@@ -37,6 +39,33 @@ def test_the_distance_is_that_of_unit_vectors(distance: PerceptualDistance) -> N
     assert rebuilt.grad.abs().min() > 0
     alone = torch.cat([distance(rebuilt[i : i + 1], originals[i : i + 1]) for i in range(3)])
     torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_enlarged_pictures_add_their_distance(distance: PerceptualDistance) -> None:
+    rebuilt, originals = pictures(1), pictures(2)
+    twice = [torch.nn.functional.interpolate(each, (64, 64), mode="bicubic") for each in (rebuilt, originals)]
+    expected = distance(rebuilt, originals) + distance(*twice)
+    torch.testing.assert_close(distance(rebuilt, originals, enlarged=True), expected)
+
+
+def test_a_run_enlarges_from_its_update_on_and_in_all_validations() -> None:
+    seen: list[bool] = []
+
+    def recorder(rebuilt: torch.Tensor, originals: torch.Tensor, *, enlarged: bool) -> torch.Tensor:
+        seen.append(enlarged)
+        return torch.zeros(len(rebuilt))
+
+    for since, expected in ((None, [False] * 3), (7, [False, True, True])):
+        objective = DvaeObjective(perceptual=Perceptual(weight=2.0, enlarged_from=since))
+        task = DvaeTask.__new__(DvaeTask)
+        task.recipe = Recipe(dvae=DvaeSettings(model=SIZES, objective=objective))
+        task.model, task.group, task.perceptual, task._replaced = DVAE(SIZES), ALONE, recorder, 0.0  # type: ignore[assignment]
+        task.validation_images = (pictures(3).permute(0, 2, 3, 1) * 255).to(torch.uint8)
+        seen.clear()
+        task.loss((0, task.validation_images), 6)
+        task.loss((0, task.validation_images), 7)
+        task.validate(0)
+        assert seen == expected
 
 
 def test_the_loss_has_the_weighted_distance_of_the_median_picture(distance: PerceptualDistance) -> None:
