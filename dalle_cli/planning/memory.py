@@ -92,8 +92,8 @@ def _deepspeed_state(stage: PriorSettings, counts: Counts, machines: Machines) -
 
     The model computes with a copy of the weights that are updated. With ZeRO 1 and 2 every rank holds that copy whole,
     and with ZeRO 1 the gradients too. With ZeRO 3 the copy is in shards; DeepSpeed 0.19.8 means to do without it in
-    32 bit, but compares the weights' device with the name of one, which never is the same. Offloaded gradients are summed in host memory, and then copied
-    to where the optimizer updates, unless ZeRO 2 has a single micro-batch to sum.
+    32 bit, but compares the weights' device with a device's name, which never equals it. Offloaded gradients are summed
+    in host memory, and then copied to where the optimizer updates, unless ZeRO 2 has a single micro-batch to sum.
     """
     zero, offload, whole = stage.sharding.zero, stage.sharding.offload, BYTES_32 * counts.total
     shards, held = shards_of(stage, machines), "device" if offload == "none" else offload

@@ -443,7 +443,7 @@ def test_offloading_to_nvme_changes_nothing(count: int, made: tuple[Path, Path],
     if not AsyncIOBuilder().is_compatible():
         pytest.skip("libaio is not installed")
     (tmp_path / "disk").mkdir()
-    large = {"model.layers": 2, "model.heads": 8, "model.d_head": 48, "model.d_model": 384, **CLIP, **MICRO}
+    large = {"model.layers": 2, "model.heads": 8, "model.d_head": 48, "model.d_model": 384, **CLIP, **MICRO, **BOUNDED}
     none = by_deepspeed(3, **large)
     host = {**none, "sharding.offload": "cpu"}
     disk = {**host, "sharding.offload": "nvme", "sharding.nvme_path": tmp_path / "disk"}
