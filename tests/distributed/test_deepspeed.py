@@ -444,6 +444,7 @@ def test_offloading_to_nvme_changes_nothing(count: int, made: tuple[Path, Path],
         pytest.skip("libaio is not installed")
     (tmp_path / "disk").mkdir()
     large = {"model.layers": 2, "model.heads": 8, "model.d_head": 48, "model.d_model": 384, **CLIP, **MICRO, **BOUNDED}
+    large["learning_rate.peak"] = 1e-3
     none = by_deepspeed(3, **large)
     host = {**none, "sharding.offload": "cpu"}
     disk = {**host, "sharding.offload": "nvme", "sharding.nvme_path": tmp_path / "disk"}
