@@ -487,10 +487,14 @@ class PriorSettings(Settings):
 
     @model_validator(mode="after")
     def _rank_fits(self) -> PriorSettings:
-        if self.powersgd.rank > self.model.d_model:
+        # The shards of a matrix share the rank, so that it may be above the matrix's own; how many there are is known
+        # only if the recipe says it.
+        shards = (self.sharding.node_size or 1) if self.sharding.zero else 1
+        if self.powersgd.rank > shards * self.model.d_model:
+            times = "" if shards == 1 else f" times {shards} shards"
             raise ValueError(
                 f"powersgd.rank {self.powersgd.rank} is above the matrices' smaller side, d_model "
-                f"{self.model.d_model}; choose a lower rank, or 0 for no compression"
+                f"{self.model.d_model}{times}; choose a lower rank, or 0 for no compression"
             )
         return self
 

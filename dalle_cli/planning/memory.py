@@ -90,18 +90,19 @@ def training_state(stage: PriorSettings, counts: Counts, machines: Machines) -> 
 def _deepspeed_state(stage: PriorSettings, counts: Counts, machines: Machines) -> dict[str, StatePart]:
     """Return the parts of the state under DeepSpeed, where all of it is in 32 bit.
 
-    With ZeRO 1 and 2, or offloaded, the model computes with a copy of the weights. With ZeRO 1 and 2 every rank holds
-    that copy whole, and with ZeRO 1 the gradients too. Offloaded gradients are summed in host memory, and then copied
-    to where the optimizer updates, unless ZeRO 2 has a single micro-batch to sum.
+    The model computes with a copy of the weights that are updated. With ZeRO 1 and 2 every rank holds that copy whole,
+    and with ZeRO 1 the gradients too. With ZeRO 3 the copy is in shards; DeepSpeed 0.19.8 means to do without it in
+    32 bit, but compares the weights' device with a device's name, which never equals it. Offloaded gradients are summed
+    in host memory, and then copied to where the optimizer updates, unless ZeRO 2 has a single micro-batch to sum.
     """
     zero, offload, whole = stage.sharding.zero, stage.sharding.offload, BYTES_32 * counts.total
     shards, held = shards_of(stage, machines), "device" if offload == "none" else offload
+    host = "device" if held == "device" else "cpu"
     parts = {"weights": StatePart(0, whole, 0, shards, held)}
     if zero < 3:
         parts["weights to compute with"] = StatePart(0, whole, whole, shards)
-    elif held != "device":
-        parts["weights to compute with"] = StatePart(0, whole, 0, shards, "cpu")
-    host = "device" if held == "device" else "cpu"
+    else:
+        parts["weights to compute with"] = StatePart(0, whole, 0, shards, host)
     parts["gradients"] = StatePart(0, whole, whole, shards) if zero == 1 else StatePart(0, whole, 0, shards, host)
     if held != "device" and (zero != 2 or _accumulates(stage, machines)):
         parts["gradients to update with"] = StatePart(0, whole, 0, shards, held)
@@ -118,7 +119,7 @@ def _deepspeed_state(stage: PriorSettings, counts: Counts, machines: Machines) -
 
 def _nvme_buffers(counts: Counts, shards: int) -> int:
     """Return the bytes of a rank's buffers for what travels to and from the disk."""
-    largest = max(max(rows * columns for rows, columns in counts.matrices), *counts.others)
+    largest = max(rows * columns for rows, columns in counts.matrices + counts.others)
     # A group of parameters ends with the one that makes it large enough.
     group = min(SWAPPED_NUMBERS + largest // shards, max(counts.effective, counts.other) // shards)
     return BYTES_32 * STATE_BUFFERS * group
@@ -164,6 +165,16 @@ def shard_shapes(stage: PriorSettings, counts: Counts, shards: int) -> list[tupl
     """Return the shapes of a rank's shards of the resblocks' matrices; DeepSpeed cuts them into flat pieces."""
     shape = flat_shard_shape if stage.sharding.engine == "deepspeed" else shard_shape
     return [shape(matrix, shards) for matrix in counts.matrices]
+
+
+def other_shards(stage: PriorSettings, counts: Counts, shards: int) -> list[int]:
+    """Return the sizes of the largest shards of ``counts.others``: FSDP splits between rows, DeepSpeed anywhere.
+
+    An unembedding of 401 rows among two ranks therefore gives the first one half a row more under FSDP.
+    """
+    if stage.sharding.engine == "deepspeed":
+        return [-(-rows * columns // shards) for rows, columns in counts.others]
+    return [-(-rows // shards) * columns for rows, columns in counts.others]
 
 
 def compressed_shapes(stage: PriorSettings, counts: Counts, shards: int) -> list[tuple[int, int]]:

@@ -17,6 +17,7 @@ from dalle_cli.planning.memory import (
     Machines,
     StatePart,
     compressed_shapes,
+    other_shards,
     shards_of,
     training_state,
     uses_powersgd,
@@ -58,7 +59,7 @@ def phase_peaks(
     parts = training_state(stage, counts, machines)
     activations = Activations(recipe, batch, machines.on_cpu)
     blocks = activations.resblocks()
-    gathered = _gathered(recipe, counts, parts, max(block.gradients for block in blocks))
+    gathered = _gathered(recipe, counts, parts, max(block.gradients for block in blocks), machines.on_cpu)
     gradients = parts["gradients"].each if parts["gradients"].place == "device" else counts.small * BYTES_32
     in_buckets = _gradients_in_buckets(stage, machines)
 
@@ -68,13 +69,13 @@ def phase_peaks(
     # In the backward pass saved activations shrink while gradients grow, unless the gradients are already allocated
     # since an earlier micro-batch, or stay in buckets from update to update.
     # With both, the earlier micro-batches add up beside the buckets.
-    present = (accumulates + in_buckets) * gradients
+    present = gradients if gathered.sent else (accumulates + in_buckets) * gradients
     if accumulates and gathered.gradients:
         present = BYTES_32 * counts.small + gathered.gradients
     candidates = [present + all_saved + activations.head() + gathered.head_gradients + gathered.at_head]
     grown = present or gathered.head_gradients // gathered.shards
     for block, earlier in zip(reversed(blocks), reversed(saved[:-1]), strict=True):
-        own = block.largest_gradient if present else block.gradients
+        own = gathered.sent + (block.largest_gradient if present else block.gradients)
         if gathered.shards > 1:
             own = block.gradients + gathered.block  # the latter is the copy sent to the other ranks
         recomputed = block.stream + block.forward if checkpointed else 0
@@ -82,13 +83,14 @@ def phase_peaks(
             candidates.append(present + earlier + block.saved + block.forward + gathered.at_block)
         candidates.append(grown + own + earlier + block.saved + max(block.backward, recomputed) + gathered.at_block)
         grown += 0 if present else block.gradients // gathered.shards
-    candidates.append(gradients + 2 * activations.bytes)
+    candidates.append(gradients + gathered.sent + 2 * activations.bytes)
     validation = 0
     if validated:
         score = Activations(recipe, validated, machines.on_cpu)
         blocks_peak = max(block.inference for block in score.resblocks()) + gathered.at_block
         replaced = 0 if parts["EMA weights"].place != "device" else parts["weights"].each
-        validation = replaced + max(blocks_peak, score.head() + gathered.at_head) + (gradients if in_buckets else 0)
+        validation = replaced + max(blocks_peak, score.head() + gathered.at_head)
+        validation += gradients if in_buckets or gathered.sent else 0
     return Peaks(all_saved, max(candidates), gradients + _update_work(stage, counts, machines), validation)
 
 
@@ -108,16 +110,24 @@ class _Gathered:
     """Unsharded gradients, summed over the micro-batches of an update."""
     block: int
     """Copy of the gradients of the largest resblock that is sent, and of a matrix that is split along its columns."""
+    sent: int = 0
+    """Copies of a bucket of gradients that are sent by DeepSpeed's ZeRO 3, whose own gradients stay allocated."""
 
 
-def _gathered(recipe: Recipe, counts: Counts, parts: dict[str, StatePart], block: int) -> _Gathered:
+def _gathered(recipe: Recipe, counts: Counts, parts: dict[str, StatePart], block: int, on_cpu: bool) -> _Gathered:
     weights, zero = parts["weights"], recipe.prior.sharding.zero
     classes = recipe.tokenizer.vocab_size + 1 + recipe.dvae.model.codebook_size
     heads = BYTES_32 * recipe.prior.model.d_model * classes
     if recipe.prior.sharding.engine == "deepspeed":
         cast = 0 if recipe.prior.precision == "fp32" else block
-        live = BYTES_32 * min(LIVE_NUMBERS, counts.total) if zero == 3 else 0
-        return _Gathered(1, live, live + cast, heads, 0, block)
+        if zero < 3:
+            return _Gathered(1, 0, cast, heads, 0, block)
+        # A rank that holds the model alone computes with the weights where they are.
+        in_place = weights.shards == 1 and (on_cpu or weights.place == "device")
+        live = 0 if in_place else BYTES_32 * min(LIVE_NUMBERS, counts.total)
+        # The gradients in a bucket are arranged by rank in a copy, of which gloo makes another.
+        sent = (2 if on_cpu else 1) * parts["bucket of gradients"].each
+        return _Gathered(1, live, live + cast, heads, 0, block, sent)
     if weights.shards == 1:
         return _Gathered(1, 0, 0, heads, 0, block)
     width = BYTES_32 if recipe.prior.precision == "fp32" else BYTES_16
@@ -127,7 +137,7 @@ def _gathered(recipe: Recipe, counts: Counts, parts: dict[str, StatePart], block
         sharded = weights.whole - weights.small
         held = sharded if zero == 1 else 0
         return _Gathered(weights.shards, sharded, sharded + block, heads, held, block + joined)
-    others = BYTES_32 * sum(counts.others)
+    others = BYTES_32 * (counts.other - counts.small)
     return _Gathered(weights.shards, others, others - heads + GATHERED * block, heads, 0, block + joined)
 
 
@@ -139,7 +149,7 @@ def _update_work(stage: PriorSettings, counts: Counts, machines: Machines) -> in
         on_device = machines.on_cpu or stage.sharding.offload == "none"
         return BYTES_32 * max(counts.effective, counts.other) // shards if on_device else 0
     matrices = [-(-rows * columns // shards) for rows, columns in counts.matrices]
-    others = [-(-number // shards) for number in counts.others]
+    others = other_shards(stage, counts, shards)
     width, work = BYTES_32 if stage.precision == "fp32" else BYTES_16, [0]
     if stage.precision != "fp32":
         work.append(ADAM_WORK * min(ADAM_CHUNK, max(matrices + others)))

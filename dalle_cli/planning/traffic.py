@@ -19,7 +19,15 @@ from dalle_cli.distributed.compression import (
     shard_rank,
 )
 from dalle_cli.errors import UserError
-from dalle_cli.planning.memory import BYTES_16, BYTES_32, Machines, shard_shapes, shards_of, uses_powersgd
+from dalle_cli.planning.memory import (
+    BYTES_16,
+    BYTES_32,
+    Machines,
+    other_shards,
+    shard_shapes,
+    shards_of,
+    uses_powersgd,
+)
 from dalle_cli.prior.counts import Counts, count_parameters
 
 T = TypeVar("T")
@@ -38,7 +46,7 @@ class Traffic:
     """Traffic of an update."""
 
     a_process: WholeAndSent[int]
-    """Bytes that a rank hands to the collectives: the gradients of its shards."""
+    """Bytes that the rank with the largest shards hands to the collectives: their gradients."""
     a_machine_on_the_link: WholeAndSent[float]
     """Bytes that a node sends; it receives as many."""
     seconds: WholeAndSent[float | None]
@@ -54,12 +62,18 @@ def between_machines(
 
     With ZeRO each rank of a node is part of its own ring through all nodes. Without it a single ring goes through all
     ranks, and once through each node. PowerSGD sends factors in 16 bit if the recipe trains in 16 bit, and the rest in
-    32 bit. Padding of its messages is not counted.
+    32 bit. Padding of its messages is not counted. Under DeepSpeed all gradients are in 32 bit, and those of the
+    resblocks' gains and biases are in shards too; otherwise every rank holds these whole, and a ring through all ranks
+    sums them.
     """
     shards, rings = shards_of(stage, machines), machines.gpus if stage.sharding.zero > 0 else 1
-    width = BYTES_32 if stage.precision == "fp32" else BYTES_16
+    by_deepspeed = stage.sharding.engine == "deepspeed"
+    width = BYTES_32 if by_deepspeed or stage.precision == "fp32" else BYTES_16
     shapes = shard_shapes(stage, counts, shards)
-    others = BYTES_32 * sum(-(-number // shards) for number in counts.others)
+    small, others = counts.small, sum(other_shards(stage, counts, shards))
+    if by_deepspeed:
+        small, others = 0, others + -(-small // shards)
+    small, others = BYTES_32 * small, BYTES_32 * others
     whole = width * sum(rows * columns for rows, columns in shapes) + others
     handed = whole
     if uses_powersgd(stage, machines):
@@ -70,7 +84,7 @@ def between_machines(
 
     def on_link(of_rank: int) -> float:
         # In a ring all-reduce among k nodes each sends 2 (k - 1) / k times its bytes, as in ``all_reduce_mean``.
-        return (rings * of_rank + BYTES_32 * counts.small) * 2 * (machines.nodes - 1) / machines.nodes
+        return (rings * of_rank + small) * 2 * (machines.nodes - 1) / machines.nodes
 
     def seconds(size: float) -> float | None:
         return None if interconnect is None else 8 * size / interconnect

@@ -22,8 +22,8 @@ class Counts:
     """Shapes (out, in) of the resblocks' matrices, in the recipe's precision and compressed by PowerSGD."""
     small: int
     """Size of the resblocks' gains and biases, in 32 bit and replicated on every rank."""
-    others: tuple[int, ...]
-    """Sizes of the embeddings, unembeddings and the last gain and bias, in 32 bit."""
+    others: tuple[tuple[int, int], ...]
+    """Shapes of the embeddings, unembeddings and the last gain and bias, in 32 bit; a vector has a single column."""
 
     @property
     def effective(self) -> int:
@@ -33,7 +33,7 @@ class Counts:
     @property
     def other(self) -> int:
         """Size of everything else."""
-        return self.small + sum(self.others)
+        return self.small + sum(rows * columns for rows, columns in self.others)
 
     @property
     def total(self) -> int:
@@ -45,9 +45,9 @@ def count_parameters(recipe: Recipe) -> Counts:
     with torch.device("meta"):
         prior = build_prior(recipe)
     matrices = prior.decayed_parameters()
-    rest = {name: p.numel() for name, p in prior.named_parameters() if name not in matrices}
-    small = sum(number for name, number in rest.items() if name.startswith("resblocks."))
-    others = tuple(number for name, number in rest.items() if not name.startswith("resblocks."))
+    rest = {name: p.shape for name, p in prior.named_parameters() if name not in matrices}
+    small = sum(shape.numel() for name, shape in rest.items() if name.startswith("resblocks."))
+    others = tuple((s[0], s[1:].numel()) for name, s in rest.items() if not name.startswith("resblocks."))
     return Counts(tuple((p.shape[0], p.shape[1]) for p in matrices.values()), small, others)
 
 

@@ -220,6 +220,10 @@ def test_misplaced_dots(layout: str) -> None:
             "prior:\n  powersgd:\n    rank: 4000\n",
             "{file}:3: prior: powersgd.rank 4000 is above the matrices' smaller side, d_model 3968",
         ),
+        (
+            "prior:\n  sharding: {zero: 3, node_size: 2}\n  powersgd:\n    rank: 8000\n",
+            "prior: powersgd.rank 8000 is above the matrices' smaller side, d_model 3968 times 2 shards",
+        ),
         ("prior:\n  model:\n    layout: row, colum, ...\n", "layout names an unknown attention 'colum'"),
         ("prior:\n  model:\n    conv_kernel: 4\n", "conv_kernel 4 is even"),
         ("clip:\n  model: {patch_size: 24}\n", "clip.model.patch_size 24 does not divide image_size 256"),

@@ -97,12 +97,12 @@ def run_together(commands: list[list[Any]], count: int) -> list[str]:
     return [error for _, error in outputs]
 
 
-def run_all(made: tuple[Path, Path], root: Path, runs: list[tuple[str, dict[str, Any]]]) -> str:
-    """Make runs on two ranks, each in its folder in ``root``, and return what the first rank said."""
+def run_all(made: tuple[Path, Path], root: Path, runs: list[tuple[str, dict[str, Any]]], count: int = 2) -> str:
+    """Make runs on ``count`` ranks, each in its folder in ``root``, and return what the first rank said."""
     said = ""
     for first in range(0, len(runs), RUNS_A_PROCESS):
         some = runs[first : first + RUNS_A_PROCESS]
-        said += run_together([command(made, root / name, changes) for name, changes in some], 2)[0]
+        said += run_together([command(made, root / name, changes) for name, changes in some], count)[0]
     return said
 
 

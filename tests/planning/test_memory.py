@@ -71,6 +71,7 @@ def test_bytes_under_deepspeed() -> None:
     }
     assert by_deepspeed(3, "none", gpus=4) == {
         "weights": (quarter, "device"),
+        "weights to compute with": (quarter, "device"),
         "gradients": (quarter, "device"),
         "moments": (2 * quarter, "device"),
         "EMA weights": (quarter, "device"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.prior_recipes import tiny_prior
@@ -10,7 +11,7 @@ from helpers.prior_recipes import tiny_prior
 from dalle_cli.config.load import load_recipe
 from dalle_cli.errors import UserError
 from dalle_cli.planning.memory import Machines
-from dalle_cli.planning.traffic import between_machines, compression_table
+from dalle_cli.planning.traffic import Traffic, between_machines, compression_table
 from dalle_cli.prior.counts import count_parameters
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -24,7 +25,7 @@ def test_bytes_between_two_machines_of_four_ranks() -> None:
     """
     recipe, machines = tiny_prior(prior__sharding__zero=3, prior__powersgd__rank=8), Machines(4, 2, 0)
     counts = count_parameters(recipe)
-    others = sum(-(-number // 4) for number in counts.others)
+    others = sum(-(-rows // 4) * columns for rows, columns in counts.others)
     found = between_machines(recipe.prior, counts, machines)
     handed, link = found.a_process, found.a_machine_on_the_link
     assert handed.whole == 4 * (12 * 256 * 2 // 4 + others)
@@ -40,6 +41,27 @@ def test_bytes_between_two_machines_of_four_ranks() -> None:
     )
     handed = between_machines(picky.prior, counts, machines).a_process
     assert handed.sent == 2 * 2 * (56 + 64 + 64) + 2 * 4 * 64 + 4 * others
+
+
+def test_bytes_between_two_machines_of_two_ranks() -> None:
+    """Count the shards of the first rank by hand; see ``test_memory.py`` for the shapes.
+
+    Of the 401 rows of text logits FSDP gives it 201, and DeepSpeed half of the numbers. Under DeepSpeed it also has
+    half of the resblocks' 416 gains and biases, and all gradients are in 32 bit.
+    """
+
+    def planned(**changes: Any) -> Traffic:
+        recipe = tiny_prior(prior__sharding__zero=3, **changes)
+        return between_machines(recipe.prior, count_parameters(recipe), Machines(2, 2, 0))
+
+    others = (408 + 8 + 64 + 4 + 4) * 8 + 16 + 401 * 8 + 201 + 64 * 8 + 32
+    fsdp = planned()
+    assert fsdp.a_process.whole == fsdp.a_process.sent == 4 * (6144 // 2 + others + 8)
+    assert fsdp.a_machine_on_the_link.whole == 2 * fsdp.a_process.whole + 4 * 416
+    for precision in ("fp32", "bf16"):
+        deepspeed = planned(prior__sharding__engine="deepspeed", prior__precision=precision)
+        assert deepspeed.a_process.whole == 4 * (6144 // 2 + others + 416 // 2)
+        assert deepspeed.a_machine_on_the_link.whole == 2 * deepspeed.a_process.whole
 
 
 def test_compression_of_the_recipes_is_the_paper_s(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +80,7 @@ def test_compression_of_the_recipes_is_the_paper_s(monkeypatch: pytest.MonkeyPat
         assert row.shards == pytest.approx(1 - r * sides * d / (12 / 8 * d**2))
         # Factors of 16-bit gradients are sent in 16 bit, all but the resblocks' matrices whole in 32 bit.
         counts = count_parameters(load_recipe(RECIPES / f"{row.recipe}.yaml"))
-        low, whole = 2 * counts.effective, 4 * sum(counts.others)
+        low, whole = 2 * counts.effective, 4 * (counts.other - counts.small)
         assert row.bytes == pytest.approx(row.shards * low / (low + whole), rel=1e-3)
 
 
