@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from dalle_cli.data.remote import RemoteFile
@@ -51,7 +51,7 @@ def local_copies(files: Sequence[RemoteFile]) -> list[Path]:
     with explain_os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         missing = {copy: file.state() for copy, file in zip(copies, files, strict=True) if not copy.is_file()}
-        with locked(folder / f"{_JOURNAL}.lock"):
+        with locked(folder / f"{_JOURNAL}.lock", f"{folder / _JOURNAL}:"):
             _make_room(folder, copies, {copy: state.size for copy, state in missing.items()})
         for copy, file in zip(copies, files, strict=True):
             if not copy.is_file():
@@ -108,22 +108,30 @@ def _most(folder: Path, size: int) -> float:
 def _download(folder: Path, file: RemoteFile, copy: Path, state: State) -> None:
     with ExitStack() as held:
         copy.parent.mkdir(parents=True, exist_ok=True)
-        held.enter_context(locked(copy.with_name(f"{copy.name}.lock")))
-        if copy.is_file():  # another process was faster
-            return
         # Named after the version too, or the rest of one would be joined to the beginning of another.
         version = hashlib.sha256(state.mark.encode()).hexdigest()[:8]
         partial = copy.with_name(f"{copy.name}.{state.size}.{version}.partial")
+        lock = copy.with_name(f"{copy.name}.lock")
+        held.enter_context(locked(lock, f"{copy}:", sign_of_life=lambda: _size(partial)))
+        if copy.is_file():  # another process was faster
+            return
         log(f"{file}: {state.size:,} bytes, into {copy}")
         with partial.open("ab") as out:  # goes on with what an earlier process downloaded
             out.truncate(min(out.tell(), state.size))
             out.seek(0, os.SEEK_END)
             file.download(out, state.size)
-        with locked(folder / f"{_JOURNAL}.lock"):
+        with locked(folder / f"{_JOURNAL}.lock", f"{folder / _JOURNAL}:"):
             _list(folder, copy)
         rename_synced(partial, copy)
         for left in copy.parent.glob(f"{glob.escape(copy.name)}.*.partial"):  # of other versions
             left.unlink(missing_ok=True)
+
+
+def _size(file: Path) -> int:
+    """Return the number of bytes of a file that may be missing."""
+    with suppress(FileNotFoundError):
+        return file.stat().st_size
+    return 0
 
 
 def _list(folder: Path, copy: Path) -> Path:
