@@ -8,9 +8,10 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 
+from dalle_cli.data.copy_checksums import checksums_of, delete_copy, keep_checksums
 from dalle_cli.data.remote import RemoteFile
 from dalle_cli.data.servers import State
 from dalle_cli.errors import UserError
@@ -41,7 +42,8 @@ class NoRoom(UserError):
 def local_copies(files: Sequence[RemoteFile]) -> list[Path]:
     """Return a copy of each file in the folder that CACHE names, or ``~/.cache/dalle/remote``; download missing ones.
 
-    Where they need room, copies of other files are deleted, the least recently used ones first.
+    Where they need room, copies of other files are deleted, the least recently used ones first. Checksums lie
+    beside each copy, see ``copy_checksums``.
 
     Raises:
         UserError: a file cannot be reached, or the folder cannot be written; NoRoom if the copies are too large for it.
@@ -51,11 +53,13 @@ def local_copies(files: Sequence[RemoteFile]) -> list[Path]:
     with explain_os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         missing = {copy: file.state() for copy, file in zip(copies, files, strict=True) if not copy.is_file()}
-        with locked(folder / f"{_JOURNAL}.lock"):
+        with _list_locked(folder):
             _make_room(folder, copies, {copy: state.size for copy, state in missing.items()})
         for copy, file in zip(copies, files, strict=True):
             if not copy.is_file():
                 _download(folder, file, copy, missing.get(copy) or file.state())
+            elif not checksums_of(copy).is_file():  # of an earlier version, which kept none
+                keep_checksums(copy, copy)
     return copies
 
 
@@ -87,7 +91,7 @@ def _make_room(folder: Path, wanted: Sequence[Path], missing: dict[Path, int]) -
         if size + needed <= most:
             break
         log(f"{copy}: was not used for the longest time, and makes room")
-        copy.unlink(missing_ok=True)
+        delete_copy(copy)
         size -= there[copy].st_size
 
 
@@ -108,22 +112,35 @@ def _most(folder: Path, size: int) -> float:
 def _download(folder: Path, file: RemoteFile, copy: Path, state: State) -> None:
     with ExitStack() as held:
         copy.parent.mkdir(parents=True, exist_ok=True)
-        held.enter_context(locked(copy.with_name(f"{copy.name}.lock")))
-        if copy.is_file():  # another process was faster
-            return
         # Named after the version too, or the rest of one would be joined to the beginning of another.
         version = hashlib.sha256(state.mark.encode()).hexdigest()[:8]
         partial = copy.with_name(f"{copy.name}.{state.size}.{version}.partial")
+        lock = copy.with_name(f"{copy.name}.lock")
+        held.enter_context(locked(lock, f"{copy}:", sign_of_life=lambda: _size(partial)))
+        if copy.is_file():  # another process was faster
+            return
         log(f"{file}: {state.size:,} bytes, into {copy}")
         with partial.open("ab") as out:  # goes on with what an earlier process downloaded
             out.truncate(min(out.tell(), state.size))
             out.seek(0, os.SEEK_END)
             file.download(out, state.size)
-        with locked(folder / f"{_JOURNAL}.lock"):
+        keep_checksums(partial, copy)
+        with _list_locked(folder):
             _list(folder, copy)
         rename_synced(partial, copy)
         for left in copy.parent.glob(f"{glob.escape(copy.name)}.*.partial"):  # of other versions
             left.unlink(missing_ok=True)
+
+
+def _size(file: Path) -> int:
+    """Return the number of bytes of a file that may be missing."""
+    with suppress(FileNotFoundError):
+        return file.stat().st_size
+    return 0
+
+
+def _list_locked(folder: Path) -> AbstractContextManager[None]:
+    return locked(folder / f"{_JOURNAL}.lock", f"{folder / _JOURNAL}:")
 
 
 def _list(folder: Path, copy: Path) -> Path:

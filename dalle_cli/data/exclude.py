@@ -135,7 +135,7 @@ def _excluded_bits(source: Source, file: Path) -> tuple[NDArray[np.uint8], str]:
     with ExitStack() as held:
         with suppress(OSError, UserError):  # each process searches where nothing can be kept
             # One process searches, and the others, such as the ranks of a training, take what it found.
-            held.enter_context(locked(kept.with_suffix(".lock")))
+            held.enter_context(locked(kept.with_suffix(".lock"), f"{kept}:"))
         if (bits := read_bits(kept, made_of, len(source))) is None:
             bits, found = _find_excluded(source, file)
             if found != sha256:  # the file was replaced meanwhile

@@ -6,15 +6,15 @@ A file is read by ranges of bytes, each tried again after a pause if the connect
 from __future__ import annotations
 
 import io
-import os
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO, TypeVar
+from typing import BinaryIO, TypeVar
 
+from dalle_cli.data.ranges import Ranges
 from dalle_cli.data.servers import State, credentials_of, fault_of, server_of
 from dalle_cli.errors import UserError
 from dalle_cli.progress import log
@@ -123,7 +123,7 @@ class RemoteFile:
 
     def open(self) -> io.RawIOBase:
         """Return the file for reading from its start; see READ_AHEAD."""
-        return _Ranges(self)
+        return Ranges(self.size(), self.read)
 
 
 @contextmanager
@@ -146,30 +146,6 @@ def merged(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             spans.append((offset, offset + size))
     return spans
-
-
-class _Ranges(io.RawIOBase):
-    """A remote file as a raw stream, each read of which is a range."""
-
-    def __init__(self, file: RemoteFile) -> None:
-        self._file, self._size, self._position = file, file.size(), 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
-        self._position = max(0, start + offset)
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        size = max(0, min(len(buffer), self._size - self._position))
-        buffer[:size] = self._file.read(self._position, size)
-        self._position += size
-        return size
 
 
 def files_at(url: str, endings: tuple[str, ...]) -> list[RemoteFile]:

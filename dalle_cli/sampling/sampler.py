@@ -215,8 +215,7 @@ class Sampler:
             for begin in range(0, len(lost), DECODED_AT_ONCE):
                 rows = lost[begin : begin + DECODED_AT_ONCE]
                 tokens = torch.from_numpy(store.tokens(rows).astype(np.int64)).to(device)
-                for row, picture in zip(rows, decode_tokens(dvae, tokens, eps).cpu().numpy(), strict=True):
-                    store.save(picture, names[row])
+                store.save_all(decode_tokens(dvae, tokens, eps).cpu().numpy(), [names[row] for row in rows])
 
     def _load(self, request: SampleRequest, text: tuple[np.ndarray, np.ndarray]) -> _LoadedModels:
         dvae_recipe, device = self.dvae_checkpoint.recipe(), choose_device()

@@ -17,17 +17,23 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from dalle_cli.errors import UserError, explain_system_error
+from dalle_cli.progress import log
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """Beginnings of formulas in spreadsheets (OWASP, "CSV injection")."""
 SECONDS_FOR_WORKERS = 5.0
-"""Seconds that workers of a killed process may hold its lock before another process is refused."""
+"""Seconds that workers of a killed process, or a stopped one, may hold a lock before another process is refused."""
+SECONDS_IN_SILENCE = 0.5
+"""Seconds for which a process waits for a lock before it says so."""
+PATIENCE = 600.0
+"""Seconds that one process may hold a lock that others need for a moment, even if its disk is slow."""
 
 
 def sha256_file(path: Path) -> str:
@@ -202,84 +208,126 @@ def owned(path: Path) -> Iterator[None]:
     """Keep other processes from writing ``path``, a file or folder, by a lock beside it that names this process.
 
     Workers that were forked meanwhile hold the lock too. Those of a process that was killed are waited for, since they
-    notice it within a second.
+    notice it within a second; see ``locked``.
 
     Raises:
         UserError: another process is writing it.
     """
     place = path.resolve()
-    lock = place.with_name(f".{place.name}.lock")
-    until = time.monotonic() + SECONDS_FOR_WORKERS
-    with ExitStack() as held:
-        while True:
-            try:
-                held.enter_context(locked(lock, wait=False))
-                break
-            except BlockingIOError:
-                owner = _owner(lock)
-                if time.monotonic() > until or not _is_gone(owner):
-                    raise UserError(f"{path}: is being written by {owner}; wait for it, or end it") from None
-                time.sleep(0.05)
-        lock.write_text(_name_of(os.getpid()), encoding="utf-8")
+    with locked(place.with_name(f".{place.name}.lock"), f"{path}:", patience=0):
         yield
+
+
+@contextmanager
+def locked(
+    path: Path, what: str, *, patience: float = PATIENCE, sign_of_life: Callable[[], object] = lambda: None
+) -> Iterator[None]:
+    """Hold an exclusive lock on the file ``path``, which names this process and is deleted when the block ends.
+
+    A line on stderr says which process is waited for. No process is waited for without end, since it may have been
+    stopped or hang.
+
+    Args:
+        path: the lock.
+        what: begins the messages, which go on with "is being written by process 123 on host".
+        patience: seconds that one process may hold the lock. One that has ended, so that its workers hold the lock, or
+            that is stopped may hold it for SECONDS_FOR_WORKERS, whatever the patience is.
+        sign_of_life: returns what changes as long as the process that holds the lock gets on; then it has more time.
+
+    Raises:
+        UserError: another process holds the lock for longer, or the file system has no locks.
+    """
+    began = since = time.monotonic()
+    seen: tuple[_Holder, object] | None = None
+    told, pause = False, 0.001
+    while (file := _lock(path)) is None:
+        holder = _Holder.of(_owner(path), path)
+        if (now := (holder, sign_of_life())) != seen:
+            seen, since = now, time.monotonic()
+        if time.monotonic() - since >= (patience if holder.works else SECONDS_FOR_WORKERS):
+            raise UserError(f"{what} is being written by {holder.name}; {holder.mend}")
+        if not told and time.monotonic() - began >= SECONDS_IN_SILENCE:
+            log(f"{what} is being written by {holder.name}; waiting for it")
+            told = True
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
+    with file:
+        try:
+            with suppress(OSError):  # a full disk, of which the lock's holder may be about to free some
+                file.truncate(0)
+                os.write(file.fileno(), _name_of(os.getpid()).encode())
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class _Holder:
+    """A process that holds a lock, in words, what to do about it, and whether it is known to be working."""
+
+    name: str
+    mend: str
+    works: bool = False
+
+    @classmethod
+    def of(cls, owner: str, lock: Path) -> _Holder:
+        """Describe the process whose name, see ``_name_of``, is in a lock; the name is missing for a moment."""
+        if not owner:
+            return cls("another process", "wait for it, or end it")
+        number = owner.removeprefix("process ").partition(" ")[0]
+        if number.isdecimal() and owner == _name_of(int(number)):
+            if _has_ended(int(number)):
+                return cls(f"a worker of {owner}, which has ended", f"end it too (lsof {lock} names it)")
+            if _state(int(number)) in ("T", "t"):
+                return cls(f"{owner}, which is stopped", f"let it go on (kill -CONT {number}), or end it")
+        return cls(owner, "wait for it, or end it", works=True)
 
 
 def _name_of(process: int) -> str:
     return f"process {process} on {socket.gethostname()}"
 
 
-def _is_gone(owner: str) -> bool:
-    """Return whether ``owner`` names a process of this machine that has ended."""
-    number = owner.removeprefix("process ").partition(" ")[0]
-    if not number.isdecimal() or owner != _name_of(int(number)):
-        return False
+def _owner(lock: Path) -> str:
+    """Return the name of the process that holds a lock, "" if it has not written it yet."""
+    with suppress(OSError):
+        return lock.read_text(encoding="utf-8", errors="replace")
+    return ""
+
+
+def _has_ended(process: int) -> bool:
+    """Return whether a process of this machine has ended, even if its parent has not taken notice."""
     try:
-        os.kill(int(number), 0)
+        os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return True
     except OSError:
-        return False
-    return False
+        pass
+    return _state(process) in ("Z", "X")
 
 
-def _owner(lock: Path) -> str:
-    with suppress(OSError):
-        return lock.read_text(encoding="utf-8") or "another process"
-    return "another process"
+def _state(process: int) -> str:
+    """Return the letter of the state of a process of this machine, such as T for a stopped one, "" without /proc."""
+    with suppress(OSError, IndexError):
+        return Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
+    return ""
 
 
-@contextmanager
-def locked(path: Path, wait: bool = True) -> Iterator[None]:
-    """Hold an exclusive lock on the file ``path``, which is deleted when the block ends.
+def _lock(path: Path) -> BinaryIO | None:
+    """Return the locked file; None if another process holds it, or deletes it or its folder meanwhile.
 
     Raises:
-        BlockingIOError: another process holds the lock, and ``wait`` is false.
         UserError: the file system has no locks.
     """
-    while (file := _lock(path, wait)) is None:
-        pass
-    with file:
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def _lock(path: Path, wait: bool) -> BinaryIO | None:
-    """Return the locked file; None if it, or its folder, was deleted meanwhile by the process that held the lock."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         file = path.open("ab")
     except FileNotFoundError:
         return None
     try:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(file.fileno()), path.stat()):
             return file
-    except BlockingIOError:
-        file.close()
-        raise
-    except FileNotFoundError:
+    except (BlockingIOError, FileNotFoundError):
         pass
     except OSError as error:
         file.close()

@@ -1,7 +1,7 @@
 """Samples on disk: a PNG of each, and a Zarr store of their tokens whose attribute ``rows`` counts the committed rows.
 
 While the model draws the next batch, threads encode PNGs and commit batches in order. The rows of a batch are committed
-once all its PNGs are written.
+once all its PNGs and tokens are on the disk, so that a power cut loses no committed row.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +23,10 @@ from PIL import Image
 from dalle_cli.config.run_folders import run_of
 from dalle_cli.errors import Damaged, UserError
 from dalle_cli.stores.checksums import write_checksums
-from dalle_cli.stores.files import explain_os_errors, new_directory, plain_name
+from dalle_cli.stores.files import delete_unfinished, explain_os_errors, new_directory, plain_name, sync
 from dalle_cli.stores.shards import Shard
 from dalle_cli.stores.typed import Count, as_type, explain_damage
+from dalle_cli.stores.zarr_files import sync_chunks, write_attributes
 
 STORE = "samples.zarr"
 ENCODERS = 4
@@ -34,6 +35,8 @@ METADATA = [f"{STORE}/{name}zarr.json" for name in ("", "tokens/", "log_likeliho
 """Files of a complete folder of samples whose checksums are kept; arrays and PNGs have checksums of their own."""
 CHUNK = 64
 """Number of rows of a chunk of the store."""
+WRITES_ZEROS = {"array.write_empty_chunks": True}
+"""Setting of zarr while an array is opened: chunks of zeros get files, so that no missing one is taken for zeros."""
 PROMPTS_A_CHUNK = 4096
 FORMAT_VERSION = 3
 """Version 2, which is read too, had the prompts in the attributes, which every batch writes anew, and all pictures in
@@ -207,6 +210,7 @@ class SampleStore:
             raise UserError(f"{out}: holds samples of other prompts, settings or models; choose another --out")
         for left in (out / STORE).rglob("*.partial"):  # a process was killed while it wrote a chunk
             left.unlink(missing_ok=True)
+        delete_unfinished(out / STORE)
         # A process may have been killed between the last commit and this.
         self._write_checksums()
 
@@ -252,14 +256,21 @@ class SampleStore:
     def _commit(
         self, row: int, tokens: np.ndarray, log_likelihood: np.ndarray, pictures: np.ndarray, names: list[str]
     ) -> None:
+        import zarr
+
         if row != self.committed:  # an earlier batch failed
             return
         with explain_os_errors(self.out):
             list(self._encoders.map(self.save, pictures, names))
-            rows = slice(row, row + len(tokens))
-            self._group["tokens"][rows] = tokens
-            self._group["log_likelihood"][rows] = log_likelihood
-            self._group.attrs["rows"] = rows.stop
+            self._sync_folders(names)
+            rows = range(row, row + len(tokens))
+            for name, values in (("tokens", tokens), ("log_likelihood", log_likelihood)):
+                with zarr.config.set(WRITES_ZEROS):
+                    array = self._group[name]
+                array[row : rows.stop] = values
+                sync_chunks(self.out / STORE / name, array, rows)
+            write_attributes(self.out / STORE, {**self._group.attrs, "rows": rows.stop})
+            self._group = _open(self.out)
             self._write_checksums()
 
     def _write_checksums(self) -> None:
@@ -267,10 +278,21 @@ class SampleStore:
         if self.committed == self._group["tokens"].shape[0]:
             write_checksums(self.out, [name for name in METADATA if (self.out / name).is_file()])
 
+    def save_all(self, pictures: Iterable[np.ndarray], names: Sequence[str]) -> None:
+        """Write pictures (H, W, 3) uint8 of the store, and have them on the disk."""
+        for picture, name in zip(pictures, names, strict=True):
+            self.save(picture, name)
+        self._sync_folders(names)
+
     def save(self, picture: np.ndarray, name: str) -> None:
-        """Write a picture (H, W, 3) uint8 of the store."""
-        (self.out / name).parent.mkdir(exist_ok=True)
-        Image.fromarray(picture).save(self.out / name)
+        """Write a picture (H, W, 3) uint8 of the store, and have its content on the disk."""
+        file = self.out / name
+        file.parent.mkdir(exist_ok=True)
+        Image.fromarray(picture).save(file)
+        sync(file)
+
+    def _sync_folders(self, names: Sequence[str]) -> None:
+        sync(*{(self.out / name).parent for name in names} | {self.out})
 
 
 def _short(identity: dict[str, Any]) -> dict[str, Any]:
@@ -291,7 +313,6 @@ def _create(out: Path, identity: dict[str, Any], rows: int, grid: int, run: Path
         chunk = min(rows, CHUNK)
         checked: dict[str, Any] = {
             "compressors": ZstdCodec(checksum=True),
-            # So that a missing file is not taken for zeros.
             "config": {"write_empty_chunks": True},
         }
         group.create_array("tokens", shape=(rows, grid, grid), chunks=(chunk, grid, grid), dtype="uint16", **checked)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +11,7 @@ import numpy as np
 
 from dalle_cli.errors import UserError
 from dalle_cli.stores.checksums import write_checksums
-from dalle_cli.stores.files import new_directory
+from dalle_cli.stores.files import locked, new_directory
 from dalle_cli.stores.samples import (
     STORE,
     ManifestLines,
@@ -100,7 +98,12 @@ def write_scores(store: Path, rows: Sequence[int], scores: Sequence[float], scor
     import zarr
     from zarr.codecs import ZstdCodec
 
-    with _locked(store):
+    if not (store / "zarr.json").is_file():
+        raise UserError(
+            f"{store}: cannot be opened as a store of dalle sample; give the lines of samples that are there"
+        )
+    place = store.resolve()
+    with locked(place.with_name(f".{place.name}.lock"), f"{store}:"):
         group = _open(store)
         with _explained(store):
             total = int(group["log_likelihood"].shape[0])
@@ -141,16 +144,3 @@ def _open(store: Path) -> Any:
         raise UserError(f"{store}: cannot be read as a store of dalle sample ({error})") from None
     require_version(group.attrs, store)
     return group
-
-
-@contextmanager
-def _locked(store: Path) -> Iterator[None]:
-    try:
-        folder = os.open(store, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise UserError(f"{store}: cannot be opened ({error.strerror})") from None
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(folder)

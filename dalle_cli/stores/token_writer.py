@@ -36,6 +36,7 @@ from dalle_cli.stores.tokens import (
     sum_known_counts,
 )
 from dalle_cli.stores.usable_rows import keep_usable_rows
+from dalle_cli.stores.zarr_files import write_attributes
 
 ZSTD_LEVEL = 1
 """Compression level: the default takes twice the time and makes captions 10% smaller and tokens no smaller."""
@@ -90,12 +91,8 @@ class PartWriter:
         with ExitStack() as locks, explain_os_errors(path):
             self._refuse_other_folders()
             locks.callback(self._remove_empty_folder)
-            try:
-                locks.enter_context(locked(self._shares.file(shard, ".lock"), wait=False))
-            except BlockingIOError:
-                raise UserError(
-                    f"{path}: another process is writing share {shard} of its {part} part; wait for it, or stop it"
-                ) from None
+            share = f"{path}: share {shard} of its {part} part"
+            locks.enter_context(locked(self._shares.file(shard, ".lock"), share, patience=0))
             with self._common_lock():
                 if not (path / "zarr.json").is_file():
                     create_group(path, rows_per_shard(samples))
@@ -158,9 +155,10 @@ class PartWriter:
             for name, values in arrays.items():
                 opened[name][(slice(rows.start, rows.stop), *map(slice, values.shape[1:]))] = values
             if skipped:
-                with self._shares.report(self.shard).open("a", encoding="utf-8") as report:
-                    report.writelines(json.dumps({"key": key, "reason": skipped[key]}) + "\n" for key in skipped)
-                sync(self._shares.report(self.shard))
+                report = self._shares.report(self.shard)
+                with report.open("a", encoding="utf-8") as lines:
+                    lines.writelines(json.dumps({"key": key, "reason": skipped[key]}) + "\n" for key in skipped)
+                sync(report, report.parent)
             with self._common_lock():
                 self._write_keys(keys, rows)
                 sizes = self._sync(["key", *arrays], rows)
@@ -213,7 +211,7 @@ class PartWriter:
     @contextmanager
     def _common_lock(self) -> Iterator[None]:
         """Lock keys, shapes of arrays and the state of the parts against changes by other writers."""
-        with locked(self._shares.folder / "lock"):
+        with locked(self._shares.folder / "lock", f"{self.path}:"):
             yield
 
     def _begin(self, identity: dict[str, Any]) -> ShareProgress:
@@ -279,6 +277,8 @@ class PartWriter:
             with self._common_lock():
                 for name in missing:
                     self._arrays[name] = self._open_array(name, shapes[name], values[name].dtype)
+                    sync(self.path / name / "zarr.json", self.path / name)
+                sync(self.path / "zarr.json", self.path, self.path.parent)
         return self._arrays
 
     def _open_array(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
@@ -343,7 +343,7 @@ class PartWriter:
                 for left in (path for path in inside if path.suffix == ".partial"):
                     left.unlink()
                 written = [shard, *(path for path in inside if path.suffix != ".partial")]
-                sync(folder, *written)
+                sync(folder.parent, folder, *written)
                 sizes[name] += sum(path.stat().st_size for path in written if path.is_file())
         return sizes
 
@@ -380,7 +380,7 @@ class PartWriter:
         self._sweep()
         attributes = {**open_group(self.path, "r").attrs, self.part: self.state.attribute()}
         order = ("format", "version", "rows_per_shard", "text", "image")  # the same whichever part is completed first
-        self.group.attrs.put({name: attributes[name] for name in order if name in attributes})
+        write_attributes(self.path, {name: attributes[name] for name in order if name in attributes})
         self._write_checksums()
         self._shares.remove(keep=self._shares.file(self.shard, ".lock"))
 

@@ -18,10 +18,11 @@ from dalle_cli.progress import progress
 from dalle_cli.stores.checkpoint import open_checkpoint, step_folders
 from dalle_cli.stores.checksums import CHECKSUMS, require_undamaged
 from dalle_cli.stores.png import END, SIGNATURE, png_damage
-from dalle_cli.stores.samples import CHUNK, read_attributes
+from dalle_cli.stores.samples import read_attributes
 from dalle_cli.stores.scores import CLIP_SCORE, sample_stores, store_lines
 from dalle_cli.stores.tokens import TokenReader, being_written
 from dalle_cli.stores.typed import explain_damage
+from dalle_cli.stores.zarr_files import chunk_file
 
 Check = tuple[str, Callable[[], object]]
 """The name of what is checked, and a function that raises UserError if it is damaged."""
@@ -152,13 +153,13 @@ def _check_arrays(store: Path) -> int:
         if rows == total or (store.parent / CHECKSUMS).is_file():  # which is written with the last sample
             require_undamaged(store.parent)
         read_attributes(group, store)
-        for name, size in (("tokens", CHUNK), ("log_likelihood", CHUNK), (CLIP_SCORE, total)):
+        for name in ("tokens", "log_likelihood", CLIP_SCORE):
             if name == CLIP_SCORE and not (store / name).is_dir():
                 continue
             array = group[name]
+            size = array.chunks[0]
             for start in range(0, rows, size):
-                place = [start // min(size, total), *[0] * (array.ndim - 1)]
-                file = store / name / "c" / "/".join(map(str, place))
+                file = chunk_file(store / name, array, start)
                 if not file.is_file() or not file.stat().st_size:
                     raise Damaged(f"{file}: is missing or empty; draw the samples again")
                 array[start : start + size]

@@ -20,6 +20,7 @@ from dalle_cli.stores.files import (
     delete_unfinished,
     explain_os_errors,
     read_json_lines,
+    sync,
     write_atomically,
 )
 from dalle_cli.stores.png import encode_png
@@ -73,9 +74,15 @@ class Journal:
                 logger.log_image(step, f"validation/{name}", image)
 
     def flush(self) -> None:
-        """Pass everything to the operating system, so that a killed process loses nothing."""
+        """Pass everything on, so that a killed process loses nothing; have the JSON lines on the disk.
+
+        Otherwise, after a power cut, a run might resume from a checkpoint whose updates have no lines.
+        """
         for logger in self.loggers:
             logger.flush()
+        if self.writes:
+            with explain_os_errors(self.lines):
+                sync(self.lines)
 
     def _write(self, prefix: str, step: int, values: Mapping[str, Any]) -> None:
         if not self.writes:

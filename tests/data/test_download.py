@@ -5,19 +5,24 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import re
 import shutil
 from collections import namedtuple
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import Call
 from helpers.file_server import FileServer
 from helpers.sources import contents, write_tar
 
 from dalle_cli.data import remote, servers
+from dalle_cli.data.copy_checksums import BLOCK, checksums_of, keep_checksums
 from dalle_cli.data.download import CACHE, CACHE_GB, NoRoom, local_copies
-from dalle_cli.data.open_source import open_source
+from dalle_cli.data.formats.webdataset import WebDatasetSource
+from dalle_cli.data.open_source import open_source, tar_shards
 from dalle_cli.data.remote import RemoteFile
 from dalle_cli.errors import UserError
 
@@ -73,6 +78,106 @@ def test_a_download_that_broke_off_goes_on(server: FileServer, tmp_path: Path, m
 def test_a_server_without_ranges_sends_whole_files(server: FileServer) -> None:
     server.ranges = False
     assert [copy.read_bytes() for copy in local_copies(files(server, 0, 1))] == [content(0), content(1)]
+
+
+def flip(file: Path, place: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[place] ^= 4
+    file.write_bytes(data)
+
+
+def cut(file: Path, place: int) -> None:
+    os.truncate(file, place)
+
+
+def shards_of_noise(server: FileServer) -> str:
+    """Write two shards of pictures of several blocks each, whose bits no format checks; return their pattern."""
+    for number in range(2):
+        members = [
+            (f"{i}.{extension}", body)
+            for i in range(number, 9, 2)
+            for extension, body in (("jpg", random.Random(i).randbytes(3 * BLOCK)), ("txt", f"caption {i}".encode()))
+        ]
+        write_tar(server.folder / f"set-{number}.tar", *members)
+    return f"{server.url}/set-{{0..1}}.tar"
+
+
+@pytest.mark.parametrize("harm", [flip, cut])
+@pytest.mark.parametrize("where", ["copy", "checksums"])
+def test_a_damaged_copy_is_noticed_and_the_server_is_read_in_its_place(
+    server: FileServer,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    harm: Callable[[Path, int], None],
+    where: str,
+) -> None:
+    spec, rng, noticed = shards_of_noise(server), random.Random(1), 0
+    wanted = contents(open_source(f"{server.folder}/set-{{0..1}}.tar"))
+    for _ in range(10):
+        opened = open_source(spec)
+        copy = next((tmp_path / "cache").rglob("set-1.tar"))
+        changed = copy if where == "copy" else checksums_of(copy)
+        harm(changed, rng.randrange(changed.stat().st_size))
+        capsys.readouterr()
+        assert contents(opened) == wanted
+        told = capsys.readouterr().err
+        assert told == "" or f"{copy}: is not what was downloaded; it is deleted, and {server.url}/set-1.tar" in told
+        assert copy.exists() == (told == "")  # the archive's end is not read
+        noticed += not copy.exists()
+    assert noticed > 5
+    assert contents(open_source(spec)) == wanted
+    assert copy.read_bytes() == (server.folder / "set-1.tar").read_bytes()
+
+
+def test_every_flip_in_a_picture_is_noticed(server: FileServer, tmp_path: Path) -> None:
+    source = WebDatasetSource("s", tar_shards(shards_of_noise(server))[1:])
+    copy = next((tmp_path / "cache").rglob("set-1.tar"))
+    whole, pictures = copy.read_bytes(), [source.image_bytes(row) for row in range(len(source))]
+    for number in range(200):
+        row = number % len(source)
+        flip(copy, whole.index(pictures[row]) + random.Random(number).randrange(3 * BLOCK))
+        assert source.image_bytes(row) == pictures[row]
+        assert not copy.exists()
+        copy.write_bytes(whole)
+        keep_checksums(copy, copy)
+
+
+def test_headers_of_a_damaged_copy_are_read_from_the_server(server: FileServer) -> None:
+    """A header has a sum of its own, but not the long name that follows it."""
+    name = "x" * 120
+    write_tar(server.folder / "set-0.tar", (f"{name}.png", b"A"), (f"{name}.txt", b"a"))
+    wanted = contents(open_source(f"{server.folder}/set-{{0..0}}.tar"))
+    (copy,) = local_copies([RemoteFile(f"{server.url}/set-0.tar")])
+    flip(copy, copy.read_bytes().index(name.encode()) + 60)
+    assert contents(open_source(f"{server.url}/set-{{0..0}}.tar")) == wanted
+    assert not copy.exists()
+
+
+def test_a_copy_of_an_earlier_version_gets_checksums(server: FileServer) -> None:
+    (copy,) = local_copies(files(server, 0))
+    wanted = checksums_of(copy).read_bytes()
+    assert len(wanted) == 4 * -(-SIZE // BLOCK)
+    checksums_of(copy).unlink()
+    local_copies(files(server, 0))
+    assert checksums_of(copy).read_bytes() == wanted
+
+
+def test_damaged_parquet_is_deleted_and_downloaded_again(server: FileServer, tmp_path: Path, call: Call) -> None:
+    pictures = [random.Random(i).randbytes(2 * BLOCK) for i in range(6)]
+    table = pa.table({"jpg": pictures, "caption": [f"caption {i}" for i in range(6)]})
+    pq.write_table(table, server.folder / "set.parquet", compression="none")
+    spec = f"{server.url}/set.parquet"
+    wanted = contents(open_source(spec))
+    assert wanted == contents(open_source(str(server.folder / "set.parquet")))
+    (copy,) = (tmp_path / "cache").rglob("set.parquet")
+    for place in (copy.read_bytes().index(pictures[3]) + 5, copy.stat().st_size - 20):
+        flip(copy, place)
+        damaged = (
+            f"{copy}: was not what had been downloaded, and was deleted; run the same command to download it again"
+        )
+        with pytest.raises(UserError, match=re.escape(damaged)):
+            contents(open_source(spec))
+        assert contents(open_source(spec)) == wanted
 
 
 def test_the_least_recently_used_copies_make_room(

@@ -11,15 +11,20 @@ import numpy as np
 import pytest
 import zarr
 from conftest import Call
+from helpers.power_cuts import Disk
 from helpers.running import smallest_recipe
 from helpers.untrained import make_untrained
 
 from dalle_cli.config.run_folders import RunFolders
-from dalle_cli.config.schema import Recipe
+from dalle_cli.config.schema import Recipe, SamplingSettings
 from dalle_cli.errors import Damaged
+from dalle_cli.sampling.request import SampleRequest
+from dalle_cli.sampling.sampler import Sampler
 from dalle_cli.stores import samples
+from dalle_cli.stores.checkpoint import open_checkpoint
 from dalle_cli.stores.samples import STORE, SampleStore
 from dalle_cli.stores.scores import store_lines
+from dalle_cli.text.bpe import Tokenizer
 
 PROMPTS = ["a red star", "a circle", "two stars", "a blue star", "a cross"]
 
@@ -28,6 +33,37 @@ PROMPTS = ["a red star", "a circle", "two stars", "a blue star", "a cross"]
 def places(tmp_path_factory: pytest.TempPathFactory) -> RunFolders:
     root = tmp_path_factory.mktemp("chain")
     return make_untrained(Recipe.model_validate(smallest_recipe(root, None)), root)
+
+
+@pytest.mark.parametrize("in_folders", [False, True])
+def test_samples_are_on_the_disk_before_they_are_committed_and_their_lines_come_later(
+    places: RunFolders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_folders: bool
+) -> None:
+    monkeypatch.setattr(samples, "PROMPTS_A_FOLDER", 2 if in_folders else 100)
+    monkeypatch.setattr(samples, "CHUNK", 4)
+    disk, out, committed, real = Disk(monkeypatch), tmp_path / "out", list[int](), samples.write_attributes
+
+    def commit(group: Path, attributes: dict[str, Any]) -> None:
+        assert disk.lacks(out) == []
+        assert len(list(out.rglob("*.png"))) >= attributes["rows"]
+        committed.append(attributes["rows"])
+        real(group, attributes)
+
+    monkeypatch.setattr(samples, "write_attributes", commit)
+    request = SampleRequest(PROMPTS, SamplingSettings(n=2, batch_size=3), seed=7)
+    sampler = Sampler(open_checkpoint(places.prior), open_checkpoint(places.dvae), Tokenizer.load(places.tokenizer))
+    number = 0
+    for number, line in enumerate(sampler.run(request, out), start=1):
+        assert Path(line["png"]).is_file()
+        assert committed[-1] >= number
+    assert number == committed[-1] == 10
+    assert len(committed) > 2
+    assert disk.lacks(out) == []
+    lost = sorted(out.rglob("*.png"))[3]
+    lost.unlink()
+    assert len(list(sampler.run(request, out))) == 10
+    assert lost.is_file()
+    assert disk.lacks(out) == []
 
 
 def as_version_2(out: Path) -> None:
@@ -85,6 +121,18 @@ def test_other_prompts_than_were_written_are_damage(call: Call, places: RunFolde
     with pytest.raises(Damaged, match=r"prompts: holds other prompts than were written"):
         store_lines(tmp_path / "s" / STORE)
     assert "prompts: holds other prompts" in call("verify", tmp_path / "s").out
+
+
+def test_samples_whose_tokens_are_all_zero_are_whole(tmp_path: Path, call: Call) -> None:
+    """A dVAE may use one code alone; zarr makes no files of zeros unless told to, and a missing file is damage."""
+    identity = {"prior": "p", "prompts": ["a star"], "seed": 0, "settings": {"n": 2}}
+    zeros, names = np.zeros((2, 8, 8, 3), np.uint8), [samples.png_name(0, index, "a star") for index in range(2)]
+    with SampleStore(tmp_path / "s", identity, 2, 4, tmp_path / "run") as store:
+        for row in range(2):
+            one = slice(row, row + 1)
+            store.add(row, np.zeros((1, 4, 4), np.uint16), np.zeros(1), zeros[one], names[one]).result()
+    verified = call("verify", tmp_path / "s")
+    assert verified.code == 0, verified.out
 
 
 def test_a_batch_writes_no_prompts(tmp_path: Path) -> None:

@@ -6,14 +6,19 @@ import csv
 import io
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from unittest import mock
 
 import pytest
+from conftest import Call
 
 from dalle_cli.errors import UserError
 from dalle_cli.shapes.world import make_shapes
@@ -137,7 +142,11 @@ def test_faults_of_the_disk_are_one_line(tmp_path: Path, number: int, words: str
 def test_one_process_at_a_time_holds_a_lock(tmp_path: Path) -> None:
     lock = tmp_path / "deep" / "lock"
     for _ in range(2):
-        with locked(lock, wait=False), pytest.raises(BlockingIOError), locked(lock, wait=False):
+        with (
+            locked(lock, "it", patience=0),
+            pytest.raises(UserError, match=f"it is being written by process {os.getpid()} on .*; wait for it, or end"),
+            locked(lock, "it", patience=0),
+        ):
             pass
         assert not lock.exists()
 
@@ -147,29 +156,90 @@ import os, sys, time
 from pathlib import Path
 from dalle_cli.stores.files import owned
 with owned(Path(sys.argv[1])):
-    if os.fork():
-        print("owned", flush=True)
+    if worker := os.fork():
+        print(worker, flush=True)
     time.sleep(float(sys.argv[2]))
 """
 
 
-@pytest.mark.parametrize("alive", [False, True])
-def test_workers_of_a_killed_owner_are_waited_for(tmp_path: Path, alive: bool) -> None:
-    """The owner's forked worker keeps the lock for two seconds."""
-    with subprocess.Popen([sys.executable, "-c", OWNER, tmp_path / "run", "2"], stdout=subprocess.PIPE) as owner:
+@contextmanager
+def another_owner(path: Path, seconds: float) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """Yield a process that owns ``path`` and the number of its forked worker, which holds the lock too."""
+    program = [sys.executable, "-c", OWNER, path, str(seconds)]
+    with subprocess.Popen(program, stdout=subprocess.PIPE) as owner:
         assert owner.stdout is not None
-        owner.stdout.readline()
+        worker = int(owner.stdout.readline())
+        try:
+            yield owner, worker
+        finally:
+            for number in (owner.pid, worker):
+                with suppress(ProcessLookupError):
+                    os.kill(number, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("alive", [False, True])
+def test_workers_of_a_killed_owner_are_waited_for(
+    tmp_path: Path, alive: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The owner's forked worker keeps the lock for two seconds."""
+    run = tmp_path / "run"
+    with another_owner(run, 2) as (owner, _):
+        name = f"process {owner.pid} on {socket.gethostname()}"
         if not alive:
             owner.kill()
             owner.wait()
         began = time.monotonic()
         if alive:
-            with pytest.raises(UserError, match=f"is being written by process {owner.pid} on"), owned(tmp_path / "run"):
+            with pytest.raises(UserError, match=f"is being written by {name}; wait for it, or end it"), owned(run):
                 pass
             assert time.monotonic() - began < 1
+            assert capsys.readouterr().err == ""
         else:
-            with owned(tmp_path / "run"):
+            with owned(run):
                 assert time.monotonic() - began > 0.5
+            waited = f"{run}: is being written by a worker of {name}, which has ended; waiting for it\n"
+            assert capsys.readouterr().err == waited
+
+
+@pytest.mark.parametrize("stopped", ["owner", "worker"])
+def test_a_stopped_process_is_named_at_once_and_not_waited_for_long(tmp_path: Path, call: Call, stopped: str) -> None:
+    """A process stopped by SIGSTOP, or a stopped worker that its killed owner left, keeps the lock without end."""
+    out = tmp_path / "out"
+    with another_owner(out, 60) as (owner, worker):
+        name = f"process {owner.pid} on {socket.gethostname()}"
+        if stopped == "owner":
+            owner.send_signal(signal.SIGSTOP)
+            told, mend = f"{name}, which is stopped", f"let it go on (kill -CONT {owner.pid}), or end it"
+        else:
+            os.kill(worker, signal.SIGSTOP)
+            owner.kill()
+            owner.wait()
+            told, mend = f"a worker of {name}, which has ended", f"end it too (lsof {tmp_path / '.out.lock'} names it)"
+        began = time.monotonic()
+        refused = call("make-shapes", out, "--n", 4, "--size", 32)
+        assert 1 < time.monotonic() - began < 30
+        assert refused.code == 2
+        assert refused.err.splitlines() == [
+            f"{out}: is being written by {told}; waiting for it",
+            f"dalle: {out}: is being written by {told}; {mend}",
+        ]
+
+
+def test_a_lock_is_waited_for_as_long_as_its_holder_gets_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    began, lock = time.monotonic(), tmp_path / ".run.lock"
+    with another_owner(tmp_path / "run", 60) as (owner, _):
+
+        def wait(sign_of_life: Callable[[], object]) -> None:
+            refusal = pytest.raises(UserError, match=f"it is being written by process {owner.pid} on .*; wait for it")
+            with refusal, locked(lock, "it", patience=1, sign_of_life=sign_of_life):
+                pass
+
+        wait(lambda: None)
+        assert time.monotonic() - began < 3
+        assert f"it is being written by process {owner.pid} on" in capsys.readouterr().err
+        began = time.monotonic()
+        wait(lambda: min(time.monotonic() - began, 2))
+        assert time.monotonic() - began > 2.5
 
 
 def test_a_process_that_waited_for_a_deleted_lock_takes_the_next(tmp_path: Path) -> None:
@@ -177,7 +247,7 @@ def test_a_process_that_waited_for_a_deleted_lock_takes_the_next(tmp_path: Path)
 
     def work() -> None:
         for _ in range(50):
-            with locked(lock):
+            with locked(lock, "it"):
                 held[0] += 1
                 turns.append(held[0])
                 held[0] -= 1
@@ -192,7 +262,7 @@ def test_a_file_system_without_locks_is_one_line(tmp_path: Path) -> None:
     with (
         mock.patch("fcntl.flock", side_effect=OSError(38, "Function not implemented")),
         pytest.raises(UserError, match=r"lock: cannot be locked .*; use a file system with locks"),
-        locked(tmp_path / "lock"),
+        locked(tmp_path / "lock", "it"),
     ):
         pass
 

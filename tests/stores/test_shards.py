@@ -15,6 +15,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from helpers.power_cuts import Disk
 from helpers.running import ENVIRONMENT
 from helpers.shares import FILE, IDENTITY, arrays, files, key, make, small_files
 from hypothesis import given, settings
@@ -22,11 +23,13 @@ from hypothesis import strategies as st
 
 from dalle_cli.errors import UserError
 from dalle_cli.stores import shards, token_writer
-from dalle_cli.stores.shards import WHOLE, Part, Shard, Shares, parse_shard
+from dalle_cli.stores.shards import WHOLE, Part, Shard, ShareProgress, Shares, parse_shard
 from dalle_cli.stores.token_writer import PartWriter
 from dalle_cli.stores.tokens import MOST_SHARDS, TokenReader, rows_per_shard
 from dalle_cli.stores.verify import verify
 from dalle_cli.views.describe import describe
+
+BUSY = f"is being written by process {os.getpid()} on .*; wait for it, or end it"
 
 
 class Killed(BaseException):
@@ -56,6 +59,25 @@ def test_shards_are_counted_from_one() -> None:
 
 
 # One store of many shares
+
+
+def test_rows_are_on_the_disk_before_they_are_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk, store, real, commits = Disk(monkeypatch), tmp_path / "tokens.zarr", Shares.write, list[int]()
+    parts: list[Part] = ["text", "image"]
+
+    def commit(self: Shares, shard: Shard, progress: ShareProgress) -> None:
+        if progress.rows:
+            assert disk.lacks(store) == []
+            commits.append(progress.rows)
+        real(self, shard, progress)
+
+    monkeypatch.setattr(Shares, "write", commit)
+    with small_files():
+        for part in parts:
+            for number in (2, 1):
+                make(store, part, 30, Shard(number, 2))
+    assert len(commits) == 2 * -(-30 // FILE)
+    assert disk.lacks(store) == []
 
 
 @given(
@@ -328,14 +350,14 @@ def test_a_second_writer_of_a_share_is_refused(tmp_path: Path) -> None:
     store = tmp_path / "tokens.zarr"
     with small_files():
         with PartWriter(store, "image", IDENTITY, 30, Shard(2, 3)):
-            with pytest.raises(UserError, match=r"another process is writing share 2/3 of its image part; wait for it"):
+            with pytest.raises(UserError, match=f"share 2/3 of its image part {BUSY}"):
                 make(store, "image", 30, Shard(2, 3))
             make(store, "image", 30, Shard(1, 3))
             make(store, "text", 30, Shard(2, 3))
         make(store, "image", 30, Shard(2, 3))
         with (
             PartWriter(tmp_path / "whole.zarr", "image", IDENTITY, 30),
-            pytest.raises(UserError, match="another process is writing share 1/1 of its image part"),
+            pytest.raises(UserError, match=f"share 1/1 of its image part {BUSY}"),
         ):
             make(tmp_path / "whole.zarr", "image", 30)
 

@@ -54,7 +54,7 @@ def test_flips_cuts_and_deletions_are_all_noticed(chain: TinyChain, count: int) 
     root, rng = chain.places.root, random.Random(count)
     assert verify(root).damage == []
     arrays = arrays_of(root)
-    files, unnoticed, kinds = files_of(root), [], Counter[str]()
+    files, unnoticed, noticed, kinds = files_of(root), [], 0, Counter[str]()
     for number in range(count):
         file = files[number % len(files)] if number < len(files) else rng.choice(files)
         whole = file.read_bytes()
@@ -74,7 +74,10 @@ def test_flips_cuts_and_deletions_are_all_noticed(chain: TinyChain, count: int) 
         if not damage and arrays_of(root) != arrays:  # some bits of zstd's code decode to the same
             unnoticed.append((file.relative_to(root).as_posix(), kind, place))
         kinds[kind] += 1
+        noticed += bool(damage)
         file.write_bytes(whole)
+    without = count - noticed - len(unnoticed)
+    print(f"{dict(kinds)}: {noticed} noticed, {len(unnoticed)} silent, {without} without effect")
     assert unnoticed == []
     assert min(kinds.values()) > count / 10
     assert verify(root).damage == []

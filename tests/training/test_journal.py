@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import Call
 from helpers.killed_runs import TIMED, finish, kill
+from helpers.power_cuts import Disk
 from helpers.running import DALLE, ENVIRONMENT, Chain, smallest_recipe, write_recipe
 from helpers.token_stores import write_tokens
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -102,6 +103,16 @@ def test_points_after_the_checkpoint_are_dropped_on_resume(tmp_path: Path, monke
     images = tensorboard_events(tmp_path).Images("validation/grid")
     assert [image.step for image in images] == [2, 4, 6, 8]
     assert {(i.width, i.height) for i in images} == {(5, 4)}
+
+
+def test_lines_are_on_the_disk_before_a_checkpoint_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(monkeypatch)
+    with Journal(tmp_path, 0) as journal:
+        for step in (1, 2):
+            journal.log_training(step, 0.1, {"loss": 1.0})
+            assert "content of metrics.jsonl" in disk.lacks(tmp_path)
+            journal.flush()
+            assert not [lost for lost in disk.lacks(tmp_path) if "metrics.jsonl" in lost]
 
 
 def test_a_line_cut_short_is_dropped(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from dalle_cli.data.copy_checksums import open_checked
 from dalle_cli.data.formats.parquet import (
     check_captions,
     check_text,
@@ -148,7 +149,7 @@ class EmbeddedSource:
             file = self._files[number]
 
             def read() -> Any:
-                with pq.ParquetFile(file.path) as opened:
+                with pq.ParquetFile(open_checked(file.path)) as opened:
                     # One thread: Arrow's pool of threads does not survive the fork of a worker.
                     return opened.read_row_group(group, columns=[file.image], use_threads=False)
 
@@ -248,7 +249,7 @@ def _split_of(file: PurePath) -> str | None:
 
 def _read_schema(path: Path) -> Any:
     try:
-        return pq.read_schema(path)
+        return pq.read_schema(open_checked(path))
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: is not a readable Parquet file ({str(error).splitlines()[0]})") from None
 
@@ -296,7 +297,7 @@ def _open(path: Path) -> _File:
         check_text(path, key, schema.field(key).type, integers=True)
     column = image.partition(".")[0]
     named = image.endswith(".bytes") and schema.field(column).type.get_field_index("path") >= 0
-    metadata = pq.read_metadata(path)
+    metadata = pq.read_metadata(open_checked(path))
     sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
     starts = [0, *np.cumsum(sizes).tolist()]
     return _File(path, state, image, captions, key, f"{column}.path" if named else None, starts)
@@ -305,7 +306,7 @@ def _open(path: Path) -> _File:
 def _rows_without_picture(file: _File) -> np.ndarray:
     """Return the rows whose picture is null; only row groups that may hold such rows are read."""
     missing: list[np.ndarray] = []
-    with pq.ParquetFile(file.path) as opened:
+    with pq.ParquetFile(open_checked(file.path)) as opened:
         for group in range(opened.metadata.num_row_groups):
             if _null_count(opened.metadata.row_group(group), file.image) != 0:
                 pictures = _leaf(opened.read_row_group(group, columns=[file.image]).combine_chunks(), file.image)

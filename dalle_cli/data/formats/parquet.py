@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from dalle_cli.data.copy_checksums import open_checked
 from dalle_cli.data.formats.tables import BadRow, Row, changed, file_state, find_columns, looked_for
 from dalle_cli.data.index import PackedStrings
 from dalle_cli.data.source import BadSample, read_again
@@ -31,7 +32,7 @@ class ParquetTable:
         self._state = file_state(os.stat(path))
         self._texts: list[Any] | None = None
         try:
-            schema = pq.read_schema(path)
+            schema = pq.read_schema(open_checked(path))
             columns = find_columns(schema.names)
             if columns is None:
                 raise UserError(f"{path}: has {looked_for(schema.names)}")
@@ -90,7 +91,7 @@ def read_texts(path: Path, state: tuple[int, int], columns: list[str]) -> list[A
     Raises:
         BadSample, UserError: see ``read_parquet``.
     """
-    table = read_parquet(path, state, lambda: pq.read_table(path, columns=columns))
+    table = read_parquet(path, state, lambda: pq.read_table(open_checked(path), columns=columns))
     return [
         column.cast(pa.large_list(pa.large_binary()) if _is_list(column.type) else pa.large_binary())
         for column in (table.column(name) for name in columns)
@@ -109,7 +110,7 @@ def read_strings(path: Path, name: str) -> Iterator[str]:
 
     Invalid UTF-8 is replaced, so such a path is never found.
     """
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(open_checked(path)) as file:
         for batch in file.iter_batches(columns=[name]):
             column = batch.column(0)
             if pa.types.is_struct(column.type):

@@ -8,12 +8,16 @@ import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from dalle_cli.data.copy_checksums import delete_copy, read_checked
+from dalle_cli.data.ranges import Ranges
 from dalle_cli.data.remote import READ_AHEAD, RemoteFile
 from dalle_cli.data.source import read_again
-from dalle_cli.errors import UserError
+from dalle_cli.errors import Damaged, UserError
+from dalle_cli.progress import log
 
 BLOCK = 512
 """Size of a tar archive's blocks in bytes."""
@@ -29,7 +33,8 @@ class LocalFile:
 
     path: Path
     origin: RemoteFile | None = field(default=None, compare=False)
-    """The file that this is a copy of, which is read in its place once the copy is deleted to make room."""
+    """The file that this is a copy of, which is read in its place once the copy is deleted: it was damaged, or others
+    needed the room."""
 
     def __str__(self) -> str:
         return str(self.path)
@@ -40,7 +45,9 @@ class LocalFile:
         return found.st_size, str(found.st_mtime_ns)
 
     def open(self) -> io.RawIOBase:
-        return io.FileIO(self.path)
+        if self.origin is None:
+            return io.FileIO(self.path)
+        return Ranges(self.state()[0], partial(self._read_copy, self.origin))
 
     def read(self, offset: int, size: int) -> bytes:
         """Return ``size`` bytes from ``offset`` on.
@@ -50,13 +57,10 @@ class LocalFile:
         """
 
         def read() -> bytes:
+            if self.origin is not None:
+                return self._read_copy(self.origin, offset, size)
             # Opened for each read, so that threads, forks and pickled copies share no handle.
-            try:
-                file = os.open(self.path, os.O_RDONLY)
-            except FileNotFoundError:
-                if self.origin is None:
-                    raise
-                return self.origin.read(offset, size)
+            file = os.open(self.path, os.O_RDONLY)
             try:
                 return os.pread(file, size, offset)
             finally:
@@ -66,6 +70,16 @@ class LocalFile:
         if len(data) != size:
             raise UserError(f"{self.path}: is shorter than when it was indexed; run the command again when it is whole")
         return data
+
+    def _read_copy(self, origin: RemoteFile, offset: int, size: int) -> bytes:
+        try:
+            return read_checked(self.path, offset, size)
+        except FileNotFoundError:
+            pass
+        except Damaged:
+            log(f"{self.path}: is not what was downloaded; it is deleted, and {origin} is read in its place")
+            delete_copy(self.path)
+        return origin.read(offset, size)
 
 
 TarFile = LocalFile | RemoteFile
@@ -95,7 +109,7 @@ def members_of(shard: TarFile) -> list[Member | str]:
 @contextmanager
 def _reader(shard: TarFile) -> Iterator[Callable[[int, int], bytes]]:
     """Yield a function that returns bytes of a shard, given their offset and number; fewer at its end."""
-    if isinstance(shard, LocalFile):
+    if isinstance(shard, LocalFile) and shard.origin is None:
         handle = os.open(shard.path, os.O_RDONLY)
         try:
             yield lambda offset, size: os.pread(handle, size, offset)

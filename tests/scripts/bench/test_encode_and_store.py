@@ -50,6 +50,14 @@ def test_bench_store(tmp_path: Path) -> None:
     assert bench("store", *arguments)["store_bytes"] == found["store_bytes"]  # the store is found, not made again
 
 
+def test_bench_checksums() -> None:
+    found = bench("checksums", "--rounds", 1, "--gb", 0.01)
+    assert found["bytes_a_picture"] > 10_000
+    for kind in ("read", "decode", "encode", "compress"):
+        assert found[f"{kind}_microseconds"] > 0
+    assert found["share_of_encode_images"] < found["share_without_the_encoder"] < 0.5
+
+
 def test_bench_tokenize() -> None:
     found = bench("tokenize", "--captions", 600, "--rounds", 1)
     assert set(found["runs"]) == {"encode_batch", "tokenize-text", "reading", "with dropout"}  # type: ignore[arg-type]
