@@ -16,7 +16,9 @@ def command(
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Captions to draw.")] = None,
     captions: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Captions: text, one a line; .jsonl; or COCO's .json; - is stdin."),
+        typer.Option(
+            metavar="FILE", help="Captions: text, one a line; .jsonl; COCO's .json; a folder, as by --data; - is stdin."
+        ),
     ] = None,
     data: Annotated[
         list[str] | None,
@@ -86,9 +88,12 @@ def command(
     recipe, places = checkpoint.recipe(), run_of(checkpoint.path)
     share = parse_shard(shard)
     wanted = [Caption(text) for text in prompts or []]
-    if captions is not None:
+    sources = data or []
+    if captions is not None and captions.is_dir():
+        sources = [*sources, str(captions)]
+    elif captions is not None:
         wanted += read_captions(captions)
-    for source in data or []:
+    for source in sources:
         wanted += map(Caption, first_captions(source, recipe.data.filters, limit))
     if held_out:
         from dalle_cli.stores.held_out import held_out_captions

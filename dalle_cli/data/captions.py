@@ -126,9 +126,7 @@ def _entries(file: Path) -> Iterator[_Entry]:
     if file == STDIN and sys.stdin is None:
         raise UserError("stdin: is closed; name a file of captions")
     if file.is_dir():
-        raise UserError(
-            f"{name}: is a folder, and no file of captions; dalle sample takes captioned pictures by --data"
-        )
+        raise UserError(f"{name}: is a folder, and no file of captions; name a file with one caption a line")
     try:
         text = sys.stdin.read() if file == STDIN else file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

@@ -162,3 +162,4 @@ def test_held_out_captions_and_those_of_a_source_are_drawn_as_training_has_them(
     first = call("sample", places.prior, "--data", data, "--limit", 9, "--n", 1)
     assert [line["prompt"] for line in first.lines] == [LONG.strip(), "a red star", "a blue star"]
     assert len(cut_lines(first.err)) == 1
+    assert call("sample", places.prior, "--captions", data, "--limit", 9, "--n", 1).lines == first.lines
