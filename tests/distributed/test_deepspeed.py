@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Call
-from helpers.processes import free_ports, start
+from helpers.processes import free_ports, outputs_of, start
 from helpers.running import ENVIRONMENT, Chain
 from helpers.sharded_runs import (
     CLIP,
@@ -338,7 +338,7 @@ def test_two_tasks_of_srun_are_ranks(made: tuple[Path, Path], alone: Path, tmp_p
         tasks.append(
             subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         )
-    errors = [task.communicate(timeout=280)[1] for task in tasks]
+    errors = [error for _, error in outputs_of(tasks, 280)]
     assert [task.returncode for task in tasks] == [0, 0], errors
     assert "on 1 x 2 ranks" in errors[0]
     assert_same_run(tmp_path / "run", alone)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import Call
 from helpers.killed_runs import TIMED
-from helpers.processes import HALF, WHOLE, command, start
+from helpers.processes import HALF, WHOLE, command, outputs_of, start
 from helpers.running import DALLE, ENVIRONMENT, Chain, smallest_recipe
 from hypothesis import given
 from hypothesis import strategies as st
@@ -214,7 +214,7 @@ def together(by_hand: Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
     commands.append(command(by_hand, stage, root / "two then one", {**changes, "training.updates": HALF}))
     commands.append([*command(by_hand, "dvae", root / "different", {}), "--set", "seed=RANK"])
     processes = start(commands)
-    outputs = [process.communicate(timeout=120) for process in processes]
+    outputs = outputs_of(processes, 120)
     # The last command differs between the ranks, and both refuse it. Of the others only rank 0 prints anything.
     refused = "dalle: rank 1 of 2: not the recipe or checkpoint of rank 0; start all ranks with the same command"
     assert [process.returncode for process in processes] == [2, 2], outputs[0][1] + outputs[1][1]

@@ -6,6 +6,7 @@ import json
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,15 @@ def free_ports(count: int) -> list[int]:
     for each in sockets:
         each.close()
     return ports
+
+
+def outputs_of(processes: list[subprocess.Popen[str]], timeout: float) -> list[tuple[str, str]]:
+    """Wait for all ``processes`` and return the stdout and stderr of each.
+
+    All pipes are read at once: a rank whose pipe is full would stop, and the others would wait for it.
+    """
+    with ThreadPoolExecutor(len(processes)) as readers:
+        return list(readers.map(lambda process: process.communicate(timeout=timeout), processes))
 
 
 def start(commands: list[list[Any]], timeout: float = 60, count: int = 2) -> list[subprocess.Popen[str]]:

@@ -12,14 +12,13 @@ from typing import Any
 from dalle_cli.config.load import load_recipe
 from dalle_cli.prior.train import train_prior
 from dalle_cli.stores.checkpoint import Checkpoint, open_checkpoint
-from helpers.processes import free_ports, start
+from helpers.processes import free_ports, outputs_of, start
 from helpers.running import ENVIRONMENT, smallest_recipe, write_recipe
 from helpers.token_stores import write_tokens
 
 UPDATES, HALF = 20, 10
 RUNS_A_PROCESS = 5
-"""Number of runs one after another in a process. After about ten DeepSpeed hangs in a collective; a run of hundreds of
-updates does not."""
+"""Number of runs one after another in a process, since importing torch takes longest."""
 COMMON = {"training.updates": UPDATES, "training.save_every": HALF, "training.keep": 3, "training.validate_every": 5}
 CLIP = {"adam.clip_norm": 0.5}
 """The gradients' norm is between 1.4 and 3.2, so every update is clipped."""
@@ -78,7 +77,7 @@ def run_on_ranks(body: str, made: tuple[Path, Path], changes: dict[str, Any], co
         processes.append(
             subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         )
-    outputs = [process.communicate(timeout=600) for process in processes]
+    outputs = outputs_of(processes, 600)
     assert [process.returncode for process in processes] == [0] * count, "\n".join(error for _, error in outputs)
     return [json.loads(out) for out, _ in outputs]
 
@@ -92,7 +91,7 @@ def command(made: tuple[Path, Path], out: Path, changes: dict[str, Any]) -> list
 def run_together(commands: list[list[Any]], count: int) -> list[str]:
     """Run ``commands`` on ``count`` ranks and return the stderr of each."""
     processes = start(commands, timeout=600, count=count)
-    outputs = [process.communicate(timeout=1200) for process in processes]
+    outputs = outputs_of(processes, 1200)
     assert [process.returncode for process in processes] == [0] * count, "\n".join(error for _, error in outputs)
     return [error for _, error in outputs]
 

@@ -11,7 +11,7 @@ import pytest
 from helpers import planned_peaks
 from helpers.peak_memory import peak_bytes
 from helpers.prior_recipes import sized_prior
-from helpers.processes import free_ports
+from helpers.processes import free_ports, outputs_of
 from helpers.running import ENVIRONMENT
 from helpers.token_stores import write_tokens
 
@@ -108,7 +108,7 @@ def test_two_machines_with_powersgd(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         environment = {**ENVIRONMENT, "MASTER_ADDR": "127.0.0.1", **{key: str(value) for key, value in place.items()}}
         command = [sys.executable, "-m", "helpers.planned_peaks", argument, str(store), str(tmp_path / "run")]
         processes.append(subprocess.Popen(command, cwd=TESTS, env=environment, stdout=subprocess.PIPE, text=True))
-    measured = [json.loads(process.communicate(timeout=600)[0].splitlines()[-1]) for process in processes]
+    measured = [json.loads(out.splitlines()[-1]) for out, _ in outputs_of(processes, 600)]
     monkeypatch.setattr(peaks, "ADAM_CHUNK", planned_peaks.CHUNK)
     monkeypatch.setattr(peaks, "ERROR_CHUNK", planned_peaks.CHUNK)
     for i, recipe in enumerate(recipes):

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import Call
 from helpers.killed_runs import files, journal_lines
-from helpers.processes import start
+from helpers.processes import outputs_of, start
 from helpers.running import DALLE, ENVIRONMENT, Chain, smallest_recipe, write_recipe
 from helpers.token_stores import write_tokens
 
@@ -84,7 +84,7 @@ def test_a_signal_to_one_rank_stops_all(command: Callable[[Path], list[Any]], tm
     processes = start([command(undisturbed)]) + start([command(signalled)])
     wait_for(40, signalled, processes[2:])
     processes[3].send_signal(signal.SIGUSR1)
-    ended = [process.communicate(timeout=600) for process in processes]
+    ended = outputs_of(processes, 600)
     assert [process.returncode for process in processes] == [0, 0, RESUMABLE, RESUMABLE], ended
     saved = open_checkpoint(signalled, which="last")
     assert 40 <= saved.step < UPDATES
