@@ -35,6 +35,7 @@ from dalle_cli.distributed.launch import read_launch
 from dalle_cli.errors import UserError
 from dalle_cli.stores.checkpoint import Checkpoint, Kind, open_checkpoint, steps_in
 from dalle_cli.stores.held_out import split_store
+from dalle_cli.stores.places import Place
 from dalle_cli.stores.tensor_files import require_like
 from dalle_cli.stores.tokens import TokenReader
 from dalle_cli.text.training_captions import TrainingCaptions
@@ -161,7 +162,7 @@ class ClipTask:
         return clip_text_ids(text_tensor, length_tensor, self._vocab)
 
 
-def train_clip(recipe: Recipe, source: Source, store: Path, out: Path, extend: int | None = None) -> Checkpoint:
+def train_clip(recipe: Recipe, source: Source, store: Place, out: Path, extend: int | None = None) -> Checkpoint:
     """Train the recipe's CLIP on the source's pictures and the store's captions; ``out`` is the run's folder.
 
     ``extend`` is the number of updates to add to a finished run; see ``Run``.

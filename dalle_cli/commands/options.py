@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dalle_cli.config.run_folders import RunFolders
     from dalle_cli.config.schema import Recipe
     from dalle_cli.data.source import Source
+    from dalle_cli.stores.places import Place
 
 
 LARGEST = 2**53
@@ -61,8 +62,47 @@ DataOption = Annotated[
         "--data", metavar="SOURCE", help="Captioned pictures: a folder, tars, a manifest, COCO ... \\[data.train]"
     ),
 ]
+
+
+def token_store(given: str) -> Place:
+    """Return the token store that ``--tokens`` names, by a path or an address."""
+    if "://" not in given:
+        return Path(given)
+    from dalle_cli.data.remote_place import AddressOfStore
+
+    return AddressOfStore(given.rstrip("/"))
+
+
+def new_token_store(given: str) -> Path:
+    """Return the token store that ``--tokens`` names, for a command that writes it.
+
+    Raises:
+        UserError: it is on a server.
+    """
+    if "://" in given:
+        raise UserError(f"--tokens {given}: a token store is written on this machine; name a folder, and copy it there")
+    return Path(given)
+
+
+NewTokensOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--tokens",
+        metavar="STORE",
+        parser=new_token_store,
+        help="Token store to fill. [RUN/tokens.zarr]",
+        show_default=False,
+    ),
+]
 TokensOption = Annotated[
-    Path | None, typer.Option("--tokens", metavar="STORE", help="Token store. [RUN/tokens.zarr]", show_default=False)
+    Any,
+    typer.Option(
+        "--tokens",
+        metavar="STORE",
+        parser=token_store,
+        help="Token store, here or at s3://, gs://, az:// or https://. [RUN/tokens.zarr]",
+        show_default=False,
+    ),
 ]
 GpusOption = Annotated[
     int | None,

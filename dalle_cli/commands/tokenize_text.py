@@ -10,10 +10,10 @@ import typer
 from dalle_cli.chain import log_next
 from dalle_cli.commands.options import (
     DataOption,
+    NewTokensOption,
     RecipeArgument,
     SetOption,
     ShardOption,
-    TokensOption,
     changes_of,
     folders,
     read_recipe,
@@ -25,7 +25,7 @@ def command(
     recipe: RecipeArgument,
     data: DataOption = None,
     tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json or its folder. [RUN/tokenizer]")] = None,
-    tokens: TokensOption = None,
+    tokens: NewTokensOption = None,
     shard: ShardOption = "1/1",
     set_: SetOption = None,
 ) -> None:

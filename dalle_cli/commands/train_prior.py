@@ -25,6 +25,7 @@ from dalle_cli.commands.options import (
 
 if TYPE_CHECKING:
     from dalle_cli.config.schema import Recipe
+    from dalle_cli.stores.places import Place
 
 
 def command(
@@ -80,7 +81,7 @@ def command(
         log_next("train-prior", recipe, settings, changes_of(set_, data))
 
 
-def _dry_run(settings: Recipe, tokens: Path, out: Path, leads: bool) -> None:
+def _dry_run(settings: Recipe, tokens: Place, out: Path, leads: bool) -> None:
     """Print the plan, then raise the error of a start that does not fit into memory."""
     from rich.console import Console
 

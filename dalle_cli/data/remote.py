@@ -38,7 +38,7 @@ def is_remote(spec: str) -> bool:
     return "://" in spec
 
 
-class _Missing(UserError):
+class Missing(UserError):
     """There is no file at an address."""
 
 
@@ -71,7 +71,7 @@ class RemoteFile:
         if self.listed is not None:
             return self.listed
         server, path = server_of(self.url)
-        return _again(self.url, lambda: server.state(path))
+        return again(self.url, lambda: server.state(path))
 
     def read(self, offset: int, size: int) -> bytes:
         """Return ``size`` bytes from ``offset`` on.
@@ -93,7 +93,7 @@ class RemoteFile:
                     raise OSError(f"{len(piece)} of {end - start} bytes came")
             return pieces
 
-        pieces = _again(self.url, read) if spans else []
+        pieces = again(self.url, read) if spans else []
         starts = [start for start, _ in spans]
         found = []
         for offset, size in ranges:
@@ -119,7 +119,7 @@ class RemoteFile:
                     raise OSError(f"{into.tell()} of {size} bytes came")
 
         while into.tell() < size:
-            _again(self.url, some)
+            again(self.url, some)
 
     def open(self) -> io.RawIOBase:
         """Return the file for reading from its start; see READ_AHEAD."""
@@ -167,31 +167,43 @@ def _listed(folder: str) -> list[RemoteFile]:
     """Return the files of a folder; none if there is no such folder."""
     server, path = server_of(folder)
     try:
-        return [RemoteFile(*file) for file in _again(folder, lambda: server.files(path))]
-    except _Missing:
+        return [RemoteFile(*file) for file in again(folder, lambda: server.files(path))]
+    except Missing:
         return []
 
 
-def _again(url: str, call: Callable[[], Result]) -> Result:
+def _host(url: str) -> str:
+    return url.partition("://")[2].partition("/")[0]
+
+
+def again(url: str, call: Callable[[], Result]) -> Result:
     """Return what ``call`` returns, trying again after each of PAUSES.
 
     Raises:
-        UserError: every try failed; _Missing if there is no such file.
+        UserError: every try failed; Missing if there is no such file.
     """
-    host = url.partition("://")[2].partition("/")[0]
     for pause in (*PAUSES, None):
         try:
             found = call()
-            _reached.add(host)
+            _reached.add(_host(url))
             return found
         except Exception as error:  # each kind of server has errors of its own
-            fault = fault_of(error)
-            if fault.missing:
-                raise _Missing(f"{url}: no such file") from None
-            # A server that answered before has credentials, so that it is worth asking for them again.
-            if pause is None or fault.lasting or (fault.credentials and host not in _reached):
-                mend = fault.mend or f"look at the network and {credentials_of(url)}"
-                raise UserError(f"{url}: cannot be read ({fault.reason}); {mend}") from None
-            log(f"{url}: {fault.reason}; trying again in {pause:g} s")
-            time.sleep(pause)
+            require_another_try(url, error, pause)
+            time.sleep(pause or 0)
     raise AssertionError
+
+
+def require_another_try(url: str, error: Exception, pause: float | None) -> None:
+    """Say that what failed with ``error`` is tried again after ``pause`` seconds; None if that was the last try.
+
+    Raises:
+        UserError: another try is not worth it; Missing if there is no such file.
+    """
+    fault = fault_of(error)
+    if fault.missing:
+        raise Missing(f"{url}: no such file") from None
+    # A server that answered before has credentials, so that it is worth asking for them again.
+    if pause is None or fault.lasting or (fault.credentials and _host(url) not in _reached):
+        mend = fault.mend or f"look at the network and {credentials_of(url)}"
+        raise UserError(f"{url}: cannot be read ({fault.reason}); {mend}") from None
+    log(f"{url}: {fault.reason}; trying again in {pause:g} s")

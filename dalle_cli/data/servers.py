@@ -13,7 +13,7 @@ from datetime import timedelta
 from functools import lru_cache
 from html.parser import HTMLParser
 from typing import Any, NamedTuple, Protocol
-from urllib.parse import quote, unquote, urldefrag, urljoin
+from urllib.parse import quote, unquote, urldefrag, urljoin, urlsplit, urlunsplit
 from urllib.request import urlopen
 
 from dalle_cli.errors import UserError
@@ -136,14 +136,7 @@ class _Obstore:
 
     def __init__(self, base: str) -> None:
         self._base, self._web = base.partition("?")[0].rstrip("/"), base.startswith(WEB)
-        self._api = _obstore()
-        # A bucket's server is without encryption where the environment names it by http://.
-        options = {"timeout": _LONGEST, "read_timeout": _SILENCE, "allow_http": not base.startswith("https://")}
-        settings: dict[str, Any] = {"client_options": options, "retry_config": {"max_retries": 0}}
-        if self._web:
-            self._store = self._api.store.HTTPStore(base, **settings)
-        else:
-            self._store = self._api.store.from_url(base, **settings)
+        self._api, self._store = _obstore(), _store_at(base)
 
     def state(self, path: str) -> State:
         try:
@@ -169,6 +162,30 @@ class _Obstore:
             return _links(f"{self._base}/{quote(folder.strip('/'))}".rstrip("/") + "/")
         found = self._api.list_with_delimiter(self._store, folder.strip("/") or None)["objects"]
         return [Listed(f"{self._base}/{each['path']}", _state(each)) for each in found]
+
+
+def _store_at(base: str) -> Any:
+    """Return obstore's store of a bucket, a web server, or a folder there."""
+    store = _obstore().store
+    # A bucket's server is without encryption where the environment names it by http://.
+    options = {"timeout": _LONGEST, "read_timeout": _SILENCE, "allow_http": not base.startswith("https://")}
+    settings: dict[str, Any] = {"client_options": options, "retry_config": {"max_retries": 0}}
+    return store.HTTPStore(base, **settings) if base.startswith(WEB) else store.from_url(base, **settings)
+
+
+def store_of_objects(folder: str) -> Any:
+    """Return obstore's store of the files in a folder at an address, for zarr.
+
+    Raises:
+        UserError: there is no such kind of address, its package is not installed, or it is on the Hub.
+    """
+    server_of(folder)
+    if folder.startswith(f"{HUB}://"):
+        raise UserError(f"{folder}: a token store is not read on the Hub; download it")
+    if not folder.startswith(WEB):
+        return _store_at(folder)
+    parts = urlsplit(folder)
+    return _store_at(urlunsplit(parts._replace(path=quote(unquote(parts.path)))))
 
 
 def _state(facts: Any) -> State:

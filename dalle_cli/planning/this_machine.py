@@ -20,6 +20,7 @@ from dalle_cli.prior.counts import count_parameters
 from dalle_cli.prior.train import refuse_unsupported, require_same_sizes
 from dalle_cli.stores.checkpoint import steps_in
 from dalle_cli.stores.held_out import split_store
+from dalle_cli.stores.places import Place
 from dalle_cli.stores.tokens import TokenReader
 
 GPU_MEMORY = 80_000_000_000
@@ -90,7 +91,7 @@ class Start:
 
     rank: int
     ranks: int
-    store: Path
+    store: Place
     rows: Rows | None
     """None if there is no token store yet."""
     out: Path
@@ -98,7 +99,7 @@ class Start:
     """Name of the newest checkpoint in ``out``; None if there is none."""
 
 
-def dry_run(recipe: Recipe, store: Path, out: Path) -> tuple[Plan, Start]:
+def dry_run(recipe: Recipe, store: Place, out: Path) -> tuple[Plan, Start]:
     """Make the checks of a start of ``dalle train-prior``, and plan it on this machine; nothing is written.
 
     The token store may be missing.
@@ -113,7 +114,7 @@ def dry_run(recipe: Recipe, store: Path, out: Path) -> tuple[Plan, Start]:
     refuse_unsupported(recipe.prior, Group(launch.rank, launch.size, device, launch.local_size))
     planned = plan(recipe, machines, assume(recipe))
     rows = None
-    if store.exists():
+    if (store / "zarr.json").is_file():
         reader = TokenReader(store)
         reader.require_complete()
         require_same_sizes(recipe, reader)

@@ -14,6 +14,7 @@ from dalle_cli.errors import UserError
 from dalle_cli.prior.model import INIT_STD, InitialValue, normal_values
 from dalle_cli.progress import log
 from dalle_cli.stores.checkpoint import Checkpoint
+from dalle_cli.stores.places import Place
 from dalle_cli.training.ancestor import carry_rows, open_ancestor, shared_text
 
 SAME = tuple(f"prior.model.{key}" for key in ("layers", "heads", "d_head", "grid", "layout", "conv_kernel"))
@@ -21,7 +22,7 @@ SAME = tuple(f"prior.model.{key}" for key in ("layers", "heads", "d_head", "grid
 
 
 def initial_values(
-    recipe: Recipe, belongs: dict[str, str], out: Path, store: Path, dvae: Path | None
+    recipe: Recipe, belongs: dict[str, str], out: Path, store: Place, dvae: Path | None
 ) -> InitialValue | None:
     """Return the initial values of the recipe's prior; None if they are all random.
 
@@ -89,7 +90,7 @@ def projected_codebook(codebook: Tensor, d_model: int, seed: int) -> Tensor:
     return projected * (INIT_STD / projected.std())
 
 
-def read_codebook(dvae: Path, identity: str, store: Path) -> Tensor:
+def read_codebook(dvae: Path, identity: str, store: Place) -> Tensor:
     """Return the codebook's vectors (K, n) of the dVAE that encoded ``store``, whose hash is ``identity``.
 
     Raises:

@@ -35,6 +35,7 @@ from dalle_cli.progress import log
 from dalle_cli.randomness import SPLITMIX_STEP, splitmix64, stream_seed
 from dalle_cli.stores.checkpoint import Checkpoint, Kind
 from dalle_cli.stores.held_out import VALIDATION_BATCH, split_store
+from dalle_cli.stores.places import Place
 from dalle_cli.stores.tokens import TokenReader
 from dalle_cli.text.training_captions import TrainingCaptions
 from dalle_cli.training.loop import Run
@@ -54,7 +55,7 @@ PREFETCHED_BATCHES = 8
 
 def train_prior(
     recipe: Recipe,
-    store: Path,
+    store: Place,
     out: Path,
     dvae: Path | None = None,
     extend: int | None = None,

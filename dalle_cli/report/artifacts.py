@@ -96,7 +96,7 @@ class Run:
             made_with = {
                 role: self.tokens.part(part).identity[role] for part, role in parts if part in self.tokens.parts
             }
-            path = self.relative(self.tokens.path)
+            path = self.relative(Path(str(self.tokens.path)))
             rows.append(ArtifactRow("token store", path, None, None, self._references(made_with)))
         for kind, checkpoint in self.checkpoints.items():
             rows.append(

@@ -22,6 +22,7 @@ from dalle_cli.prior.train import Drawing, TokenBatch
 from dalle_cli.progress import log
 from dalle_cli.randomness import numpy_generator
 from dalle_cli.sampling.draw import sample_images
+from dalle_cli.stores.places import Place
 from dalle_cli.stores.tokens import TokenReader
 
 
@@ -61,7 +62,7 @@ class Drawings:
         return sheet
 
 
-def held_out_drawing(recipe: Recipe, store: Path, dvae: Path) -> Drawing | None:
+def held_out_drawing(recipe: Recipe, store: Place, dvae: Path) -> Drawing | None:
     """Return what draws at a prior's validations; None if ``prior.drawings`` is 0 or there is no dVAE to decode with.
 
     ``dvae`` is a checkpoint or run of the dVAE that encoded ``store``.

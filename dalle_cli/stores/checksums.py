@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from dalle_cli.errors import UserError
 from dalle_cli.stores.files import json_text, sha256_file, write_json
+from dalle_cli.stores.places import Place
 
 CHECKSUMS = "checksums.json"
 """Name of the file, which maps names relative to its folder to the SHA-256 of the files."""
@@ -21,16 +23,16 @@ def write_checksums(folder: Path, names: Iterable[str]) -> None:
         write_json(file, found)
 
 
-def require_undamaged(folder: Path) -> None:
+def require_undamaged(folder: Place) -> None:
     """Raise UserError if a file of ``folder`` is not what its checksum says, or if there are no checksums."""
     if (damage := _damage_in(folder)) is not None:
         raise UserError(f"{damage}; copy {folder} again, or run the command that made it again")
 
 
-def _damage_in(folder: Path) -> str | None:
+def _damage_in(folder: Place) -> str | None:
     file = folder / CHECKSUMS
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_bytes().decode()
         found = json.loads(text)
         if not isinstance(found, dict) or not found or text != json_text(found):
             return f"{file}: is damaged"
@@ -41,6 +43,6 @@ def _damage_in(folder: Path) -> str | None:
     for name, digest in found.items():
         if not (folder / name).is_file():
             return f"{folder / name}: is missing"
-        if sha256_file(folder / name) != digest:
-            return f"{folder / name}: is damaged: its sha256 is not that of {file.name}"
+        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
+            return f"{folder / name}: is damaged: its sha256 is not that of {CHECKSUMS}"
     return None

@@ -14,6 +14,7 @@ import numpy as np
 
 from dalle_cli.errors import UserError
 from dalle_cli.stores.files import write_atomically
+from dalle_cli.stores.places import Place
 
 BLOCK = 4096
 """Number of rows that are counted together, and decoded together from a token store."""
@@ -137,7 +138,7 @@ class RowSet:
         return np.concatenate(parts).astype(dtype or np.int64, copy=False) if parts else np.empty(0, dtype or np.int64)
 
 
-def read_bits(file: Path, made_of: str, rows: int) -> np.ndarray | None:
+def read_bits(file: Place, made_of: str, rows: int) -> np.ndarray | None:
     """Return the bits of ``rows`` rows that ``keep_bits`` wrote.
 
     Returns:

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -38,6 +37,7 @@ import numpy as np
 
 from dalle_cli.errors import Damaged, UserError
 from dalle_cli.stores.checksums import CHECKSUMS, require_undamaged
+from dalle_cli.stores.places import Place, names_in
 from dalle_cli.stores.shards import COMMANDS, WHOLE, Part, Shard, Shares, join_names
 from dalle_cli.stores.typed import ABSENT, Count, as_type, explain_damage
 
@@ -63,6 +63,8 @@ NEEDED: dict[Part, tuple[str, ...]] = {"text": ("text", "text_length", "caption"
 """Arrays that each part has in every store, beside ``key``."""
 BY_VERSION = (*OFTEN_EMPTY, "image_views")
 """Arrays whose second axis is chunked by one, so that an epoch reads its own version only."""
+ARRAYS = sorted({"key", *NEEDED["text"], *NEEDED["image"], "more_captions", "text_versions", *BY_VERSION})
+"""Every array that a store may have."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class PartState:
     """Size of the shard files of each array, with those of ``key``; None if an earlier version wrote some of them."""
 
     @classmethod
-    def of_attributes(cls, attributes: Mapping[str, Any], part: Part, store: Path) -> PartState | None:
+    def of_attributes(cls, attributes: Mapping[str, Any], part: Part, store: Place) -> PartState | None:
         """Return the state of a complete part of ``store``; None if the part is not complete."""
         found = attributes.get(part)
         state = None if found is None else as_type(cls, found, store)
@@ -132,7 +134,7 @@ def rows_per_shard(samples: int) -> int:
     return rows
 
 
-def rows_per_shard_of(group: Any, path: Path) -> int:
+def rows_per_shard_of(group: Any, path: Place) -> int:
     """Return the number of rows of a shard file in the store ``path`` with the Zarr ``group``.
 
     Raises:
@@ -144,17 +146,19 @@ def rows_per_shard_of(group: Any, path: Path) -> int:
     return rows
 
 
-def open_group(path: Path, mode: Literal["r", "r+"]) -> Any:
+def open_group(path: Place, mode: Literal["r", "r+"]) -> Any:
     """Open the Zarr group of a store.
 
     Raises:
-        UserError: ``path`` is no token store, or one of another format.
+        UserError: ``path`` is no token store, or one of another format; its server cannot be reached.
     """
     import zarr
 
     mend = "make one with tokenize-text and encode-images" if mode == "r" else "choose another --tokens"
     try:
-        group: Any = zarr.open_group(str(path), mode=mode, zarr_format=3)
+        group: Any = zarr.open_group(str(path) if isinstance(path, Path) else path.zarr(), mode=mode, zarr_format=3)
+    except UserError:  # of a server
+        raise
     except PermissionError as error:
         raise UserError(f"{path}: may not be read ({error.strerror}); {mend}") from None
     except Exception as error:  # it is not there, or its metadata are not Zarr's
@@ -182,24 +186,30 @@ def being_written(store: Path) -> bool:
 class TokenReader:
     """Random reads of a store's committed rows, for training above all; safe to use from several threads.
 
+    A store on a server, which is a copy of one that was made here, is read where it is.
+
     A cache keeps the shards read last, decoded. It holds up to ``cached_rows`` rows of all arrays: 2.6 KB a row for the
     paper's 1024 image and 256 text tokens, 0.5 KB more for each version of the text, and captions as they are read.
     Random reads in a store of at most that many rows are fast; in a larger store most of them decode a whole shard.
 
     Raises:
-        UserError: ``path`` is no token store, or one of another format.
+        UserError: ``path`` is no token store, or one of another format; its server cannot be reached.
     """
 
-    def __init__(self, path: Path, cached_rows: int = CACHED_ROWS) -> None:
+    def __init__(self, path: Place, cached_rows: int = CACHED_ROWS) -> None:
         self.path = path
         self.rows_per_shard = rows_per_shard_of(open_group(path, "r"), path)
         """Number of rows of a shard file."""
         # Read the progress files before the attributes: a part becomes an attribute before its files are deleted.
-        unfinished = {part: PartState.of_shares(Shares(path, part), self.rows_per_shard) for part in COMMANDS}
+        unfinished: dict[Part, PartState | None] = {}
+        if isinstance(path, Path):
+            unfinished = {part: PartState.of_shares(Shares(path, part), self.rows_per_shard) for part in COMMANDS}
         self._group = open_group(path, "r")
-        found = {part: PartState.of_attributes(self._group.attrs, part, path) or unfinished[part] for part in COMMANDS}
+        found = {
+            part: PartState.of_attributes(self._group.attrs, part, path) or unfinished.get(part) for part in COMMANDS
+        }
         self.parts: dict[Part, PartState] = {part: state for part, state in found.items() if state is not None}
-        names = sorted(metadata.parent.name for metadata in path.glob("*/zarr.json"))
+        names = [name for name in ARRAYS if (path / name / "zarr.json").is_file()]
         with explain_damage(path):
             self._arrays: dict[str, Any] = {name: self._group[name] for name in names}
         for part, state in self.parts.items():
@@ -248,7 +258,9 @@ class TokenReader:
                 raise Damaged(f"{self.path / name}: is missing; {AGAIN}")
             folder = self.path / name / "c"
             shards = -(-self._arrays[name].shape[0] // self.rows_per_shard)
-            present = {entry.name for entry in os.scandir(folder)} if folder.is_dir() else set()
+            present = names_in(folder)
+            if present is None:
+                continue
             if missing := [str(shard) for shard in range(shards) if str(shard) not in present]:
                 others = f", as are {len(missing) - 1} others" if len(missing) > 1 else ""
                 raise UserError(f"{folder / missing[0]}: is missing{others}; {AGAIN}")
@@ -258,10 +270,11 @@ class TokenReader:
 
         They are not checked while a writer is at work, or was killed and has not been run again.
         """
-        if (self.path / CHECKSUMS).is_file() and not being_written(self.path):
+        written = isinstance(self.path, Path) and being_written(self.path)
+        if not written and (self.path / CHECKSUMS).is_file():
             require_undamaged(self.path)
 
-    def shards(self) -> Iterator[tuple[Path, Callable[[], np.ndarray]]]:
+    def shards(self) -> Iterator[tuple[Place, Callable[[], np.ndarray]]]:
         """Yield each file that committed rows are in, with a function that reads it; see ``_read_rows``."""
         for name in self._arrays:
             for rows in self._rows_of_files():
@@ -344,17 +357,20 @@ class TokenReader:
     def _read_rows(self, name: str, at: tuple[slice | int, ...]) -> np.ndarray:
         """Read rows of one file; raise UserError if it is missing or empty, which zarr takes for zeros, or damaged."""
         array, file = self._arrays[name], self._shard_file(name, at)
-        if not file.is_file():
-            raise UserError(f"{file}: is missing; {AGAIN}")
-        if not file.stat().st_size:
-            raise UserError(f"{file}: is empty; {AGAIN}")
+        if isinstance(file, Path):
+            if not file.is_file():
+                raise UserError(f"{file}: is missing; {AGAIN}")
+            if not file.stat().st_size:
+                raise UserError(f"{file}: is empty; {AGAIN}")
         try:
             return np.asarray(array[at])
+        except UserError:  # of a server
+            raise
         except Exception as error:  # zarr and its codecs raise errors of many kinds
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"{file}: is damaged ({reason[:100]}); {AGAIN}") from error
 
-    def _shard_file(self, name: str, at: tuple[slice | int, ...]) -> Path:
+    def _shard_file(self, name: str, at: tuple[slice | int, ...]) -> Place:
         rows, *rest = at
         assert isinstance(rows, slice)
         place = [rows.start // self.rows_per_shard, *rest, *[0] * (self._arrays[name].ndim - len(at))]

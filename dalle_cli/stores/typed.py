@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar, cast
 from pydantic import Field, TypeAdapter, ValidationError
 
 from dalle_cli.errors import Damaged, UserError
+from dalle_cli.stores.places import Place
 
 T = TypeVar("T")
 ABSENT = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
@@ -21,7 +22,7 @@ Count = Annotated[int, Field(ge=0, lt=2**53)]
 """A number of rows, samples or updates."""
 
 
-def as_type(kind: type[T], value: Any, where: Path) -> T:
+def as_type(kind: type[T], value: Any, where: Place) -> T:
     """Return the JSON ``value`` of the file or store ``where`` as a ``kind``, such as a dataclass; drop unknown keys.
 
     Raises:
@@ -47,7 +48,7 @@ def read_typed(kind: type[T], file: Path) -> T:
 
 
 @contextmanager
-def explain_damage(where: Path) -> Iterator[None]:
+def explain_damage(where: Place) -> Iterator[None]:
     """Turn every error inside the block, which only reads ``where``, into Damaged.
 
     JSON can be too deep or hold too large a number, and Zarr, safetensors and their codecs raise errors of many kinds.

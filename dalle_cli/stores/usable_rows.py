@@ -11,6 +11,7 @@ import hashlib
 import json
 from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 
 from dalle_cli.progress import log
 from dalle_cli.stores.checksums import CHECKSUMS
@@ -27,8 +28,10 @@ def usable_rows(reader: TokenReader, *, keep: bool = True) -> RowSet:
     if known is not None:
         return known
     bits = reader.usable_bits()
-    if keep and _is_complete(reader) and known_usable_rows(reader) is None:  # another rank may have been faster
-        keep_bits(reader.path / FILE, _made_of(reader), bits)
+    file = reader.path / FILE
+    wanted = keep and _is_complete(reader) and known_usable_rows(reader) is None  # another rank may have been faster
+    if wanted and isinstance(file, Path):
+        keep_bits(file, _made_of(reader), bits)
     return RowSet(bits)
 
 
@@ -42,9 +45,10 @@ def known_usable_rows(reader: TokenReader) -> RowSet | None:
 
 def keep_usable_rows(reader: TokenReader) -> None:
     """Have a store that is large and complete keep its usable rows."""
-    if len(reader) >= LARGE and _is_complete(reader) and known_usable_rows(reader) is None:
+    file = reader.path / FILE
+    if isinstance(file, Path) and len(reader) >= LARGE and _is_complete(reader) and known_usable_rows(reader) is None:
         log(f"{reader.path}: is complete; counting the rows that training can use")
-        keep_bits(reader.path / FILE, _made_of(reader), reader.usable_bits())
+        keep_bits(file, _made_of(reader), reader.usable_bits())
 
 
 def _is_complete(reader: TokenReader) -> bool:

@@ -16,6 +16,7 @@ from dalle_cli.config.schema import TokenizerSettings
 from dalle_cli.errors import UserError
 from dalle_cli.stores.checksums import write_checksums
 from dalle_cli.stores.files import write_atomically
+from dalle_cli.stores.places import Place
 from dalle_cli.text.bpe_dropout import BpeDropout
 from dalle_cli.text.ragged import Ragged
 
@@ -41,7 +42,7 @@ class Tokenizer:
         backend.no_padding()
 
     @classmethod
-    def load(cls, path: Path) -> Tokenizer:
+    def load(cls, path: Place) -> Tokenizer:
         """Read the file ``path``, or ``tokenizer.json`` in the folder ``path``.
 
         Raises:
@@ -49,11 +50,11 @@ class Tokenizer:
         """
         from tokenizers import Tokenizer as HFTokenizer
 
-        file = path / "tokenizer.json" if path.is_dir() else path
+        file = path / "tokenizer.json" if isinstance(path, Path) and path.is_dir() else path
         if not file.is_file():
             raise UserError(f"{file}: no such tokenizer; make one with dalle train-tokenizer")
         try:
-            backend = HFTokenizer.from_str(file.read_text(encoding="utf-8"))
+            backend = HFTokenizer.from_str(file.read_bytes().decode())
             kind = json.loads(backend.to_str())["model"]["type"]
         except Exception as error:  # the library raises bare Exceptions
             raise UserError(f"{file}: not a tokenizer file: {error}") from None

@@ -114,7 +114,10 @@ class _Handler(SimpleHTTPRequestHandler):
         last = size - 1
         if wanted is not None:
             begin, _, end = wanted.removeprefix("bytes=").partition("-")
-            first, last = int(begin), min(int(end) if end else size - 1, size - 1)
+            if begin:
+                first, last = int(begin), min(int(end) if end else size - 1, size - 1)
+            else:
+                first = max(0, size - int(end))
             if first >= size:
                 self.send_error(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE)
                 return
@@ -154,9 +157,15 @@ class _Handler(SimpleHTTPRequestHandler):
 
 
 def _bucket(folder: Path, prefix: str) -> str:
-    """Return S3's list of the files below ``prefix``, up to the next slash."""
+    """Return S3's list of the files and folders below ``prefix``, up to the next slash."""
     place = folder / unquote(prefix)
-    files = sorted(file for file in place.iterdir() if file.is_file()) if place.is_dir() else []
+    entries = sorted(place.iterdir()) if place.is_dir() else []
+    files = [file for file in entries if file.is_file()]
+    folders = "".join(
+        f"<CommonPrefixes><Prefix>{escape(below.relative_to(folder).as_posix())}/</Prefix></CommonPrefixes>"
+        for below in entries
+        if below.is_dir()
+    )
     contents = "".join(
         f"<Contents><Key>{escape(file.relative_to(folder).as_posix())}</Key>"
         f"<LastModified>2026-01-01T00:00:00.000Z</LastModified><ETag>&quot;{file.stat().st_size:x}&quot;</ETag>"
@@ -166,5 +175,6 @@ def _bucket(folder: Path, prefix: str) -> str:
     return (
         '<?xml version="1.0" encoding="UTF-8"?><ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">'
         f"<Name>{escape(folder.name)}</Name><Prefix>{escape(prefix)}</Prefix><KeyCount>{len(files)}</KeyCount>"
-        f"<MaxKeys>1000</MaxKeys><Delimiter>/</Delimiter><IsTruncated>false</IsTruncated>{contents}</ListBucketResult>"
+        f"<MaxKeys>1000</MaxKeys><Delimiter>/</Delimiter><IsTruncated>false</IsTruncated>{contents}{folders}"
+        "</ListBucketResult>"
     )
