@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -112,6 +113,9 @@ class DeepSpeedEngine:
             if sharding.offload == "nvme":
                 _check_nvme(deepspeed, Path(cast(str, sharding.nvme_path)))
             self._join_alone()
+            # DeepSpeed calls PyTorch's collectives by their earlier names in every update.
+            names = r"`torch\.distributed\.\w+` is deprecated"
+            warnings.filterwarnings("ignore", message=names, category=FutureWarning)
             self.engine, self._zero, *_ = deepspeed.initialize(
                 model=loss,
                 optimizer=_build_adam(groups, stage.adam, sharding.offload != "none"),

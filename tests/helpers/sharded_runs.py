@@ -89,10 +89,11 @@ def command(made: tuple[Path, Path], out: Path, changes: dict[str, Any]) -> list
 
 
 def run_together(commands: list[list[Any]], count: int) -> list[str]:
-    """Run ``commands`` on ``count`` ranks and return the stderr of each."""
+    """Run ``commands`` on ``count`` ranks and return the stderr of each, without a warning of Python's."""
     processes = start(commands, timeout=600, count=count)
     outputs = outputs_of(processes, 1200)
     assert [process.returncode for process in processes] == [0] * count, "\n".join(error for _, error in outputs)
+    assert not [line for _, error in outputs for line in error.splitlines() if "Warning: " in line]
     return [error for _, error in outputs]
 
 
