@@ -90,6 +90,10 @@ class ShardIndex:
         """
         return self.held if self.held is not None else _mapped(self)
 
+    def samples_once(self) -> Samples:
+        """Return the arrays as ``samples`` does, for a walk through all shards that leaves none of them mapped."""
+        return self.held if self.held is not None else _mapped.__wrapped__(self)
+
 
 def index_shard(shard: TarFile) -> ShardIndex:
     """Index a shard by its members' headers.

@@ -166,7 +166,7 @@ class WebDatasetSource:
     def _members(self) -> Iterator[tuple[str, list[int]]]:
         """Yield the key of each sample and the sizes of its members, shard after shard."""
         for prefix, index in zip(self._prefixes, self._indexes, strict=True):
-            yield from ((prefix + key, sizes) for key, sizes in keys_and_sizes(index.samples()))
+            yield from ((prefix + key, sizes) for key, sizes in keys_and_sizes(index.samples_once()))
 
     def _identity(self) -> str:
         """Return the hash of all keys and sizes; that of indexes in files is kept in a file too."""

@@ -205,6 +205,16 @@ def test_an_index_file_damaged_while_it_is_used_is_made_anew(tmp_path: Path, cal
         assert contents(source) == expected
 
 
+def test_a_walk_through_all_keys_leaves_no_index_mapped(tmp_path: Path, call: Call) -> None:
+    folder = shards(tmp_path, 1, 2, 3)
+    call("index", folder)
+    shard_index._mapped.cache_clear()
+    source = open_source(folder)
+    assert shard_index._mapped.cache_info().currsize == 0
+    source.key(0)
+    assert shard_index._mapped.cache_info().currsize == 1
+
+
 def test_shares_and_a_folder_of_their_own(tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, elsewhere = shards(tmp_path / "data", 1, 2, 3), tmp_path / "indexes"
     plain = open_source(folder)
