@@ -36,7 +36,10 @@ from dalle_cli.text.encode import CaptionEncoder
 INDEXED, DECODED, COMPARED, TOKENIZED, ENCODED, SPLIT = 2000, 16, 4000, 2000, 2, 2**20
 """Numbers of samples that each measurement works on."""
 GROWTH = 1.1
-"""Exponent of the number of pairs with which the comparisons of ``overlap`` grow (benchmarks/scale.md)."""
+"""Exponent of the number of pairs with which the look-ups of ``overlap`` grow up to a million (benchmarks/scale.md)."""
+NEAR, CHECKING = 8e-8, 1e-4
+"""Pairs with near hashes over the square of the number of pictures, and seconds of a core to check one, both among ten
+million pictures (benchmarks/scale.md)."""
 CAPTION_WORDS, WORDS = 12, 3000
 """Words of a measured caption, and different words."""
 CAPTION_BYTES, KEY_BYTES = 70, 12
@@ -93,7 +96,7 @@ def plan_data_path(recipe: Recipe, pairs: int, tasks: int) -> DataPath:
         hours = seconds * pairs / 3600
         return Step(name, 1e6 * seconds, hours, hours / workers, math.ceil(each * pairs), files)
 
-    compared *= (pairs / COMPARED) ** (GROWTH - 1)
+    compared = compared * (pairs / COMPARED) ** (GROWTH - 1) + NEAR * CHECKING * pairs
     steps = [
         step("index", indexing, index_bytes, math.ceil(pairs / 10_000)),
         step("scan", decoding),

@@ -68,7 +68,7 @@ def render_data_path(path: DataPath, console: Console) -> None:
         ("each", "measured just now on this machine, on random pictures and captions of the recipe's sizes"),
         ("core-hours", f"of one core; of encode-images, of its device ({path.device})"),
         ("hours", f"from start to end: {path.tasks:,} tasks of {path.cores} cores that share evenly"),
-        ("compare", "grows as n^1.1, as benchmarks/scale.md found up to a million pairs"),
+        ("compare", "look-ups grow as n^1.1 and checks as n^2, as benchmarks/scale.md found"),
         ("bytes", "before compression; 10,000 pairs a tar, captions of 70 bytes and keys of 12 are assumed"),
         ("start", "every start but the first, which also reads the two arrays that say which rows are usable"),
     ]
