@@ -114,13 +114,14 @@ def test_a_sample_takes_few_bytes_of_memory(tmp_path: Path, as_lines: bool, by_i
             for rank, line in enumerate(pool.lines, 1)
         )
         spec = write_sample_lines(tmp_path / "lines.jsonl", ranked)
-    system("ours", spec, captions if by_id else None)  # what is imported late is not held by samples
-    tracemalloc.start()
-    try:
-        ours = system("ours", spec, captions if by_id else None)
-        held, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert (held - names) / (200 * n) < 100
-    assert (peak - names) / (200 * n) < 200
+    traced = []
+    for _ in range(3):  # the least, since libraries import modules late, and other threads may be at work
+        tracemalloc.start()
+        try:
+            ours = system("ours", spec, captions if by_id else None)
+            traced.append(tracemalloc.get_traced_memory())
+        finally:
+            tracemalloc.stop()
+    assert (min(held for held, _ in traced) - names) / (200 * n) < 100
+    assert (min(peak for _, peak in traced) - names) / (200 * n) < 200
     assert [len(pool.lines) for pool in ours.pools] == [n] * 200
