@@ -66,7 +66,9 @@ DataOption = Annotated[
 
 def token_store(given: str) -> Place:
     """Return the token store that ``--tokens`` names, by a path or an address."""
-    if "://" not in given:
+    from dalle_cli.data.remote import is_remote
+
+    if not is_remote(given):
         return Path(given)
     from dalle_cli.data.remote_place import AddressOfStore
 
@@ -79,7 +81,9 @@ def new_token_store(given: str) -> Path:
     Raises:
         UserError: it is on a server.
     """
-    if "://" in given:
+    from dalle_cli.data.remote import is_remote
+
+    if is_remote(given):
         raise UserError(f"--tokens {given}: a token store is written on this machine; name a folder, and copy it there")
     return Path(given)
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import Call
 from fsspec.implementations.memory import MemoryFileSystem
-from helpers.file_server import FileServer
+from helpers.file_server import FileServer, served_as_s3
 from helpers.pictures import noise
 from helpers.sources import write_tar
 
@@ -259,15 +259,10 @@ def test_a_fork_that_reads_fails_at_once(server: FileServer, monkeypatch: pytest
 @pytest.fixture
 def bucket(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
     """Serve a bucket of S3, ``bucket``, with the shards in its folder ``set/data``."""
-    server = FileServer(shards.parent / "s3")
     (shards.parent / "s3" / "bucket" / "set").mkdir(parents=True)
     shards.rename(shards.parent / "s3" / "bucket" / "set" / "data")
-    for name, value in (("ENDPOINT_URL", server.url), ("SKIP_SIGNATURE", "true")):
-        monkeypatch.setenv(f"AWS_{name}", value)
-    servers._server.cache_clear()
-    yield server
-    servers._server.cache_clear()
-    server.stop()
+    with served_as_s3(shards.parent / "s3", monkeypatch) as server:
+        yield server
 
 
 def test_shards_in_a_bucket(bucket: FileServer) -> None:

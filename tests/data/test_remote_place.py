@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import Call
-from helpers.file_server import FileServer
+from helpers.file_server import FileServer, served_as_s3
 from helpers.killed_runs import files
 from helpers.running import Chain
 from helpers.shares import small_files
 from helpers.token_stores import write_tokens
 
-from dalle_cli.data import remote, servers
+from dalle_cli.data import remote
 from dalle_cli.data.remote_place import AddressOfStore
 from dalle_cli.errors import UserError
 from dalle_cli.stores import usable_rows as module
@@ -43,13 +43,8 @@ def store(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
     (tmp_path / "served" / "bucket").mkdir(parents=True, exist_ok=True)
-    server = FileServer(tmp_path / "served")
-    for name, value in (("ENDPOINT_URL", server.url), ("SKIP_SIGNATURE", "true")):
-        monkeypatch.setenv(f"AWS_{name}", value)
-    servers._server.cache_clear()
-    yield server
-    servers._server.cache_clear()
-    server.stop()
+    with served_as_s3(tmp_path / "served", monkeypatch) as server:
+        yield server
 
 
 def places(server: FileServer) -> list[AddressOfStore]:

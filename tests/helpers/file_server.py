@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
@@ -14,6 +14,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
+
+import pytest
+
+from dalle_cli.data import servers
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,18 @@ class FileServer:
     def stop(self) -> None:
         self.http.shutdown()
         self.http.server_close()
+
+
+@contextmanager
+def served_as_s3(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
+    """Serve ``folder``, whose folders are buckets, at its own address and at s3://."""
+    server = FileServer(folder)
+    for name, value in (("ENDPOINT_URL", server.url), ("SKIP_SIGNATURE", "true")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    servers._server.cache_clear()
+    yield server
+    servers._server.cache_clear()
+    server.stop()
 
 
 class _Handler(SimpleHTTPRequestHandler):
