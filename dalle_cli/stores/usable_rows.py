@@ -29,8 +29,8 @@ def usable_rows(reader: TokenReader, *, keep: bool = True) -> RowSet:
         return known
     bits = reader.usable_bits()
     file = reader.path / FILE
-    wanted = keep and _is_complete(reader) and known_usable_rows(reader) is None  # another rank may have been faster
-    if wanted and isinstance(file, Path):
+    # Another rank may have been faster. A store on a server is not written to, so its file is not fetched once more.
+    if keep and isinstance(file, Path) and _is_complete(reader) and known_usable_rows(reader) is None:
         keep_bits(file, _made_of(reader), bits)
     return RowSet(bits)
 
