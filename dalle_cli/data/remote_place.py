@@ -93,5 +93,5 @@ class _Objects(WrapperStore[ObjectStore[Any]]):
     async def get_partial_values(
         self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
     ) -> list[Buffer | None]:
-        # Zarr reads by ``get`` alone so far; without this, a later one could pass by its checks.
+        # Zarr reads by ``get`` alone so far; a later version that reads by this must meet the same checks.
         return [await self.get(key, prototype, byte_range) for key, byte_range in key_ranges]

@@ -89,7 +89,7 @@ def command(made: tuple[Path, Path], out: Path, changes: dict[str, Any]) -> list
 
 
 def run_together(commands: list[list[Any]], count: int) -> list[str]:
-    """Run ``commands`` on ``count`` ranks and return the stderr of each, without a warning of Python's."""
+    """Run ``commands`` on ``count`` ranks, check that Python warns of nothing, and return the stderr of each."""
     processes = start(commands, timeout=600, count=count)
     outputs = outputs_of(processes, 1200)
     assert [process.returncode for process in processes] == [0] * count, "\n".join(error for _, error in outputs)
