@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-MAX_DISTANCE = 10
+MAX_DISTANCE = 8
 """Maximum number of bits in which near hashes differ."""
 SURE_DISTANCE = 4
 """Number of differing bits up to which no pair is missed, unless more than LARGEST_RUN hashes share each band."""

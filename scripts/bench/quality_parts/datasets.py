@@ -14,8 +14,13 @@ import pyarrow.parquet as pq
 from dalle_cli.data.open_source import open_source
 from dalle_cli.errors import UserError
 
-SETTINGS = {"grocery": ["data.crop=true", "data.flip=true", "data.views=8"]}
-"""Settings of a recipe that suit the photographs of a data set; drawings are neither cropped nor mirrored."""
+DRAWINGS = ["dvae.objective.perceptual.weight=1"]
+SETTINGS = {
+    "grocery": ["data.crop=true", "data.flip=true", "data.views=8"],
+    "fluent-emoji-3d": DRAWINGS,
+    "twemoji": DRAWINGS,
+}
+"""Settings of a recipe that suit the pictures of a data set; drawings are neither cropped nor mirrored."""
 HELD_OUT_SHARE = 0.1
 """Share of the samples to hold out of a data set that has no test split of its own."""
 
