@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from dalle_cli.chain import next_line
-from dalle_cli.commands.options import SetOption
+from dalle_cli.commands.options import SetOption, token_store
 from dalle_cli.errors import UserError
 
 
 def command(
     path: Annotated[
-        Path | None, typer.Argument(metavar="PATH", help="Recipe, run, store, checkpoint or tokenizer.")
+        Any,
+        typer.Argument(
+            metavar="PATH",
+            parser=token_store,
+            help="Recipe, run, store, checkpoint or tokenizer; or the address of a token store.",
+            show_default=False,
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     as_yaml: Annotated[bool, typer.Option("--yaml", help="Print every setting of a recipe, resolved.")] = False,
@@ -38,6 +44,8 @@ def command(
     if path is None:
         raise UserError("show: name a recipe, run, store, checkpoint or tokenizer, or give --schema")
     if as_yaml:
+        if not isinstance(path, Path):
+            raise UserError(f"{path}: --yaml prints a recipe, and this is none; leave it out")
         from dalle_cli.config.load import dump_recipe, load_recipe
 
         typer.echo(dump_recipe(load_recipe(path, set_ or ())), nl=False)

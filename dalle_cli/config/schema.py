@@ -477,6 +477,11 @@ class PriorSettings(Settings):
     caption_dropout: Share = Field(
         0.0, description="share of training captions replaced by the empty one, for classifier-free guidance"
     )
+    token_noise: Share = Field(
+        0.0,
+        description="share of the image tokens that training sees replaced by random ones, while it predicts the true "
+        "ones; it keeps a prior from memorising thousands of pictures; 0: none, as in the paper",
+    )
     drawings: Annotated[int, Field(ge=0)] = Field(
         0,
         description="number of held-out captions that are drawn at each validation, for TensorBoard and the report; "

@@ -113,10 +113,15 @@ def _trials(recipe: Recipe, source: Source) -> dict[Kind, Callable[[Recipe], Upd
 
 
 def _seconds_of_settled(recipe: Recipe, kind: Kind, trial: Callable[[Recipe], Update]) -> float:
-    """Return the seconds of an update in the precision that a run would take."""
+    """Return the mean seconds of a training's updates in the precision that a run would take."""
     if kind != "clip":
         recipe = settle_precision(recipe, kind, None, Group(device=choose_device(recipe.device)), trial)
-    return seconds_of(trial(recipe))
+    enlarged_from = recipe.dvae.objective.perceptual.enlarged_from
+    if kind != "dvae" or enlarged_from is None:
+        return seconds_of(trial(recipe))
+    late = max(0.0, 1 - enlarged_from / recipe.dvae.training.updates)
+    before, after = (seconds_of(trial(_with_enlarged_from(recipe, first))) for first in (None, 0))
+    return (1 - late) * before + late * after
 
 
 def _reckoned(recipe: Recipe, kind: Kind, trial: Callable[[Recipe], Update]) -> float:
@@ -140,6 +145,12 @@ def _once(update: Update) -> float:
     began = time.perf_counter()
     update()
     return time.perf_counter() - began
+
+
+def _with_enlarged_from(recipe: Recipe, first: int | None) -> Recipe:
+    perceptual = recipe.dvae.objective.perceptual.model_copy(update={"enlarged_from": first})
+    objective = recipe.dvae.objective.model_copy(update={"perceptual": perceptual})
+    return recipe.model_copy(update={"dvae": recipe.dvae.model_copy(update={"objective": objective})})
 
 
 def _with_batch(recipe: Recipe, kind: Kind, size: int) -> Recipe:

@@ -23,6 +23,8 @@ PHOTOGRAPH_VIEWS = 8
 """Number of crops of each photograph for the prior; see docs/quality.md for what they bring."""
 HELD_OUT = 2000
 """Number of held-out samples that suffices, however large the source is."""
+DRAWINGS_PERCEPTUAL_WEIGHT = 1.0
+"""Largest weight of the dVAE's perceptual term on drawings; see docs/quality.md for what it brings."""
 TOKENS_A_WORD = 1.4
 """Number of BPE tokens that a word takes, roughly."""
 CAPTIONS_A_TOKEN = 4
@@ -83,6 +85,8 @@ def settings_for(found: ScanResult, recipe: Recipe) -> dict[str, Any]:
         "tokenizer.vocab_size": vocabulary,
         "tokenizer.text_length": max(16, min(256, -(-tokens // 8) * 8)),
     }
+    if not photographs and recipe.dvae.objective.perceptual.weight > DRAWINGS_PERCEPTUAL_WEIGHT:
+        values["dvae.objective.perceptual.weight"] = DRAWINGS_PERCEPTUAL_WEIGHT
     if found.measures["shorter side"]["50%"] < recipe.image_size:
         side = recipe.dvae.model.downsampling * 4
         values["image_size"] = max(side, int(found.measures["shorter side"]["50%"]) // side * side)

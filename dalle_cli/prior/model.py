@@ -265,7 +265,12 @@ class Prior(nn.Module):
         return text_length.long().clamp(max=self.text_length - 1)
 
     def loss(
-        self, text: Tensor, text_length: Tensor, image: Tensor, text_count: Tensor | float | None = None
+        self,
+        text: Tensor,
+        text_length: Tensor,
+        image: Tensor,
+        text_count: Tensor | float | None = None,
+        seen: Tensor | None = None,
     ) -> PriorLoss:
         """Return the mean cross-entropies of a batch.
 
@@ -279,9 +284,10 @@ class Prior(nn.Module):
             text_count: divisor of the text's sum; by default the number of counted positions. For a micro-batch, give
                 the whole batch's number times the micro-batch's share of the rows: then the micro-batches' means,
                 weighted by their shares, add up to the whole batch's.
+            seen: (B, S) image tokens that later ones are predicted from; by default ``image``.
         """
         text_ids = self.with_padding(text, send(text_length, text.device))
-        hidden = self(text_ids, image)
+        hidden = self(text_ids, image if seen is None else seen)
         position = torch.arange(1, self.text_length, device=text_length.device)
         counted = send((position <= text_length[:, None].long()).nonzero(), text.device).unbind(1)
         text_targets = text_ids[:, 1:].clamp(max=self.text_vocab)[counted]
@@ -310,9 +316,16 @@ class LossModule(nn.Module):
         super().__init__()
         self.prior = prior
 
-    def forward(self, text: Tensor, length: Tensor | list[int], image: Tensor, text_count: Tensor | float) -> PriorLoss:
+    def forward(
+        self,
+        text: Tensor,
+        length: Tensor | list[int],
+        image: Tensor,
+        text_count: Tensor | float,
+        seen: Tensor | None = None,
+    ) -> PriorLoss:
         """Return ``Prior.loss``; a list of lengths stays on the CPU, where ``fully_shard`` would move a tensor."""
-        return self.prior.loss(text, torch.as_tensor(length), image, text_count)
+        return self.prior.loss(text, torch.as_tensor(length), image, text_count, seen)
 
 
 def build_prior(recipe: Recipe, initial: InitialValue | None = None) -> Prior:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -230,7 +231,7 @@ class PriorTask:
     comparable_from: int = 0
     judged_by: str = "image"  # the text's loss rises long before: the same captions come again and again
     less_memory: str = "lower prior.training.micro_batch, or set prior.model.checkpoint_resblocks to true"
-    forward: Callable[[Tensor, list[int], Tensor, Tensor], PriorLoss] | None = None
+    forward: Callable[[Tensor, list[int], Tensor, Tensor, Tensor | None], PriorLoss] | None = None
     drawing: Drawing | None = None
 
     def __post_init__(self) -> None:
@@ -245,7 +246,9 @@ class PriorTask:
 
     def _read(self, start: int, stop: int, order_name: Order) -> Iterator[TokenBatch]:
         seed, size, share = self.recipe.seed, self.recipe.prior.training.batch_size, self.recipe.prior.caption_dropout
+        noise, codes = self.recipe.prior.token_noise, self.recipe.dvae.model.codebook_size
         part = self.group.part(size)
+        places = np.arange(size)[part]
         order = BatchOrder(self.training_rows, size, seed, part, order=order_name)
         for first in range(start, stop, PREFETCHED_BATCHES):
             steps = range(first, min(first + PREFETCHED_BATCHES, stop))
@@ -254,8 +257,12 @@ class PriorTask:
             block = as_batch(*self.captions.read(rows, epochs), self.reader.epoch_image(rows, epochs))
             for step, batch in zip(steps, block.split(len(block) // len(steps)), strict=True):
                 if share:
-                    dropped = torch.from_numpy(dropped_captions(seed, step, np.arange(size)[part], share))
+                    dropped = torch.from_numpy(dropped_captions(seed, step, places, share))
                     batch = replace(batch, length=batch.length.masked_fill(dropped, 0))
+                if noise:
+                    batch = replace(
+                        batch, seen=noisy_tokens(batch.image, seed, step, np.arange(size)[part], noise, codes)
+                    )
                 yield batch
 
     def micro_batches(self, batch: TokenBatch, size: int | None) -> list[tuple[Any, float]]:
@@ -267,10 +274,11 @@ class PriorTask:
     def loss(self, batch: tuple[TokenBatch, Tensor], step: int) -> dict[str, Tensor]:
         tokens, text_count = batch
         text, image = (send(each, self.group.device) for each in (tokens.text, tokens.image))
+        seen = None if tokens.seen is None else send(tokens.seen, self.group.device)
         if self.forward is None:
-            found = self.model.loss(text, tokens.length, image, text_count)
+            found = self.model.loss(text, tokens.length, image, text_count, seen)
         else:
-            found = self.forward(text, tokens.length.tolist(), image, text_count)
+            found = self.forward(text, tokens.length.tolist(), image, text_count, seen)
         weight = self.recipe.prior.objective.text_weight
         return {"loss": weight * found.text + (1 - weight) * found.image, "text": found.text, "image": found.image}
 
@@ -358,11 +366,14 @@ class TokenBatch:
     """(B,) number of tokens of each caption."""
     image: Tensor
     """(B, S) image tokens in raster order."""
+    seen: Tensor | None = None
+    """(B, S) the same, some of them replaced: what later ones are predicted from. None: ``image``."""
 
     def split(self, size: int) -> list[TokenBatch]:
         """Split into batches of ``size`` samples; the last may have fewer."""
         parts = zip(self.text.split(size), self.length.split(size), self.image.split(size), strict=True)
-        return [TokenBatch(*part) for part in parts]
+        seen = repeat(None) if self.seen is None else self.seen.split(size)
+        return [TokenBatch(*part, own) for part, own in zip(parts, seen, strict=False)]
 
     def __len__(self) -> int:
         return len(self.text)
@@ -394,6 +405,19 @@ def dropped_captions(seed: int, step: int, indices: np.ndarray, share: float) ->
     drawn = splitmix64(stream + (indices.astype(np.uint64) + np.uint64(1)) * SPLITMIX_STEP)
     below: np.ndarray = (drawn >> np.uint64(11)).astype(np.float64) / 2.0**53 < share
     return below
+
+
+def noisy_tokens(image: Tensor, seed: int, step: int, indices: np.ndarray, share: float, codes: int) -> Tensor:
+    """Return image tokens (B, S), each replaced by one of ``codes`` at random with probability ``share``.
+
+    ``indices`` (B,) are places in the batch of all ranks; a sample's result depends on (seed, step, index) alone.
+    """
+    stream, positions = np.uint64(stream_seed(seed, "token-noise", step)), image.shape[1]
+    places = indices.astype(np.uint64)[:, None] * np.uint64(positions) + np.arange(positions, dtype=np.uint64)
+    drawn = splitmix64(stream + (places + np.uint64(1)) * SPLITMIX_STEP)
+    replaced = (drawn >> np.uint64(11)).astype(np.float64) / 2.0**53 < share
+    noise = (splitmix64(drawn) % np.uint64(codes)).astype(np.int64)
+    return torch.where(torch.from_numpy(replaced), torch.from_numpy(noise), image)
 
 
 def sample_work(recipe: Recipe) -> SampleWork:

@@ -211,12 +211,13 @@ class TokenReader:
         self.parts: dict[Part, PartState] = {part: state for part, state in found.items() if state is not None}
         names = [name for name in ARRAYS if (path / name / "zarr.json").is_file()]
         with explain_damage(path):
-            self._arrays: dict[str, Any] = {name: self._group[name] for name in names}
+            self.arrays: dict[str, Any] = {name: self._group[name] for name in names}
+            """The store's Zarr arrays, by name."""
         for part, state in self.parts.items():
-            for name in {"key", *NEEDED[part]} & self._arrays.keys():
-                if state.rows and self._arrays[name].shape[:1] < (state.rows,):
+            for name in {"key", *NEEDED[part]} & self.arrays.keys():
+                if state.rows and self.arrays[name].shape[:1] < (state.rows,):
                     raise Damaged(f"{path / name}: has fewer rows than the {state.rows} of the {part} part; {AGAIN}")
-        sizes = [math.prod(array.shape[1:]) * array.dtype.itemsize for array in self._arrays.values()]
+        sizes = [math.prod(array.shape[1:]) * array.dtype.itemsize for array in self.arrays.values()]
         self.cache_limit = sum(sizes) * max(cached_rows, ROWS_PER_BLOCK)
         """Maximum number of bytes of decoded blocks in the cache."""
         self._cache: dict[tuple[str, int, int | None], np.ndarray] = {}
@@ -254,10 +255,10 @@ class TokenReader:
                 )
         self.require_whole_metadata()
         for name in ("key", *NEEDED["text"], *NEEDED["image"]):
-            if name not in self._arrays:
+            if name not in self.arrays:
                 raise Damaged(f"{self.path / name}: is missing; {AGAIN}")
             folder = self.path / name / "c"
-            shards = -(-self._arrays[name].shape[0] // self.rows_per_shard)
+            shards = -(-self.arrays[name].shape[0] // self.rows_per_shard)
             present = names_in(folder)
             if present is None:
                 continue
@@ -276,14 +277,14 @@ class TokenReader:
 
     def shards(self) -> Iterator[tuple[Place, Callable[[], np.ndarray]]]:
         """Yield each file that committed rows are in, with a function that reads it; see ``_read_rows``."""
-        for name in self._arrays:
+        for name in self.arrays:
             for rows in self._rows_of_files():
                 places: list[tuple[slice | int, ...]] = [(rows,)]
                 if name in OFTEN_EMPTY:
                     versions = int(np.max(self._read_rows("text_versions", (rows,)), initial=0))
                     places = [(rows, version) for version in range(versions)]
                 elif name in BY_VERSION:
-                    places = [(rows, version) for version in range(self._arrays[name].shape[1])]
+                    places = [(rows, version) for version in range(self.arrays[name].shape[1])]
                 for at in places:
                     yield self._shard_file(name, at), partial(self._read_rows, name, at)
 
@@ -301,18 +302,18 @@ class TokenReader:
     def captions(self, rows: np.ndarray) -> list[list[str]]:
         """Return the usable captions at each of ``rows``; none at skipped rows."""
         first, found = self.strings("caption", rows), self.read("text_length", rows) > 0
-        more = self.read("more_captions", rows) if "more_captions" in self._arrays else [""] * len(rows)
+        more = self.read("more_captions", rows) if "more_captions" in self.arrays else [""] * len(rows)
         with explain_damage(self.path / "more_captions"):
             others = [list(map(str, json.loads(str(each) or "[]"))) for each in more]
         return [[a, *b] if usable else [] for a, b, usable in zip(first, others, found, strict=True)]
 
     def epoch_text(self, rows: np.ndarray, epochs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the stored tokens (n, T) and lengths (n,) of ``rows`` (n,) in ``epochs`` (n,)."""
-        if "text_versions" not in self._arrays:
+        if "text_versions" not in self.arrays:
             return self.read("text", rows), self.read("text_length", rows)
         versions = self.read("text_versions", rows).astype(np.int64)
         version = np.where(versions > 0, epochs % np.maximum(versions, 1), -1)
-        text = np.empty((len(rows), self._arrays["text"].shape[1]), np.uint16)
+        text = np.empty((len(rows), self.arrays["text"].shape[1]), np.uint16)
         length = np.empty(len(rows), np.uint16)
         for one in np.unique(version):
             at = np.flatnonzero(version == one)
@@ -325,7 +326,7 @@ class TokenReader:
 
     def epoch_image(self, rows: np.ndarray, epochs: np.ndarray) -> np.ndarray:
         """Return the image tokens (n, grid, grid) that training sees at ``rows`` (n,) in ``epochs`` (n,)."""
-        views = self._arrays["image_views"].shape[1] + 1 if "image_views" in self._arrays else 1
+        views = self.arrays["image_views"].shape[1] + 1 if "image_views" in self.arrays else 1
         image = self.read("image", rows)
         view = epochs % views
         for one in np.unique(view[view > 0]):
@@ -335,7 +336,7 @@ class TokenReader:
 
     def read(self, name: str, rows: np.ndarray, version: int | None = None) -> np.ndarray:
         """Return the values (len(rows), ...) of an array at ``rows``, in any order; ``version`` is for BY_VERSION."""
-        array = self._arrays[name]
+        array = self.arrays[name]
         out = np.empty((len(rows), *array.shape[1 if version is None else 2 :]), array.dtype)
         blocks, places = np.divmod(rows, ROWS_PER_BLOCK)
         order = np.argsort(blocks, kind="stable")
@@ -356,7 +357,7 @@ class TokenReader:
 
     def _read_rows(self, name: str, at: tuple[slice | int, ...]) -> np.ndarray:
         """Read rows of one file; raise UserError if it is missing or empty, which zarr takes for zeros, or damaged."""
-        array, file = self._arrays[name], self._shard_file(name, at)
+        array, file = self.arrays[name], self._shard_file(name, at)
         if isinstance(file, Path):
             if not file.is_file():
                 raise UserError(f"{file}: is missing; {AGAIN}")
@@ -373,7 +374,7 @@ class TokenReader:
     def _shard_file(self, name: str, at: tuple[slice | int, ...]) -> Place:
         rows, *rest = at
         assert isinstance(rows, slice)
-        place = [rows.start // self.rows_per_shard, *rest, *[0] * (self._arrays[name].ndim - len(at))]
+        place = [rows.start // self.rows_per_shard, *rest, *[0] * (self.arrays[name].ndim - len(at))]
         return self.path / name / "c" / "/".join(map(str, place))
 
     def _block(self, name: str, block: int, version: int | None) -> np.ndarray:

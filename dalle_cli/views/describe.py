@@ -17,6 +17,7 @@ from dalle_cli.config.run_folders import RunFolders
 from dalle_cli.config.shipped import shipped_recipe
 from dalle_cli.errors import UserError
 from dalle_cli.stores.checkpoint import open_checkpoint, steps_in
+from dalle_cli.stores.places import Place
 from dalle_cli.stores.samples import STORE, read_attributes
 from dalle_cli.stores.tokens import TokenReader
 from dalle_cli.stores.typed import explain_damage
@@ -37,11 +38,11 @@ BYTE_TOKENS = 256
 
 @dataclass(frozen=True)
 class ArrayDescription:
-    """An array of a store; ``bytes`` counts its files on disk."""
+    """An array of a store; ``bytes`` counts its files, and is None if they are on a server and were not counted."""
 
     shape: list[int]
     dtype: str
-    bytes: int
+    bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class TokenStoreDescription:
     skipped: dict[str, dict[str, int]]
     """Number of skipped rows for each reason, by part."""
     arrays: dict[str, ArrayDescription]
-    bytes: int
+    bytes: int | None
     captions: list[CaptionExample]
 
 
@@ -149,12 +150,18 @@ Description = (
 )
 
 
-def describe(path: Path, overrides: Sequence[str] = ()) -> Description:
+def describe(path: Place, overrides: Sequence[str] = ()) -> Description:
     """Describe a recipe (with the settings of ``--set``) or an artifact; ``asdict`` of the result is JSON.
+
+    Of what is on a server, only a token store can be described.
 
     Raises:
         UserError: ``path`` is of none of the kinds listed in ``UNDERSTOOD``, or is damaged.
     """
+    if not isinstance(path, Path):
+        if overrides:
+            raise UserError(f"{path}: --set changes a recipe, and this is none; leave it out")
+        return _describe_tokens(path)
     if path.suffix in (".yaml", ".yml") or (not path.exists() and shipped_recipe(str(path)) is not None):
         return describe_recipe(load_recipe(path, overrides))
     if overrides:
@@ -188,13 +195,14 @@ def _describe_store(path: Path) -> Description:
         return _describe_samples(path)
     if kind != "dalle-tokens":
         raise UserError(f"{path}: is a Zarr group of another program; {UNDERSTOOD}")
-    return _describe_tokens(path, group)
+    return _describe_tokens(path)
 
 
-def _describe_tokens(path: Path, group: Any) -> TokenStoreDescription:
+def _describe_tokens(path: Place) -> TokenStoreDescription:
     reader = TokenReader(path)
     parts = reader.parts
-    arrays = _arrays(path, group, _counted_bytes(reader))
+    arrays = _arrays(path, reader.arrays, _counted_bytes(reader))
+    sizes = [array.bytes for array in arrays.values()]
     usable = known_usable_rows(reader) if len(parts) == 2 else None
     captions: list[CaptionExample] = []
     if "text" in parts and parts["text"].rows:
@@ -216,7 +224,7 @@ def _describe_tokens(path: Path, group: Any) -> TokenStoreDescription:
         dvae=parts["image"].identity.get("dvae") if "image" in parts else None,
         skipped={part: state.skipped for part, state in parts.items()},
         arrays=arrays,
-        bytes=sum(array.bytes for array in arrays.values()),
+        bytes=None if None in sizes else sum(size or 0 for size in sizes),
         captions=captions,
     )
 
@@ -227,6 +235,9 @@ def _describe_samples(path: Path) -> SampleStoreDescription:
     with explain_damage(path):
         group: Any = zarr.open_group(str(path), mode="r", zarr_format=3)
         found, total = read_attributes(group, path), int(group["tokens"].shape[0])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # zarr warns of files that are not its own
+            arrays = dict(sorted(group.arrays()))
         return SampleStoreDescription(
             path=str(path),
             rows=total,
@@ -237,7 +248,7 @@ def _describe_samples(path: Path) -> SampleStoreDescription:
             seed=found.request.seed,
             settings=found.request.settings,
             prior=found.request.prior,
-            arrays=_arrays(path, group, {}),
+            arrays=_arrays(path, arrays, {}),
         )
 
 
@@ -255,24 +266,23 @@ def _counted_bytes(reader: TokenReader) -> dict[str, int]:
     return found
 
 
-def _arrays(path: Path, group: Any, counted: Mapping[str, int]) -> dict[str, ArrayDescription]:
-    """Describe the arrays; the files of those whose size was not ``counted`` are looked at one by one."""
+def _arrays(path: Place, arrays: Mapping[str, Any], counted: Mapping[str, int]) -> dict[str, ArrayDescription]:
+    """Describe the arrays; the files of those whose size was not ``counted`` are looked at one by one, if here."""
 
-    def size(name: str) -> int:
+    def size(folder: Place, name: str) -> int | None:
         if name in counted:
-            return counted[name] + (path / name / "zarr.json").stat().st_size
-        return sum(file.stat().st_size for file in (path / name).rglob("*") if file.is_file())
+            return counted[name] + len((folder / "zarr.json").read_bytes())
+        if not isinstance(folder, Path):
+            return None
+        return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # zarr warns of the store's skipped-*.jsonl
-        arrays = sorted(group.arrays())
     return {
         name: ArrayDescription(
             shape=list(array.shape),
             dtype="string" if array.dtype.kind not in "biuf" else str(array.dtype),
-            bytes=size(name),
+            bytes=size(path / name, name),
         )
-        for name, array in arrays
+        for name, array in arrays.items()
     }
 
 

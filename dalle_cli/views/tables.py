@@ -268,7 +268,7 @@ def _token_store(found: TokenStoreDescription) -> list[Table]:
                 ("source", ", ".join(source) if isinstance(source, list) else source),
                 ("tokenizer", found.tokenizer),
                 ("dVAE", found.dvae),
-                ("on disk", size(found.bytes)),
+                ("on disk", size(found.bytes) if found.bytes is not None else "not counted"),
             ],
         ),
         _array_table(found.arrays),
@@ -311,7 +311,12 @@ def _sample_store(found: SampleStoreDescription) -> list[Table]:
 
 def _array_table(arrays: dict[str, ArrayDescription]) -> Table:
     rows = [
-        (name, " x ".join(str(side) for side in array.shape), array.dtype, size(array.bytes))
+        (
+            name,
+            " x ".join(str(side) for side in array.shape),
+            array.dtype,
+            size(array.bytes) if array.bytes is not None else "",
+        )
         for name, array in arrays.items()
     ]
     return grid_table("Arrays", ["name", "shape", "type", "on disk"], rows, right=[3])

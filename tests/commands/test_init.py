@@ -49,6 +49,7 @@ def test_settings_follow_from_the_data(photographs: Path, tmp_path: Path) -> Non
     assert recipe.data.train == str(photographs)
     assert recipe.data.crop
     assert recipe.data.views == 8
+    assert recipe.dvae.objective.perceptual.weight == 4.0
     assert recipe.image_size == 32  # the median of the shorter sides is 44 or 45
     assert recipe.grid == recipe.prior.model.grid == 8
     assert recipe.tokenizer.text_length == 48  # 30 words of 1.4 tokens, in eights
@@ -57,6 +58,18 @@ def test_settings_follow_from_the_data(photographs: Path, tmp_path: Path) -> Non
     assert f"tokenizer.json: {recipe.tokenizer.vocab_size} tokens" in trained.err
     assert "warning" not in trained.err
     assert recipe.dvae.training == load_recipe(RECIPES / "own-data.yaml").dvae.training
+
+
+def test_drawings_take_a_small_perceptual_weight(photographs: Path, tmp_path: Path) -> None:
+    """PNG files are taken for drawings; photographs keep the weight of the recipe."""
+    for i, file in enumerate(sorted(photographs.glob("*.jpg"))[:30]):
+        Image.open(file).save(tmp_path / f"{i:02d}.png")
+        (tmp_path / f"{i:02d}.txt").write_text("a drawing")
+    done = run("init", tmp_path / "drawn.yaml", "--data", tmp_path)
+    assert done.code == 0, done.err
+    drawn, before = load_recipe(tmp_path / "drawn.yaml"), load_recipe(RECIPES / "own-data.yaml")
+    assert (drawn.data.crop, drawn.data.views, drawn.dvae.objective.perceptual.weight) == (False, 1, 1.0)
+    assert before.dvae.objective.perceptual.weight == 4.0
 
 
 def test_updates_follow_from_the_time(photographs: Path, tmp_path: Path) -> None:

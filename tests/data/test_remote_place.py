@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from dalle_cli.errors import UserError
 from dalle_cli.stores import usable_rows as module
 from dalle_cli.stores.tokens import TokenReader
 from dalle_cli.stores.usable_rows import usable_rows
+from dalle_cli.views.describe import TokenStoreDescription, describe
 
 FILE, ROWS = 16, 150
 LAST = "step-00000012"
@@ -66,6 +69,29 @@ def test_rows_are_those_of_the_folder(store: Path, server: FileServer) -> None:
         assert there.parts == here.parts
         for name in ("text", "text_length", "image", "image_ok", "key", "caption"):
             assert np.array_equal(there.read(name, rows), here.read(name, rows))
+
+
+def test_show_describes_a_store_there_as_it_does_the_folder(store: Path, server: FileServer, call: Call) -> None:
+    here = describe(store)
+    for place in places(server):
+        assert describe(place) == replace(here, path=str(place))
+        shown = call("show", place)
+        assert shown.code == 0, shown.err
+        assert f"{ROWS}" in shown.out
+        for words in (["--yaml"], ["--set", "seed=1"]):
+            assert f"{place}: {words[0]} " in call("show", place, *words).mistake()
+    assert "s3://bucket/none.zarr: is no token store" in call("show", "s3://bucket/none.zarr").mistake()
+    group = json.loads((store / "zarr.json").read_text())
+    for part in ("text", "image"):  # as earlier versions wrote them
+        del group["attributes"][part]["bytes"]
+    (store / "zarr.json").write_text(json.dumps(group))
+    (store / "checksums.json").unlink()
+    there, here = describe(places(server)[1]), describe(store)
+    assert isinstance(there, TokenStoreDescription)
+    assert isinstance(here, TokenStoreDescription)
+    assert (there.bytes, there.rows) == (None, here.rows)
+    assert here.bytes
+    assert "not counted" in call("show", places(server)[0]).out
 
 
 def test_dropped_connections_are_tried_again(

@@ -15,6 +15,7 @@ from helpers.token_stores import write_tokens
 from typer.testing import CliRunner
 
 from dalle_cli.app import app
+from dalle_cli.config.schema import Recipe
 from dalle_cli.errors import UserError
 from dalle_cli.planning import budget, this_machine
 from dalle_cli.planning.this_machine import refuse_too_large
@@ -132,6 +133,21 @@ def test_a_long_update_is_reckoned_from_small_ones(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(budget, "_seconds_of_settled", lambda *_: "measured")
     monkeypatch.setattr(budget, "LONG_UPDATE", 200)
     assert budget._reckoned(recipe, "prior", trial) == "measured"
+
+
+def test_slower_updates_at_the_end_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An update takes 2 seconds, and 3 with enlarged pictures, which are used in the last fifth."""
+    objective = {"perceptual": {"weight": 1, "enlarged_from": 80}}
+    recipe = Recipe.model_validate(
+        {"dvae": {"objective": objective, "training": {"updates": 100, "batch_size": 1}, "precision": "fp32"}}
+    )
+
+    def trial(tried: Recipe) -> Any:
+        return 2.0 if tried.dvae.objective.perceptual.enlarged_from is None else 3.0
+
+    monkeypatch.setattr(budget, "seconds_of", lambda seconds: seconds)
+    assert budget._seconds_of_settled(recipe, "dvae", trial) == pytest.approx(2.2)
+    assert budget._seconds_of_settled(recipe, "clip", trial) == 3.0
 
 
 @pytest.mark.usefixtures("small_machine")

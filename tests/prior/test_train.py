@@ -18,14 +18,14 @@ from dalle_cli.dvae.train import load_dvae, train_dvae
 from dalle_cli.errors import UserError
 from dalle_cli.prior.initial import projected_codebook
 from dalle_cli.prior.model import build_prior
-from dalle_cli.prior.train import PriorTask, dropped_captions, train_prior
+from dalle_cli.prior.train import PriorTask, dropped_captions, noisy_tokens, train_prior
 from dalle_cli.stores.checkpoint import open_checkpoint
 from dalle_cli.stores.tokens import TokenReader
 
 BATCH = 8
 
 
-def recipe_of(share: float) -> Recipe:
+def recipe_of(share: float, noise: float) -> Recipe:
     training = {"updates": 4, "batch_size": BATCH}
     model = {"layers": 2, "heads": 1, "d_head": 4, "d_model": 4, "grid": 2}
     return Recipe.model_validate(
@@ -34,13 +34,13 @@ def recipe_of(share: float) -> Recipe:
             "clip": {"model": {"patch_size": 8}},
             "tokenizer": {"vocab_size": 300, "text_length": 5},
             "dvae": {"model": {"codebook_size": 16}},
-            "prior": {"model": model, "training": training, "caption_dropout": share},
+            "prior": {"model": model, "training": training, "caption_dropout": share, "token_noise": noise},
         }
     )
 
 
-def task(store: Path, share: float, group: Group | None = None) -> PriorTask:
-    recipe = recipe_of(share)
+def task(store: Path, share: float, group: Group | None = None, noise: float = 0.0) -> PriorTask:
+    recipe = recipe_of(share, noise)
     return PriorTask(recipe, TokenReader(store), build_prior(recipe), group or Group())
 
 
@@ -94,6 +94,47 @@ def test_a_dropped_caption_is_all_padding_and_adds_no_text_loss(store: Path) -> 
     assert share == 1
     assert float(found["text"]) == 0
     assert float(found["image"]) > 0
+
+
+def test_noise_replaces_tokens_independently_at_the_recipe_s_rate() -> None:
+    image, indices, codes = torch.full((500, 64), 3), np.arange(500), 16
+    for share in (0.1, 0.5, 1.0):
+        seen = torch.stack([noisy_tokens(image, 0, step, indices, share, codes) for step in range(10)])
+        counts = torch.bincount(seen.flatten(), minlength=codes).double()
+        wanted = torch.full((codes,), share / codes).double()
+        wanted[3] += 1 - share
+        spread = (wanted * (1 - wanted) * seen.numel()).sqrt()
+        assert ((counts - wanted * seen.numel()).abs() < 5 * spread).all()
+        # Sums over pictures and over places vary as much as those of independent draws.
+        changed, rate = (seen != 3).double(), share * (1 - 1 / codes)
+        for axes, count in (((0, 1), 5000), ((0, 2), 640)):
+            assert changed.mean(axes).std() == pytest.approx(np.sqrt(rate * (1 - rate) / count), rel=0.3)
+    assert noisy_tokens(image, 0, 0, indices, 0.0, codes).equal(image)
+
+
+def test_several_ranks_and_resumed_runs_see_the_same_noise(store: Path) -> None:
+    whole = [batch.seen for batch in task(store, 0.0, noise=0.5).batches(0, 4)]
+    parts = [[batch.seen for batch in task(store, 0.0, Group(rank, 3), 0.5).batches(0, 4)] for rank in range(3)]
+    assert all(torch.cat(some).equal(alone) for *some, alone in zip(*parts, whole, strict=True))
+    resumed = [batch.seen for batch in task(store, 0.0, noise=0.5).batches(2, 4)]
+    assert all(a.equal(b) for a, b in zip(resumed, whole[2:], strict=True))
+    assert not whole[0].equal(whole[1])
+
+
+def test_noise_is_seen_and_the_true_tokens_are_predicted(store: Path) -> None:
+    noisy, plain = task(store, 0.0, noise=0.5), task(store, 0.0)
+    batch, other = (next(iter(each.batches(0, 1))) for each in (noisy, plain))
+    assert (batch.image.equal(other.image), other.seen) == (True, None)
+    assert batch.seen is not None
+    assert 5 < int((batch.seen != batch.image).sum()) < 25  # of 32
+    prior = noisy.model
+    with torch.no_grad():
+        logits = prior.image_logits(prior(prior.with_padding(batch.text, batch.length), batch.seen))
+        wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.image.flatten())
+        parts = noisy.micro_batches(batch, 3)
+        found = sum(float(noisy.loss(part, 0)["image"]) * share for part, share in parts)
+    assert len(parts) == 3
+    assert found == pytest.approx(float(wanted), rel=1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,10 @@
 
 The bits of a hash are dealt into seven groups. A band is the bits of three groups, of which there are 35. If two hashes
 differ in at most 4 bits, then at least three groups are equal, and so is a band. Only hashes with an equal band are
-compared. Bands have 27 bits or more, so that few pictures share one by chance, even among millions. Of 1,800
-photographs and drawings that were re-encoded, rescaled, darkened and cropped by up to 5 %, this finds all, since the
-nearest of a picture's views rarely differs in more bits. Of 300 photographs cropped by 10 % it finds 95 %.
+compared. Bands have 27 bits or more, so that few pictures share one by chance, even among millions. The nearest of a
+picture's views rarely differs in more bits: of 5,500 photographs and drawings that were re-encoded, rescaled, darkened
+and cropped by up to 5 %, this finds all but 5. With pairs up to 10 bits apart it would find 3 of these too, and compare
+ten times as many pairs that are near by chance. Of 700 photographs cropped by 10 % it finds 93 %.
 
 Bands are searched one after another, each with an index of its own. If even one index is too large for the memory, a
 band is searched in parts: a part has the hashes whose key, a number that stands for their bits in the band, begins with
