@@ -37,7 +37,7 @@ INDEXED, DECODED, COMPARED, TOKENIZED, ENCODED, SPLIT = 2000, 16, 4000, 2000, 2,
 """Numbers of samples that each measurement works on."""
 GROWTH = 1.1
 """Exponent of the number of pairs with which the look-ups of ``overlap`` grow up to a million (benchmarks/scale.md)."""
-NEAR, CHECKING = 8e-8, 1e-4
+NEAR, CHECKING = 8e-9, 1e-4
 """Pairs with near hashes over the square of the number of pictures, and seconds of a core to check one, both among ten
 million pictures (benchmarks/scale.md)."""
 CAPTION_WORDS, WORDS = 12, 3000

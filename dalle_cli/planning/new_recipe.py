@@ -25,6 +25,10 @@ HELD_OUT = 2000
 """Number of held-out samples that suffices, however large the source is."""
 DRAWINGS_PERCEPTUAL_WEIGHT = 1.0
 """Largest weight of the dVAE's perceptual term on drawings; see docs/quality.md for what it brings."""
+SEEN_OFTEN = 16
+"""Number of times that a prior sees each view of a picture from which on it memorises them without token noise."""
+TOKEN_NOISE = 0.15
+"""Noise for a prior that sees them more often; see docs/quality.md for what it brings."""
 TOKENS_A_WORD = 1.4
 """Number of BPE tokens that a word takes, roughly."""
 CAPTIONS_A_TOKEN = 4
@@ -55,6 +59,8 @@ def fill_in(template: Path, source: str, minutes: float | None) -> dict[str, Any
         for kind, count in updates.items():
             log(f"init: {count} updates of the {kind} within {minutes:g} minutes on this machine")
         values |= updates_settings(updates, chosen)
+    if times_seen(_with(template, values), found.kept) > SEEN_OFTEN:
+        values["prior.token_noise"] = TOKEN_NOISE
     shown = {key: value for key, value in values.items() if not key.endswith((".updates", "_every", "data.train"))}
     log(f"init: {', '.join(f'{key} {json.dumps(value)}' for key, value in shown.items())}")
     return values
@@ -91,6 +97,11 @@ def settings_for(found: ScanResult, recipe: Recipe) -> dict[str, Any]:
         side = recipe.dvae.model.downsampling * 4
         values["image_size"] = max(side, int(found.measures["shorter side"]["50%"]) // side * side)
     return values
+
+
+def times_seen(recipe: Recipe, samples: int) -> float:
+    """Return how often the prior's training sees each view of each picture of a source with that many samples."""
+    return recipe.prior.training.updates * recipe.prior.training.batch_size / (samples * recipe.data.views)
 
 
 def updates_settings(updates: dict[Kind, int], recipe: Recipe) -> dict[str, Any]:

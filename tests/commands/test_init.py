@@ -13,6 +13,7 @@ from PIL import Image
 from dalle_cli.config.load import load_recipe
 from dalle_cli.config.schema import Recipe
 from dalle_cli.planning.budget import SHARES, updates_within
+from dalle_cli.planning.new_recipe import times_seen
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SLURM = Path(__file__).parents[2] / "scripts" / "slurm"
@@ -68,6 +69,9 @@ def test_drawings_take_a_small_perceptual_weight(photographs: Path, tmp_path: Pa
     done = run("init", tmp_path / "drawn.yaml", "--data", tmp_path)
     assert done.code == 0, done.err
     drawn, before = load_recipe(tmp_path / "drawn.yaml"), load_recipe(RECIPES / "own-data.yaml")
+    assert drawn.prior.token_noise == 0.15  # 41,600 pictures seen, of 30
+    assert before.prior.token_noise == 0.0
+    assert times_seen(drawn, 2600) == pytest.approx(16)
     assert (drawn.data.crop, drawn.data.views, drawn.dvae.objective.perceptual.weight) == (False, 1, 1.0)
     assert before.dvae.objective.perceptual.weight == 4.0
 

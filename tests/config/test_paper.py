@@ -78,6 +78,7 @@ PRIOR: dict[str, Any] = {
     "prior.training.updates": 430_000,
     "prior.image_embedding": "random",
     "prior.caption_dropout": 0,
+    "prior.token_noise": 0,
     # Section 2.4 and appendix D
     "prior.precision": "fp16",
     "prior.skip": "update",

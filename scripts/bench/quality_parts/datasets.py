@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from dalle_cli.data.open_source import open_source
 from dalle_cli.errors import UserError
 
-DRAWINGS = ["dvae.objective.perceptual.weight=1"]
+DRAWINGS = ["dvae.objective.perceptual.weight=1", "prior.token_noise=0.15"]
 SETTINGS = {
     "grocery": ["data.crop=true", "data.flip=true", "data.views=8"],
     "fluent-emoji-3d": DRAWINGS,
