@@ -64,7 +64,7 @@ class Counted:
 
 def counted(reader: TokenReader) -> Counter[tuple[str, int]]:
     read: Counter[tuple[str, int]] = Counter()
-    reader._arrays = {name: Counted(array, name, read) for name, array in reader._arrays.items()}
+    reader.arrays = {name: Counted(array, name, read) for name, array in reader.arrays.items()}
     return read
 
 
@@ -76,7 +76,7 @@ def test_any_rows_in_any_order_within_the_stated_memory(
     path, values = store
     with small_files(FILE):
         reader = TokenReader(path, cached)
-        assert reader.cache_limit == max(cached, FILE) * (ROW_BYTES + reader._arrays["key"].dtype.itemsize)
+        assert reader.cache_limit == max(cached, FILE) * (ROW_BYTES + reader.arrays["key"].dtype.itemsize)
         for batch in batches:
             rows = np.array(batch, dtype=np.int64)
             for name in ("text", "image", "text_length"):
