@@ -52,3 +52,9 @@ def splitmix64(x: np.ndarray) -> np.ndarray:
     result *= np.uint64(0x94D049BB133111EB)
     result ^= result >> np.uint64(31)
     return result
+
+
+def drawn_below(numbers: np.ndarray, share: float) -> np.ndarray:
+    """Return which of ``numbers``, random uint64 as of ``splitmix64``, are among the lowest ``share`` of all, bool."""
+    below: np.ndarray = (numbers >> np.uint64(11)).astype(np.float64) / 2.0**53 < share
+    return below

@@ -26,9 +26,9 @@ HELD_OUT = 2000
 DRAWINGS_PERCEPTUAL_WEIGHT = 1.0
 """Largest weight of the dVAE's perceptual term on drawings; see docs/quality.md for what it brings."""
 SEEN_OFTEN = 16
-"""Number of times that a prior sees each view of a picture from which on it memorises them without token noise."""
+"""A prior that sees each view of a picture more often than this memorises them, unless there is token noise."""
 TOKEN_NOISE = 0.15
-"""Noise for a prior that sees them more often; see docs/quality.md for what it brings."""
+"""Token noise for such a prior; see docs/quality.md for what it brings."""
 TOKENS_A_WORD = 1.4
 """Number of BPE tokens that a word takes, roughly."""
 CAPTIONS_A_TOKEN = 4

@@ -33,7 +33,7 @@ from dalle_cli.prior.model import (
     build_prior,
 )
 from dalle_cli.progress import log
-from dalle_cli.randomness import SPLITMIX_STEP, splitmix64, stream_seed
+from dalle_cli.randomness import SPLITMIX_STEP, drawn_below, splitmix64, stream_seed
 from dalle_cli.stores.checkpoint import Checkpoint, Kind
 from dalle_cli.stores.held_out import VALIDATION_BATCH, split_store
 from dalle_cli.stores.places import Place
@@ -367,7 +367,7 @@ class TokenBatch:
     image: Tensor
     """(B, S) image tokens in raster order."""
     seen: Tensor | None = None
-    """(B, S) the same, some of them replaced: what later ones are predicted from. None: ``image``."""
+    """(B, S) the tokens that later ones are predicted from, some of them replaced; None stands for ``image``."""
 
     def split(self, size: int) -> list[TokenBatch]:
         """Split into batches of ``size`` samples; the last may have fewer."""
@@ -403,8 +403,7 @@ def dropped_captions(seed: int, step: int, indices: np.ndarray, share: float) ->
     """
     stream = np.uint64(stream_seed(seed, "caption-dropout", step))
     drawn = splitmix64(stream + (indices.astype(np.uint64) + np.uint64(1)) * SPLITMIX_STEP)
-    below: np.ndarray = (drawn >> np.uint64(11)).astype(np.float64) / 2.0**53 < share
-    return below
+    return drawn_below(drawn, share)
 
 
 def noisy_tokens(image: Tensor, seed: int, step: int, indices: np.ndarray, share: float, codes: int) -> Tensor:
@@ -415,9 +414,8 @@ def noisy_tokens(image: Tensor, seed: int, step: int, indices: np.ndarray, share
     stream, positions = np.uint64(stream_seed(seed, "token-noise", step)), image.shape[1]
     places = indices.astype(np.uint64)[:, None] * np.uint64(positions) + np.arange(positions, dtype=np.uint64)
     drawn = splitmix64(stream + (places + np.uint64(1)) * SPLITMIX_STEP)
-    replaced = (drawn >> np.uint64(11)).astype(np.float64) / 2.0**53 < share
     noise = (splitmix64(drawn) % np.uint64(codes)).astype(np.int64)
-    return torch.where(torch.from_numpy(replaced), torch.from_numpy(noise), image)
+    return torch.where(torch.from_numpy(drawn_below(drawn, share)), torch.from_numpy(noise), image)
 
 
 def sample_work(recipe: Recipe) -> SampleWork:

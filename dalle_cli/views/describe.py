@@ -153,19 +153,19 @@ Description = (
 def describe(path: Place, overrides: Sequence[str] = ()) -> Description:
     """Describe a recipe (with the settings of ``--set``) or an artifact; ``asdict`` of the result is JSON.
 
-    Of what is on a server, only a token store can be described.
+    On a server, only a token store can be described.
 
     Raises:
         UserError: ``path`` is of none of the kinds listed in ``UNDERSTOOD``, or is damaged.
     """
-    if not isinstance(path, Path):
-        if overrides:
-            raise UserError(f"{path}: --set changes a recipe, and this is none; leave it out")
-        return _describe_tokens(path)
-    if path.suffix in (".yaml", ".yml") or (not path.exists() and shipped_recipe(str(path)) is not None):
+    if isinstance(path, Path) and (
+        path.suffix in (".yaml", ".yml") or (not path.exists() and shipped_recipe(str(path)) is not None)
+    ):
         return describe_recipe(load_recipe(path, overrides))
     if overrides:
         raise UserError(f"{path}: --set changes a recipe, and this is none; leave it out")
+    if not isinstance(path, Path):
+        return _describe_tokens(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; {UNDERSTOOD}")
     if (path / "zarr.json").is_file():
@@ -269,7 +269,8 @@ def _counted_bytes(reader: TokenReader) -> dict[str, int]:
 def _arrays(path: Place, arrays: Mapping[str, Any], counted: Mapping[str, int]) -> dict[str, ArrayDescription]:
     """Describe the arrays; the files of those whose size was not ``counted`` are looked at one by one, if here."""
 
-    def size(folder: Place, name: str) -> int | None:
+    def size(name: str) -> int | None:
+        folder = path / name
         if name in counted:
             return counted[name] + len((folder / "zarr.json").read_bytes())
         if not isinstance(folder, Path):
@@ -280,7 +281,7 @@ def _arrays(path: Place, arrays: Mapping[str, Any], counted: Mapping[str, int]) 
         name: ArrayDescription(
             shape=list(array.shape),
             dtype="string" if array.dtype.kind not in "biuf" else str(array.dtype),
-            bytes=size(path / name, name),
+            bytes=size(name),
         )
         for name, array in arrays.items()
     }
