@@ -1,12 +1,13 @@
 """``precision: auto`` on a CPU: the faster of fp32 and bf16, measured on work of a run's own sizes.
 
-bf16 products are twice as fast on processors that have them, and slower than fp32 on others. The share of products in
-the work depends on its sizes, so a run measures both.
+bf16 products are twice as fast on processors that have them, and up to a hundred times slower than fp32 on others. The
+share of products in the work depends on its sizes, so a run measures both.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,20 +23,22 @@ from dalle_cli.stores.typed import read_typed
 
 ROUNDS = 5
 """Number of times that the work is done and timed in each precision, after once to warm it up."""
+PATIENCE = 3.0
+"""Factor by which all rounds in bf16 may take longer than those in fp32 before no more are made."""
 GAIN = 1.05
 """Factor by which bf16 must be faster to be chosen over the more exact fp32."""
 
 Choosable = Literal["fp32", "bf16"]
 
 
-def seconds_of(work: Callable[[], None]) -> float:
-    """Return the seconds that the work takes, the least of a few."""
-    times = []
-    for _ in range(1 + ROUNDS):
+def seconds_of(work: Callable[[], None], patience: float = math.inf) -> float:
+    """Return the seconds that the work takes, the least of a few rounds; none begins after ``patience`` seconds."""
+    times: list[float] = []
+    while len(times) <= ROUNDS and sum(times) <= patience:
         began = time.perf_counter()
         work()
         times.append(time.perf_counter() - began)
-    return min(times[1:])
+    return min(times[1:] or times)
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,8 @@ def faster_precision(
     except (UserError, OSError):
         log(f"{key}: auto times {what} in fp32 and in bf16")
         # One after the other, since a model that just fits leaves no room for a second one.
-        fp32, bf16 = seconds_of(trial("fp32")), seconds_of(trial("bf16"))
+        fp32 = seconds_of(trial("fp32"))
+        bf16 = seconds_of(trial("bf16"), patience=PATIENCE * fp32 * (1 + ROUNDS))
         choice, when = _Choice("bf16" if bf16 * GAIN < fp32 else "fp32", fp32, bf16), "measured now"
         with suppress(UserError, OSError):  # it is measured again where nothing can be kept
             folder = user_cache("precision")

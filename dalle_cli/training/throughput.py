@@ -17,6 +17,8 @@ THROUGHPUT_KEYS = ("samples_per_second", "tokens_per_second", "tflops", "mfu")
 """Names of the values that ``Throughput`` measures; ``tflops`` and ``mfu`` are per device."""
 CPU_SIDE, GPU_SIDE, TRIALS = 512, 8192, 3
 """Sides of the square matrices, and number of products, that measure a device's peak."""
+SLOW = 2.0
+"""Factor by which products slower than those of float32 are warned of: no other operator makes up for it."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,16 @@ def peak_tflops(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def precision_warning(key: str, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Return a warning with its slowness if ``key``, the recipe's setting of ``dtype``, is float16 on a CPU."""
-    if dtype != torch.float16 or device.type != "cpu":
+    """Return a warning if products of ``dtype``, which ``key`` of the recipe sets, are slow on this CPU."""
+    if dtype == torch.float32 or device.type != "cpu":
         return None
     factor = peak_tflops(torch.float32, device) / peak_tflops(dtype, device)
-    return f"{key}: fp16 is for GPUs; a product takes {factor:.1f} times as long as in fp32 on this CPU"
+    if factor <= SLOW:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    return (
+        f"{key}: a product of {name} takes {factor:.1f} times as long as one of float32 on this CPU; set fp32 or auto"
+    )
 
 
 @cache

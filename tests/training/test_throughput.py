@@ -159,11 +159,14 @@ def test_the_log_speaks_of_the_peak_only_where_the_recipe_does(
     assert journal_lines(tmp_path / "run")[0]["mfu"] > 0
 
 
-def test_float16_on_a_cpu_is_warned_of() -> None:
+def test_products_slow_on_a_cpu_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = {torch.float32: 0.15, torch.bfloat16: 0.3, torch.float16: 0.0015}
+    monkeypatch.setattr("dalle_cli.training.throughput.peak_tflops", lambda dtype, _device: peaks[dtype])
     cpu, key = torch.device("cpu"), "prior.precision"
     for dtype in (torch.float32, torch.bfloat16):
         assert precision_warning(key, dtype, cpu) is None
     assert precision_warning(key, torch.float16, torch.device("cuda")) is None
-    warning = precision_warning(key, torch.float16, cpu)
-    assert warning is not None
-    assert "prior.precision: fp16 is for GPUs; a product takes" in warning
+    slow = "a product of float16 takes 100.0 times as long as one of float32 on this CPU; set fp32 or auto"
+    assert precision_warning(key, torch.float16, cpu) == f"prior.precision: {slow}"
+    peaks[torch.bfloat16] = 0.005
+    assert "bfloat16 takes 30.0 times" in (precision_warning(key, torch.bfloat16, cpu) or "")
