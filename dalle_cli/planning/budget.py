@@ -116,10 +116,10 @@ def _seconds_of_settled(recipe: Recipe, kind: Kind, trial: Callable[[Recipe], Up
     """Return the mean seconds of a training's updates in the precision that a run would take."""
     if kind != "clip":
         recipe = settle_precision(recipe, kind, None, Group(device=choose_device(recipe.device)), trial)
-    enlarged_from = recipe.dvae.objective.perceptual.enlarged_from
-    if kind != "dvae" or enlarged_from is None:
+    perceptual = recipe.dvae.objective.perceptual
+    if kind != "dvae" or not perceptual.weight or perceptual.enlarged_from is None:
         return seconds_of(trial(recipe))
-    late = max(0.0, 1 - enlarged_from / recipe.dvae.training.updates)
+    late = max(0.0, 1 - perceptual.enlarged_from / recipe.dvae.training.updates)
     before, after = (seconds_of(trial(_with_enlarged_from(recipe, first))) for first in (None, 0))
     return (1 - late) * before + late * after
 
