@@ -5,7 +5,7 @@ Row i is sample i of the source, in both parts:
 - part ``text``: ``text`` (N, T) uint16, ``text_length`` (N,) uint16 (0: skipped), ``caption`` (N,) string: each
   picture's first caption. With several captions a picture also ``more_captions`` (N,) string, JSON lists of the others,
   "" for none, and, without BPE dropout, ``text_epochs`` (N, E, T) uint16, ``text_epochs_length`` (N, E) uint16 and
-  ``text_versions`` (N,) uint16: training at epoch e sees version e mod ``text_versions``, or ``text`` where that is 0.
+  ``text_versions`` (N,) uint16: training sees the versions by turns (``caption_turns``), or ``text`` where that is 0.
   With BPE dropout it encodes a caption anew instead, by the file ``tokenizer.json`` (``text/training_captions.py``).
   Stores of earlier versions have versions with dropout in these arrays;
 - part ``image``: ``image`` (N, grid, grid) uint16, ``image_ok`` (N,) uint8 (0: skipped). With several views a picture
@@ -36,6 +36,7 @@ from typing import Any, Literal
 import numpy as np
 
 from dalle_cli.errors import Damaged, UserError
+from dalle_cli.randomness import SPLITMIX_STEP, splitmix64
 from dalle_cli.stores.checksums import CHECKSUMS, require_undamaged
 from dalle_cli.stores.places import Place, names_in
 from dalle_cli.stores.shards import COMMANDS, WHOLE, Part, Shard, Shares, join_names
@@ -178,6 +179,19 @@ def open_group(path: Place, mode: Literal["r", "r+"]) -> Any:
     return group
 
 
+def caption_turns(rows: np.ndarray, epochs: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Return which of its ``counts`` (n,) captions each row shows in an epoch, (n,): each once in as many epochs.
+
+    The first one of these epochs is drawn for each row. If it were the same for all, a data set whose captions have
+    kinds, such as a name and then a description, would show one kind in an epoch, and training would forget the others.
+    """
+    turn, place = np.divmod(epochs, counts)
+    streams = splitmix64(rows.astype(np.uint64) * SPLITMIX_STEP) + turn.astype(np.uint64) * SPLITMIX_STEP
+    first = splitmix64(streams) % counts.astype(np.uint64)
+    turns: np.ndarray = (place + first.astype(np.int64)) % counts
+    return turns
+
+
 def being_written(store: Path) -> bool:
     """Return whether a writer is at work on a store, or was killed and has not been run again."""
     return any(Shares(store, part).folder.is_dir() for part in COMMANDS)
@@ -312,7 +326,7 @@ class TokenReader:
         if "text_versions" not in self.arrays:
             return self.read("text", rows), self.read("text_length", rows)
         versions = self.read("text_versions", rows).astype(np.int64)
-        version = np.where(versions > 0, epochs % np.maximum(versions, 1), -1)
+        version = np.where(versions > 0, caption_turns(rows, epochs, np.maximum(versions, 1)), -1)
         text = np.empty((len(rows), self.arrays["text"].shape[1]), np.uint16)
         length = np.empty(len(rows), np.uint16)
         for one in np.unique(version):

@@ -7,7 +7,7 @@ import numpy as np
 from dalle_cli.config.schema import TokenizerSettings
 from dalle_cli.errors import Damaged
 from dalle_cli.randomness import SPLITMIX_STEP, splitmix64, stream_seed
-from dalle_cli.stores.tokens import AGAIN, TOKENIZER, TokenReader
+from dalle_cli.stores.tokens import AGAIN, TOKENIZER, TokenReader, caption_turns
 from dalle_cli.stores.typed import as_type
 from dalle_cli.text.bpe import Tokenizer
 from dalle_cli.text.encode import CaptionEncoder
@@ -41,10 +41,9 @@ class TrainingCaptions:
         """Return the tokens (n, T) uint16 and their counts (n,) uint16 of ``rows`` (n,) in ``epochs`` (n,)."""
         if self._encoder is None:
             return self.reader.epoch_text(rows, epochs)
-        captions = [
-            texts[epoch % len(texts)] if texts else ""
-            for texts, epoch in zip(self.reader.captions(rows), epochs.tolist(), strict=True)
-        ]
+        found = [texts or [""] for texts in self.reader.captions(rows)]
+        turns = caption_turns(rows, epochs, np.array([len(texts) for texts in found]))
+        captions = [texts[turn] for texts, turn in zip(found, turns.tolist(), strict=True)]
         seeds = {epoch: stream_seed(self._seed, "bpe-dropout", epoch) for epoch in set(epochs.tolist())}
         streams = np.array([seeds[epoch] for epoch in epochs.tolist()], np.uint64)
         return self._encoder.encode_with_dropout(captions, splitmix64(streams + rows.astype(np.uint64) * SPLITMIX_STEP))

@@ -70,11 +70,17 @@ def reference_dropout(words: Tokenizer, caption: str, p: float, stream: int) -> 
     return ids
 
 
+def reference_turn(row: int, epoch: int, count: int) -> int:
+    """Return which of its captions a row shows in an epoch: they take turns from one that is drawn anew each time."""
+    first = mixed((mixed(row * 0x9E3779B97F4A7C15 & MASK) + epoch // count * 0x9E3779B97F4A7C15) & MASK)
+    return (first + epoch) % count
+
+
 def reference_epoch(captions: list[str], config: TokenizerSettings, seed: int, row: int, epoch: int) -> list[int]:
     """Return the tokens that training sees in an epoch of a row with these usable captions."""
     if not captions:
         return []
-    caption = captions[epoch % len(captions)]
+    caption = captions[reference_turn(row, epoch, len(captions))]
     if config.dropout == 0:
         return as_lists(tokenizer().encode([caption]))[0][: config.text_length]
     stream = mixed((stream_seed(seed, "bpe-dropout", epoch) + row * 0x9E3779B97F4A7C15) & MASK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter
@@ -19,7 +20,7 @@ from dalle_cli.data.prefetch import prefetch
 from dalle_cli.stores import tokens
 from dalle_cli.stores.row_set import BLOCK
 from dalle_cli.stores.token_writer import PartWriter
-from dalle_cli.stores.tokens import CACHED_ROWS, TokenReader
+from dalle_cli.stores.tokens import CACHED_ROWS, TokenReader, caption_turns
 from dalle_cli.stores.usable_rows import usable_rows
 
 FILE, ROWS, TEXT, GRID = 16, 400, 3, 2
@@ -215,3 +216,22 @@ def test_a_closed_reader_ends_its_thread() -> None:
     assert next(found) == 0
     found.close()  # type: ignore[attr-defined]
     assert ended.wait(10)
+
+
+def test_each_caption_takes_its_turn_and_an_epoch_has_all_kinds() -> None:
+    rows, counts = np.repeat(np.arange(3000), 6), np.full(18000, 3)
+    epochs = np.tile(np.arange(6), 3000)
+    turns = caption_turns(rows, epochs, counts).reshape(3000, 6)
+    for three in (turns[:, :3], turns[:, 3:]):
+        np.testing.assert_array_equal(np.sort(three), np.tile(np.arange(3), (3000, 1)))
+    shares = np.stack([(turns == kind).mean(axis=0) for kind in range(3)])
+    assert np.abs(shares - 1 / 3).max() < 5 * math.sqrt(2 / 9 / 3000)  # five standard deviations
+    # Two captions and two views, which alternate, come in all four pairs.
+    epochs = np.tile(np.arange(40), 100)
+    turns = caption_turns(np.repeat(np.arange(100), 40), epochs, np.full(4000, 2))
+    pairs = np.bincount(2 * turns + epochs % 2, minlength=4)
+    assert np.abs(pairs - 1000).max() < 5 * math.sqrt(1000)
+
+
+def test_one_caption_is_shown_in_every_epoch() -> None:
+    assert not caption_turns(np.arange(5), np.arange(5), np.ones(5, np.int64)).any()
