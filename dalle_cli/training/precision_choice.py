@@ -97,6 +97,8 @@ def _sizes(recipe: Recipe, kind: Kind) -> dict[str, Any]:
     """Return the settings that the time of an update depends on."""
     stage = getattr(recipe, kind)
     objective = stage.objective.model_dump()
+    if kind == "dvae":  # the update that is timed is the first one
+        objective["perceptual"]["enlarged_from"] = objective["perceptual"]["enlarged_from"] == 0
     return {
         "kind": kind,
         "model": stage.model.model_dump(),

@@ -74,6 +74,22 @@ def test_the_faster_one_is_taken_and_kept_for_these_sizes(
     assert settled(recipe, None, taking(fp32=0.01, bf16=0.0)) == "bf16"
 
 
+def test_a_choice_does_not_depend_on_when_pictures_are_enlarged(tmp_path: Path) -> None:
+    def chosen(enlarged_from: int | None, trial: Callable[[Recipe], Update]) -> str:
+        settings = smallest_recipe(tmp_path, None)
+        settings["dvae"]["precision"] = "auto"
+        settings["dvae"].setdefault("objective", {})["perceptual"] = {"weight": 1.0, "enlarged_from": enlarged_from}
+        recipe = load_recipe(write_recipe(tmp_path, settings))
+        return settle_precision(recipe, "dvae", None, ALONE, trial).dvae.precision
+
+    def trial(recipe: Recipe) -> Update:
+        return lambda: time.sleep({"fp32": 0.01, "bf16": 0.0}[recipe.dvae.precision])
+
+    assert chosen(4, trial) == chosen(7, never) == chosen(None, never) == "bf16"
+    with pytest.raises(AssertionError, match="nothing was to be measured"):
+        chosen(0, never)  # the first update, which is timed, takes longer
+
+
 def test_a_stated_precision_is_not_measured() -> None:
     assert settled(tiny_prior(prior__precision="bf16"), None, never) == "bf16"
 
