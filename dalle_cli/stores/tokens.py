@@ -63,7 +63,7 @@ AGAIN = "copy the store again, or delete it and make it again"
 NEEDED: dict[Part, tuple[str, ...]] = {"text": ("text", "text_length", "caption"), "image": ("image", "image_ok")}
 """Arrays that each part has in every store, beside ``key``."""
 BY_VERSION = (*OFTEN_EMPTY, "image_views")
-"""Arrays whose second axis is chunked by one, so that an epoch reads its own version only."""
+"""Arrays whose second axis is chunked by one, so that each version of the text and each view is read alone."""
 ARRAYS = sorted({"key", *NEEDED["text"], *NEEDED["image"], "more_captions", "text_versions", *BY_VERSION})
 """Every array that a store may have."""
 

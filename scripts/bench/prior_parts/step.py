@@ -14,7 +14,7 @@ from dalle_cli.prior.model import Prior
 from prior_parts.model import ModelSizes, build_prior
 from prior_parts.naive import make_naive, naive_loss
 from prior_parts.peer import build_peer
-from prior_parts.timing import SIDE, Contender, libraries, median_seconds, square_matmul
+from prior_parts.timing import SIDE, Contender, libraries, median_seconds, slow_in_bf16, square_matmul
 
 Log = Callable[[str], None]
 GOALS = {1: 2.6, 4: 3.0}
@@ -136,7 +136,8 @@ def _contenders(
 
     step = step_of(prior, loss)
     steps = {f"dalle fp32, {name}": Contender(step, fast=name == names[0]) for name in names}
-    steps["dalle bf16 autocast"] = Contender(step_of(prior, in_16_bit))
+    if not slow_in_bf16(device):
+        steps["dalle bf16 autocast"] = Contender(step_of(prior, in_16_bit))
     naive = make_naive(build_ours(sizes)).to(device)
     steps[NAIVE] = Contender(step_of(naive, lambda: naive_loss(naive, text, image)))
     if peer is not None:
@@ -146,7 +147,8 @@ def _contenders(
     peaks = {
         f"fp32 matmul, {name}": Contender(square_matmul(torch.float32, device), fast=name == names[0]) for name in names
     }
-    peaks["bf16 matmul"] = Contender(square_matmul(torch.bfloat16, device))
+    if not slow_in_bf16(device):
+        peaks["bf16 matmul"] = Contender(square_matmul(torch.bfloat16, device))
     return peaks | steps, flops, list(peaks)
 
 

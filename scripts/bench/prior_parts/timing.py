@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from dalle_cli.distributed.device import fast_matmul
+from dalle_cli.training.throughput import SLOW, peak_tflops
 
 SIDE = 2048
 """Side of the square matmul whose speed is taken as the machine's peak."""
@@ -46,6 +47,12 @@ def libraries() -> tuple[str, ...]:
     """Return the libraries that can run fp32 matmuls here, the one that ``dalle`` chooses first."""
     with fast_matmul() as library:
         return (library, "MKL") if library == "oneDNN" else (library,)
+
+
+def slow_in_bf16(device: str) -> bool:
+    """Return whether the device lacks instructions for bf16, so that a product takes up to a hundred times as long."""
+    there = torch.device(device)
+    return peak_tflops(torch.float32, there) > SLOW * peak_tflops(torch.bfloat16, there)
 
 
 def square_matmul(dtype: torch.dtype, device: str) -> Callable[[], object]:
