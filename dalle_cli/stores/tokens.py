@@ -180,10 +180,10 @@ def open_group(path: Place, mode: Literal["r", "r+"]) -> Any:
 
 
 def caption_turns(rows: np.ndarray, epochs: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Return which of its ``counts`` (n,) captions each row shows in an epoch, (n,): each once in as many epochs.
+    """Return which of its ``counts`` (n,) captions each row shows in its epoch, (n,); all of them take turns.
 
-    The first one of these epochs is drawn for each row. If it were the same for all, a data set whose captions have
-    kinds, such as a name and then a description, would show one kind in an epoch, and training would forget the others.
+    Each row begins with a caption that is drawn for it. If all rows began with the same one, an epoch would show
+    captions of one kind where they have kinds, such as names and descriptions, and training would forget the others.
     """
     turn, place = np.divmod(epochs, counts)
     streams = splitmix64(rows.astype(np.uint64) * SPLITMIX_STEP) + turn.astype(np.uint64) * SPLITMIX_STEP

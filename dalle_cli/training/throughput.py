@@ -18,7 +18,9 @@ THROUGHPUT_KEYS = ("samples_per_second", "tokens_per_second", "tflops", "mfu")
 CPU_SIDE, GPU_SIDE, TRIALS = 512, 8192, 3
 """Sides of the square matrices, and number of products, that measure a device's peak."""
 SLOW = 2.0
-"""Factor by which products slower than those of float32 are warned of: no other operator makes up for it."""
+"""Factor above which bf16 products are so much slower than fp32's that no other operator makes up for it."""
+MEANT_FOR = {torch.float16: "fp16 is for GPUs", torch.bfloat16: "bf16 is for processors with instructions for it"}
+"""The purpose of each 16-bit type, as a warning names it."""
 
 
 @dataclass(frozen=True)
@@ -48,16 +50,13 @@ def peak_tflops(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def precision_warning(key: str, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Return a warning if products of ``dtype``, which ``key`` of the recipe sets, are slow on this CPU."""
-    if dtype == torch.float32 or device.type != "cpu":
+    """Return a warning with its slowness if ``key``, the recipe's setting of ``dtype``, does not suit this CPU."""
+    if dtype not in MEANT_FOR or device.type != "cpu":
         return None
     factor = peak_tflops(torch.float32, device) / peak_tflops(dtype, device)
-    if factor <= SLOW:
+    if dtype == torch.bfloat16 and factor <= SLOW:
         return None
-    name = str(dtype).removeprefix("torch.")
-    return (
-        f"{key}: a product of {name} takes {factor:.1f} times as long as one of float32 on this CPU; set fp32 or auto"
-    )
+    return f"{key}: {MEANT_FOR[dtype]}; a product takes {factor:.1f} times as long as in fp32 on this CPU"
 
 
 @cache

@@ -166,7 +166,10 @@ def test_products_slow_on_a_cpu_are_warned_of(monkeypatch: pytest.MonkeyPatch) -
     for dtype in (torch.float32, torch.bfloat16):
         assert precision_warning(key, dtype, cpu) is None
     assert precision_warning(key, torch.float16, torch.device("cuda")) is None
-    slow = "a product of float16 takes 100.0 times as long as one of float32 on this CPU; set fp32 or auto"
-    assert precision_warning(key, torch.float16, cpu) == f"prior.precision: {slow}"
-    peaks[torch.bfloat16] = 0.005
-    assert "bfloat16 takes 30.0 times" in (precision_warning(key, torch.bfloat16, cpu) or "")
+    warning = precision_warning(key, torch.float16, cpu)
+    assert warning is not None
+    assert "prior.precision: fp16 is for GPUs; a product takes 100.0 times as long" in warning
+    peaks |= {torch.float16: 0.14, torch.bfloat16: 0.005}
+    assert "fp16 is for GPUs; a product takes 1.1 times" in (precision_warning(key, torch.float16, cpu) or "")
+    bf16 = "bf16 is for processors with instructions for it; a product takes 30.0 times as long as in fp32 on this CPU"
+    assert precision_warning(key, torch.bfloat16, cpu) == f"prior.precision: {bf16}"
