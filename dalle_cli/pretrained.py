@@ -14,10 +14,8 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-import timm
 import torch
 from huggingface_hub import constants as hub
-from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -38,6 +36,8 @@ def create_network(name: str, *, pretrained: bool = True) -> nn.Module:
     Raises:
         UserError: there is no such network, or its weights cannot be had.
     """
+    import timm
+
     folder = Path(name).is_dir()
     if not folder and not timm.is_model(name):
         raise UserError(f"{name}: is neither a folder nor a network of timm; use e.g. tf_efficientnet_lite0")
@@ -103,6 +103,8 @@ class PretrainedFeatures(nn.Module):
 
 def _fold_norms(network: nn.Module) -> None:
     """Fold each batch norm that follows a convolution into it, which saves a sixth of a CPU's time."""
+    from timm.layers.norm_act import BatchNormAct2d
+
     for module in list(network.modules()):
         for (before, conv), (name, norm) in pairwise(list(module.named_children())):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, BatchNormAct2d):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
-from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from torch import Tensor, nn
 
 from dalle_cli.config.schema import ClipModel
 from dalle_cli.pretrained import PretrainedFeatures
+
+if TYPE_CHECKING:
+    from open_clip.model import CLIP
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 """Mean of red, green and blue of pixels in [0, 1], as in published CLIPs."""
@@ -60,6 +63,8 @@ def build_clip(
     its end-of-text token, the highest id of its row. The text transformer is causal, so the padding after that token
     cannot affect the feature. The global random state is left unchanged.
     """
+    from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+
     vision = CLIPVisionCfg(
         layers=settings.vision_layers,
         width=settings.vision_width,

@@ -6,13 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from open_clip.model import CLIP
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from dalle_cli.clip.hard_negatives import HardNegativeOrder
 from dalle_cli.clip.model import (
@@ -41,9 +39,13 @@ from dalle_cli.stores.tokens import TokenReader
 from dalle_cli.text.training_captions import TrainingCaptions
 from dalle_cli.training.ancestor import carry_rows, open_ancestor, shared_text
 from dalle_cli.training.loop import Run
+from dalle_cli.training.picture_grid import picture_grid
 from dalle_cli.training.precision_choice import Update, trial_update
 from dalle_cli.training.throughput import SampleWork, training_flops
 from dalle_cli.transfers import send
+
+if TYPE_CHECKING:
+    from open_clip.model import CLIP
 
 SHOWN_CAPTIONS, SHOWN_RANKS = 8, 3
 """Numbers of held-out captions shown at a validation, and of pictures that the model ranks highest for each."""
@@ -134,7 +136,7 @@ class ClipTask:
         columns, ranks = min(SHOWN_CAPTIONS, len(pictures)), min(SHOWN_RANKS, len(pictures))
         ranked = self._logits[:, :columns].topk(ranks, dim=0).indices
         shown = pictures[torch.cat([torch.arange(columns), ranked.flatten()])]
-        return {"retrieval": make_grid(shown.permute(0, 3, 1, 2), nrow=columns, pad_value=255)}
+        return {"retrieval": picture_grid(shown, columns)}
 
     def decayed(self) -> set[str]:
         return decayed_parameters(self.model)

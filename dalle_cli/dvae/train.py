@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from dalle_cli.config.schema import Recipe
 from dalle_cli.data.batch_order import Order
@@ -41,6 +40,7 @@ from dalle_cli.stores.held_out import split_rows
 from dalle_cli.stores.row_set import RowSet
 from dalle_cli.training.ancestor import open_ancestor
 from dalle_cli.training.loop import Run
+from dalle_cli.training.picture_grid import picture_grid
 from dalle_cli.training.precision_choice import Update, settle_precision, trial_update
 from dalle_cli.training.schedules import ramp
 from dalle_cli.training.throughput import SampleWork, training_flops
@@ -181,7 +181,7 @@ class DvaeTask:
         originals = self.validation_images[:EXAMPLES]
         mu, _ = self.model(encoder_input(originals.to(self.group.device), eps))
         pairs = torch.stack([originals, reconstructed_images(mu, eps).cpu()], dim=1).flatten(0, 1)
-        return {"reconstructions": make_grid(pairs.permute(0, 3, 1, 2), nrow=4, pad_value=255)}
+        return {"reconstructions": picture_grid(pairs, columns=4)}
 
     def decayed(self) -> set[str]:
         return {name for name, parameter in self.model.named_parameters() if parameter.ndim > 1}

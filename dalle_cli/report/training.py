@@ -13,6 +13,7 @@ from dalle_cli.report.artifacts import NAMES, Run
 from dalle_cli.stores.checkpoint import Kind, open_checkpoint
 from dalle_cli.stores.held_out import split_store
 from dalle_cli.training.journal import pictures_of
+from dalle_cli.training.picture_grid import RULE
 from dalle_cli.training.validation import validation_warnings
 from dalle_cli.views import plots
 
@@ -45,8 +46,6 @@ class RetrievalFigures:
     captions: list[str]
 
 
-PADDING = 2
-"""Width in pixels of the rules between pictures that torchvision's make_grid draws."""
 MOST_DRAWINGS = 8
 """Most validations whose drawings are shown."""
 
@@ -134,9 +133,9 @@ def prior_drawings(run: Run) -> tuple[DrawingFigures, Image.Image] | None:
     if not drawn:
         return None
     first = next(iter(drawn.values()))
-    row = (len(first) - PADDING) // 2
-    joined = np.concatenate([first[:row], *(picture[row : 2 * row] for picture in drawn.values()), first[-PADDING:]])
-    captions = _held_out_captions(run, (first.shape[1] - PADDING) // row)
+    row = (len(first) - RULE) // 2
+    joined = np.concatenate([first[:row], *(picture[row : 2 * row] for picture in drawn.values()), first[-RULE:]])
+    captions = _held_out_captions(run, (first.shape[1] - RULE) // row)
     return DrawingFigures(list(drawn), captions), Image.fromarray(joined)
 
 
@@ -147,7 +146,7 @@ def clip_retrieval(run: Run) -> tuple[RetrievalFigures, Image.Image] | None:
         return None
     update, file = files[-1]
     sheet = read_picture(file, "delete it")
-    captions = _held_out_captions(run, (sheet.shape[1] - PADDING) // (run.recipe.image_size + PADDING))
+    captions = _held_out_captions(run, (sheet.shape[1] - RULE) // (run.recipe.image_size + RULE))
     return RetrievalFigures(update, captions), Image.fromarray(sheet)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from dalle_cli.config.schema import Recipe
 from dalle_cli.distributed.device import device_for_doubles
@@ -24,6 +23,7 @@ from dalle_cli.randomness import numpy_generator
 from dalle_cli.sampling.draw import sample_images
 from dalle_cli.stores.places import Place
 from dalle_cli.stores.tokens import TokenReader
+from dalle_cli.training.picture_grid import picture_grid
 
 
 @dataclass
@@ -58,8 +58,7 @@ class Drawings:
         grids = torch.cat([image, drawn[:, 0]]).unflatten(1, (decoder.grid, decoder.grid))
         pictures = decode_tokens(self.dvae, grids, self.eps).cpu()
         self.dvae.to("cpu")
-        sheet: Tensor = make_grid(pictures.permute(0, 3, 1, 2), nrow=len(text), pad_value=255)
-        return sheet
+        return picture_grid(pictures, columns=len(text))
 
 
 def held_out_drawing(recipe: Recipe, store: Place, dvae: Path) -> Drawing | None:

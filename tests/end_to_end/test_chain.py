@@ -331,6 +331,29 @@ print("\\f".join(texts))
         assert "--help" in text
 
 
+def test_encoding_and_sampling_import_no_library_of_others_stages(by_hand: Chain, tmp_path: Path) -> None:
+    """Importing them would take as long as importing torch."""
+    others = ("torchvision", "timm", "open_clip", "torch_fidelity", "torch._dynamo")
+    program = f"""
+import sys
+from dalle_cli.app import run_arguments
+try:
+    run_arguments()
+finally:
+    print([name for name in {others!r} if name in sys.modules], file=sys.stderr)
+"""
+    parts = ("--dvae", by_hand.dvae, "--tokenizer", by_hand.tokenizer)
+    commands: list[tuple[object, ...]] = [
+        ("sample", by_hand.prior, "a red star", "--n", 1, *parts, "--out", tmp_path / "samples"),
+        ("encode-images", by_hand.recipe, "--data", by_hand.train, *parts[:2], "--tokens", tmp_path / "tokens.zarr"),
+    ]
+    for command in commands:
+        arguments = [sys.executable, "-c", program, *map(str, command)]
+        done = subprocess.run(arguments, capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.endswith("[]\n")
+
+
 def test_help_lists_the_commands_in_the_order_of_the_pipeline() -> None:
     done = run("--help")
     assert done.code == 0
