@@ -18,6 +18,10 @@ from dalle_cli.app import run_arguments
 # Set for the commands that tests start, too: no test reads or leaves anything in the user's own cache.
 os.environ["XDG_CACHE_HOME"] = ENVIRONMENT["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="dalle-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    # Shared by pytest's workers, since DeepSpeed's Adam takes minutes to compile.
+    os.environ["TORCH_EXTENSIONS_DIR"] = ENVIRONMENT["TORCH_EXTENSIONS_DIR"] = tempfile.mkdtemp(prefix="dalle-tests-")
+    atexit.register(shutil.rmtree, os.environ["TORCH_EXTENSIONS_DIR"], ignore_errors=True)
 # Set before torch is imported: with tiny tensors, many threads mostly wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -41,7 +41,7 @@ HOSTILE = (
     *(-1, 0, 7, 2**70, 1e308, math.nan, math.inf),
     *([], [[]], ["x"], [1, 2, 3], {}, {"x": 1}),
 )
-EXAMPLES, REPORTS = 120, 30
+EXAMPLES, REPORTS = 60, 10
 
 
 @pytest.fixture(scope="module")

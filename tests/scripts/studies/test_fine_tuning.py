@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from helpers.pictures import noise, write_sample
 from helpers.running import ENVIRONMENT, smallest_recipe, write_recipe
 
@@ -15,6 +16,7 @@ from dalle_cli.stores.checkpoint import open_checkpoint
 SCRIPT = Path(__file__).parents[3] / "scripts" / "studies" / "fine_tuning.py"
 
 
+@pytest.mark.slow
 def test_a_study_prints_what_the_journals_recorded(tmp_path: Path) -> None:
     settings = smallest_recipe(tmp_path / "unused", None)
     # A number is a weight without a schedule.

@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from helpers.running import ENVIRONMENT, smallest_recipe, write_recipe
 from helpers.token_stores import write_tokens
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "studies" / "width.py"
 
 
+@pytest.mark.slow
 def test_a_study_prints_what_the_runs_recorded_and_resumes(tmp_path: Path) -> None:
     settings = smallest_recipe(tmp_path / "run", None)
     settings["tokenizer"] = {"vocab_size": 256, "text_length": 3}
