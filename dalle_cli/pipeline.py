@@ -11,7 +11,8 @@ from typing import Any, overload
 from PIL import Image
 
 from dalle_cli.clip.rerank import rerank
-from dalle_cli.clip.scoring import Scorer, load_scorer
+from dalle_cli.clip.scorer import Scorer
+from dalle_cli.clip.scoring import load_scorer
 from dalle_cli.config.run_folders import RunFolders
 from dalle_cli.data.images import read_picture
 from dalle_cli.data.sample_lines import SampleLine

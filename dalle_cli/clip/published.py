@@ -12,13 +12,12 @@ from typing import Any
 
 import numpy as np
 import open_clip
-import torch
 from huggingface_hub import constants as hub
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from dalle_cli.clip.scoring import SCHEMAS, Pictures, in_chunks, joined
+from dalle_cli.clip.scorer import SCHEMAS, ModelScorer
 from dalle_cli.errors import UserError
 from dalle_cli.pretrained import first_line, no_waiting_for_a_network, quiet, weights_hash
 from dalle_cli.stores.files import sha256_file
@@ -26,8 +25,8 @@ from dalle_cli.stores.files import sha256_file
 _WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".npz")
 
 
-class OpenClipScorer:
-    """A published CLIP.
+class OpenClipScorer(ModelScorer):
+    """A published CLIP; ``captions_cut`` is always 0, since open_clip's tokenizers do not count what they cut.
 
     Weights are read as tensors only; a file with other objects is refused. A weights file does not name the activation
     it was trained with: OpenAI's weights need a model name that ends in ``-quickgelu``.
@@ -43,9 +42,6 @@ class OpenClipScorer:
         UserError: the name or tag is unknown, the file is missing or does not fit, or weights cannot be downloaded.
     """
 
-    captions_cut = 0
-    """Always 0, since open_clip's tokenizers do not count the captions they cut."""
-
     def __init__(self, model_name: str, pretrained: str, *, device: str = "cpu", cache_dir: str | None = None) -> None:
         if pretrained.startswith(SCHEMAS):
             model_name = pretrained
@@ -57,7 +53,7 @@ class OpenClipScorer:
         with quiet(), no_waiting_for_a_network():
             try:
                 # Other loaders of open_clip keep random weights instead of raising.
-                self.model, self.preprocess = open_clip.create_model_from_pretrained(
+                model, self.preprocess = open_clip.create_model_from_pretrained(
                     model_name, device=device, cache_dir=cache_dir, weights_only=True, **options
                 )
             except Exception as error:
@@ -69,38 +65,22 @@ class OpenClipScorer:
                     f"the tokenizer of open_clip model {model_name} cannot be loaded ({first_line(error)}); "
                     "fetch it once with a network, or choose a model with open_clip's own BPE: ViT-B-32"
                 ) from error
-        self.model.eval()
-        self.device = device
-        self.name = _scorer_name(model_name, pretrained)
+        super().__init__(model, _scorer_name(model_name, pretrained))
 
-    @property
-    def logit_scale(self) -> float:
-        return float(self.model.logit_scale.detach().exp())
+    @cached_property
+    def identity(self) -> str:
+        return weights_hash(self.model, re.sub(" at 0x[0-9a-f]+", "", repr(self.preprocess)))
 
-    @torch.inference_mode()
-    def text_features(self, captions: Sequence[str]) -> Tensor:
-        features = []
-        for chunk in in_chunks(captions):
-            ids = self.tokenizer(list(chunk)).to(self.device)
-            features.append(self.model.encode_text(ids, normalize=True).float().cpu())
-        return joined(features)
+    def token_ids(self, captions: Sequence[str]) -> Tensor:
+        ids: Tensor = self.tokenizer(list(captions))
+        return ids
 
     def prepare(self, picture: NDArray[np.uint8]) -> Tensor:
         prepared: Tensor = self.preprocess(Image.fromarray(picture))
         return prepared
 
-    @torch.inference_mode()
-    def prepared_features(self, prepared: Sequence[Tensor]) -> Tensor:
-        batch = torch.stack(list(prepared)).to(self.device)
-        features: Tensor = self.model.encode_image(batch, normalize=True).float().cpu()
-        return features
-
-    def image_features(self, pictures: Pictures) -> Tensor:
-        return joined([self.prepared_features([*map(self.prepare, chunk)]) for chunk in in_chunks(pictures)])
-
-    @cached_property
-    def identity(self) -> str:
-        return weights_hash(self.model, re.sub(" at 0x[0-9a-f]+", "", repr(self.preprocess)))
+    def pixels(self, prepared: Tensor) -> Tensor:
+        return prepared
 
 
 def _check_names(model_name: str, pretrained: str) -> None:

@@ -17,7 +17,7 @@ from queue import Full, Queue
 import torch
 from torch import Tensor
 
-from dalle_cli.clip.scoring import Scorer
+from dalle_cli.clip.scorer import Scorer
 from dalle_cli.data.images import read_picture
 from dalle_cli.data.sample_lines import SampleLine
 from dalle_cli.data.workers import available_cores

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from dalle_cli.clip.model import clip_text_ids, pixels
+from dalle_cli.clip.scorer import SCHEMAS, ModelScorer, Scorer
 from dalle_cli.clip.train import load_clip
 from dalle_cli.config.run_folders import run_of
 from dalle_cli.distributed.device import use_settings
@@ -26,98 +27,33 @@ from dalle_cli.text.encode import CaptionEncoder
 if TYPE_CHECKING:
     from open_clip.model import CLIP
 
-Pictures = Sequence[NDArray[np.uint8]] | NDArray[np.uint8]
-"""Pictures (H, W, 3) uint8 in a list (sizes may differ), or one array (n, H, W, 3)."""
 
-BATCH = 128
-SCHEMAS = ("hf-hub:", "local-dir:")
-"""Beginnings of names that give a published model and its weights at once."""
-
-
-class Scorer(Protocol):
-    """A CLIP for reranking and evaluation. Its features are unit vectors, float32, on the CPU."""
-
-    @property
-    def name(self) -> str:
-        """Name of the model, for outputs with its scores."""
-        ...
-
-    @property
-    def identity(self) -> str:
-        """Hash of the weights and the picture preprocessing, for caches of features."""
-        ...
-
-    @property
-    def logit_scale(self) -> float:
-        """Learned factor that turns cosine similarities into logits."""
-        ...
-
-    @property
-    def captions_cut(self) -> int:
-        """Number of captions cut so far to the model's number of tokens; 0 if unknown."""
-        ...
-
-    def text_features(self, captions: Sequence[str]) -> Tensor:
-        """Return the unit vectors of n captions, (n, d)."""
-        ...
-
-    def prepare(self, picture: NDArray[np.uint8]) -> Tensor:
-        """Prepare a picture (H, W, 3) for ``prepared_features``; safe to call from several threads."""
-        ...
-
-    def prepared_features(self, prepared: Sequence[Tensor]) -> Tensor:
-        """Return the unit vectors of n prepared pictures, (n, d), computed as one batch."""
-        ...
-
-    def image_features(self, pictures: Pictures) -> Tensor:
-        """Return the unit vectors of n pictures, (n, d), computed in batches."""
-        ...
-
-
-class OwnScorer:
+class OwnScorer(ModelScorer):
     """Our own CLIP; pictures of other sizes than ``image_size`` are cropped and resized."""
 
     def __init__(self, model: CLIP, encoder: CaptionEncoder, image_size: int, *, name: str = "clip") -> None:
-        self.model = model.eval()
+        super().__init__(model, name)
         self.encoder = encoder
         self.image_size = image_size
-        self.name = name
 
     @property
     def captions_cut(self) -> int:
         return self.encoder.cut
 
-    @property
-    def logit_scale(self) -> float:
-        return float(self.model.logit_scale.detach().exp())
+    @cached_property
+    def identity(self) -> str:
+        return weights_hash(self.model, str(self.image_size))
 
-    @torch.inference_mode()
-    def text_features(self, captions: Sequence[str]) -> Tensor:
-        end_of_text = self.model.vocab_size - 1
-        device = self.model.logit_scale.device
-        features = []
-        for chunk in in_chunks(captions):
-            ids, length = map(torch.from_numpy, self.encoder.encode(list(chunk)))
-            ids = clip_text_ids(ids, length, end_of_text).to(device)
-            features.append(self.model.encode_text(ids, normalize=True).float().cpu())
-        return joined(features)
+    def token_ids(self, captions: Sequence[str]) -> Tensor:
+        ids, length = map(torch.from_numpy, self.encoder.encode(list(captions)))
+        return clip_text_ids(ids, length, self.model.vocab_size - 1)
 
     def prepare(self, picture: NDArray[np.uint8]) -> Tensor:
         # from_numpy needs a contiguous, writable array; np.require copies others.
         return torch.from_numpy(np.require(self._sized(picture), requirements=["C", "W"]))
 
-    @torch.inference_mode()
-    def prepared_features(self, prepared: Sequence[Tensor]) -> Tensor:
-        batch = pixels(torch.stack(list(prepared)).to(self.model.logit_scale.device))
-        features: Tensor = self.model.encode_image(batch, normalize=True).float().cpu()
-        return features
-
-    def image_features(self, pictures: Pictures) -> Tensor:
-        return joined([self.prepared_features([*map(self.prepare, chunk)]) for chunk in in_chunks(pictures)])
-
-    @cached_property
-    def identity(self) -> str:
-        return weights_hash(self.model, str(self.image_size))
+    def pixels(self, prepared: Tensor) -> Tensor:
+        return pixels(prepared)
 
     def _sized(self, picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
         size = (self.image_size, self.image_size)
@@ -159,15 +95,3 @@ def load_scorer(
     name = f"{Path(*checkpoint.path.resolve().parts[-3:])} sha256:{checkpoint.identity[:12]}"
     encoder = CaptionEncoder(bpe, recipe.tokenizer)
     return OwnScorer(load_clip(checkpoint).to(device), encoder, recipe.image_size, name=name)
-
-
-def in_chunks(items: Sequence[Any] | NDArray[np.uint8]) -> Iterator[Sequence[Any] | NDArray[np.uint8]]:
-    """Cut captions or pictures into parts of BATCH."""
-    return (items[start : start + BATCH] for start in range(0, len(items), BATCH))
-
-
-def joined(features: list[Tensor]) -> Tensor:
-    """Join the features of all parts; raise ValueError if there are none."""
-    if not features:
-        raise ValueError("nothing to score: no captions or pictures were given")
-    return torch.cat(features)

@@ -25,7 +25,8 @@ from torch_fidelity import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
 
-from dalle_cli.clip.scoring import Scorer, load_scorer
+from dalle_cli.clip.scorer import Scorer
+from dalle_cli.clip.scoring import load_scorer
 from dalle_cli.errors import UserError
 from dalle_cli.fid.figures import ScoreName
 from dalle_cli.fid.pictures import BlurredPictures, Pictures, PictureSubset, explain_broken

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from dalle_cli import pretrained
 from dalle_cli.clip.model import build_clip, clip_text_ids, pixels
 from dalle_cli.clip.published import OpenClipScorer
-from dalle_cli.clip.scoring import OwnScorer, Scorer
+from dalle_cli.clip.scorer import Scorer
+from dalle_cli.clip.scoring import OwnScorer
 from dalle_cli.config.schema import ClipModel
 from dalle_cli.errors import UserError
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from dalle_cli.clip.scoring import Scorer, load_scorer
+from dalle_cli.clip.scorer import Scorer
+from dalle_cli.clip.scoring import load_scorer
 from dalle_cli.config.load import load_recipe
 from dalle_cli.data.images import decode_image
 from dalle_cli.stores.token_writer import PartWriter
