@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from dalle_cli.config.layout import KINDS
 from dalle_cli.config.odd_settings import TRAINED, odd_settings
 from dalle_cli.config.schema import Adam, LearningRate, Recipe, Training
-from dalle_cli.distributed.compression import paper_compression_rate
-from dalle_cli.distributed.device import matmul_library
-from dalle_cli.dvae.model import DVAE
-from dalle_cli.prior.attention import describe_attention
-from dalle_cli.prior.counts import count_parameters
+
+if TYPE_CHECKING:
+    from torch import nn
 
 BYTES_16, BYTES_32 = 2, 4
 LONGEST_LAYER_LIST = 4
@@ -186,6 +181,11 @@ def describe_recipe(recipe: Recipe) -> RecipeDescription:
 
 
 def _dvae(recipe: Recipe) -> DvaeSizes:
+    # Imported here, since a run or a store is described in a third of the time without torch.
+    import torch
+
+    from dalle_cli.dvae.model import DVAE
+
     stage = recipe.dvae
     with torch.device("meta"):
         model = DVAE(stage.model)
@@ -203,6 +203,11 @@ def _dvae(recipe: Recipe) -> DvaeSizes:
 
 
 def _prior(recipe: Recipe) -> PriorSizes:
+    from dalle_cli.distributed.compression import paper_compression_rate
+    from dalle_cli.distributed.device import matmul_library
+    from dalle_cli.prior.attention import describe_attention
+    from dalle_cli.prior.counts import count_parameters
+
     stage, model = recipe.prior, recipe.prior.model
     counts = count_parameters(recipe)
     kinds = model.attention_kinds()
