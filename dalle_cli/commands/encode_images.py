@@ -47,7 +47,6 @@ def command(
     places = folders(settings)
     out = tokens or places.tokens
 
-    from dalle_cli.dvae.encode import encode_source
     from dalle_cli.progress import log
     from dalle_cli.stores.checkpoint import open_stage
     from dalle_cli.stores.provenance import record_command
@@ -55,7 +54,11 @@ def command(
 
     share = parse_shard(shard)
     checkpoint = open_stage(dvae or places.dvae, "dvae", which)
-    found = encode_source(settings, read_source(settings), checkpoint, out, share)
+    source = read_source(settings)
+
+    from dalle_cli.dvae.encode import encode_source
+
+    found = encode_source(settings, source, checkpoint, out, share)
     log(f"{out}: {found.rows} pictures, {found.skipped} skipped")
     record_command(out)
     typer.echo(out)

@@ -27,8 +27,6 @@ SHARES: dict[Kind, float] = {"dvae": 0.55, "prior": 0.39, "clip": 0.06}
 """Share of a budget that each stage gets, found with scripts/bench/quality."""
 UPDATES_SHARE = 0.85
 """Share of a stage's time that its updates get; the rest is its start, validations, checkpoints and encoding."""
-CHECKPOINTS = 8
-"""Number of checkpoints, with a validation each, in a training."""
 LONG_UPDATE = 2.0
 """Seconds of an update above which it is reckoned from those of one and of two samples."""
 LARGEST_FLOPS = 1e12

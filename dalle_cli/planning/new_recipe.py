@@ -14,7 +14,6 @@ from dalle_cli.data.open_source import open_source
 from dalle_cli.data.scan import ScanResult, scan
 from dalle_cli.data.workers import available_cores
 from dalle_cli.errors import UserError
-from dalle_cli.planning.budget import CHECKPOINTS, updates_within
 from dalle_cli.progress import log
 from dalle_cli.stores.checkpoint import Kind
 from dalle_cli.text.tokenize import train_tokenizer
@@ -33,6 +32,8 @@ TOKENS_A_WORD = 1.4
 """Number of BPE tokens that a word takes, roughly."""
 CAPTIONS_A_TOKEN = 4
 """Number of captions for each token of the vocabulary."""
+CHECKPOINTS = 8
+"""Number of checkpoints, with a validation each, in a training."""
 FEW_CAPTIONS = 200_000
 """Number of captions up to which a tokenizer is trained on trial, which takes seconds."""
 
@@ -54,6 +55,9 @@ def fill_in(template: Path, source: str, minutes: float | None) -> dict[str, Any
             trained = train_tokenizer(_with(template, values), opened, Path(folder))
         values["tokenizer.vocab_size"] = trained.vocab_size  # fewer than wanted if the words run out
     if minutes is not None:
+        # Imported here, since a new recipe without a time budget needs no torch.
+        from dalle_cli.planning.budget import updates_within
+
         chosen = _with(template, values)
         updates = updates_within(chosen, opened, minutes)
         for kind, count in updates.items():

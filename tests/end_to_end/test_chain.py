@@ -338,6 +338,7 @@ def test_commands_import_no_library_that_they_do_not_need(by_hand: Chain, tmp_pa
     commands: dict[tuple[object, ...], tuple[str, ...]] = {
         ("sample", by_hand.prior, "a red star", "--n", 1, *parts, "--out", tmp_path / "samples"): others,
         ("encode-images", by_hand.recipe, "--data", by_hand.train, *parts[:2], "--tokens", tmp_path / "t.zarr"): others,
+        ("init", tmp_path / "new.yaml", "--data", by_hand.train): ("torch", *others),
         ("show", by_hand.tokens): ("torch", *others),
         ("show", by_hand.prior): ("torch", *others),
     }
