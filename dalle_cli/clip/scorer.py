@@ -18,6 +18,7 @@ Pictures = Sequence[NDArray[np.uint8]] | NDArray[np.uint8]
 """Pictures (H, W, 3) uint8 in a list (sizes may differ), or one array (n, H, W, 3)."""
 
 BATCH = 128
+"""Number of captions or pictures that are computed at once."""
 SCHEMAS = ("hf-hub:", "local-dir:")
 """Beginnings of names that give a published model and its weights at once."""
 
@@ -68,6 +69,11 @@ class ModelScorer(ABC):
     def __init__(self, model: CLIP, name: str) -> None:
         self.model = model.eval()
         self.name = name
+
+    @property
+    @abstractmethod
+    def identity(self) -> str:
+        """Hash of the weights and the picture preprocessing."""
 
     @property
     def captions_cut(self) -> int:

@@ -1,4 +1,4 @@
-"""Scores of how well a picture matches a caption, by our own CLIP or a published one."""
+"""Our own CLIP as a scorer, and the choice between it and a published one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from dalle_cli.clip.model import clip_text_ids, pixels
-from dalle_cli.clip.scorer import SCHEMAS, ModelScorer, Scorer
+from dalle_cli.clip.scorer import SCHEMAS, ModelScorer
 from dalle_cli.clip.train import load_clip
 from dalle_cli.config.run_folders import run_of
 from dalle_cli.distributed.device import use_settings
@@ -69,7 +69,7 @@ def load_scorer(
     beside: Path,
     device: torch.device | str = "cpu",
     which: Which = "best",
-) -> Scorer:
+) -> ModelScorer:
     """Load the scorer for a command's options ``--clip``, ``--pretrained`` and ``--tokenizer``.
 
     By default this is the CLIP of the run that has ``beside``, such as a sample, with the tokenizer of its run.
