@@ -41,7 +41,6 @@ HOSTILE = (
     *(-1, 0, 7, 2**70, 1e308, math.nan, math.inf),
     *([], [[]], ["x"], [1, 2, 3], {}, {"x": 1}),
 )
-EXAMPLES, REPORTS = 60, 10
 
 
 @pytest.fixture(scope="module")
@@ -159,16 +158,24 @@ def read_with_something_hostile(
             path.write_bytes(content)
 
 
-@settings(max_examples=EXAMPLES, derandomize=True)
-@given(data=st.data())
-def test_no_json_of_a_run_ends_in_a_traceback(chain: TinyChain, data: st.DataObject) -> None:
-    read_with_something_hostile(chain, data.draw, read_everything)
+@pytest.mark.parametrize(
+    ("read", "examples"),
+    [
+        (read_everything, 60),
+        (report_everything, 10),
+        pytest.param(read_everything, 120, marks=pytest.mark.slow),
+        pytest.param(report_everything, 30, marks=pytest.mark.slow),
+    ],
+)
+def test_no_json_of_a_run_ends_in_a_traceback(
+    chain: TinyChain, read: Callable[[TinyChain], None], examples: int
+) -> None:
+    @settings(max_examples=examples, derandomize=True)
+    @given(data=st.data())
+    def check(data: st.DataObject) -> None:
+        read_with_something_hostile(chain, data.draw, read)
 
-
-@settings(max_examples=REPORTS, derandomize=True)
-@given(data=st.data())
-def test_no_json_of_a_run_ends_its_report_in_a_traceback(chain: TinyChain, data: st.DataObject) -> None:
-    read_with_something_hostile(chain, data.draw, report_everything)
+    check()
 
 
 def test_an_unchanged_run_is_read(chain: TinyChain) -> None:
