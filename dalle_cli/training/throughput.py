@@ -50,7 +50,7 @@ def peak_tflops(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def precision_warning(key: str, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Return a warning with its slowness if ``key``, the recipe's setting of ``dtype``, does not suit this CPU."""
+    """Return a warning that says how slow ``dtype``, set by the recipe's ``key``, is on this CPU; None if it suits."""
     if dtype not in MEANT_FOR or device.type != "cpu":
         return None
     factor = peak_tflops(torch.float32, device) / peak_tflops(dtype, device)

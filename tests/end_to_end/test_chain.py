@@ -332,7 +332,7 @@ print("\\f".join(texts))
 
 
 def test_commands_import_no_library_that_they_do_not_need(by_hand: Chain, tmp_path: Path) -> None:
-    """Importing torch takes seconds, and what stands beside it here as long again."""
+    """Importing torch takes seconds, and importing the others takes as long again."""
     others = ("torchvision", "timm", "open_clip", "torch_fidelity", "torch._dynamo")
     parts = ("--dvae", by_hand.dvae, "--tokenizer", by_hand.tokenizer)
     commands: dict[tuple[object, ...], tuple[str, ...]] = {

@@ -23,7 +23,7 @@ from dalle_cli.app import run_arguments
 
 POINTS = 60
 UNDISTURBED = 5
-"""Number of runs in a row without a disturbance after which a command has no further operations."""
+"""Number of undisturbed runs in a row that show that a command has no further operations."""
 FAULTS = (errno.ENOSPC, errno.EIO, errno.EMFILE, errno.ESTALE, errno.EACCES)
 WRITING = frozenset({"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.truncate", "shutil.rmtree"})
 UNSTABLE = ("commands.jsonl", "metrics.jsonl", "events")
